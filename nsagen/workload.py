@@ -1,0 +1,197 @@
+"""Workloads and schedules: what a kernel computes, and how.
+
+Static parameters change a kernel's meaning and live in `Workload`; knobs change
+only its speed and live in `Schedule`. The two never mix. This module is imported
+by both the generating and the running side, so it needs the standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nsagen.errors import InvalidInputError
+
+Param = int | str | bool
+
+PASSES = ("forward", "backward", "decode")
+
+DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+
+COMPRESS_TYPES = ("avgpool", "weightedpool", "linear")
+
+STATIC_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("compress", "forward"): (
+        "compress_type",
+        "head_dim",
+        "kernel_size",
+        "kernel_stride",
+        "with_pe",
+    ),
+    ("rope", "forward"): ("head_dim",),
+    ("compressed_attention", "forward"): (
+        "head_dim",
+        "v_head_dim",
+        "gqa_ratio",
+        "kernel_size",
+        "kernel_stride",
+    ),
+    ("block_selection", "forward"): (
+        "head_dim",
+        "gqa_ratio",
+        "kernel_size",
+        "kernel_stride",
+        "block_size",
+        "topk",
+        "init_blocks",
+        "local_blocks",
+    ),
+    ("selected_attention", "forward"): ("head_dim", "v_head_dim", "gqa_ratio", "block_size"),
+    ("sliding_window_attention", "forward"): (
+        "head_dim",
+        "v_head_dim",
+        "gqa_ratio",
+        "window_size",
+    ),
+    ("gated_sum", "forward"): ("v_head_dim",),
+    ("cache_append", "decode"): (
+        "compress_type",
+        "head_dim",
+        "v_head_dim",
+        "gqa_ratio",
+        "kernel_size",
+        "kernel_stride",
+        "with_pe",
+    ),
+    ("compressed_attention", "decode"): (
+        "head_dim",
+        "v_head_dim",
+        "gqa_ratio",
+        "kernel_size",
+        "kernel_stride",
+        "block_size",
+        "topk",
+        "init_blocks",
+        "local_blocks",
+    ),
+    ("native_sparse_attention", "decode"): (
+        "head_dim",
+        "v_head_dim",
+        "gqa_ratio",
+        "block_size",
+        "topk",
+        "window_size",
+    ),
+}
+"""The static parameters of each (op, pass), in the order in which names and headers show them."""
+
+_SHORT = {
+    "head_dim": "d",
+    "v_head_dim": "dv",
+    "gqa_ratio": "g",
+    "block_size": "b",
+    "kernel_size": "l",
+    "kernel_stride": "s",
+    "topk": "k",
+    "window_size": "w",
+    "init_blocks": "i",
+    "local_blocks": "c",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Workload:
+    """An op and a pass with every static parameter fixed. Build it with `Workload.of`.
+
+    Attributes:
+        op: e.g. "selected_attention".
+        pass_: "forward", "backward" or "decode".
+        dtype: of q, k, v and the outputs: "float16", "bfloat16" or "float32".
+        params: (name, value) pairs in the order of `STATIC_PARAMS`.
+    """
+
+    op: str
+    pass_: str
+    dtype: str
+    params: tuple[tuple[str, Param], ...]
+
+    @classmethod
+    def of(cls, op: str, pass_: str, *, dtype: str, **params: Param) -> Workload:
+        """Check the names and put the parameters into their one order.
+
+        Raises:
+            InvalidInputError: unknown op, pass or dtype; a parameter missing or not the op's.
+        """
+        names = STATIC_PARAMS.get((op, pass_))
+        if names is None:
+            known = ", ".join(f"{o} {p}" for o, p in STATIC_PARAMS)
+            raise InvalidInputError(f"workload: no op {op!r} with pass {pass_!r}; known: {known}")
+        if dtype not in DTYPES:
+            raise InvalidInputError(
+                f"workload {op} {pass_}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}"
+            )
+        if set(params) != set(names):
+            raise InvalidInputError(
+                f"workload {op} {pass_}: needs exactly the parameters {', '.join(names)}; "
+                f"got {', '.join(sorted(params)) or 'none'}"
+            )
+        return cls(op, pass_, dtype, tuple((name, params[name]) for name in names))
+
+    def __getattr__(self, name: str) -> Param:
+        for key, value in self.__dict__.get("params", ()):
+            if key == name:
+                return value
+        raise AttributeError(f"workload {self.__dict__.get('op')} has no parameter {name!r}")
+
+    @property
+    def label(self) -> str:
+        """Short text for file names and tables, e.g. `bf16_d128_g16_b64`."""
+        parts = [DTYPES[self.dtype]]
+        values = dict(self.params)
+        for name, value in self.params:
+            if name == "v_head_dim" and value == values.get("head_dim"):
+                continue
+            if name == "with_pe":
+                parts += ["pe"] if value else []
+            else:
+                parts.append(f"{_SHORT.get(name, '')}{value}")
+        return "_".join(parts)
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.pass_} {self.label}"
+
+
+@dataclass(frozen=True, order=True)
+class Schedule:
+    """One assignment of an algorithm's knobs. Build it with `Schedule.of`."""
+
+    algorithm: str
+    knobs: tuple[tuple[str, Param], ...]
+
+    @classmethod
+    def of(
+        cls, algorithm: str, knobs: Mapping[str, Param] | None = None, **more: Param
+    ) -> Schedule:
+        merged = {**(knobs or {}), **more}
+        return cls(algorithm, tuple(sorted(merged.items())))
+
+    def __getattr__(self, name: str) -> Param:
+        for key, value in self.__dict__.get("knobs", ()):
+            if key == name:
+                return value
+        raise AttributeError(f"schedule {self.__dict__.get('algorithm')} has no knob {name!r}")
+
+    def __str__(self) -> str:
+        return f"{self.algorithm}(" + ", ".join(f"{k}={v}" for k, v in self.knobs) + ")"
+
+
+def variant_name(workload: Workload, schedule: Schedule, template_hash: str) -> str:
+    """Name of a kernel file and of the kernel in it.
+
+    `<op>_<pass>__<label>__<hash8>`; the hash covers workload, schedule and template text.
+    """
+    text = json.dumps([list(workload.params), workload.dtype, str(schedule), template_hash])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{workload.op}_{workload.pass_}__{workload.label}__{digest}"
