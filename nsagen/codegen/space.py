@@ -1,0 +1,126 @@
+"""Schedule spaces: every valid schedule of an algorithm, declared beside its template.
+
+A space lists its knobs, their values and what each trades, the rules that a valid
+schedule obeys, and the default for a target. Nothing else in nsagen knows a knob by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nsagen.codegen.target import Target
+from nsagen.errors import BuildError
+from nsagen.workload import Param, Schedule, Workload
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A knob with an explicit list of values, in ascending or preference order."""
+
+    name: str
+    values: tuple[Param, ...]
+    trades: str
+
+
+def PowerOfTwo(name: str, low: int, high: int, trades: str) -> Choice:  # noqa: N802 - reads as a kind
+    """A knob over the powers of two from `low` to `high`, both inclusive."""
+    values = tuple(1 << e for e in range(low.bit_length() - 1, high.bit_length()))
+    if values[0] != low or values[-1] != high:
+        raise ValueError(f"knob {name}: low and high must be powers of two, got {low} and {high}")
+    return Choice(name, values, trades)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition that every valid schedule meets; `text` is what a violation is called."""
+
+    text: str
+    holds: Callable[[Workload, Schedule, Target], bool]
+
+
+def _nothing(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    return {}
+
+
+def _no_shared_memory(workload: Workload, schedule: Schedule) -> int:
+    return 0
+
+
+def _any_workload(workload: Workload) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class ScheduleSpace:
+    """Every valid schedule of one algorithm of an op's pass.
+
+    Attributes:
+        derive: arithmetic for the template, done in Python: (workload, schedule) -> names.
+        shared_memory: estimated bytes a program needs, checked against the target's limit.
+        default: knob values to use where nothing was measured.
+        supports: whether the algorithm covers a workload at all.
+    """
+
+    op: str
+    pass_: str
+    algorithm: str
+    knobs: tuple[Choice, ...]
+    default: Callable[[Workload, Target], Mapping[str, Param]]
+    rules: tuple[Rule, ...] = ()
+    derive: Callable[[Workload, Schedule], dict[str, Any]] = _nothing
+    shared_memory: Callable[[Workload, Schedule], int] = _no_shared_memory
+    supports: Callable[[Workload], bool] = _any_workload
+
+    @property
+    def template(self) -> str:
+        """Path of the template below the templates folder."""
+        return f"{self.op}/{self.pass_}_{self.algorithm}.py.j2"
+
+    def violations(self, workload: Workload, schedule: Schedule, target: Target) -> list[str]:
+        """What forbids this schedule, in words; empty when it is valid."""
+        values = dict(schedule.knobs)
+        wrong = [
+            f"knob {knob.name} must be one of {list(knob.values)}, got {values.get(knob.name)!r}"
+            for knob in self.knobs
+            if values.get(knob.name) not in knob.values
+        ]
+        unknown = sorted(values.keys() - {knob.name for knob in self.knobs})
+        wrong += [f"knob {name} is not one of this algorithm's" for name in unknown]
+        if wrong:
+            return wrong
+        wrong = [rule.text for rule in self.rules if not rule.holds(workload, schedule, target)]
+        needed = self.shared_memory(workload, schedule)
+        if needed > target.shared_memory:
+            limit = target.shared_memory
+            wrong.append(f"needs about {needed} bytes of shared memory, {target} has {limit}")
+        return wrong
+
+    def default_schedule(self, workload: Workload, target: Target) -> Schedule:
+        """The schedule to use where nothing was measured.
+
+        Raises:
+            BuildError: the default breaks the space's own rules (a defect in the space).
+        """
+        schedule = Schedule.of(self.algorithm, self.default(workload, target))
+        if wrong := self.violations(workload, schedule, target):
+            raise BuildError(
+                f"{workload}, {target}: the default schedule must be valid; "
+                f"got {schedule}: {'; '.join(wrong)}; mend `default` in templates/{self.op}"
+            )
+        return schedule
+
+    def schedules(self, workload: Workload, target: Target) -> Iterator[Schedule]:
+        """All valid schedules, in the order of the knobs' values."""
+        names = [knob.name for knob in self.knobs]
+        for values in itertools.product(*(knob.values for knob in self.knobs)):
+            schedule = Schedule.of(self.algorithm, dict(zip(names, values, strict=True)))
+            if not self.violations(workload, schedule, target):
+                yield schedule
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two >= n, for n >= 1."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,65 @@
+"""Helpers that several test files share."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.codegen.template import default_schedule, kernel_name, render, space_for
+from nsagen.harness.base import THRESHOLDS, Case, relative_error
+from nsagen.workload import Schedule, Workload
+
+
+def kernel_device() -> str:
+    """Where kernels run in this process: a GPU, or the CPU through Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def kernel_dtypes() -> tuple[str, ...]:
+    """The dtypes to test kernels in; the interpreter's tl.dot is wrong on bfloat16."""
+    return ("float32", "float16", "bfloat16")[: 3 if torch.cuda.is_available() else 2]
+
+
+@functools.cache
+def load_kernel(workload: Workload, schedule: Schedule | None = None) -> ModuleType:
+    """Render one variant into a temporary folder and import it.
+
+    Without a schedule: the default one for cuda:90.
+    """
+    target = KNOWN_TARGETS["cuda:90"]
+    schedule = schedule or default_schedule(workload, target)
+    wrong = space_for(workload, schedule.algorithm).violations(workload, schedule, target)
+    assert not wrong, wrong
+    name = kernel_name(workload, schedule)
+    source = render(workload, schedule, header=f"# {workload}: {schedule}")
+    folder = Path(tempfile.gettempdir()) / "nsagen-test-kernels"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:8]}.py"
+    path.write_text(source)
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert module_spec and module_spec.loader
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[path.stem] = module
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def check_case(module: ModuleType, case: Case) -> None:
+    """Launch a kernel and compare every output with the float64 reference."""
+    module.launch(*case.args)
+    for name, expected in case.expected().items():
+        out = case.outputs[name]
+        assert out.shape == expected.shape, f"{name}: {tuple(out.shape)} != {tuple(expected.shape)}"
+        if not out.dtype.is_floating_point:
+            assert torch.equal(out.cpu(), expected.cpu()), f"{name} differs"
+            continue
+        error = relative_error(out, expected)
+        assert error <= THRESHOLDS[out.dtype], f"{name}: relative error {error:.2e}"
