@@ -45,7 +45,8 @@ def load_kernel(workload: Workload, schedule: Schedule | None = None) -> ModuleT
     path = folder / f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:8]}.py"
     path.write_text(source)
     module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert module_spec and module_spec.loader
+    assert module_spec
+    assert module_spec.loader
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[path.stem] = module
     module_spec.loader.exec_module(module)

@@ -25,7 +25,7 @@ class Choice:
     trades: str
 
 
-def PowerOfTwo(name: str, low: int, high: int, trades: str) -> Choice:  # noqa: N802 - reads as a kind
+def PowerOfTwo(name: str, low: int, high: int, trades: str) -> Choice:
     """A knob over the powers of two from `low` to `high`, both inclusive."""
     values = tuple(1 << e for e in range(low.bit_length() - 1, high.bit_length()))
     if values[0] != low or values[-1] != high:

@@ -45,9 +45,10 @@ def spaces_of(op: str, pass_: str) -> tuple[ScheduleSpace, ...]:
     for path in sorted((templates_dir() / op).glob("space*.py")):
         found += [s for s in _load_spaces(path) if s.op == op and s.pass_ == pass_]
     if not found:
+        known = sorted({name for name, _ in STATIC_PARAMS})
         raise BuildError(
             f"templates/{op}: each op needs a schedule space for the passes asked of it; "
-            f"found none for {pass_!r}; known ops: {', '.join(sorted({o for o, _ in STATIC_PARAMS}))}"
+            f"found none for {pass_!r}; known ops: {', '.join(known)}"
         )
     return tuple(found)
 
