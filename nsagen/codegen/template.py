@@ -25,13 +25,15 @@ _INCLUDE = re.compile(r"""{%-?\s*(?:include|import|from)\s+["']([^"']+)["']""")
 @functools.cache
 def environment() -> jinja2.Environment:
     """The one Jinja environment: strict about undefined names, sandboxed, exact about space."""
-    return jinja2.sandbox.ImmutableSandboxedEnvironment(
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
         loader=jinja2.FileSystemLoader(templates_dir()),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    env.filters["pyrepr"] = repr
+    return env
 
 
 @functools.cache

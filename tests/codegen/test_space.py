@@ -1,0 +1,74 @@
+"""Schedule spaces refuse what cannot run, and say why."""
+
+import pytest
+
+from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.target import KNOWN_TARGETS, parse_target
+from nsagen.errors import BuildError, SpecError
+from nsagen.workload import Schedule, Workload
+
+WORKLOAD = Workload.of("rope", "forward", dtype="float16", head_dim=64)
+SM90 = KNOWN_TARGETS["cuda:90"]
+
+
+def space(default=None, **changes):
+    values = {
+        "op": "rope",
+        "pass_": "forward",
+        "algorithm": "rows",
+        "knobs": (
+            PowerOfTwo("block_m", 16, 64, "rows a program"),
+            Choice("num_warps", (2, 4), "threads"),
+        ),
+        "rules": (Rule("4 warps need 32 rows", lambda w, s, t: s.block_m >= 8 * s.num_warps),),
+        "default": lambda w, t: default or {"block_m": 32, "num_warps": 4},
+        "shared_memory": lambda w, s: s.block_m * 4096,
+    }
+    return ScheduleSpace(**{**values, **changes})
+
+
+def test_schedules_are_the_valid_part_of_the_cross_product():
+    found = [(s.block_m, s.num_warps) for s in space().schedules(WORKLOAD, SM90)]
+    assert found == [(16, 2), (32, 2), (32, 4)]  # 64 rows need 256 KiB; (16, 4) breaks the rule
+
+
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ({"block_m": 24, "num_warps": 2}, "knob block_m must be one of [16, 32, 64], got 24"),
+        ({"block_m": 16, "num_warps": 4}, "4 warps need 32 rows"),
+        ({"block_m": 64, "num_warps": 2}, "needs about 262144 bytes of shared memory"),
+        ({"block_m": 16, "num_warps": 2, "depth": 1}, "knob depth is not one of this algorithm's"),
+        ({"block_m": 16}, "knob num_warps must be one of [2, 4], got None"),
+    ],
+)
+def test_a_violation_names_the_rule(knobs, reason):
+    wrong = space().violations(WORKLOAD, Schedule.of("rows", knobs), SM90)
+    assert any(text.startswith(reason) for text in wrong), wrong
+
+
+def test_an_invalid_default_is_a_defect_of_the_space():
+    with pytest.raises(BuildError, match=r"default schedule must be valid.*4 warps need 32 rows"):
+        space(default={"block_m": 16, "num_warps": 4}).default_schedule(WORKLOAD, SM90)
+
+
+def test_power_of_two_knobs_take_powers_of_two_only():
+    assert PowerOfTwo("n", 1, 8, "").values == (1, 2, 4, 8)
+    with pytest.raises(ValueError, match="powers of two"):
+        PowerOfTwo("n", 3, 8, "")
+
+
+@pytest.mark.parametrize(("n", "power"), [(1, 1), (2, 2), (3, 4), (80, 128), (128, 128)])
+def test_next_power_of_2(n, power):
+    assert next_power_of_2(n) == power
+
+
+@pytest.mark.parametrize("text", ["cuda:90", "cuda:80", "hip:gfx942"])
+def test_known_targets_parse(text):
+    assert str(parse_target(text)) == text
+
+
+@pytest.mark.parametrize(("text", "offer"), [("sm90", "cuda:90"), ("cuda:91", "cuda:90")])
+def test_an_unknown_target_offers_the_nearest(text, offer):
+    with pytest.raises(SpecError, match=f"did you mean '{offer}'"):
+        parse_target(text)
