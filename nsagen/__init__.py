@@ -1,3 +1,28 @@
 """Generates, tunes and dispatches Triton kernels for Native Sparse Attention."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nsagen.runtime.dispatcher import Dispatcher, OnMissing
+
 __version__ = "0.1.0"
+
+__all__ = ["__version__", "load"]
+
+
+def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:
+    """The dispatcher of the package that `nsagen build` made from the spec `name`.
+
+    Args:
+        name: of the spec, e.g. "llama8b".
+        on_missing: "build" builds what a call needs and the package lacks, into the user
+            cache; "error" raises `UnsupportedWorkloadError`.
+
+    Raises:
+        InvalidInputError: no such package is found.
+    """
+    from nsagen.runtime.package import load as load_package
+
+    return load_package(name, on_missing)

@@ -1,0 +1,168 @@
+"""The dispatcher: maps a call to the kernel that serves it, and builds what is missing."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from nsagen.errors import InvalidInputError, UnsupportedWorkloadError
+from nsagen.runtime import registry
+from nsagen.runtime.device import INTERPRETED_TARGET, interpreting, target_of
+from nsagen.runtime.missing import unsupported
+from nsagen.runtime.table import Bucket, Entries, Table
+from nsagen.workload import Workload
+
+if TYPE_CHECKING:
+    import torch
+
+Launch = Callable[..., None]
+OnMissing = Literal["build", "error"]
+
+
+@dataclass(slots=True)
+class _Choice:
+    """A kernel for a bucket; its module is imported at the first call that it serves."""
+
+    bucket: Bucket
+    load: Callable[[], Launch]
+    launch: Launch | None = field(default=None)
+
+    def get(self) -> Launch:
+        if self.launch is None:
+            self.launch = self.load()
+        return self.launch
+
+
+class Dispatcher:
+    """Finds the kernel of a call in a package's table; builds it into the user cache on a miss.
+
+    Args:
+        name: of the spec that the package was generated from.
+        package: import name of the folder with the kernels, e.g. "generated.llama8b.kernels".
+        table: workload -> target -> ((bucket, module name), ...).
+        on_missing: "build" builds a variant that the table lacks with its target's default
+            schedule and logs one line; "error" raises `UnsupportedWorkloadError`.
+
+    Attributes:
+        key: what custom ops carry in place of the object; see `nsagen.runtime.registry`.
+    """
+
+    def __init__(
+        self, name: str, package: str, table: Table, on_missing: OnMissing = "build"
+    ) -> None:
+        if on_missing not in ("build", "error"):
+            raise InvalidInputError(
+                f'dispatcher {name}: on_missing must be "build" or "error"; got {on_missing!r}'
+            )
+        self.name = name
+        self.package = package
+        self.on_missing: OnMissing = on_missing
+        self._table = table
+        self._choices: dict[tuple[Workload, torch.device], list[_Choice]] = {}
+        self._other: Dispatcher | None = None
+        self.key = registry.register(self, name if on_missing == "build" else f"{name}:error")
+
+    def launcher(
+        self,
+        workload: Workload,
+        device: torch.device,
+        tokens: int,
+        context: int | None = None,
+    ) -> Launch:
+        """The `launch` function of the kernel that serves a call.
+
+        Args:
+            device: where the tensors are.
+            tokens: query tokens of the call; when decoding, its rows.
+            context: tokens that a query may look back on, if known without asking the device.
+
+        Raises:
+            UnsupportedWorkloadError: no variant covers the call, and none may or can be built.
+            InvalidInputError: bfloat16 in Triton's interpreter, whose tl.dot is wrong on it.
+        """
+        choices = self._choices.get((workload, device))
+        if choices is None:
+            choices = self._resolve(workload, device)
+        for choice in choices:
+            if choice.bucket.covers(tokens, context):
+                return choice.launch or choice.get()
+        choice = self._missing(workload, device, tokens)
+        choices.append(choice)
+        return choice.get()
+
+    def workloads(self) -> tuple[Workload, ...]:
+        """The workloads of the table, in its order."""
+        return tuple(self._table)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """One row a variant of the table: op, pass, dtype, parameters, target, sizes, module."""
+        return [
+            {
+                "op": workload.op,
+                "pass": workload.pass_,
+                "dtype": workload.dtype,
+                "params": dict(workload.params),
+                "target": target,
+                "sizes": str(bucket),
+                "variant": module,
+            }
+            for workload, targets in self._table.items()
+            for target, entries in targets.items()
+            for bucket, module in entries
+        ]
+
+    def with_on_missing(self, on_missing: OnMissing) -> Dispatcher:
+        """This dispatcher, or one on the same table that treats a miss in the other way."""
+        if on_missing == self.on_missing:
+            return self
+        if self._other is None:
+            self._other = Dispatcher(self.name, self.package, self._table, on_missing)
+            self._other._other = self
+        return self._other
+
+    def __repr__(self) -> str:
+        targets = sorted({target for entry in self._table.values() for target in entry})
+        return (
+            f"Dispatcher({self.name!r}, {len(self._table)} workloads, "
+            f"targets: {', '.join(targets) or 'none'}, on_missing={self.on_missing!r})"
+        )
+
+    def _resolve(self, workload: Workload, device: torch.device) -> list[_Choice]:
+        target = self._target(workload, device)
+        entries: Entries = self._table.get(workload, {}).get(target, ())
+        choices = [_Choice(bucket, self._loader(module)) for bucket, module in entries]
+        return self._choices.setdefault((workload, device), choices)
+
+    def _target(self, workload: Workload, device: torch.device) -> str:
+        if interpreting() and workload.dtype == "bfloat16":
+            raise InvalidInputError(
+                f"dispatcher {self.name}: Triton's interpreter computes tl.dot wrongly on "
+                f"bfloat16; got {workload}; use float32 or float16, or unset TRITON_INTERPRET"
+            )
+        if device.type != "cpu":
+            return target_of(device)
+        if not interpreting():
+            raise UnsupportedWorkloadError(
+                f"dispatcher {self.name}: kernels run on GPUs; got {workload} on the CPU; "
+                "use nsagen.ops.reference, or set TRITON_INTERPRET=1 before importing triton"
+            )
+        return next(iter(self._table.get(workload, ())), INTERPRETED_TARGET)
+
+    def _loader(self, module: str) -> Callable[[], Launch]:
+        return lambda: importlib.import_module(f"{self.package}.{module}").launch
+
+    def _missing(self, workload: Workload, device: torch.device, tokens: int) -> _Choice:
+        target = self._target(workload, device)
+        if self.on_missing == "error":
+            covered = self._table.get(workload, {}).get(target, ())
+            reason = 'on_missing is "error"'
+            if covered:
+                sizes = "; ".join(str(bucket) for bucket, _ in covered)
+                reason = f"it covers only {sizes}, not {tokens} tokens, and {reason}"
+            raise unsupported(workload, target, self.name, reason)
+        from nsagen.runtime.cache import cached_variant, load_kernel
+
+        path = cached_variant(workload, target, self.name)
+        return _Choice(Bucket(), lambda: load_kernel(path).launch)

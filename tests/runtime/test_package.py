@@ -1,0 +1,68 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+import nsagen
+from nsagen.errors import InvalidInputError
+
+from .conftest import package
+
+
+@pytest.fixture(autouse=True)
+def _clean_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("NSAGEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for name in [m for m in sys.modules if m.split(".")[0] in ("generated", "_nsagen_generated_a")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_package_is_found_in_the_working_folder(tmp_path: Path) -> None:
+    package(tmp_path, "here", ("kernel",))
+    dispatcher = nsagen.load("here")
+    assert dispatcher.name == "here"
+    assert nsagen.load("here") is dispatcher
+    strict = nsagen.load("here", on_missing="error")
+    assert strict.on_missing == "error"
+    assert nsagen.load("here", on_missing="error") is strict
+
+
+def test_a_package_is_found_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path / "lib", "on_path", ("kernel",))
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    assert nsagen.load("on_path").package == "generated.on_path.kernels"
+
+
+def test_a_package_is_found_in_the_user_cache(tmp_path: Path) -> None:
+    package(tmp_path / "cache", "cached", ("kernel",))
+    assert nsagen.load("cached").name == "cached"
+
+
+def test_its_kernels_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from .conftest import selected
+
+    package(tmp_path, "kerneled", ("one",))
+    monkeypatch.setattr("nsagen.runtime.dispatcher.target_of", lambda device: "cuda:90")
+    log: list[str] = []
+    nsagen.load("kerneled").launcher(selected(), torch.device("cuda", 0), 1)(log)
+    assert log == ["one"]
+
+
+def test_a_missing_package_says_how_to_build_it() -> None:
+    with pytest.raises(InvalidInputError, match=r"nsagen build specs/nowhere\.yaml"):
+        nsagen.load("nowhere")
+
+
+@pytest.mark.parametrize("name", ["specs/tiny.yaml", "", "../x", "Tiny"])
+def test_a_name_is_no_path(name: str) -> None:
+    with pytest.raises(InvalidInputError, match="not its path"):
+        nsagen.load(name)
+
+
+def test_errors_inside_a_package_are_not_hidden(tmp_path: Path) -> None:
+    root = package(tmp_path, "broken", ("kernel",))
+    (root / "dispatcher.py").write_text("import module_that_is_not_there\n")
+    with pytest.raises(ModuleNotFoundError, match="module_that_is_not_there"):
+        nsagen.load("broken")
