@@ -1,0 +1,116 @@
+"""`load_spec`: find a spec, check all of it, and enumerate its shapes and workloads."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from nsagen.errors import SpecError
+from nsagen.resources import specs_dir
+from nsagen.spec.combine import combine
+from nsagen.spec.document import parse, read_text, spec_error
+from nsagen.spec.explain import schema_problems
+from nsagen.spec.schema import SpecFile
+from nsagen.spec.shape import AttentionShape
+from nsagen.workload import Workload
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A checked spec. Make it with `load_spec`.
+
+    Attributes:
+        name: of the generated package.
+        description: free text; may be empty.
+        passes: the passes to make kernels for, sorted.
+        targets: the GPU architectures to make kernels for, as in `nsagen.codegen.target`, sorted.
+        shapes: the attention shapes, sorted.
+        label: what to give `nsagen build` to read this spec again: the name of a shipped spec,
+            else a path from the project's root; never a path of the machine.
+        sha256: hex digest of the file's text.
+    """
+
+    name: str
+    description: str
+    passes: tuple[str, ...]
+    targets: tuple[str, ...]
+    shapes: tuple[AttentionShape, ...]
+    label: str
+    sha256: str
+
+    def attention_shapes(self) -> tuple[AttentionShape, ...]:
+        """Every combination of the attention's values but the excluded ones, sorted."""
+        return self.shapes
+
+    def workloads(self) -> tuple[Workload, ...]:
+        """The workloads of all shapes and passes, each once, sorted."""
+        found = {w for shape in self.shapes for w in shape.workloads(self.passes)}
+        return tuple(sorted(found))
+
+
+def load_spec(path_or_name: str | Path) -> Spec:
+    """Load a spec by path, or by name: `tiny` is ./specs/tiny.yaml or else the shipped one.
+
+    Raises:
+        SpecError: no such spec, or it is invalid; one `file:line: key: rule; got; do` a problem.
+    """
+    path, shown = _find(path_or_name)
+    text = read_text(path, shown)
+    document = parse(text, shown)
+    try:
+        checked = SpecFile.model_validate(document.values)
+    except ValidationError as error:
+        reported = {p.key for p in document.problems}
+        found = [p for p in schema_problems(error, document) if p.key not in reported]
+        raise spec_error(shown, document.problems + found) from None
+    if document.problems:
+        raise spec_error(shown, document.problems)
+    shapes, problems = combine(checked, document)
+    if problems:
+        raise spec_error(shown, problems)
+    return Spec(
+        name=checked.name,
+        description=checked.description,
+        passes=tuple(sorted(checked.passes)),
+        targets=tuple(sorted(checked.targets)),
+        shapes=shapes,
+        label=_label(path),
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+    )
+
+
+def shipped_specs() -> tuple[str, ...]:
+    """The names of the specs that come with nsagen, sorted."""
+    return tuple(sorted(path.stem for path in specs_dir().glob("*.yaml")))
+
+
+def _find(path_or_name: str | Path) -> tuple[Path, str]:
+    text = str(path_or_name)
+    path = Path(path_or_name)
+    is_name = isinstance(path_or_name, str) and path.name == text and not path.suffix
+    if not is_name or path.is_file():
+        return path, text
+    for folder in (Path("specs"), specs_dir()):
+        found = folder / f"{text}.yaml"
+        if found.is_file():
+            return found, f"specs/{found.name}"
+    near = difflib.get_close_matches(text, shipped_specs(), 1)
+    remedy = f"did you mean {near[0]!r}?" if near else "give a name of these or a path to a .yaml"
+    raise SpecError(
+        f"spec: must be a file, or one of {', '.join(shipped_specs())}, or in ./specs; "
+        f"got {text[:60]!r}; {remedy}"
+    )
+
+
+def _label(path: Path) -> str:
+    path = path.resolve()
+    if path.parent == specs_dir().resolve():
+        return path.stem
+    for folder in path.parents:
+        if (folder / "pyproject.toml").is_file() or (folder / ".git").exists():
+            return path.relative_to(folder).as_posix()
+    return path.name

@@ -1,0 +1,115 @@
+"""Attention shapes: one value for each parameter, the rules between them, and their workloads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+
+from nsagen.workload import STATIC_PARAMS, Param, Workload
+
+
+@dataclass(frozen=True, order=True)
+class AttentionShape:
+    """One Native Sparse Attention: every static parameter of every op.
+
+    Attributes:
+        head_dim: size D of a query and key head; v_head_dim: of a value head.
+        gqa_ratio: query heads for one key/value head, G.
+        dtype: of q, k, v and the outputs.
+        compress_type: "avgpool", "weightedpool" or "linear".
+        kernel_size: tokens that one window compresses; kernel_stride: tokens between windows.
+        block_size: tokens of a block that is selected as a whole.
+        topk: blocks selected a token; init_blocks and local_blocks of them always are.
+        window_size: keys that a token sees in sliding-window attention, itself among them.
+        with_pe: whether compression adds a position embedding to keys.
+    """
+
+    head_dim: int
+    v_head_dim: int
+    gqa_ratio: int
+    dtype: str
+    compress_type: str
+    kernel_size: int
+    kernel_stride: int
+    block_size: int
+    topk: int
+    init_blocks: int
+    local_blocks: int
+    window_size: int
+    with_pe: bool
+
+    def workloads(self, passes: Iterable[str]) -> Iterator[Workload]:
+        """The workload of each op with one of the passes; `compress` has one for keys and one for
+        values (which have v_head_dim and no position embedding)."""
+        shape: dict[str, Param] = asdict(self)
+        for (op, pass_), names in STATIC_PARAMS.items():
+            if pass_ not in passes:
+                continue
+            yield self._workload(op, pass_, {name: shape[name] for name in names})
+            if op == "compress":
+                of_values = shape | {"head_dim": self.v_head_dim, "with_pe": False}
+                yield self._workload(op, pass_, {name: of_values[name] for name in names})
+
+    def _workload(self, op: str, pass_: str, params: dict[str, Param]) -> Workload:
+        return Workload.of(op, pass_, dtype=self.dtype, **params)
+
+
+PARAMETERS = tuple(field.name for field in fields(AttentionShape))
+"""The names of a shape's parameters, in the order of its fields."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A rule between parameters that a shape breaks.
+
+    Attributes:
+        key: the parameter to look at first.
+        rule: what must hold.
+        names: the parameters that it involves.
+        remedy: what to do.
+    """
+
+    key: str
+    rule: str
+    names: tuple[str, ...]
+    remedy: str
+
+
+def violations(shape: AttentionShape) -> Iterator[Violation]:
+    """The rules between parameters that the shape breaks (the schema has those of single values).
+
+    kernel_stride divides kernel_size and block_size, so that windows and blocks lie on one grid
+    and a window shares a whole number of strides with a block.
+    """
+    size, stride, block = shape.kernel_size, shape.kernel_stride, shape.block_size
+    if size % stride:
+        remedy = f"choose kernel_stride from {_divisors(size)}"
+        if stride % size == 0:
+            remedy = (
+                f"swap them (kernel_size: {stride}, kernel_stride: {size}): the guide's "
+                "`kernel_stride must be divisible by kernel_size` is the other way round"
+            )
+        yield Violation(
+            "kernel_stride",
+            "kernel_size must be divisible by kernel_stride",
+            ("kernel_size", "kernel_stride"),
+            remedy,
+        )
+    if block % stride:
+        yield Violation(
+            "block_size",
+            "block_size must be divisible by kernel_stride",
+            ("block_size", "kernel_stride"),
+            f"choose a multiple of {stride} for block_size",
+        )
+    if shape.topk < shape.init_blocks + shape.local_blocks:
+        yield Violation(
+            "topk",
+            "topk must be at least init_blocks + local_blocks, which are always selected",
+            ("topk", "init_blocks", "local_blocks"),
+            f"choose topk >= {shape.init_blocks + shape.local_blocks}",
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
