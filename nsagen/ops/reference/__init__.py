@@ -1,0 +1,53 @@
+"""The ops in plain PyTorch: any device, any float dtype, differentiable where the op is.
+
+This is the oracle that kernels are checked against and what CPU tensors run through. It follows
+the mathematics closely, in float32 or wider, and reads offsets on the host, so it is not fast.
+"""
+
+from nsagen.ops.layout import compressed_cu_seqlens, positions_in_sequence
+from nsagen.ops.reference.block_selection import block_selection
+from nsagen.ops.reference.cache_append import cache_append
+from nsagen.ops.reference.compress import (
+    avgpool_compress,
+    compress,
+    linear_compress,
+    weightedpool_compress,
+)
+from nsagen.ops.reference.compressed_attention import (
+    compressed_attention,
+    compressed_attention_decode,
+    compressed_attention_forward,
+)
+from nsagen.ops.reference.gated_sum import gated_sum
+from nsagen.ops.reference.native_sparse_attention import (
+    native_sparse_attention,
+    native_sparse_attention_decode,
+)
+from nsagen.ops.reference.rope import rope
+from nsagen.ops.reference.selected_attention import selected_attention, topk_sparse_attention
+from nsagen.ops.reference.sliding_window_attention import (
+    sliding_window_attention,
+    sliding_window_attention_forward,
+)
+
+__all__ = [
+    "avgpool_compress",
+    "block_selection",
+    "cache_append",
+    "compress",
+    "compressed_attention",
+    "compressed_attention_decode",
+    "compressed_attention_forward",
+    "compressed_cu_seqlens",
+    "gated_sum",
+    "linear_compress",
+    "native_sparse_attention",
+    "native_sparse_attention_decode",
+    "positions_in_sequence",
+    "rope",
+    "selected_attention",
+    "sliding_window_attention",
+    "sliding_window_attention_forward",
+    "topk_sparse_attention",
+    "weightedpool_compress",
+]

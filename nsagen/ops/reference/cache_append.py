@@ -1,0 +1,81 @@
+"""Appending one token a row to the caches, and the window that it completes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsagen.ops.reference._checks import check_windows
+from nsagen.ops.reference.compress import pool_windows
+from nsagen.ops.reference.rope import rope
+
+
+@torch.no_grad()
+def cache_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    w_k: Tensor | None,
+    w_v: Tensor | None,
+    pe: Tensor | None,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    ck_cache: Tensor,
+    cv_cache: Tensor,
+    k_raw: Tensor,
+    *,
+    compress_type: str,
+    kernel_size: int,
+    kernel_stride: int,
+) -> Tensor:
+    """Turn q and k by their position, append k and v, and compress a window once it is full.
+
+    The token at position t completes window i = (t + 1 - l) // s when t + 1 >= l and
+    (t + 1 - l) % s == 0. Its keys before rope come from `k_raw`, its values from `v_cache`.
+
+    Args:
+        q: [R, HQ, D], before rope.
+        k: [R, HK, D], before rope.
+        v: [R, HK, Dv].
+        cos: float32 [P, D // 2], or None for no rope; `sin` alike.
+        w_k: weight that compresses the keys, see `pool_windows`; `w_v` for the values.
+        pe: [HK, l, D], added to the keys before compression, or None.
+        positions: int32 [R], position of the new token; -1: an idle row, which is skipped.
+        slots: int32 [R], each row's place in the caches.
+        k_cache: [slots, max_length, HK, D], keys after rope. Changed, as are all caches.
+        v_cache: [slots, max_length, HK, Dv].
+        ck_cache: [slots, max_windows, HK, D], compressed keys after rope at position i * s.
+        cv_cache: [slots, max_windows, HK, Dv], compressed values.
+        k_raw: [slots, kernel_size, HK, D], keys before rope, token t at index t % kernel_size.
+
+    Returns:
+        q after rope, [R, HQ, D]; 0 for idle rows.
+    """
+    check_windows("cache_append", kernel_size, kernel_stride)
+    q_out = torch.zeros_like(q)
+    for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
+        if position < 0:
+            continue
+        one, here = slice(row, row + 1), positions[row : row + 1]
+        q_out[one] = _turn(q[one], cos, sin, here)
+        k_cache[slot, position] = _turn(k[one], cos, sin, here)[0]
+        v_cache[slot, position] = v[row]
+        k_raw[slot, position % kernel_size] = k[row]
+        window, rest = divmod(position + 1 - kernel_size, kernel_stride)
+        if window < 0 or rest:
+            continue
+        first = window * kernel_stride
+        tokens = torch.arange(first, first + kernel_size, device=k.device)
+        key = pool_windows(k_raw[slot, tokens % kernel_size][None], w_k, pe, compress_type)
+        ck_cache[slot, window] = _turn(key, cos, sin, torch.full_like(here, first))[0]
+        value = pool_windows(v_cache[slot, tokens][None], w_v, None, compress_type)
+        cv_cache[slot, window] = value[0]
+    return q_out
+
+
+def _turn(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor) -> Tensor:
+    return x if cos is None or sin is None else rope(x, cos, sin, positions)

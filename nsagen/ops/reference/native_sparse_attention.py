@@ -1,0 +1,147 @@
+"""The whole block: compression, rope, the three branches and their gated sum."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsagen.errors import InvalidInputError
+from nsagen.ops.layout import positions_in_sequence
+from nsagen.ops.reference._attend import attend, scale_of, upcast
+from nsagen.ops.reference._checks import check_heads
+from nsagen.ops.reference.compress import avgpool_compress, linear_compress, weightedpool_compress
+from nsagen.ops.reference.compressed_attention import compressed_attention
+from nsagen.ops.reference.gated_sum import gated_sum
+from nsagen.ops.reference.rope import rope
+from nsagen.ops.reference.selected_attention import selected_tokens, topk_sparse_attention
+from nsagen.ops.reference.sliding_window_attention import sliding_window_attention
+
+_COMPRESS = {
+    "avgpool": avgpool_compress,
+    "weightedpool": weightedpool_compress,
+    "linear": linear_compress,
+}
+
+
+def native_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    compress_type: str,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    window_size: int,
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    w_k: Tensor | None = None,
+    w_v: Tensor | None = None,
+    pe: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """Gated sum of compressed, selected and sliding-window attention.
+
+    Keys and values are compressed before rope; then q and k turn by their token's position and
+    compressed key i by position i * kernel_stride.
+
+    Args:
+        q: [N, HQ, D], before rope.
+        k: [N, HK, D], before rope.
+        v: [N, HK, Dv].
+        gate: [N, HQ, 3], after the sigmoid: compressed, selected, sliding.
+        cu_seqlens: int32 [batch + 1].
+        compress_type: "avgpool", "weightedpool" or "linear".
+        w_k: weight that compresses the keys: None, [HK, l] or [HK, l * D, D].
+        w_v: weight that compresses the values: None, [HK, l] or [HK, l * Dv, Dv].
+        pe: [HK, l, D], added to the keys before compression, or None.
+        cos: float32 [P, D // 2], or None for no rope.
+        sin: float32 [P, D // 2], or None for no rope.
+        softmax_scale: 1/sqrt(D) unless given.
+
+    Returns:
+        o [N, HQ, Dv] in q's dtype.
+    """
+    if compress_type not in _COMPRESS:
+        raise InvalidInputError(
+            f"native_sparse_attention: compress_type must be one of {', '.join(_COMPRESS)}; "
+            f"got {compress_type!r}; correct the name"
+        )
+    compress = _COMPRESS[compress_type]
+    ck, ck_cu_seqlens = compress(k, w_k, cu_seqlens, kernel_size, kernel_stride, pe)
+    cv, _ = compress(v, w_v, cu_seqlens, kernel_size, kernel_stride)
+    if cos is not None and sin is not None:
+        positions = positions_in_sequence(cu_seqlens, q.shape[0])
+        windows = positions_in_sequence(ck_cu_seqlens, ck.shape[0])
+        q, k = rope(q, cos, sin, positions), rope(k, cos, sin, positions)
+        ck = rope(ck, cos, sin, windows * kernel_stride)
+    o_compressed, topk_idx = compressed_attention(
+        q,
+        ck,
+        cv,
+        kernel_size,
+        kernel_stride,
+        block_size,
+        topk,
+        cu_seqlens,
+        ck_cu_seqlens,
+        sm_scale=softmax_scale,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+    )
+    o_selected = topk_sparse_attention(q, k, v, topk_idx, block_size, cu_seqlens, softmax_scale)
+    o_sliding = sliding_window_attention(q, k, v, window_size, cu_seqlens, softmax_scale)
+    return gated_sum(o_compressed, o_selected, o_sliding, gate)
+
+
+@torch.no_grad()
+def native_sparse_attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    topk_idx: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    o_compressed: Tensor,
+    gate: Tensor,
+    *,
+    block_size: int,
+    window_size: int,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """One new token a row: selected and sliding-window attention, summed with the compressed one.
+
+    Args:
+        q: [R, HQ, D], after rope.
+        k_cache: [slots, max_length, HK, D], after rope, the new token's key among them.
+        v_cache: [slots, max_length, HK, Dv].
+        topk_idx: int32 [HK, R, topk].
+        positions: int32 [R], position of the new token; -1: an idle row, whose output is 0.
+        slots: int32 [R], each row's place in the caches.
+        o_compressed: [R, HQ, Dv].
+        gate: [R, HQ, 3], after the sigmoid.
+        block_size: tokens of a block.
+        window_size: tokens that the sliding window sees, the new one among them.
+        softmax_scale: 1/sqrt(D) unless given.
+
+    Returns:
+        o [R, HQ, Dv] in q's dtype.
+    """
+    check_heads("native_sparse_attention decode", q, k_cache[0], v_cache[0])
+    scale = scale_of(softmax_scale, q.shape[-1])
+    o = torch.zeros_like(o_compressed, dtype=q.dtype)
+    for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
+        if position < 0:
+            continue
+        end, one = position + 1, slice(row, row + 1)
+        keys = torch.arange(end, device=q.device)
+        wide = upcast(q[one], k_cache[slot, :end], v_cache[slot, :end])
+        selected, _ = attend(*wide, selected_tokens(topk_idx[:, one], keys, block_size), scale)
+        sliding, _ = attend(*wide, (keys > position - window_size).unsqueeze(0), scale)
+        o[one] = gated_sum(o_compressed[one], selected, sliding, gate[one]).to(q.dtype)
+    return o
