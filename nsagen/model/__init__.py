@@ -1,0 +1,20 @@
+"""ToyNSALlama and what it is made of: configurations, rope, attention, caches, generation."""
+
+from nsagen.model.cache import KVCache, NSACache
+from nsagen.model.configs import InferenceConfig, ToyLlamaConfig, ToyNSALlamaConfig
+from nsagen.model.nsa import NativeSparseAttention
+from nsagen.model.rope import RopeConfig
+from nsagen.model.toy_llama import ToyLlama
+from nsagen.model.toy_nsa_llama import ToyNSALlama
+
+__all__ = [
+    "InferenceConfig",
+    "KVCache",
+    "NSACache",
+    "NativeSparseAttention",
+    "RopeConfig",
+    "ToyLlama",
+    "ToyLlamaConfig",
+    "ToyNSALlama",
+    "ToyNSALlamaConfig",
+]

@@ -1,0 +1,191 @@
+"""Configurations of the toy models and of inference. Frozen and checked when built.
+
+Names follow the Transformers Llama configuration wherever both have the thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nsagen.model.checks import require, require_integers, require_numbers
+from nsagen.model.rope import RopeConfig, llama3_scaling
+from nsagen.workload import COMPRESS_TYPES
+
+
+@dataclass(frozen=True)
+class ToyLlamaConfig:
+    """A Llama-like model with dense causal attention.
+
+    Attributes:
+        num_attention_heads: query heads, HQ; a multiple of num_key_value_heads, HK.
+        head_dim: head size D, a multiple of 8 from 16 to 256.
+        max_position_embeddings: longest sequence, in tokens.
+        rms_norm_eps: epsilon of the norms.
+        initializer_range: standard deviation of the initial weights.
+
+    Raises:
+        InvalidInputError: a rule above is broken.
+    """
+
+    vocab_size: int = 128288
+    max_position_embeddings: int = 131072
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 2
+    head_dim: int = 128
+    rope_theta: float = 500000.0
+    rope_scaling: Mapping[str, Any] | None = field(default_factory=llama3_scaling)
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        where = type(self).__name__
+        sizes = ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size")
+        heads = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+        require_integers(self, sizes + heads, 1)
+        require_numbers(self, ("rms_norm_eps", "initializer_range"))
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            where,
+            "num_attention_heads must be a multiple of num_key_value_heads",
+            f"{self.num_attention_heads} and {self.num_key_value_heads}",
+            "change either, so that each key/value head serves as many query heads",
+        )
+        require(
+            self.head_dim % 8 == 0 and 16 <= self.head_dim <= 256,
+            where,
+            "head_dim must be a multiple of 8 from 16 to 256",
+            str(self.head_dim),
+            "choose e.g. 64 or 128",
+        )
+        self.rope  # noqa: B018  (building it checks the rope settings)
+
+    @property
+    def rope(self) -> RopeConfig:
+        """The rope settings alone."""
+        return RopeConfig(
+            max_position_embeddings=self.max_position_embeddings,
+            head_dim=self.head_dim,
+            rope_theta=self.rope_theta,
+            rope_scaling=self.rope_scaling,
+        )
+
+
+@dataclass(frozen=True)
+class ToyNSALlamaConfig(ToyLlamaConfig):
+    """A Llama-like model with Native Sparse Attention.
+
+    Attributes:
+        compress_type: "avgpool", "weightedpool" or "linear".
+        kernel_size: tokens that one compression window covers; a multiple of kernel_stride.
+        kernel_stride: tokens from one window's start to the next one's.
+        block_size: tokens of a selection block; a multiple of kernel_stride.
+        topk: blocks that a query attends to, the initial and local ones included.
+        init_blocks: first blocks of the sequence that are always selected.
+        local_blocks: blocks up to the query's own that are always selected.
+        window_size: tokens of the sliding window, the query's own included.
+
+    Raises:
+        InvalidInputError: a rule above is broken.
+    """
+
+    compress_type: str = "weightedpool"
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    block_size: int = 64
+    topk: int = 16
+    init_blocks: int = 1
+    local_blocks: int = 2
+    window_size: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sparsity(self)
+
+
+def check_sparsity(config: Any) -> None:
+    """Check the parameters that make attention sparse; `config` has them as attributes.
+
+    Raises:
+        InvalidInputError: names the parameter, the rule and the values.
+    """
+    where = type(config).__name__
+    sizes = ("kernel_size", "kernel_stride", "block_size", "topk", "window_size")
+    require_integers(config, sizes, 1)
+    require_integers(config, ("init_blocks", "local_blocks"), 0)
+    require(
+        config.compress_type in COMPRESS_TYPES,
+        where,
+        f"compress_type must be one of {', '.join(COMPRESS_TYPES)}",
+        repr(config.compress_type),
+        "choose one of these",
+    )
+    size, stride = config.kernel_size, config.kernel_stride
+    swapped = stride % size == 0
+    require(
+        size % stride == 0,
+        where,
+        "kernel_size must be divisible by kernel_stride (not the other way round)",
+        f"kernel_size={size}, kernel_stride={stride}",
+        f"did you mean kernel_size={stride}, kernel_stride={size}?"
+        if swapped
+        else f"try kernel_stride={_largest_divisor(size, stride)}",
+    )
+    require(
+        config.block_size % stride == 0,
+        where,
+        "block_size must be divisible by kernel_stride",
+        f"block_size={config.block_size}, kernel_stride={stride}",
+        f"use a multiple of {stride}, such as {-(-config.block_size // stride) * stride}",
+    )
+    forced = config.init_blocks + config.local_blocks
+    require(
+        config.topk >= forced,
+        where,
+        "topk must be at least init_blocks + local_blocks, which are always selected",
+        f"topk={config.topk}, init_blocks={config.init_blocks}, local_blocks={config.local_blocks}",
+        f"raise topk to {forced} or more",
+    )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """Limits of cached generation; they size the cache.
+
+    Attributes:
+        max_batch_size: sequences that are generated at once; slots of the cache.
+        max_length: longest sequence in tokens, prompt and new tokens together.
+        max_new_tokens: new tokens a `generate` makes unless told otherwise.
+
+    Raises:
+        InvalidInputError: a value is not a positive integer.
+    """
+
+    max_batch_size: int = 32
+    max_length: int = 8192
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        require_integers(self, ("max_batch_size", "max_length", "max_new_tokens"), 1)
+
+    def cache_bytes(self, config: ToyLlamaConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes that a model's cache takes, known before anything is allocated.
+
+        Dense: max_batch_size * max_length * num_key_value_heads * head_dim * num_hidden_layers
+        * 2 (keys and values) * bytes per element. NSA adds the compressed keys and values and
+        the last kernel_size keys before rope.
+        """
+        from nsagen.model.cache import cache_shapes
+
+        elements = sum(torch.Size(shape).numel() for shape in cache_shapes(config, self).values())
+        return elements * dtype.itemsize

@@ -1,0 +1,114 @@
+"""Where each row of a packed batch belongs: computed once a forward, shared by all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from nsagen.model.checks import require
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The layout of a packed batch; nothing in it needs the host to know a length.
+
+    Attributes:
+        cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N.
+        sequence: int64 [N], the sequence of each token.
+        positions: int32 [N], each token's position within its sequence.
+        lengths: the sequences' lengths, where the host knows them; dense attention needs them.
+    """
+
+    cu_seqlens: Tensor
+    sequence: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(
+        cls, cu_seqlens: Tensor, num_tokens: int, lengths: Sequence[int] | None = None
+    ) -> Packed:
+        """Lay out `num_tokens` rows; rows past the last sequence's end get position 0."""
+        rows = torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
+        sequence = torch.searchsorted(cu_seqlens[1:], rows, right=True)
+        inside = sequence < cu_seqlens.shape[0] - 1
+        sequence = sequence.clamp(max=max(cu_seqlens.shape[0] - 2, 0))
+        positions = torch.where(inside, rows - cu_seqlens[sequence], 0)
+        known = None if lengths is None else tuple(lengths)
+        return cls(cu_seqlens, sequence, positions.to(torch.int32), known)
+
+
+def check_packed(where: str, input_ids: Tensor, cu_seqlens: Tensor, max_positions: int) -> Tensor:
+    """Check a packed batch as far as that is free; returns cu_seqlens as int32.
+
+    Only a batch on the CPU, or one so large that a sequence may pass `max_positions`, has its
+    lengths read.
+
+    Raises:
+        InvalidInputError: wrong shapes, dtypes or devices; cu_seqlens that does not run from 0
+            to N without decreasing; a sequence longer than the model has positions.
+    """
+    require(
+        input_ids.dim() == 1,
+        where,
+        "input_ids must have shape [N], all sequences concatenated",
+        f"shape {list(input_ids.shape)}",
+        "flatten the batch and describe it with cu_seqlens",
+    )
+    integers = (torch.int32, torch.int64)
+    require(
+        cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1 and cu_seqlens.dtype in integers,
+        where,
+        "cu_seqlens must be int32 with shape [batch+1]",
+        f"{cu_seqlens.dtype} with shape {list(cu_seqlens.shape)}",
+        "start it with 0 and append the running sum of the lengths",
+    )
+    require(
+        input_ids.dtype in integers,
+        where,
+        "input_ids must be int64",
+        str(input_ids.dtype),
+        "pass token numbers",
+    )
+    require(
+        cu_seqlens.device == input_ids.device,
+        where,
+        "input_ids and cu_seqlens must be on one device",
+        f"{input_ids.device} and {cu_seqlens.device}",
+        "move one of them",
+    )
+    cu_seqlens = cu_seqlens.to(torch.int32)
+    readable = cu_seqlens.device.type == "cpu" or input_ids.shape[0] > max_positions
+    if readable and not torch.compiler.is_compiling():
+        host_lengths(where, cu_seqlens, input_ids.shape[0], max_positions)
+    return cu_seqlens
+
+
+def host_lengths(where: str, cu_seqlens: Tensor, tokens: int, max_positions: int) -> list[int]:
+    """The lengths of all sequences, read from the device and checked.
+
+    Raises:
+        InvalidInputError: as in `check_packed`.
+    """
+    ends = cu_seqlens.tolist()
+    lengths = [b - a for a, b in pairwise(ends)]
+    require(
+        ends[0] == 0 and ends[-1] == tokens and min(lengths, default=0) >= 0,
+        where,
+        f"cu_seqlens must run from 0 to N={tokens} without decreasing",
+        str(ends[:9]) + (" ..." if len(ends) > 9 else ""),
+        "start it with 0 and append the running sum of the lengths",
+    )
+    for index, length in enumerate(lengths):
+        require(
+            length <= max_positions,
+            f"{where}: sequence {index}",
+            f"a sequence must have at most max_position_embeddings={max_positions} tokens",
+            str(length),
+            "shorten it or raise max_position_embeddings",
+        )
+    return lengths

@@ -1,0 +1,153 @@
+"""A small Llama with dense attention. Compare it with `toy_nsa_llama.py`: that is the adaptation.
+
+Weights have the names of Transformers' Llama.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nsagen.model.cache import KVCache, KVLayerCache, PrefillRows
+from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
+from nsagen.model.generation import Generation, check_inference_config
+from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
+from nsagen.model.packing import Packed, check_packed, host_lengths
+from nsagen.model.rope import RotaryEmbedding
+from nsagen.model.self_attention import SelfAttention
+
+
+class ToyLlamaLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm and beside a residual connection."""
+
+    def __init__(
+        self, config: ToyLlamaConfig, rope: RotaryEmbedding, generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        std = config.initializer_range
+        self.self_attn = SelfAttention(
+            hidden_size=config.hidden_size,
+            num_q_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            rope=rope,
+            initializer_range=std,
+            generator=generator,
+        )
+        self.mlp = FeedForward(config.hidden_size, config.intermediate_size, std, generator)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, packed: Packed) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), packed.cu_seqlens, packed)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def prefill(self, x: Tensor, packed: Packed, rows: PrefillRows, cache: KVLayerCache) -> Tensor:
+        x = x + self.self_attn.prefill(self.input_layernorm(x), packed, rows, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def decode(self, x: Tensor, positions: Tensor, slots: Tensor, cache: KVLayerCache) -> Tensor:
+        x = x + self.self_attn.decode(self.input_layernorm(x), positions, slots, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class ToyLlamaModel(nn.Module):
+    """Everything of a `ToyLlama` but the language model head."""
+
+    def __init__(self, config: ToyLlamaConfig, generator: torch.Generator | None) -> None:
+        super().__init__()
+        std = config.initializer_range
+        self.rotary_emb = RotaryEmbedding(config.rope)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, std, generator)
+        self.layers = nn.ModuleList(
+            ToyLlamaLayer(config, self.rotary_emb, generator)
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, packed: Packed) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, packed)
+        return self.norm(x)
+
+    def prefill(
+        self, input_ids: Tensor, packed: Packed, rows: PrefillRows, cache: KVCache
+    ) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        for index, layer in enumerate(self.layers):
+            x = layer.prefill(x, packed, rows, cache[index])
+        return self.norm(x)
+
+    def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
+        x = self.embed_tokens(tokens)
+        for index, layer in enumerate(self.layers):
+            x = layer.decode(x, positions, slots, cache[index])
+        return self.norm(x)
+
+
+class ToyLlama(Generation[KVCache], nn.Module):
+    """A Llama-like language model with dense causal attention.
+
+    Args:
+        config: the model's structure.
+        inference_config: limits of `generate`; None for a model that only runs `forward`.
+        generator: source of the initial weights; None for PyTorch's own.
+
+    Raises:
+        InvalidInputError: the cache would be longer than the model has positions.
+    """
+
+    def __init__(
+        self,
+        config: ToyLlamaConfig,
+        inference_config: InferenceConfig | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_inference_config(config, inference_config)
+        self.config = config
+        self.inference_config = inference_config
+        self.model = ToyLlamaModel(config, generator)
+        self.lm_head = linear(
+            config.hidden_size, config.vocab_size, config.initializer_range, generator
+        )
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Logits of every token of a packed batch.
+
+        Args:
+            input_ids: int64 [N], all sequences concatenated.
+            cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N.
+
+        Returns:
+            float32 [N, vocab_size].
+
+        Raises:
+            InvalidInputError: shapes, dtypes or devices that do not fit; a sequence too long.
+        """
+        limit = self.config.max_position_embeddings
+        cu_seqlens = check_packed("ToyLlama.forward", input_ids, cu_seqlens, limit)
+        lengths = host_lengths("ToyLlama.forward", cu_seqlens, input_ids.shape[0], limit)
+        packed = Packed.of(cu_seqlens, input_ids.shape[0], lengths)
+        return self.lm_head(self.model(input_ids, packed)).float()
+
+    def new_cache(self) -> KVCache:
+        assert self.inference_config is not None
+        weight = self._weight()
+        return KVCache(self.config, self.inference_config, weight.device, weight.dtype)
+
+    def prefill(
+        self, input_ids: Tensor, cu_seqlens: Tensor, lengths: Sequence[int], cache: KVCache
+    ) -> Tensor:
+        packed = Packed.of(cu_seqlens, input_ids.shape[0], lengths)
+        slots = torch.arange(len(lengths), device=input_ids.device)
+        rows = PrefillRows.of(packed, slots, lengths)
+        x = self.model.prefill(input_ids, packed, rows, cache)
+        return self.lm_head(x[cu_seqlens[1:] - 1]).float()
+
+    def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
+        return self.lm_head(self.model.decode(tokens, positions, slots, cache)).float()

@@ -1,0 +1,173 @@
+"""A small Llama with Native Sparse Attention. Compare it with `toy_llama.py`, which is dense.
+
+Weights have the names of Transformers' Llama.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsagen.model.cache import NSACache, NSALayerCache, PrefillRows
+from nsagen.model.configs import InferenceConfig, ToyNSALlamaConfig
+from nsagen.model.generation import Generation, check_inference_config
+from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
+from nsagen.model.nsa import NativeSparseAttention
+from nsagen.model.packing import Packed, check_packed
+from nsagen.model.rope import RotaryEmbedding
+
+
+class ToyNSALlamaLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm and beside a residual connection."""
+
+    def __init__(
+        self,
+        config: ToyNSALlamaConfig,
+        rope: RotaryEmbedding,
+        dispatcher: Any,
+        generator: torch.Generator | None,
+    ) -> None:
+        super().__init__()
+        std = config.initializer_range
+        self.self_attn = NativeSparseAttention(
+            hidden_size=config.hidden_size,
+            num_q_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            compress_type=config.compress_type,
+            kernel_size=config.kernel_size,
+            kernel_stride=config.kernel_stride,
+            block_size=config.block_size,
+            topk=config.topk,
+            init_blocks=config.init_blocks,
+            local_blocks=config.local_blocks,
+            window_size=config.window_size,
+            rope=rope,
+            dispatcher=dispatcher,
+            initializer_range=std,
+            generator=generator,
+        )
+        self.mlp = FeedForward(config.hidden_size, config.intermediate_size, std, generator)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, packed: Packed) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), packed.cu_seqlens, packed)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def prefill(self, x: Tensor, packed: Packed, rows: PrefillRows, cache: NSALayerCache) -> Tensor:
+        x = x + self.self_attn.prefill(self.input_layernorm(x), packed, rows, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def decode(self, x: Tensor, positions: Tensor, slots: Tensor, cache: NSALayerCache) -> Tensor:
+        x = x + self.self_attn.decode(self.input_layernorm(x), positions, slots, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class ToyNSALlamaModel(nn.Module):
+    """Everything of a `ToyNSALlama` but the language model head."""
+
+    def __init__(
+        self, config: ToyNSALlamaConfig, dispatcher: Any, generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        std = config.initializer_range
+        self.rotary_emb = RotaryEmbedding(config.rope)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, std, generator)
+        self.layers = nn.ModuleList(
+            ToyNSALlamaLayer(config, self.rotary_emb, dispatcher, generator)
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, packed: Packed) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, packed)
+        return self.norm(x)
+
+    def prefill(
+        self, input_ids: Tensor, packed: Packed, rows: PrefillRows, cache: NSACache
+    ) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        for index, layer in enumerate(self.layers):
+            x = layer.prefill(x, packed, rows, cache[index])
+        return self.norm(x)
+
+    def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: NSACache) -> Tensor:
+        x = self.embed_tokens(tokens)
+        for index, layer in enumerate(self.layers):
+            x = layer.decode(x, positions, slots, cache[index])
+        return self.norm(x)
+
+
+class ToyNSALlama(Generation[NSACache], nn.Module):
+    """A Llama-like language model with Native Sparse Attention.
+
+    Args:
+        config: the model's structure.
+        inference_config: limits of `generate`; None for a model that only runs `forward`.
+        dispatcher: generated kernels to use on a GPU, e.g. `generated.llama8b.dispatcher`; None
+            for nsagen's own choice.
+        generator: source of the initial weights; None for PyTorch's own.
+
+    Raises:
+        InvalidInputError: the cache would be longer than the model has positions.
+    """
+
+    def __init__(
+        self,
+        config: ToyNSALlamaConfig,
+        inference_config: InferenceConfig | None = None,
+        dispatcher: Any = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        check_inference_config(config, inference_config)
+        self.config = config
+        self.inference_config = inference_config
+        self.model = ToyNSALlamaModel(config, dispatcher, generator)
+        self.lm_head = linear(
+            config.hidden_size, config.vocab_size, config.initializer_range, generator
+        )
+
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Logits of every token of a packed batch.
+
+        Args:
+            input_ids: int64 [N], all sequences concatenated.
+            cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N.
+
+        Returns:
+            float32 [N, vocab_size].
+
+        Raises:
+            InvalidInputError: shapes, dtypes or devices that do not fit; a sequence too long.
+        """
+        limit = self.config.max_position_embeddings
+        cu_seqlens = check_packed("ToyNSALlama.forward", input_ids, cu_seqlens, limit)
+        packed = Packed.of(cu_seqlens, input_ids.shape[0])
+        return self.lm_head(self.model(input_ids, packed)).float()
+
+    def new_cache(self) -> NSACache:
+        assert self.inference_config is not None
+        weight = self._weight()
+        return NSACache(self.config, self.inference_config, weight.device, weight.dtype)
+
+    def prefill(
+        self, input_ids: Tensor, cu_seqlens: Tensor, lengths: Sequence[int], cache: NSACache
+    ) -> Tensor:
+        packed = Packed.of(cu_seqlens, input_ids.shape[0], lengths)
+        slots = torch.arange(len(lengths), device=input_ids.device)
+        rows = PrefillRows.of(
+            packed, slots, lengths, self.config.kernel_size, self.config.kernel_stride
+        )
+        x = self.model.prefill(input_ids, packed, rows, cache)
+        return self.lm_head(x[cu_seqlens[1:] - 1]).float()
+
+    def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: NSACache) -> Tensor:
+        return self.lm_head(self.model.decode(tokens, positions, slots, cache)).float()

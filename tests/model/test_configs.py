@@ -1,0 +1,110 @@
+"""Configurations: what they accept, what they refuse and how they say so."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from nsagen.errors import InvalidInputError
+from nsagen.model import InferenceConfig, RopeConfig, ToyLlamaConfig, ToyNSALlamaConfig
+from nsagen.model.cache import NSACache
+from tests.model.tiny import nsa_config
+
+GUIDE = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "vocab_size": 128288,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "compress_type": "weightedpool",
+    "kernel_size": 32,
+    "kernel_stride": 16,
+    "block_size": 64,
+    "topk": 8,
+    "init_blocks": 1,
+    "local_blocks": 2,
+    "window_size": 512,
+}
+
+
+def test_the_guides_configuration_is_valid() -> None:
+    config = ToyNSALlamaConfig(**GUIDE)
+    assert config.topk == 8
+    assert config.rope.rope_type == "llama3"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"kernel_size": 4, "kernel_stride": 8}, "did you mean kernel_size=8, kernel_stride=4"),
+        ({"kernel_size": 8, "kernel_stride": 3}, "not the other way round.*try kernel_stride=2"),
+        ({"block_size": 18}, "block_size must be divisible by kernel_stride.*such as 20"),
+        ({"topk": 2}, "topk=2, init_blocks=1, local_blocks=2; raise topk to 3"),
+        ({"compress_type": "mean"}, "avgpool, weightedpool, linear, got 'mean'"),
+        ({"window_size": 0}, "window_size must be an integer of at least 1, got 0"),
+        ({"local_blocks": -1}, "local_blocks must be an integer of at least 0, got -1"),
+        ({"topk": True}, "topk must be an integer"),
+        ({"num_attention_heads": 5}, "multiple of num_key_value_heads, got 5 and 2"),
+        ({"head_dim": 20}, "head_dim must be a multiple of 8 from 16 to 256, got 20"),
+        ({"rope_theta": 0}, "rope_theta must be a positive number, got 0"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "one of default, llama3, got 'yarn'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "original_max_position_emb"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, r"keys \(none\), got factor"),
+    ],
+)
+def test_refusals_name_the_rule_and_the_values(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidInputError, match=text):
+        nsa_config(**changes)
+
+
+def test_unknown_keywords_are_not_swallowed() -> None:
+    with pytest.raises(TypeError, match="kernelsize"):
+        ToyNSALlamaConfig(kernelsize=32)  # type: ignore[call-arg]
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        nsa_config().topk = 5  # type: ignore[misc]
+
+
+def test_rope_type_may_have_its_old_name() -> None:
+    assert RopeConfig(rope_scaling={"type": "default"}).rope_type == "default"
+    assert RopeConfig(rope_scaling=None).rope_type == "default"
+
+
+@pytest.mark.parametrize("name", ["max_batch_size", "max_length", "max_new_tokens"])
+def test_inference_limits_are_positive(name: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"InferenceConfig: {name} .* got 0"):
+        InferenceConfig(**{name: 0})
+
+
+def test_cache_bytes_of_the_guides_model() -> None:
+    limits = InferenceConfig(max_batch_size=4, max_length=8192, max_new_tokens=128)
+    config = ToyNSALlamaConfig(**GUIDE)
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(ToyLlamaConfig)}
+    full = limits.cache_bytes(ToyLlamaConfig(**shared))
+    assert full == 4 * 8192 * 2 * 128 * 8 * 2 * 2
+    assert full < limits.cache_bytes(config) <= 1.09 * full
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cache_bytes_are_what_is_allocated(dtype: torch.dtype) -> None:
+    limits = InferenceConfig(max_batch_size=3, max_length=100)
+    config = nsa_config()
+    assert NSACache(config, limits, dtype=dtype).nbytes == limits.cache_bytes(config, dtype)
+    guide = ToyNSALlamaConfig(**GUIDE)
+    assert NSACache(guide, limits, "meta", dtype).nbytes == limits.cache_bytes(guide, dtype)

@@ -1,0 +1,130 @@
+"""Cached decoding computes what forward computes, at every length and boundary."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
+from nsagen.model.cache import NSACache
+from nsagen.workload import COMPRESS_TYPES
+from tests.model.tiny import dense_config, nsa_model, packed_batch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def check_teacher_forcing(model: ToyNSALlama | ToyLlama, lengths: list[int], steps: int) -> None:
+    """generate's tokens are forward's greedy choices when forward sees the same text."""
+    ids, cu_seqlens = packed_batch(lengths)
+    tokens = model.generate(ids, cu_seqlens, max_new_tokens=steps)
+    assert tokens.shape == (len(lengths), steps)
+    assert tokens.dtype == torch.int64
+    texts = [torch.cat([a, b]) for a, b in zip(ids.split(lengths), tokens, strict=True)]
+    ends = torch.tensor([0] + [len(text) for text in texts]).cumsum(0).to(torch.int32)
+    with torch.no_grad():
+        choices = model(torch.cat(texts), ends).argmax(-1)
+    expected = torch.stack([choices[end - steps - 1 : end - 1] for end in ends[1:].tolist()])
+    wrong = (tokens != expected).any(1).nonzero().squeeze(1).tolist()
+    assert not wrong, f"prompt lengths {[lengths[i] for i in wrong]} differ"
+
+
+def test_every_prompt_length_from_1_to_200() -> None:
+    limits = InferenceConfig(max_batch_size=200, max_length=208)
+    check_teacher_forcing(nsa_model(limits), list(range(1, 201)), steps=5)
+
+
+@pytest.mark.parametrize("compress_type", COMPRESS_TYPES)
+def test_every_compress_type_across_all_boundaries(compress_type: str) -> None:
+    """From an almost empty cache past the kernel, stride, block and window sizes."""
+    model = nsa_model(InferenceConfig(4, 64), compress_type=compress_type)
+    check_teacher_forcing(model, [1, 6, 12, 15], steps=40)
+
+
+def test_three_query_heads_a_group_and_many_blocks() -> None:
+    model = nsa_model(InferenceConfig(2, 220), num_attention_heads=6, topk=5)
+    check_teacher_forcing(model, [150, 180], steps=20)
+
+
+def test_dense_model() -> None:
+    model = ToyLlama(
+        dense_config(), InferenceConfig(8, 64), generator=torch.Generator().manual_seed(1)
+    )
+    check_teacher_forcing(model.double(), [1, 2, 7, 31, 50], steps=10)
+
+
+def run(model: ToyNSALlama, ids: Tensor, prompt: int, cache: NSACache) -> Tensor:
+    """Prefill `prompt` tokens of one sequence into slot 0, decode the rest: last logits."""
+    cu_seqlens = torch.tensor([0, prompt], dtype=torch.int32)
+    logits = model.prefill(ids[:prompt], cu_seqlens, [prompt], cache)
+    slots = torch.zeros(1, dtype=torch.int32)
+    for position in range(prompt, len(ids)):
+        where = torch.tensor([position], dtype=torch.int32)
+        logits = model.decode(ids[position : position + 1], where, slots, cache)
+    return logits[0]
+
+
+@pytest.mark.parametrize("compress_type", COMPRESS_TYPES)
+@pytest.mark.parametrize(
+    ("prompt", "total"), [(1, 9), (7, 8), (8, 12), (15, 17), (31, 34), (60, 65)]
+)
+def test_decoding_leaves_the_cache_that_prefill_would(
+    compress_type: str, prompt: int, total: int
+) -> None:
+    limits = InferenceConfig(max_batch_size=1, max_length=128)
+    model = nsa_model(limits, compress_type=compress_type)
+    ids, cu_seqlens = packed_batch([total])
+    stepwise, at_once = model.new_cache(), model.new_cache()
+    with torch.no_grad():
+        logits = run(model, ids, prompt, stepwise)
+        expected = run(model, ids, total, at_once)
+        forward = model(ids, cu_seqlens)[-1]
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, forward, rtol=1e-5, atol=1e-5)
+    windows = (total - 8) // 4 + 1
+    for one, other in zip(stepwise, at_once, strict=True):
+        for name, valid in (("k", total), ("v", total), ("ck", windows), ("cv", windows)):
+            a, b = getattr(one, name)[0, :valid], getattr(other, name)[0, :valid]
+            torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(one.k_raw, other.k_raw)
+
+
+def test_calls_leave_nothing_behind_for_the_next() -> None:
+    model = nsa_model(InferenceConfig(4, 128))
+    short = packed_batch([9, 20], seed=1)
+    first = model.generate(*short, max_new_tokens=8)
+    model.generate(*packed_batch([100, 90, 80, 70], seed=2), max_new_tokens=8)
+    assert torch.equal(model.generate(*short, max_new_tokens=8), first)
+
+
+def test_a_cast_model_gets_a_new_cache() -> None:
+    model = nsa_model(InferenceConfig(2, 64), dtype=torch.float32)
+    model.generate(*packed_batch([9]), max_new_tokens=2)
+    model = model.to(torch.float64)
+    model.generate(*packed_batch([9]), max_new_tokens=2)
+    assert model._cache is not None
+    assert model._cache.dtype == torch.float64
+
+
+@pytest.mark.parametrize("compress_type", COMPRESS_TYPES)
+def test_the_guides_calls_in_their_order(
+    compress_type: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["guide_cpu.py", compress_type])
+    result = runpy.run_path(str(EXAMPLES / "guide_cpu.py"), run_name="__main__")
+    assert result["logits"].shape == (result["input_ids"].shape[0], 512)
+    assert result["logits"].dtype == torch.float32
+    assert result["output_tokens"].shape == (4, 16)
+    assert "EXAMPLE GENERATE" in capsys.readouterr().out
+
+
+def test_the_full_size_guide_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"needs a CUDA GPU.*guide_cpu"):
+        runpy.run_path(str(EXAMPLES / "guide.py"), run_name="__main__")
