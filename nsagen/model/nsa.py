@@ -15,6 +15,7 @@ from nsagen.model.configs import check_sparsity
 from nsagen.model.layers import linear
 from nsagen.model.packing import Packed
 from nsagen.model.rope import RopeConfig, RotaryEmbedding
+from nsagen.ops.layout import positions_in_sequence
 
 
 @dataclass(frozen=True)
@@ -218,13 +219,13 @@ class NativeSparseAttention(nn.Module):
             k, self.compress_key, self.intra_block_pe, packed.cu_seqlens
         )
         cv, _ = self._compress(v, self.compress_value, None, packed.cu_seqlens)
-        windows = Packed.of(window_cu_seqlens, ck.shape[0])
+        windows = positions_in_sequence(window_cu_seqlens, ck.shape[0])
         return _Branches(
             q=self._rope(q, packed.positions),
             k=self._rope(k, packed.positions),
             v=v,
             k_raw=k,
-            ck=self._rope(ck, windows.positions * self.kernel_stride),
+            ck=self._rope(ck, windows * self.kernel_stride),
             cv=cv,
             window_cu_seqlens=window_cu_seqlens,
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nsagen.model.checks import require
+from nsagen.ops.layout import positions_in_sequence
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,12 @@ class Packed:
     def of(
         cls, cu_seqlens: Tensor, num_tokens: int, lengths: Sequence[int] | None = None
     ) -> Packed:
-        """Lay out `num_tokens` rows; rows past the last sequence's end get position 0."""
+        """Lay out a batch of `num_tokens` tokens."""
         rows = torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
         sequence = torch.searchsorted(cu_seqlens[1:], rows, right=True)
-        inside = sequence < cu_seqlens.shape[0] - 1
-        sequence = sequence.clamp(max=max(cu_seqlens.shape[0] - 2, 0))
-        positions = torch.where(inside, rows - cu_seqlens[sequence], 0)
+        positions = positions_in_sequence(cu_seqlens, num_tokens)
         known = None if lengths is None else tuple(lengths)
-        return cls(cu_seqlens, sequence, positions.to(torch.int32), known)
+        return cls(cu_seqlens, sequence, positions, known)
 
 
 def check_packed(where: str, input_ids: Tensor, cu_seqlens: Tensor, max_positions: int) -> Tensor:
