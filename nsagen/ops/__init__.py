@@ -1,0 +1,37 @@
+"""The ops of Native Sparse Attention: custom ops with fake implementations and autograd.
+
+CUDA tensors run generated kernels, found by a dispatcher; CPU tensors run `nsagen.ops.reference`,
+or the same kernels where TRITON_INTERPRET=1 was set before triton was imported.
+"""
+
+from nsagen.ops.cache_append import cache_append
+from nsagen.ops.compress import (
+    avgpool_compress,
+    compress,
+    linear_compress,
+    weightedpool_compress,
+)
+from nsagen.ops.compressed_attention import compressed_attention
+from nsagen.ops.compressed_attention_decode import compressed_attention_decode
+from nsagen.ops.gated_sum import gated_sum
+from nsagen.ops.native_sparse_attention import native_sparse_attention
+from nsagen.ops.native_sparse_attention_decode import native_sparse_attention_decode
+from nsagen.ops.rope import rope
+from nsagen.ops.selected_attention import topk_sparse_attention
+from nsagen.ops.sliding_window_attention import sliding_window_attention
+
+__all__ = [
+    "avgpool_compress",
+    "cache_append",
+    "compress",
+    "compressed_attention",
+    "compressed_attention_decode",
+    "gated_sum",
+    "linear_compress",
+    "native_sparse_attention",
+    "native_sparse_attention_decode",
+    "rope",
+    "sliding_window_attention",
+    "topk_sparse_attention",
+    "weightedpool_compress",
+]

@@ -1,0 +1,119 @@
+"""The contracts of the ops' tensors, checked without reading a value from a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from nsagen.errors import InvalidInputError
+from nsagen.ops.reference.compress import check_weights
+
+
+def fail(op: str, rule: str, came: object, remedy: str) -> NoReturn:
+    """Raise the error of a broken contract, on one line."""
+    raise InvalidInputError(f"{op}: {rule}; got {came}; {remedy}")
+
+
+def check_rows(op: str, dims: int = 3, **tensors: Tensor | None) -> None:
+    """The tensors are [rows, heads, ..., dim] of one float dtype on one device, dim contiguous."""
+    first: Tensor | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        first = tensor if first is None else first
+        if tensor.ndim != dims:
+            fail(op, f"{name} must have {dims} dimensions", shapes(tensors), "reshape it")
+        if not tensor.dtype.is_floating_point or tensor.dtype != first.dtype:
+            came = ", ".join(f"{n} {t.dtype}" for n, t in tensors.items() if t is not None)
+            fail(op, f"{', '.join(tensors)} must share one float dtype", came, "convert them")
+        if tensor.device != first.device:
+            came = f"{first.device} and {tensor.device}"
+            fail(op, f"{', '.join(tensors)} must be on one device", came, f"move {name}")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
+            came = f"strides {tuple(tensor.stride())}"
+            fail(op, f"{name}'s last dimension must be contiguous", came, "call .contiguous()")
+
+
+def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q [N, HQ, D], k [T, HK, D], v [T, HK, Dv], HQ a multiple of HK, beside `check_rows`."""
+    check_rows(op, q=q, k=k, v=v)
+    check_keys(op, q, k)
+    if k.shape[:2] != v.shape[:2]:
+        came = shapes({"k": k, "v": v})
+        fail(op, "k and v must agree in tokens and heads", came, "pass k [T, HK, D], v [T, HK, Dv]")
+
+
+def check_keys(op: str, q: Tensor, k: Tensor) -> None:
+    """The last two dimensions of q and k: HQ, D and HK, D with HQ a multiple of HK."""
+    if q.shape[-1] != k.shape[-1]:
+        came = shapes({"q": q, "k": k})
+        fail(op, "q and k must agree in head_dim, their last size", came, "slice or project one")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        rule = "query heads must be a multiple of key/value heads"
+        fail(op, rule, f"{q.shape[-2]} and {k.shape[-2]}", "repeat or drop heads")
+
+
+def check_like(op: str, like: tuple[str, Tensor], **tensors: Tensor) -> None:
+    """The tensors have the shape of `like`."""
+    for name, tensor in tensors.items():
+        if tensor.shape != like[1].shape:
+            came = shapes({like[0]: like[1], name: tensor})
+            fail(op, f"{name} must have {like[0]}'s shape", came, "pass branches of one call")
+
+
+def check_indices(op: str, x: Tensor, shape: tuple[int, ...], **tensors: Tensor) -> None:
+    """int32, contiguous, of this shape, on x's device."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int32:
+            fail(op, f"{name} must be int32", tensor.dtype, f"pass {name}.to(torch.int32)")
+        if tuple(tensor.shape) != tuple(shape) or not tensor.is_contiguous():
+            came = f"{tuple(tensor.shape)}, strides {tuple(tensor.stride())}"
+            fail(op, f"{name} must be contiguous with shape {tuple(shape)}", came, "reshape it")
+        if tensor.device != x.device:
+            came = f"{tensor.device} and {x.device}"
+            fail(op, f"{name} must be on the device of the other tensors", came, f"move {name}")
+
+
+def check_cu_seqlens(
+    op: str, name: str, cu_seqlens: Tensor, x: Tensor, *, spare: bool = False
+) -> None:
+    """int32 [batch + 1] on x's device; on a CPU its values too: 0, never falling, x's rows.
+
+    Args:
+        spare: x may have rows past the last sequence.
+    """
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+        rule = f"{name} must have shape [batch + 1]"
+        fail(op, rule, tuple(cu_seqlens.shape), "start with 0 and append the running sum")
+    check_indices(op, x, (cu_seqlens.shape[0],), **{name: cu_seqlens})
+    if cu_seqlens.device.type != "cpu":
+        return
+    ends, rows = cu_seqlens.tolist(), x.shape[0]
+    right = ends[0] == 0 and (ends[-1] <= rows if spare else ends[-1] == rows)
+    if not right or any(a > b for a, b in itertools.pairwise(ends)):
+        rule = f"{name} must start at 0, never fall and end at {rows}, the number of rows"
+        came = f"{ends[:8]}{'...' if len(ends) > 8 else ''}"
+        fail(op, rule, came, "pass the running sum of the sequence lengths, 0 first")
+
+
+def check_compress_weights(
+    op: str, x: Tensor, w: Tensor | None, pe: Tensor | None, compress_type: str, size: int
+) -> None:
+    """w and pe have compress_type's shapes for windows of x [N, HK, D], and x's dtype."""
+    check_weights(op, torch.Size((size, *x.shape[1:])), w, pe, compress_type)
+    for name, tensor in (("the weight", w), ("pe", pe)):
+        if tensor is None:
+            continue
+        if (tensor.dtype, tensor.device) != (x.dtype, x.device):
+            rule = f"{name} must be {x.dtype} on {x.device}, as the tokens are"
+            fail(op, rule, f"{tensor.dtype} on {tensor.device}", "convert it")
+        if not tensor.is_contiguous():
+            fail(op, f"{name} must be contiguous", f"strides {tensor.stride()}", "make it so")
+
+
+def shapes(tensors: dict[str, Tensor | None]) -> str:
+    """`q (5, 4, 64), k (5, 2, 64)`."""
+    return ", ".join(f"{n} {tuple(t.shape)}" for n, t in tensors.items() if t is not None)

@@ -1,0 +1,90 @@
+"""Where a call runs, and launching its kernel: what all custom ops share."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from nsagen.errors import InvalidInputError, UnsupportedWorkloadError
+from nsagen.runtime import Dispatcher, registry
+from nsagen.runtime.device import interpreting
+from nsagen.workload import DTYPES, STATIC_PARAMS, Param, Workload
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether a call on `x` runs kernels: on GPUs, and on CPUs where Triton interprets.
+
+    float64 has no kernels; on a CPU it always takes the reference.
+    """
+    return x.is_cuda or (interpreting() and x.dtype is not torch.float64)
+
+
+def key_of(dispatcher: Dispatcher | None) -> str:
+    """What a custom op carries for a dispatcher."""
+    return registry.DEFAULT if dispatcher is None else dispatcher.key
+
+
+def scale_of(softmax_scale: float | None, q: Tensor) -> float:
+    """The given softmax scale, or 1/sqrt(head_dim)."""
+    return q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    """Of softmax statistics: float32, or float64 for float64 inputs (CPU only)."""
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def launch(
+    dispatcher: str,
+    op: str,
+    pass_: str,
+    values: tuple[Param, ...],
+    args: tuple[object, ...],
+    context: int | None = None,
+) -> None:
+    """Launch the kernel of a workload.
+
+    Args:
+        dispatcher: the dispatcher's key.
+        values: the static parameters in the order of `STATIC_PARAMS`.
+        args: of the kernel's `launch`; the first is the main input, whose rows are the
+            call's tokens.
+        context: for decoding, the tokens that a cache slot holds at most.
+
+    Raises:
+        InvalidInputError: the dtype has no kernels.
+        UnsupportedWorkloadError: no variant covers the call, and none may or can be built.
+    """
+    x = args[0]
+    assert isinstance(x, Tensor)
+    if x.shape[0] == 0:
+        return
+    workload = _workload(op, pass_, x.dtype, values)
+    kernel = registry.lookup(dispatcher).launcher(workload, x.device, x.shape[0], context)
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            kernel(*args)
+    else:
+        kernel(*args)
+
+
+def no_backward(op: str, x: Tensor) -> UnsupportedWorkloadError:
+    """The error of a backward pass on a device that has no kernels for it."""
+    return UnsupportedWorkloadError(
+        f"{op}: gradients need a kernel for the backward pass, and there is none yet; got "
+        f"tensors on {x.device}; wrap inference in torch.no_grad(), or train on the CPU"
+    )
+
+
+@functools.cache
+def _workload(op: str, pass_: str, dtype: torch.dtype, values: tuple[Param, ...]) -> Workload:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise InvalidInputError(
+            f"{op}: kernels take {', '.join(DTYPES)}; got {name}; "
+            "convert the tensors, or move them to the CPU for the reference"
+        )
+    params = dict(zip(STATIC_PARAMS[op, pass_], values, strict=True))
+    return Workload.of(op, pass_, dtype=name, **params)

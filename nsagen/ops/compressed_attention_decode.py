@@ -1,0 +1,129 @@
+"""Decoding, second step: compressed attention and block selection of one new token a row."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, astuple
+
+import torch
+from torch import Tensor
+
+from nsagen.ops import reference
+from nsagen.ops._checks import check_indices, check_keys, check_rows, fail, shapes
+from nsagen.ops._launch import key_of, launch, on_kernels, scale_of
+from nsagen.ops.reference.block_selection import BlockRule
+from nsagen.runtime import Dispatcher
+
+_OP = "compressed_attention decode"
+
+
+def compressed_attention_decode(
+    q: Tensor,
+    ck_cache: Tensor,
+    cv_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    softmax_scale: float | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of new tokens to the compressed cache, and the blocks that they select.
+
+    Args:
+        q: [R, HQ, D], after rope.
+        ck_cache: [slots, max_windows, HK, D], after rope; cv_cache: [slots, max_windows, HK, Dv].
+        positions: int32 [R], position of each new token; -1: an idle row.
+        slots: int32 [R], each row's place in the caches.
+        kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks: as in
+            `compressed_attention`.
+        softmax_scale: of the scores; 1/sqrt(D) by default.
+        dispatcher: the generated kernels to use; by default they are built when missing.
+
+    Returns:
+        o [R, HQ, Dv], and topk_idx int32 [HK, R, topk]: ascending block indices, then -1.
+
+    Raises:
+        InvalidInputError: a tensor or parameter breaks the contract above.
+    """
+    statics = (kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
+    scale, key = scale_of(softmax_scale, q), key_of(dispatcher)
+    return compressed_attention_decode_op(
+        q, ck_cache, cv_cache, positions, slots, *statics, scale, key
+    )
+
+
+@torch.library.custom_op("nsagen::compressed_attention_decode", mutates_args=())
+def compressed_attention_decode_op(
+    q: Tensor,
+    ck_cache: Tensor,
+    cv_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor]:
+    """(o [R, HQ, Dv], topk_idx int32 [HK, R, topk])."""
+    check_cached(_OP, q, ck_cache, cv_cache, positions, slots)
+    rule = BlockRule(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
+    if not on_kernels(q):
+        inputs = (q, ck_cache, cv_cache, positions, slots)
+        return reference.compressed_attention_decode(
+            *inputs, **asdict(rule), softmax_scale=softmax_scale
+        )
+    o, topk_idx = _allocate(q, cv_cache, topk)
+    dims = (q.shape[2], cv_cache.shape[3], q.shape[1] // ck_cache.shape[2])
+    args = (q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale)
+    context = (ck_cache.shape[1] - 1) * kernel_stride + kernel_size
+    launch(dispatcher, "compressed_attention", "decode", (*dims, *astuple(rule)), args, context)
+    return o, topk_idx
+
+
+@compressed_attention_decode_op.register_fake
+def _fake(
+    q: Tensor,
+    ck_cache: Tensor,
+    cv_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor]:
+    return _allocate(q, cv_cache, topk)
+
+
+def check_cached(
+    op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, slots: Tensor
+) -> None:
+    """q [R, HQ, D], caches [slots, length, HK, D | Dv] of its dtype, int32 indices [R]."""
+    check_rows(op, q=q)
+    check_rows(op, 4, k_cache=k_cache, v_cache=v_cache)
+    check_keys(op, q, k_cache)
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        came = shapes({"keys": k_cache, "values": v_cache})
+        fail(op, "caches must agree in slots, length and heads", came, "allocate an NSACache")
+    if q.dtype != k_cache.dtype or q.device != k_cache.device:
+        came = f"{k_cache.dtype} on {k_cache.device}"
+        fail(op, f"caches must be {q.dtype} on {q.device}, as q is", came, "allocate them so")
+    check_indices(op, q, (q.shape[0],), positions=positions, slots=slots)
+
+
+def _allocate(q: Tensor, cv_cache: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    o = q.new_empty((q.shape[0], q.shape[1], cv_cache.shape[3]))
+    return o, q.new_empty((cv_cache.shape[2], q.shape[0], topk), dtype=torch.int32)

@@ -1,0 +1,90 @@
+"""Gated sum: o = gate[..., 0] o_compressed + gate[..., 1] o_selected + gate[..., 2] o_sliding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsagen.ops import reference
+from nsagen.ops._checks import check_like, check_rows, fail
+from nsagen.ops._launch import key_of, launch, on_kernels
+from nsagen.runtime import Dispatcher
+
+_OP = "gated_sum"
+
+
+def gated_sum(
+    o_compressed: Tensor,
+    o_selected: Tensor,
+    o_sliding: Tensor,
+    gate: Tensor,
+    *,
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """The three branches, each weighted by its gate.
+
+    Args:
+        o_compressed, o_selected, o_sliding: [N, HQ, Dv].
+        gate: [N, HQ, 3] after the sigmoid, in the branches' dtype or float32.
+        dispatcher: the generated kernels to use; by default they are built when missing.
+
+    Returns:
+        o [N, HQ, Dv] in the branches' dtype. Differentiable in all four.
+
+    Raises:
+        InvalidInputError: a tensor breaks the contract above.
+    """
+    return gated_sum_forward(o_compressed, o_selected, o_sliding, gate, key_of(dispatcher))
+
+
+@torch.library.custom_op("nsagen::gated_sum_forward", mutates_args=())
+def gated_sum_forward(
+    o_compressed: Tensor, o_selected: Tensor, o_sliding: Tensor, gate: Tensor, dispatcher: str = ""
+) -> Tensor:
+    """o [N, HQ, Dv]."""
+    check_rows(_OP, o_compressed=o_compressed, o_selected=o_selected, o_sliding=o_sliding)
+    like = ("o_compressed", o_compressed)
+    check_like(_OP, like, o_selected=o_selected, o_sliding=o_sliding)
+    check_gate(_OP, gate, o_compressed)
+    if not on_kernels(o_compressed):
+        return reference.gated_sum(o_compressed, o_selected, o_sliding, gate)
+    o = o_compressed.new_empty(o_compressed.shape)
+    args = (o_compressed, o_selected, o_sliding, gate, o)
+    launch(dispatcher, _OP, "forward", (o.shape[2],), args)
+    return o
+
+
+@gated_sum_forward.register_fake
+def _fake(
+    o_compressed: Tensor, o_selected: Tensor, o_sliding: Tensor, gate: Tensor, dispatcher: str = ""
+) -> Tensor:
+    return o_compressed.new_empty(o_compressed.shape)
+
+
+def check_gate(op: str, gate: Tensor, o: Tensor) -> None:
+    """gate [N, HQ, 3] in the dtype of o [N, HQ, Dv] or float32, last dimension contiguous."""
+    check_rows(op, gate=gate)
+    if gate.shape != (*o.shape[:2], 3):
+        rule = f"gate must be {(*o.shape[:2], 3)}"
+        fail(op, rule, tuple(gate.shape), "pass compressed, selected, sliding for each head")
+    if gate.dtype not in (o.dtype, torch.float32) or gate.device != o.device:
+        rule = f"gate must be {o.dtype} or float32 on {o.device}"
+        fail(op, rule, f"{gate.dtype} on {gate.device}", "convert it")
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _backward(ctx, do: Tensor):  # type: ignore[no-untyped-def]
+    *branches, gate = ctx.saved_tensors
+    dtype = torch.promote_types(do.dtype, torch.float32)
+    wide = do.to(dtype)
+    gradients = [
+        (wide * gate[..., i : i + 1]).to(branch.dtype) for i, branch in enumerate(branches)
+    ]
+    d_gate = torch.stack([(wide * branch).sum(-1) for branch in branches], -1)
+    return (*gradients, d_gate.to(gate.dtype), None)
+
+
+gated_sum_forward.register_autograd(_backward, setup_context=_setup_context)

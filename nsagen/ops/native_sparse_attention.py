@@ -1,0 +1,103 @@
+"""The whole block: compression, rope, the three branches and their gated sum."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nsagen.ops._launch import scale_of
+from nsagen.ops.compress import compress
+from nsagen.ops.compressed_attention import compressed_attention
+from nsagen.ops.gated_sum import gated_sum
+from nsagen.ops.layout import positions_in_sequence
+from nsagen.ops.rope import rope
+from nsagen.ops.selected_attention import topk_sparse_attention
+from nsagen.ops.sliding_window_attention import sliding_window_attention
+from nsagen.runtime import Dispatcher
+
+
+def native_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    compress_type: str,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    window_size: int,
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    w_k: Tensor | None = None,
+    w_v: Tensor | None = None,
+    pe: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    softmax_scale: float | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """Gated sum of compressed, selected and sliding-window attention.
+
+    Keys and values are compressed before rope; then q and k turn by their token's position and
+    compressed key i by position i * kernel_stride. No step waits for the device.
+
+    Args:
+        q: [N, HQ, D]; k: [N, HK, D]; v: [N, HK, Dv], all before rope.
+        gate: [N, HQ, 3], after the sigmoid: compressed, selected, sliding.
+        cu_seqlens: int32 [batch + 1].
+        compress_type: "avgpool", "weightedpool" or "linear".
+        kernel_size: tokens of a window; kernel_stride: tokens between two windows' starts.
+        block_size: tokens of a block.
+        topk: blocks selected a token, with init_blocks at the start and local_blocks up to
+            its own always among them.
+        window_size: tokens that the sliding window sees, the query's own among them.
+        w_k, w_v: weights that compress keys and values, as in `compress`; None for avgpool.
+        pe: [HK, kernel_size, D], added to a window's keys, or None.
+        cos, sin: float32 [P, D // 2], or None for no rope.
+        softmax_scale: of the scores; 1/sqrt(D) by default.
+        dispatcher: the generated kernels to use; by default they are built when missing.
+
+    Returns:
+        o [N, HQ, Dv]. Differentiable in q, k, v, gate, w_k, w_v and pe.
+
+    Raises:
+        InvalidInputError: a tensor or parameter breaks the contract above.
+    """
+    windows = {
+        "compress_type": compress_type,
+        "kernel_size": kernel_size,
+        "kernel_stride": kernel_stride,
+    }
+    ck, ck_cu_seqlens = compress(k, w_k, pe, cu_seqlens, **windows, dispatcher=dispatcher)
+    cv, _ = compress(v, w_v, None, cu_seqlens, **windows, dispatcher=dispatcher)
+    if cos is not None and sin is not None:
+        positions = positions_in_sequence(cu_seqlens, q.shape[0])
+        starts = positions_in_sequence(ck_cu_seqlens, ck.shape[0]) * kernel_stride
+        q = rope(q, cos, sin, positions, dispatcher=dispatcher)
+        k = rope(k, cos, sin, positions, dispatcher=dispatcher)
+        ck = rope(ck, cos, sin, starts, dispatcher=dispatcher)
+    scale = scale_of(softmax_scale, q)
+    o_compressed, topk_idx = compressed_attention(
+        q,
+        ck,
+        cv,
+        kernel_size,
+        kernel_stride,
+        block_size,
+        topk,
+        cu_seqlens,
+        ck_cu_seqlens,
+        sm_scale=scale,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        dispatcher=dispatcher,
+    )
+    o_selected = topk_sparse_attention(
+        q, k, v, topk_idx, block_size, cu_seqlens, scale, dispatcher=dispatcher
+    )
+    o_sliding = sliding_window_attention(
+        q, k, v, window_size, cu_seqlens, scale, dispatcher=dispatcher
+    )
+    return gated_sum(o_compressed, o_selected, o_sliding, gate, dispatcher=dispatcher)

@@ -1,0 +1,115 @@
+"""Decoding, last step: selected and sliding-window attention, summed with the compressed one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsagen.ops import reference
+from nsagen.ops._checks import check_indices, check_rows, fail
+from nsagen.ops._launch import key_of, launch, on_kernels, scale_of
+from nsagen.ops.compressed_attention_decode import check_cached
+from nsagen.ops.gated_sum import check_gate
+from nsagen.runtime import Dispatcher
+
+_OP = "native_sparse_attention decode"
+
+
+def native_sparse_attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    topk_idx: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    o_compressed: Tensor,
+    gate: Tensor,
+    *,
+    block_size: int,
+    window_size: int,
+    softmax_scale: float | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """The gated sum of the three branches for one new token a row.
+
+    Args:
+        q: [R, HQ, D], after rope.
+        k_cache: [slots, max_length, HK, D], after rope, the new token among them.
+        v_cache: [slots, max_length, HK, Dv].
+        topk_idx: int32 [HK, R, topk], from `compressed_attention_decode`.
+        positions: int32 [R], position of each new token; -1: an idle row.
+        slots: int32 [R], each row's place in the caches.
+        o_compressed: [R, HQ, Dv], from `compressed_attention_decode`.
+        gate: [R, HQ, 3] after the sigmoid: compressed, selected, sliding.
+        block_size: tokens of a block.
+        window_size: tokens that the sliding window sees, the new one among them.
+        softmax_scale: of the scores; 1/sqrt(D) by default.
+        dispatcher: the generated kernels to use; by default they are built when missing.
+
+    Returns:
+        o [R, HQ, Dv].
+
+    Raises:
+        InvalidInputError: a tensor or parameter breaks the contract above.
+    """
+    scale, key = scale_of(softmax_scale, q), key_of(dispatcher)
+    inputs = (q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate)
+    return native_sparse_attention_decode_op(*inputs, block_size, window_size, scale, key)
+
+
+@torch.library.custom_op("nsagen::native_sparse_attention_decode", mutates_args=())
+def native_sparse_attention_decode_op(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    topk_idx: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    o_compressed: Tensor,
+    gate: Tensor,
+    block_size: int,
+    window_size: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+) -> Tensor:
+    """o [R, HQ, Dv]."""
+    check_cached(_OP, q, k_cache, v_cache, positions, slots)
+    rows, topk = q.shape[0], topk_idx.shape[-1]
+    check_indices(_OP, q, (k_cache.shape[2], rows, topk), topk_idx=topk_idx)
+    check_rows(_OP, q=q, o_compressed=o_compressed)
+    check_gate(_OP, gate, o_compressed)
+    if o_compressed.shape != (rows, q.shape[1], v_cache.shape[3]):
+        rule = f"o_compressed must be {(rows, q.shape[1], v_cache.shape[3])}"
+        fail(_OP, rule, tuple(o_compressed.shape), "take it from compressed_attention_decode")
+    if min(block_size, window_size) < 1:
+        rule = "block_size and window_size must be positive"
+        fail(_OP, rule, f"{block_size} and {window_size}", "64 and 512 are usual")
+    inputs = (q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate)
+    if not on_kernels(q):
+        return reference.native_sparse_attention_decode(
+            *inputs, block_size=block_size, window_size=window_size, softmax_scale=softmax_scale
+        )
+    o = o_compressed.new_empty(o_compressed.shape)
+    dims = (q.shape[2], v_cache.shape[3], q.shape[1] // k_cache.shape[2])
+    values = (*dims, block_size, topk, window_size)
+    args = (*inputs, o, softmax_scale)
+    launch(dispatcher, "native_sparse_attention", "decode", values, args, k_cache.shape[1])
+    return o
+
+
+@native_sparse_attention_decode_op.register_fake
+def _fake(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    topk_idx: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    o_compressed: Tensor,
+    gate: Tensor,
+    block_size: int,
+    window_size: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+) -> Tensor:
+    return o_compressed.new_empty(o_compressed.shape)

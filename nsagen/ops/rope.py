@@ -1,0 +1,86 @@
+"""Rotary position embedding, rotate-half convention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsagen.ops import reference
+from nsagen.ops._checks import check_indices, check_rows, fail
+from nsagen.ops._launch import key_of, launch, on_kernels
+from nsagen.runtime import Dispatcher
+
+_OP = "rope"
+
+
+def rope(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """Rotate each head by the angles of its token's position.
+
+    With a = x[..., :D//2] and b = x[..., D//2:]: y = (a cos - b sin, b cos + a sin).
+
+    Args:
+        x: [N, H, D].
+        cos, sin: float32 [P, D // 2], of each position's angles; not differentiable.
+        positions: int32 [N], each in 0 .. P - 1.
+        dispatcher: the generated kernels to use; by default they are built when missing.
+
+    Returns:
+        y [N, H, D] in x's dtype. Differentiable in x.
+
+    Raises:
+        InvalidInputError: a tensor breaks the contract above.
+    """
+    return rope_forward(x, cos, sin, positions, key_of(dispatcher))
+
+
+@torch.library.custom_op("nsagen::rope_forward", mutates_args=())
+def rope_forward(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, dispatcher: str = ""
+) -> Tensor:
+    """y [N, H, D]."""
+    check_rows(_OP, x=x)
+    check_tables(_OP, x.shape[2], cos, sin)
+    check_indices(_OP, x, (x.shape[0],), positions=positions)
+    if not on_kernels(x):
+        return reference.rope(x, cos, sin, positions)
+    y = x.new_empty(x.shape)
+    launch(dispatcher, _OP, "forward", (x.shape[2],), (x, cos, sin, positions, y))
+    return y
+
+
+@rope_forward.register_fake
+def _fake(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, dispatcher: str = "") -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def check_tables(op: str, head_dim: int, cos: Tensor, sin: Tensor) -> None:
+    """cos and sin must be contiguous float32 [P, head_dim // 2]."""
+    for name, table in (("cos", cos), ("sin", sin)):
+        right = table.ndim == 2 and table.shape[1] * 2 == head_dim and table.shape == cos.shape
+        if not right or table.dtype != torch.float32 or not table.is_contiguous():
+            rule = f"{name} must be a contiguous float32 table [positions, {head_dim // 2}]"
+            came = f"{table.dtype} {tuple(table.shape)}"
+            fail(op, rule, came, "take them from nsagen.model.rope.rope_tables")
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    _, cos, sin, positions, dispatcher = inputs
+    ctx.save_for_backward(cos, sin, positions)
+    ctx.dispatcher = dispatcher
+
+
+def _backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
+    # The transpose of a rotation is the rotation back.
+    cos, sin, positions = ctx.saved_tensors
+    dx = rope_forward(dy.contiguous(), cos, -sin, positions, ctx.dispatcher)
+    return dx, None, None, None, None
+
+
+rope_forward.register_autograd(_backward, setup_context=_setup_context)

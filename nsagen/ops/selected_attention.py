@@ -1,0 +1,163 @@
+"""Selected attention: query t attends to the tokens u <= t of the blocks chosen for it.
+
+Per key/value head, `topk_idx` names the blocks; the heads of a group share them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsagen.ops import reference
+from nsagen.ops._checks import (
+    check_attention,
+    check_cu_seqlens,
+    check_indices,
+    fail,
+)
+from nsagen.ops._gradients import reference_gradients
+from nsagen.ops._launch import key_of, launch, lse_dtype, no_backward, on_kernels, scale_of
+from nsagen.runtime import Dispatcher
+
+_OP = "selected_attention"
+
+
+def topk_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    block_size: int,
+    cu_seqlens: Tensor,
+    softmax_scale: float | None = None,
+    *,
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """Attention of each query to the blocks of keys that were selected for it.
+
+    Args:
+        q: [N, HQ, D], after rope, as is k.
+        k: [N, HK, D].
+        v: [N, HK, Dv].
+        topk_idx: int32 [HK, N, topk], block indices within the sequence; -1 is none.
+        block_size: tokens of a block.
+        cu_seqlens: int32 [batch + 1].
+        softmax_scale: of the scores; 1/sqrt(D) by default.
+        dispatcher: the generated kernels to use; by default they are built when missing.
+
+    Returns:
+        o [N, HQ, Dv]; 0 where nothing is selected. Differentiable in q, k and v.
+
+    Raises:
+        InvalidInputError: a tensor breaks the contract above.
+    """
+    scale = scale_of(softmax_scale, q)
+    key = key_of(dispatcher)
+    return selected_attention_forward(q, k, v, topk_idx, cu_seqlens, block_size, scale, key)[0]
+
+
+@torch.library.custom_op("nsagen::selected_attention_forward", mutates_args=())
+def selected_attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor]:
+    """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
+    check_attention(_OP, q, k, v)
+    check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, k)
+    if q.shape[0] != k.shape[0]:
+        fail(_OP, "q and k must have the same tokens", f"{q.shape[0]} and {k.shape[0]}", "pack one")
+    check_indices(_OP, q, (k.shape[1], q.shape[0], topk_idx.shape[-1]), topk_idx=topk_idx)
+    if block_size < 1:
+        fail(_OP, "block_size must be positive", block_size, "64 or 128 are usual")
+    if not on_kernels(q):
+        return reference.selected_attention(
+            q, k, v, topk_idx, cu_seqlens, block_size=block_size, softmax_scale=softmax_scale
+        )
+    o, lse = _allocate(q, v)
+    values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], block_size)
+    args = (q, k, v, topk_idx, cu_seqlens, o, lse, softmax_scale)
+    launch(dispatcher, _OP, "forward", values, args)
+    return o, lse
+
+
+@selected_attention_forward.register_fake
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor]:
+    return _allocate(q, v)
+
+
+@torch.library.custom_op("nsagen::selected_attention_backward", mutates_args=())
+def selected_attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    cu_seqlens: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv); on a CPU by differentiating the reference."""
+    if q.is_cuda:
+        raise no_backward(_OP, q)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        statics = {"block_size": block_size, "softmax_scale": softmax_scale}
+        return reference.selected_attention(q, k, v, topk_idx, cu_seqlens, **statics)[0]
+
+    dq, dk, dv = reference_gradients(forward, (q, k, v), do)
+    return dq, dk, dv
+
+
+@selected_attention_backward.register_fake
+def _fake_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    cu_seqlens: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, block_size, softmax_scale, dispatcher = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+    ctx.statics = (block_size, softmax_scale, dispatcher)
+
+
+def _backward(ctx, do: Tensor, dlse: Tensor):  # type: ignore[no-untyped-def]
+    gradients = selected_attention_backward(do, *ctx.saved_tensors, *ctx.statics)
+    return (*gradients, None, None, None, None, None)
+
+
+selected_attention_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _allocate(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    o = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+    return o, q.new_empty(q.shape[:2], dtype=lse_dtype(q))
