@@ -1,13 +1,39 @@
 """Skips what cannot run in this process: tests for a GPU, or for Triton's interpreter.
 
 TRITON_INTERPRET is read when a kernel is decorated, so interpreter tests have a process of
-their own: `TRITON_INTERPRET=1 pytest -m interpreter`; `make test` runs both.
+their own: `TRITON_INTERPRET=1 pytest -m "kernel or interpreter"`; `make test` runs both.
 """
 
+import atexit
+import importlib.util
 import os
+import shutil
+import tempfile
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples in every run, and no limit that a busy machine would break.
+hypothesis.settings.register_profile("nsagen", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("nsagen")
+
+# A machine that only runs kernels may lack what reads specs; its tests are not for there.
+collect_ignore = (
+    []
+    if importlib.util.find_spec("pydantic")
+    else [
+        "codegen",
+        "spec",
+        "test_cli.py",
+        "test_packaging.py",
+    ]
+)
+
+# Parallel workers must not find each other's half-written kernels.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    tempfile.tempdir = tempfile.mkdtemp(prefix=f"nsagen-{worker}-")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

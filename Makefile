@@ -1,0 +1,61 @@
+# Needs make and Python 3.11 or newer; everything else goes into .venv.
+#
+#   make setup      create or update .venv; nothing to do while its inputs are unchanged
+#   make demo       build the shipped specs and run the demo, in Triton's interpreter
+#   make test       all tests that need no GPU
+#   make check      lint, formatting, types, tests, and that generated/ is up to date
+#   make gpu-test   the tests for a GPU; PY=python3 uses an environment of yours
+#   make generate   regenerate what is committed: specs/spec.schema.json and generated/
+#   make clean      remove .venv and caches
+
+PYTHON ?= python3
+PY     ?= .venv/bin/python
+JOBS   ?= auto
+SPECS  := specs/llama8b.yaml specs/tiny.yaml
+STAMP  := .venv/.stamp
+
+# One thread a test process: the processes already use every core.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
+# The interpreter must not see a GPU: it is what stands in for one.
+INTERPRETED := TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
+
+.PHONY: setup demo test test-plain test-interpreter check gpu-test generate clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	  .venv/bin/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(PY) -m nsagen build $(SPECS)
+	$(INTERPRETED) $(PY) examples/demo.py
+
+test: test-plain test-interpreter
+
+# Two processes, for Triton reads TRITON_INTERPRET when it decorates a kernel.
+test-plain: $(STAMP)
+	$(PYTEST) -m "not slow and not interpreter"
+
+test-interpreter: $(STAMP)
+	$(INTERPRETED) $(PYTEST) -m "(kernel or interpreter) and not slow"
+
+check: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+	$(PY) -m nsagen build --check $(SPECS)
+	$(MAKE) test
+
+gpu-test:
+	$(PY) -m pytest -q -m gpu
+
+generate: $(STAMP)
+	$(PY) -m nsagen inspect --schema > specs/spec.schema.json
+	$(PY) -m nsagen build --compile $(SPECS)
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
