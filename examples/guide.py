@@ -1,4 +1,5 @@
 """The guide's example at full size: 8 layers, about 2.2e9 parameters. Needs a CUDA GPU."""
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 import torch
 

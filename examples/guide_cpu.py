@@ -49,7 +49,7 @@ batch_size = 4
 seqlens = torch.randint(1, 128, (batch_size,), dtype=torch.int32)
 cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32)
 cu_seqlens[1:] = torch.cumsum(seqlens, dim=0)
-input_ids = torch.randint(0, config.vocab_size, (cu_seqlens[-1],), dtype=torch.int64)
+input_ids = torch.randint(0, config.vocab_size, (int(cu_seqlens[-1]),), dtype=torch.int64)
 print(f"\nEXAMPLE INPUT:\ncu_seqlens: {cu_seqlens}\ninput_ids: {input_ids.shape}\n")
 
 # Example forward

@@ -6,7 +6,7 @@ A slot holds one sequence. Tensors are allocated once; their sizes are known bef
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -159,6 +159,9 @@ class _Cache(Generic[Layer]):
 
     def __getitem__(self, layer: int) -> Layer:
         return self._layers[layer]
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self._layers)
 
     @property
     def nbytes(self) -> int:

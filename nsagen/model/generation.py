@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsagen.model.checks import require
 from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
@@ -20,7 +20,7 @@ else:
     Cache = TypeVar("Cache")
 
 
-class Generation(Generic[Cache]):
+class Generation(nn.Module, Generic[Cache]):
     """Gives a model `generate`. The model brings `new_cache`, `prefill` and `decode`."""
 
     config: ToyLlamaConfig
@@ -47,16 +47,13 @@ class Generation(Generic[Cache]):
     def _own_cache(self) -> Cache:
         """The cache kept between calls, allocated anew when the weights have moved."""
         weight = self._weight()
+        wanted = (weight.device, weight.dtype, self.inference_config)
         kept = self._cache
-        if (
-            kept is None
-            or kept.device != weight.device
-            or kept.dtype != weight.dtype
-            or kept.limits != self.inference_config
-        ):
-            self._cache = None  # frees the old one first
-            self._cache = self.new_cache()
-        return self._cache
+        if kept is not None and (kept.device, kept.dtype, kept.limits) == wanted:
+            return kept
+        kept = self._cache = None  # frees the old one before the new one is allocated
+        self._cache = made = self.new_cache()
+        return made
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, cu_seqlens: Tensor, max_new_tokens: int = -1) -> Tensor:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsagen import ops
 from nsagen.model.cache import NSALayerCache, PrefillRows
 from nsagen.model.checks import require
 from nsagen.model.configs import check_sparsity
 from nsagen.model.layers import linear
 from nsagen.model.packing import Packed
 from nsagen.model.rope import RopeConfig, RotaryEmbedding
-from nsagen.ops import reference as ops
 from nsagen.ops.layout import positions_in_sequence
 
 
@@ -102,6 +102,7 @@ class NativeSparseAttention(nn.Module):
         }
         self._scale: dict[str, Any] = {
             "softmax_scale": head_dim**-0.5,
+            "dispatcher": dispatcher,
         }
         require(
             num_q_heads % num_kv_heads == 0,
@@ -172,6 +173,7 @@ class NativeSparseAttention(nn.Module):
             *(cache.k, cache.v, cache.ck, cache.cv, cache.k_raw),
             compress_type=self.compress_type,
             **self._windows,
+            dispatcher=self.dispatcher,
         )
         o_compressed, topk_idx = ops.compressed_attention_decode(
             q, cache.ck, cache.cv, *rows, **self._selection, **self._scale
@@ -201,12 +203,15 @@ class NativeSparseAttention(nn.Module):
         self, x: Tensor, weight: Tensor | None, pe: Tensor | None, cu_seqlens: Tensor
     ) -> tuple[Tensor, Tensor]:
         return ops.compress(
-            *(x, weight, pe, cu_seqlens), compress_type=self.compress_type, **self._windows
+            *(x, weight, pe, cu_seqlens),
+            compress_type=self.compress_type,
+            **self._windows,
+            dispatcher=self.dispatcher,
         )
 
     def _rope(self, x: Tensor, positions: Tensor) -> Tensor:
         tables = (self.rotary_emb.cos, self.rotary_emb.sin)
-        return ops.rope(x, *tables, positions)
+        return ops.rope(x, *tables, positions, dispatcher=self.dispatcher)
 
     def _project(self, x: Tensor, packed: Packed) -> _Branches:
         q, k, v = self._qkv(x)
@@ -232,6 +237,7 @@ class NativeSparseAttention(nn.Module):
             cu_seqlens_k=b.window_cu_seqlens,
             **self._selection,
             sm_scale=self._scale["softmax_scale"],
+            dispatcher=self.dispatcher,
         )
         o_selected = ops.topk_sparse_attention(
             *(b.q, b.k, b.v, topk_idx, self.block_size, packed.cu_seqlens), **self._scale
@@ -240,5 +246,5 @@ class NativeSparseAttention(nn.Module):
             *(b.q, b.k, b.v, self.window_size, packed.cu_seqlens), **self._scale
         )
         gate = self._gates(x)
-        o = ops.gated_sum(o_compressed, o_selected, o_sliding, gate)
+        o = ops.gated_sum(o_compressed, o_selected, o_sliding, gate, dispatcher=self.dispatcher)
         return self.o_proj(o.flatten(1))

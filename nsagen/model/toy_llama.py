@@ -6,6 +6,7 @@ Weights have the names of Transformers' Llama.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +62,11 @@ class ToyLlamaModel(nn.Module):
         std = config.initializer_range
         self.rotary_emb = RotaryEmbedding(config.rope)
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size, std, generator)
-        self.layers = nn.ModuleList(
+        layers = (
             ToyLlamaLayer(config, self.rotary_emb, generator)
             for _ in range(config.num_hidden_layers)
         )
+        self.layers = cast(Sequence[ToyLlamaLayer], nn.ModuleList(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, packed: Packed) -> Tensor:
@@ -88,7 +90,7 @@ class ToyLlamaModel(nn.Module):
         return self.norm(x)
 
 
-class ToyLlama(Generation[KVCache], nn.Module):
+class ToyLlama(Generation[KVCache]):
     """A Llama-like language model with dense causal attention.
 
     Args:
@@ -99,6 +101,8 @@ class ToyLlama(Generation[KVCache], nn.Module):
     Raises:
         InvalidInputError: the cache would be longer than the model has positions.
     """
+
+    config: ToyLlamaConfig
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ Weights have the names of Transformers' Llama.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +77,11 @@ class ToyNSALlamaModel(nn.Module):
         std = config.initializer_range
         self.rotary_emb = RotaryEmbedding(config.rope)
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size, std, generator)
-        self.layers = nn.ModuleList(
+        layers = (
             ToyNSALlamaLayer(config, self.rotary_emb, dispatcher, generator)
             for _ in range(config.num_hidden_layers)
         )
+        self.layers = cast(Sequence[ToyNSALlamaLayer], nn.ModuleList(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: Tensor, packed: Packed) -> Tensor:
@@ -104,7 +105,7 @@ class ToyNSALlamaModel(nn.Module):
         return self.norm(x)
 
 
-class ToyNSALlama(Generation[NSACache], nn.Module):
+class ToyNSALlama(Generation[NSACache]):
     """A Llama-like language model with Native Sparse Attention.
 
     Args:
@@ -117,6 +118,8 @@ class ToyNSALlama(Generation[NSACache], nn.Module):
     Raises:
         InvalidInputError: the cache would be longer than the model has positions.
     """
+
+    config: ToyNSALlamaConfig
 
     def __init__(
         self,

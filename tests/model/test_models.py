@@ -104,6 +104,19 @@ def test_every_parameter_gets_a_gradient(compress_type: str) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_compiler_sees_through_forward() -> None:
+    model = nsa_model(dtype=torch.float32, num_hidden_layers=1)
+    batch = packed_batch([40, 0, 3])
+    expected = model(*batch)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(*batch)
+    torch.testing.assert_close(compiled, expected)
+    compiled.sum().backward()
+    with torch.no_grad():
+        exported = torch.export.export(model, batch)
+        torch.testing.assert_close(exported.module()(*batch), expected)
+
+
 def test_casting_the_model_keeps_rope_exact() -> None:
     model = ToyNSALlama(nsa_config())
     exact = model.model.rotary_emb.cos.clone()

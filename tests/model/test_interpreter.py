@@ -1,0 +1,47 @@
+"""A small model on kernels, in Triton's interpreter, against the same on the reference.
+
+TRITON_INTERPRET=1 pytest tests/model/test_interpreter.py
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from nsagen.model import InferenceConfig
+from nsagen.workload import COMPRESS_TYPES
+from tests.model.tiny import nsa_model, packed_batch
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.kernel,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
+    ),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kernels are built anew, not taken from the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NSAGEN_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+        yield
+
+
+@pytest.mark.parametrize("compress_type", COMPRESS_TYPES)
+@torch.no_grad()
+def test_kernels_compute_what_the_reference_does(compress_type: str) -> None:
+    limits = InferenceConfig(max_batch_size=4, max_length=64)
+    changes = {"num_hidden_layers": 1, "compress_type": compress_type}
+    kernels = nsa_model(limits, torch.float32, **changes)
+    reference = nsa_model(limits, torch.float64, **changes)  # float64 has no kernels
+    ids, cu_seqlens = packed_batch([5, 0, 41, 18])
+    actual, expected = kernels(ids, cu_seqlens), reference(ids, cu_seqlens)
+    assert (actual - expected).norm() / expected.norm() < 3e-5
+    prompts = packed_batch([6, 50, 11])
+    tokens = kernels.generate(*prompts, max_new_tokens=4)
+    assert torch.equal(tokens, reference.generate(*prompts, max_new_tokens=4))
