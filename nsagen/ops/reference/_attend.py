@@ -128,7 +128,7 @@ def packed_attention(
             o, lse = piece(wide_q[start + lo : start + hi], wide_k[columns], wide_v[columns])
             outputs.append(o.to(q.dtype))
             lses.append(lse)
-    return torch.cat(outputs), torch.cat(lses)
+    return torch.cat(outputs).contiguous(), torch.cat(lses).contiguous()
 
 
 def _attend_chunk(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsagen.ops.reference._checks import check_windows
 from nsagen.ops.reference.compress import pool_windows
-from nsagen.ops.reference.rope import rope
+from nsagen.ops.reference.rope import rope_if_given
 
 
 @torch.no_grad()
@@ -56,13 +56,13 @@ def cache_append(
         q after rope, [R, HQ, D]; 0 for idle rows.
     """
     check_windows("cache_append", kernel_size, kernel_stride)
-    q_out = torch.zeros_like(q)
+    q_out = q.new_zeros(q.shape)
     for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
         if position < 0:
             continue
         one, here = slice(row, row + 1), positions[row : row + 1]
-        q_out[one] = _turn(q[one], cos, sin, here)
-        k_cache[slot, position] = _turn(k[one], cos, sin, here)[0]
+        q_out[one] = rope_if_given(q[one], cos, sin, here)
+        k_cache[slot, position] = rope_if_given(k[one], cos, sin, here)[0]
         v_cache[slot, position] = v[row]
         k_raw[slot, position % kernel_size] = k[row]
         window, rest = divmod(position + 1 - kernel_size, kernel_stride)
@@ -71,11 +71,7 @@ def cache_append(
         first = window * kernel_stride
         tokens = torch.arange(first, first + kernel_size, device=k.device)
         key = pool_windows(k_raw[slot, tokens % kernel_size][None], w_k, pe, compress_type)
-        ck_cache[slot, window] = _turn(key, cos, sin, torch.full_like(here, first))[0]
+        ck_cache[slot, window] = rope_if_given(key, cos, sin, torch.full_like(here, first))[0]
         value = pool_windows(v_cache[slot, tokens][None], w_v, None, compress_type)
         cv_cache[slot, window] = value[0]
     return q_out
-
-
-def _turn(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor) -> Tensor:
-    return x if cos is None or sin is None else rope(x, cos, sin, positions)

@@ -41,7 +41,7 @@ def pool_windows(
     else:
         size, _, dim = wide.shape[1:]
         y = torch.einsum("mjhd,hjde->mhe", wide, w.to(dtype).unflatten(1, (size, dim)))
-    return y.to(windows.dtype)
+    return y.to(windows.dtype).contiguous()
 
 
 def check_weights(

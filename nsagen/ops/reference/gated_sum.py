@@ -21,4 +21,5 @@ def gated_sum(o_compressed: Tensor, o_selected: Tensor, o_sliding: Tensor, gate:
     """
     compressed, selected, sliding, weights = upcast(o_compressed, o_selected, o_sliding, gate)
     first, second, third = weights.unsqueeze(-1).unbind(-2)
-    return (first * compressed + second * selected + third * sliding).to(o_compressed.dtype)
+    o = first * compressed + second * selected + third * sliding
+    return o.to(o_compressed.dtype).contiguous()

@@ -12,7 +12,7 @@ from nsagen.ops.reference._checks import check_heads
 from nsagen.ops.reference.compress import avgpool_compress, linear_compress, weightedpool_compress
 from nsagen.ops.reference.compressed_attention import compressed_attention
 from nsagen.ops.reference.gated_sum import gated_sum
-from nsagen.ops.reference.rope import rope
+from nsagen.ops.reference.rope import rope_if_given
 from nsagen.ops.reference.selected_attention import selected_tokens, topk_sparse_attention
 from nsagen.ops.reference.sliding_window_attention import sliding_window_attention
 
@@ -75,11 +75,10 @@ def native_sparse_attention(
     compress = _COMPRESS[compress_type]
     ck, ck_cu_seqlens = compress(k, w_k, cu_seqlens, kernel_size, kernel_stride, pe)
     cv, _ = compress(v, w_v, cu_seqlens, kernel_size, kernel_stride)
-    if cos is not None and sin is not None:
-        positions = positions_in_sequence(cu_seqlens, q.shape[0])
-        windows = positions_in_sequence(ck_cu_seqlens, ck.shape[0])
-        q, k = rope(q, cos, sin, positions), rope(k, cos, sin, positions)
-        ck = rope(ck, cos, sin, windows * kernel_stride)
+    positions = positions_in_sequence(cu_seqlens, q.shape[0])
+    windows = positions_in_sequence(ck_cu_seqlens, ck.shape[0])
+    q, k = rope_if_given(q, cos, sin, positions), rope_if_given(k, cos, sin, positions)
+    ck = rope_if_given(ck, cos, sin, windows * kernel_stride)
     o_compressed, topk_idx = compressed_attention(
         q,
         ck,
@@ -134,7 +133,7 @@ def native_sparse_attention_decode(
     """
     check_heads("native_sparse_attention decode", q, k_cache[0], v_cache[0])
     scale = scale_of(softmax_scale, q.shape[-1])
-    o = torch.zeros_like(o_compressed, dtype=q.dtype)
+    o = q.new_zeros(o_compressed.shape)
     for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
         if position < 0:
             continue

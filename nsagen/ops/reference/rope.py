@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsagen.errors import InvalidInputError
 from nsagen.ops.reference._attend import upcast
 
 
@@ -26,3 +27,16 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
     wide, cos, sin = upcast(x, cos[rows].unsqueeze(1), sin[rows].unsqueeze(1))
     a, b = wide.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+def rope_if_given(x: Tensor, cos: Tensor | None, sin: Tensor | None, positions: Tensor) -> Tensor:
+    """`rope`, or x as it is where there are no tables."""
+    if cos is None and sin is None:
+        return x
+    if cos is None or sin is None:
+        missing = "cos" if cos is None else "sin"
+        raise InvalidInputError(
+            f"rope: cos and sin come together; got no {missing}; pass both tables, or neither for "
+            f"no rope"
+        )
+    return rope(x, cos, sin, positions)
