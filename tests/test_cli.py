@@ -11,45 +11,14 @@ import pytest
 from typer.testing import CliRunner
 
 from nsagen.cli import app, main
-from nsagen.codegen.target import parse_target
-from nsagen.codegen.template import default_schedule
-from nsagen.errors import BuildError
 from nsagen.report import print_verification
 from nsagen.spec import json_schema, load_spec
+from tests.one_op import SPEC, one_op
 
 ROOT = Path(__file__).resolve().parent.parent
+__all__ = ["one_op"]  # a fixture
+
 COMMANDS = ("build", "doctor", "inspect", "verify")
-
-FEW = """
-name: few
-attention: {head_dim: 32, gqa_ratio: 1, dtype: float32, compress_type: avgpool, kernel_size: 8,
-  kernel_stride: 4, block_size: 16, topk: 4, window_size: 32}
-passes: forward
-targets: "cuda:80"
-"""
-
-
-def templates_missing() -> str:
-    """The ops that have no template yet, as text."""
-    missing = set()
-    for workload in load_spec("tiny").workloads():
-        try:
-            default_schedule(workload, parse_target("cuda:80"))
-        except BuildError:
-            missing.add(workload.op)
-    return ", ".join(sorted(missing))
-
-
-needs_templates = pytest.mark.skipif(
-    bool(templates_missing()), reason=f"no template yet for {templates_missing()}"
-)
-
-
-@pytest.fixture
-def few(tmp_path: Path) -> str:
-    path = tmp_path / "few.yaml"
-    path.write_text(FEW)
-    return str(path)
 
 
 class Ran:
@@ -129,85 +98,126 @@ class TestInspect:
         assert json.loads(Ran(capsys, "inspect", "--schema").out) == json_schema()
 
 
-@needs_templates
 class TestBuild:
-    def test_build_then_check_then_a_stale_file(
-        self, capsys: pytest.CaptureFixture[str], few: str, tmp_path: Path
+    def test_it_writes_a_package_and_then_nothing_more(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
     ) -> None:
-        out = str(tmp_path / "out")
-        built = Ran(capsys, "build", few, "--out", out, "--json")
+        built = Ran(capsys, "build", "few.yaml", "--json")
         (row,) = json.loads(built.out)
-        assert (built.code, row["spec"], row["removed"]) == (0, "few", [])
-        assert Ran(capsys, "build", few, "--out", out, "--check").code == 0
-        (again,) = json.loads(Ran(capsys, "build", few, "--out", out, "--json").out)
-        assert again["written"] == []
+        assert (built.code, row["folder"], row["variants"]) == (0, "generated/few", 4)
+        assert {"__init__.py", "dispatcher.py", "manifest.json"} <= set(row["written"])
+        (again,) = json.loads(Ran(capsys, "build", "few.yaml", "--json").out)
+        assert (again["written"], again["removed"]) == ([], [])
 
-        edited = next((tmp_path / "out" / "few" / "kernels").glob("rope_*.py"))
-        edited.write_text(edited.read_text() + "# mine\n")
-        stale = Ran(capsys, "build", few, "--out", out, "--check", "--json")
-        assert stale.code == 1
-        assert json.loads(stale.out) == [{"spec": "few", "path": str(edited), "state": "edited"}]
-        assert str(edited) in Ran(capsys, "build", few, "--out", out, "--check").out
-        assert Ran(capsys, "build", few, "--out", out).code == 0
-        assert Ran(capsys, "build", few, "--out", out, "--check").code == 0
+    def test_the_summary_is_one_line_a_spec(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
+    ) -> None:
+        ran = Ran(capsys, "build", "few.yaml", "--out", "elsewhere")
+        assert ran.out == "few: 4 kernels in elsewhere/few; 8 files written, 0 removed\n"
+
+    @pytest.mark.parametrize("state", ["edited", "missing", "orphaned"])
+    def test_check_names_each_file_that_is_not_up_to_date(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path, state: str
+    ) -> None:
+        Ran(capsys, "build", "few.yaml")
+        path = next(Path("generated/few/kernels").glob("gated_sum_*.py"))
+        if state == "edited":
+            path.write_text(path.read_text() + "# mine\n")
+        elif state == "missing":
+            path.unlink()
+        else:
+            path = path.with_name("gated_sum_of_old.py")
+            path.touch()
+        told = Ran(capsys, "build", "few.yaml", "--check")
+        assert told.code == 1
+        assert told.out.splitlines()[0] == f"{state}: {path}"
+        assert "run: nsagen build few.yaml" in told.out
+        as_json = Ran(capsys, "build", "few.yaml", "--check", "--json")
+        assert json.loads(as_json.out) == [{"spec": "few", "path": str(path), "state": state}]
+        assert Ran(capsys, "build", "few.yaml").code == 0
+        assert Ran(capsys, "build", "few.yaml", "--check").out == "few: up to date\n"
 
     def test_a_bad_spec_beside_a_good_one_builds_nothing(
-        self, capsys: pytest.CaptureFixture[str], few: str, tmp_path: Path
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
     ) -> None:
-        out = tmp_path / "out"
-        assert Ran(capsys, "build", few, "tinny", "--out", str(out)).code == 2
-        assert not out.exists()
+        assert Ran(capsys, "build", "few.yaml", "tinny").code == 2
+        assert not Path("generated").exists()
+
+    def test_a_template_that_fails_exits_1_with_one_line(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
+    ) -> None:
+        path = one_op / "templates" / "gated_sum" / "forward_elementwise.py.j2"
+        path.write_text(path.read_text().replace("v_head_dim", "head_dim"))
+        ran = Ran(capsys, "build", "few.yaml")
+        assert (ran.code, ran.out) == (1, "")
+        assert ran.err.startswith("nsagen: templates/gated_sum/forward_elementwise.py.j2")
 
     def test_doctor_finds_a_stale_package(
-        self, capsys: pytest.CaptureFixture[str], tmp_path: Path
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
     ) -> None:
-        Ran(capsys, "build", "tiny", "--out", str(tmp_path))
-        (tmp_path / "tiny" / "__init__.py").unlink()
-        ran = Ran(capsys, "doctor", "--out", str(tmp_path), "--json")
+        Path("specs").mkdir()
+        Path("few.yaml").rename("specs/few.yaml")
+        Ran(capsys, "build", "few")
+        Path("generated/few/__init__.py").unlink()
+        ran = Ran(capsys, "doctor", "--json")
         (problem,) = json.loads(ran.out)["problems"]
         assert ran.code == 1
-        assert "__init__.py (missing); run: nsagen build tiny" in problem
+        assert problem.startswith("generated/few: 1 files are not up to date, such as __init__.py")
 
 
-@needs_templates
 class TestVerify:
     @pytest.mark.interpreter
-    def test_verify_compares_every_output(
-        self, capsys: pytest.CaptureFixture[str], few: str
+    def test_it_compares_every_output_of_every_kernel(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
     ) -> None:
-        ran = Ran(capsys, "verify", few, "--json")
+        ran = Ran(capsys, "verify", "few.yaml", "--json")
         rows = json.loads(ran.out)
-        assert {row["op"] for row in rows} == {w.op for w in load_spec(few).workloads()}
-        assert {row["result"] for row in rows} == {"ok"}, rows
-        assert all(row["error"] <= row["threshold"] for row in rows)
         assert ran.code == 0
+        assert len({row["variant"] for row in rows}) == 4
+        assert {(row["op"], row["output"], row["result"]) for row in rows} == {
+            ("gated_sum", "o", "ok")
+        }
+        assert all(row["error"] <= row["threshold"] == 1e-5 for row in rows)
+        assert "1.0e-05" in Ran(capsys, "verify", "few.yaml").out
 
     @pytest.mark.interpreter
-    def test_verify_says_when_it_could_verify_nothing(
-        self, capsys: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize(
+        ("mistake", "note"), [(" * 1.001", ""), (" / nothing", "NameError"), (" / 0", "")]
+    )
+    def test_a_wrong_kernel_fails(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path, mistake: str, note: str
     ) -> None:
-        ran = Ran(capsys, "verify", "llama8b", "--op", "rope")
+        path = one_op / "templates" / "gated_sum" / "space.py"
+        path.write_text(path.read_text().replace('"mistake": ""', f'"mistake": "{mistake}"'))
+        ran = Ran(capsys, "verify", "few.yaml", "--json")
+        rows = json.loads(ran.out)
         assert ran.code == 1
-        assert "skipped" in ran.out
+        assert {row["result"] for row in rows} == {"failed"}
+        assert all(note in row["note"] for row in rows)
+
+    @pytest.mark.interpreter
+    def test_verifying_nothing_is_a_failure(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
+    ) -> None:
+        Path("few.yaml").write_text(SPEC.replace("DTYPE", "bfloat16"))
+        ran = Ran(capsys, "verify", "few.yaml")
+        assert ran.code == 1
+        assert "skipped: the interpreter computes bfloat16 wrongly" in ran.out
         assert "nothing could be verified" in ran.err
 
+    def test_it_needs_a_gpu_or_the_interpreter(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        ran = Ran(capsys, "verify", "tiny")
+        assert (ran.code, ran.out) == (1, "")
+        assert "set TRITON_INTERPRET=1" in ran.err
 
-def test_verify_needs_a_gpu_or_the_interpreter(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, few: str
-) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    ran = Ran(capsys, "verify", few)
-    assert (ran.code, ran.out) == (1, "")
-    assert "set TRITON_INTERPRET=1" in ran.err
-
-
-def test_verify_refuses_an_op_that_the_spec_lacks(
-    capsys: pytest.CaptureFixture[str], few: str
-) -> None:
-    ran = Ran(capsys, "verify", few, "--op", "ropes")
-    assert ran.code == 2
-    assert "got 'ropes'" in ran.err
+    def test_it_refuses_an_op_that_the_spec_lacks(self, capsys: pytest.CaptureFixture[str]) -> None:
+        ran = Ran(capsys, "verify", "tiny", "--op", "ropes")
+        assert ran.code == 2
+        assert "got 'ropes'" in ran.err
 
 
 def test_doctor_reads_as_json_and_as_text(
