@@ -1,0 +1,145 @@
+"""Every custom op against PyTorch's own checks: schema, fakes, autograd, tracing."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsagen.ops.block_selection import block_selection_forward
+from nsagen.ops.cache_append import cache_append_decode
+from nsagen.ops.compress import compress_backward, compress_forward
+from nsagen.ops.compressed_attention import (
+    compressed_attention_backward,
+    compressed_attention_forward,
+)
+from nsagen.ops.compressed_attention_decode import compressed_attention_decode_op
+from nsagen.ops.gated_sum import gated_sum_forward
+from nsagen.ops.layout import compressed_cu_seqlens
+from nsagen.ops.native_sparse_attention_decode import native_sparse_attention_decode_op
+from nsagen.ops.rope import rope_forward
+from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
+from nsagen.ops.sliding_window_attention import (
+    sliding_window_attention_backward,
+    sliding_window_attention_forward,
+)
+
+from .inputs import STATICS, Cached, Packed
+
+Call = tuple[Callable[..., object], tuple[object, ...]]
+WINDOWS = (STATICS["kernel_size"], STATICS["kernel_stride"])
+SCALE = 0.25
+
+
+def compressed(x: Packed) -> tuple[Tensor, ...]:
+    """q and compressed k, v with spare rows, and both offsets."""
+    cu_seqlens_k = compressed_cu_seqlens(x.cu_seqlens, *WINDOWS)
+    rows = x.q.shape[0] // 4
+    keys = x.randn(rows, x.kv_heads, x.head_dim), x.randn(rows, x.kv_heads, x.v_head_dim)
+    return x.q, *keys, x.cu_seqlens, cu_seqlens_k
+
+
+def selection(x: Packed) -> Tensor:
+    return torch.arange(4, dtype=torch.int32).expand(x.kv_heads, x.q.shape[0], 4).contiguous()
+
+
+def compress_call(compress_type: str, pe: bool) -> Callable[[Packed], Call]:
+    def call(x: Packed) -> Call:
+        y_cu_seqlens = compressed_cu_seqlens(x.cu_seqlens, *WINDOWS)
+        w, _ = x.weights(compress_type)
+        tensors = (x.k, w, x.pe if pe else None, x.cu_seqlens, y_cu_seqlens)
+        return compress_forward, (*tensors, compress_type, *WINDOWS)
+
+    return call
+
+
+def like(tensor: Tensor, x: Packed) -> tuple[Tensor, Tensor]:
+    """Two more tensors of a tensor's shape."""
+    return x.randn(*tensor.shape), x.randn(*tensor.shape)
+
+
+def positions(x: Packed) -> Tensor:
+    return torch.arange(x.q.shape[0], dtype=torch.int32)
+
+
+DIFFERENTIABLE: dict[str, Callable[[Packed], Call]] = {
+    "avgpool": compress_call("avgpool", pe=False),
+    "avgpool with pe": compress_call("avgpool", pe=True),
+    "weightedpool": compress_call("weightedpool", pe=False),
+    "linear with pe": compress_call("linear", pe=True),
+    "rope": lambda x: (rope_forward, (x.q, x.cos, x.sin, positions(x))),
+    "compressed": lambda x: (compressed_attention_forward, (*compressed(x), *WINDOWS, SCALE)),
+    "selected": lambda x: (
+        selected_attention_forward,
+        (x.q, x.k, x.v, selection(x), x.cu_seqlens, 8, SCALE),
+    ),
+    "sliding": lambda x: (
+        sliding_window_attention_forward,
+        (x.q, x.k, x.v, x.cu_seqlens, 9, SCALE),
+    ),
+    "gated_sum": lambda x: (gated_sum_forward, (x.q, *like(x.q, x), x.gate)),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_differentiable_ops(name: str) -> None:
+    op, args = DIFFERENTIABLE[name](Packed(seqlens=(0, 5, 20, 18), requires_grad=True))
+    torch.library.opcheck(op, args)
+
+
+def backward_calls() -> dict[str, Call]:
+    x = Packed(seqlens=(0, 5, 20, 18))
+    windows = compressed(x)
+    o, lse = x.randn(43, 6, 24), x.randn(43, 6)
+    _, args = compress_call("linear", pe=True)(x)
+    _, plain = compress_call("avgpool", pe=False)(x)
+    dy = x.randn(10, 2, 16)
+    packed = (o, x.q, x.k, x.v)
+    return {
+        "linear": (compress_backward, (dy, *args)),
+        "avgpool": (compress_backward, (dy, *plain)),
+        "compressed": (compressed_attention_backward, (o, *windows, o, lse, *WINDOWS, SCALE)),
+        "selected": (
+            selected_attention_backward,
+            (*packed, selection(x), x.cu_seqlens, o, lse, 8, SCALE),
+        ),
+        "sliding": (
+            sliding_window_attention_backward,
+            (*packed, x.cu_seqlens, o, lse, 9, SCALE),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["linear", "avgpool", "compressed", "selected", "sliding"])
+def test_backward_ops(name: str) -> None:
+    op, args = backward_calls()[name]
+    torch.library.opcheck(op, args)
+
+
+def test_block_selection() -> None:
+    q, k, v, cu_seqlens, cu_seqlens_k = compressed(Packed())
+    _, lse = compressed_attention_forward(q, k, v, cu_seqlens, cu_seqlens_k, *WINDOWS, SCALE)
+    args = (q, k, lse, cu_seqlens, cu_seqlens_k, *STATICS.values(), SCALE)
+    torch.library.opcheck(block_selection_forward, args)
+
+
+def test_decode_ops() -> None:
+    x = Cached()
+    args = (*x.append_inputs(), *x.caches(), "linear", *WINDOWS)
+    torch.library.opcheck(cache_append_decode, args)
+    args = (x.q, x.ck_cache, x.cv_cache, *x.rows, *STATICS.values(), SCALE)
+    torch.library.opcheck(compressed_attention_decode_op, args)
+    inputs = (x.q, x.k_cache, x.v_cache, x.topk_idx, *x.rows, x.o_compressed, x.gate)
+    torch.library.opcheck(native_sparse_attention_decode_op, (*inputs, 8, 9, SCALE))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_by_finite_differences(name: str) -> None:
+    x = Packed(dtype=torch.float64, seqlens=(0, 3, 10), query_heads=2, requires_grad=True)
+    op, args = DIFFERENTIABLE[name](x)
+
+    def first(*args: object) -> object:
+        result = op(*args)
+        return result[0] if isinstance(result, tuple) else result
+
+    assert torch.autograd.gradcheck(first, args, fast_mode=True)
