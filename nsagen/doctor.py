@@ -41,6 +41,8 @@ def examine(out_dir: Path) -> dict[str, Any]:
         problems.append("torch is missing; run: pip install torch")
     if facts["triton"] is None:
         problems.append("triton is missing, so kernels cannot run; run: pip install triton")
+    if facts["numpy"] is None:
+        notes.append("numpy is missing, which Triton's interpreter needs; run: pip install numpy")
     if not gpus:
         notes.append("no GPU here; TRITON_INTERPRET=1 runs kernels on the CPU, slowly")
     if (facts["triton"] or "").startswith("3.6.") and _at_least(facts["numpy"], (2, 4)):

@@ -21,6 +21,12 @@ __all__ = ["one_op"]  # a fixture
 COMMANDS = ("build", "doctor", "inspect", "verify")
 
 
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output goes to a pipe of no width, whatever the tests themselves run in."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 class Ran:
     """What a run of the command line in this process left."""
 
