@@ -93,6 +93,15 @@ def test_decoding_leaves_the_cache_that_prefill_would(
         torch.testing.assert_close(one.k_raw, other.k_raw)
 
 
+def test_a_step_never_waits_for_the_device() -> None:
+    """On the meta device nothing has a value: reading one on the host would raise."""
+    model = nsa_model(InferenceConfig(4, 64), torch.bfloat16).to("meta")
+    tokens = torch.zeros(3, dtype=torch.int64, device="meta")
+    rows = torch.zeros(3, dtype=torch.int32, device="meta")
+    assert model.decode(tokens, rows, rows, model.new_cache()).shape == (3, 512)
+    assert model(tokens, rows).shape == (3, 512)
+
+
 def test_calls_leave_nothing_behind_for_the_next() -> None:
     model = nsa_model(InferenceConfig(4, 128))
     short = packed_batch([9, 20], seed=1)
