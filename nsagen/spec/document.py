@@ -19,6 +19,7 @@ from nsagen.errors import SpecError
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 8
+MAX_PROBLEMS = 20
 
 Location = tuple[str | int, ...]
 """Where a value is: keys and list indices from the top, e.g. ("attention", "topk", 1)."""
@@ -38,12 +39,22 @@ class Problem:
 
 
 def spec_error(name: str, problems: Iterable[Problem]) -> SpecError:
-    """All problems of a file as one error, one `file:line: key: text` a line, in file order."""
-    lines = dict.fromkeys(
-        f"{name}:{p.line}: {p.key}: {p.text}" if p.key else f"{name}:{p.line}: {p.text}"
-        for p in sorted(problems)
+    """A file's problems as one error, one `file:line: key: text` a line, in file order."""
+    lines = list(
+        dict.fromkeys(
+            f"{name}:{p.line}: {p.key}: {p.text}" if p.key else f"{name}:{p.line}: {p.text}"
+            for p in sorted(problems)
+        )
     )
-    return SpecError("\n".join(lines))
+    if len(lines) > MAX_PROBLEMS:
+        rest = len(lines) - MAX_PROBLEMS
+        lines[MAX_PROBLEMS:] = [f"{name}: and {rest} more problems; mend these first"]
+    return SpecError("\n".join(map(_printable, lines)))
+
+
+def _printable(text: str) -> str:
+    """The text with an escape for each character that could act on a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def key_text(path: Location) -> str:

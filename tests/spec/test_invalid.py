@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nsagen.errors import SpecError
 from nsagen.spec import load_spec
-from nsagen.spec.document import MAX_BYTES
+from nsagen.spec.document import MAX_BYTES, MAX_PROBLEMS
 from tests.spec.test_valid import MINIMAL
 
 
@@ -159,6 +159,18 @@ def test_lists_that_multiply_to_too_much(tmp_path: Path) -> None:
     text = MINIMAL.replace("window_size: 512", f"window_size: {many}")
     text = text.replace("ratio: 4", f"ratio: {many}").replace("topk: 8", "topk: [8, 16]")
     assert "at most 4096 combinations; got 8192" in error_of(tmp_path, text)
+
+
+def test_no_more_problems_than_a_person_reads(tmp_path: Path) -> None:
+    lines = error_of(tmp_path, "".join(f"key{i}: 1\n" for i in range(500))).splitlines()
+    assert len(lines) == MAX_PROBLEMS + 1
+    assert lines[-1] == "bad.yaml: and 482 more problems; mend these first"
+
+
+def test_what_is_echoed_cannot_act_on_a_terminal(tmp_path: Path) -> None:
+    error = error_of(tmp_path, MINIMAL.replace("mine", r'"\e[2J\ud800"'))
+    assert r"\x1b[2J\ud800" in error
+    assert "\x1b" not in error
 
 
 @pytest.mark.parametrize("form", ["missing.yaml", ".", "/dev/zero"])
