@@ -56,6 +56,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 @pytest.fixture
 def dispatcher(kernels: str, monkeypatch: pytest.MonkeyPatch) -> Dispatcher:
     """One workload with two buckets for cuda:90 and one kernel for cuda:80; misses are errors."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("nsagen.runtime.dispatcher.target_of", lambda device: "cuda:90")
     table = {
         selected(): {
