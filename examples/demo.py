@@ -85,6 +85,7 @@ def run(
 
 
 def main() -> int:
+    torch.set_num_threads(1)  # tensors are small: threads would only wait for each other
     console = Console()
     dispatcher = load_dispatcher()
     ids = torch.randint(
