@@ -46,7 +46,7 @@ test-interpreter: $(STAMP)
 check: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) -m nsagen build --check $(SPECS)
 	$(MAKE) test
 
