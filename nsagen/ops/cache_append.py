@@ -88,8 +88,7 @@ def cache_append(
     )
 
 
-@torch.library.custom_op("nsagen::cache_append_decode", mutates_args=_CACHES)
-def cache_append_decode(
+def _cache_append_decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -134,7 +133,16 @@ def cache_append_decode(
     return q_out
 
 
-@cache_append_decode.register_fake
+# Defined by its schema: `custom_op` reads a mutating op's schema anew at every call, which took
+# three times as long as all the checks above.
+_NAME = "nsagen::cache_append_decode"
+_SCHEMA = torch.library.infer_schema(_cache_append_decode, mutates_args=_CACHES)
+torch.library.define(_NAME, _SCHEMA)
+torch.library.impl(_NAME, ("cpu", "cuda"), _cache_append_decode)
+cache_append_decode = torch.ops.nsagen.cache_append_decode.default
+
+
+@torch.library.register_fake(_NAME)
 def _fake(
     q: Tensor,
     k: Tensor,
