@@ -199,6 +199,15 @@ def test_gradients_match_the_dense_masks(seqlens: list[int], max_scores: int) ->
             close(came, right)
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_rows_with_nothing_to_attend_make_no_nan_on_the_way() -> None:
+    q, k, v = (x.requires_grad_() for x in inputs(6, 6, (2, 1)))
+    nothing = torch.full((1, 6, 1), -1, dtype=torch.int32)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        o = reference.topk_sparse_attention(q, k, v, nothing, 4, offsets([6]))
+        assert not any(gradient.any() for gradient in gradients(o, q, k, v))
+
+
 def test_gradcheck() -> None:
     wrt = tuple(x.requires_grad_() for x in inputs(5, 5, (2, 1)))
     topk_idx = torch.tensor([[0, -1], [-1, -1], [1, 0], [1, 1], [0, 2]], dtype=torch.int32)[None]

@@ -138,9 +138,11 @@ def native_sparse_attention_decode(
         if position < 0:
             continue
         end, one = position + 1, slice(row, row + 1)
-        keys = torch.arange(end, device=q.device)
-        wide = upcast(q[one], k_cache[slot, :end], v_cache[slot, :end])
-        selected, _ = attend(*wide, selected_tokens(topk_idx[:, one], keys, block_size), scale)
-        sliding, _ = attend(*wide, (keys > position - window_size).unsqueeze(0), scale)
+        tokens = torch.arange(end, device=q.device)
+        chosen = selected_tokens(topk_idx[:, one], tokens, block_size)
+        recent = (tokens > position - window_size).unsqueeze(0)
+        query, keys, values = upcast(q[one], k_cache[slot, :end], v_cache[slot, :end])
+        selected, _ = attend(query, keys, values, chosen, scale)
+        sliding, _ = attend(query, keys, values, recent, scale)
         o[one] = gated_sum(o_compressed[one], selected, sliding, gate[one]).to(q.dtype)
     return o
