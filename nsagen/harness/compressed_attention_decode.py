@@ -1,0 +1,57 @@
+"""Calls of compressed attention's decode pass: one new token a row, compressed caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsagen.harness.base import Case, Cost, Sizes, poisoned
+from nsagen.harness.caches import RandomCaches
+from nsagen.ops import reference
+from nsagen.workload import Workload
+
+_STATICS = ("kernel_size", "kernel_stride", "block_size", "topk", "init_blocks", "local_blocks")
+
+
+def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
+    """Rows at the positions `sizes.seqlens` (-1: idle), in permuted slots of larger caches.
+
+    Whatever a row must not read is NaN: windows that end after its token, and spare slots.
+    """
+    params: dict[str, Any] = dict(workload.params)
+    size, stride = params["kernel_size"], params["kernel_stride"]
+    head_dim, v_dim = params["head_dim"], params["v_head_dim"]
+    rows, kv_heads = len(sizes.seqlens), sizes.kv_heads
+    heads = kv_heads * params["gqa_ratio"]
+    windows = [max(0, (position + 1 - size) // stride + 1) for position in sizes.seqlens]
+    capacity = max(1, (sizes.capacity - size) // stride + 1)
+
+    random = RandomCaches(workload, device, seed)
+    slots = random.slots(rows)
+    q = random.normal(rows, heads, head_dim)
+    ck_cache = random.cache(slots, windows, capacity, kv_heads, head_dim)
+    cv_cache = random.cache(slots, windows, capacity, kv_heads, v_dim)
+    positions = torch.tensor(sizes.seqlens, dtype=torch.int32).to(device)
+    o = poisoned((rows, heads, v_dim), q.dtype, device)
+    topk_idx = poisoned((kv_heads, rows, params["topk"]), torch.int32, device)
+    scale = head_dim**-0.5
+    inputs = (q, ck_cache, cv_cache, positions, slots.to(device))
+
+    def expected() -> dict[str, Tensor]:
+        wide = [x.double() for x in inputs[:3]]
+        statics = {name: params[name] for name in _STATICS}
+        out, chosen = reference.compressed_attention_decode(
+            *wide, *inputs[3:], **statics, softmax_scale=scale
+        )
+        return {"o": out, "topk_idx": chosen}
+
+    cost = _cost(sum(windows), rows, kv_heads, params, q.element_size())
+    return Case((*inputs, o, topk_idx, scale), {"o": o, "topk_idx": topk_idx}, expected, cost)
+
+
+def _cost(windows: int, rows: int, kv_heads: int, params: dict[str, Any], element: int) -> Cost:
+    dims, heads = params["head_dim"] + params["v_head_dim"], kv_heads * params["gqa_ratio"]
+    moved = (windows * kv_heads + rows * heads) * dims * element
+    return Cost(2.0 * windows * heads * dims, moved + 4.0 * kv_heads * rows * params["topk"])

@@ -1,0 +1,159 @@
+"""Compressed attention of one new token a row, and the blocks that it selects."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.codegen.template import default_schedule
+from nsagen.harness.base import Case, Sizes
+from nsagen.harness.compressed_attention_decode import make_case
+from nsagen.workload import Param, Schedule, Workload
+from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
+
+DTYPES = kernel_dtypes()
+
+
+def workload(dtype: str = "float32", **params: Param) -> Workload:
+    usual = {
+        "head_dim": 16,
+        "v_head_dim": 16,
+        "gqa_ratio": 2,
+        "kernel_size": 8,
+        "kernel_stride": 4,
+        "block_size": 16,
+        "topk": 4,
+        "init_blocks": 1,
+        "local_blocks": 2,
+    }
+    return Workload.of("compressed_attention", "decode", dtype=dtype, **{**usual, **params})
+
+
+def schedule(work: Workload, **knobs: Param) -> Schedule:
+    """The default schedule but for some knobs."""
+    usual = default_schedule(work, KNOWN_TARGETS["cuda:90"])
+    return Schedule.of(usual.algorithm, dict(usual.knobs) | knobs)
+
+
+def check(
+    work: Workload,
+    positions: tuple[int, ...],
+    capacity: int = 320,
+    kv_heads: int = 2,
+    **knobs: Param,
+) -> None:
+    sizes = Sizes(positions, kv_heads=kv_heads, capacity=capacity)
+    check_case(load_kernel(work, schedule(work, **knobs)), make_case(work, sizes, kernel_device()))
+
+
+def test_positions_at_every_edge() -> None:
+    """Around the first windows, blocks and places for blocks; idle rows in between."""
+    work = workload()
+    check(work, (-1, 0, 5, 6, 7, 8, 10, 11, 12, 15, 16, -1, 31, 32, 63, 64, 65, 79, 80, 300))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(dtype: str) -> None:
+    check(workload(dtype, head_dim=32, v_head_dim=32), (319, -1, 0, 130))
+
+
+@pytest.mark.parametrize("gqa_ratio", [1, 3, 16, 17])
+def test_group_sizes(gqa_ratio: int) -> None:
+    check(workload(gqa_ratio=gqa_ratio), (200, 7, 90), capacity=208)
+
+
+@pytest.mark.parametrize("dims", [(24, 24), (80, 40), (64, 128), (192, 16)])
+def test_head_dims(dims: tuple[int, int]) -> None:
+    check(workload("float16", head_dim=dims[0], v_head_dim=dims[1]), (150, 40), capacity=160)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "block"),
+    [(32, 16, 64), (4, 4, 4), (16, 4, 4), (12, 4, 12), (8, 8, 40), (40, 8, 16), (8, 2, 64)],
+)
+def test_windows_that_reach_no_one_or_several_blocks(size: int, stride: int, block: int) -> None:
+    work = workload(kernel_size=size, kernel_stride=stride, block_size=block)
+    check(work, (299, size - 1, size - 2, block, 5 * block + 3), capacity=600)
+
+
+@pytest.mark.parametrize(
+    "forced",
+    [(1, 0, 0), (1, 1, 0), (1, 0, 1), (3, 1, 2), (5, 0, 3), (8, 3, 0), (64, 1, 2)],
+    ids=str,
+)
+def test_forced_blocks(forced: tuple[int, int, int]) -> None:
+    topk, init, local = forced
+    work = workload(topk=topk, init_blocks=init, local_blocks=local)
+    check(work, (0, 15, 16, 31, 32, 47, 48, 100, 319))
+
+
+@pytest.mark.parametrize("programs", [132, 2112])
+@pytest.mark.parametrize("block_n", [16, 32])
+def test_any_number_of_splits_gives_the_same(programs: int, block_n: int) -> None:
+    """From one split a row to more splits than tiles; rows share one number of splits."""
+    check(workload(), (1279, 5, 700, -1), capacity=1280, programs=programs, block_n=block_n)
+    check(workload(), (599,), capacity=600, kv_heads=1, programs=programs, block_n=block_n)
+
+
+def test_capacity_far_beyond_the_context() -> None:
+    check(workload(), (40, 3), capacity=5000)
+
+
+def test_full_cache() -> None:
+    """Positions after the last window that the cache can hold, up to its last token."""
+    check(workload(), (255, 254, 253, 252, 251), capacity=256)
+    check(workload(local_blocks=0), (259, 258, 256, 255), capacity=260)
+
+
+def test_cache_without_room_for_a_window() -> None:
+    check(workload(), (3, 0, -1), capacity=4)
+
+
+def test_equal_scores_go_to_the_lower_block() -> None:
+    work = workload(gqa_ratio=3)
+    case = make_case(work, Sizes((319, 200, 66), capacity=320), kernel_device())
+    case.args[1].nan_to_num_().zero_()
+    check_case(load_kernel(work, schedule(work, block_n=16, programs=2112)), case)
+
+
+def test_blocks_with_equal_content_tie_across_tiles() -> None:
+    work = workload(topk=6, local_blocks=1)
+    case = make_case(work, Sizes((511,), kv_heads=1, capacity=512), kernel_device())
+    _, ck_cache, _, _, slots, *_ = case.args
+    keys = ck_cache[slots[0]]  # the same four keys in every block
+    keys.copy_(keys[:4].repeat(32, 1, 1)[: len(keys)])
+    check_case(load_kernel(work, schedule(work, block_n=16)), case)
+
+
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    work = workload("float16")
+    case = make_case(work, Sizes((319, 100), capacity=320), kernel_device())
+    case.args[0].mul_(40)
+    check_case(load_kernel(work, schedule(work, block_n=16)), case)
+
+
+def test_strided_views() -> None:
+    """Heads of q between others; caches as slices of wider ones, tokens after heads."""
+    work = workload()
+    case = make_case(work, Sizes((319, 77, 12), capacity=320), kernel_device())
+    q, ck_cache, cv_cache, *rest = case.args
+    q = torch.stack((q, q.new_full(q.shape, float("nan"))), 1).flatten(0, 1)[::2]
+    ck_cache = ck_cache.transpose(1, 2).contiguous().transpose(1, 2)
+    cv_cache = torch.cat((cv_cache, cv_cache), -1)[..., :16]
+    check_case(load_kernel(work), _with(case, q, ck_cache, cv_cache, *rest))
+
+
+def test_last_dimension_must_be_contiguous() -> None:
+    work = workload()
+    case = make_case(work, Sizes((30,), capacity=64), kernel_device())
+    q, *rest = case.args
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ValueError, match=r"q: the last dimension must be contiguous, got \("):
+        load_kernel(work).launch(q, *rest)
+
+
+def _with(case: Case, *args: object) -> Case:
+    return dataclasses.replace(case, args=args)
