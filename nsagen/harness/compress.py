@@ -1,0 +1,61 @@
+"""Example calls of compression's forward kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from nsagen.harness.base import Case, Cost, Sizes, cu_seqlens_of, poisoned
+from nsagen.ops import reference
+from nsagen.workload import Workload
+
+
+def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
+    """Random x [N, HK, D], w and pe; y, N // kernel_stride rows, poisoned."""
+    dtype, kind = getattr(torch, workload.dtype), str(workload.compress_type)
+    dim, size, stride = (
+        int(n) for n in (workload.head_dim, workload.kernel_size, workload.kernel_stride)
+    )
+    heads = sizes.kv_heads
+    meta = torch.device(device).type == "meta"
+    random = None if meta else torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, device=device, generator=random)
+
+    x = normal(sizes.tokens, heads, dim)
+    w = compress_weight(kind, heads, size, dim, normal)
+    pe = normal(heads, size, dim) if workload.with_pe else None
+    counts = tuple(max(0, (length - size) // stride + 1) for length in sizes.seqlens)
+    cu_seqlens, y_cu_seqlens = (cu_seqlens_of(n, device) for n in (sizes.seqlens, counts))
+    y = poisoned((sizes.tokens // stride, heads, dim), dtype, device)
+
+    def expected() -> dict[str, torch.Tensor]:
+        wide = (None if tensor is None else tensor.double() for tensor in (x, w, pe))
+        y, _ = reference.compress(
+            *wide, cu_seqlens, compress_type=kind, kernel_size=size, kernel_stride=stride
+        )
+        return {"y": y}
+
+    product = 2 * sum(counts) * heads * size * dim * dim if kind == "linear" else 0
+    return Case(
+        args=(x, w, pe, cu_seqlens, y_cu_seqlens, y),
+        outputs={"y": y},
+        expected=expected,
+        cost=Cost(
+            flops=product,
+            bytes=sum(tensor.nbytes for tensor in (x, w, pe, y) if tensor is not None),
+        ),
+    )
+
+
+def compress_weight(
+    kind: str, heads: int, size: int, dim: int, normal: Callable[..., torch.Tensor]
+) -> torch.Tensor | None:
+    """The weight of a compress_type, scaled so that windows keep their tokens' magnitude."""
+    if kind == "avgpool":
+        return None
+    if kind == "weightedpool":
+        return normal(heads, size) / size**0.5
+    return normal(heads, size * dim, dim) / (size * dim) ** 0.5
