@@ -22,22 +22,17 @@ DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 
 COMPRESS_TYPES = ("avgpool", "weightedpool", "linear")
 
+_COMPRESS = ("compress_type", "head_dim", "kernel_size", "kernel_stride", "with_pe")
+_COMPRESSED = ("head_dim", "v_head_dim", "gqa_ratio", "kernel_size", "kernel_stride")
+_SELECTED = ("head_dim", "v_head_dim", "gqa_ratio", "block_size")
+_SLIDING = ("head_dim", "v_head_dim", "gqa_ratio", "window_size")
+
 STATIC_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("compress", "forward"): (
-        "compress_type",
-        "head_dim",
-        "kernel_size",
-        "kernel_stride",
-        "with_pe",
-    ),
+    ("compress", "forward"): _COMPRESS,
+    ("compress", "backward"): _COMPRESS,
     ("rope", "forward"): ("head_dim",),
-    ("compressed_attention", "forward"): (
-        "head_dim",
-        "v_head_dim",
-        "gqa_ratio",
-        "kernel_size",
-        "kernel_stride",
-    ),
+    ("compressed_attention", "forward"): _COMPRESSED,
+    ("compressed_attention", "backward"): _COMPRESSED,
     ("block_selection", "forward"): (
         "head_dim",
         "gqa_ratio",
@@ -48,14 +43,12 @@ STATIC_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
         "init_blocks",
         "local_blocks",
     ),
-    ("selected_attention", "forward"): ("head_dim", "v_head_dim", "gqa_ratio", "block_size"),
-    ("sliding_window_attention", "forward"): (
-        "head_dim",
-        "v_head_dim",
-        "gqa_ratio",
-        "window_size",
-    ),
+    ("selected_attention", "forward"): _SELECTED,
+    ("selected_attention", "backward"): _SELECTED,
+    ("sliding_window_attention", "forward"): _SLIDING,
+    ("sliding_window_attention", "backward"): _SLIDING,
     ("gated_sum", "forward"): ("v_head_dim",),
+    ("gated_sum", "backward"): ("v_head_dim",),
     ("cache_append", "decode"): (
         "compress_type",
         "head_dim",

@@ -32,9 +32,14 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     y = poisoned((sizes.tokens // stride, heads, dim), dtype, device)
 
     def expected() -> dict[str, torch.Tensor]:
-        wide = (None if tensor is None else tensor.double() for tensor in (x, w, pe))
         y, _ = reference.compress(
-            *wide, cu_seqlens, compress_type=kind, kernel_size=size, kernel_stride=stride
+            x.double(),
+            None if w is None else w.double(),
+            None if pe is None else pe.double(),
+            cu_seqlens,
+            compress_type=kind,
+            kernel_size=size,
+            kernel_stride=stride,
         )
         return {"y": y}
 

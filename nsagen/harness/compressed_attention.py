@@ -48,7 +48,9 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
 
     def expected() -> dict[str, torch.Tensor]:
         o, lse = reference.compressed_attention_forward(
-            *(x.double() for x in (q, k, v)),
+            q.double(),
+            k.double(),
+            v.double(),
             cu_seqlens_q,
             cu_seqlens_k,
             kernel_size=int(workload.kernel_size),

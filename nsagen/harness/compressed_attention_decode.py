@@ -40,10 +40,14 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     inputs = (q, ck_cache, cv_cache, positions, slots.to(device))
 
     def expected() -> dict[str, Tensor]:
-        wide = [x.double() for x in inputs[:3]]
         statics = {name: params[name] for name in _STATICS}
         out, chosen = reference.compressed_attention_decode(
-            *wide, *inputs[3:], **statics, softmax_scale=scale
+            q.double(),
+            ck_cache.double(),
+            cv_cache.double(),
+            *inputs[3:],
+            **statics,
+            softmax_scale=scale,
         )
         return {"o": out, "topk_idx": chosen}
 

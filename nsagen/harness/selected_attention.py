@@ -34,9 +34,14 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     scale = dim**-0.5
 
     def expected() -> dict[str, torch.Tensor]:
-        wide = (x.double() for x in (q, k, v))
         o, lse = reference.selected_attention(
-            *wide, topk_idx, cu_seqlens, block_size=block_size, softmax_scale=scale
+            q.double(),
+            k.double(),
+            v.double(),
+            topk_idx,
+            cu_seqlens,
+            block_size=block_size,
+            softmax_scale=scale,
         )
         return {"o": o, "lse": lse}
 
