@@ -1,9 +1,9 @@
 """Ahead-of-time compilation of variants for any target, with no GPU present.
 
 A kernel is compiled exactly as its own `launch` would compile it: the launch runs on
-meta tensors, its kernel calls are recorded instead of executed, and the recorded
-arguments are specialized as Triton's runtime specializes them (1 becomes a constant,
-multiples of 16 are marked divisible).
+meta tensors, its kernel calls are recorded instead of executed, and each is then handed to
+Triton's own just-in-time path with a driver that only names the target. So what was compiled
+here is what a launch of the same sizes finds in Triton's cache on disk.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from nsagen.codegen.resources import Resources, read_resources
 from nsagen.codegen.target import Target
@@ -31,24 +30,15 @@ from nsagen.workload import Workload
 _EXAMPLE_SIZES = Sizes(seqlens=(4096,), kv_heads=4, capacity=8192)
 _EXAMPLE_DECODE_SIZES = Sizes(seqlens=(4095, 1000), kv_heads=4, capacity=8192)
 
-_POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.int8: "*i8",
-    torch.bool: "*i1",
-}
-
 _LAUNCH_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
 
 
 @dataclass(frozen=True)
 class RecordedLaunch:
-    """One kernel call that a `launch` made: the kernel, its arguments and options."""
+    """One kernel call that a `launch` made: the kernel, its grid, arguments and options."""
 
     kernel: Any
+    grid: tuple[int, ...]
     args: dict[str, Any]
     options: dict[str, Any]
 
@@ -59,9 +49,10 @@ class _Recorder:
 
     kernel: Any
     calls: list[RecordedLaunch] = field(default_factory=list)
+    grid: tuple[int, ...] = ()
 
-    def __getitem__(self, grid: object) -> _Recorder:
-        return self
+    def __getitem__(self, grid: tuple[int, ...]) -> _Recorder:
+        return replace(self, grid=grid)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         options = {name: kwargs.pop(name) for name in _LAUNCH_OPTIONS & kwargs.keys()}
@@ -69,7 +60,7 @@ class _Recorder:
         for param in self.kernel.params:
             if param.name not in named:
                 named[param.name] = param.default
-        self.calls.append(RecordedLaunch(self.kernel, named, options))
+        self.calls.append(RecordedLaunch(self.kernel, self.grid, named, options))
 
 
 @contextmanager
@@ -95,7 +86,59 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def compile_variant(path: Path, workload: Workload, target: Target) -> tuple[Resources, ...]:
+@dataclass(frozen=True)
+class _NamedTarget:
+    """The part of a Triton driver that compiling needs: which target it is for."""
+
+    target: GPUTarget
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def _compiling_for(target: Target) -> Iterator[None]:
+    arch = int(target.arch) if target.arch.isdigit() else target.arch
+    previous = driver._active
+    driver.set_active(_NamedTarget(GPUTarget(target.backend, arch, target.warp_size)))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        driver.set_active(previous)  # type: ignore[arg-type]
+
+
+def recorded_launches(
+    path: Path, workload: Workload, sizes: Sizes | None = None
+) -> tuple[RecordedLaunch, ...]:
+    """The first call of each kernel that a variant's `launch` makes, in order.
+
+    Args:
+        sizes: of the call; by default plausible ones, which decide the specialization only.
+
+    Raises:
+        BuildError: `launch` calls no kernel.
+    """
+    module = load_module(path)
+    plausible = _EXAMPLE_DECODE_SIZES if workload.pass_ == "decode" else _EXAMPLE_SIZES
+    with _recording(module) as calls:
+        case = harness_of(workload).make_case(workload, sizes or plausible, "meta")
+        module.launch(*case.args)
+    if not calls:
+        raise BuildError(f"{path.stem}: launch must call a kernel, but it called none")
+    first_calls = {call.kernel.__name__: call for call in reversed(calls)}
+    names = dict.fromkeys(call.kernel.__name__ for call in calls)
+    return tuple(first_calls[name] for name in names)
+
+
+def compile_variant(
+    path: Path, workload: Workload, target: Target, sizes: Sizes | None = None
+) -> tuple[Resources, ...]:
     """Compile every kernel that a variant's `launch` calls, and read what each one uses.
 
     Returns:
@@ -104,56 +147,24 @@ def compile_variant(path: Path, workload: Workload, target: Target) -> tuple[Res
     Raises:
         BuildError: Triton cannot compile a kernel for the target.
     """
-    module = load_module(path)
-    sizes = _EXAMPLE_DECODE_SIZES if workload.pass_ == "decode" else _EXAMPLE_SIZES
-    with _recording(module) as calls:
-        case = harness_of(workload).make_case(workload, sizes, "meta")
-        module.launch(*case.args)
-    if not calls:
-        raise BuildError(f"{path.stem}: launch must call a kernel, but it called none")
-    first_calls = {call.kernel.__name__: call for call in reversed(calls)}
-    names = dict.fromkeys(call.kernel.__name__ for call in calls)
-    return tuple(_compile(first_calls[name], target, path.stem) for name in names)
+    return tuple(
+        read_resources(call.kernel.__name__, compile_launch(call, target, path.stem), target)
+        for call in recorded_launches(path, workload, sizes)
+    )
 
 
-def _compile(call: RecordedLaunch, target: Target, variant: str) -> Resources:
-    source = _source_of(call)
-    arch = int(target.arch) if target.arch.isdigit() else target.arch
-    gpu = GPUTarget(target.backend, arch, target.warp_size)
+def compile_launch(call: RecordedLaunch, target: Target, variant: str) -> Any:
+    """Triton's compiled kernel of a recorded launch.
+
+    Raises:
+        BuildError: Triton cannot compile it for the target; the text names the variant.
+    """
+    args = [call.args[param.name] for param in call.kernel.params]
     try:
-        compiled = triton.compile(source, target=gpu, options=call.options)
+        with _compiling_for(target):
+            return call.kernel.warmup(*args, grid=(1,), **call.options)
     except Exception as error:  # Triton raises many types here; each means the same to a build
         raise BuildError(
             f"{variant}: kernel {call.kernel.__name__} must compile for {target}; "
             f"triton {triton.__version__} said: {str(error).strip().splitlines()[-1]}"
         ) from error
-    return read_resources(call.kernel.__name__, compiled, target)
-
-
-def _source_of(call: RecordedLaunch) -> ASTSource:
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for index, param in enumerate(call.kernel.params):
-        value = call.args[param.name]
-        if param.is_constexpr or value is None or (value == 1 and isinstance(value, int)):
-            signature[param.name] = "constexpr"
-            constants[param.name] = value
-            continue
-        signature[param.name] = _type_of(param.name, value)
-        aligned = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(call.kernel, signature, constants, attributes)
-
-
-def _type_of(name: str, value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return _POINTERS[value.dtype]
-    if isinstance(value, bool):
-        return "i1"
-    if isinstance(value, int):
-        return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-    if isinstance(value, float):
-        return "fp32"
-    raise BuildError(f"kernel argument {name}: must be a tensor or number, got {type(value)}")
