@@ -53,6 +53,14 @@ def _any_workload(workload: Workload) -> bool:
     return True
 
 
+def _any_target(target: Target) -> bool:
+    return True
+
+
+def _always(workload: Workload, target: Target) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class ScheduleSpace:
     """Every valid schedule of one algorithm of an op's pass.
@@ -62,6 +70,8 @@ class ScheduleSpace:
         shared_memory: estimated bytes a program needs, checked against the target's limit.
         default: knob values to use where nothing was measured.
         supports: whether the algorithm covers a workload at all.
+        runs_on: whether it compiles for a target; not every one has what it is built on.
+        preferred: whether to use it, where nothing was measured, before the algorithms after it.
     """
 
     op: str
@@ -73,6 +83,8 @@ class ScheduleSpace:
     derive: Callable[[Workload, Schedule], dict[str, Any]] = _nothing
     shared_memory: Callable[[Workload, Schedule], int] = _no_shared_memory
     supports: Callable[[Workload], bool] = _any_workload
+    runs_on: Callable[[Target], bool] = _any_target
+    preferred: Callable[[Workload, Target], bool] = _always
 
     @property
     def template(self) -> str:
@@ -91,6 +103,8 @@ class ScheduleSpace:
         wrong += [f"knob {name} is not one of this algorithm's" for name in unknown]
         if wrong:
             return wrong
+        if not self.runs_on(target):
+            return [f"algorithm {self.algorithm} does not run on {target}"]
         wrong = [rule.text for rule in self.rules if not rule.holds(workload, schedule, target)]
         needed = self.shared_memory(workload, schedule)
         if needed > target.shared_memory:

@@ -81,9 +81,28 @@ def space_for(workload: Workload, algorithm: str | None = None) -> ScheduleSpace
     )
 
 
+def spaces_for(workload: Workload, target: Target) -> tuple[ScheduleSpace, ...]:
+    """Every space that covers a workload on a target, the preferred ones first.
+
+    Raises:
+        UnsupportedWorkloadError: none does.
+    """
+    spaces = [
+        space
+        for space in spaces_of(workload.op, workload.pass_)
+        if space.supports(workload) and space.runs_on(target)
+    ]
+    if not spaces:
+        raise UnsupportedWorkloadError(
+            f"{workload}: needs an algorithm that covers it on {target}; templates/{workload.op} "
+            f"has {', '.join(s.algorithm for s in spaces_of(workload.op, workload.pass_))}"
+        )
+    return tuple(sorted(spaces, key=lambda space: not space.preferred(workload, target)))
+
+
 def default_schedule(workload: Workload, target: Target) -> Schedule:
     """The schedule of the preferred algorithm to use where nothing was measured."""
-    return space_for(workload).default_schedule(workload, target)
+    return spaces_for(workload, target)[0].default_schedule(workload, target)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import pytest
 
+from nsagen.codegen import template
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import KNOWN_TARGETS, parse_target
 from nsagen.errors import BuildError, SpecError
@@ -72,3 +73,20 @@ def test_known_targets_parse(text):
 def test_an_unknown_target_offers_the_nearest(text, offer):
     with pytest.raises(SpecError, match=f"did you mean '{offer}'"):
         parse_target(text)
+
+
+def test_an_algorithm_of_one_architecture_is_no_choice_elsewhere(monkeypatch):
+    """Preferred algorithms come first, on the targets that they run on."""
+    hopper = space(algorithm="hopper", runs_on=lambda t: t.has_wgmma)
+    small = space(algorithm="small", preferred=lambda w, t: w.head_dim < 64)
+    monkeypatch.setattr(template, "spaces_of", lambda op, pass_: (small, space(), hopper))
+
+    def algorithms(name):
+        return [s.algorithm for s in template.spaces_for(WORKLOAD, KNOWN_TARGETS[name])]
+
+    assert algorithms("cuda:90") == ["rows", "hopper", "small"]
+    assert algorithms("cuda:80") == ["rows", "small"]
+    assert hopper.violations(WORKLOAD, hopper.default_schedule(WORKLOAD, SM90), SM90) == []
+    schedule = Schedule.of("hopper", {"block_m": 32, "num_warps": 4})
+    wrong = hopper.violations(WORKLOAD, schedule, KNOWN_TARGETS["cuda:80"])
+    assert wrong == ["algorithm hopper does not run on cuda:80"]
