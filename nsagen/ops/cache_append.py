@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nsagen.ops import reference
@@ -13,7 +12,9 @@ from nsagen.ops._checks import (
     check_rows,
     fail,
 )
+from nsagen.ops._define import define_op
 from nsagen.ops._launch import key_of, launch, on_kernels
+from nsagen.ops._pages import capacity_of, check_page_size, check_table
 from nsagen.ops.reference._checks import check_windows
 from nsagen.ops.rope import check_tables
 from nsagen.runtime import Dispatcher
@@ -42,6 +43,7 @@ def cache_append(
     compress_type: str,
     kernel_size: int,
     kernel_stride: int,
+    block_table: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """Append one token of each row to the caches, which change in place.
@@ -57,6 +59,11 @@ def cache_append(
         ck_cache: [slots, max_windows, HK, D], compressed keys after rope at position
             i * kernel_stride; cv_cache: the same for values.
         k_raw: [slots, kernel_size, HK, D], keys before rope, token t at t % kernel_size.
+        block_table: int32 [slots, max_pages], or None. With it the first four caches are in
+            pages: k_cache and v_cache [pages, page_size, HK, dim], ck_cache and cv_cache
+            [pages, page_size // kernel_stride, HK, dim]. Token t of a slot lies in page
+            block_table[slot, t // page_size], and so does the window that starts at token t.
+            Entries of pages that no row reaches may hold anything.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
@@ -85,6 +92,7 @@ def cache_append(
         kernel_size,
         kernel_stride,
         key_of(dispatcher),
+        block_table,
     )
 
 
@@ -108,6 +116,7 @@ def _cache_append_decode(
     kernel_size: int,
     kernel_stride: int,
     dispatcher: str = "",
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """q after rope, [R, HQ, D]; see `cache_append`."""
     caches = (k_cache, v_cache, ck_cache, cv_cache, k_raw)
@@ -117,7 +126,9 @@ def _cache_append_decode(
     check_compress_weights(_OP, k, w_k, pe, compress_type, kernel_size)
     check_compress_weights(_OP, v, w_v, None, compress_type, kernel_size)
     check_indices(_OP, q, (q.shape[0],), positions=positions, slots=slots)
-    _check_caches(k, v, caches, kernel_size)
+    if block_table is not None:
+        check_table(_OP, q, block_table)
+    _check_caches(k, v, caches, kernel_size, kernel_stride, block_table)
     inputs = (q, k, v, cos, sin, w_k, w_v, pe, positions, slots, *caches)
     if not on_kernels(q):
         return reference.cache_append(
@@ -125,24 +136,16 @@ def _cache_append_decode(
             compress_type=compress_type,
             kernel_size=kernel_size,
             kernel_stride=kernel_stride,
+            block_table=block_table,
         )
     q_out = q.new_empty(q.shape)
     dims = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1])
     values = (compress_type, *dims, kernel_size, kernel_stride, pe is not None)
-    launch(dispatcher, _OP, "decode", values, (*inputs, q_out), context=k_cache.shape[1])
+    args, context = (*inputs, q_out, block_table), capacity_of(k_cache, block_table)
+    launch(dispatcher, _OP, "decode", values, args, context)
     return q_out
 
 
-# Defined by its schema: `custom_op` reads a mutating op's schema anew at every call, which took
-# three times as long as all the checks above.
-_NAME = "nsagen::cache_append_decode"
-_SCHEMA = torch.library.infer_schema(_cache_append_decode, mutates_args=_CACHES)
-torch.library.define(_NAME, _SCHEMA)
-torch.library.impl(_NAME, ("cpu", "cuda"), _cache_append_decode)
-cache_append_decode = torch.ops.nsagen.cache_append_decode.default
-
-
-@torch.library.register_fake(_NAME)
 def _fake(
     q: Tensor,
     k: Tensor,
@@ -163,19 +166,33 @@ def _fake(
     kernel_size: int,
     kernel_stride: int,
     dispatcher: str = "",
+    block_table: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _check_caches(k: Tensor, v: Tensor, caches: tuple[Tensor, ...], kernel_size: int) -> None:
-    """Five caches [slots, length, HK, dim] of k's and v's dtype, heads and sizes."""
+cache_append_decode = define_op("cache_append_decode", _cache_append_decode, _fake, _CACHES)
+
+
+def _check_caches(
+    k: Tensor,
+    v: Tensor,
+    caches: tuple[Tensor, ...],
+    kernel_size: int,
+    kernel_stride: int,
+    block_table: Tensor | None,
+) -> None:
+    """Five caches [slots or pages, length, HK, dim] of k's and v's dtype, heads and sizes."""
     named = dict(zip(_CACHES, caches, strict=True))
     check_rows(_OP, 4, **named)
     for name, cache in named.items():
         like = v if name in ("v_cache", "cv_cache") else k
-        if cache.shape[2:] != like.shape[1:] or cache.shape[0] != caches[0].shape[0]:
-            rule = f"{name} must be [{caches[0].shape[0]}, length, {like.shape[1]}, "
-            fail(_OP, f"{rule}{like.shape[2]}]", tuple(cache.shape), "allocate an NSACache")
+        places = caches[0].shape[0]
+        if block_table is not None and name == "k_raw":
+            places = block_table.shape[0]
+        if cache.shape[2:] != like.shape[1:] or cache.shape[0] != places:
+            rule = f"{name} must be [{places}, length, {like.shape[1]}, {like.shape[2]}]"
+            fail(_OP, rule, tuple(cache.shape), "allocate an NSACache")
         if cache.dtype != k.dtype or cache.device != k.device:
             came = f"{cache.dtype} on {cache.device}"
             fail(_OP, f"{name} must be {k.dtype} on {k.device}", came, "allocate it so")
@@ -187,3 +204,10 @@ def _check_caches(k: Tensor, v: Tensor, caches: tuple[Tensor, ...], kernel_size:
     if caches[4].shape[1] != kernel_size:
         rule = "k_raw must hold kernel_size tokens"
         fail(_OP, rule, f"{caches[4].shape[1]} for kernel_size {kernel_size}", "resize it")
+    if block_table is None:
+        return
+    page_size, windows = caches[0].shape[1], caches[2].shape[1]
+    check_page_size(_OP, page_size, "kernel_stride", kernel_stride)
+    if windows * kernel_stride != page_size:
+        rule = f"ck_cache must have {page_size // kernel_stride} windows a page"
+        fail(_OP, rule, windows, "give each page of tokens one of the windows that start in it")

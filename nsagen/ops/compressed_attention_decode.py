@@ -9,7 +9,9 @@ from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_indices, check_keys, check_rows, fail, shapes
+from nsagen.ops._define import define_op
 from nsagen.ops._launch import key_of, launch, on_kernels, scale_of
+from nsagen.ops._pages import capacity_of, check_page_size, check_table
 from nsagen.ops.reference.block_selection import BlockRule
 from nsagen.runtime import Dispatcher
 
@@ -30,6 +32,7 @@ def compressed_attention_decode(
     init_blocks: int = 1,
     local_blocks: int = 2,
     softmax_scale: float | None = None,
+    block_table: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of new tokens to the compressed cache, and the blocks that they select.
@@ -42,6 +45,9 @@ def compressed_attention_decode(
         kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks: as in
             `compressed_attention`.
         softmax_scale: of the scores; 1/sqrt(D) by default.
+        block_table: int32 [slots, max_pages], or None. With it the caches are in pages, [pages,
+            page_size // kernel_stride, HK, dim]: window i of a slot lies in the page that
+            block_table names for token i * kernel_stride; see `cache_append`.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
@@ -53,12 +59,11 @@ def compressed_attention_decode(
     statics = (kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
     scale, key = scale_of(softmax_scale, q), key_of(dispatcher)
     return compressed_attention_decode_op(
-        q, ck_cache, cv_cache, positions, slots, *statics, scale, key
+        q, ck_cache, cv_cache, positions, slots, *statics, scale, key, block_table
     )
 
 
-@torch.library.custom_op("nsagen::compressed_attention_decode", mutates_args=())
-def compressed_attention_decode_op(
+def _compressed_attention_decode(
     q: Tensor,
     ck_cache: Tensor,
     cv_cache: Tensor,
@@ -72,24 +77,28 @@ def compressed_attention_decode_op(
     local_blocks: int,
     softmax_scale: float,
     dispatcher: str = "",
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o [R, HQ, Dv], topk_idx int32 [HK, R, topk])."""
-    check_cached(_OP, q, ck_cache, cv_cache, positions, slots)
+    check_cached(_OP, q, ck_cache, cv_cache, positions, slots, block_table)
     rule = BlockRule(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
+    if block_table is not None:
+        page_size = ck_cache.shape[1] * kernel_stride
+        check_page_size(_OP, page_size, "block_size", block_size)
     if not on_kernels(q):
         inputs = (q, ck_cache, cv_cache, positions, slots)
         return reference.compressed_attention_decode(
-            *inputs, **asdict(rule), softmax_scale=softmax_scale
+            *inputs, **asdict(rule), softmax_scale=softmax_scale, block_table=block_table
         )
     o, topk_idx = _allocate(q, cv_cache, topk)
     dims = (q.shape[2], cv_cache.shape[3], q.shape[1] // ck_cache.shape[2])
-    args = (q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale)
-    context = (ck_cache.shape[1] - 1) * kernel_stride + kernel_size
+    args = (q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, block_table)
+    context = capacity_of(ck_cache, block_table) * kernel_stride
+    context += 0 if block_table is not None else kernel_size - kernel_stride
     launch(dispatcher, "compressed_attention", "decode", (*dims, *astuple(rule)), args, context)
     return o, topk_idx
 
 
-@compressed_attention_decode_op.register_fake
 def _fake(
     q: Tensor,
     ck_cache: Tensor,
@@ -104,14 +113,26 @@ def _fake(
     local_blocks: int,
     softmax_scale: float,
     dispatcher: str = "",
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _allocate(q, cv_cache, topk)
 
 
+compressed_attention_decode_op = define_op(
+    "compressed_attention_decode", _compressed_attention_decode, _fake
+)
+
+
 def check_cached(
-    op: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, slots: Tensor
+    op: str,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    block_table: Tensor | None = None,
 ) -> None:
-    """q [R, HQ, D], caches [slots, length, HK, D | Dv] of its dtype, int32 indices [R]."""
+    """q [R, HQ, D], caches [slots or pages, length, HK, D | Dv] of its dtype, int32 indices."""
     check_rows(op, q=q)
     check_rows(op, 4, k_cache=k_cache, v_cache=v_cache)
     check_keys(op, q, k_cache)
@@ -122,6 +143,8 @@ def check_cached(
         came = f"{k_cache.dtype} on {k_cache.device}"
         fail(op, f"caches must be {q.dtype} on {q.device}, as q is", came, "allocate them so")
     check_indices(op, q, (q.shape[0],), positions=positions, slots=slots)
+    if block_table is not None:
+        check_table(op, q, block_table)
 
 
 def _allocate(q: Tensor, cv_cache: Tensor, topk: int) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_indices, check_rows, fail
+from nsagen.ops._define import define_op
 from nsagen.ops._launch import key_of, launch, on_kernels, scale_of
+from nsagen.ops._pages import capacity_of, check_page_size
 from nsagen.ops.compressed_attention_decode import check_cached
 from nsagen.ops.gated_sum import check_gate
 from nsagen.runtime import Dispatcher
@@ -28,6 +29,7 @@ def native_sparse_attention_decode(
     block_size: int,
     window_size: int,
     softmax_scale: float | None = None,
+    block_table: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """The gated sum of the three branches for one new token a row.
@@ -44,6 +46,9 @@ def native_sparse_attention_decode(
         block_size: tokens of a block.
         window_size: tokens that the sliding window sees, the new one among them.
         softmax_scale: of the scores; 1/sqrt(D) by default.
+        block_table: int32 [slots, max_pages], or None. With it the caches are in pages, [pages,
+            page_size, HK, dim]: token t of a slot lies in page
+            block_table[slot, t // page_size] at row t % page_size.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
@@ -54,11 +59,12 @@ def native_sparse_attention_decode(
     """
     scale, key = scale_of(softmax_scale, q), key_of(dispatcher)
     inputs = (q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate)
-    return native_sparse_attention_decode_op(*inputs, block_size, window_size, scale, key)
+    return native_sparse_attention_decode_op(
+        *inputs, block_size, window_size, scale, key, block_table
+    )
 
 
-@torch.library.custom_op("nsagen::native_sparse_attention_decode", mutates_args=())
-def native_sparse_attention_decode_op(
+def _native_sparse_attention_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -71,9 +77,10 @@ def native_sparse_attention_decode_op(
     window_size: int,
     softmax_scale: float,
     dispatcher: str = "",
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """o [R, HQ, Dv]."""
-    check_cached(_OP, q, k_cache, v_cache, positions, slots)
+    check_cached(_OP, q, k_cache, v_cache, positions, slots, block_table)
     rows, topk = q.shape[0], topk_idx.shape[-1]
     check_indices(_OP, q, (k_cache.shape[2], rows, topk), topk_idx=topk_idx)
     check_rows(_OP, q=q, o_compressed=o_compressed)
@@ -84,20 +91,25 @@ def native_sparse_attention_decode_op(
     if min(block_size, window_size) < 1:
         rule = "block_size and window_size must be positive"
         fail(_OP, rule, f"{block_size} and {window_size}", "64 and 512 are usual")
+    if block_table is not None:
+        check_page_size(_OP, k_cache.shape[1], "block_size", block_size)
     inputs = (q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate)
     if not on_kernels(q):
         return reference.native_sparse_attention_decode(
-            *inputs, block_size=block_size, window_size=window_size, softmax_scale=softmax_scale
+            *inputs,
+            block_size=block_size,
+            window_size=window_size,
+            softmax_scale=softmax_scale,
+            block_table=block_table,
         )
     o = o_compressed.new_empty(o_compressed.shape)
     dims = (q.shape[2], v_cache.shape[3], q.shape[1] // k_cache.shape[2])
     values = (*dims, block_size, topk, window_size)
-    args = (*inputs, o, softmax_scale)
-    launch(dispatcher, "native_sparse_attention", "decode", values, args, k_cache.shape[1])
+    args, context = (*inputs, o, softmax_scale, block_table), capacity_of(k_cache, block_table)
+    launch(dispatcher, "native_sparse_attention", "decode", values, args, context)
     return o
 
 
-@native_sparse_attention_decode_op.register_fake
 def _fake(
     q: Tensor,
     k_cache: Tensor,
@@ -111,5 +123,11 @@ def _fake(
     window_size: int,
     softmax_scale: float,
     dispatcher: str = "",
+    block_table: Tensor | None = None,
 ) -> Tensor:
     return o_compressed.new_empty(o_compressed.shape)
+
+
+native_sparse_attention_decode_op = define_op(
+    "native_sparse_attention_decode", _native_sparse_attention_decode, _fake
+)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 STATICS: dict[str, Any] = {
     "kernel_size": 8,
@@ -102,6 +103,23 @@ class Cached:
         """Fresh copies of the five caches."""
         caches = (self.k_cache, self.v_cache, self.ck_cache, self.cv_cache, self.k_raw)
         return tuple(cache.clone() for cache in caches)
+
+    def paged_caches(self, page_size: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The caches with the first four in pages of any order, and the block table."""
+        slots, length = self.k_cache.shape[:2]
+        pages = length // page_size
+        table = torch.randperm(slots * pages).to(torch.int32).view(slots, pages)
+
+        def paged(cache: Tensor, rows: int) -> Tensor:
+            cache = functional.pad(cache, (0, 0, 0, 0, 0, pages * rows - cache.shape[1]))
+            out = torch.empty_like(cache).view(slots * pages, rows, *cache.shape[2:])
+            out[table.flatten().long()] = cache.reshape(out.shape)
+            return out
+
+        windows = page_size // STATICS["kernel_stride"]
+        full = paged(self.k_cache, page_size), paged(self.v_cache, page_size)
+        compressed = paged(self.ck_cache, windows), paged(self.cv_cache, windows)
+        return (*full, *compressed, self.k_raw.clone()), table
 
     def append_inputs(self) -> tuple[Tensor, ...]:
         """The arguments of `cache_append` before the caches."""

@@ -133,6 +133,18 @@ def test_decode_ops() -> None:
     torch.library.opcheck(native_sparse_attention_decode_op, (*inputs, 8, 9, SCALE))
 
 
+def test_decode_ops_on_pages() -> None:
+    x = Cached()
+    caches, table = x.paged_caches(page_size=16)
+    key = ("", table)
+    args = (*x.append_inputs(), *caches, "linear", *WINDOWS, *key)
+    torch.library.opcheck(cache_append_decode, args)
+    args = (x.q, *caches[2:4], *x.rows, *STATICS.values(), SCALE, *key)
+    torch.library.opcheck(compressed_attention_decode_op, args)
+    inputs = (x.q, *caches[:2], x.topk_idx, *x.rows, x.o_compressed, x.gate)
+    torch.library.opcheck(native_sparse_attention_decode_op, (*inputs, 8, 9, SCALE, *key))
+
+
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradients_by_finite_differences(name: str) -> None:
     x = Packed(dtype=torch.float64, seqlens=(0, 3, 10), query_heads=2, requires_grad=True)

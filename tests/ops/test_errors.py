@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from nsagen import ops
 from nsagen.errors import InvalidInputError, UnsupportedWorkloadError
@@ -48,6 +49,32 @@ def decode(index: int, value: object) -> Call:
     inputs += [*cached.rows, cached.o_compressed, cached.gate]
     inputs[index] = value
     return lambda: ops.native_sparse_attention_decode(*inputs, block_size=8, window_size=9)
+
+
+def paged(page_size: int, windows: int | None = None, table: Tensor | None = None) -> Call:
+    """`cache_append` with pages; some windows a page."""
+    (k, v, ck, cv, k_raw), right = cached.paged_caches(16)
+    k, v = (x.reshape(-1, page_size, *x.shape[2:]) for x in (k, v))
+    windows = page_size // 4 if windows is None else windows
+    ck, cv = (x.new_zeros(k.shape[0], windows, *x.shape[2:]) for x in (ck, cv))
+    inputs = (*cached.append_inputs(), k, v, ck, cv, k_raw)
+    sizes = {"compress_type": "linear", "kernel_size": 8, "kernel_stride": 4}
+    return lambda: ops.cache_append(*inputs, **sizes, block_table=right if table is None else table)
+
+
+def decode_pages(block_size: int) -> Call:
+    """Pages of 16 tokens, read by the other two ops."""
+    caches, table = cached.paged_caches(16)
+    inputs = (cached.q, *caches[:2], cached.topk_idx, *cached.rows)
+    inputs = (*inputs, cached.o_compressed, cached.gate)
+    sizes = {"block_size": block_size, "window_size": 9, "block_table": table}
+    return lambda: ops.native_sparse_attention_decode(*inputs, **sizes)
+
+
+def compressed_pages(block_size: int) -> Call:
+    caches, table = cached.paged_caches(16)
+    sizes = {**STATICS, "block_size": block_size, "block_table": table}
+    return lambda: ops.compressed_attention_decode(cached.q, *caches[2:4], *cached.rows, **sizes)
 
 
 FULL = torch.zeros(2, 60, 4, dtype=torch.int32)
@@ -100,6 +127,19 @@ CASES: dict[str, tuple[Call, str]] = {
     "cache heads": (append(10, cached.k_cache[:, :, :1]), r"k_cache must be \[4, length, 2, 16\]"),
     "cache lengths": (append(13, cached.cv_cache[:, 1:]), "ck_cache and cv_cache must have one"),
     "raw keys": (append(14, cached.k_raw[:, 1:]), "k_raw must hold kernel_size tokens; got 7"),
+    "page and stride": (
+        paged(2, 1),
+        "page size must be a positive multiple of kernel_stride; got 2",
+    ),
+    "page and windows": (paged(16, 3), "ck_cache must have 4 windows a page; got 3"),
+    "page and block": (decode_pages(12), "multiple of block_size; got 16 tokens and block_size 12"),
+    "windows and block": (compressed_pages(32), "multiple of block_size; got 16 tokens and block"),
+    "table": (paged(16, table=torch.zeros(4, dtype=torch.int32)), r"shape \[slots, max_pages\]"),
+    "table dtype": (paged(16, table=torch.zeros(4, 2)), "block_table must be int32"),
+    "table slots": (
+        paged(16, table=torch.zeros(3, 2, dtype=torch.int32)),
+        r"k_raw must be \[3, length, 2, 16\]; got \(4, 8, 2, 16\)",
+    ),
     "cache dtype": (decode(1, cached.k_cache.half()), "must share one float dtype"),
     "branch": (decode(6, cached.o_compressed[..., :8].contiguous()), "o_compressed must be"),
 }

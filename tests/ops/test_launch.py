@@ -100,14 +100,29 @@ def test_decoding(recorder: Recorder) -> None:
     append, compressed, block = recorder.calls
     assert str(append[0]) == "cache_append decode f32_linear_d16_dv24_g3_l8_s4_pe"
     assert append[2:] == (3, 32)
-    assert shapes(append[1][10:]) == [*(tuple(c.shape) for c in caches), (3, 6, 16)]
+    assert shapes(append[1][10:]) == [*(tuple(c.shape) for c in caches), (3, 6, 16), None]
     assert [c.data_ptr() for c in append[1][10:15]] == [c.data_ptr() for c in caches]
     assert str(compressed[0]) == "compressed_attention decode f32_d16_dv24_g3_l8_s4_b8_k4_i1_c2"
-    assert shapes(compressed[1][5:]) == [(3, 6, 24), (2, 3, 4), 0.25]
+    assert shapes(compressed[1][5:]) == [(3, 6, 24), (2, 3, 4), 0.25, None]
     assert compressed[2:] == (3, 32)
     assert str(block[0]) == "native_sparse_attention decode f32_d16_dv24_g3_b8_k4_w9"
-    assert shapes(block[1][6:]) == [(3, 6, 24), (3, 6, 3), (3, 6, 24), 0.5]
+    assert shapes(block[1][6:]) == [(3, 6, 24), (3, 6, 3), (3, 6, 24), 0.5, None]
     assert block[2:] == (3, 32)
+
+
+def test_decoding_from_pages(recorder: Recorder) -> None:
+    """The table goes last; the context is what its pages hold."""
+    x = Cached()
+    (*caches, k_raw), table = x.paged_caches(page_size=16)
+    statics = {"compress_type": "linear", "kernel_size": 8, "kernel_stride": 4}
+    keywords = {"block_table": table, "dispatcher": recorder}
+    q = ops.cache_append(*x.append_inputs(), *caches, k_raw, **statics, **keywords)
+    o, topk_idx = ops.compressed_attention_decode(q, *caches[2:], *x.rows, **STATICS, **keywords)
+    args = (q, *caches[:2], topk_idx, *x.rows, o, x.gate)
+    ops.native_sparse_attention_decode(*args, block_size=8, window_size=9, **keywords)
+    for _, args, tokens, context in recorder.calls:
+        assert args[-1].data_ptr() == table.data_ptr()
+        assert (tokens, context) == (3, 32)
 
 
 def test_no_tokens_launch_nothing(recorder: Recorder) -> None:

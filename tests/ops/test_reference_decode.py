@@ -98,16 +98,26 @@ class Model:
         )
 
     def step(
-        self, new: tuple[Tensor, ...], positions: Tensor, slots: Tensor, caches: Caches
+        self,
+        new: tuple[Tensor, ...],
+        positions: Tensor,
+        slots: Tensor,
+        caches: Caches,
+        block_table: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One token a row; returns (q after rope, o_compressed, topk_idx, o)."""
         q, k, v, gate = new
         weights = (self.cos, self.sin, self.w_k, self.w_v, self.pe)
         q = reference.cache_append(
-            q, k, v, *weights, positions, slots, *caches.all(), **self.compress
+            *(q, k, v, *weights, positions, slots, *caches.all()),
+            **self.compress,
+            block_table=block_table,
         )
         o_compressed, topk_idx = reference.compressed_attention_decode(
-            q, caches.ck, caches.cv, positions, slots, **self.windows, **SELECT
+            *(q, caches.ck, caches.cv, positions, slots),
+            **self.windows,
+            **SELECT,
+            block_table=block_table,
         )
         o = reference.native_sparse_attention_decode(
             q,
@@ -120,6 +130,7 @@ class Model:
             gate,
             block_size=SELECT["block_size"],
             window_size=WINDOW,
+            block_table=block_table,
         )
         return q, o_compressed, topk_idx, o
 
@@ -230,3 +241,30 @@ def test_low_precision_caches() -> None:
         assert o.dtype == torch.bfloat16
         assert o.isfinite().all()
     torch.testing.assert_close(caches.ck[0, :9], ck[:9], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("compress_type", COMPRESS_TYPES)
+def test_pages_in_any_order_equal_contiguous_caches(compress_type: str) -> None:
+    """Pages come as tokens need them, from a shared pool; entries of later ones name no page."""
+    page_size, size, stride = 8, 8, 4
+    model = Model.of(compress_type, size, stride)
+    whole, paged = Caches.of(size, torch.float64), Caches.of(size, torch.float64)
+    pages = SLOTS * LENGTH // page_size
+
+    def in_pages(cache: Tensor, rows: int) -> Tensor:
+        return torch.full((pages, rows, *cache.shape[2:]), float("nan"), dtype=cache.dtype)
+
+    paged.k, paged.v = (in_pages(cache, page_size) for cache in (paged.k, paged.v))
+    paged.ck, paged.cv = (in_pages(cache, page_size // stride) for cache in (paged.ck, paged.cv))
+    table = torch.full((SLOTS, LENGTH // page_size), -1, dtype=torch.int32)
+    free = torch.randperm(pages).tolist()
+    sequences, slots, late = [sequence(1), sequence(2)], torch.tensor([2, 0]).int(), 5
+    for step in range(LENGTH):
+        positions = [step, step - late if step >= late else -1]
+        for slot, position in zip(slots.tolist(), positions, strict=True):
+            if position >= 0 and position % page_size == 0:
+                table[slot, position // page_size] = free.pop()
+        new, rows = rows_of(sequences, positions), (torch.tensor(positions).int(), slots)
+        expected = model.step(new, *rows, whole)
+        for one, other in zip(model.step(new, *rows, paged, table), expected, strict=True):
+            assert torch.equal(one, other)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nsagen.ops.reference._checks import check_windows
+from nsagen.ops.reference._pages import first_entries, place_of
 from nsagen.ops.reference.compress import pool_windows
 from nsagen.ops.reference.rope import rope_if_given
 
@@ -31,6 +32,7 @@ def cache_append(
     compress_type: str,
     kernel_size: int,
     kernel_stride: int,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """Turn q and k by their position, append k and v, and compress a window once it is full.
 
@@ -51,6 +53,9 @@ def cache_append(
         ck_cache: [slots, max_windows, HK, D], compressed keys after rope at position i * s.
         cv_cache: [slots, max_windows, HK, Dv], compressed values.
         k_raw: [slots, kernel_size, HK, D], keys before rope, token t at index t % kernel_size.
+        block_table: int32 [slots, max_pages], pages of each slot, or None. With it k_cache and
+            v_cache are [pages, page_size, HK, dim], and the compressed caches [pages,
+            page_size // kernel_stride, HK, dim]; see `place_of`.
 
     Returns:
         q after rope, [R, HQ, D]; 0 for idle rows.
@@ -60,10 +65,11 @@ def cache_append(
     for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
         if position < 0:
             continue
-        one, here = slice(row, row + 1), positions[row : row + 1]
-        q_out[one] = rope_if_given(q[one], cos, sin, here)
-        k_cache[slot, position] = rope_if_given(k[one], cos, sin, here)[0]
-        v_cache[slot, position] = v[row]
+        one, time = slice(row, row + 1), positions[row : row + 1]
+        q_out[one] = rope_if_given(q[one], cos, sin, time)
+        here = place_of(k_cache, block_table, slot, position)
+        k_cache[here] = rope_if_given(k[one], cos, sin, time)[0]
+        v_cache[here] = v[row]
         k_raw[slot, position % kernel_size] = k[row]
         window, rest = divmod(position + 1 - kernel_size, kernel_stride)
         if window < 0 or rest:
@@ -71,7 +77,8 @@ def cache_append(
         first = window * kernel_stride
         tokens = torch.arange(first, first + kernel_size, device=k.device)
         key = pool_windows(k_raw[slot, tokens % kernel_size][None], w_k, pe, compress_type)
-        ck_cache[slot, window] = rope_if_given(key, cos, sin, torch.full_like(here, first))[0]
-        value = pool_windows(v_cache[slot, tokens][None], w_v, None, compress_type)
-        cv_cache[slot, window] = value[0]
+        there = place_of(ck_cache, block_table, slot, window)
+        ck_cache[there] = rope_if_given(key, cos, sin, torch.full_like(time, first))[0]
+        values = first_entries(v_cache, block_table, slot, position + 1)[first:]
+        cv_cache[there] = pool_windows(values[None], w_v, None, compress_type)[0]
     return q_out

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nsagen.ops.reference._attend import Bounds, attend, packed_attention, scale_of, upcast
 from nsagen.ops.reference._checks import check_heads, check_windows, sequence_bounds
+from nsagen.ops.reference._pages import first_entries
 from nsagen.ops.reference.block_selection import BlockRule, block_selection, blocks_of
 
 
@@ -125,6 +126,7 @@ def compressed_attention_decode(
     init_blocks: int = 1,
     local_blocks: int = 2,
     softmax_scale: float | None = None,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compressed attention and block selection of one new token a row.
 
@@ -135,6 +137,7 @@ def compressed_attention_decode(
         positions: int32 [R], position of the new token; -1: an idle row.
         slots: int32 [R], each row's place in the caches.
         softmax_scale: 1/sqrt(D) unless given.
+        block_table: int32 [slots, max_pages]: the caches are [pages, windows a page, HK, dim].
 
     Returns:
         o [R, HQ, Dv] in q's dtype, 0 for idle rows and where no window is visible; topk_idx int32
@@ -151,7 +154,8 @@ def compressed_attention_decode(
             continue
         one, token = slice(row, row + 1), torch.full((1,), position, device=q.device)
         windows = max(0, (position + 1 - kernel_size) // kernel_stride + 1)
-        query, keys, values = upcast(q[one], ck_cache[slot, :windows], cv_cache[slot, :windows])
+        keys, values = (first_entries(x, block_table, slot, windows) for x in (ck_cache, cv_cache))
+        query, keys, values = upcast(q[one], keys, values)
         everything = torch.ones(1, windows, dtype=torch.bool, device=q.device)
         out, lse = attend(query, keys, values, everything, scale)
         o[one] = out.to(q.dtype)

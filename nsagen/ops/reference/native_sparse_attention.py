@@ -9,6 +9,7 @@ from nsagen.errors import InvalidInputError
 from nsagen.ops.layout import positions_in_sequence
 from nsagen.ops.reference._attend import attend, scale_of, upcast
 from nsagen.ops.reference._checks import check_heads
+from nsagen.ops.reference._pages import first_entries
 from nsagen.ops.reference.compress import avgpool_compress, linear_compress, weightedpool_compress
 from nsagen.ops.reference.compressed_attention import compressed_attention
 from nsagen.ops.reference.gated_sum import gated_sum
@@ -112,6 +113,7 @@ def native_sparse_attention_decode(
     block_size: int,
     window_size: int,
     softmax_scale: float | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor:
     """One new token a row: selected and sliding-window attention, summed with the compressed one.
 
@@ -127,6 +129,7 @@ def native_sparse_attention_decode(
         block_size: tokens of a block.
         window_size: tokens that the sliding window sees, the new one among them.
         softmax_scale: 1/sqrt(D) unless given.
+        block_table: int32 [slots, max_pages]: the caches are [pages, page_size, HK, dim].
 
     Returns:
         o [R, HQ, Dv] in q's dtype.
@@ -141,7 +144,8 @@ def native_sparse_attention_decode(
         tokens = torch.arange(end, device=q.device)
         chosen = selected_tokens(topk_idx[:, one], tokens, block_size)
         recent = (tokens > position - window_size).unsqueeze(0)
-        query, keys, values = upcast(q[one], k_cache[slot, :end], v_cache[slot, :end])
+        keys, values = (first_entries(x, block_table, slot, end) for x in (k_cache, v_cache))
+        query, keys, values = upcast(q[one], keys, values)
         selected, _ = attend(query, keys, values, chosen, scale)
         sliding, _ = attend(query, keys, values, recent, scale)
         o[one] = gated_sum(o_compressed[one], selected, sliding, gate[one]).to(q.dtype)

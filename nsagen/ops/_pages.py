@@ -1,0 +1,30 @@
+"""Paged caches: the contract of a block table and of the pages that it names."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nsagen.ops._checks import check_indices, fail
+
+
+def check_table(op: str, like: Tensor, block_table: Tensor) -> None:
+    """int32 [slots, max_pages], contiguous, on the device of `like`."""
+    if block_table.ndim != 2:
+        rule = "block_table must have shape [slots, max_pages]"
+        fail(op, rule, tuple(block_table.shape), "give each slot a row of page numbers")
+    check_indices(op, like, tuple(block_table.shape), block_table=block_table)
+
+
+def check_page_size(op: str, page_size: int, multiple_of: str, unit: int) -> None:
+    """A page holds a whole number of units, so that none lies in two pages."""
+    if page_size < 1 or page_size % unit:
+        rule = f"the page size must be a positive multiple of {multiple_of}"
+        came = f"{page_size} tokens and {multiple_of} {unit}"
+        fail(
+            op, rule, came, f"allocate pages of e.g. {max(1, -(-page_size // unit)) * unit} tokens"
+        )
+
+
+def capacity_of(cache: Tensor, block_table: Tensor | None) -> int:
+    """Entries that a slot of a cache can hold: [slots, length, ...], or [pages, rows, ...]."""
+    return cache.shape[1] if block_table is None else block_table.shape[1] * cache.shape[1]
