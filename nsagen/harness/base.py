@@ -28,11 +28,13 @@ class Sizes:
         seqlens: tokens of each packed sequence; in decode, the position of each row's new token.
         kv_heads: key/value heads HK.
         capacity: decode only: tokens that the cache can hold for each sequence.
+        page_size: decode only: tokens of a cache page; None where a sequence's tokens adjoin.
     """
 
     seqlens: tuple[int, ...]
     kv_heads: int = 2
     capacity: int = 256
+    page_size: int | None = None
 
     @property
     def tokens(self) -> int:

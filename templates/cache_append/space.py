@@ -1,0 +1,117 @@
+"""The schedule spaces of appending a token to the caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.target import Target
+from nsagen.workload import Param, Schedule, Workload
+
+
+def padded(workload: Workload) -> dict[str, Any]:
+    """Sizes of heads, and those padded to powers of two."""
+    half, v_dim = int(workload.head_dim) // 2, int(workload.v_head_dim)
+    block_half, block_dv = next_power_of_2(half), next_power_of_2(v_dim)
+    return {
+        "half": half,
+        "block_half": block_half,
+        "pad_half": block_half != half,
+        "block_dv": block_dv,
+        "pad_dv": block_dv != v_dim,
+    }
+
+
+def derive_pool(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """Padded sizes of heads and windows."""
+    return {**padded(workload), "block_l": next_power_of_2(int(workload.kernel_size))}
+
+
+def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """Padded sizes of heads, and how many programs share a head's columns."""
+    columns = int(schedule.columns)
+    return {
+        **padded(workload),
+        "block_d": next_power_of_2(int(workload.head_dim)),
+        "key_tiles": -(-int(workload.head_dim) // columns),
+        "value_tiles": -(-int(workload.v_head_dim) // columns),
+        "dot_precision": ', input_precision="ieee"' if workload.dtype == "float32" else "",
+    }
+
+
+def elements(workload: Workload, schedule: Schedule) -> float:
+    """Elements of a tile of queries that a thread holds, of each half."""
+    tile = int(schedule.block_heads) * next_power_of_2(int(workload.head_dim) // 2)
+    return tile / (32 * int(schedule.num_warps))
+
+
+def query_heads(workload: Workload, num_warps: int) -> int:
+    """Heads that give each thread of some warps a load of 16 bytes a half."""
+    each = 4 if workload.dtype == "float32" else 8
+    return max(1, 32 * num_warps * each // next_power_of_2(int(workload.head_dim) // 2))
+
+
+def default_pool(workload: Workload, target: Target) -> dict[str, Param]:
+    """Small programs, as most of a step's time is a launch; 32 elements a thread of a window."""
+    dim = next_power_of_2(max(int(workload.head_dim) // 2, int(workload.v_head_dim)))
+    window = next_power_of_2(int(workload.kernel_size)) * dim
+    num_warps = min(8, max(4, window // (32 * 32)))
+    return {"block_heads": query_heads(workload, num_warps), "num_warps": num_warps}
+
+
+def default_matmul(workload: Workload, target: Target) -> dict[str, Param]:
+    """16 columns: 64 programs share the weights of 4 heads of 128."""
+    wide = next_power_of_2(max(int(workload.head_dim), int(workload.v_head_dim)))
+    return {
+        "block_heads": query_heads(workload, 4),
+        "block_rows": 16,
+        "columns": 16,
+        "num_warps": 4,
+        "num_stages": 3 if wide > 128 or workload.dtype == "float32" else 5,
+    }
+
+
+def matmul_shared_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the tokens and weights that are on their way."""
+    width = 4 if workload.dtype == "float32" else 2
+    wide = next_power_of_2(max(int(workload.head_dim), int(workload.v_head_dim)))
+    step = wide * (int(schedule.block_rows) + int(schedule.columns))
+    return width * int(schedule.num_stages) * step
+
+
+_BLOCK_HEADS = PowerOfTwo("block_heads", 1, 256, "query heads a program: loads against programs")
+_TILE = Rule(
+    "each thread holds 1 to 32 elements of a half of the queries",
+    lambda w, s, t: 1 <= elements(w, s) <= 32,
+)
+
+POOL = ScheduleSpace(
+    op="cache_append",
+    pass_="decode",
+    algorithm="pool",
+    knobs=(_BLOCK_HEADS, Choice("num_warps", (1, 2, 4, 8, 16), "threads for the same tile")),
+    rules=(_TILE,),
+    derive=derive_pool,
+    default=default_pool,
+    supports=lambda w: w.compress_type != "linear",
+)
+
+MATMUL = ScheduleSpace(
+    op="cache_append",
+    pass_="decode",
+    algorithm="matmul",
+    knobs=(
+        _BLOCK_HEADS,
+        PowerOfTwo("block_rows", 16, 64, "windows at once: reuse of weights against room"),
+        PowerOfTwo("columns", 16, 64, "columns a program: long runs against programs"),
+        Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+        Choice("num_stages", (1, 2, 3, 4, 5, 6, 8), "loads in flight against shared memory"),
+    ),
+    rules=(_TILE,),
+    derive=derive_matmul,
+    shared_memory=matmul_shared_memory,
+    default=default_matmul,
+    supports=lambda w: w.compress_type == "linear",
+)
+
+SPACES = (POOL, MATMUL)

@@ -1,0 +1,158 @@
+"""Appending one token a row to the caches, against the float64 reference."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.codegen.template import default_schedule
+from nsagen.harness.base import THRESHOLDS, Case, Sizes, relative_error
+from nsagen.harness.cache_append import make_case
+from nsagen.ops import reference
+from nsagen.workload import COMPRESS_TYPES, Param, Schedule, Workload
+from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
+
+DTYPES = kernel_dtypes()
+EDGES = (-1, 0, 3, 6, 7, 8, 11, -1, 12, 15, 40, 63)  # size 8, stride 4: some complete a window
+
+
+def workload(kind: str = "weightedpool", dtype: str = "float32", **params: Param) -> Workload:
+    usual = {
+        "compress_type": kind,
+        "head_dim": 16,
+        "v_head_dim": 16,
+        "gqa_ratio": 2,
+        "kernel_size": 8,
+        "kernel_stride": 4,
+        "with_pe": True,
+    }
+    return Workload.of("cache_append", "decode", dtype=dtype, **{**usual, **params})
+
+
+def schedule(work: Workload, **knobs: Param) -> Schedule:
+    """The default schedule but for some knobs."""
+    usual = default_schedule(work, KNOWN_TARGETS["cuda:90"])
+    return Schedule.of(usual.algorithm, dict(usual.knobs) | knobs)
+
+
+def case_of(
+    work: Workload,
+    positions: tuple[int, ...] = EDGES,
+    kv_heads: int = 2,
+    page_size: int | None = None,
+) -> Case:
+    sizes = Sizes(positions, kv_heads, capacity=64, page_size=page_size)
+    return make_case(work, sizes, kernel_device())
+
+
+def check(work: Workload, *args: object, **knobs: Param) -> None:
+    check_case(load_kernel(work, schedule(work, **knobs)), case_of(work, *args))
+
+
+@pytest.mark.parametrize("with_pe", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", COMPRESS_TYPES)
+def test_positions_at_every_edge(kind: str, dtype: str, with_pe: bool) -> None:
+    """Around windows' ends; idle rows in between; the cache's last token."""
+    check(workload(kind, dtype, with_pe=with_pe))
+
+
+@pytest.mark.parametrize("page_size", [4, 16, 32])
+@pytest.mark.parametrize("kind", COMPRESS_TYPES)
+def test_pages(kind: str, page_size: int) -> None:
+    """Windows that lie in one page, and that cross into the next."""
+    check(workload(kind), EDGES, 2, page_size)
+
+
+@pytest.mark.parametrize("gqa_ratio", [1, 3, 16, 17])
+def test_group_sizes(gqa_ratio: int) -> None:
+    check(workload(gqa_ratio=gqa_ratio), (7, 2, 31), 3)
+
+
+@pytest.mark.parametrize("dims", [(24, 24), (80, 40), (64, 128), (192, 16), (128, 128)])
+@pytest.mark.parametrize("kind", ["weightedpool", "linear"])
+def test_head_dims(kind: str, dims: tuple[int, int]) -> None:
+    check(workload(kind, "float16", head_dim=dims[0], v_head_dim=dims[1]), (7, -1, 30, 43))
+
+
+@pytest.mark.parametrize(("size", "stride"), [(32, 16), (4, 4), (1, 1), (12, 4), (20, 2), (32, 1)])
+@pytest.mark.parametrize("kind", COMPRESS_TYPES)
+def test_windows_of_any_size_and_stride(kind: str, size: int, stride: int) -> None:
+    work = workload(kind, kernel_size=size, kernel_stride=stride)
+    check(work, (0, size - 2, size - 1, size, size + stride - 1, size + 2 * stride - 1))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+@pytest.mark.parametrize("kind", ["avgpool", "linear"])
+def test_all_rows_complete_a_window_or_none(kind: str, rows: int) -> None:
+    check(workload(kind), (31,) * rows)
+    check(workload(kind), (30,) * rows)
+
+
+def test_only_idle_rows_change_nothing() -> None:
+    for kind in COMPRESS_TYPES:
+        check(workload(kind), (-1, -1, -1))
+
+
+@pytest.mark.parametrize(("block_heads", "num_warps"), [(1, 1), (4, 2), (64, 4)])
+@pytest.mark.parametrize("kind", COMPRESS_TYPES)
+def test_schedules(kind: str, block_heads: int, num_warps: int) -> None:
+    work = workload(kind, head_dim=64, v_head_dim=64, gqa_ratio=5)
+    check(work, (7, 30, 43), block_heads=block_heads, num_warps=num_warps)
+
+
+@pytest.mark.parametrize(("columns", "block_rows"), [(32, 16), (64, 32)])
+def test_schedules_of_matmul(columns: int, block_rows: int) -> None:
+    work = workload("linear", "float16", head_dim=48, v_head_dim=80)
+    check(work, (7, 2, 11, -1, 15) * 8, columns=columns, block_rows=block_rows)
+
+
+@pytest.mark.parametrize("kind", COMPRESS_TYPES)
+def test_strided_views(kind: str) -> None:
+    """q, k and v as slices of one projection; caches with heads before tokens, or wider."""
+    work = workload(kind)
+    case = case_of(work)
+    args = list(case.args)
+    args[:3] = torch.cat(args[:3], 1).split([4, 2, 2], 1)
+    for index, name in ((10, "k_cache"), (12, "ck_cache"), (14, "k_raw")):
+        args[index] = case.outputs[name] = args[index].transpose(1, 2).contiguous().transpose(1, 2)
+    for index, name in ((11, "v_cache"), (13, "cv_cache")):
+        wider = torch.cat((args[index], args[index]), -1)[..., :16]
+        args[index] = case.outputs[name] = wider
+    check_case(load_kernel(work), dataclasses.replace(case, args=tuple(args)))
+
+
+@pytest.mark.parametrize("kind", COMPRESS_TYPES)
+def test_a_sequence_grows_token_by_token(kind: str) -> None:
+    """Caches as a step left them serve the next one."""
+    work = workload(kind, kernel_size=8, kernel_stride=2)
+    statics = {"compress_type": kind, "kernel_size": 8, "kernel_stride": 2}
+    launch = load_kernel(work).launch
+    caches = case_of(work, (0,)).args[10:15]
+    for position in range(24):
+        step = case_of(work, (position,)).args
+        new = [x * (1 + position) for x in step[:3]]
+        expected = [cache.double() for cache in caches]
+        wide = [x.double() for x in (*new, *step[3:8]) if x is not None]
+        if kind == "avgpool":
+            wide[5:5] = [None, None]
+        reference.cache_append(*wide, *step[8:10], *expected, **statics)
+        launch(*new, *step[3:10], *caches, *step[15:])
+        for cache, right in zip(caches, expected, strict=True):
+            assert relative_error(cache, right) <= THRESHOLDS[cache.dtype]
+
+
+def test_a_wrong_call_is_refused() -> None:
+    work = workload()
+    args = list(case_of(work).args)
+    launch = load_kernel(work).launch
+    with pytest.raises(ValueError, match="needs both"):
+        launch(*args[:5], None, *args[6:])
+    with pytest.raises(ValueError, match="with a position embedding"):
+        launch(*args[:7], None, *args[8:])
+    args[1] = args[1].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ValueError, match=r"k: the last dimension must be contiguous, got \("):
+        launch(*args)
