@@ -70,6 +70,11 @@ def launch(
         kernel(*args)
 
 
+def with_contiguous_rows(gradient: Tensor) -> Tensor:
+    """A gradient as kernels take it: autograd may hand one back in any layout."""
+    return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+
+
 def no_backward(op: str, x: Tensor) -> UnsupportedWorkloadError:
     """The error of a backward pass on a device that has no kernels for it."""
     return UnsupportedWorkloadError(

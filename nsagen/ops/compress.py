@@ -17,7 +17,7 @@ from nsagen.ops._checks import (
     check_rows,
 )
 from nsagen.ops._gradients import reference_gradients
-from nsagen.ops._launch import key_of, launch, no_backward, on_kernels
+from nsagen.ops._launch import key_of, launch, on_kernels, with_contiguous_rows
 from nsagen.ops.layout import compressed_cu_seqlens
 from nsagen.ops.reference._checks import check_windows
 from nsagen.runtime import Dispatcher
@@ -193,9 +193,19 @@ def compress_backward(
     kernel_stride: int,
     dispatcher: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dw, dpe), empty for a w or pe that is None; on a CPU through the reference."""
-    if x.is_cuda:
-        raise no_backward(_OP, x)
+    """(dx, dw, dpe), empty for a w or pe that is None; without kernels through the reference."""
+    if on_kernels(x):
+        gradients = _allocate_gradients(x, w, pe)
+        if dy.shape[0] == 0:  # fewer tokens than a stride: no window
+            for gradient in gradients:
+                gradient.zero_()
+            return gradients
+        dx, d_w, d_pe = gradients
+        args = (with_contiguous_rows(dy), x, w, pe, cu_seqlens, y_cu_seqlens, dx)
+        weights = (None if w is None else d_w, None if pe is None else d_pe)
+        values = (compress_type, x.shape[2], kernel_size, kernel_stride, pe is not None)
+        launch(dispatcher, _OP, "backward", values, (*args, *weights))
+        return gradients
     given = [tensor for tensor in (w, pe) if tensor is not None]
 
     def forward(x: Tensor, *given: Tensor) -> Tensor:
@@ -227,8 +237,7 @@ def _fake_backward(
     kernel_stride: int,
     dispatcher: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    d_w, d_pe = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (w, pe))
-    return x.new_empty(x.shape), d_w, d_pe
+    return _allocate_gradients(x, w, pe)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -248,3 +257,10 @@ compress_forward.register_autograd(_backward, setup_context=_setup_context)
 
 def _allocate(x: Tensor, kernel_stride: int) -> Tensor:
     return x.new_empty((x.shape[0] // kernel_stride, *x.shape[1:]))
+
+
+def _allocate_gradients(
+    x: Tensor, w: Tensor | None, pe: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_w, d_pe = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (w, pe))
+    return x.new_empty(x.shape), d_w, d_pe

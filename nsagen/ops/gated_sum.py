@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_like, check_rows, fail
-from nsagen.ops._launch import key_of, launch, on_kernels
+from nsagen.ops._launch import key_of, launch, on_kernels, with_contiguous_rows
 from nsagen.runtime import Dispatcher
 
 _OP = "gated_sum"
@@ -72,19 +72,58 @@ def check_gate(op: str, gate: Tensor, o: Tensor) -> None:
         fail(op, rule, f"{gate.dtype} on {gate.device}", "convert it")
 
 
+@torch.library.custom_op("nsagen::gated_sum_backward", mutates_args=())
+def gated_sum_backward(
+    do: Tensor,
+    o_compressed: Tensor,
+    o_selected: Tensor,
+    o_sliding: Tensor,
+    gate: Tensor,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(d_compressed, d_selected, d_sliding, dgate); without kernels by their formulas."""
+    branches = (o_compressed, o_selected, o_sliding)
+    if on_kernels(do):
+        gradients = _allocate_gradients(*branches, gate)
+        args = (with_contiguous_rows(do), *branches, gate, *gradients)
+        launch(dispatcher, _OP, "backward", (do.shape[2],), args)
+        return gradients
+    wide = do.to(torch.promote_types(do.dtype, torch.float32))
+    d_compressed, d_selected, d_sliding = (
+        (wide * gate[..., i : i + 1]).to(branch.dtype) for i, branch in enumerate(branches)
+    )
+    dgate = torch.stack([(wide * branch).sum(-1) for branch in branches], -1)
+    return d_compressed, d_selected, d_sliding, dgate.to(gate.dtype)
+
+
+@gated_sum_backward.register_fake
+def _fake_backward(
+    do: Tensor,
+    o_compressed: Tensor,
+    o_selected: Tensor,
+    o_sliding: Tensor,
+    gate: Tensor,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _allocate_gradients(o_compressed, o_selected, o_sliding, gate)
+
+
+def _allocate_gradients(
+    o_compressed: Tensor, o_selected: Tensor, o_sliding: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    branches = (o_compressed, o_selected, o_sliding)
+    d_compressed, d_selected, d_sliding = (o.new_empty(o.shape) for o in branches)
+    return d_compressed, d_selected, d_sliding, gate.new_empty(gate.shape)
+
+
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:4])
+    *tensors, dispatcher = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.dispatcher = dispatcher
 
 
 def _backward(ctx, do: Tensor):  # type: ignore[no-untyped-def]
-    *branches, gate = ctx.saved_tensors
-    dtype = torch.promote_types(do.dtype, torch.float32)
-    wide = do.to(dtype)
-    gradients = [
-        (wide * gate[..., i : i + 1]).to(branch.dtype) for i, branch in enumerate(branches)
-    ]
-    d_gate = torch.stack([(wide * branch).sum(-1) for branch in branches], -1)
-    return (*gradients, d_gate.to(gate.dtype), None)
+    return (*gated_sum_backward(do, *ctx.saved_tensors, ctx.dispatcher), None)
 
 
 gated_sum_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -1,12 +1,15 @@
-"""The schedule space of the gated sum's forward pass."""
+"""The schedule spaces of the gated sum: both passes move rows and have the same knobs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.workload import Param, Schedule, Workload
+
+Default = Callable[[Workload, Target], Mapping[str, Param]]
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
@@ -21,17 +24,25 @@ def elements(workload: Workload, schedule: Schedule) -> float:
     return tile / (32 * int(schedule.num_warps))
 
 
-def default(workload: Workload, target: Target) -> dict[str, Param]:
+def default_forward(workload: Workload, target: Target) -> dict[str, Param]:
     """Two loads of 16 bytes a thread and branch: six in flight."""
     each = 8 if workload.dtype == "float32" else 16
     rows = 4 * 32 * each // next_power_of_2(int(workload.v_head_dim))
     return {"block_rows": rows, "num_warps": 4}
 
 
-SPACES = (
-    ScheduleSpace(
+def default_backward(workload: Workload, target: Target) -> dict[str, Param]:
+    """One load of 16 bytes a thread and tensor: do and the branches make four in flight."""
+    each = 4 if workload.dtype == "float32" else 8
+    rows = 4 * 32 * each // next_power_of_2(int(workload.v_head_dim))
+    return {"block_rows": rows, "num_warps": 4}
+
+
+def row_tiles(pass_: str, default: Default, most: int) -> ScheduleSpace:
+    """The space of a pass whose threads hold up to `most` elements of each tensor."""
+    return ScheduleSpace(
         op="gated_sum",
-        pass_="forward",
+        pass_=pass_,
         algorithm="row_tiles",
         knobs=(
             PowerOfTwo("block_rows", 1, 256, "rows a program: loads in flight against programs"),
@@ -39,11 +50,13 @@ SPACES = (
         ),
         rules=(
             Rule(
-                "each thread holds 4 to 64 elements of a branch",
-                lambda w, s, t: 4 <= elements(w, s) <= 64,
+                f"each thread holds 4 to {most} elements of a tensor",
+                lambda w, s, t: 4 <= elements(w, s) <= most,
             ),
         ),
         derive=derive,
         default=default,
-    ),
-)
+    )
+
+
+SPACES = (row_tiles("forward", default_forward, 64), row_tiles("backward", default_backward, 32))

@@ -14,7 +14,7 @@ from nsagen.ops.compressed_attention import (
     compressed_attention_forward,
 )
 from nsagen.ops.compressed_attention_decode import compressed_attention_decode_op
-from nsagen.ops.gated_sum import gated_sum_forward
+from nsagen.ops.gated_sum import gated_sum_backward, gated_sum_forward
 from nsagen.ops.layout import compressed_cu_seqlens
 from nsagen.ops.native_sparse_attention_decode import native_sparse_attention_decode_op
 from nsagen.ops.rope import rope_forward
@@ -107,10 +107,13 @@ def backward_calls() -> dict[str, Call]:
             sliding_window_attention_backward,
             (*packed, x.cu_seqlens, o, lse, 9, SCALE),
         ),
+        "gated_sum": (gated_sum_backward, (x.q, *like(x.q, x), x.randn(*x.q.shape), x.gate)),
     }
 
 
-@pytest.mark.parametrize("name", ["linear", "avgpool", "compressed", "selected", "sliding"])
+@pytest.mark.parametrize(
+    "name", ["linear", "avgpool", "compressed", "selected", "sliding", "gated_sum"]
+)
 def test_backward_ops(name: str) -> None:
     op, args = backward_calls()[name]
     torch.library.opcheck(op, args)

@@ -1,0 +1,183 @@
+"""The schedule spaces of compression's backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.target import Target
+from nsagen.workload import Param, Schedule, Workload
+
+BLOCK_PARTS = 16
+"""Parts of the sums over windows that are added up at once."""
+
+
+def block_d(workload: Workload) -> int:
+    """Head size padded to a power of two."""
+    return next_power_of_2(int(workload.head_dim))
+
+
+def elements(workload: Workload, rows: int, num_warps: int) -> float:
+    """Elements of a tile of whole rows that a thread holds."""
+    return rows * block_d(workload) / (32 * num_warps)
+
+
+def has_dots(workload: Workload) -> bool:
+    """Whether there are products of dy and x to sum: the gradient of pooling weights."""
+    return workload.compress_type == "weightedpool"
+
+
+def common(workload: Workload) -> dict[str, Any]:
+    """What the templates of both algorithms derive from the workload alone."""
+    return {
+        "units": int(workload.kernel_size) // int(workload.kernel_stride),
+        "sums": bool(workload.with_pe),
+        "dots": has_dots(workload),
+        "block_d": block_d(workload),
+        "pad_d": block_d(workload) != int(workload.head_dim),
+        "block_parts": BLOCK_PARTS,
+    }
+
+
+def derive_pool(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """How dw is cut into programs."""
+    tiles = int(workload.kernel_size) // int(schedule.block_j) if has_dots(workload) else 1
+    return {**common(workload), "j_tiles": tiles}
+
+
+def default_pool(workload: Workload, target: Target) -> dict[str, Param]:
+    """Two accesses of 16 bytes a thread in dx; sums of 8 elements a thread, up to 9 of them."""
+    size = int(workload.kernel_size)
+    return {
+        "block_tokens": max(4, 2048 // block_d(workload)),
+        "block_windows": max(4, 1024 // block_d(workload)),
+        "block_j": max(n for n in (1, 2, 4, 8) if size % n == 0) if has_dots(workload) else 1,
+        "part_windows": 128,
+        "num_warps": 4,
+    }
+
+
+POOL = ScheduleSpace(
+    op="compress",
+    pass_="backward",
+    algorithm="pool",
+    knobs=(
+        PowerOfTwo("block_tokens", 4, 128, "tokens a program of dx: shared dy against programs"),
+        PowerOfTwo("block_windows", 4, 64, "windows a step: loads in flight against registers"),
+        Choice("block_j", (1, 2, 4, 8, 16), "places a program of dw: reads of dy, registers"),
+        Choice("part_windows", (64, 128, 256, 512, 1024), "windows a part: programs, parts to add"),
+        Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+    ),
+    rules=(
+        Rule(
+            "block_j divides kernel_size; 1 without a gradient of w",
+            lambda w, s, t: w.kernel_size % s.block_j == 0 if has_dots(w) else s.block_j == 1,
+        ),
+        Rule(
+            "each thread holds 4 to 64 elements of a tile",
+            lambda w, s, t: (
+                4 <= elements(w, int(s.block_tokens), int(s.num_warps)) <= 64
+                and elements(w, int(s.block_windows), int(s.num_warps)) >= 4
+            ),
+        ),
+        Rule(
+            "the sums take 128 registers a thread or fewer",
+            lambda w, s, t: (
+                (int(s.block_j) + 1) * elements(w, int(s.block_windows), int(s.num_warps)) <= 128
+            ),
+        ),
+    ),
+    derive=derive_pool,
+    default=default_pool,
+    supports=lambda w: w.compress_type != "linear",
+)
+
+
+def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """How both products are cut into steps and tiles."""
+    dim = int(workload.head_dim)
+
+    def tiles(knob: str) -> int:
+        return -(-dim // int(getattr(schedule, knob)))
+
+    def padded(knob: str) -> bool:
+        return dim % int(getattr(schedule, knob)) != 0
+
+    return {
+        **common(workload),
+        "j_tiles": 1,
+        "slices": tiles("block_k"),
+        "column_tiles": tiles("block_n"),
+        "row_tiles": tiles("block_rows"),
+        "col_tiles": tiles("block_cols"),
+        "pad_k": padded("block_k"),
+        "pad_n": padded("block_n"),
+        "pad_rows": padded("block_rows"),
+        "pad_cols": padded("block_cols"),
+        "dot_precision": ', input_precision="ieee"' if workload.dtype == "float32" else "",
+    }
+
+
+def matmul_shared_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the tiles that are on their way in the larger of the two products."""
+    width = 4 if workload.dtype == "float32" else 2
+    dx_step = int(schedule.block_k) * (int(schedule.block_units) + int(schedule.block_n))
+    dw_step = int(schedule.block_windows) * (int(schedule.block_rows) + int(schedule.block_cols))
+    return width * int(schedule.num_stages) * max(dx_step, dw_step)
+
+
+def default_matmul(workload: Workload, target: Target) -> dict[str, Param]:
+    """Tiles of one warpgroup and of all columns of up to 128."""
+    wide = block_d(workload)
+    if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
+        tile = {"block_units": 32, "block_n": min(32, wide), "block_k": min(32, wide)}
+        tile |= {"block_rows": min(32, wide), "block_cols": min(32, wide), "block_windows": 32}
+        return {**tile, "max_parts": 4, "num_warps": 4, "num_stages": 2}
+    tile = {"block_units": 64, "block_n": min(128, wide), "block_k": min(64, wide)}
+    tile |= {"block_rows": min(64, wide), "block_cols": min(128, wide), "block_windows": 64}
+    return {**tile, "max_parts": 4, "num_warps": 4, "num_stages": 3}
+
+
+MATMUL = ScheduleSpace(
+    op="compress",
+    pass_="backward",
+    algorithm="matmul",
+    knobs=(
+        PowerOfTwo("block_units", 16, 256, "tokens a program of dx: reuse of w against programs"),
+        PowerOfTwo("block_n", 16, 256, "columns a program of dx: reuse of dy against programs"),
+        PowerOfTwo("block_k", 16, 128, "columns of dy a step: fewer steps against shared memory"),
+        PowerOfTwo("block_rows", 16, 256, "rows of dw a program: reuse of dy against programs"),
+        PowerOfTwo("block_cols", 16, 256, "columns of dw a program: reuse of x against programs"),
+        PowerOfTwo("block_windows", 16, 128, "windows a step of dw: steps against shared memory"),
+        PowerOfTwo("max_parts", 1, 16, "parts of dw: programs against what is added up"),
+        Choice("num_warps", (2, 4, 8), "threads for the same tile"),
+        Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
+    ),
+    rules=(
+        Rule(
+            "no tile is wider than the padded head_dim",
+            lambda w, s, t: max(s.block_n, s.block_k, s.block_rows, s.block_cols) <= block_d(w),
+        ),
+        Rule(
+            "a warp has 16 x 16 results or more, a matrix instruction's tile",
+            lambda w, s, t: (
+                w.dtype == "float32"
+                or min(s.block_units * s.block_n, s.block_rows * s.block_cols)
+                >= min(16 * 16 * s.num_warps, block_d(w) ** 2)
+            ),
+        ),
+        Rule(
+            "each accumulator takes 128 registers a thread or fewer",
+            lambda w, s, t: (
+                max(s.block_units * s.block_n, s.block_rows * s.block_cols)
+                <= 128 * 32 * s.num_warps
+            ),
+        ),
+    ),
+    derive=derive_matmul,
+    shared_memory=matmul_shared_memory,
+    default=default_matmul,
+    supports=lambda w: w.compress_type == "linear",
+)
+
+SPACES = (POOL, MATMUL)
