@@ -1,0 +1,84 @@
+"""The schedule space of attention pipelined over specialized warps, for the ops that have one.
+
+The template is shared as well: templates/shared/warp_specialized.py.j2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+
+from nsagen.codegen.space import Choice, PowerOfTwo, ScheduleSpace
+from nsagen.codegen.target import Target
+from nsagen.workload import Param, Schedule, Workload
+
+TILE_ROWS = 128
+"""Query rows of a tile: 64 for each of two groups of four warps."""
+
+
+def gluon_is_known() -> bool:
+    """Whether this is a Triton whose experimental Gluon the template was written and run for."""
+    return (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+
+
+def supports(workload: Workload) -> bool:
+    """16-bit heads of 64 or 128 whose group fills a tile's rows exactly."""
+    group = int(workload.gqa_ratio)
+    sizes = {int(workload.head_dim), int(workload.v_head_dim)}
+    return (
+        workload.dtype != "float32"
+        and sizes <= {64, 128}
+        and group <= 64
+        and TILE_ROWS % group == 0
+    )
+
+
+def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """The tokens of a tile, and what Gluon calls the dtype."""
+    return {
+        "tile_tokens": TILE_ROWS // int(workload.gqa_ratio),
+        "element": f"gl.{workload.dtype}",
+    }
+
+
+def shared_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the tiles that are on their way, and 1 KiB for barriers and alignment."""
+    dim, v_dim = int(workload.head_dim), int(workload.v_head_dim)
+    queries = int(schedule.q_stages) * TILE_ROWS * dim
+    keys = int(schedule.num_stages) * int(schedule.block_n) * (dim + v_dim)
+    return 2 * (queries + keys) + 1024
+
+
+def space(op: str, block_n: int) -> ScheduleSpace:
+    """The space of an op's forward pass.
+
+    Args:
+        block_n: keys a step where nothing was measured.
+    """
+
+    def default(workload: Workload, target: Target) -> dict[str, Param]:
+        """Two tiles of queries, and as many steps as shared memory has room for, up to four."""
+        dims = int(workload.head_dim) + int(workload.v_head_dim)
+        room = target.shared_memory - 1024 - 4 * TILE_ROWS * int(workload.head_dim)
+        return {
+            "block_n": block_n,
+            "num_stages": min(4, room // (2 * block_n * dims)),
+            "q_stages": 2,
+        }
+
+    return ScheduleSpace(
+        op=op,
+        pass_="forward",
+        algorithm="warp_specialized",
+        knobs=(
+            PowerOfTwo("block_n", 64, 128, "fewer steps against waste in masked ones"),
+            Choice("num_stages", (2, 3, 4, 5, 6), "copies in flight against shared memory"),
+            Choice("q_stages", (1, 2), "the next tile's queries against shared memory"),
+        ),
+        derive=derive,
+        shared_memory=shared_memory,
+        default=default,
+        supports=supports,
+        runs_on=lambda target: target.has_wgmma and gluon_is_known(),
+    )

@@ -1,0 +1,49 @@
+"""The Hopper pipelines compile on any machine, to warpgroup products and without spills to mention."""
+
+import pytest
+
+from nsagen.codegen.compile import compile_variant
+from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.codegen.template import kernel_name, render, spaces_for, spaces_of
+from nsagen.workload import Workload
+
+SM90 = KNOWN_TARGETS["cuda:90"]
+STATICS = {
+    "compressed_attention": {"kernel_size": 32, "kernel_stride": 16},
+    "sliding_window_attention": {"window_size": 512},
+}
+
+
+def workload(op: str, group: int = 16, dtype: str = "bfloat16", dim: int = 128) -> Workload:
+    params = {"head_dim": dim, "v_head_dim": dim, "gqa_ratio": group}
+    return Workload.of(op, "forward", dtype=dtype, **params, **STATICS[op])
+
+
+@pytest.mark.parametrize("op", STATICS)
+def test_compiles_to_warpgroup_products_without_a_gpu(op, tmp_path):
+    w = workload(op)
+    (space,) = (s for s in spaces_of(op, "forward") if s.algorithm == "warp_specialized")
+    schedule = space.default_schedule(w, SM90)
+    path = tmp_path / f"{kernel_name(w, schedule)}.py"
+    path.write_text(render(w, schedule, "# test"))
+    (resources,) = compile_variant(path, w, SM90)
+    assert resources.matrix == "wgmma"
+    assert not resources.problems(SM90)
+
+
+@pytest.mark.parametrize("op", STATICS)
+@pytest.mark.parametrize(
+    ("target", "changes", "covered"),
+    [
+        ("cuda:90", {}, True),
+        ("cuda:90", {"group": 12}, False),
+        ("cuda:90", {"dtype": "float32"}, False),
+        ("cuda:90", {"dim": 80}, False),
+        ("cuda:80", {}, False),
+        ("cuda:100", {}, False),
+    ],
+)
+def test_what_it_does_not_cover_is_left_to_plain_triton(op, target, changes, covered):
+    spaces = spaces_for(workload(op, **changes), KNOWN_TARGETS[target])
+    assert ("warp_specialized" in [s.algorithm for s in spaces]) == covered
+    assert "row_tiles" in [s.algorithm for s in spaces]
