@@ -1,4 +1,4 @@
-"""The Hopper pipelines compile on any machine, to warpgroup products and without spills to mention."""
+"""The Hopper pipelines compile anywhere, to warpgroup products and without spills to mention."""
 
 import pytest
 
