@@ -51,9 +51,7 @@ def test_group_sizes(op, group, dtype):
 
 @on_hopper
 @pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (128, 64), (64, 128)])
-@pytest.mark.parametrize(
-    "knobs", [{"block_n": 64, "num_stages": 2}, {"block_n": 128, "q_stages": 1}]
-)
+@pytest.mark.parametrize("knobs", [{"block_n": 64, "num_stages": 2}, {"block_n": 128}])
 @each_op
 def test_head_sizes_and_schedules(op, knobs, dim, v_dim):
     w = workload(op, dim=dim, v_dim=v_dim)
