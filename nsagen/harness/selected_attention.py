@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from nsagen.harness.base import Case, Cost, Sizes, cu_seqlens_of, poisoned
@@ -12,7 +14,43 @@ TOPK, INIT_BLOCKS, LOCAL_BLOCKS = 16, 1, 2
 """The choice of blocks in NSA's paper (arXiv 2502.11089, section 4.1)."""
 
 
-def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
+@dataclass(frozen=True)
+class Inputs:
+    """What both passes take."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    topk_idx: torch.Tensor
+    cu_seqlens: torch.Tensor
+    block_size: int
+    softmax_scale: float
+    pairs: int
+    """(query, key) pairs of one query head."""
+
+    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Poisoned o [N, HQ, Dv] and lse [N, HQ]."""
+        shape, device = (*self.q.shape[:2], self.v.shape[2]), self.q.device
+        return poisoned(shape, self.q.dtype, device), poisoned(shape[:2], torch.float32, device)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference's o and lse of these q, k and v."""
+        return reference.selected_attention(
+            q,
+            k,
+            v,
+            self.topk_idx,
+            self.cu_seqlens,
+            block_size=self.block_size,
+            softmax_scale=self.softmax_scale,
+        )
+
+
+def make_inputs(
+    workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0
+) -> Inputs:
     """Random q [N, HQ, D], k [N, HK, D] and v [N, HK, Dv], and blocks as selection gives them."""
     dtype = getattr(torch, workload.dtype)
     dim, v_dim, block_size = (
@@ -26,33 +64,35 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
         shape = (sizes.tokens, heads, size)
         return torch.randn(shape, dtype=dtype, device=device, generator=random)
 
-    q, k, v = normal(query_heads, dim), normal(kv_heads, dim), normal(kv_heads, v_dim)
-    topk_idx = random_blocks(sizes, block_size, device, random)
-    cu_seqlens = cu_seqlens_of(sizes.seqlens, device)
-    o = poisoned((sizes.tokens, query_heads, v_dim), dtype, device)
-    lse = poisoned((sizes.tokens, query_heads), torch.float32, device)
-    scale = dim**-0.5
+    return Inputs(
+        normal(query_heads, dim),
+        normal(kv_heads, dim),
+        normal(kv_heads, v_dim),
+        random_blocks(sizes, block_size, device, random),
+        cu_seqlens_of(sizes.seqlens, device),
+        block_size,
+        dim**-0.5,
+        sum(keys_seen(length, block_size) for length in sizes.seqlens),
+    )
+
+
+def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
+    """A call on random inputs."""
+    x = make_inputs(workload, sizes, device, seed)
+    o, lse = x.outputs()
 
     def expected() -> dict[str, torch.Tensor]:
-        o, lse = reference.selected_attention(
-            q.double(),
-            k.double(),
-            v.double(),
-            topk_idx,
-            cu_seqlens,
-            block_size=block_size,
-            softmax_scale=scale,
-        )
+        o, lse = x.attend(x.q.double(), x.k.double(), x.v.double())
         return {"o": o, "lse": lse}
 
-    seen = sum(keys_seen(length, block_size) for length in sizes.seqlens)
+    tensors = (x.q, x.k, x.v, x.topk_idx, o, lse)
     return Case(
-        args=(q, k, v, topk_idx, cu_seqlens, o, lse, scale),
+        args=(x.q, x.k, x.v, x.topk_idx, x.cu_seqlens, o, lse, x.softmax_scale),
         outputs={"o": o, "lse": lse},
         expected=expected,
         cost=Cost(
-            flops=2 * seen * query_heads * (dim + v_dim),
-            bytes=sum(x.nbytes for x in (q, k, v, topk_idx, o, lse)),
+            flops=2 * x.pairs * x.q.shape[1] * (x.q.shape[2] + x.v.shape[2]),
+            bytes=sum(tensor.nbytes for tensor in tensors),
         ),
     )
 

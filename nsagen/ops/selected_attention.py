@@ -16,7 +16,7 @@ from nsagen.ops._checks import (
     fail,
 )
 from nsagen.ops._gradients import reference_gradients
-from nsagen.ops._launch import key_of, launch, lse_dtype, no_backward, on_kernels, scale_of
+from nsagen.ops._launch import key_of, launch, lse_dtype, on_kernels, scale_of
 from nsagen.runtime import Dispatcher
 
 _OP = "selected_attention"
@@ -114,9 +114,13 @@ def selected_attention_backward(
     softmax_scale: float,
     dispatcher: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); on a CPU by differentiating the reference."""
-    if q.is_cuda:
-        raise no_backward(_OP, q)
+    """(dq, dk, dv); without kernels by differentiating the reference."""
+    if on_kernels(q):
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], block_size)
+        args = (do, q, k, v, topk_idx, cu_seqlens, o, lse, dq, dk, dv, softmax_scale)
+        launch(dispatcher, _OP, "backward", values, args)
+        return dq, dk, dv
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         statics = {"block_size": block_size, "softmax_scale": softmax_scale}

@@ -1,0 +1,29 @@
+"""Arithmetic that the schedule spaces of attention share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nsagen.codegen.space import next_power_of_2
+from nsagen.workload import Workload
+
+LEAST_TILE = 16
+"""The least side of a tile that tl.dot multiplies."""
+
+
+def element_bytes(workload: Workload) -> int:
+    """Bytes of one element of the workload's dtype."""
+    return 4 if workload.dtype == "float32" else 2
+
+
+def padded_heads(workload: Workload) -> dict[str, Any]:
+    """Head sizes padded to powers of two, and how exact tl.dot has to be."""
+    dim, v_dim = int(workload.head_dim), int(workload.v_head_dim)
+    block_d, block_dv = next_power_of_2(dim), next_power_of_2(v_dim)
+    return {
+        "block_d": block_d,
+        "block_dv": block_dv,
+        "pad_d": block_d != dim,
+        "pad_dv": block_dv != v_dim,
+        "dot_precision": ', input_precision="ieee"' if workload.dtype == "float32" else "",
+    }
