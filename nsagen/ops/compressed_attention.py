@@ -11,7 +11,7 @@ from torch import Tensor
 from nsagen.ops import reference
 from nsagen.ops._checks import check_attention, check_cu_seqlens
 from nsagen.ops._gradients import reference_gradients
-from nsagen.ops._launch import key_of, launch, lse_dtype, no_backward, on_kernels, scale_of
+from nsagen.ops._launch import key_of, launch, lse_dtype, on_kernels, scale_of
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.reference._checks import check_windows
 from nsagen.runtime import Dispatcher
@@ -148,23 +148,29 @@ def compressed_attention_backward(
     dispatcher: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv); on a CPU by differentiating the reference."""
-    if q.is_cuda:
-        raise no_backward(_OP, q)
+    if not on_kernels(q):
 
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.compressed_attention_forward(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            kernel_size=kernel_size,
-            kernel_stride=kernel_stride,
-            softmax_scale=softmax_scale,
-        )[0]
+        def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return reference.compressed_attention_forward(
+                q,
+                k,
+                v,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                kernel_size=kernel_size,
+                kernel_stride=kernel_stride,
+                softmax_scale=softmax_scale,
+            )[0]
 
-    dq, dk, dv = reference_gradients(forward, (q, k, v), do)
-    return dq, dk, dv
+        dq, dk, dv = reference_gradients(forward, (q, k, v), do)
+        return dq, dk, dv
+    if q.shape[0] == 0:  # nothing is launched, and k and v may have spare rows
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    gradients = _allocate_gradients(q, k, v)
+    values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], kernel_size, kernel_stride)
+    args = (do, q, k, v, cu_seqlens_q, cu_seqlens_k, o, lse, *gradients, softmax_scale)
+    launch(dispatcher, _OP, "backward", values, args)
+    return gradients
 
 
 @compressed_attention_backward.register_fake
@@ -182,7 +188,7 @@ def _fake_backward(
     softmax_scale: float,
     dispatcher: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _allocate_gradients(q, k, v)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -203,3 +209,7 @@ compressed_attention_forward.register_autograd(_backward, setup_context=_setup_c
 def _allocate(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     o = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
     return o, q.new_empty(q.shape[:2], dtype=lse_dtype(q))
+
+
+def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

@@ -8,7 +8,7 @@ from torch import Tensor
 from nsagen.ops import reference
 from nsagen.ops._checks import check_attention, check_cu_seqlens, fail
 from nsagen.ops._gradients import reference_gradients
-from nsagen.ops._launch import key_of, launch, lse_dtype, no_backward, on_kernels, scale_of
+from nsagen.ops._launch import key_of, launch, lse_dtype, on_kernels, scale_of
 from nsagen.runtime import Dispatcher
 
 _OP = "sliding_window_attention"
@@ -100,16 +100,20 @@ def sliding_window_attention_backward(
     dispatcher: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv); on a CPU by differentiating the reference."""
-    if q.is_cuda:
-        raise no_backward(_OP, q)
+    if not on_kernels(q):
 
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.sliding_window_attention_forward(
-            q, k, v, cu_seqlens, window_size=window_size, softmax_scale=softmax_scale
-        )[0]
+        def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return reference.sliding_window_attention_forward(
+                q, k, v, cu_seqlens, window_size=window_size, softmax_scale=softmax_scale
+            )[0]
 
-    dq, dk, dv = reference_gradients(forward, (q, k, v), do)
-    return dq, dk, dv
+        dq, dk, dv = reference_gradients(forward, (q, k, v), do)
+        return dq, dk, dv
+    gradients = _allocate_gradients(q, k, v)
+    values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], window_size)
+    args = (do, q, k, v, cu_seqlens, o, lse, *gradients, softmax_scale)
+    launch(dispatcher, _OP, "backward", values, args)
+    return gradients
 
 
 @sliding_window_attention_backward.register_fake
@@ -125,7 +129,7 @@ def _fake_backward(
     softmax_scale: float,
     dispatcher: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _allocate_gradients(q, k, v)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -146,3 +150,7 @@ sliding_window_attention_forward.register_autograd(_backward, setup_context=_set
 def _allocate(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     o = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
     return o, q.new_empty(q.shape[:2], dtype=lse_dtype(q))
+
+
+def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

@@ -1,12 +1,16 @@
-"""The schedule space of compressed attention's forward pass."""
+"""The schedule spaces of compressed attention: forward and backward."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from nsagen.codegen import two_passes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.workload import Param, Schedule, Workload
+
+LEAST_STEPS = 16
+"""Steps of rows that make it worth a program's while to load a tile of windows and store two."""
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
@@ -19,6 +23,16 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "pad_d": block_d != dim,
         "pad_dv": block_dv != v_dim,
         "dot_precision": ', input_precision="ieee"' if workload.dtype == "float32" else "",
+    }
+
+
+def derive_backward(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """What `derive` gives, and how rows split into steps and chunks."""
+    group, row_step = int(workload.gqa_ratio), int(schedule.row_step)
+    return {
+        **derive(workload, schedule),
+        "step_offset": "start % GROUP" if row_step % group else "0",
+        "least_chunk": max(1, LEAST_STEPS * row_step // group),
     }
 
 
@@ -79,5 +93,18 @@ SPACES = (
         derive=derive,
         shared_memory=shared_memory,
         default=default,
+    ),
+    ScheduleSpace(
+        op="compressed_attention",
+        pass_="backward",
+        algorithm="two_passes",
+        knobs=(
+            *two_passes.KNOBS,
+            PowerOfTwo("programs", 1024, 8192, "dk, dv: even work against parts to add up"),
+        ),
+        rules=two_passes.RULES,
+        derive=derive_backward,
+        shared_memory=two_passes.shared_memory,
+        default=lambda w, t: {**two_passes.default(w, t), "programs": 4096},
     ),
 )

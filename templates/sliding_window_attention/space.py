@@ -1,9 +1,10 @@
-"""The schedule space of sliding-window attention's forward pass."""
+"""The schedule spaces of sliding-window attention: forward and backward."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from nsagen.codegen import two_passes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.workload import Param, Schedule, Workload
@@ -33,6 +34,25 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "diagonal_steps": diagonal_steps,
         "middle_steps": middle_steps,
         "rest_n": rest_n if rest > 0 and rest_n < block_n else 0,
+    }
+
+
+def derive_backward(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """What `derive` gives for the pass over rows, and how a key tile's rows split into steps.
+
+    The tile that starts at token `first` and has T = key_tile keys is seen whole by the rows of
+    the tokens first + T - 1 to first + W - 1. No narrower last step of keys here: its layouts
+    cost every target registers that spill.
+    """
+    group, window = int(workload.gqa_ratio), int(workload.window_size)
+    key_tile, row_step = int(schedule.key_tile), int(schedule.row_step)
+    early = -(-(key_tile - 1) * group // row_step)
+    return {
+        **derive(workload, schedule),
+        "rest_n": 0,
+        "early_row_steps": early,
+        "middle_row_steps": max(0, window * group // row_step - early),
+        "step_offset": "start % GROUP" if row_step % group else "0",
     }
 
 
@@ -103,5 +123,15 @@ SPACES = (
         derive=derive,
         shared_memory=shared_memory,
         default=default,
+    ),
+    ScheduleSpace(
+        op="sliding_window_attention",
+        pass_="backward",
+        algorithm="two_passes",
+        knobs=two_passes.KNOBS,
+        rules=two_passes.RULES,
+        derive=derive_backward,
+        shared_memory=two_passes.shared_memory,
+        default=two_passes.default,
     ),
 )
