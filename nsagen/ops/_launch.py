@@ -10,6 +10,7 @@ from torch import Tensor
 from nsagen.errors import InvalidInputError, UnsupportedWorkloadError
 from nsagen.runtime import Dispatcher, registry
 from nsagen.runtime.device import interpreting
+from nsagen.runtime.dispatcher import Launch
 from nsagen.workload import DTYPES, STATIC_PARAMS, Param, Workload
 
 
@@ -59,10 +60,30 @@ def launch(
     """
     x = args[0]
     assert isinstance(x, Tensor)
+    run_kernel(find_kernel(dispatcher, op, pass_, values, x, context), x, args)
+
+
+def find_kernel(
+    dispatcher: str,
+    op: str,
+    pass_: str,
+    values: tuple[Param, ...],
+    x: Tensor,
+    context: int | None = None,
+) -> Launch:
+    """The `launch` of the kernel that serves a call, found by sizes alone; see `launch`.
+
+    Args:
+        x: the main input, whose rows are the call's tokens.
+    """
     if x.shape[0] == 0:
-        return
+        return _launch_nothing
     workload = _workload(op, pass_, x.dtype, values)
-    kernel = registry.lookup(dispatcher).launcher(workload, x.device, x.shape[0], context)
+    return registry.lookup(dispatcher).launcher(workload, x.device, x.shape[0], context)
+
+
+def run_kernel(kernel: Launch, x: Tensor, args: tuple[object, ...]) -> None:
+    """Call a kernel's `launch` with the device of x as the current one."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             kernel(*args)
@@ -73,6 +94,10 @@ def launch(
 def with_contiguous_rows(gradient: Tensor) -> Tensor:
     """A gradient as kernels take it: autograd may hand one back in any layout."""
     return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+
+
+def _launch_nothing(*args: object) -> None:
+    """Serves calls without tokens."""
 
 
 def no_backward(op: str, x: Tensor) -> UnsupportedWorkloadError:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from nsagen.ops import reference
+from nsagen.ops._calls import KnownCalls, signature
 from nsagen.ops._checks import (
     check_attention,
     check_compress_weights,
@@ -13,7 +17,7 @@ from nsagen.ops._checks import (
     fail,
 )
 from nsagen.ops._define import define_op
-from nsagen.ops._launch import key_of, launch, on_kernels
+from nsagen.ops._launch import find_kernel, key_of, on_kernels, run_kernel
 from nsagen.ops._pages import capacity_of, check_page_size, check_table
 from nsagen.ops.reference._checks import check_windows
 from nsagen.ops.rope import check_tables
@@ -120,30 +124,33 @@ def _cache_append_decode(
 ) -> Tensor:
     """q after rope, [R, HQ, D]; see `cache_append`."""
     caches = (k_cache, v_cache, ck_cache, cv_cache, k_raw)
-    check_attention(_OP, q, k, v)
-    check_tables(_OP, q.shape[2], cos, sin)
-    check_windows(_OP, kernel_size, kernel_stride)
-    check_compress_weights(_OP, k, w_k, pe, compress_type, kernel_size)
-    check_compress_weights(_OP, v, w_v, None, compress_type, kernel_size)
-    check_indices(_OP, q, (q.shape[0],), positions=positions, slots=slots)
-    if block_table is not None:
-        check_table(_OP, q, block_table)
-    _check_caches(k, v, caches, kernel_size, kernel_stride, block_table)
     inputs = (q, k, v, cos, sin, w_k, w_v, pe, positions, slots, *caches)
-    if not on_kernels(q):
-        return reference.cache_append(
-            *inputs,
-            compress_type=compress_type,
-            kernel_size=kernel_size,
-            kernel_stride=kernel_stride,
-            block_table=block_table,
-        )
-    q_out = q.new_empty(q.shape)
-    dims = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1])
-    values = (compress_type, *dims, kernel_size, kernel_stride, pe is not None)
-    args, context = (*inputs, q_out, block_table), capacity_of(k_cache, block_table)
-    launch(dispatcher, _OP, "decode", values, args, context)
+    call = signature(
+        [x for x in (*inputs, block_table) if x is not None],
+        *(w_k is None, w_v is None, pe is None, compress_type),
+        *(kernel_size, kernel_stride, dispatcher),
+    )
+    kernel = _CALLS.get(call) if on_kernels(q) else None
+    if kernel is None:
+        _check(inputs, compress_type, kernel_size, kernel_stride, block_table)
+        if not on_kernels(q):
+            return reference.cache_append(
+                *inputs,
+                compress_type=compress_type,
+                kernel_size=kernel_size,
+                kernel_stride=kernel_stride,
+                block_table=block_table,
+            )
+        dims = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1])
+        values = (compress_type, *dims, kernel_size, kernel_stride, pe is not None)
+        context = capacity_of(k_cache, block_table)
+        kernel = _CALLS.add(call, find_kernel(dispatcher, _OP, "decode", values, q, context))
+    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    run_kernel(kernel, q, (*inputs, q_out, block_table))
     return q_out
+
+
+_CALLS = KnownCalls()
 
 
 def _fake(
@@ -172,6 +179,26 @@ def _fake(
 
 
 cache_append_decode = define_op("cache_append_decode", _cache_append_decode, _fake, _CACHES)
+
+
+def _check(
+    inputs: tuple[Any, ...],
+    compress_type: str,
+    kernel_size: int,
+    kernel_stride: int,
+    block_table: Tensor | None,
+) -> None:
+    """The contract of `cache_append`."""
+    q, k, v, cos, sin, w_k, w_v, pe, positions, slots, *caches = inputs
+    check_attention(_OP, q, k, v)
+    check_tables(_OP, q.shape[2], cos, sin)
+    check_windows(_OP, kernel_size, kernel_stride)
+    check_compress_weights(_OP, k, w_k, pe, compress_type, kernel_size)
+    check_compress_weights(_OP, v, w_v, None, compress_type, kernel_size)
+    check_indices(_OP, q, (q.shape[0],), positions=positions, slots=slots)
+    if block_table is not None:
+        check_table(_OP, q, block_table)
+    _check_caches(k, v, tuple(caches), kernel_size, kernel_stride, block_table)
 
 
 def _check_caches(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from nsagen.ops import reference
+from nsagen.ops._calls import KnownCalls, signature
 from nsagen.ops._checks import check_indices, check_keys, check_rows, fail, shapes
 from nsagen.ops._define import define_op
-from nsagen.ops._launch import key_of, launch, on_kernels, scale_of
+from nsagen.ops._launch import find_kernel, key_of, on_kernels, run_kernel, scale_of
 from nsagen.ops._pages import capacity_of, check_page_size, check_table
 from nsagen.ops.reference.block_selection import BlockRule
 from nsagen.runtime import Dispatcher
@@ -80,23 +81,32 @@ def _compressed_attention_decode(
     block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o [R, HQ, Dv], topk_idx int32 [HK, R, topk])."""
-    check_cached(_OP, q, ck_cache, cv_cache, positions, slots, block_table)
-    rule = BlockRule(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
-    if block_table is not None:
-        page_size = ck_cache.shape[1] * kernel_stride
-        check_page_size(_OP, page_size, "block_size", block_size)
-    if not on_kernels(q):
-        inputs = (q, ck_cache, cv_cache, positions, slots)
-        return reference.compressed_attention_decode(
-            *inputs, **asdict(rule), softmax_scale=softmax_scale, block_table=block_table
-        )
+    inputs = (q, ck_cache, cv_cache, positions, slots)
+    statics = (kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
+    tensors = [*inputs] if block_table is None else [*inputs, block_table]
+    call = signature(tensors, *statics, dispatcher)
+    kernel = _CALLS.get(call) if on_kernels(q) else None
+    if kernel is None:
+        check_cached(_OP, *inputs, block_table)
+        rule = BlockRule(*statics)
+        if block_table is not None:
+            page_size = ck_cache.shape[1] * kernel_stride
+            check_page_size(_OP, page_size, "block_size", block_size)
+        if not on_kernels(q):
+            return reference.compressed_attention_decode(
+                *inputs, **asdict(rule), softmax_scale=softmax_scale, block_table=block_table
+            )
+        dims = (q.shape[2], cv_cache.shape[3], q.shape[1] // ck_cache.shape[2])
+        context = capacity_of(ck_cache, block_table) * kernel_stride
+        context += 0 if block_table is not None else kernel_size - kernel_stride
+        workload = ("compressed_attention", "decode", (*dims, *statics))
+        kernel = _CALLS.add(call, find_kernel(dispatcher, *workload, q, context))
     o, topk_idx = _allocate(q, cv_cache, topk)
-    dims = (q.shape[2], cv_cache.shape[3], q.shape[1] // ck_cache.shape[2])
-    args = (q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, block_table)
-    context = capacity_of(ck_cache, block_table) * kernel_stride
-    context += 0 if block_table is not None else kernel_size - kernel_stride
-    launch(dispatcher, "compressed_attention", "decode", (*dims, *astuple(rule)), args, context)
+    run_kernel(kernel, q, (*inputs, o, topk_idx, softmax_scale, block_table))
     return o, topk_idx
+
+
+_CALLS = KnownCalls()
 
 
 def _fake(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nsagen.ops import reference
+from nsagen.ops._calls import KnownCalls, signature
 from nsagen.ops._checks import check_indices, check_rows, fail
 from nsagen.ops._define import define_op
-from nsagen.ops._launch import key_of, launch, on_kernels, scale_of
+from nsagen.ops._launch import find_kernel, key_of, on_kernels, run_kernel, scale_of
 from nsagen.ops._pages import capacity_of, check_page_size
 from nsagen.ops.compressed_attention_decode import check_cached
 from nsagen.ops.gated_sum import check_gate
@@ -80,6 +82,38 @@ def _native_sparse_attention_decode(
     block_table: Tensor | None = None,
 ) -> Tensor:
     """o [R, HQ, Dv]."""
+    inputs = (q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate)
+    tensors = [*inputs] if block_table is None else [*inputs, block_table]
+    call = signature(tensors, block_size, window_size, dispatcher)
+    kernel = _CALLS.get(call) if on_kernels(q) else None
+    if kernel is None:
+        _check(inputs, block_size, window_size, block_table)
+        if not on_kernels(q):
+            return reference.native_sparse_attention_decode(
+                *inputs,
+                block_size=block_size,
+                window_size=window_size,
+                softmax_scale=softmax_scale,
+                block_table=block_table,
+            )
+        dims = (q.shape[2], v_cache.shape[3], q.shape[1] // k_cache.shape[2])
+        values = (*dims, block_size, topk_idx.shape[-1], window_size)
+        workload = ("native_sparse_attention", "decode", values)
+        context = capacity_of(k_cache, block_table)
+        kernel = _CALLS.add(call, find_kernel(dispatcher, *workload, q, context))
+    o = torch.empty_like(o_compressed, memory_format=torch.contiguous_format)
+    run_kernel(kernel, q, (*inputs, o, softmax_scale, block_table))
+    return o
+
+
+_CALLS = KnownCalls()
+
+
+def _check(
+    inputs: tuple[Tensor, ...], block_size: int, window_size: int, block_table: Tensor | None
+) -> None:
+    """The contract of `native_sparse_attention_decode`."""
+    q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate = inputs
     check_cached(_OP, q, k_cache, v_cache, positions, slots, block_table)
     rows, topk = q.shape[0], topk_idx.shape[-1]
     check_indices(_OP, q, (k_cache.shape[2], rows, topk), topk_idx=topk_idx)
@@ -93,21 +127,6 @@ def _native_sparse_attention_decode(
         fail(_OP, rule, f"{block_size} and {window_size}", "64 and 512 are usual")
     if block_table is not None:
         check_page_size(_OP, k_cache.shape[1], "block_size", block_size)
-    inputs = (q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate)
-    if not on_kernels(q):
-        return reference.native_sparse_attention_decode(
-            *inputs,
-            block_size=block_size,
-            window_size=window_size,
-            softmax_scale=softmax_scale,
-            block_table=block_table,
-        )
-    o = o_compressed.new_empty(o_compressed.shape)
-    dims = (q.shape[2], v_cache.shape[3], q.shape[1] // k_cache.shape[2])
-    values = (*dims, block_size, topk, window_size)
-    args, context = (*inputs, o, softmax_scale, block_table), capacity_of(k_cache, block_table)
-    launch(dispatcher, "native_sparse_attention", "decode", values, args, context)
-    return o
 
 
 def _fake(
