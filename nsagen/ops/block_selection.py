@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_cu_seqlens, check_keys, check_rows, fail
+from nsagen.ops._checks import check_cu_seqlens, check_indices, check_keys, check_rows, fail
 from nsagen.ops._launch import launch, lse_dtype, on_kernels
 from nsagen.ops.reference.block_selection import BlockRule
 
@@ -33,12 +33,15 @@ def block_selection_forward(
     local_blocks: int,
     softmax_scale: float,
     dispatcher: str = "",
+    q_start: Tensor | None = None,
 ) -> Tensor:
     """topk_idx int32 [HK, N, topk]: ascending block indices within the sequence, then -1.
 
     Args:
         q: [N, HQ, D]; k: [>= sum M, HK, D], compressed keys.
         lse: [N, HQ], natural, from compressed attention.
+        q_start: int32 [batch], position of each sequence's first query, for a chunk of a longer
+            prompt whose earlier windows are in k; None: 0.
     """
     check_rows(_OP, q=q, k=k)
     check_keys(_OP, q, k)
@@ -48,6 +51,10 @@ def block_selection_forward(
     if lse.shape != q.shape[:2] or lse.dtype != lse_dtype(q) or not lse.is_contiguous():
         needs = f"lse must be contiguous {lse_dtype(q)} {tuple(q.shape[:2])}"
         fail(_OP, needs, f"{lse.dtype} {tuple(lse.shape)}", "pass compressed attention's own")
+    if q_start is not None:
+        check_indices(_OP, q, (cu_seqlens_q.shape[0] - 1,), q_start=q_start)
+        if not q_start.is_cuda and bool((q_start < 0).any()):
+            fail(_OP, "q_start must not be negative", q_start.tolist(), "pass positions")
     if not on_kernels(q):
         return reference.block_selection(
             q,
@@ -57,11 +64,12 @@ def block_selection_forward(
             cu_seqlens_k,
             **asdict(rule),
             softmax_scale=softmax_scale,
+            q_start=q_start,
         )
     topk_idx = _allocate(q, k, topk)
     values = (q.shape[2], q.shape[1] // k.shape[1], *astuple(rule))
     args = (q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale)
-    launch(dispatcher, _OP, "forward", values, args)
+    launch(dispatcher, _OP, "forward", values, args if q_start is None else (*args, q_start))
     return topk_idx
 
 
@@ -80,6 +88,7 @@ def _fake(
     local_blocks: int,
     softmax_scale: float,
     dispatcher: str = "",
+    q_start: Tensor | None = None,
 ) -> Tensor:
     return _allocate(q, k, topk)
 

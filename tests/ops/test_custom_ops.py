@@ -124,6 +124,8 @@ def test_block_selection() -> None:
     _, lse = compressed_attention_forward(q, k, v, cu_seqlens, cu_seqlens_k, *WINDOWS, SCALE)
     args = (q, k, lse, cu_seqlens, cu_seqlens_k, *STATICS.values(), SCALE)
     torch.library.opcheck(block_selection_forward, args)
+    q_start = torch.tensor([4] * (cu_seqlens.shape[0] - 1), dtype=torch.int32)
+    torch.library.opcheck(block_selection_forward, args, {"q_start": q_start})
 
 
 def test_decode_ops() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nsagen import ops
 from nsagen.errors import InvalidInputError, UnsupportedWorkloadError
+from nsagen.ops.block_selection import block_selection_forward
 from nsagen.runtime import Dispatcher
 from nsagen.workload import Workload
 
@@ -83,6 +84,23 @@ def test_the_whole_block(recorder: Recorder) -> None:
     ]
     assert o.shape == wide
     assert recorder.calls[5][1][6].dtype == torch.float32
+
+
+def test_block_selection_takes_positions_of_a_chunk(recorder: Recorder) -> None:
+    x = Packed(torch.float16)
+    lse = torch.zeros(60, 6)
+    q_start = torch.zeros(4, dtype=torch.int32)
+    keys = x.k[:15], lse, x.cu_seqlens, torch.zeros_like(x.cu_seqlens)
+    args = (x.q, *keys, *STATICS.values(), 0.25, recorder.key)
+    block_selection_forward(*args)
+    block_selection_forward(*args, q_start)
+    (_, whole, _, _), (_, chunk, _, _) = recorder.calls
+    assert shapes(whole)[5:] == [(2, 60, 4), 0.25]
+    assert shapes(chunk)[5:] == [(2, 60, 4), 0.25, (4,)]
+    with pytest.raises(InvalidInputError, match="q_start must not be negative"):
+        block_selection_forward(*args, q_start - 1)
+    with pytest.raises(InvalidInputError, match=r"q_start must be contiguous with shape \(4,\)"):
+        block_selection_forward(*args, q_start[1:])
 
 
 def test_decoding(recorder: Recorder) -> None:

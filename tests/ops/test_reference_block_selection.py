@@ -183,6 +183,23 @@ def test_sequences_without_windows_take_blocks_by_index() -> None:
     assert topk_idx[0, 30].tolist() == [0, 1]
 
 
+def test_chunks_of_a_prompt_select_what_the_whole_selects() -> None:
+    """The last queries of each sequence, with their positions and all windows so far."""
+    rule, lengths = BlockRule(8, 4, 8, 5, 1, 2), [30, 75]
+    ends = offsets(lengths)
+    k_ends = reference.compressed_cu_seqlens(ends, rule.kernel_size, rule.kernel_stride)
+    q, k = torch.randn(105, 4, DIM), torch.randn(int(k_ends[-1]), 2, DIM)
+    _, lse = reference.compressed_attention_forward(
+        q, k, k, ends, k_ends, kernel_size=rule.kernel_size, kernel_stride=rule.kernel_stride
+    )
+    whole = reference.block_selection(q, k, lse, ends, k_ends, **vars(rule))
+    late = torch.cat([torch.arange(25, 30), torch.arange(30 + 41, 105)])
+    part = (q[late], k, lse[late], offsets([5, 34]), k_ends)
+    q_start = torch.tensor([25, 41], dtype=torch.int32)
+    came = reference.block_selection(*part, **vars(rule), q_start=q_start)
+    assert torch.equal(came, whole[:, late])
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

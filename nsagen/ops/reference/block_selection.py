@@ -109,10 +109,10 @@ def select_blocks(scores: Tensor, tokens: Tensor, rule: BlockRule) -> Tensor:
     return functional.pad(best, (0, rule.topk - best.shape[-1]), value=-1).to(torch.int32)
 
 
-def blocks_of(
+def scores_of_blocks(
     q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, blocks: int, scale: float, rule: BlockRule
 ) -> Tensor:
-    """The blocks of some queries of one sequence.
+    """How much probability some queries of one sequence give to its blocks.
 
     Args:
         q: [C, HQ, D], upcast, as are k and lse.
@@ -124,13 +124,24 @@ def blocks_of(
         rule: the static parameters.
 
     Returns:
-        int32 [HK, C, topk].
+        [HK, C, blocks].
     """
     ends = torch.arange(k.shape[0], device=q.device) * rule.kernel_stride + rule.kernel_size - 1
     grouped_lse = lse.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0).unsqueeze(-1)
     probabilities = (scores_of(q, k, scale) - grouped_lse).exp()
     probabilities = probabilities.masked_fill(ends > tokens.unsqueeze(-1), 0.0).sum(1)
-    return select_blocks(block_scores(probabilities, blocks, rule), tokens, rule)
+    return block_scores(probabilities, blocks, rule)
+
+
+def blocks_of(
+    q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, blocks: int, scale: float, rule: BlockRule
+) -> Tensor:
+    """The blocks of some queries of one sequence; see `scores_of_blocks` for the arguments.
+
+    Returns:
+        int32 [HK, C, topk].
+    """
+    return select_blocks(scores_of_blocks(q, k, lse, tokens, blocks, scale, rule), tokens, rule)
 
 
 @torch.no_grad()
@@ -148,6 +159,7 @@ def block_selection(
     init_blocks: int = 1,
     local_blocks: int = 2,
     softmax_scale: float | None = None,
+    q_start: Tensor | None = None,
 ) -> Tensor:
     """Choose each query's blocks, per key/value head, from the compressed attention's scores.
 
@@ -162,6 +174,8 @@ def block_selection(
         cu_seqlens_q: int32 [batch + 1].
         cu_seqlens_k: int32 [batch + 1], offsets of the compressed sequences.
         softmax_scale: 1/sqrt(D) unless given.
+        q_start: int32 [batch], position of each sequence's first query, for a chunk of a longer
+            prompt; 0 unless given.
 
     Returns:
         int32 [HK, N, topk]: ascending block indices within the sequence, then -1.
@@ -172,11 +186,15 @@ def block_selection(
     key_bounds = sequence_bounds("block_selection", cu_seqlens_k, k.shape[0], spare=True)
     scale = scale_of(softmax_scale, q.shape[-1])
     q, k, lse = upcast(q, k, lse)
+    firsts = [0] * len(query_bounds) if q_start is None else q_start.tolist()
     selected = []
-    for (start, end), (key_start, key_end) in zip(query_bounds, key_bounds, strict=True):
-        blocks = -(-(end - start) // block_size)
+    for (start, end), (key_start, key_end), first in zip(
+        query_bounds, key_bounds, firsts, strict=True
+    ):
+        blocks = -(-(first + end - start) // block_size)
         for lo, hi in chunks(end - start, q.shape[1] * max(key_end - key_start, blocks)):
-            rows, tokens = slice(start + lo, start + hi), torch.arange(lo, hi, device=q.device)
+            rows = slice(start + lo, start + hi)
+            tokens = first + torch.arange(lo, hi, device=q.device)
             keys = k[key_start:key_end]
             selected.append(blocks_of(q[rows], keys, lse[rows], tokens, blocks, scale, rule))
     return torch.cat(selected, 1)
