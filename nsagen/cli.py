@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nsagen import __version__
+from nsagen.bench.command import app as bench_app
 from nsagen.errors import InvalidInputError, NsagenError, SpecError
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(bench_app, name="bench")
 
 SpecName = Annotated[
     str, typer.Argument(metavar="SPEC", help="A spec's path, or the name of a shipped one.")

@@ -1,0 +1,54 @@
+"""Dense causal attention through PyTorch: what sparse attention has to be faster than."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from nsagen.bench.shape import Shape
+from nsagen.harness.base import Cost
+
+BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION}
+
+
+class DenseAttention:
+    """Causal attention of one sequence on the heads of a shape.
+
+    Args:
+        backend: a key of `BACKENDS`.
+    """
+
+    def __init__(
+        self, shape: Shape, tokens: int, backend: str = "cuDNN", *, requires_grad: bool = False
+    ) -> None:
+        self.backend = BACKENDS[backend]
+        self.shape, self.tokens = shape, tokens
+        dtype = getattr(torch, shape.dtype)
+
+        def normal(heads: int, dim: int) -> Tensor:
+            x = torch.randn(1, heads, tokens, dim, device="cuda", dtype=dtype)
+            return x.requires_grad_(requires_grad)
+
+        self.q = normal(shape.query_heads, shape.head_dim)
+        self.k = normal(shape.kv_heads, shape.head_dim)
+        self.v = normal(shape.kv_heads, shape.v_head_dim)
+
+    def forward(self) -> Tensor:
+        """o [1, HQ, N, Dv]."""
+        with sdpa_kernel(self.backend):
+            return scaled_dot_product_attention(
+                self.q, self.k, self.v, is_causal=True, enable_gqa=True
+            )
+
+    @property
+    def cost(self) -> Cost:
+        """The least work of the forward pass."""
+        dims = self.shape.head_dim + self.shape.v_head_dim
+        tensors = (self.q, self.k, self.v)
+        o_elements = self.tokens * self.shape.query_heads * self.shape.v_head_dim
+        return Cost(
+            flops=self.tokens**2 * self.shape.query_heads * dims,
+            bytes=sum(x.nbytes for x in tensors) + o_elements * self.q.element_size(),
+        )

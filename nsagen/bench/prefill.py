@@ -1,0 +1,167 @@
+"""Forward pass over one long sequence: each op, the whole attention, and dense attention.
+
+nsagen bench prefill --seqlens 8192 32768 65536
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from nsagen import ops
+from nsagen.bench.dense import DenseAttention
+from nsagen.bench.measure import Ceilings, measure_ceilings, milliseconds
+from nsagen.bench.public import public_calls
+from nsagen.bench.shape import Inputs, Shape
+from nsagen.harness.base import Cost, Sizes, harness_of
+from nsagen.ops.block_selection import block_selection_forward
+from nsagen.ops.compressed_attention import compressed_attention_forward
+from nsagen.ops.layout import positions_in_sequence
+from nsagen.runtime import Dispatcher, registry
+
+SEQLENS = (4096, 8192, 16384, 32768, 65536, 131072)
+
+PARTS = (
+    "compressed_attention",
+    "block_selection",
+    "selected_attention",
+    "sliding_window_attention",
+    "gated_sum",
+)
+"""The ops that `attention` consists of; compression and rope come before it."""
+
+COLUMNS = {
+    "what": "<34",
+    "tokens": ">8",
+    "ms": ">10.3f",
+    "floor_ms": ">10.3f",
+    "of_floor": ">9.0%",
+    "tflops": ">8.0f",
+    "of_dense": ">9.2f",
+}
+
+
+def run(
+    shape: Shape,
+    seqlens: Sequence[int] = SEQLENS,
+    dispatcher: Dispatcher | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """One row an op and length.
+
+    Returns:
+        rows with `what`, `tokens`, `ms`, `floor_ms` (see `Ceilings.floor_ms`), `of_floor` (the
+        floor's share of the time), `tflops` and `of_dense` (time over dense cuDNN's).
+    """
+    ceilings = measure_ceilings()
+    rows: list[dict[str, Any]] = []
+    for done, tokens in enumerate(seqlens):
+        if progress:
+            progress(f"{tokens} tokens", done, len(seqlens))
+        rows += _rows_of_length(shape, tokens, dispatcher, ceilings)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+@torch.no_grad()
+def _rows_of_length(
+    shape: Shape, tokens: int, dispatcher: Dispatcher | None, ceilings: Ceilings
+) -> list[dict[str, Any]]:
+    dense = DenseAttention(shape, tokens)
+    dense_ms = milliseconds(dense.forward)
+    cost = dense.cost
+    del dense
+
+    def row(what: str, ms: float, cost: Cost) -> dict[str, Any]:
+        floor = ceilings.floor_ms(cost)
+        return {
+            "what": what,
+            "tokens": tokens,
+            "ms": ms,
+            "floor_ms": floor,
+            "of_floor": floor / ms,
+            "tflops": cost.flops / ms / 1e9,
+            "of_dense": ms / dense_ms,
+        }
+
+    rows = [row("dense attention (cuDNN)", dense_ms, cost)]
+    inputs = Inputs.random(shape, tokens, dispatcher)
+    total = Cost(0, 0)
+    for op, call in _op_calls(inputs):
+        cost = cost_of(shape, op, "forward", tokens)
+        if op in PARTS:
+            total = Cost(total.flops + cost.flops, total.bytes + cost.bytes)
+        rows.append(row(op, milliseconds(call), cost))
+    rows.append(row("attention", milliseconds(inputs.attention), total))
+    for name, call in public_calls(inputs):
+        rows.append(row(name, milliseconds(call), total))
+    return rows
+
+
+def cost_of(shape: Shape, op: str, pass_: str, tokens: int) -> Cost:
+    """The least work of an op on one sequence."""
+    workload = shape.workload(op, pass_)
+    heads = shape.query_heads if op in ("gated_sum", "rope") else shape.kv_heads
+    return harness_of(workload).make_case(workload, Sizes((tokens,), heads), "meta").cost
+
+
+def _op_calls(inputs: Inputs) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each op of the forward pass on the tensors that the ones before it make."""
+    s, key = inputs.shape, registry.DEFAULT if inputs.dispatcher is None else inputs.dispatcher.key
+    window = (s.kernel_size, s.kernel_stride)
+    scale = s.head_dim**-0.5
+    if s.compress_type == "avgpool":
+        yield (
+            "compress",
+            partial(
+                ops.avgpool_compress,
+                inputs.k,
+                None,
+                inputs.cu_seqlens,
+                *window,
+                dispatcher=inputs.dispatcher,
+            ),
+        )
+    positions = positions_in_sequence(inputs.cu_seqlens, inputs.tokens)
+    angles = torch.rand(inputs.tokens, s.head_dim // 2, device=inputs.q.device)
+    tables = (angles.cos(), angles.sin(), positions)
+    yield "rope", partial(ops.rope, inputs.q, *tables, dispatcher=inputs.dispatcher)
+
+    of_windows = (inputs.cu_seqlens, inputs.window_cu_seqlens, *window)
+    compressed = partial(
+        compressed_attention_forward, inputs.q, inputs.ck, inputs.cv, *of_windows, scale, key
+    )
+    yield "compressed_attention", compressed
+    o_compressed, lse = compressed()
+    blocks = (s.block_size, s.topk, s.init_blocks, s.local_blocks)
+    selection = partial(
+        block_selection_forward,
+        inputs.q,
+        inputs.ck,
+        lse,
+        *of_windows,
+        *blocks,
+        scale,
+        dispatcher=key,
+    )
+    yield "block_selection", selection
+    topk_idx = selection()
+    selected = partial(
+        ops.topk_sparse_attention,
+        *(inputs.q, inputs.k, inputs.v, topk_idx, s.block_size, inputs.cu_seqlens),
+        dispatcher=inputs.dispatcher,
+    )
+    yield "selected_attention", selected
+    sliding = partial(
+        ops.sliding_window_attention,
+        *(inputs.q, inputs.k, inputs.v, s.window_size, inputs.cu_seqlens),
+        dispatcher=inputs.dispatcher,
+    )
+    yield "sliding_window_attention", sliding
+    branches = (o_compressed, selected(), sliding())
+    yield "gated_sum", partial(ops.gated_sum, *branches, inputs.gate, dispatcher=inputs.dispatcher)

@@ -1,0 +1,90 @@
+"""Results as files: rows of numbers with their device, versions and command beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from nsagen import __version__
+from nsagen.runtime.device import device_slug
+
+Row = Mapping[str, Any]
+
+
+def provenance() -> dict[str, str]:
+    """Device, driver, versions and command: what a number needs beside it."""
+    on_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "driver": _driver_version() if on_gpu else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "nsagen": __version__,
+        "command": _command(),
+    }
+
+
+def results_folder() -> Path:
+    """$OUT, or benchmarks/results/<device> below the working folder."""
+    device = device_slug() if torch.cuda.is_available() else "cpu"
+    return Path(os.environ.get("OUT") or Path("benchmarks") / "results" / device)
+
+
+def write_results(name: str, rows: Sequence[Row], folder: Path | None = None) -> Path:
+    """Write `<name>.json` with the rows and their provenance; returns its path."""
+    folder = folder or results_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    temporary = path.with_suffix(".tmp")
+    content = {"provenance": provenance(), "rows": [dict(row) for row in rows]}
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+    return path
+
+
+def table_text(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
+    """A table of plain text.
+
+    Args:
+        columns: key of a row -> format of its values, e.g. `{"op": "<26", "ms": ">10.3f"}`;
+            a value that a row lacks is left blank.
+    """
+    widths = {
+        key: int("".join(c for c in form.split(".")[0] if c.isdigit()))
+        for key, form in columns.items()
+    }
+    lines = ["".join(f"{key:{form[0]}{widths[key]}}" for key, form in columns.items())]
+    for row in rows:
+        cells = (
+            " " * widths[key] if row.get(key) is None else f"{row[key]:{form}}"
+            for key, form in columns.items()
+        )
+        lines.append("".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _command() -> str:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is not None and spec.name and spec.name != "nsagen.__main__":
+        return shlex.join(["python", "-m", spec.name, *sys.argv[1:]])
+    return shlex.join(["nsagen", *sys.argv[1:]])
+
+
+def _driver_version() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""

@@ -1,0 +1,151 @@
+"""The attention that benchmarks run, and its calls."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsagen import ops
+from nsagen.ops.layout import compressed_cu_seqlens
+from nsagen.runtime import Dispatcher
+from nsagen.workload import STATIC_PARAMS, Workload
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention. The defaults are those on which public NSA implementations are measured.
+
+    Attributes:
+        kv_heads: key/value heads HK; the others are the static parameters of workloads.
+    """
+
+    kv_heads: int = 4
+    gqa_ratio: int = 16
+    head_dim: int = 128
+    v_head_dim: int = 128
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    block_size: int = 64
+    topk: int = 16
+    init_blocks: int = 1
+    local_blocks: int = 2
+    window_size: int = 512
+    compress_type: str = "avgpool"
+    with_pe: bool = False
+    dtype: str = "bfloat16"
+
+    @property
+    def query_heads(self) -> int:
+        return self.kv_heads * self.gqa_ratio
+
+    def workload(self, op: str, pass_: str) -> Workload:
+        """The workload of an op of this attention."""
+        values = asdict(self)
+        names = STATIC_PARAMS[op, pass_]
+        return Workload.of(op, pass_, dtype=self.dtype, **{name: values[name] for name in names})
+
+    def with_heads(self, query_heads: int, kv_heads: int) -> Shape:
+        """The same attention with other heads."""
+        return replace(self, kv_heads=kv_heads, gqa_ratio=query_heads // kv_heads)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Random tensors of one sequence: what the three branches read.
+
+    Attributes:
+        q: [N, HQ, D], k: [N, HK, D], v: [N, HK, Dv]; ck, cv: the same of the windows.
+        gate: [N, HQ, 3].
+    """
+
+    shape: Shape
+    tokens: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    ck: Tensor
+    cv: Tensor
+    gate: Tensor
+    cu_seqlens: Tensor
+    window_cu_seqlens: Tensor
+    dispatcher: Dispatcher | None = field(default=None, compare=False)
+
+    @classmethod
+    def random(
+        cls,
+        shape: Shape,
+        tokens: int,
+        dispatcher: Dispatcher | None = None,
+        *,
+        device: str = "cuda",
+        requires_grad: bool = False,
+    ) -> Inputs:
+        """Standard normal tensors, and gates between 0 and 1."""
+        dtype = getattr(torch, shape.dtype)
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(rows: int, heads: int, dim: int) -> Tensor:
+            x = torch.randn(rows, heads, dim, device=device, dtype=dtype, generator=generator)
+            return x.requires_grad_(requires_grad)
+
+        cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+        windows = tokens // shape.kernel_stride
+        gate = torch.rand(tokens, shape.query_heads, 3, device=device, generator=generator)
+        return cls(
+            shape=shape,
+            tokens=tokens,
+            q=normal(tokens, shape.query_heads, shape.head_dim),
+            k=normal(tokens, shape.kv_heads, shape.head_dim),
+            v=normal(tokens, shape.kv_heads, shape.v_head_dim),
+            ck=normal(windows, shape.kv_heads, shape.head_dim),
+            cv=normal(windows, shape.kv_heads, shape.v_head_dim),
+            gate=gate.to(dtype).requires_grad_(requires_grad),
+            cu_seqlens=cu_seqlens,
+            window_cu_seqlens=compressed_cu_seqlens(
+                cu_seqlens, shape.kernel_size, shape.kernel_stride
+            ),
+            dispatcher=dispatcher,
+        )
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What has a gradient."""
+        return self.q, self.k, self.v, self.ck, self.cv, self.gate
+
+    def compressed(self) -> tuple[Tensor, Tensor]:
+        """(o, topk_idx) of compressed attention and block selection."""
+        s = self.shape
+        return ops.compressed_attention(
+            *(self.q, self.ck, self.cv, s.kernel_size, s.kernel_stride, s.block_size, s.topk),
+            *(self.cu_seqlens, self.window_cu_seqlens),
+            init_blocks=s.init_blocks,
+            local_blocks=s.local_blocks,
+            dispatcher=self.dispatcher,
+        )
+
+    def attention(self) -> Tensor:
+        """The three branches and their gated sum: o [N, HQ, Dv]."""
+        o_compressed, topk_idx = self.compressed()
+        o_selected = ops.topk_sparse_attention(
+            *(self.q, self.k, self.v, topk_idx, self.shape.block_size, self.cu_seqlens),
+            dispatcher=self.dispatcher,
+        )
+        o_sliding = ops.sliding_window_attention(
+            *(self.q, self.k, self.v, self.shape.window_size, self.cu_seqlens),
+            dispatcher=self.dispatcher,
+        )
+        return ops.gated_sum(
+            o_compressed, o_selected, o_sliding, self.gate, dispatcher=self.dispatcher
+        )
+
+
+def parse_changes(changes: list[str]) -> dict[str, Any]:
+    """`["topk=8", "dtype=float16"]` as keyword arguments of `Shape`."""
+    found: dict[str, Any] = {}
+    for change in changes:
+        name, _, value = change.partition("=")
+        found[name] = int(value) if value.lstrip("-").isdigit() else value
+    return found

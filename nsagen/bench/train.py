@@ -1,0 +1,153 @@
+"""Forward and backward pass over one long sequence, of each op, all of them, and dense attention.
+
+nsagen bench train --seqlens 8192 32768 65536
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsagen import ops
+from nsagen.bench.dense import DenseAttention
+from nsagen.bench.measure import Ceilings, measure_ceilings, milliseconds
+from nsagen.bench.prefill import PARTS, cost_of
+from nsagen.bench.shape import Inputs, Shape
+from nsagen.harness.base import Cost
+from nsagen.runtime import Dispatcher
+
+SEQLENS = (4096, 8192, 16384, 32768, 65536)
+
+COLUMNS = {
+    "what": "<34",
+    "tokens": ">8",
+    "forward_ms": ">12.3f",
+    "backward_ms": ">13.3f",
+    "floor_ms": ">10.3f",
+    "tflops": ">8.0f",
+    "of_dense": ">9.2f",
+    "peak_gib": ">9.2f",
+}
+
+
+def run(
+    shape: Shape,
+    seqlens: Sequence[int] = SEQLENS,
+    dispatcher: Dispatcher | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """One row an op and length.
+
+    Returns:
+        rows with `what`, `tokens`, `forward_ms`, `backward_ms`, `floor_ms` and `tflops` (of the
+        backward pass, whose products are 2.5 times the forward's), `of_dense` (backward over dense
+        cuDNN's) and, for the whole attention, `peak_gib`: the most memory held beside inputs,
+        outputs and gradients.
+    """
+    ceilings = measure_ceilings()
+    rows: list[dict[str, Any]] = []
+    for done, tokens in enumerate(seqlens):
+        if progress:
+            progress(f"{tokens} tokens", done, len(seqlens))
+        rows += _rows_of_length(shape, tokens, dispatcher, ceilings)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _rows_of_length(
+    shape: Shape, tokens: int, dispatcher: Dispatcher | None, ceilings: Ceilings
+) -> list[dict[str, Any]]:
+    dense = DenseAttention(shape, tokens, requires_grad=True)
+    leaves = (dense.q, dense.k, dense.v)
+    dense_times = forward_and_backward(dense.forward, leaves)
+    cost = dense.cost
+    del dense, leaves
+
+    def row(what: str, times: tuple[float, float], cost: Cost) -> dict[str, Any]:
+        backward = Cost(2.5 * cost.flops, 2 * cost.bytes)
+        return {
+            "what": what,
+            "tokens": tokens,
+            "forward_ms": times[0],
+            "backward_ms": times[1],
+            "floor_ms": ceilings.floor_ms(backward),
+            "tflops": backward.flops / times[1] / 1e9,
+            "of_dense": times[1] / dense_times[1],
+        }
+
+    rows = [row("dense attention (cuDNN)", dense_times, cost)]
+    inputs = Inputs.random(shape, tokens, dispatcher, requires_grad=True)
+    costs = {op: cost_of(shape, op, "forward", tokens) for op in PARTS}
+    for op, (call, leaves) in _branch_calls(inputs).items():
+        rows.append(row(op, forward_and_backward(call, leaves), costs[op]))
+    whole = Cost(sum(c.flops for c in costs.values()), sum(c.bytes for c in costs.values()))
+    times = forward_and_backward(inputs.attention, inputs.leaves)
+    rows.append({**row("attention", times, whole), "peak_gib": peak_memory(inputs)})
+    return rows
+
+
+def _branch_calls(
+    inputs: Inputs,
+) -> dict[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]]:
+    """Each differentiable op of the attention, and what its gradients are of."""
+    s = inputs.shape
+    with torch.no_grad():
+        topk_idx = inputs.compressed()[1]
+    qkv = (inputs.q, inputs.k, inputs.v)
+    branches = [torch.randn_like(inputs.q, requires_grad=True) for _ in range(3)]
+
+    def selected() -> Tensor:
+        return ops.topk_sparse_attention(
+            *qkv, topk_idx, s.block_size, inputs.cu_seqlens, dispatcher=inputs.dispatcher
+        )
+
+    def sliding() -> Tensor:
+        return ops.sliding_window_attention(
+            *qkv, s.window_size, inputs.cu_seqlens, dispatcher=inputs.dispatcher
+        )
+
+    def gated() -> Tensor:
+        one, two, three = branches
+        return ops.gated_sum(one, two, three, inputs.gate, dispatcher=inputs.dispatcher)
+
+    return {
+        "compressed_attention": (
+            lambda: inputs.compressed()[0],
+            (inputs.q, inputs.ck, inputs.cv),
+        ),
+        "selected_attention": (selected, qkv),
+        "sliding_window_attention": (sliding, qkv),
+        "gated_sum": (gated, (*branches, inputs.gate)),
+    }
+
+
+def forward_and_backward(
+    call: Callable[[], Tensor], leaves: Sequence[Tensor]
+) -> tuple[float, float]:
+    """Median milliseconds of a call, and of the gradients of its output."""
+    with torch.no_grad():
+        forward = milliseconds(call)
+    output = call()
+    gradient = torch.randn_like(output)
+    backward = milliseconds(
+        lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
+    )
+    return forward, backward
+
+
+def peak_memory(inputs: Inputs) -> float:
+    """GiB held at most during forward and backward, beside inputs, output and gradients."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output = inputs.attention()
+    gradient = torch.randn_like(output)
+    gradients = torch.autograd.grad(output, inputs.leaves, gradient)
+    kept = sum(x.nbytes for x in (output, gradient, *gradients))
+    return (torch.cuda.max_memory_allocated() - before - kept) / 2**30

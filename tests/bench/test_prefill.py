@@ -1,0 +1,117 @@
+"""The benchmark's calls compute what they are named for, and its rows are complete."""
+
+import pytest
+import torch
+
+from nsagen.bench import measure, prefill, train
+from nsagen.bench.shape import Inputs, Shape, parse_changes
+from nsagen.harness.base import Cost
+from nsagen.ops import native_sparse_attention
+from nsagen.workload import STATIC_PARAMS
+
+TINY = Shape(
+    kv_heads=1,
+    gqa_ratio=2,
+    head_dim=16,
+    v_head_dim=16,
+    kernel_size=8,
+    kernel_stride=4,
+    block_size=16,
+    topk=4,
+    window_size=32,
+    dtype="float32",
+)
+
+
+def test_a_shape_has_every_parameter_of_every_workload():
+    for op, pass_ in STATIC_PARAMS:
+        assert TINY.workload(op, pass_).op == op
+
+
+def test_the_whole_attention_is_the_op_of_that_name():
+    inputs = Inputs.random(TINY, 100, device="cpu")
+    whole = native_sparse_attention(
+        *(inputs.q, inputs.k, inputs.v, inputs.gate),
+        cu_seqlens=inputs.cu_seqlens,
+        compress_type="avgpool",
+        kernel_size=8,
+        kernel_stride=4,
+        block_size=16,
+        topk=4,
+        window_size=32,
+    )
+    from nsagen.ops import avgpool_compress
+
+    windows = [avgpool_compress(x, None, inputs.cu_seqlens, 8, 4)[0] for x in (inputs.k, inputs.v)]
+    for mine, made in zip((inputs.ck, inputs.cv), windows, strict=True):
+        mine[: made.shape[0]] = made
+    torch.testing.assert_close(inputs.attention(), whole)
+
+
+@pytest.fixture
+def _without_a_gpu(monkeypatch):
+    """Calls run once on the CPU and take a millisecond; the GPU can do 1e12 of everything."""
+
+    def once(call):
+        call()
+        return 1.0
+
+    class Dense:
+        cost = Cost(1e9, 1e6)
+        q = k = v = torch.ones(1, requires_grad=True)
+
+        def __init__(self, shape, tokens, backend="cuDNN", requires_grad=False):
+            pass
+
+        def forward(self):
+            return 2 * (self.q + self.k + self.v)
+
+    random = Inputs.random.__func__
+
+    def on_cpu(cls, shape, tokens, dispatcher=None, **options):
+        return random(cls, shape, tokens, dispatcher, **{**options, "device": "cpu"})
+
+    for module in (prefill, train):
+        monkeypatch.setattr(module, "milliseconds", once)
+        monkeypatch.setattr(module, "measure_ceilings", lambda: measure.Ceilings(1e12, 1e12))
+        monkeypatch.setattr(module, "DenseAttention", Dense)
+    monkeypatch.setattr(Inputs, "random", classmethod(on_cpu))
+    monkeypatch.setattr(train, "peak_memory", lambda inputs: 0.5)
+
+
+@pytest.mark.usefixtures("_without_a_gpu")
+def test_prefill_has_a_row_for_each_op_the_whole_and_dense_attention():
+    rows = prefill.run(TINY, (64, 128))
+    names = [row["what"] for row in rows if row["tokens"] == 64]
+    assert names[0] == "dense attention (cuDNN)"
+    assert set(names) >= {"compress", "rope", "attention", *prefill.PARTS}
+    assert all(set(prefill.COLUMNS) <= set(row) for row in rows)
+    assert all(row["floor_ms"] > 0 for row in rows)
+    whole, parts = (
+        sum(row["floor_ms"] for row in rows if row["tokens"] == 128 and row["what"] in chosen)
+        for chosen in (("attention",), prefill.PARTS)
+    )
+    assert whole <= parts
+
+
+@pytest.mark.usefixtures("_without_a_gpu")
+def test_train_times_the_gradients_of_each_differentiable_op():
+    rows = train.run(TINY, (64,))
+    assert [row["what"] for row in rows][1:] == [
+        *(op for op in prefill.PARTS if op != "block_selection"),
+        "attention",
+    ]
+    assert rows[-1]["peak_gib"] == 0.5
+    assert all(row["backward_ms"] == 1.0 for row in rows)
+
+
+def test_changes_are_parsed_as_numbers_and_words():
+    changes = parse_changes(["kv_heads=8", "dtype=float16"])
+    assert changes == {"kv_heads": 8, "dtype": "float16"}
+    assert Shape(**changes).query_heads == 128
+
+
+def test_without_a_gpu_a_benchmark_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LookupError, match="times are measured on a GPU"):
+        measure.require_gpu("prefill")
