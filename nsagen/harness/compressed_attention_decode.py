@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nsagen.harness.base import Case, Cost, Sizes, poisoned
-from nsagen.harness.caches import RandomCaches
+from nsagen.harness.caches import Pages, RandomCaches
 from nsagen.ops import reference
 from nsagen.workload import Workload
 
@@ -33,6 +33,10 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     q = random.normal(rows, heads, head_dim)
     ck_cache = random.cache(slots, windows, capacity, kv_heads, head_dim)
     cv_cache = random.cache(slots, windows, capacity, kv_heads, v_dim)
+    pages = Pages.of(slots, [position + 1 for position in sizes.seqlens], sizes)
+    if pages:
+        ck_cache, cv_cache = (pages.hold(cache, stride) for cache in (ck_cache, cv_cache))
+    table = pages.table.to(device) if pages else None
     positions = torch.tensor(sizes.seqlens, dtype=torch.int32).to(device)
     o = poisoned((rows, heads, v_dim), q.dtype, device)
     topk_idx = poisoned((kv_heads, rows, params["topk"]), torch.int32, device)
@@ -48,11 +52,13 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
             *inputs[3:],
             **statics,
             softmax_scale=scale,
+            block_table=table,
         )
         return {"o": out, "topk_idx": chosen}
 
     cost = _cost(sum(windows), rows, kv_heads, params, q.element_size())
-    return Case((*inputs, o, topk_idx, scale), {"o": o, "topk_idx": topk_idx}, expected, cost)
+    args = (*inputs, o, topk_idx, scale, table)
+    return Case(args, {"o": o, "topk_idx": topk_idx}, expected, cost)
 
 
 def _cost(windows: int, rows: int, kv_heads: int, params: dict[str, Any], element: int) -> Cost:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nsagen.harness.base import Case, Cost, Sizes, poisoned
-from nsagen.harness.caches import RandomCaches
+from nsagen.harness.caches import Pages, RandomCaches
 from nsagen.ops import reference
 from nsagen.workload import Workload
 
@@ -30,6 +30,10 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     q = random.normal(rows, heads, head_dim)
     k_cache = random.cache(slots, lengths, sizes.capacity, kv_heads, head_dim)
     v_cache = random.cache(slots, lengths, sizes.capacity, kv_heads, v_dim)
+    pages = Pages.of(slots, lengths, sizes)
+    if pages:
+        k_cache, v_cache = pages.hold(k_cache), pages.hold(v_cache)
+    table = pages.table.to(device) if pages else None
     topk_idx = _random_blocks(sizes, params["block_size"], params["topk"], seed)
     positions = torch.tensor(sizes.seqlens, dtype=torch.int32)
     o_compressed = random.normal(rows, heads, v_dim)
@@ -43,11 +47,13 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
         wide = (x.double() if x.is_floating_point() else x for x in inputs)
         names = ("block_size", "window_size")
         statics = {name: params[name] for name in names}
-        out = reference.native_sparse_attention_decode(*wide, **statics, softmax_scale=scale)
+        out = reference.native_sparse_attention_decode(
+            *wide, **statics, softmax_scale=scale, block_table=table
+        )
         return {"o": out}
 
     cost = _cost(sizes, params, q.element_size())
-    return Case((*inputs, o, scale), {"o": o}, expected, cost)
+    return Case((*inputs, o, scale, table), {"o": o}, expected, cost)
 
 
 def _random_blocks(sizes: Sizes, block_size: int, topk: int, seed: int) -> Tensor:

@@ -43,9 +43,10 @@ def check(
     positions: tuple[int, ...],
     capacity: int = 320,
     kv_heads: int = 2,
+    page_size: int | None = None,
     **knobs: Param,
 ) -> None:
-    sizes = Sizes(positions, kv_heads=kv_heads, capacity=capacity)
+    sizes = Sizes(positions, kv_heads=kv_heads, capacity=capacity, page_size=page_size)
     check_case(load_kernel(work, schedule(work, **knobs)), make_case(work, sizes, kernel_device()))
 
 
@@ -96,6 +97,24 @@ def test_any_number_of_splits_gives_the_same(programs: int, block_n: int) -> Non
     """From one split a row to more splits than tiles; rows share one number of splits."""
     check(workload(), (1279, 5, 700, -1), capacity=1280, programs=programs, block_n=block_n)
     check(workload(), (599,), capacity=600, kv_heads=1, programs=programs, block_n=block_n)
+
+
+@pytest.mark.parametrize(("page_size", "block_n"), [(16, 64), (48, 16), (320, 64)])
+def test_pages(page_size: int, block_n: int) -> None:
+    """Tiles that lie in several pages, and several tiles in one."""
+    check(workload(), (319, 5, -1, 130, 15, 16), page_size=page_size, block_n=block_n)
+    check(workload(block_size=8), (200, 77), page_size=page_size, block_n=block_n, programs=2112)
+
+
+def test_pages_and_contiguous_caches_agree_to_the_bit() -> None:
+    work = workload("float16")
+    outs = []
+    for page_size in (None, 32):
+        sizes = Sizes((319, 77, 0), capacity=320, page_size=page_size)
+        case = make_case(work, sizes, kernel_device())
+        load_kernel(work).launch(*case.args)
+        outs.append(case.outputs)
+    assert all(torch.equal(outs[0][name], outs[1][name]) for name in outs[0])
 
 
 def test_capacity_far_beyond_the_context() -> None:

@@ -35,12 +35,16 @@ def schedule(work: Workload, **knobs: Param) -> Schedule:
     return Schedule.of(usual.algorithm, dict(usual.knobs) | knobs)
 
 
-def case_of(work: Workload, positions: tuple[int, ...], capacity: int = 256) -> Case:
-    return make_case(work, Sizes(positions, capacity=capacity), kernel_device())
+def case_of(work: Workload, positions: tuple[int, ...], page_size: int | None = None) -> Case:
+    sizes = Sizes(positions, capacity=256, page_size=page_size)
+    return make_case(work, sizes, kernel_device())
 
 
-def check(work: Workload, positions: tuple[int, ...], capacity: int = 256, **knobs: Param) -> None:
-    check_case(load_kernel(work, schedule(work, **knobs)), case_of(work, positions, capacity))
+def check(
+    work: Workload, positions: tuple[int, ...], page_size: int | None = None, **knobs: Param
+) -> None:
+    case = case_of(work, positions, page_size)
+    check_case(load_kernel(work, schedule(work, **knobs)), case)
 
 
 def test_positions_at_every_edge() -> None:
@@ -84,6 +88,24 @@ def test_any_number_of_splits_gives_the_same(programs: int) -> None:
 def test_more_rows_than_programs() -> None:
     """One split a branch."""
     check(workload(topk=9, window_size=100), (200,) * 67, programs=132)
+
+
+@pytest.mark.parametrize(("page_size", "block_size"), [(16, 16), (48, 12), (128, 4), (256, 64)])
+@pytest.mark.parametrize("window_size", [1, 24, 300])
+def test_pages(page_size: int, block_size: int, window_size: int) -> None:
+    """Windows that lie in one page and in more of them than blocks are selected."""
+    work = workload(block_size=block_size, window_size=window_size, topk=3)
+    check(work, (255, -1, 0, 47, 48, 130), page_size, block_n=32)
+
+
+def test_pages_and_contiguous_caches_agree_to_the_bit() -> None:
+    work = workload("float16")
+    outs = []
+    for page_size in (None, 32):
+        case = case_of(work, (255, 77, 0), page_size)
+        load_kernel(work).launch(*case.args)
+        outs.append(case.outputs["o"])
+    assert torch.equal(*outs)
 
 
 def test_entries_in_any_order_between_others_that_name_no_block() -> None:
