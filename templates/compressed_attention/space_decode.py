@@ -8,6 +8,8 @@ from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_p
 from nsagen.codegen.target import Target
 from nsagen.workload import Param, Schedule, Workload
 
+# Two and three a processor of the targets, and more.
+_PROGRAMS = (132, 216, 264, 324, 396, 444, 528, 1056, 2112)
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _MAX_WINDOWS = 256
 
@@ -27,6 +29,8 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "pad_d": block_d != workload.head_dim,
         "pad_dv": block_dv != workload.v_head_dim,
         "group_pad": max(16, next_power_of_2(workload.gqa_ratio)),
+        "heads_pad": next_power_of_2(workload.gqa_ratio),
+        "topk_pad": next_power_of_2(workload.topk),
         "step": step,
         "step_pad": _step_pad(workload),
         "width": width,
@@ -59,7 +63,7 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     room = (target.shared_memory // 2 - 8 * 1024) // _tile_bytes(workload, block_n)
     return {
         "block_n": block_n,
-        "programs": 264,
+        "programs": max(n for n in _PROGRAMS if n <= max(132, 2 * target.num_sms)),
         # float32 products run without matrix instructions and hold their tiles in registers.
         "num_warps": 8 if workload.dtype == "float32" else 4,
         "num_stages": max(1, min(3, room)) + 1,
@@ -74,7 +78,7 @@ SPACES = (
         algorithm="split_kv",
         knobs=(
             PowerOfTwo("block_n", 16, _MAX_WINDOWS, "latency hidden against registers"),
-            Choice("programs", (132, 264, 396, 528, 1056, 2112), "a full GPU against combining"),
+            Choice("programs", _PROGRAMS, "a full GPU against combining"),
             Choice("num_warps", (1, 2, 4, 8), "registers a thread against programs that fit"),
             Choice("num_stages", (1, 2, 3, 4, 5), "loads in flight against shared memory"),
             Choice("combine_warps", (1, 2, 4, 8), "lanes against barriers of the second kernel"),

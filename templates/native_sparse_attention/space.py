@@ -8,6 +8,8 @@ from nsagen.codegen.space import Choice, PowerOfTwo, ScheduleSpace, next_power_o
 from nsagen.codegen.target import Target
 from nsagen.workload import Param, Schedule, Workload
 
+# Two and three a processor of the targets, and more.
+_PROGRAMS = (132, 216, 264, 324, 396, 444, 528, 1056, 2112)
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -45,14 +47,20 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
-    """About 32 KiB a step, as many of them in flight as leave room for two programs a processor."""
+    """About 32 KiB a step; three programs a processor where two steps of each fit, else two.
+
+    Splits come in multiples of a branch's steps, so that programs are few and equal: as many as
+    run at once, and not half as many again.
+    """
     block_n = 64
     while block_n > 16 and _tile_bytes(workload, block_n) > 32 * 1024:
         block_n //= 2
-    room = (target.shared_memory // 2 - 8 * 1024) // _tile_bytes(workload, block_n)
+    step = _tile_bytes(workload, block_n)
+    resident = 3 if target.shared_memory // 3 >= 2 * step + 8 * 1024 else 2
+    room = (target.shared_memory // resident - 8 * 1024) // step
     return {
         "block_n": block_n,
-        "programs": 264,
+        "programs": max(n for n in _PROGRAMS if n <= max(132, resident * target.num_sms)),
         # float32 products run without matrix instructions and hold their tiles in registers.
         "num_warps": 8 if workload.dtype == "float32" else 4,
         "num_stages": max(1, min(3, room)) + 1,
@@ -67,7 +75,7 @@ SPACES = (
         algorithm="split_kv",
         knobs=(
             PowerOfTwo("block_n", 16, 256, "latency hidden against registers"),
-            Choice("programs", (132, 264, 396, 528, 1056, 2112), "a full GPU against combining"),
+            Choice("programs", _PROGRAMS, "a full GPU against combining"),
             Choice("num_warps", (1, 2, 4, 8), "registers a thread against programs that fit"),
             Choice("num_stages", (1, 2, 3, 4, 5), "loads in flight against shared memory"),
             Choice("combine_warps", (1, 2, 4, 8), "lanes against barriers of the second kernel"),
