@@ -13,6 +13,7 @@ from nsagen.ops._checks import (
     check_attention,
     check_cu_seqlens,
     check_indices,
+    check_like,
     fail,
 )
 from nsagen.ops._gradients import reference_gradients
@@ -31,29 +32,37 @@ def topk_sparse_attention(
     cu_seqlens: Tensor,
     softmax_scale: float | None = None,
     *,
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """Attention of each query to the blocks of keys that were selected for it.
 
     Args:
         q: [N, HQ, D], after rope, as is k.
-        k: [N, HK, D].
-        v: [N, HK, Dv].
+        k: [T, HK, D].
+        v: [T, HK, Dv].
         topk_idx: int32 [HK, N, topk], block indices within the sequence; -1 is none.
         block_size: tokens of a block.
         cu_seqlens: int32 [batch + 1].
         softmax_scale: of the scores; 1/sqrt(D) by default.
+        cu_seqlens_k: int32 [batch + 1], of the keys of sequences that have more of them than
+            queries; as cu_seqlens by default, and then T = N.
+        q_start: int32 [batch], the position of each sequence's first query; 0 by default.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
-        o [N, HQ, Dv]; 0 where nothing is selected. Differentiable in q, k and v.
+        o [N, HQ, Dv]; 0 where nothing is selected. Differentiable in q, k and v, unless
+        cu_seqlens_k or q_start is given.
 
     Raises:
         InvalidInputError: a tensor breaks the contract above.
     """
     scale = scale_of(softmax_scale, q)
     key = key_of(dispatcher)
-    return selected_attention_forward(q, k, v, topk_idx, cu_seqlens, block_size, scale, key)[0]
+    return selected_attention_forward(
+        q, k, v, topk_idx, cu_seqlens, block_size, scale, key, cu_seqlens_k, q_start
+    )[0]
 
 
 @torch.library.custom_op("nsagen::selected_attention_forward", mutates_args=())
@@ -66,23 +75,40 @@ def selected_attention_forward(
     block_size: int,
     softmax_scale: float,
     dispatcher: str = "",
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
     check_attention(_OP, q, k, v)
-    check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, k)
-    if q.shape[0] != k.shape[0]:
-        fail(_OP, "q and k must have the same tokens", f"{q.shape[0]} and {k.shape[0]}", "pack one")
+    check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, q)
+    if cu_seqlens_k is not None:
+        check_cu_seqlens(_OP, "cu_seqlens_k", cu_seqlens_k, k)
+        check_like(_OP, ("cu_seqlens", cu_seqlens), cu_seqlens_k=cu_seqlens_k)
+    elif q.shape[0] != k.shape[0]:
+        came = f"{q.shape[0]} and {k.shape[0]}"
+        fail(_OP, "q and k must have the same tokens", came, "pack one, or pass cu_seqlens_k")
+    if q_start is not None:
+        check_indices(_OP, q, (cu_seqlens.shape[0] - 1,), q_start=q_start)
     check_indices(_OP, q, (k.shape[1], q.shape[0], topk_idx.shape[-1]), topk_idx=topk_idx)
     if block_size < 1:
         fail(_OP, "block_size must be positive", block_size, "64 or 128 are usual")
     if not on_kernels(q):
         return reference.selected_attention(
-            q, k, v, topk_idx, cu_seqlens, block_size=block_size, softmax_scale=softmax_scale
+            q,
+            k,
+            v,
+            topk_idx,
+            cu_seqlens,
+            block_size=block_size,
+            softmax_scale=softmax_scale,
+            cu_seqlens_k=cu_seqlens_k,
+            q_start=q_start,
         )
     o, lse = _allocate(q, v)
     values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], block_size)
     args = (q, k, v, topk_idx, cu_seqlens, o, lse, softmax_scale)
-    launch(dispatcher, _OP, "forward", values, args)
+    chunk = () if cu_seqlens_k is None and q_start is None else (cu_seqlens_k, q_start)
+    launch(dispatcher, _OP, "forward", values, (*args, *chunk))
     return o, lse
 
 
@@ -96,6 +122,8 @@ def _fake(
     block_size: int,
     softmax_scale: float,
     dispatcher: str = "",
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _allocate(q, v)
 
@@ -148,15 +176,19 @@ def _fake_backward(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, block_size, softmax_scale, dispatcher = inputs
+    *tensors, block_size, softmax_scale, dispatcher, cu_seqlens_k, q_start = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
     ctx.statics = (block_size, softmax_scale, dispatcher)
+    ctx.of_chunk = cu_seqlens_k is not None or q_start is not None
 
 
 def _backward(ctx, do: Tensor, dlse: Tensor):  # type: ignore[no-untyped-def]
+    if ctx.of_chunk:
+        rule = "gradients need every query of a sequence, from position 0"
+        fail(_OP, rule, "cu_seqlens_k or q_start", "train on whole sequences")
     gradients = selected_attention_backward(do, *ctx.saved_tensors, *ctx.statics)
-    return (*gradients, None, None, None, None, None)
+    return (*gradients, *(None,) * 7)
 
 
 selected_attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from nsagen.codegen.sizes import LEAST_TILE, element_bytes, padded_heads
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.workload import Param, Schedule, Workload
-
-LEAST_TILE = 16
-"""The least side of a tile that tl.dot multiplies."""
 
 
 def tiles_block(workload: Workload, schedule: Schedule, target: Target) -> bool:
@@ -29,7 +27,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     block_g = max(LEAST_TILE, next_power_of_2(group))
     rows = schedule.orientation == "rows"
     return {
-        **padded(workload),
+        **padded_heads(workload),
         "block_g": block_g,
         "pad_g": block_g != group,
         "steps_per_block": -(-int(workload.block_size) // block_n),
@@ -41,25 +39,12 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def padded(workload: Workload) -> dict[str, Any]:
-    """Head sizes padded to powers of two, and how exact tl.dot has to be."""
-    dim, v_dim = int(workload.head_dim), int(workload.v_head_dim)
-    block_d, block_dv = next_power_of_2(dim), next_power_of_2(v_dim)
-    return {
-        "block_d": block_d,
-        "block_dv": block_dv,
-        "pad_d": block_d != dim,
-        "pad_dv": block_dv != v_dim,
-        "dot_precision": ', input_precision="ieee"' if workload.dtype == "float32" else "",
-    }
-
-
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the key and value tiles that are on their way, and of the query tile.
 
     A step's own tiles are read at once by mma.sync, so one buffer less than num_stages does.
     """
-    width = 4 if workload.dtype == "float32" else 2
+    width = element_bytes(workload)
     sizes = derive(workload, schedule)
     step = int(schedule.block_n) * (sizes["block_d"] + sizes["block_dv"])
     buffers = max(1, int(schedule.num_stages) - 1)
@@ -68,8 +53,8 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
     """Steps of up to 32 KiB, two of them on their way."""
-    width = 4 if workload.dtype == "float32" else 2
-    sizes = padded(workload)
+    width = element_bytes(workload)
+    sizes = padded_heads(workload)
     keys = 32 * 1024 // (width * (sizes["block_d"] + sizes["block_dv"]))
     block_size = int(workload.block_size)
     steps = [n for n in (128, 64, 32, 16) if n <= keys and block_size % n == 0]
@@ -80,7 +65,72 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     return {"orientation": "rows", "block_n": block_n, "num_warps": warps, "num_stages": 3}
 
 
+def small_group(workload: Workload) -> bool:
+    """Groups whose partial results weigh less than the blocks that each token would read.
+
+    Not measured: a token writes and reads topk G Dv elements, or reads topk B (D + Dv) from L2.
+    """
+    return int(workload.gqa_ratio) < 8
+
+
+def holds_group(workload: Workload, schedule: Schedule, target: Target) -> bool:
+    """A step takes at least one token's whole group."""
+    return int(schedule.block_m) >= int(workload.gqa_ratio)
+
+
+def derive_key_major(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """Sizes of a step: a block of keys, and whole groups of query heads."""
+    group, block_m = int(workload.gqa_ratio), int(schedule.block_m)
+    return {
+        **padded_heads(workload),
+        "block_b": whole_block(workload),
+        "pad_b": whole_block(workload) != int(workload.block_size),
+        "tile_tokens": block_m // group,
+        "pad_m": block_m % group != 0,
+    }
+
+
+def key_major_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of a block's keys and values, and of the queries in work and on their way."""
+    sizes = derive_key_major(workload, schedule)
+    keys = sizes["block_b"] * (sizes["block_d"] + sizes["block_dv"])
+    buffers = min(2, int(schedule.num_stages))
+    return element_bytes(workload) * (keys + buffers * int(schedule.block_m) * sizes["block_d"])
+
+
+def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
+    """Steps of 64 rows, for wgmma; parts of about 4096 rows."""
+    group = int(workload.gqa_ratio)
+    exact = workload.dtype == "float32"  # no matrix instruction is exact: plain FMA
+    for block_m, stages in ((32 if exact else 64, 1 if exact else 3), (16, 1)):
+        knobs = {
+            "block_m": max(block_m, next_power_of_2(group)),
+            "num_warps": 4,
+            "num_stages": stages,
+            "part_tokens": min(4096, max(256, next_power_of_2(4096 // group))),
+        }
+        if key_major_memory(workload, Schedule.of("key_major", knobs)) <= target.shared_memory:
+            break
+    return knobs
+
+
 SPACES = (
+    ScheduleSpace(
+        op="selected_attention",
+        pass_="forward",
+        algorithm="key_major",
+        knobs=(
+            PowerOfTwo("block_m", 16, 512, "rows a step: reuse of the block against registers"),
+            Choice("num_warps", (4, 8), "threads for the same tile"),
+            Choice("num_stages", (1, 2, 3), "steps of queries that are loading"),
+            PowerOfTwo("part_tokens", 16, 8192, "balance of long lists against reads of blocks"),
+        ),
+        rules=(Rule("block_m holds a group of query heads", holds_group),),
+        derive=derive_key_major,
+        shared_memory=key_major_memory,
+        default=default_key_major,
+        preferred=lambda workload, target: small_group(workload),
+    ),
     ScheduleSpace(
         op="selected_attention",
         pass_="forward",

@@ -56,26 +56,29 @@ def derive_two_pass(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def key_pass_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of a block's keys and values, of the queries on their way, and of ds."""
+    """Bytes of a block's keys and values, of queries in work and on their way, and of p and ds.
+
+    Queries are found through a list that is loaded before them: one of three stages is the list's.
+    """
     sizes = derive_keys(workload, schedule)
     both = sizes["block_d"] + sizes["block_dv"]
-    block_m, stages = int(schedule.block_m), int(schedule.key_stages)
-    elements = sizes["block_b"] * (both + block_m) + max(1, stages - 1) * block_m * both
+    block_m, buffers = int(schedule.block_m), min(2, int(schedule.key_stages))
+    elements = sizes["block_b"] * (both + block_m) + buffers * block_m * both
     return element_bytes(workload) * elements
+
+
+def query_pass_memory(workload: Workload, block_n: int, num_stages: int) -> int:
+    """Bytes of the keys and values that are on their way, and of the group's rows of q and do."""
+    sizes = padded_heads(workload)
+    block_g = max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio)))
+    rows = max(1, num_stages - 1) * block_n + block_g
+    return element_bytes(workload) * (sizes["block_d"] + sizes["block_dv"]) * rows
 
 
 def two_pass_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes that the hungrier of the two passes needs."""
-    sizes = derive_two_pass(workload, schedule)
-    both = sizes["block_d"] + sizes["block_dv"]
-    buffers = max(1, int(schedule.num_stages) - 1)
-    first = element_bytes(workload) * both * (buffers * int(schedule.block_n) + sizes["block_g"])
+    first = query_pass_memory(workload, int(schedule.block_n), int(schedule.num_stages))
     return max(first, key_pass_memory(workload, schedule))
-
-
-def least_block_m(workload: Workload, wanted: int) -> int:
-    """`wanted` rows a step, or as many as one token's group needs."""
-    return max(wanted, next_power_of_2(int(workload.gqa_ratio)))
 
 
 def default_part_tokens(workload: Workload) -> int:
@@ -83,25 +86,59 @@ def default_part_tokens(workload: Workload) -> int:
     return min(4096, max(1024, next_power_of_2(16384 // int(workload.gqa_ratio))))
 
 
+def default_keys(
+    workload: Workload, target: Target, wanted: tuple[tuple[str, int, int, int], ...]
+) -> dict[str, Param]:
+    """The first (key_orientation, block_m, key_warps, key_stages) that fits the target."""
+    if workload.dtype == "float32":  # no matrix instruction is exact: plain FMA
+        wanted = (("keys", 16, 8, 1),)
+    for orientation, block_m, warps, stages in (*wanted, ("keys", 32, 4, 2), ("keys", 16, 4, 1)):
+        knobs = {
+            "key_orientation": orientation,
+            "block_m": max(block_m, next_power_of_2(int(workload.gqa_ratio))),
+            "key_warps": warps,
+            "key_stages": stages,
+            "part_tokens": default_part_tokens(workload),
+        }
+        if key_pass_memory(workload, Schedule.of("", knobs)) <= target.shared_memory:
+            break
+    return knobs
+
+
 def default_two_pass(workload: Workload, target: Target) -> dict[str, Param]:
-    """The forward pass's steps for dq; steps of 64 rows, for wgmma, over a block of keys."""
-    width = element_bytes(workload)
-    sizes = padded_heads(workload)
+    """The forward pass's steps for dq; for dk and dv two programs a multiprocessor, no spills."""
+    width, sizes = element_bytes(workload), padded_heads(workload)
     keys = 32 * 1024 // (width * (sizes["block_d"] + sizes["block_dv"]))
     block_size = int(workload.block_size)
     steps = [n for n in (64, 32, 16) if n <= keys and block_size % n == 0]
-    exact = workload.dtype == "float32"  # no matrix instruction is exact: plain FMA
+    block_n = steps[0] if steps else block_b(workload)
+    stages = (1,) if workload.dtype == "float32" else (3, 2, 1)
+    fitting = [n for n in stages if query_pass_memory(workload, block_n, n) <= target.shared_memory]
     return {
         "orientation": "rows",
-        "block_n": steps[0] if steps else block_b(workload),
+        "block_n": block_n,
         "num_warps": 4,
-        "num_stages": 1 if exact else 3,
-        "key_orientation": "keys",
-        "block_m": least_block_m(workload, 16 if exact else 64),
-        "key_warps": 8 if exact else 4,
-        "key_stages": 1 if exact else 2,
-        "part_tokens": default_part_tokens(workload),
+        "num_stages": fitting[0] if fitting else 1,
+        **default_keys(workload, target, (("keys", 32, 4, 3),)),
     }
+
+
+def derive_key_major(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """Sizes of the one pass."""
+    return {**derive_keys(workload, schedule), "dq_partials": True}
+
+
+def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
+    """Steps that leave registers for dk, dv and a step's share of dq."""
+    return default_keys(workload, target, (("queries", 128, 8, 2), ("queries", 128, 8, 1)))
+
+
+def small_group(workload: Workload) -> bool:
+    """Groups whose shares of dq weigh less than the blocks that two passes would read for them.
+
+    Not measured: a token's shares are 2 topk G D elements, its blocks 2 topk B D.
+    """
+    return int(workload.gqa_ratio) < 8
 
 
 KEY_KNOBS = (
@@ -113,6 +150,17 @@ KEY_KNOBS = (
 )
 
 SPACES = (
+    ScheduleSpace(
+        op="selected_attention",
+        pass_="backward",
+        algorithm="key_major",
+        knobs=KEY_KNOBS,
+        rules=(Rule("block_m holds a group of query heads", holds_group),),
+        derive=derive_key_major,
+        shared_memory=key_pass_memory,
+        default=default_key_major,
+        preferred=lambda workload, target: small_group(workload),
+    ),
     ScheduleSpace(
         op="selected_attention",
         pass_="backward",

@@ -5,8 +5,9 @@ import torch
 
 from nsagen.codegen.target import KNOWN_TARGETS
 from nsagen.codegen.template import spaces_of
-from nsagen.harness.base import Case, Sizes
-from nsagen.harness.selected_attention import make_case
+from nsagen.harness.base import Case, Cost, Sizes
+from nsagen.harness.selected_attention import make_case, make_inputs
+from nsagen.ops import reference
 from nsagen.workload import Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
@@ -33,6 +34,13 @@ def case_of(w: Workload, seqlens=RAGGED, kv_heads=2, topk_idx=None) -> Case:
     drawn = case_of(w, seqlens, kv_heads)
     drawn.args[3].resize_(topk_idx.shape).copy_(topk_idx)  # what `expected` reads, too
     return drawn
+
+
+def blocks_of(heads: int, tokens: int, topk: int) -> torch.Tensor:
+    """Distinct blocks of 0 .. 6 in any order, of which each token sees some."""
+    random = torch.Generator().manual_seed(0)
+    drawn = torch.rand((heads, tokens, 7), generator=random).argsort(-1)
+    return drawn[..., :topk].contiguous()
 
 
 def schedule_of(w: Workload, algorithm: str, **knobs) -> Schedule:
@@ -65,19 +73,74 @@ def test_head_sizes(dtype, dim, v_dim, algorithm):
     ("block_size", "block_n"),
     [(16, 16), (24, 32), (32, 16), (64, 64), (64, 16), (80, 128), (80, 16), (96, 32)],
 )
-@each_algorithm
-def test_blocks_and_steps(orientation, block_size, block_n, algorithm):
+def test_blocks_and_steps(orientation, block_size, block_n):
     """Blocks that steps tile exactly and ones that a longer step covers; short last blocks."""
     w = workload("float16", block_size=block_size)
-    schedule = schedule_of(w, algorithm, orientation=orientation, block_n=block_n)
+    schedule = schedule_of(w, "query_major", orientation=orientation, block_n=block_n)
     case = case_of(w, (10, 2 * block_size + 5), kv_heads=1)
     check_case(load_kernel(w, schedule), case)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("block_size", [16, 24, 64, 80])
+def test_key_blocks_in_parts(block_size, group):
+    """Blocks that are powers of two and others; lists of one part and of several."""
+    w = workload("float16", block_size=block_size, group=group)
+    schedule = schedule_of(w, "key_major", part_tokens=16)
+    check_case(load_kernel(w, schedule), case_of(w, (10, 2 * block_size + 5), kv_heads=1))
+
+
+@pytest.mark.parametrize("limit", [1, 20_000, 60_000])
+def test_partial_results_for_some_heads_or_tokens_at_once(limit, monkeypatch):
+    """Memory for one chunk of a head's tokens, for a part of them, and for two heads of three."""
+    w = workload("float16", group=1)
+    case = case_of(w, (1, 50, 0, 9), kv_heads=3)
+    module = load_kernel(w, schedule_of(w, "key_major"))
+    monkeypatch.setattr(module, "PARTIALS_BYTES", limit)
+    monkeypatch.setattr(module, "CHUNKS", 8)
+    check_case(module, case)
+
+
+@pytest.mark.parametrize("own_keys", [False, True])
+@pytest.mark.parametrize("starts", [False, True])
+@pytest.mark.parametrize("dtype", kernel_dtypes())
+@each_algorithm
+def test_queries_that_are_a_part_of_their_sequences(dtype, starts, own_keys, algorithm):
+    """A later chunk of each sequence's queries over all keys up to it; one has no key."""
+    w = workload(dtype, group=3)
+    lengths, first = (0, 7, 60, 33, 20), (0, 0, 41, 16, 0)
+    keys = lengths if own_keys else (0, 7, 19, 17, 20)
+    queries = [n - skipped for n, skipped in zip(lengths, first, strict=True)]
+    if own_keys:
+        queries[0], queries[4] = 2, 0
+    x = make_inputs(w, Sizes(tuple(queries)), kernel_device(), seed=2)
+    over = make_inputs(w, Sizes(keys), kernel_device(), seed=3)
+    topk_idx = torch.rand((2, sum(queries), 5), device=x.q.device).argsort(-1).int() - 1
+    args = (x.q, over.k, over.v, topk_idx, x.cu_seqlens)
+    chunk = {
+        "cu_seqlens_k": over.cu_seqlens if own_keys else None,
+        "q_start": torch.tensor(first, dtype=torch.int32).to(x.q.device) if starts else None,
+    }
+    o, lse = x.outputs()
+
+    def expected():
+        q, k, v, *rest = args
+        wide = (q.double(), k.double(), v.double())
+        found = reference.selected_attention(*wide, *rest, block_size=16, **chunk)
+        return dict(zip(("o", "lse"), found, strict=True))
+
+    call = (*args, o, lse, x.softmax_scale, *chunk.values())
+    check_case(
+        load_kernel(w, schedule_of(w, algorithm)),
+        Case(call, {"o": o, "lse": lse}, expected, Cost(0, 0)),
+    )
 
 
 @each_algorithm
 def test_more_blocks_than_topk(algorithm):
     w = workload("float16", block_size=16)
-    check_case(load_kernel(w, schedule_of(w, algorithm)), case_of(w, (16 * 17 + 3,), kv_heads=1))
+    case = case_of(w, (16 * 6 + 3,), kv_heads=1, topk_idx=blocks_of(1, 99, 3))
+    check_case(load_kernel(w, schedule_of(w, algorithm)), case)
 
 
 @pytest.mark.parametrize("topk", [1, 3, 8])

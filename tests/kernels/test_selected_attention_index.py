@@ -45,7 +45,7 @@ def test_lists_hold_each_valid_entry_in_order(seqlens, topk):
     topk_idx[..., 0] = 0  # one block that every token selects
     topk_idx = topk_idx.to(kernel_device(), torch.int32)
     module = load_kernel(WORKLOAD)
-    index = module.build_index(topk_idx, cu_seqlens_of(seqlens, kernel_device()))
+    index = module.build_index(topk_idx, cu_seqlens_of(seqlens, kernel_device()), sum(seqlens))
     starts, entries = index.starts.tolist(), index.entries.tolist()
     expected = lists_of(topk_idx, seqlens)
     for head in range(2):
@@ -63,7 +63,7 @@ def test_each_list_has_its_parts(part_tokens):
     topk_idx = torch.randint(-1, 6, (3, 91, 4), generator=random, dtype=torch.int32)
     topk_idx = topk_idx.to(kernel_device())
     module = load_kernel(WORKLOAD)
-    index = module.build_index(topk_idx, cu_seqlens_of(seqlens, kernel_device()))
+    index = module.build_index(topk_idx, cu_seqlens_of(seqlens, kernel_device()), sum(seqlens))
     parts = module.parts_of(index, 3, part_tokens)
     lists = lists_of(topk_idx, seqlens)
     for head in range(3):

@@ -39,18 +39,22 @@ def selected_attention(
     *,
     block_size: int,
     softmax_scale: float | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(softmax_scale q k^T) v over the tokens u <= t whose block is selected.
 
     Args:
         q: [N, HQ, D], after rope.
-        k: [N, HK, D], after rope.
-        v: [N, HK, Dv].
+        k: [T, HK, D], after rope.
+        v: [T, HK, Dv].
         topk_idx: int32 [HK, N, topk], block indices within the sequence, in any order. They are
             a set: repeats count once; entries below 0 or past the last block are ignored.
         cu_seqlens: int32 [batch + 1].
         block_size: tokens of a block.
         softmax_scale: 1/sqrt(D) unless given.
+        cu_seqlens_k: int32 [batch + 1] of the keys; as cu_seqlens unless given.
+        q_start: int32 [batch], the position of each sequence's first query; 0 unless given.
 
     Returns:
         o [N, HQ, Dv] in q's dtype and lse [N, HQ], natural logarithm. Where nothing is selected:
@@ -64,16 +68,23 @@ def selected_attention(
             f"{tuple(topk_idx.shape)}; pass the indices of block selection, heads first"
         )
     bounds = sequence_bounds(where, cu_seqlens, q.shape[0])
+    key_bounds = bounds
+    if cu_seqlens_k is not None:
+        key_bounds = sequence_bounds(where, cu_seqlens_k, k.shape[0])
+    shifts = [0] * len(bounds) if q_start is None else q_start.tolist()
+    shift_at = {start: n for (start, end), n in zip(bounds, shifts, strict=True) if start < end}
+    longest = max(shifts, default=0)
 
     def keys(first: int, end: int) -> Bounds:
-        return 0, end
+        return 0, end + longest
 
     def visible(tokens: Tensor, keys: Tensor, *, start: int) -> Tensor:
         rows = topk_idx[:, start + tokens]
-        return selected_tokens(rows, keys, block_size) & (keys <= tokens.unsqueeze(-1))
+        position = tokens + shift_at.get(start, 0)
+        return selected_tokens(rows, keys, block_size) & (keys <= position.unsqueeze(-1))
 
     scale = scale_of(softmax_scale, q.shape[-1])
-    return packed_attention(q, k, v, bounds, bounds, keys=keys, visible=visible, scale=scale)
+    return packed_attention(q, k, v, bounds, key_bounds, keys=keys, visible=visible, scale=scale)
 
 
 def topk_sparse_attention(
@@ -84,9 +95,20 @@ def topk_sparse_attention(
     block_size: int,
     cu_seqlens: Tensor,
     softmax_scale: float | None = None,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> Tensor:
     """`selected_attention` under its compatible name: o [N, HQ, Dv] alone."""
     o, _ = selected_attention(
-        q, k, v, topk_idx, cu_seqlens, block_size=block_size, softmax_scale=softmax_scale
+        q,
+        k,
+        v,
+        topk_idx,
+        cu_seqlens,
+        block_size=block_size,
+        softmax_scale=softmax_scale,
+        cu_seqlens_k=cu_seqlens_k,
+        q_start=q_start,
     )
     return o
