@@ -34,6 +34,16 @@ def supports(workload: Workload) -> bool:
     )
 
 
+def covers(workload: Workload, target: Target) -> bool:
+    """Whether the pipeline computes a workload on a target."""
+    return supports(workload) and runs_on(target)
+
+
+def runs_on(target: Target) -> bool:
+    """Warpgroup products are Hopper's."""
+    return target.has_wgmma and gluon_is_known()
+
+
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """The tokens of a tile, and what Gluon calls the dtype."""
     return {
@@ -73,5 +83,5 @@ def space(op: str, block_n: int) -> ScheduleSpace:
         shared_memory=shared_memory,
         default=default,
         supports=supports,
-        runs_on=lambda target: target.has_wgmma and gluon_is_known(),
+        runs_on=runs_on,
     )

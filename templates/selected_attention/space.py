@@ -52,16 +52,22 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
-    """Steps of up to 32 KiB, two of them on their way."""
-    width = element_bytes(workload)
+    """Small programs, so that many are at a time: steps of 8 KiB, 64 results a thread.
+
+    Of the schedules timed on an H200 (16 heads of 128 a group, 32768 tokens) these were the
+    fastest: 6.5 ms, where steps of 32 KiB in two warps took 9.3.
+    """
+    exact = workload.dtype == "float32"  # no matrix instruction is exact: plain FMA
     sizes = padded_heads(workload)
-    keys = 32 * 1024 // (width * (sizes["block_d"] + sizes["block_dv"]))
+    bytes_a_key = element_bytes(workload) * (sizes["block_d"] + sizes["block_dv"])
+    keys = max(LEAST_TILE, (32 if exact else 8) * 1024 // bytes_a_key)
     block_size = int(workload.block_size)
-    steps = [n for n in (128, 64, 32, 16) if n <= keys and block_size % n == 0]
-    block_n = min(steps[0], 64) if steps else whole_block(workload)
-    if workload.dtype == "float32":  # no matrix instruction is exact: plain FMA
+    steps = [n for n in (64, 32, 16) if n <= keys and block_size % n == 0]
+    block_n = steps[0] if steps else whole_block(workload)
+    if exact:
         return {"orientation": "rows", "block_n": block_n, "num_warps": 4, "num_stages": 1}
-    warps = min(4, block_n // 8)
+    rows = max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio)))
+    warps = min(8, max(1, rows * max(sizes["block_d"], sizes["block_dv"]) // 2048))
     return {"orientation": "rows", "block_n": block_n, "num_warps": warps, "num_stages": 3}
 
 
