@@ -19,6 +19,21 @@ def workload(op: str, group: int = 16, dtype: str = "bfloat16", dim: int = 128) 
     return Workload.of(op, "forward", dtype=dtype, **params, **STATICS[op])
 
 
+def test_selection_compiles_to_warpgroup_products_without_a_gpu(tmp_path):
+    statics = {"kernel_size": 32, "kernel_stride": 16, "block_size": 64, "topk": 16}
+    statics |= {"init_blocks": 1, "local_blocks": 2, "head_dim": 128, "gqa_ratio": 16}
+    w = Workload.of("block_selection", "forward", dtype="bfloat16", **statics)
+    (space,) = (
+        s for s in spaces_of("block_selection", "forward") if s.algorithm == "warp_specialized"
+    )
+    schedule = space.default_schedule(w, SM90)
+    path = tmp_path / f"{kernel_name(w, schedule)}.py"
+    path.write_text(render(w, schedule, "# test"))
+    scores, select = compile_variant(path, w, SM90)
+    assert (scores.matrix, scores.spill_bytes) == ("wgmma", 0)
+    assert (select.kernel, select.spill_bytes) == ("select_blocks", 0)
+
+
 @pytest.mark.parametrize("op", STATICS)
 def test_compiles_to_warpgroup_products_without_a_gpu(op, tmp_path):
     w = workload(op)

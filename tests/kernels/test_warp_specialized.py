@@ -105,3 +105,73 @@ def test_the_same_bits_every_time(op):
     for _ in range(20):
         module.launch(*case.args)
         assert torch.equal(case.outputs["o"], first)
+
+
+def selection(group=16, dtype="bfloat16", dim=128, **statics) -> Workload:
+    params = {"kernel_size": 32, "kernel_stride": 16, "block_size": 64}
+    params |= {"topk": 8, "init_blocks": 1, "local_blocks": 2, "gqa_ratio": group}
+    names = params | statics
+    return Workload.of("block_selection", "forward", dtype=dtype, head_dim=dim, **names)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("group", [1, 2, 4, 8, 16, 32, 64])
+def test_selection_for_group_sizes(group, dtype):
+    w = selection(group, dtype, kernel_size=8, kernel_stride=4, block_size=16)
+    check_case(load_kernel(w, schedule_of(w)), case_of(w))
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    "statics",
+    [
+        {"kernel_size": 128, "kernel_stride": 8},  # windows that reach over several blocks
+        {"kernel_size": 16, "kernel_stride": 16},  # windows that do not overlap
+        {"block_size": 16},  # a window a block
+        {"block_size": 1024},  # 64 windows a block
+        {"topk": 1, "init_blocks": 0, "local_blocks": 1},
+        {"topk": 64},
+        {"topk": 3, "init_blocks": 1, "local_blocks": 2},  # all forced
+        {"dim": 64, "init_blocks": 0, "local_blocks": 0},
+    ],
+    ids=str,
+)
+def test_selection_for_windows_and_blocks(statics):
+    w = selection(4, **statics)
+    check_case(load_kernel(w, schedule_of(w)), case_of(w, (0, 3100, 31, 1, 1033, 7)))
+
+
+@on_hopper
+def test_selection_in_several_workspaces_and_more_blocks_than_are_looked_at_at_once():
+    w = selection(16, kernel_size=8, kernel_stride=4, block_size=8)
+    schedule = schedule_of(w, workspace=32)
+    check_case(load_kernel(w, schedule), case_of(w, (3, 20_000, 500), kv_heads=1))
+
+
+@on_hopper
+def test_equal_scores_take_the_lowest_blocks():
+    w = selection(16, topk=8)
+    case = case_of(w, (4000, 77))
+    case.args[0].zero_()  # q
+    launch = load_kernel(w, schedule_of(w)).launch
+    lse = case.args[2]
+    lse.copy_(torch.where(torch.isinf(lse), lse, 5.0))
+    launch(*case.args)
+    # The first block has one window less in it than the others; the forced ones are 0, 61 and 62.
+    assert case.outputs["topk_idx"][0, 3999].tolist() == [0, 1, 2, 3, 4, 5, 61, 62]
+
+
+@on_hopper
+def test_selection_for_a_chunk_is_that_of_the_whole():
+    w = selection(4)
+    case = case_of(w, (3000, 200))
+    q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, scale = case.args
+    launch = load_kernel(w, schedule_of(w)).launch
+    launch(*case.args)
+    rows = torch.cat([torch.arange(1000, 3000), torch.arange(3150, 3200)]).to(q.device)
+    chunk = torch.full_like(topk_idx[:, rows], -7)
+    offsets = torch.tensor([0, 2000, 2050], dtype=torch.int32, device=q.device)
+    starts = torch.tensor([1000, 150], dtype=torch.int32, device=q.device)
+    launch(q[rows], k, lse[rows], offsets, cu_seqlens_k, chunk, scale, starts)
+    assert torch.equal(chunk, topk_idx[:, rows])
