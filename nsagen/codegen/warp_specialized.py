@@ -68,8 +68,8 @@ def space(op: str, block_n: int) -> ScheduleSpace:
     """
 
     def default(workload: Workload, target: Target) -> dict[str, Param]:
-        """Two steps in flight: what a step takes is far longer than a copy."""
-        return {"block_n": block_n, "num_stages": 2}
+        """Three steps in flight: on an H200 a tenth faster than two, and four do not fit."""
+        return {"block_n": block_n, "num_stages": 3}
 
     return ScheduleSpace(
         op=op,
