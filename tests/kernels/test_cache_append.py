@@ -85,7 +85,7 @@ def test_windows_of_any_size_and_stride(kind: str, size: int, stride: int) -> No
     check(work, (0, size - 2, size - 1, size, size + stride - 1, size + 2 * stride - 1))
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+@pytest.mark.parametrize("rows", [1, 17])
 @pytest.mark.parametrize("kind", ["avgpool", "linear"])
 def test_all_rows_complete_a_window_or_none(kind: str, rows: int) -> None:
     check(workload(kind), (31,) * rows)

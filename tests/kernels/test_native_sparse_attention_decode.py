@@ -90,8 +90,10 @@ def test_more_rows_than_programs() -> None:
     check(workload(topk=9, window_size=100), (200,) * 67, programs=132)
 
 
-@pytest.mark.parametrize(("page_size", "block_size"), [(16, 16), (48, 12), (128, 4), (256, 64)])
-@pytest.mark.parametrize("window_size", [1, 24, 300])
+@pytest.mark.parametrize(
+    ("page_size", "block_size", "window_size"),
+    [(16, 16, 300), (16, 16, 1), (48, 12, 24), (128, 4, 100), (256, 64, 300)],
+)
 def test_pages(page_size: int, block_size: int, window_size: int) -> None:
     """Windows that lie in one page and in more of them than blocks are selected."""
     work = workload(block_size=block_size, window_size=window_size, topk=3)
