@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.target import Target
+from nsagen.codegen.target import KNOWN_TARGETS, Target
 from nsagen.workload import Param, Schedule, Workload
 
 _MAX_WINDOWS = 256
@@ -21,13 +21,16 @@ def step_pad(workload: Workload) -> int:
 def pieces(group: int, tokens: int, columns: int) -> list[dict[str, Any]]:
     """Split a group's heads into matrix products of powers of two, large ones first.
 
-    A group of 7 becomes 4 + 2 + 1 heads rather than 8 of which one is padding.
+    A group of 12 becomes 8 + 4 heads rather than 16 of which four are padding. What is left after
+    a smaller product is padded: each further product costs registers, too.
     """
-    least = max(1, _LEAST_COLUMNS // tokens)
-    found, first = [], 0
+    least, most = max(1, _LEAST_COLUMNS // tokens), columns // tokens
+    found: list[dict[str, Any]] = []
+    first = 0
     while first < group:
         left = group - first
-        heads = max(least, min(columns // tokens, 1 << (left.bit_length() - 1)))
+        below = 1 << (left.bit_length() - 1)
+        heads = max(least, min(most, next_power_of_2(left) if found else below))
         found.append({"first": first, "heads": heads, "padded": heads > left})
         first += heads
     return found
@@ -58,31 +61,49 @@ def element_bytes(workload: Workload) -> int:
 
 
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the tile's queries and of the keys that are on their way."""
+    """Bytes of the tile's queries, the keys on their way, and one plane that changes its layout."""
     row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
-    heads = pieces(int(workload.gqa_ratio), int(schedule.tokens), int(schedule.columns))
-    queries = sum(piece["heads"] for piece in heads) * int(schedule.tokens)
-    return row * (queries + int(schedule.num_stages) * int(schedule.windows))
+    tokens, windows = int(schedule.tokens), int(schedule.windows)
+    heads = pieces(int(workload.gqa_ratio), tokens, int(schedule.columns))
+    queries = sum(piece["heads"] for piece in heads) * tokens
+    plane = 4 * tokens * (windows // step_pad(workload))
+    return row * (queries + int(schedule.num_stages) * windows) + plane
 
 
-def registers(workload: Workload, schedule: Schedule) -> int:
-    """Registers a thread that the scores of one product and all lse take, or a segment's keys."""
-    threads = 32 * int(schedule.num_warps)
-    product = int(schedule.windows) * int(schedule.columns) // threads
-    keys = int(schedule.segment) * int(schedule.tokens) // threads
-    return max(product, keys)
+def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
+    """Tokens, and what fits the registers with them: compiled for sm_80 to sm_120 and gfx942."""
+    group = int(workload.gqa_ratio)
+    if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
+        return {"tokens": 8 if group > 4 else 16, "columns": 32, "windows": 16, "segment": 256}
+    wide = int(workload.head_dim) > 128  # twice the addresses of keys on their way
+    if group > 32 or (wide and group > 8):
+        return {"tokens": 8, "columns": 256, "windows": 64, "segment": 256, "num_warps": 8}
+    if group > 8:
+        tokens = 8 if group > 16 else 16
+        return {"tokens": tokens, "columns": 256, "windows": 64, "segment": 256}
+    if group > 2:
+        return {"tokens": 32, "columns": 256, "windows": 64, "segment": 64}
+    return {"tokens": 64, "columns": 64, "windows": 128, "segment": 64, "num_warps": 8}
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
-    return {
-        "tokens": 16,
-        "columns": 128,
-        "windows": max(64, step_pad(workload)),
-        "segment": 512,
-        "programs": 2 * target.num_sms,
-        "num_warps": 4,
-        "num_stages": 3,
-    }
+    """Two programs a multiprocessor, which take turns, if a tile is small enough for that.
+
+    While one multiplies, the other one takes exponentials, sums or selects.
+    """
+    stages = 1 if workload.dtype == "float32" else 3
+    knobs = {"num_warps": 4, "num_stages": stages, "programs": 2 * target.num_sms}
+    knobs |= shape_of(workload, target)
+    knobs["windows"] = max(int(knobs["windows"]), step_pad(workload))
+    budget = target.shared_memory // 2 - 512  # each program takes 1 KiB more than it asks for
+    while shared_memory(workload, Schedule.of("resident_scores", knobs)) > budget:
+        if int(knobs["num_stages"]) > 2 or (knobs["tokens"] == 8 and int(knobs["num_stages"]) > 1):
+            knobs["num_stages"] = int(knobs["num_stages"]) - 1
+        elif int(knobs["tokens"]) > 8:
+            knobs["tokens"] = int(knobs["tokens"]) // 2
+        else:
+            budget *= 2
+    return knobs
 
 
 SPACES = (
@@ -97,7 +118,7 @@ SPACES = (
             PowerOfTwo("segment", 32, 1024, "selecting seldom against registers"),
             Choice(
                 "programs",
-                (3, *sorted({n * t for t in (108, 132, 148, 304) for n in (1, 2, 3, 4)})),
+                (4, *sorted({n * t.num_sms for t in KNOWN_TARGETS.values() for n in (1, 2, 3, 4)})),
                 "a full GPU against the workspace",
             ),
             Choice("num_warps", (1, 2, 4, 8), "registers a thread against programs that fit"),

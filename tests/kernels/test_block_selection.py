@@ -43,7 +43,7 @@ def workload_of(dtype: str = "float32", **params: Any) -> Workload:
 def small(**knobs: Any) -> Schedule:
     """Few programs, short steps and segments: each program takes several of all of them."""
     knobs = {"tokens": 32, "columns": 64, "windows": 16, "segment": 32} | knobs
-    return Schedule.of("resident_scores", {"programs": 3, "num_warps": 4, "num_stages": 2} | knobs)
+    return Schedule.of("resident_scores", {"programs": 4, "num_warps": 4, "num_stages": 2} | knobs)
 
 
 def case_of(workload: Workload, seqlens: tuple[int, ...] = RAGGED, kv_heads: int = 1) -> Case:
