@@ -86,6 +86,12 @@ def default_part_tokens(workload: Workload) -> int:
     return min(4096, max(1024, next_power_of_2(16384 // int(workload.gqa_ratio))))
 
 
+def wide_heads(workload: Workload) -> bool:
+    """Heads whose dk and dv fill the registers of four warps."""
+    sizes = padded_heads(workload)
+    return sizes["block_d"] + sizes["block_dv"] > 256
+
+
 def default_keys(
     workload: Workload, target: Target, wanted: tuple[tuple[str, int, int, int], ...]
 ) -> dict[str, Param]:
@@ -107,6 +113,9 @@ def default_keys(
 
 def default_two_pass(workload: Workload, target: Target) -> dict[str, Param]:
     """The forward pass's steps for dq; for dk and dv two programs a multiprocessor, no spills."""
+    wanted = (("keys", 32, 4, 3),)
+    if target.has_wgmma and wide_heads(workload):
+        wanted = (("queries", 128, 8, 1), ("queries", 16, 8, 2))
     width, sizes = element_bytes(workload), padded_heads(workload)
     keys = 32 * 1024 // (width * (sizes["block_d"] + sizes["block_dv"]))
     block_size = int(workload.block_size)
@@ -119,7 +128,7 @@ def default_two_pass(workload: Workload, target: Target) -> dict[str, Param]:
         "block_n": block_n,
         "num_warps": 4,
         "num_stages": fitting[0] if fitting else 1,
-        **default_keys(workload, target, (("keys", 32, 4, 3),)),
+        **default_keys(workload, target, wanted),
     }
 
 
@@ -130,7 +139,10 @@ def derive_key_major(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
     """Steps that leave registers for dk, dv and a step's share of dq."""
-    return default_keys(workload, target, (("queries", 128, 8, 2), ("queries", 128, 8, 1)))
+    wanted = ()
+    if target.has_wgmma:
+        wanted = (("queries", 16 if wide_heads(workload) else 128, 8, 2),)
+    return default_keys(workload, target, wanted)
 
 
 def small_group(workload: Workload) -> bool:

@@ -91,6 +91,16 @@ def test_lists_of_one_part_and_of_many(part_tokens, algorithm):
     check_case(load_kernel(w, schedule), case)
 
 
+def test_shares_of_some_heads_at_once(monkeypatch):
+    """Memory for two heads of three, and for none."""
+    w = workload("float16", group=1)
+    case = case_of(w, (30, 0, 9), kv_heads=3)
+    module = load_kernel(w, schedule_of(w, "key_major"))
+    for limit in (1, 2 * 39 * 16 * 32 * 2):
+        monkeypatch.setattr(module, "SHARES_BYTES", limit)
+        check_case(module, case)
+
+
 @pytest.mark.parametrize("topk", [1, 3, 8])
 @each_algorithm
 def test_any_order_padding_and_entries_out_of_range(topk, algorithm):
