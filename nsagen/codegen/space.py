@@ -71,7 +71,8 @@ class ScheduleSpace:
         default: knob values to use where nothing was measured.
         supports: whether the algorithm covers a workload at all.
         runs_on: whether it compiles for a target; not every one has what it is built on.
-        preferred: whether to use it, where nothing was measured, before the algorithms after it.
+        preferred: whether to use it, where nothing was measured, before those that are not. Of
+            preferred ones, those for particular targets come first.
     """
 
     op: str
@@ -85,6 +86,11 @@ class ScheduleSpace:
     supports: Callable[[Workload], bool] = _any_workload
     runs_on: Callable[[Target], bool] = _any_target
     preferred: Callable[[Workload, Target], bool] = _always
+
+    @property
+    def general(self) -> bool:
+        """Whether the algorithm runs on every target."""
+        return self.runs_on is _any_target
 
     @property
     def template(self) -> str:

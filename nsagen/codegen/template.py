@@ -82,7 +82,7 @@ def space_for(workload: Workload, algorithm: str | None = None) -> ScheduleSpace
 
 
 def spaces_for(workload: Workload, target: Target) -> tuple[ScheduleSpace, ...]:
-    """Every space that covers a workload on a target, the preferred ones first.
+    """Every space that covers a workload on a target, the one to use by default first.
 
     Raises:
         UnsupportedWorkloadError: none does.
@@ -97,7 +97,9 @@ def spaces_for(workload: Workload, target: Target) -> tuple[ScheduleSpace, ...]:
             f"{workload}: needs an algorithm that covers it on {target}; templates/{workload.op} "
             f"has {', '.join(s.algorithm for s in spaces_of(workload.op, workload.pass_))}"
         )
-    return tuple(sorted(spaces, key=lambda space: not space.preferred(workload, target)))
+    return tuple(
+        sorted(spaces, key=lambda space: (not space.preferred(workload, target), space.general))
+    )
 
 
 def default_schedule(workload: Workload, target: Target) -> Schedule:

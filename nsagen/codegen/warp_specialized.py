@@ -34,11 +34,6 @@ def supports(workload: Workload) -> bool:
     )
 
 
-def covers(workload: Workload, target: Target) -> bool:
-    """Whether the pipeline computes a workload on a target."""
-    return supports(workload) and runs_on(target)
-
-
 def runs_on(target: Target) -> bool:
     """Warpgroup products are Hopper's."""
     return target.has_wgmma and gluon_is_known()
@@ -60,11 +55,12 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
     return 2 * (queries + keys) + 1024
 
 
-def space(op: str, block_n: int) -> ScheduleSpace:
+def space(op: str, block_n: int, *, preferred: bool) -> ScheduleSpace:
     """The space of an op's forward pass.
 
     Args:
         block_n: keys a step where nothing was measured.
+        preferred: whether to use it there at all.
     """
 
     def default(workload: Workload, target: Target) -> dict[str, Param]:
@@ -84,4 +80,5 @@ def space(op: str, block_n: int) -> ScheduleSpace:
         default=default,
         supports=supports,
         runs_on=runs_on,
+        preferred=lambda workload, target: preferred,
     )

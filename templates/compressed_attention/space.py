@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen import two_passes, warp_specialized
+from nsagen.codegen import two_passes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.workload import Param, Schedule, Workload
@@ -93,7 +93,6 @@ SPACES = (
         derive=derive,
         shared_memory=shared_memory,
         default=default,
-        preferred=lambda workload, target: not warp_specialized.covers(workload, target),
     ),
     ScheduleSpace(
         op="compressed_attention",

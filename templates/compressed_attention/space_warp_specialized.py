@@ -2,4 +2,4 @@
 
 from nsagen.codegen.warp_specialized import space
 
-SPACES = (space("compressed_attention", block_n=128),)
+SPACES = (space("compressed_attention", block_n=128, preferred=True),)
