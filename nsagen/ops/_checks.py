@@ -99,6 +99,15 @@ def check_cu_seqlens(
         fail(op, rule, came, "pass the running sum of the sequence lengths, 0 first")
 
 
+def check_q_start(op: str, cu_seqlens: Tensor, q_start: Tensor | None) -> None:
+    """None, or int32 [batch] on the device of cu_seqlens; on a CPU its values too: not negative."""
+    if q_start is None:
+        return
+    check_indices(op, cu_seqlens, (cu_seqlens.shape[0] - 1,), q_start=q_start)
+    if not q_start.is_cuda and bool((q_start < 0).any()):
+        fail(op, "q_start must not be negative", q_start.tolist(), "pass positions")
+
+
 def check_compress_weights(
     op: str, x: Tensor, w: Tensor | None, pe: Tensor | None, compress_type: str, size: int
 ) -> None:

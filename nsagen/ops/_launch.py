@@ -108,6 +108,14 @@ def no_backward(op: str, x: Tensor) -> UnsupportedWorkloadError:
     )
 
 
+def no_chunk_backward(op: str) -> UnsupportedWorkloadError:
+    """The error of a backward pass through a chunk of a longer prompt."""
+    return UnsupportedWorkloadError(
+        f"{op}: gradients need whole sequences; got q_start or cu_seqlens_k, which serve chunks "
+        "of a prompt; wrap inference in torch.no_grad(), or train on whole sequences"
+    )
+
+
 @functools.cache
 def _workload(op: str, pass_: str, dtype: torch.dtype, values: tuple[Param, ...]) -> Workload:
     name = str(dtype).removeprefix("torch.")

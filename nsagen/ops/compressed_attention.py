@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_attention, check_cu_seqlens
+from nsagen.ops._checks import check_attention, check_cu_seqlens, check_q_start
 from nsagen.ops._gradients import reference_gradients
-from nsagen.ops._launch import key_of, launch, lse_dtype, on_kernels, scale_of
+from nsagen.ops._launch import (
+    key_of,
+    launch,
+    lse_dtype,
+    no_chunk_backward,
+    on_kernels,
+    scale_of,
+    with_contiguous_rows,
+)
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.reference._checks import check_windows
 from nsagen.runtime import Dispatcher
@@ -35,6 +43,7 @@ def compressed_attention(
     init_blocks: int = 1,
     local_blocks: int = 2,
     *,
+    q_start: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention to compressed keys, and the blocks that it makes each query select.
@@ -50,11 +59,13 @@ def compressed_attention(
         sm_scale: of the scores; 1/sqrt(D) by default.
         init_blocks: blocks at the start that are always selected.
         local_blocks: blocks up to a token's own that are always selected.
+        q_start: int32 [batch], position of each sequence's first query, for a chunk of a longer
+            prompt whose earlier windows are in k and v; 0 by default.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
-        o [N, HQ, Dv], 0 where a query sees no window; differentiable in q, k and v. And
-        topk_idx int32 [HK, N, topk]: ascending block indices, then -1.
+        o [N, HQ, Dv], 0 where a query sees no window; differentiable in q, k and v, except for
+        chunks. And topk_idx int32 [HK, N, topk]: ascending block indices, then -1.
 
     Raises:
         InvalidInputError: a tensor or parameter breaks the contract above.
@@ -62,7 +73,7 @@ def compressed_attention(
     scale = scale_of(sm_scale, q)
     key = key_of(dispatcher)
     o, lse = compressed_attention_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, kernel_size, kernel_stride, scale, key
+        q, k, v, cu_seqlens_q, cu_seqlens_k, kernel_size, kernel_stride, scale, key, q_start
     )
     topk_idx = block_selection_forward(
         q.detach(),
@@ -78,6 +89,7 @@ def compressed_attention(
         local_blocks,
         scale,
         key,
+        q_start,
     )
     return o, topk_idx
 
@@ -93,12 +105,14 @@ def compressed_attention_forward(
     kernel_stride: int,
     softmax_scale: float,
     dispatcher: str = "",
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
     check_attention(_OP, q, k, v)
     check_cu_seqlens(_OP, "cu_seqlens_q", cu_seqlens_q, q)
     check_cu_seqlens(_OP, "cu_seqlens_k", cu_seqlens_k, k, spare=True)
     check_windows(_OP, kernel_size, kernel_stride)
+    check_q_start(_OP, cu_seqlens_q, q_start)
     if not on_kernels(q):
         return reference.compressed_attention_forward(
             q,
@@ -109,11 +123,12 @@ def compressed_attention_forward(
             kernel_size=kernel_size,
             kernel_stride=kernel_stride,
             softmax_scale=softmax_scale,
+            q_start=q_start,
         )
     o, lse = _allocate(q, v)
     values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], kernel_size, kernel_stride)
     args = (q, k, v, cu_seqlens_q, cu_seqlens_k, o, lse, softmax_scale)
-    launch(dispatcher, _OP, "forward", values, args)
+    launch(dispatcher, _OP, "forward", values, args if q_start is None else (*args, q_start))
     return o, lse
 
 
@@ -128,6 +143,7 @@ def _fake(
     kernel_stride: int,
     softmax_scale: float,
     dispatcher: str = "",
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _allocate(q, v)
 
@@ -168,7 +184,18 @@ def compressed_attention_backward(
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     gradients = _allocate_gradients(q, k, v)
     values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], kernel_size, kernel_stride)
-    args = (do, q, k, v, cu_seqlens_q, cu_seqlens_k, o, lse, *gradients, softmax_scale)
+    args = (
+        with_contiguous_rows(do),
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        o,
+        lse,
+        *gradients,
+        softmax_scale,
+    )
     launch(dispatcher, _OP, "backward", values, args)
     return gradients
 
@@ -192,15 +219,18 @@ def _fake_backward(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, kernel_size, kernel_stride, softmax_scale, dispatcher = inputs
+    *tensors, kernel_size, kernel_stride, softmax_scale, dispatcher, q_start = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
     ctx.statics = (kernel_size, kernel_stride, softmax_scale, dispatcher)
+    ctx.is_chunk = q_start is not None
 
 
 def _backward(ctx, do: Tensor, dlse: Tensor):  # type: ignore[no-untyped-def]
+    if ctx.is_chunk:
+        raise no_chunk_backward(_OP)
     gradients = compressed_attention_backward(do, *ctx.saved_tensors, *ctx.statics)
-    return (*gradients, None, None, None, None, None, None)
+    return (*gradients, None, None, None, None, None, None, None)
 
 
 compressed_attention_forward.register_autograd(_backward, setup_context=_setup_context)

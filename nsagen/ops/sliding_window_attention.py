@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_attention, check_cu_seqlens, fail
+from nsagen.ops._checks import check_attention, check_cu_seqlens, check_indices, check_q_start, fail
 from nsagen.ops._gradients import reference_gradients
-from nsagen.ops._launch import key_of, launch, lse_dtype, on_kernels, scale_of
+from nsagen.ops._launch import (
+    key_of,
+    launch,
+    lse_dtype,
+    no_chunk_backward,
+    on_kernels,
+    scale_of,
+    with_contiguous_rows,
+)
 from nsagen.runtime import Dispatcher
 
 _OP = "sliding_window_attention"
@@ -22,28 +30,39 @@ def sliding_window_attention(
     cu_seqlens: Tensor,
     softmax_scale: float | None = None,
     *,
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """Attention of each query to the last `window_size` tokens, its own among them.
 
+    For a chunk of a longer prompt: pass all keys so far, their offsets and where the chunk starts.
+
     Args:
         q: [N, HQ, D], after rope, as is k.
-        k: [N, HK, D].
-        v: [N, HK, Dv].
+        k: [R, HK, D]; R is N unless cu_seqlens_k says otherwise.
+        v: [R, HK, Dv].
         window_size: tokens that a query sees, itself among them.
         cu_seqlens: int32 [batch + 1].
         softmax_scale: of the scores; 1/sqrt(D) by default.
+        cu_seqlens_k: int32 [batch + 1], offsets of the keys, where a sequence has more of them than
+            queries; cu_seqlens by default.
+        q_start: int32 [batch], position of each sequence's first query among its keys; 0 by
+            default.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
-        o [N, HQ, Dv]. Differentiable in q, k and v.
+        o [N, HQ, Dv]. Differentiable in q, k and v, except for chunks.
 
     Raises:
         InvalidInputError: a tensor breaks the contract above.
     """
     scale = scale_of(softmax_scale, q)
     key = key_of(dispatcher)
-    return sliding_window_attention_forward(q, k, v, cu_seqlens, window_size, scale, key)[0]
+    o, _ = sliding_window_attention_forward(
+        q, k, v, cu_seqlens, window_size, scale, key, cu_seqlens_k, q_start
+    )
+    return o
 
 
 @torch.library.custom_op("nsagen::sliding_window_attention_forward", mutates_args=())
@@ -55,21 +74,37 @@ def sliding_window_attention_forward(
     window_size: int,
     softmax_scale: float,
     dispatcher: str = "",
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
     check_attention(_OP, q, k, v)
-    check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, k)
-    if q.shape[0] != k.shape[0]:
-        fail(_OP, "q and k must have the same tokens", f"{q.shape[0]} and {k.shape[0]}", "pack one")
+    if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
+        came = f"{q.shape[0]} and {k.shape[0]}"
+        fail(_OP, "q and k must have the same tokens", came, "pack one, or pass cu_seqlens_k")
+    check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, q)
+    check_q_start(_OP, cu_seqlens, q_start)
+    if cu_seqlens_k is not None:
+        check_indices(_OP, q, tuple(cu_seqlens.shape), cu_seqlens_k=cu_seqlens_k)
+        check_cu_seqlens(_OP, "cu_seqlens_k", cu_seqlens_k, k)
     if window_size < 1:
         fail(_OP, "window_size must be positive", window_size, "1 is the token itself")
     if not on_kernels(q):
         return reference.sliding_window_attention_forward(
-            q, k, v, cu_seqlens, window_size=window_size, softmax_scale=softmax_scale
+            q,
+            k,
+            v,
+            cu_seqlens,
+            window_size=window_size,
+            softmax_scale=softmax_scale,
+            cu_seqlens_k=cu_seqlens_k,
+            q_start=q_start,
         )
     o, lse = _allocate(q, v)
     values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], window_size)
-    launch(dispatcher, _OP, "forward", values, (q, k, v, cu_seqlens, o, lse, softmax_scale))
+    args = (q, k, v, cu_seqlens, o, lse, softmax_scale)
+    chunk = () if cu_seqlens_k is None and q_start is None else (cu_seqlens_k, q_start)
+    launch(dispatcher, _OP, "forward", values, args + chunk)
     return o, lse
 
 
@@ -82,6 +117,8 @@ def _fake(
     window_size: int,
     softmax_scale: float,
     dispatcher: str = "",
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _allocate(q, v)
 
@@ -111,7 +148,7 @@ def sliding_window_attention_backward(
         return dq, dk, dv
     gradients = _allocate_gradients(q, k, v)
     values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], window_size)
-    args = (do, q, k, v, cu_seqlens, o, lse, *gradients, softmax_scale)
+    args = (with_contiguous_rows(do), q, k, v, cu_seqlens, o, lse, *gradients, softmax_scale)
     launch(dispatcher, _OP, "backward", values, args)
     return gradients
 
@@ -133,15 +170,18 @@ def _fake_backward(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, window_size, softmax_scale, dispatcher = inputs
+    *tensors, window_size, softmax_scale, dispatcher, cu_seqlens_k, q_start = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
     ctx.statics = (window_size, softmax_scale, dispatcher)
+    ctx.is_chunk = cu_seqlens_k is not None or q_start is not None
 
 
 def _backward(ctx, do: Tensor, dlse: Tensor):  # type: ignore[no-untyped-def]
+    if ctx.is_chunk:
+        raise no_chunk_backward(_OP)
     gradients = sliding_window_attention_backward(do, *ctx.saved_tensors, *ctx.statics)
-    return (*gradients, None, None, None, None)
+    return (*gradients, None, None, None, None, None, None)
 
 
 sliding_window_attention_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -9,15 +9,18 @@ import torch
 
 from nsagen.codegen.target import KNOWN_TARGETS
 from nsagen.codegen.template import space_for
-from nsagen.harness.base import Sizes
+from nsagen.harness.base import THRESHOLDS, Sizes, cu_seqlens_of, relative_error
 from nsagen.harness.compressed_attention import make_case, visible_pairs
 from nsagen.workload import Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 # Shorter than a window, exactly one, empty, one long sequence and many short ones.
-RAGGED = (7, 8, 0, 131, 9, 1, 5, 12, 3)
+RAGGED = (7, 8, 0, 99, 9, 1, 12)
 # Tiles small enough that short sequences take unmasked steps too.
-SMALL = Schedule.of("row_tiles", block_m=32, block_n=16, num_warps=4, num_stages=2)
+SMALL, BULK = (
+    Schedule.of("row_tiles", block_m=32, block_n=16, num_warps=2, num_stages=2, loads=loads)
+    for loads in ("pointers", "descriptors")
+)
 
 
 def workload_of(dtype: str = "float16", **params: Any) -> Workload:
@@ -51,10 +54,43 @@ def test_windows(kernel_size: int, kernel_stride: int) -> None:
     check_case(load_kernel(workload, SMALL), make_case(workload, Sizes(lengths), kernel_device()))
 
 
+@pytest.mark.parametrize("head_dim", [24, 32])
+def test_descriptors(head_dim: int) -> None:
+    workload = workload_of(head_dim=head_dim, gqa_ratio=3)
+    check_case(load_kernel(workload, BULK), make_case(workload, Sizes(RAGGED), kernel_device()))
+
+
+@pytest.mark.parametrize("schedule", [SMALL, BULK], ids=["pointers", "descriptors"])
+def test_chunks_of_longer_prompts(schedule: Schedule) -> None:
+    """Queries that begin in mid-sequence see the windows that end by their own positions."""
+    workload = workload_of()
+    whole = make_case(workload, Sizes((90, 0, 12, 61)), kernel_device())
+    args: Any = whole.args
+    q, k, v, cu_seqlens_q, cu_seqlens_k, o, lse, scale = args
+    starts, lengths = (70, 0, 0, 33), (20, 0, 12, 20)
+    begins = cu_seqlens_q.tolist()
+    rows = [range(b + s, b + s + n) for b, s, n in zip(begins, starts, lengths, strict=False)]
+    picked = torch.tensor([row for part in rows for row in part], device=q.device)
+    load_kernel(workload, schedule).launch(
+        q[picked],
+        k,
+        v,
+        cu_seqlens_of(lengths, q.device),
+        cu_seqlens_k,
+        o[: len(picked)],
+        lse[: len(picked)],
+        scale,
+        torch.tensor(starts, dtype=torch.int32, device=q.device),
+    )
+    for name, expected in whole.expected().items():
+        out = whole.outputs[name][: len(picked)]
+        assert relative_error(out, expected[picked]) <= THRESHOLDS[out.dtype], name
+
+
 @pytest.mark.parametrize("dtype", kernel_dtypes())
 def test_default_schedule(dtype: str) -> None:
     workload = workload_of(dtype, head_dim=64, gqa_ratio=16)
-    case = make_case(workload, Sizes((40, 400, 3), kv_heads=1), kernel_device())
+    case = make_case(workload, Sizes((20, 200, 3), kv_heads=1), kernel_device())
     check_case(load_kernel(workload), case)
 
 
@@ -63,7 +99,7 @@ def test_no_window(lengths: tuple[int, ...]) -> None:
     """Without a visible window: 0 and -inf, whether or not there are any tokens."""
     workload = workload_of()
     case = make_case(workload, Sizes(lengths), kernel_device())
-    check_case(load_kernel(workload, SMALL), case)
+    check_case(load_kernel(workload, BULK), case)
     assert (case.outputs["o"] == 0).all()
     assert (case.outputs["lse"] == float("-inf")).all()
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nsagen.errors import UnsupportedWorkloadError
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.cache_append import cache_append_decode
 from nsagen.ops.compress import compress_backward, compress_forward
@@ -126,6 +127,36 @@ def test_block_selection() -> None:
     torch.library.opcheck(block_selection_forward, args)
     q_start = torch.tensor([4] * (cu_seqlens.shape[0] - 1), dtype=torch.int32)
     torch.library.opcheck(block_selection_forward, args, {"q_start": q_start})
+
+
+def chunk_calls() -> dict[str, Call]:
+    """A chunk of 4 sequences: some keys before the first query of each."""
+    x = Packed(seqlens=(0, 5, 20, 18), requires_grad=True)
+    ends, firsts = x.cu_seqlens, torch.tensor([0, 0, 3, 8], dtype=torch.int32)
+    q_ends = torch.tensor((0, 0, 5, 22, 32), dtype=torch.int32)
+    q = x.q.detach()[:32].requires_grad_()
+    _, *windows, k_ends = compressed(x)
+    ck, cv, _ = windows
+    return {
+        "sliding": (
+            sliding_window_attention_forward,
+            (q, x.k, x.v, q_ends, 9, SCALE, "", ends, firsts),
+        ),
+        "compressed": (
+            compressed_attention_forward,
+            (q, ck, cv, q_ends, k_ends, *WINDOWS, SCALE, "", firsts),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["sliding", "compressed"])
+def test_chunks(name: str) -> None:
+    op, args = chunk_calls()[name]
+    plain = [x.detach() if isinstance(x, Tensor) else x for x in args]
+    torch.library.opcheck(op, plain)
+    o, _ = op(*args)  # type: ignore[misc]
+    with pytest.raises(UnsupportedWorkloadError, match="gradients need whole sequences"):
+        o.sum().backward()
 
 
 def test_decode_ops() -> None:

@@ -103,6 +103,23 @@ def test_block_selection_takes_positions_of_a_chunk(recorder: Recorder) -> None:
         block_selection_forward(*args, q_start[1:])
 
 
+def test_chunks_hand_their_positions_to_the_kernels(recorder: Recorder) -> None:
+    x = Packed(torch.float16)
+    ends, q_start = x.cu_seqlens, torch.zeros(4, dtype=torch.int32)
+    chunk = {"cu_seqlens_k": ends, "q_start": q_start, "dispatcher": recorder}
+    ops.sliding_window_attention(x.q, x.k, x.v, 9, ends, **chunk)
+    ops.sliding_window_attention(x.q, x.k, x.v, 9, ends, q_start=q_start, dispatcher=recorder)
+    windows = torch.zeros_like(ends)
+    ops.compressed_attention(
+        *(x.q, x.k[:15], x.v[:15], 8, 4, 8, 4, ends, windows), q_start=q_start, dispatcher=recorder
+    )
+    (_, both, *_), (_, start, *_), (_, compressed, *_), (_, selection, *_) = recorder.calls
+    assert both[7] is not None
+    assert both[8] is not None
+    assert start[7] is None
+    assert [tuple(args[-1].shape) for args in (start, compressed, selection)] == [(4,)] * 3
+
+
 def test_decoding(recorder: Recorder) -> None:
     x = Cached()
     caches = x.caches()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -104,6 +106,38 @@ def test_compressed(
     )
     close(came[0], o)
     close(came[1], lse)
+
+
+@pytest.mark.parametrize("chunk", [[0, 7, 11], [4, 11], [11, 11]])
+def test_chunks_give_what_the_whole_prompt_gives(chunk: list[int]) -> None:
+    """Chunk after chunk, each with all keys so far, beside a sequence that is whole at once."""
+    q, k, v = inputs(16, 16, (4, 2))
+    ck, cv = (x[:8] for x in inputs(16, 16, (4, 2), seed=1)[1:])
+    k_ends, sizes = offsets([5, 3]), {"kernel_size": 4, "kernel_stride": 2}
+    whole = reference.sliding_window_attention_forward(q, k, v, offsets([11, 5]), window_size=4)
+    compressed = reference.compressed_attention_forward(
+        q, ck, cv, offsets([11, 5]), k_ends, **sizes
+    )
+    for first, end in itertools.pairwise([0, *chunk]):
+        rows = torch.cat([torch.arange(first, end), torch.arange(11, 16)])
+        keys = torch.cat([torch.arange(end), torch.arange(11, 16)])
+        q_ends, q_start = offsets([end - first, 5]), torch.tensor([first, 0], dtype=torch.int32)
+        came = reference.sliding_window_attention_forward(
+            q[rows],
+            k[keys],
+            v[keys],
+            q_ends,
+            window_size=4,
+            cu_seqlens_k=offsets([end, 5]),
+            q_start=q_start,
+        )
+        for ours, right in zip(came, whole, strict=True):
+            close(ours, right[rows])
+        came = reference.compressed_attention_forward(
+            q[rows], ck, cv, q_ends, k_ends, **sizes, q_start=q_start
+        )
+        for ours, right in zip(came, compressed, strict=True):
+            close(ours, right[rows])
 
 
 def test_a_window_is_visible_from_its_last_token_on() -> None:

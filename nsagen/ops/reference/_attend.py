@@ -88,6 +88,7 @@ def packed_attention(
     keys: Keys,
     visible: Visible,
     scale: float,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every sequence's queries to its own keys, where `visible` allows.
 
@@ -100,22 +101,26 @@ def packed_attention(
         keys: the range of keys that a chunk of queries needs.
         visible: the mask of a chunk.
         scale: of the scores.
+        q_start: int32 [batch], position of each sequence's first query; 0 unless given.
 
     Returns:
         o [N, HQ, Dv] in q's dtype, lse [N, HQ] in float32 (float64 for float64 inputs).
     """
     wide_q, wide_k, wide_v = upcast(q, k, v)
     outputs, lses = [], []
-    for (start, end), (key_start, key_end) in zip(query_bounds, key_bounds, strict=True):
+    positions = [0] * len(query_bounds) if q_start is None else q_start.tolist() or [0]
+    for (start, end), (key_start, key_end), position in zip(
+        query_bounds, key_bounds, positions, strict=True
+    ):
         parts = chunks(end - start, q.shape[1] * (key_end - key_start))
         for lo, hi in parts:
-            first, last = keys(lo, hi)
+            first, last = keys(position + lo, position + hi)
             last = min(last, key_end - key_start)
             first = max(0, min(first, last))
             piece = functools.partial(
                 _attend_chunk,
                 visible=functools.partial(visible, start=start),
-                tokens=torch.arange(lo, hi, device=q.device),
+                tokens=torch.arange(position + lo, position + hi, device=q.device),
                 keys=torch.arange(first, last, device=q.device),
                 scale=scale,
             )

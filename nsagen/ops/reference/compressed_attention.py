@@ -21,6 +21,7 @@ def compressed_attention_forward(
     kernel_size: int,
     kernel_stride: int,
     softmax_scale: float | None = None,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(softmax_scale q k^T) v over the windows i with i * s + l - 1 <= t.
 
@@ -33,6 +34,7 @@ def compressed_attention_forward(
         kernel_size: tokens of a window, l.
         kernel_stride: tokens between the starts of two windows, s.
         softmax_scale: 1/sqrt(D) unless given.
+        q_start: int32 [batch], position of each sequence's first query; 0 unless given.
 
     Returns:
         o [N, HQ, Dv] in q's dtype and lse [N, HQ], natural logarithm. Where no window is visible:
@@ -57,6 +59,7 @@ def compressed_attention_forward(
         keys=keys,
         visible=visible,
         scale=scale_of(softmax_scale, q.shape[-1]),
+        q_start=q_start,
     )
 
 
@@ -75,6 +78,8 @@ def compressed_attention(
     sm_scale: float | None = None,
     init_blocks: int = 1,
     local_blocks: int = 2,
+    *,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compressed attention, and the blocks that its probabilities select.
 
@@ -93,6 +98,7 @@ def compressed_attention(
         kernel_size=kernel_size,
         kernel_stride=kernel_stride,
         softmax_scale=sm_scale,
+        q_start=q_start,
     )
     topk_idx = block_selection(
         q,
@@ -107,6 +113,7 @@ def compressed_attention(
         init_blocks=init_blocks,
         local_blocks=local_blocks,
         softmax_scale=sm_scale,
+        q_start=q_start,
     )
     return o, topk_idx
 

@@ -1,0 +1,159 @@
+"""What the schedule spaces of attention over contiguous keys share.
+
+`row_tiles` walks the keys of a tile of rows forward; `two_passes` differentiates: one pass over
+tiles of rows computes dq, one over tiles of keys dk and dv. Beside the templates stand the spaces:
+templates/sliding_window_attention/space.py and templates/compressed_attention/space.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nsagen.codegen.space import Choice, PowerOfTwo, Rule, next_power_of_2
+from nsagen.codegen.target import Target
+from nsagen.workload import Param, Schedule, Workload
+
+ROW_TILES_KNOBS = (
+    PowerOfTwo("block_m", 16, 256, "rows a program: reuse of each key against registers"),
+    PowerOfTwo("block_n", 16, 128, "keys a step: fewer steps against waste in masked ones"),
+    Choice("num_warps", (1, 2, 4, 8), "threads a tile against programs a multiprocessor"),
+    Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
+    Choice("loads", ("pointers", "descriptors"), "bulk copies against a second loop at the end"),
+)
+
+TWO_PASSES_KNOBS = (
+    PowerOfTwo("block_m", 16, 128, "dq: rows a program: reuse of each key against registers"),
+    PowerOfTwo("block_n", 16, 128, "dq: keys a step: fewer steps against registers"),
+    Choice("num_warps", (4, 8), "dq: threads for the same tile"),
+    Choice("num_stages", (1, 2, 3), "dq: steps that are loading, against shared memory"),
+    PowerOfTwo("key_tile", 16, 128, "dk, dv: keys a program: reuse of each row against registers"),
+    PowerOfTwo("row_step", 16, 128, "dk, dv: rows a step: fewer steps against registers"),
+    Choice("dkv_warps", (4, 8), "dk, dv: threads for the same tile"),
+    Choice("dkv_stages", (1, 2, 3), "dk, dv: steps that are loading, against shared memory"),
+)
+
+
+def padded_sizes(workload: Workload) -> tuple[int, int]:
+    """head_dim and v_head_dim, padded to powers of two."""
+    return next_power_of_2(int(workload.head_dim)), next_power_of_2(int(workload.v_head_dim))
+
+
+def width(workload: Workload) -> int:
+    """Bytes of an element."""
+    return 4 if workload.dtype == "float32" else 2
+
+
+def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """Head sizes padded to powers of two, and how exact tl.dot has to be."""
+    block_d, block_dv = padded_sizes(workload)
+    precision = ', input_precision="ieee"' if workload.dtype == "float32" else ""
+    return {"block_d": block_d, "block_dv": block_dv, "dot_precision": precision}
+
+
+def derive_two_passes(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """What `derive` gives, and where in a token's heads a step of rows begins."""
+    aligned = int(schedule.row_step) % int(workload.gqa_ratio) == 0
+    step_offset = "0" if aligned else "start - start // GROUP * GROUP"
+    return {**derive(workload, schedule), "step_offset": step_offset}
+
+
+def row_tiles_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the query tile and of the key and value tiles that are on their way."""
+    block_d, block_dv = padded_sizes(workload)
+    keys = int(schedule.num_stages) * int(schedule.block_n)
+    return width(workload) * (int(schedule.block_m) * block_d + keys * (block_d + block_dv))
+
+
+def two_passes_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the tiles that a program keeps and those on their way, in the larger pass."""
+    rows_of_tiles = max(
+        int(schedule.block_m) + int(schedule.num_stages) * int(schedule.block_n),
+        int(schedule.key_tile) + int(schedule.dkv_stages) * int(schedule.row_step),
+    )
+    return width(workload) * rows_of_tiles * sum(padded_sizes(workload))
+
+
+def row_tiles_registers(workload: Workload, schedule: Schedule) -> int:
+    """Registers a thread that the scores and the output tile take, both float32."""
+    columns = int(schedule.block_n) + padded_sizes(workload)[1]
+    return int(schedule.block_m) * columns // (32 * int(schedule.num_warps))
+
+
+def two_passes_registers(workload: Workload, schedule: Schedule) -> int:
+    """Registers a thread that gradients, scores and their gradients take in the larger pass."""
+    block_d, block_dv = padded_sizes(workload)
+    dq = int(schedule.block_m) * (block_d + 2 * int(schedule.block_n))
+    dkv = int(schedule.key_tile) * (block_d + block_dv + 2 * int(schedule.row_step))
+    return max(dq // int(schedule.num_warps), dkv // int(schedule.dkv_warps)) // 32
+
+
+ROW_TILES_RULES = (
+    Rule(
+        "a tile must give each warp 8 rows or more: two warps share those of a matrix instruction",
+        lambda w, s, t: w.dtype == "float32" or int(s.block_m) >= 8 * int(s.num_warps),
+    ),
+    Rule(
+        "scores and output must fit the registers: at most 256 a thread",
+        lambda w, s, t: row_tiles_registers(w, s) <= 256,
+    ),
+    Rule(
+        "descriptors need a target with bulk tensor copies",
+        lambda w, s, t: s.loads == "pointers" or t.has_tma,
+    ),
+)
+
+TWO_PASSES_RULES = (
+    Rule(
+        "gradients and scores must fit the registers: at most 256 a thread",
+        lambda w, s, t: two_passes_registers(w, s) <= 256,
+    ),
+)
+
+
+def row_tiles_default(workload: Workload, target: Target) -> dict[str, Param]:
+    """Tiles that fill the matrix units and spill nothing, compiled with Triton 3.6 and 3.9."""
+    widest = max(padded_sizes(workload))
+    loads = "pointers"
+    if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
+        block_m, block_n, warps, stages = (32, 32, 4, 1) if widest <= 64 else (16, 16, 4, 1)
+    elif target.has_wgmma:
+        block_m, block_n, warps, stages = (128, 128, 8, 2) if widest <= 128 else (128, 64, 8, 2)
+        loads = "descriptors"
+    elif target.shared_memory < 96 * 1024:
+        block_m, block_n, warps, stages = (64, 32, 4, 1) if widest <= 128 else (64, 16, 4, 1)
+    elif widest > 128 or target.shared_memory < 128 * 1024:
+        block_m, block_n, warps, stages = (64, 32, 4 if widest <= 128 else 8, 2)
+    else:
+        block_m, block_n, warps, stages = (128, 64, 8, 3)
+    return {
+        "block_m": block_m,
+        "block_n": block_n,
+        "num_warps": warps,
+        "num_stages": stages,
+        "loads": loads,
+    }
+
+
+def two_passes_default(workload: Workload, target: Target) -> dict[str, Param]:
+    """Tiles that spill nothing worth mentioning, compiled with Triton 3.6 and 3.9."""
+    widest = max(padded_sizes(workload))
+    roomy = target.shared_memory >= 128 * 1024
+    stages = 2 if roomy and workload.dtype != "float32" else 1
+    dq_warps = dkv_warps = 4
+    if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
+        dq = dkv = (32, 32) if widest <= 64 else (16, 16)
+        dq_warps = 8
+    elif widest > 128 and roomy:
+        dq, dkv, dq_warps = (64, 32), (32, 32), 8
+    elif widest > 128:
+        dq = dkv = (32, 16)
+    elif target.has_wgmma:
+        dq, dkv, dkv_warps = (64, 64), (128, 32), 8
+    else:
+        dq = dkv = (64, 32)
+    return {
+        **dict(zip(("block_m", "block_n"), dq, strict=True)),
+        **{"num_warps": dq_warps, "num_stages": stages},
+        **dict(zip(("key_tile", "row_step"), dkv, strict=True)),
+        **{"dkv_warps": dkv_warps, "dkv_stages": stages},
+    }
