@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def plot(path: Path, out: Path | None = None) -> Path:
 
     content = json.loads(path.read_text())
     keys = PASSES[path.stem.split("-")[0]]
-    figure, axes = pyplot.subplots(1, len(keys), figsize=(6.4 * len(keys), 4.8), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(keys), figsize=(8.4 * len(keys), 4.8), squeeze=False)
     for key, axis in zip(keys, axes[0], strict=True):
         _draw(axis, content["rows"], key)
     about = content["provenance"]
@@ -70,4 +71,4 @@ def _draw(axis: Any, rows: list[dict[str, Any]], key: str) -> None:
     ticks = sorted({row["tokens"] for row in rows})
     axis.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
