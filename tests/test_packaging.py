@@ -18,7 +18,7 @@ from nsagen.resources import specs_dir, templates_dir
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-GENERATING_ONLY = {"jinja2", "yaml", "pydantic", "optuna", "typer", "rich"}
+GENERATING_ONLY = {"jinja2", "yaml", "pydantic", "optuna", "typer", "rich", "transformers"}
 
 
 def test_resources_are_found_beside_the_package() -> None:

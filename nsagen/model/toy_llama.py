@@ -16,6 +16,7 @@ from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
 from nsagen.model.generation import Generation, check_inference_config
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.packing import Packed, check_packed, host_lengths
+from nsagen.model.pretrained import Pretrained
 from nsagen.model.rope import RotaryEmbedding
 from nsagen.model.self_attention import SelfAttention
 
@@ -90,7 +91,7 @@ class ToyLlamaModel(nn.Module):
         return self.norm(x)
 
 
-class ToyLlama(Generation[KVCache]):
+class ToyLlama(Pretrained, Generation[KVCache]):
     """A Llama-like language model with dense causal attention.
 
     Args:

@@ -17,6 +17,7 @@ from nsagen.model.generation import Generation, check_inference_config
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.nsa import NativeSparseAttention
 from nsagen.model.packing import Packed, check_packed
+from nsagen.model.pretrained import Pretrained
 from nsagen.model.rope import RotaryEmbedding
 
 
@@ -105,7 +106,7 @@ class ToyNSALlamaModel(nn.Module):
         return self.norm(x)
 
 
-class ToyNSALlama(Generation[NSACache]):
+class ToyNSALlama(Pretrained, Generation[NSACache]):
     """A Llama-like language model with Native Sparse Attention.
 
     Args:
