@@ -20,14 +20,14 @@ from nsagen.integrations.checkpoint_config import (
     nsa_config,
     read_config,
 )
-from nsagen.integrations.initial import start_from_dense, with_bias
+from nsagen.integrations.initial import start_from_dense
 from nsagen.integrations.safetensors_files import read_tensors, tensor_names, write_tensors
 from nsagen.model.checks import require
 from nsagen.model.configs import InferenceConfig
 from nsagen.model.toy_llama import ToyLlama
 from nsagen.model.toy_nsa_llama import ToyNSALlama
 
-_NEW = ("gate.weight", "gate.bias", "compress_key", "compress_value", "intra_block_pe")
+_NEW = ("gate.weight", "compress_key", "compress_value", "intra_block_pe")
 """The parameters that NSA adds to a layer's attention."""
 
 Model = TypeVar("Model", ToyLlama, ToyNSALlama)
@@ -60,8 +60,6 @@ def load(
     raw, stored = read_config(folder), tensor_names(folder)
     with torch.device("meta"):
         model = _bare(kind, raw, folder, inference_config, dispatcher, sparsity or {})
-        if any(name.endswith("gate.bias") for name in stored):
-            _each_gate_with_bias(model)
     model.to(dtype or config_dtype(raw)).to_empty(device=device)
     if raw.get("tie_word_embeddings", False) and "lm_head.weight" not in stored:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -114,13 +112,6 @@ def save(
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def _each_gate_with_bias(model: nn.Module) -> None:
-    for module in model.modules():
-        gate = getattr(module, "gate", None)
-        if isinstance(gate, nn.Linear):
-            module.gate = with_bias(gate)
-
-
 def _fill(model: nn.Module, folder: Path, stored: Mapping[str, Path], optional: set[str]) -> None:
     """Copy every stored tensor into its parameter; all but the optional must be there."""
     wanted = dict(model.named_parameters())
@@ -128,7 +119,9 @@ def _fill(model: nn.Module, folder: Path, stored: Mapping[str, Path], optional: 
     given = {name for name in stored if not name.endswith("rotary_emb.inv_freq")}
     missing, unexpected = sorted(wanted.keys() - given - optional), sorted(given - wanted.keys())
     advice = "check that the folder's weights belong to its config.json"
-    if any(name.endswith(_NEW) for name in unexpected):
+    if any(name.endswith("gate.bias") for name in unexpected):
+        advice = "load it with nsagen.integrations.transformers.load_nsa"
+    elif any(name.endswith(_NEW) for name in unexpected):
         advice = "load it with ToyNSALlama.from_pretrained"
     shown = [f"no {name}" for name in missing] + [f"an unknown {name}" for name in unexpected]
     require(

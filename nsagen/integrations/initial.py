@@ -1,9 +1,11 @@
 """What a model's new parameters start as when its dense attention becomes NSA.
 
-The gates start constant: `gate` gets a bias, and weights of 0. With `INITIAL_GATES` the selected
-and the sliding branch add up to 1, so that the output is the dense one wherever both see every
-token, but for the small share of the compressed branch. Compression starts as the mean, and the
-position embedding within a window at 0, as in every `NativeSparseAttention`.
+A swapped model of Transformers has gates with a bias and weights of 0, so that they start as the
+constants `INITIAL_GATES`: the selected and the sliding branch add up to 1, and the output is the
+dense one wherever both see every token, but for the small share of the compressed branch.
+
+A `ToyNSALlama`'s gates have no bias: with weights of 0 each is 1/2. Its compressed values start
+at 0, where they have weights, so that again the other two branches alone make the output.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from nsagen.model.checks import require
-from nsagen.model.layers import linear
 from nsagen.model.nsa import NativeSparseAttention
 
 Gates = tuple[float, float, float]
@@ -45,22 +46,23 @@ def constant_gate(hidden_size: int, num_q_heads: int, gates: Gates = INITIAL_GAT
     return layer
 
 
-def start_from_dense(attention: NativeSparseAttention, gates: Gates = INITIAL_GATES) -> None:
-    """Give a module that keeps a dense module's projections its other parameters, in place."""
-    hidden_size, like = attention.q_proj.in_features, attention.q_proj.weight
-    attention.gate = constant_gate(hidden_size, attention.num_q_heads, gates).to(like)
-    attention.compress_key = _like(attention._mean_weights(), like)
-    attention.compress_value = _like(attention._mean_weights(), like)
-    shape = (attention.num_kv_heads, attention.kernel_size, attention.head_dim)
-    attention.intra_block_pe = nn.Parameter(like.new_zeros(shape))
+def mean_weights(compress_type: str, heads: int, size: int, dim: int) -> Tensor | None:
+    """Compression weights with which a window's result is its mean; None for avgpool."""
+    if compress_type == "avgpool":
+        return None
+    if compress_type == "weightedpool":
+        return torch.full((heads, size), 1 / size)
+    return (torch.eye(dim) / size).repeat(heads, size, 1)
 
 
-def _like(weights: nn.Parameter | None, like: Tensor) -> nn.Parameter | None:
-    return None if weights is None else nn.Parameter(weights.detach().to(like))
-
-
-def with_bias(gate: nn.Linear) -> nn.Linear:
-    """A gate projection of the same size that has a bias, as checkpoints of swapped models do."""
-    layer = linear(gate.in_features, gate.out_features, 0.0)
-    layer.bias = nn.Parameter(torch.zeros(gate.out_features, device=layer.weight.device))
-    return layer
+@torch.no_grad()
+def start_from_dense(attention: NativeSparseAttention) -> None:
+    """Set a toy model's attention, whose projections are a dense module's, as said above."""
+    attention.gate.weight.zero_()
+    attention.intra_block_pe.zero_()
+    if attention.compress_key is not None and attention.compress_value is not None:
+        shape = (attention.num_kv_heads, attention.kernel_size, attention.head_dim)
+        mean = mean_weights(attention.compress_type, *shape)
+        assert mean is not None
+        attention.compress_key.copy_(mean)
+        attention.compress_value.zero_()

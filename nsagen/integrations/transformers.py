@@ -34,9 +34,10 @@ except ImportError as error:
 
 from nsagen.errors import InvalidInputError
 from nsagen.integrations.checkpoint_config import SPARSITY, rope_settings
-from nsagen.integrations.initial import INITIAL_GATES, Gates, start_from_dense
+from nsagen.integrations.initial import INITIAL_GATES, Gates
 from nsagen.integrations.safetensors_files import read_tensors, tensor_names
-from nsagen.integrations.transformers_attention import Layouts, TransformersNSA
+from nsagen.integrations.transformers_attention import TransformersNSA
+from nsagen.integrations.transformers_layout import Layouts
 from nsagen.model.checks import require
 from nsagen.model.configs import ToyNSALlamaConfig
 from nsagen.model.rope import RopeConfig, RotaryEmbedding
@@ -107,7 +108,8 @@ def apply_nsa(
     rope = _rope(model, places[0][2])
     layouts = Layouts()
     for parent, name, child in places:
-        setattr(parent, name, _swapped(child, settings, rope, layouts, dispatcher, gates))
+        swapped = TransformersNSA(child, settings, rope, layouts, dispatcher, gates)
+        setattr(parent, name, swapped.train(child.training))
     AttentionMaskInterface.register(_IMPLEMENTATION, _padding_mask)
     AttentionInterface.register(_IMPLEMENTATION, _never_called)
     model.set_attn_implementation(_IMPLEMENTATION)
@@ -188,33 +190,6 @@ def _rope(model: PreTrainedModel, attention: Any) -> RotaryEmbedding:
     )
     rope_config = RopeConfig(config.max_position_embeddings, attention.head_dim, theta, scaling)
     return RotaryEmbedding(rope_config).to(model.device)
-
-
-def _swapped(
-    dense: Any,
-    settings: Mapping[str, Any],
-    rope: RotaryEmbedding,
-    layouts: Layouts,
-    dispatcher: Any,
-    gates: Gates,
-) -> TransformersNSA:
-    config = dense.config
-    with torch.device("meta"):
-        attention = TransformersNSA(
-            hidden_size=config.hidden_size,
-            num_q_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=dense.head_dim,
-            rope=rope,
-            dispatcher=dispatcher,
-            **settings,
-        )
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        setattr(attention, name, getattr(dense, name))
-    attention.q_norm, attention.k_norm = (getattr(dense, n, None) for n in ("q_norm", "k_norm"))
-    attention.layer_idx, attention.layouts = dense.layer_idx, layouts
-    start_from_dense(attention, gates)
-    return attention.train(dense.training)
 
 
 def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -6,6 +6,7 @@ the first token. Rows are sequences; each has a length of its own, so that paddi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from nsagen.errors import InvalidInputError
-from nsagen.model.cache import NSALayerCache
+from nsagen.integrations.transformers_layout import Layout
 
 GROWTH = 1.5
 """A full cache grows by half, so that a token costs few copies and a cache little spare room."""
@@ -22,11 +23,33 @@ ROUND = 256
 """Tokens that a capacity is a multiple of."""
 
 
+@dataclass(frozen=True)
+class Store:
+    """The tensors of one layer.
+
+    Attributes:
+        k: [rows, capacity, HK, D], keys after rope; v: [rows, capacity, HK, D].
+        ck, cv: [rows, windows, HK, D], compressed keys after rope, and compressed values.
+        k_raw: [rows, kernel_size, HK, D], the last keys before rope: token t at
+            t % kernel_size. Compression happens before rope, so the next window needs them.
+    """
+
+    k: Tensor
+    v: Tensor
+    ck: Tensor
+    cv: Tensor
+    k_raw: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """In the order in which `cache_append` takes them."""
+        return self.k, self.v, self.ck, self.cv, self.k_raw
+
+
 class NSALayer(CacheLayerMixin):
     """Keys, values, compressed keys and values, and the last keys before rope, of one layer.
 
     Attributes:
-        store: the tensors, [rows, capacity or windows, HK, D]; None before the first token.
+        store: the tensors; None before the first token.
         lengths: int32 [rows], tokens that each row holds.
         seen: tokens that went through the model, padding included: Transformers counts these.
     """
@@ -39,11 +62,11 @@ class NSALayer(CacheLayerMixin):
     def __init__(self, kernel_size: int, kernel_stride: int) -> None:
         super().__init__()
         self.kernel_size, self.kernel_stride = kernel_size, kernel_stride
-        self.store: NSALayerCache | None = None
+        self.store: Store | None = None
         self.lengths = torch.zeros(0, dtype=torch.int32)
         self.seen = 0
 
-    def reserve(self, rows: int, tokens: int, like: Tensor) -> NSALayerCache:
+    def reserve(self, rows: int, tokens: int, like: Tensor) -> Store:
         """Room for `tokens` in each row, keeping what is there. `like` [..., HK, D] is a key."""
         held = 0 if self.store is None else self.store.k.shape[1]
         if self.store is None:
@@ -60,17 +83,37 @@ class NSALayer(CacheLayerMixin):
             for name, tensor in grown.items():
                 old = getattr(self.store, name)
                 tensor[:, : old.shape[1]] = old
-        self.store, self.is_initialized = NSALayerCache(**grown), True
+        self.store, self.is_initialized = Store(**grown), True
         return self.store
+
+    def fill(
+        self, layout: Layout, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, k_raw: Tensor
+    ) -> None:
+        """Write the first tokens of all rows.
+
+        Args:
+            k, v, k_raw: [N, HK, D], packed: keys after rope, values, keys before rope.
+            ck, cv: [>= sum M, HK, D], the windows' keys after rope and values; rows past the
+                last window are ignored.
+        """
+        store = self.reserve(layout.batch, layout.tokens, k)
+        windows = layout.windows(self.kernel_size, self.kernel_stride)
+        count = windows.row.shape[0]
+        store.k[layout.row, layout.positions] = k
+        store.v[layout.row, layout.positions] = v
+        store.ck[windows.row, windows.index] = ck[:count]
+        store.cv[windows.row, windows.index] = cv[:count]
+        if k_raw.shape[0]:
+            store.k_raw.copy_(k_raw[layout.last_tokens(self.kernel_size)])
+        self.lengths, self.seen = layout.cu_seqlens.diff(), layout.tokens
 
     def _rows(self, index: Tensor) -> None:
         """Keep these rows, in this order."""
         if self.store is None:
             return
         index = index.to(self.lengths.device)
-        names = ("k", "v", "ck", "cv", "k_raw")
-        kept = {name: getattr(self.store, name).index_select(0, index) for name in names}
-        self.store, self.lengths = NSALayerCache(**kept), self.lengths.index_select(0, index)
+        self.store = Store(*(tensor.index_select(0, index) for tensor in self.store.tensors()))
+        self.lengths = self.lengths.index_select(0, index)
 
     # What Transformers calls.
 

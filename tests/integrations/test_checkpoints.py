@@ -53,12 +53,16 @@ def test_a_sparse_model_comes_back_whole(tmp_path: Path, compress_type: str) -> 
     assert torch.equal(again(ids, cu_seqlens), model(ids, cu_seqlens))
 
 
-def test_a_dense_checkpoint_becomes_sparse_and_starts_close(folder: Path) -> None:
+@pytest.mark.parametrize("compress_type", ["weightedpool", "linear"])
+def test_a_dense_checkpoint_becomes_sparse_and_starts_equal(
+    folder: Path, compress_type: str
+) -> None:
     dense = ToyLlama.from_pretrained(folder)
-    sparse = ToyNSALlama.from_pretrained(folder, **{**SPARSITY, "window_size": 64})
+    changes = {"window_size": 64, "compress_type": compress_type}
+    sparse = ToyNSALlama.from_pretrained(folder, **{**SPARSITY, **changes})
     ids, cu_seqlens = packed_batch([64, 40])  # topk * block_size and the window are 64
     expected = dense(ids, cu_seqlens)
-    assert ((sparse(ids, cu_seqlens) - expected).norm() / expected.norm()).item() < 0.01
+    assert ((sparse(ids, cu_seqlens) - expected).norm() / expected.norm()).item() < 1e-5
     sparse.save_pretrained(folder)
     again = ToyNSALlama.from_pretrained(folder)
     assert torch.equal(again(ids, cu_seqlens), sparse(ids, cu_seqlens))
@@ -105,6 +109,16 @@ def test_sparse_weights_in_a_dense_model_point_to_the_sparse_one(tmp_path: Path)
     ToyNSALlama(nsa_config()).save_pretrained(tmp_path)
     with pytest.raises(InvalidInputError, match=r"load it with ToyNSALlama\.from_pretrained"):
         ToyLlama.from_pretrained(tmp_path)
+
+
+def test_a_swapped_models_weights_point_to_its_loader(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    bias = {"model.layers.0.self_attn.gate.bias": torch.zeros(12)}
+    save_file({**load_file(path), **bias}, path)
+    with pytest.raises(InvalidInputError, match=r"load it with .*\.load_nsa"):
+        ToyNSALlama.from_pretrained(folder)
 
 
 def test_an_unknown_setting_is_refused(folder: Path) -> None:

@@ -141,6 +141,20 @@ class TestApplyNSA:
 
 
 @torch.no_grad()
+def test_rows_of_every_length_and_none() -> None:
+    """Padding on the right, as in training; a row may be all padding."""
+    model, ids = sparse_model("Llama"), tokens(4, 40)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((40, 3, 0, 17)):
+        mask[row, length:] = 0
+    logits = model(ids, attention_mask=mask, use_cache=True).logits
+    assert logits.isfinite().all()
+    for row, length in ((0, 40), (1, 3), (3, 17)):
+        alone = model(ids[row : row + 1, :length]).logits[0]
+        assert distance(logits[row, :length], alone) < 1e-5
+
+
+@torch.no_grad()
 def test_beam_search_reorders_the_cache() -> None:
     model, ids = sparse_model("Llama"), tokens(2, 40)
     wanted = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False}
