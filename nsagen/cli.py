@@ -16,6 +16,8 @@ import typer
 
 from nsagen import __version__
 from nsagen.bench.command import app as bench_app
+from nsagen.commands import generate, verbosity
+from nsagen.commands.options import Json, OutDir, SpecName, SpecNames
 from nsagen.errors import InvalidInputError, NsagenError, SpecError
 
 if TYPE_CHECKING:
@@ -25,27 +27,18 @@ app = typer.Typer(
     help="Generate, check and inspect Triton kernels for Native Sparse Attention.",
     epilog="Start with: nsagen build tiny, then TRITON_INTERPRET=1 nsagen verify tiny",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 app.add_typer(bench_app, name="bench")
 
-SpecName = Annotated[
-    str, typer.Argument(metavar="SPEC", help="A spec's path, or the name of a shipped one.")
-]
-SpecNames = Annotated[
-    list[str], typer.Argument(metavar="SPEC", help="Paths of specs, or names of shipped ones.")
-]
-OutDir = Annotated[Path, typer.Option("--out", help="Folder that packages are written below.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; always ends in SystemExit."""
     try:
-        app(None if arguments is None else list(arguments), prog_name="nsagen")
+        given = sys.argv[1:] if arguments is None else arguments
+        app(verbosity.flags_first(given), prog_name="nsagen")
     except NsagenError as error:
         # A spec's problems begin with file:line, which editors and terminals link.
         print(error if isinstance(error, SpecError) else f"nsagen: {error}", file=sys.stderr)
@@ -65,8 +58,16 @@ def _common(
         bool,
         typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Results and errors only: no notes, no bars.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="All of nsagen's log, with times.")
+    ] = False,
 ) -> None:
-    pass
+    if quiet and verbose:
+        raise InvalidInputError("nsagen: got both --quiet and --verbose; give one at most")
+    verbosity.configure(quiet=quiet, verbose=verbose)
 
 
 @app.command(epilog="Example: nsagen build specs/llama8b.yaml specs/tiny.yaml --compile")
@@ -197,6 +198,9 @@ def verify(
         if not counts["failed"]:
             print("nsagen: verify: nothing could be verified here", file=sys.stderr)
         raise typer.Exit(1)
+
+
+app.command(epilog=generate.EXAMPLE)(generate.generate)
 
 
 @app.command(epilog="Example: nsagen doctor --json")

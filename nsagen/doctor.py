@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 from nsagen import __version__
 from nsagen.errors import NsagenError
-from nsagen.runtime.cache import cache_dir
+from nsagen.runtime.cache import cache_dir, cache_folder
 
 
 def examine(out_dir: Path) -> dict[str, Any]:
@@ -34,7 +35,8 @@ def examine(out_dir: Path) -> dict[str, Any]:
         "ruff": _version("ruff"),
         "GPUs": ", ".join(gpus) or None,
         "GPU driver": _driver(),
-        "user cache": str(cache_dir()),
+        "optional": ", ".join(f"{name} {found}" for name, found in _optional().items()) or None,
+        "user cache": f"{cache_dir()} ({_cache_use(notes)})",
         "interpreter": "on (TRITON_INTERPRET)" if os.environ.get("TRITON_INTERPRET") else "off",
     }
     if facts["torch"] is None:
@@ -47,6 +49,11 @@ def examine(out_dir: Path) -> dict[str, Any]:
         notes.append("no GPU here; TRITON_INTERPRET=1 runs kernels on the CPU, slowly")
     if (facts["triton"] or "").startswith("3.6.") and _at_least(facts["numpy"], (2, 4)):
         notes.append("triton 3.6's interpreter fails with numpy 2.4; run: pip install 'numpy<2.3'")
+    if facts["GPU driver"] and not gpus and _built_for_cpu():
+        problems.append(
+            "a GPU driver is here, but this torch is built for CPUs; run: pip install torch "
+            "--index-url https://download.pytorch.org/whl/cu130 (or the one of your driver)"
+        )
     packages = _packages(out_dir, problems)
     facts["packages"] = ", ".join(packages) or None
     return {"facts": facts, "notes": notes, "problems": problems}
@@ -57,6 +64,34 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _optional() -> dict[str, str]:
+    """What is installed of what only some commands and integrations need."""
+    names = ("transformers", "tokenizers", "optuna", "matplotlib", "plotly", "mkdocs-material")
+    return {name: found for name in names if (found := _version(name))}
+
+
+def _built_for_cpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.version.cuda is None and torch.version.hip is None
+
+
+def _cache_use(notes: list[str]) -> str:
+    """Kernels in the user cache; those of other versions of nsagen become a note."""
+    root, current = cache_dir(), cache_folder().name
+    folders = [path for path in root.glob("*-????????") if path.is_dir()]
+    counts = {path: sum(1 for _ in path.rglob("*.py")) for path in folders}
+    old = [path for path in folders if path.name != current]
+    if old:
+        notes.append(
+            f"{sum(counts[path] for path in old)} kernels of other versions of nsagen or its "
+            f"templates are in the user cache; to free the room: rm -r {' '.join(map(str, old))}"
+        )
+    return f"{counts.get(root / current, 0)} kernels of this version"
 
 
 def _at_least(version: str | None, least: tuple[int, int]) -> bool:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from nsagen.codegen.target import parse_target
 from nsagen.codegen.template import default_schedule
+from nsagen.commands.verbosity import is_quiet
 from nsagen.errors import BuildError, UnsupportedWorkloadError
 from nsagen.spec import Spec
 from nsagen.workload import Workload
@@ -32,7 +33,7 @@ def console(*, stderr: bool = False) -> Console:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, while it is a terminal; yields (what was done, how many, of how many)."""
+    """A bar on stderr, unless --quiet or no terminal; yields (what, how many, of how many)."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -40,7 +41,7 @@ def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("{task.fields[what]}"),
         console=console(stderr=True),
         transient=True,
-        disable=not sys.stderr.isatty(),
+        disable=is_quiet() or not sys.stderr.isatty(),
     )
     with bar:
         task = bar.add_task(title, total=None, what="", visible=False)

@@ -39,6 +39,11 @@ def cache_dir() -> Path:
     return user_cache_path("nsagen")
 
 
+def cache_folder() -> Path:
+    """The folder of this version's kernels, with these templates; it may not exist yet."""
+    return cache_dir() / f"{__version__}-{_templates_hash()}"
+
+
 def cached_variant(workload: Workload, target: str, who: str) -> Path:
     """The kernel file of a workload with the target's default schedule, built if need be.
 
@@ -52,7 +57,7 @@ def cached_variant(workload: Workload, target: str, who: str) -> Path:
         UnsupportedWorkloadError: no template covers the workload, or it cannot be built here.
     """
     built_for = _known_target(workload, target, who)
-    folder = cache_dir() / f"{__version__}-{_templates_hash()}" / target.replace(":", "-")
+    folder = cache_folder() / target.replace(":", "-")
     label = f"{workload.op}_{workload.pass_}__{workload.label}__"
     for path in sorted(folder.glob(f"{label}*.py")):
         if len(path.stem) == len(label) + 8:  # the rest of a variant's name is its hash
