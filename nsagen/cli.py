@@ -16,8 +16,8 @@ import typer
 
 from nsagen import __version__
 from nsagen.bench.command import app as bench_app
-from nsagen.commands import generate, verbosity
-from nsagen.commands.options import Json, OutDir, SpecName, SpecNames
+from nsagen.commands import generate, plan, verbosity
+from nsagen.commands.options import Json, OptionalSpecName, OutDir, SpecName, SpecNames
 from nsagen.errors import InvalidInputError, NsagenError, SpecError
 
 if TYPE_CHECKING:
@@ -145,12 +145,16 @@ def _check(specs: list[Spec], out: Path, as_json: bool) -> None:
 
 @app.command(epilog="Example: nsagen inspect tiny --json")
 def inspect(
-    spec: Annotated[
-        str | None, typer.Argument(metavar="SPEC", help="A spec's path or a shipped one's name.")
-    ] = None,
+    spec: OptionalSpecName = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of spec files, for editors.")
     ] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with pictures to this file.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Of the kernels on the page, e.g. cuda:90.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show the workloads that a spec asks for, and the schedule each target starts from."""
@@ -163,6 +167,14 @@ def inspect(
         raise InvalidInputError(
             "inspect: needs a spec; got none; name one, such as: nsagen inspect tiny"
         )
+    if html is not None and as_json:
+        raise InvalidInputError("inspect: got both --html and --json; give one at most")
+    if html is not None:
+        from nsagen.picture.inspection import inspection_page
+
+        html.write_text(inspection_page(load_spec(spec), target), encoding="utf-8")
+        print(f"wrote {html}; open it in a browser")
+        return
     from nsagen.report import inspection, print_inspection
 
     content = inspection(load_spec(spec))
@@ -201,6 +213,7 @@ def verify(
 
 
 app.command(epilog=generate.EXAMPLE)(generate.generate)
+app.command(epilog=plan.EXAMPLE)(plan.plan)
 
 
 @app.command(epilog="Example: nsagen doctor --json")

@@ -17,14 +17,13 @@ def _spec_names(incomplete: str) -> list[str]:
     return sorted(name for name in names if name.startswith(incomplete))
 
 
-SpecName = Annotated[
-    str,
-    typer.Argument(
-        metavar="SPEC",
-        help="A spec's path, or the name of a shipped one.",
-        autocompletion=_spec_names,
-    ),
-]
+_ONE_SPEC = typer.Argument(
+    metavar="SPEC",
+    help="A spec's path, or the name of a shipped one.",
+    autocompletion=_spec_names,
+)
+SpecName = Annotated[str, _ONE_SPEC]
+OptionalSpecName = Annotated[str | None, _ONE_SPEC]
 SpecNames = Annotated[
     list[str],
     typer.Argument(

@@ -97,7 +97,7 @@ class Dispatcher:
         return tuple(self._table)
 
     def describe(self) -> list[dict[str, Any]]:
-        """One row a variant of the table: op, pass, dtype, parameters, target, sizes, module."""
+        """One row a variant of the table: its workload, target, sizes and module."""
         return [
             {
                 "op": workload.op,
@@ -106,6 +106,8 @@ class Dispatcher:
                 "params": dict(workload.params),
                 "target": target,
                 "sizes": str(bucket),
+                "tokens": bucket.tokens,
+                "context": bucket.context,
                 "variant": module,
             }
             for workload, targets in self._table.items()

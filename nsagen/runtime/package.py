@@ -48,7 +48,7 @@ def _package(name: str) -> ModuleType:
     folders = (Path.cwd() / "generated" / name, cache_dir() / "generated" / name)
     for folder in folders:
         if (folder / "__init__.py").is_file():
-            return _import_folder(name, folder)
+            return import_folder(name, folder)
     places = ", ".join(str(folder) for folder in folders)
     raise InvalidInputError(
         f"nsagen.load: a spec's package must be built first; found no package {qualified} "
@@ -56,7 +56,7 @@ def _package(name: str) -> ModuleType:
     )
 
 
-def _import_folder(name: str, folder: Path) -> ModuleType:
+def import_folder(name: str, folder: Path) -> ModuleType:
     """Import a package from a folder whose parent is not on `sys.path`."""
     qualified = f"_nsagen_generated_{name}"
     known = sys.modules.get(qualified)

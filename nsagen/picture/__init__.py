@@ -1,0 +1,1 @@
+"""Pictures as self-contained HTML: no scripts from elsewhere, light and dark, any width."""
