@@ -5,7 +5,8 @@
 #   make test       all tests that need no GPU
 #   make check      lint, formatting, types, tests, and that generated/ is up to date
 #   make gpu-test   the tests for a GPU; PY=python3 uses an environment of yours
-#   make generate   regenerate what is committed: specs/spec.schema.json and generated/
+#   make docs       build the documentation into site/, a folder of static pages
+#   make generate   regenerate what is committed: specs/spec.schema.json, generated/, parts of docs/
 #   make clean      remove .venv and caches
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
 # The interpreter must not see a GPU: it is what stands in for one.
 INTERPRETED := TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: setup demo test test-plain test-interpreter check gpu-test generate clean
+.PHONY: setup demo test test-plain test-interpreter check gpu-test docs generate clean
 
 setup: $(STAMP)
 
@@ -53,9 +54,14 @@ check: $(STAMP)
 gpu-test:
 	$(PY) -m pytest -q -m gpu
 
+docs: $(STAMP)
+	$(PY) -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 generate: $(STAMP)
 	$(PY) -m nsagen inspect --schema > specs/spec.schema.json
+	$(PY) docs/generate.py
 	$(PY) -m nsagen build --compile $(SPECS)
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis site

@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 
 from nsagen.cli import app, main
 from nsagen.report import print_verification
+from nsagen.runtime.cache import cache_folder
 from nsagen.spec import json_schema, load_spec
 from tests.one_op import SPEC, one_op
 
 ROOT = Path(__file__).resolve().parent.parent
 __all__ = ["one_op"]  # a fixture
 
-COMMANDS = ("build", "doctor", "inspect", "verify")
+COMMANDS = ("build", "doctor", "generate", "inspect", "plan", "verify")
 
 
 @pytest.fixture(autouse=True)
@@ -256,6 +257,41 @@ def test_python_m_nsagen_is_the_command_line() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("spec: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_shell_completes_commands_and_the_names_of_specs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_NSAGEN_COMPLETE", "complete_bash")
+    for typed, expected in (("nsagen ins", "inspect"), ("nsagen build ti", "tiny")):
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+        assert Ran(capsys).out.split() == [expected]
+
+
+def test_doctor_knows_the_kernels_of_other_versions(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NSAGEN_CACHE_DIR", str(tmp_path))
+    for folder in (cache_folder(), tmp_path / "0.0.1-01234567"):
+        (folder / "cuda-90").mkdir(parents=True)
+        (folder / "cuda-90" / "kernel.py").touch()
+    diagnosis = json.loads(Ran(capsys, "doctor", "--out", str(tmp_path), "--json").out)
+    assert diagnosis["facts"]["user cache"] == f"{tmp_path} (1 kernels of this version)"
+    (note,) = [text for text in diagnosis["notes"] if "other versions" in text]
+    assert note.endswith(f"rm -r {tmp_path / '0.0.1-01234567'}")
+
+
+def test_doctor_tells_a_torch_for_cpus_on_a_machine_with_a_gpu(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nsagen.doctor._driver", lambda: "580.1")
+    monkeypatch.setattr("nsagen.doctor._gpus", lambda problems: [])
+    monkeypatch.setattr("nsagen.doctor._built_for_cpu", lambda: True)
+    ran = Ran(capsys, "doctor", "--out", str(tmp_path), "--json")
+    (problem,) = json.loads(ran.out)["problems"]
+    assert ran.code == 1
+    assert problem.startswith("a GPU driver is here, but this torch is built for CPUs")
 
 
 def test_help_and_a_bad_spec_load_nothing_heavy() -> None:

@@ -49,13 +49,14 @@ def _row(choices: list[dict[str, Any]], variants: Mapping[str, Any], hues: dict[
         schedule = ", ".join(f"{name}={value}" for name, value in variant["schedule"].items())
         facts = f"{choice['variant']}\n{schedule}\n{variant['provenance']}"
         spans.append(
-            f'<span style="flex-grow:{_width(choice["tokens"]):.3g};'
+            f'<span style="flex-grow:{_width(choice["tokens"], choice["context"]):.3g};'
             f'--algorithm:{hues[variant["algorithm"]]}" title="{escape(facts)}">'
             f"<b>{escape(choice['sizes'])}</b> <i>{escape(schedule)}</i></span>"
         )
     return f'<div class="row"><code>{label}</code><div class="track">{"".join(spans)}</div></div>'
 
 
-def _width(tokens: tuple[int | None, int | None]) -> float:
-    least, greatest = tokens
+def _width(tokens: tuple[int | None, int | None], context: tuple[int | None, int | None]) -> float:
+    """Powers of two that a bucket spans, of the size that it limits."""
+    least, greatest = context if tokens == (None, None) else tokens
     return max(1.0, math.log2((greatest or LARGEST) / max(1, least or 1)))

@@ -1,0 +1,182 @@
+"""Writes what the documentation takes from the code: python docs/generate.py [--check]
+
+The whole of docs/spec.md, from the schema of specs, and the parts of other pages between
+`<!-- generated: ... -->` and `<!-- end -->`. `make generate` runs it; a test checks that nothing
+is out of date.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from nsagen.spec.schema import json_schema  # noqa: E402
+
+DOCS = ROOT / "docs"
+
+HEAD = """\
+# Spec reference
+
+A spec is a YAML file in a small subset of the language: mappings, lists, text, whole numbers, true
+and false. Unknown keys are errors, and everything that is wrong with a file is reported at once.
+Editors complete and check specs by `specs/spec.schema.json` (`nsagen inspect --schema` prints it)
+when a file begins with `# yaml-language-server: $schema=spec.schema.json`.
+
+This page is made from that schema.
+"""
+
+EXAMPLE = """\
+## An example
+
+```yaml title="specs/example.yaml"
+name: example
+attention:
+  head_dim: 128
+  gqa_ratio: [16, 4]
+  dtype: bfloat16
+  compress_type: [weightedpool, linear]
+  kernel_size: 32
+  kernel_stride: 16
+  block_size: 64
+  topk: [8, 16]
+  window_size: 512
+targets: ["cuda:90"]
+exclude:
+  - {gqa_ratio: 4, topk: 8}            # of the 8 combinations, 2 fall away
+  - {compress_type: linear, topk: 16}  # and of the rest 2 more
+```
+
+```sh
+nsagen inspect example
+```
+"""
+
+RULES = """\
+## Rules between keys
+
+- `kernel_size` and `block_size` are multiples of `kernel_stride`, so that windows and blocks lie on
+  one grid.
+- `topk` is at least `init_blocks + local_blocks`, which are always among the selected blocks.
+- Every entry of `exclude` matches a combination, and one combination is left at least.
+- Lists make at most 4096 combinations.
+"""
+
+
+def spec_reference() -> str:
+    """docs/spec.md."""
+    schema = json_schema()
+    definitions = schema["$defs"]
+    top = _table(schema, definitions)
+    attention = _table(definitions["AttentionSection"], definitions)
+    return "\n".join(
+        [
+            HEAD,
+            "## At the top\n",
+            top,
+            "## Below `attention`\n",
+            "Each is one value or a list of values; every combination gets kernels.\n",
+            attention,
+            "An entry of `exclude` names any of these keys, each with a value or a list: every "
+            "combination that has one of the values for each key is left out.\n",
+            RULES,
+            EXAMPLE,
+        ]
+    )
+
+
+def _table(section: dict[str, Any], definitions: dict[str, Any]) -> str:
+    rows = ["| key | values | if left out | what it is |", "| --- | --- | --- | --- |"]
+    required = section.get("required", [])
+    for name, field in section["properties"].items():
+        left_out = "required" if name in required else _default(name, field)
+        text = field.get("description", "see below" if name == "attention" else "")
+        rows.append(f"| `{name}` | {_values(field, definitions)} | {left_out} | {text} |")
+    return "\n".join(rows) + "\n"
+
+
+def _default(name: str, field: dict[str, Any]) -> str:
+    if "default" not in field:
+        return "as `head_dim`" if name == "v_head_dim" else "none"
+    value = field["default"]
+    values = value if isinstance(value, list) else [value]
+    shown = ", ".join(f"`{_yaml(v)}`" for v in values if v != "")
+    return shown or "none"
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _values(field: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """What a key may be, in words; of a value-or-list, the value."""
+    if "$ref" in field:
+        field = definitions[field["$ref"].rsplit("/", 1)[1]]
+    if "anyOf" in field:
+        return _values(field["anyOf"][0], definitions)
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    kind = field.get("type")
+    if kind == "integer":
+        step = f", a multiple of {field['multipleOf']}" if "multipleOf" in field else ""
+        return f"{field['minimum']} to {field['maximum']}{step}"
+    if kind == "boolean":
+        return "`true`, `false`"
+    if kind == "array":
+        items = _values(field["items"], definitions)
+        return f"a list of {items.removeprefix('a ')}s"
+    if kind == "object":
+        return "a mapping"
+    return "lower-case letters, digits and _" if "pattern" in field else "text"
+
+
+def toy_difference() -> str:
+    """The lines that differ between the two toy models once their names are made equal."""
+    before, after = (
+        (ROOT / "nsagen/model" / f"{name}.py").read_text(encoding="utf-8")
+        for name in ("toy_llama", "toy_nsa_llama")
+    )
+    after = re.sub(r"ToyNSALlama", "ToyLlama", after)
+    lines = difflib.unified_diff(
+        before.splitlines(),
+        after.splitlines(),
+        "toy_llama.py",
+        "toy_nsa_llama.py",
+        n=1,
+        lineterm="",
+    )
+    return "```diff\n" + "\n".join(lines) + "\n```"
+
+
+PARTS = {("integrate.md", "the difference of the toy models"): toy_difference}
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page and what it should hold."""
+    made = {DOCS / "spec.md": spec_reference()}
+    for (page, name), make in PARTS.items():
+        path = DOCS / page
+        text = made.get(path) or path.read_text(encoding="utf-8")
+        start, end = f"<!-- generated: {name} -->\n", "<!-- end -->"
+        head, _, rest = text.partition(start)
+        _, _, tail = rest.partition(end)
+        made[path] = f"{head}{start}\n{make()}\n\n{end}{tail}"
+    return made
+
+
+def main() -> int:
+    stale = [p for p, text in pages().items() if not p.exists() or p.read_text("utf-8") != text]
+    for path in stale:
+        if "--check" not in sys.argv:
+            path.write_text(pages()[path], encoding="utf-8")
+        print(f"{'out of date' if '--check' in sys.argv else 'wrote'}: {path.relative_to(ROOT)}")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
