@@ -55,7 +55,7 @@ gpu-test:
 	$(PY) -m pytest -q -m gpu
 
 docs: $(STAMP)
-	$(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
 generate: $(STAMP)

@@ -112,7 +112,7 @@ class Reader:
         if arguments[0] in NEEDS_GPU and arguments[0] not in commands:
             pytest.skip(f"{where}: nsagen has no {arguments[0]} yet")
         if arguments[0] in NEEDS_GPU or (interpreted and not self.interpreting):
-            commands[arguments[0]].make_context(arguments[0], list(arguments[1:]))
+            parse(commands[arguments[0]], arguments)
             return
         old = {name: os.environ.get(name) for name in environment}
         os.environ.update(environment)
@@ -124,6 +124,16 @@ class Reader:
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
         code = end.value.code
         assert not code, f"{where}: exit code {code}: nsagen {' '.join(arguments)}"
+
+
+def parse(command: Any, arguments: list[str]) -> None:
+    """Check a command's arguments, and a sub-command's, without running it."""
+    name, *rest = arguments
+    if subcommands := getattr(command, "commands", None):
+        assert rest[0] in subcommands, f"nsagen {name} has no {rest[0]}"
+        parse(subcommands[rest[0]], rest)
+    else:
+        command.make_context(name, rest)
 
 
 def follow(page: str, folder: Path) -> Reader:
