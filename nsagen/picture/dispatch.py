@@ -27,7 +27,7 @@ def section(dispatcher: Dispatcher, manifest: Mapping[str, Any], target: str) ->
         f"<h2>Which kernel serves which call on {escape(target)}</h2>",
         "<p>A row is a workload; from left to right, calls of more tokens. A kernel's name, "
         "schedule and provenance show where the pointer rests.</p>",
-        legend({hue: name.replace("_", " ") for name, hue in hues.items()}),
+        legend((hue, name.replace("_", " ")) for name, hue in hues.items()),
     ]
     for (op, pass_), group in groupby(rows, key=lambda row: (row["op"], row["pass"])):
         parts.append(f"<h3>{escape(op)} {escape(pass_)}</h3>")

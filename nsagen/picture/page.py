@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from html import escape
 from importlib import resources
 
 from nsagen import __version__
 
-ALGORITHM_HUES = ("#2f6db5", "#c96a12", "#23835f", "#8a5bb5", "#b0455c", "#6b7a1f")
+ALGORITHM_HUES = (
+    *("#2f6db5", "#c96a12", "#23835f", "#8a5bb5", "#b0455c", "#6b7a1f"),
+    *("#1f8a99", "#a8792a", "#5a6cc0", "#4f8a3c", "#a34d96", "#77808c"),
+)
 """For plots and bars of more than the three branches; legible on light and dark."""
 
 
@@ -24,10 +28,10 @@ def page(title: str, intro: str, *sections: str) -> str:
     )
 
 
-def legend(entries: dict[str, str]) -> str:
-    """A list of colours: CSS colour -> text."""
+def legend(entries: Iterable[tuple[str, str]]) -> str:
+    """A list of CSS colours and what they mean."""
     items = "".join(
         f'<li><span class="key" style="background:{colour}"></span>{escape(text)}</li>'
-        for colour, text in entries.items()
+        for colour, text in entries
     )
     return f'<ul class="legend">{items}</ul>'

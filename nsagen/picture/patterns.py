@@ -121,13 +121,13 @@ def section(example: Example) -> str:
         ),
     )
     colours = legend(
-        {
-            "var(--compressed)": "compressed",
-            "var(--selected)": "selected by score",
-            "var(--forced)": "always selected",
-            "var(--sliding)": "sliding window",
-            "var(--causal)": "visible to dense attention alone",
-        }
+        (
+            ("var(--compressed)", "compressed"),
+            ("var(--selected)", "selected by score"),
+            ("var(--forced)", "always selected"),
+            ("var(--sliding)", "sliding window"),
+            ("var(--causal)", "visible to dense attention alone"),
+        )
     )
     return (
         f"<h2>What one sequence attends to</h2>\n<p>{tokens} tokens of a made-up sequence that "
