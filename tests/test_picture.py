@@ -104,13 +104,14 @@ def test_a_workloads_variants_share_a_row_by_size() -> None:
             "cuda:80": ((Bucket(), small),),
         }
     }
-    variant = {"algorithm": "row_tiles", "schedule": {"rows": 4}, "provenance": "<tuned>"}
-    manifest = {"variants": {small: variant, large: variant}}
+    variant = {"algorithm": "row_tiles", "schedule": {"rows": 4}, "provenance": "<default>"}
+    use = {"target": "cuda:90", "sizes": "tokens >= 1025", "provenance": "<tuned>"}
+    manifest = {"variants": {small: variant, large: variant | {"uses": [use]}}}
     text = dispatch.section(Dispatcher("drawn", "", table), manifest, "cuda:90")
     assert text.count('class="row"') == 1
     assert "tokens &lt;= 1024" in text
     assert "tokens &gt;= 1025" in text
-    assert "&lt;tuned&gt;" in text
+    assert text.count("&lt;default&gt;") == text.count("&lt;tuned&gt;") == 1
     widths = [float(w) for w in re.findall(r"flex-grow:([\d.]+)", text)]
     assert widths == [10, 10]  # powers of two, 1 to 2**10 and on to 2**20
     check_self_contained(page("x", "", text))

@@ -47,13 +47,21 @@ def _row(choices: list[dict[str, Any]], variants: Mapping[str, Any], hues: dict[
     for choice in choices:
         variant = variants[choice["variant"]]
         schedule = ", ".join(f"{name}={value}" for name, value in variant["schedule"].items())
-        facts = f"{choice['variant']}\n{schedule}\n{variant['provenance']}"
+        facts = f"{choice['variant']}\n{schedule}\n{_provenance(variant, choice)}"
         spans.append(
             f'<span style="flex-grow:{_width(choice["tokens"], choice["context"]):.3g};'
             f'--algorithm:{hues[variant["algorithm"]]}" title="{escape(facts)}">'
             f"<b>{escape(choice['sizes'])}</b> <i>{escape(schedule)}</i></span>"
         )
     return f'<div class="row"><code>{label}</code><div class="track">{"".join(spans)}</div></div>'
+
+
+def _provenance(variant: Mapping[str, Any], choice: Mapping[str, Any]) -> str:
+    """Why the variant has its schedule: for each use of it, or one reason for all."""
+    for use in variant.get("uses", ()):
+        if (use["target"], use["sizes"]) == (choice["target"], choice["sizes"]):
+            return use["provenance"]
+    return variant.get("provenance", "")
 
 
 def _width(tokens: tuple[int | None, int | None], context: tuple[int | None, int | None]) -> float:
