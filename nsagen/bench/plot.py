@@ -41,8 +41,9 @@ def plot(path: Path, out: Path | None = None) -> Path:
     note = (
         f"{about['device']}, torch {about['torch']}, triton {about['triton']}: {about['command']}"
     )
-    figure.text(0.01, 0.01, note, fontsize=7, color="gray")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    lines = textwrap.wrap(note, 105 * len(keys))
+    figure.text(0.01, 0.01, "\n".join(lines), fontsize=7, color="gray", va="bottom")
+    figure.tight_layout(rect=(0, 0.025 * (1 + len(lines)), 1, 1))
     out = out or path.with_suffix(".png")
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
