@@ -71,12 +71,15 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     return {"orientation": "rows", "block_n": block_n, "num_warps": warps, "num_stages": 3}
 
 
-def small_group(workload: Workload) -> bool:
-    """Groups whose partial results weigh less than the blocks that each token would read.
+def prefers_key_major(workload: Workload, target: Target) -> bool:
+    """Small groups, whose partial results weigh less than the blocks each token would read.
 
     Not measured: a token writes and reads topk G Dv elements, or reads topk B (D + Dv) from L2.
+    A whole block must fit the target's shared memory.
     """
-    return int(workload.gqa_ratio) < 8
+    schedule = Schedule.of("key_major", default_key_major(workload, target))
+    fits = key_major_memory(workload, schedule) <= target.shared_memory
+    return int(workload.gqa_ratio) < 8 and fits
 
 
 def holds_group(workload: Workload, schedule: Schedule, target: Target) -> bool:
@@ -109,7 +112,7 @@ def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
     group = int(workload.gqa_ratio)
     exact = workload.dtype == "float32"  # no matrix instruction is exact: plain FMA
     for block_m, stages in ((32 if exact else 64, 1 if exact else 3), (16, 1)):
-        knobs = {
+        knobs: dict[str, Param] = {
             "block_m": max(block_m, next_power_of_2(group)),
             "num_warps": 4,
             "num_stages": stages,
@@ -135,7 +138,7 @@ SPACES = (
         derive=derive_key_major,
         shared_memory=key_major_memory,
         default=default_key_major,
-        preferred=lambda workload, target: small_group(workload),
+        preferred=prefers_key_major,
     ),
     ScheduleSpace(
         op="selected_attention",

@@ -99,7 +99,7 @@ def default_keys(
     if workload.dtype == "float32":  # no matrix instruction is exact: plain FMA
         wanted = (("keys", 16, 8, 1),)
     for orientation, block_m, warps, stages in (*wanted, ("keys", 32, 4, 2), ("keys", 16, 4, 1)):
-        knobs = {
+        knobs: dict[str, Param] = {
             "key_orientation": orientation,
             "block_m": max(block_m, next_power_of_2(int(workload.gqa_ratio))),
             "key_warps": warps,
@@ -111,25 +111,35 @@ def default_keys(
     return knobs
 
 
-def default_two_pass(workload: Workload, target: Target) -> dict[str, Param]:
-    """The forward pass's steps for dq; for dk and dv two programs a multiprocessor, no spills."""
-    wanted = (("keys", 32, 4, 3),)
-    if target.has_wgmma and wide_heads(workload):
-        wanted = (("queries", 128, 8, 1), ("queries", 16, 8, 2))
-    width, sizes = element_bytes(workload), padded_heads(workload)
-    keys = 32 * 1024 // (width * (sizes["block_d"] + sizes["block_dv"]))
+def default_queries(workload: Workload, target: Target) -> dict[str, Param]:
+    """The first pass's part of a schedule: what measured fastest for the forward pass's like loop.
+
+    Small programs, so that many are at a time: steps of 8 KiB, 64 results a thread.
+    """
+    exact = workload.dtype == "float32"  # no matrix instruction is exact: plain FMA
+    sizes = padded_heads(workload)
+    bytes_a_key = element_bytes(workload) * (sizes["block_d"] + sizes["block_dv"])
+    keys = max(LEAST_TILE, (32 if exact else 8) * 1024 // bytes_a_key)
     block_size = int(workload.block_size)
     steps = [n for n in (64, 32, 16) if n <= keys and block_size % n == 0]
     block_n = steps[0] if steps else block_b(workload)
-    stages = (1,) if workload.dtype == "float32" else (3, 2, 1)
+    rows = max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio)))
+    stages = (1,) if exact else (3, 2, 1)
     fitting = [n for n in stages if query_pass_memory(workload, block_n, n) <= target.shared_memory]
     return {
         "orientation": "rows",
         "block_n": block_n,
-        "num_warps": 4,
+        "num_warps": 4 if exact else min(8, max(1, rows * sizes["block_d"] // 2048)),
         "num_stages": fitting[0] if fitting else 1,
-        **default_keys(workload, target, wanted),
     }
+
+
+def default_two_pass(workload: Workload, target: Target) -> dict[str, Param]:
+    """For dk and dv, two programs a multiprocessor and no spills."""
+    wanted = (("keys", 32, 4, 3),)
+    if target.has_wgmma and wide_heads(workload):
+        wanted = (("queries", 128, 8, 1), ("queries", 16, 8, 2))
+    return {**default_queries(workload, target), **default_keys(workload, target, wanted)}
 
 
 def derive_key_major(workload: Workload, schedule: Schedule) -> dict[str, Any]:
@@ -140,17 +150,20 @@ def derive_key_major(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
     """Steps that leave registers for dk, dv and a step's share of dq."""
     wanted = ()
-    if target.has_wgmma:
+    if target.has_wgmma and block_b(workload) >= 64:  # a block is the rows of dk and dv
         wanted = (("queries", 16 if wide_heads(workload) else 128, 8, 2),)
     return default_keys(workload, target, wanted)
 
 
-def small_group(workload: Workload) -> bool:
-    """Groups whose shares of dq weigh less than the blocks that two passes would read for them.
+def prefers_key_major(workload: Workload, target: Target) -> bool:
+    """Small groups, whose shares of dq weigh less than the blocks two passes would read for them.
 
-    Not measured: a token's shares are 2 topk G D elements, its blocks 2 topk B D.
+    Not measured: a token's shares are 2 topk G D elements, its blocks 2 topk B D. A whole block
+    must fit the target's shared memory.
     """
-    return int(workload.gqa_ratio) < 8
+    schedule = Schedule.of("key_major", default_key_major(workload, target))
+    fits = key_pass_memory(workload, schedule) <= target.shared_memory
+    return int(workload.gqa_ratio) < 8 and fits
 
 
 KEY_KNOBS = (
@@ -171,7 +184,7 @@ SPACES = (
         derive=derive_key_major,
         shared_memory=key_pass_memory,
         default=default_key_major,
-        preferred=lambda workload, target: small_group(workload),
+        preferred=prefers_key_major,
     ),
     ScheduleSpace(
         op="selected_attention",
