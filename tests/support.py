@@ -35,9 +35,10 @@ def load_kernel(workload: Workload, schedule: Schedule | None = None) -> ModuleT
     Without a schedule: the default one for cuda:90.
     """
     target = KNOWN_TARGETS["cuda:90"]
-    schedule = schedule or default_schedule(workload, target)
-    wrong = space_for(workload, schedule.algorithm).violations(workload, schedule, target)
-    assert not wrong, wrong
+    if schedule is None:
+        schedule = default_schedule(workload, target)
+    elif wrong := space_for(workload, schedule.algorithm).violations(workload, schedule, target):
+        raise AssertionError(wrong)
     name = kernel_name(workload, schedule)
     source = render(workload, schedule, header=f"# {workload}: {schedule}")
     folder = Path(tempfile.gettempdir()) / "nsagen-test-kernels"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsagen.codegen.target import Target
-from nsagen.errors import BuildError
+from nsagen.errors import BuildError, UnsupportedWorkloadError
 from nsagen.workload import Param, Schedule, Workload
 
 
@@ -99,15 +99,7 @@ class ScheduleSpace:
 
     def violations(self, workload: Workload, schedule: Schedule, target: Target) -> list[str]:
         """What forbids this schedule, in words; empty when it is valid."""
-        values = dict(schedule.knobs)
-        wrong = [
-            f"knob {knob.name} must be one of {list(knob.values)}, got {values.get(knob.name)!r}"
-            for knob in self.knobs
-            if values.get(knob.name) not in knob.values
-        ]
-        unknown = sorted(values.keys() - {knob.name for knob in self.knobs})
-        wrong += [f"knob {name} is not one of this algorithm's" for name in unknown]
-        if wrong:
+        if wrong := self._unknown_values(schedule):
             return wrong
         if not self.runs_on(target):
             return [f"algorithm {self.algorithm} does not run on {target}"]
@@ -118,19 +110,62 @@ class ScheduleSpace:
             wrong.append(f"needs about {needed} bytes of shared memory, {target} has {limit}")
         return wrong
 
+    def _unknown_values(self, schedule: Schedule) -> list[str]:
+        """Which knobs are missing, not this algorithm's, or have a value that they cannot have."""
+        values = dict(schedule.knobs)
+        wrong = [
+            f"knob {knob.name} must be one of {list(knob.values)}, got {values.get(knob.name)!r}"
+            for knob in self.knobs
+            if values.get(knob.name) not in knob.values
+        ]
+        unknown = sorted(values.keys() - {knob.name for knob in self.knobs})
+        return wrong + [f"knob {name} is not one of this algorithm's" for name in unknown]
+
     def default_schedule(self, workload: Workload, target: Target) -> Schedule:
-        """The schedule to use where nothing was measured.
+        """The schedule to use where nothing was measured: the default, made to fit the target.
+
+        A default that breaks a rule or needs too much shared memory changes one knob by one value
+        at a time, later knobs first, as long as that mends a rule or needs less. What needs
+        too much even then is left to the compiler, as the estimate is an upper one.
 
         Raises:
-            BuildError: the default breaks the space's own rules (a defect in the space).
+            BuildError: the default has a knob or value that the space lacks, a defect in it.
+            UnsupportedWorkloadError: no such change mends a broken rule.
         """
         schedule = Schedule.of(self.algorithm, self.default(workload, target))
-        if wrong := self.violations(workload, schedule, target):
+        if wrong := self._unknown_values(schedule):
             raise BuildError(
-                f"{workload}, {target}: the default schedule must be valid; "
+                f"{workload}, {target}: the default schedule must have known knobs; "
                 f"got {schedule}: {'; '.join(wrong)}; mend `default` in templates/{self.op}"
             )
+        while self.violations(workload, schedule, target):
+            excess = self._excess(workload, schedule, target)
+            near = (n for n in self._near(schedule) if self._excess(workload, n, target) < excess)
+            smaller = next(near, None)
+            if smaller is None:
+                break
+            schedule = smaller
+        if self._excess(workload, schedule, target)[0]:
+            wrong = "; ".join(self.violations(workload, schedule, target))
+            raise UnsupportedWorkloadError(
+                f"{workload}, {target}: {self.algorithm} must have a valid schedule; "
+                f"the nearest to its default is {schedule}: {wrong}; choose another algorithm"
+            )
         return schedule
+
+    def _excess(self, workload: Workload, schedule: Schedule, target: Target) -> tuple[int, int]:
+        """How many rules a schedule of known knob values breaks, and the memory it needs."""
+        broken = sum(not rule.holds(workload, schedule, target) for rule in self.rules)
+        return broken, self.shared_memory(workload, schedule)
+
+    def _near(self, schedule: Schedule) -> Iterator[Schedule]:
+        """The schedules one value away, later knobs first and lower values first."""
+        values = dict(schedule.knobs)
+        for knob in reversed(self.knobs):
+            place = knob.values.index(values[knob.name])
+            for other in (place - 1, place + 1):
+                if 0 <= other < len(knob.values):
+                    yield Schedule.of(self.algorithm, values, **{knob.name: knob.values[other]})
 
     def schedules(self, workload: Workload, target: Target) -> Iterator[Schedule]:
         """All valid schedules, in the order of the knobs' values."""

@@ -103,8 +103,18 @@ def spaces_for(workload: Workload, target: Target) -> tuple[ScheduleSpace, ...]:
 
 
 def default_schedule(workload: Workload, target: Target) -> Schedule:
-    """The schedule of the preferred algorithm to use where nothing was measured."""
-    return spaces_for(workload, target)[0].default_schedule(workload, target)
+    """The schedule to use where nothing was measured: of the first algorithm that has a valid one.
+
+    Raises:
+        UnsupportedWorkloadError: no algorithm covers the workload, or none fits the target.
+    """
+    reasons = []
+    for space in spaces_for(workload, target):
+        try:
+            return space.default_schedule(workload, target)
+        except UnsupportedWorkloadError as error:
+            reasons.append(str(error))
+    raise UnsupportedWorkloadError("\n".join(reasons))
 
 
 @functools.cache

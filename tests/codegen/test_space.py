@@ -5,7 +5,7 @@ import pytest
 from nsagen.codegen import template
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import KNOWN_TARGETS, parse_target
-from nsagen.errors import BuildError, SpecError
+from nsagen.errors import BuildError, SpecError, UnsupportedWorkloadError
 from nsagen.workload import Schedule, Workload
 
 WORKLOAD = Workload.of("rope", "forward", dtype="float16", head_dim=64)
@@ -48,9 +48,32 @@ def test_a_violation_names_the_rule(knobs, reason):
     assert any(text.startswith(reason) for text in wrong), wrong
 
 
-def test_an_invalid_default_is_a_defect_of_the_space():
-    with pytest.raises(BuildError, match=r"default schedule must be valid.*4 warps need 32 rows"):
-        space(default={"block_m": 16, "num_warps": 4}).default_schedule(WORKLOAD, SM90)
+def test_a_default_with_a_value_that_no_knob_has_is_a_defect_of_the_space():
+    with pytest.raises(BuildError, match=r"must have known knobs.*block_m must be one of"):
+        space(default={"block_m": 24, "num_warps": 4}).default_schedule(WORKLOAD, SM90)
+
+
+@pytest.mark.parametrize(
+    ("default", "changes", "fits"),
+    [
+        ((32, 4), {}, (32, 4)),  # valid as it is
+        ((16, 4), {}, (16, 2)),  # breaks the rule; the later knob gives way
+        ((64, 2), {}, (32, 2)),  # 256 KiB; warps need none, so the earlier knob gives way
+        ((64, 4), {"shared_memory": lambda w, s: 1 << 20}, (64, 4)),  # left to the compiler
+    ],
+)
+def test_a_default_is_made_to_fit(default, changes, fits):
+    knobs = dict(zip(("block_m", "num_warps"), default, strict=True))
+    schedule = space(default=knobs, **changes).default_schedule(WORKLOAD, SM90)
+    assert (schedule.block_m, schedule.num_warps) == fits
+
+
+def test_a_rule_that_no_schedule_meets_leaves_the_workload_to_other_algorithms(monkeypatch):
+    never = space(algorithm="never", rules=(Rule("never", lambda w, s, t: False),))
+    with pytest.raises(UnsupportedWorkloadError, match=r"never must have a valid schedule"):
+        never.default_schedule(WORKLOAD, SM90)
+    monkeypatch.setattr(template, "spaces_of", lambda op, pass_: (never, space()))
+    assert template.default_schedule(WORKLOAD, SM90).algorithm == "rows"
 
 
 def test_power_of_two_knobs_take_powers_of_two_only():
