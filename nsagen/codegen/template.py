@@ -19,6 +19,8 @@ from nsagen.errors import BuildError, UnsupportedWorkloadError
 from nsagen.resources import templates_dir
 from nsagen.workload import STATIC_PARAMS, Schedule, Workload, variant_name
 
+_CODEGEN = Path(__file__).parent
+_HELPER = re.compile(r"^from nsagen\.codegen(?:\.(\w+) import| import ([\w, ]+)$)", re.MULTILINE)
 _INCLUDE = re.compile(r"""{%-?\s*(?:include|import|from)\s+["']([^"']+)["']""")
 
 
@@ -119,7 +121,7 @@ def default_schedule(workload: Workload, target: Target) -> Schedule:
 
 @functools.cache
 def template_hash(template: str) -> str:
-    """SHA-256 over a template, what it includes, and the schedule spaces beside it."""
+    """SHA-256 over a template, what it includes, and the spaces beside it with their helpers."""
     digest = hashlib.sha256()
     pending, seen = [template], set[str]()
     while pending:
@@ -130,8 +132,14 @@ def template_hash(template: str) -> str:
         text = (templates_dir() / name).read_text(encoding="utf-8")
         digest.update(f"{name}\0{text}\0".encode())
         pending += sorted(_INCLUDE.findall(text))
+    helpers = set[str]()
     for path in sorted((templates_dir() / template).parent.glob("space*.py")):
-        digest.update(path.read_bytes())
+        text = path.read_text(encoding="utf-8")
+        digest.update(text.encode())
+        for one, several in _HELPER.findall(text):
+            helpers.update([one] if one else re.findall(r"\w+", several))
+    for name in sorted(helpers - {"space", "target"}):  # those two hold no arithmetic of a kernel
+        digest.update((_CODEGEN / f"{name}.py").read_bytes())
     return digest.hexdigest()
 
 

@@ -40,7 +40,9 @@ def attention_shapes(draw) -> AttentionShape:
     head_dim = often(HEAD_SIZES, 16, 256, 8)
     kernel_size = draw(often((8, 16, 32, 64), 8, 128))
     # Windows that overlap a hundredfold make the reference slow and nothing else.
-    strides = [n for n in range(1, kernel_size + 1) if kernel_size % n == 0 and n * 16 >= kernel_size]
+    strides = [
+        n for n in range(1, kernel_size + 1) if kernel_size % n == 0 and n * 16 >= kernel_size
+    ]
     stride = draw(st.sampled_from(strides))
     init_blocks, local_blocks = draw(st.integers(0, 2)), draw(st.integers(0, 3))
     dim = draw(head_dim)
