@@ -18,6 +18,9 @@ import torch
 hypothesis.settings.register_profile("nsagen", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("nsagen")
 
+# Parallel workers inherit a terminal's width, which would fold what commands print.
+os.environ.pop("COLUMNS", None)
+
 # A machine that only runs kernels may lack what reads specs; its tests are not for there.
 collect_ignore = []
 if importlib.util.find_spec("pydantic") is None:
