@@ -98,12 +98,19 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     knobs["windows"] = max(int(knobs["windows"]), step_pad(workload))
     budget = target.shared_memory // 2 - 512  # each program takes 1 KiB more than it asks for
     while shared_memory(workload, Schedule.of("resident_scores", knobs)) > budget:
-        if int(knobs["num_stages"]) > 2 or (knobs["tokens"] == 8 and int(knobs["num_stages"]) > 1):
-            knobs["num_stages"] = int(knobs["num_stages"]) - 1
-        elif int(knobs["tokens"]) > 8:
-            knobs["tokens"] = int(knobs["tokens"]) // 2
+        stages, tokens = int(knobs["num_stages"]), int(knobs["tokens"])
+        if stages > 2 or (tokens <= 8 and stages > 1):
+            knobs["num_stages"] = stages - 1
+        elif tokens > 8:
+            knobs["tokens"] = tokens // 2
+        elif budget < target.shared_memory:  # one program, then
+            budget = target.shared_memory
+        elif tokens > 1:
+            knobs["tokens"] = tokens // 2
+        elif int(knobs["windows"]) > max(16, step_pad(workload)):
+            knobs["windows"] = int(knobs["windows"]) // 2
         else:
-            budget *= 2
+            break  # one token's heads are too many: the space's own check says so
     return knobs
 
 
@@ -113,7 +120,7 @@ SPACES = (
         pass_="forward",
         algorithm="resident_scores",
         knobs=(
-            PowerOfTwo("tokens", 8, 128, "reuse of each key against shared memory"),
+            PowerOfTwo("tokens", 1, 128, "reuse of each key against shared memory"),
             PowerOfTwo("columns", 16, 256, "wide matrix products against registers"),
             PowerOfTwo("windows", 16, _MAX_WINDOWS, "fewer steps against registers"),
             PowerOfTwo("segment", 32, 1024, "selecting seldom against registers"),
