@@ -202,6 +202,8 @@ class NativeSparseAttention(nn.Module):
     def _compress(
         self, x: Tensor, weight: Tensor | None, pe: Tensor | None, cu_seqlens: Tensor
     ) -> tuple[Tensor, Tensor]:
+        # Under autocast the tokens have another dtype than the parameters.
+        weight, pe = (t if t is None else t.to(x.dtype) for t in (weight, pe))
         return ops.compress(
             *(x, weight, pe, cu_seqlens),
             compress_type=self.compress_type,

@@ -246,8 +246,9 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
-    _, w, pe, *_ = ctx.saved_tensors
-    dx, d_w, d_pe = compress_backward(dy, *ctx.saved_tensors, *ctx.statics)
+    saved = ctx.saved_tensors  # once: activation checkpointing computes them anew at each access
+    _, w, pe, *_ = saved
+    dx, d_w, d_pe = compress_backward(dy, *saved, *ctx.statics)
     weights = (None if w is None else d_w, None if pe is None else d_pe)
     return (dx, *weights, None, None, None, None, None, None)
 

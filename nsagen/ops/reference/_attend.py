@@ -36,6 +36,12 @@ def upcast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
+def contract(equation: str, *tensors: Tensor) -> Tensor:
+    """`torch.einsum` in the tensors' own dtype, also where autocast would take a narrow one."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return torch.einsum(equation, *tensors)
+
+
 def scale_of(softmax_scale: float | None, head_dim: int) -> float:
     """The given softmax scale, or 1/sqrt(head_dim)."""
     return head_dim**-0.5 if softmax_scale is None else softmax_scale
@@ -44,7 +50,7 @@ def scale_of(softmax_scale: float | None, head_dim: int) -> float:
 def scores_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Scaled products of q [C, HQ, D] and k [T, HK, D]: [HK, G, C, T]."""
     grouped = q.unflatten(1, (k.shape[1], -1))
-    return torch.einsum("chgd,thd->hgct", grouped, k) * scale
+    return contract("chgd,thd->hgct", grouped, k) * scale
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -68,7 +74,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple
     scores = scores.masked_fill(~mask & ~empty, float("-inf"))
     probabilities = torch.softmax(scores, -1).masked_fill(empty, 0.0)
     lse = torch.logsumexp(scores, -1).masked_fill(empty.squeeze(-1), float("-inf"))
-    o = torch.einsum("hgct,thd->chgd", probabilities, v)
+    o = contract("hgct,thd->chgd", probabilities, v)
     return o.flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsagen.errors import InvalidInputError
 from nsagen.ops.layout import compressed_cu_seqlens
-from nsagen.ops.reference._attend import wide_dtype
+from nsagen.ops.reference._attend import contract, wide_dtype
 from nsagen.ops.reference._checks import check_windows, sequence_bounds
 
 
@@ -37,10 +37,10 @@ def pool_windows(
     if w is None:
         y = wide.mean(1)
     elif compress_type == "weightedpool":
-        y = torch.einsum("mjhd,hj->mhd", wide, w.to(dtype))
+        y = contract("mjhd,hj->mhd", wide, w.to(dtype))
     else:
         size, _, dim = wide.shape[1:]
-        y = torch.einsum("mjhd,hjde->mhe", wide, w.to(dtype).unflatten(1, (size, dim)))
+        y = contract("mjhd,hjde->mhe", wide, w.to(dtype).unflatten(1, (size, dim)))
     return y.to(windows.dtype).contiguous()
 
 
