@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,11 +98,17 @@ class SelfAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
         assert packed.lengths is not None
         outputs = [q[:0]]
-        for one in zip(*(t.split(packed.lengths) for t in (q, k, v)), strict=True):
-            one_q, one_k, one_v = (t.transpose(0, 1)[None] for t in one)
-            if one_q.shape[2] > 0:
-                o = F.scaled_dot_product_attention(
-                    one_q, one_k, one_v, is_causal=True, enable_gqa=True
+        start = 0
+        for length, run in itertools.groupby(packed.lengths):  # one call for equal neighbours
+            batch = len(list(run))
+            end = start + batch * length
+            if length > 0:
+                some_q, some_k, some_v = (
+                    t[start:end].unflatten(0, (batch, length)).transpose(1, 2) for t in (q, k, v)
                 )
-                outputs.append(o[0].transpose(0, 1))
+                o = F.scaled_dot_product_attention(
+                    some_q, some_k, some_v, is_causal=True, enable_gqa=True
+                )
+                outputs.append(o.transpose(1, 2).flatten(0, 1))
+            start = end
         return self.o_proj(torch.cat(outputs).flatten(1))

@@ -78,7 +78,7 @@ def test_initial_weights_repeat_with_the_generator_and_spread_as_configured() ->
 @pytest.mark.parametrize("make", [lambda: nsa_model(), lambda: ToyLlama(dense_config()).double()])
 def test_ragged_batches_equal_one_by_one(make: Callable[[], ToyNSALlama]) -> None:
     model = make()
-    lengths = [0, 1, 7, 8, 0, 9, 16, 100, 33, 0]
+    lengths = [0, 1, 7, 8, 8, 8, 0, 0, 9, 16, 100, 33, 0]
     ids, cu_seqlens = packed_batch(lengths)
     logits = model(ids, cu_seqlens)
     assert logits.shape == (sum(lengths), 512)
