@@ -118,11 +118,19 @@ def _own_kernel_cache(
 @pytest.mark.skipif(not runs_kernels, reason="needs a GPU, or TRITON_INTERPRET=1")
 @pytest.mark.skipif(bool(MISSING), reason=f"no templates yet for {', '.join(MISSING)}")
 @pytest.mark.usefixtures("_own_kernel_cache")
-@pytest.mark.parametrize("dtype", kernel_dtypes())
-@pytest.mark.parametrize("compress_type", COMPRESS_TYPES)
+@pytest.mark.parametrize(
+    ("compress_type", "dtype"),
+    [
+        ("linear", "float32"),
+        ("weightedpool", kernel_dtypes()[-1]),
+        pytest.param("avgpool", "float32", marks=pytest.mark.slow),
+        pytest.param("weightedpool", "float32", marks=pytest.mark.slow),
+        pytest.param("avgpool", "float16", marks=pytest.mark.slow),
+    ],
+)
 def test_kernels_give_the_references_gradients(compress_type: str, dtype: str) -> None:
     """One sequence has more blocks than topk where rounding is too small to move a choice."""
-    lengths = [5, 0, 90, 18] if dtype == "float32" else [5, 0, 41, 18]
+    lengths = [5, 0, 66] if dtype == "float32" else [5, 0, 41]
     device = kernel_device()
     kernels = one_layer(getattr(torch, dtype), compress_type=compress_type).to(device)
     reference = one_layer(compress_type=compress_type)  # float64 has no kernels
