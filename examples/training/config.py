@@ -1,0 +1,144 @@
+"""What a run is: the models' shape, the batches and the optimizer, and presets of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from nsagen.model import ToyLlama, ToyLlamaConfig, ToyNSALlama, ToyNSALlamaConfig
+
+ModelKind = Literal["nsa", "dense"]
+Model = ToyNSALlama | ToyLlama
+
+VOCAB_SIZE = 256
+"""Both tasks are about bytes."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a loss curve depends on, but for the model's kind.
+
+    Attributes:
+        batch_tokens: tokens of a step, over all processes and accumulated parts.
+        accumulate: parts that each process computes its share of a step in.
+        dtype: of the parameters.
+        amp: whether matrix products run in bfloat16 by autocast.
+        activation_checkpointing: compute each layer's activations again in the backward pass.
+        corpus_mib: mebibytes of text to train and validate on.
+    """
+
+    seq_len: int = 256
+    batch_tokens: int = 4096
+    steps: int = 300
+    warmup_steps: int = 20
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    accumulate: int = 1
+    dtype: str = "float32"
+    amp: bool = False
+    activation_checkpointing: bool = False
+    eval_every: int = 50
+    eval_batches: int = 4
+    save_every: int = 50
+    seed: int = 0
+    corpus_mib: int = 12
+    hidden_size: int = 64
+    intermediate_size: int = 192
+    layers: int = 2
+    query_heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    initializer_range: float = 0.06
+    compress_type: str = "weightedpool"
+    kernel_size: int = 8
+    kernel_stride: int = 4
+    block_size: int = 16
+    topk: int = 6
+    window_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens % (self.seq_len * self.accumulate):
+            raise ValueError(
+                "batch_tokens must be a multiple of seq_len * accumulate; got "
+                f"{self.batch_tokens} and {self.seq_len} * {self.accumulate}; change any of them"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a step."""
+        return self.batch_tokens // self.seq_len
+
+    def dense_config(self) -> ToyLlamaConfig:
+        return ToyLlamaConfig(**self._llama())
+
+    def nsa_config(self) -> ToyNSALlamaConfig:
+        names = ("compress_type", "kernel_size", "kernel_stride", "block_size", "topk")
+        sparsity = {name: getattr(self, name) for name in (*names, "window_size")}
+        return ToyNSALlamaConfig(**self._llama(), **sparsity, init_blocks=1, local_blocks=2)
+
+    def _llama(self) -> dict[str, Any]:
+        return {
+            "vocab_size": VOCAB_SIZE,
+            # No step has a longer sequence, so that no step needs to read its lengths.
+            "max_position_embeddings": self.batch_tokens,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.query_heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "initializer_range": self.initializer_range,
+            "rope_theta": 10000.0,
+            "rope_scaling": None,
+        }
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "cpu": TrainConfig(),
+    "gpu": TrainConfig(  # 29 million parameters, and the paper's sparsity at 4096 tokens
+        seq_len=4096,
+        batch_tokens=65536,
+        steps=300,
+        warmup_steps=30,
+        learning_rate=1e-3,
+        amp=True,
+        eval_every=100,
+        eval_batches=4,
+        save_every=150,
+        corpus_mib=48,
+        hidden_size=512,
+        intermediate_size=1536,
+        layers=8,
+        query_heads=16,
+        kv_heads=2,
+        head_dim=64,
+        initializer_range=0.02,
+        kernel_size=32,
+        kernel_stride=16,
+        block_size=64,
+        topk=16,
+        window_size=512,
+    ),
+}
+
+
+def config_of(preset: str, changes: Mapping[str, Any]) -> TrainConfig:
+    """A preset with some fields replaced; those that are None stay.
+
+    Raises:
+        ValueError: the preset or a field is unknown, or the sizes do not fit each other.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+    names = {field.name for field in fields(TrainConfig)}
+    if unknown := sorted(changes.keys() - names):
+        raise ValueError(f"a run has no {', '.join(unknown)}; it has {', '.join(sorted(names))}")
+    given = {name: value for name, value in changes.items() if value is not None}
+    return replace(PRESETS[preset], **given)
+
+
+def as_dict(config: TrainConfig) -> dict[str, Any]:
+    """The fields by name, for JSON."""
+    return asdict(config)

@@ -1,0 +1,234 @@
+"""The training example: tasks, checkpoints, resuming, and the loop's equivalences."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.training import checkpoint
+from examples.training.checkpoint import Checkpoint
+from examples.training.config import ModelKind, TrainConfig, config_of
+from examples.training.data import IGNORED, Corpus, RecallTask, Split, TextTask
+from examples.training.loop import History, Trainer
+from examples.training.parallel import World
+
+ROOT = Path(__file__).parents[2]
+ALONE = World(0, 1, torch.device("cpu"))
+
+TINY = TrainConfig(
+    seq_len=48,
+    batch_tokens=192,
+    steps=12,
+    warmup_steps=2,
+    eval_every=6,
+    eval_batches=1,
+    save_every=3,
+    hidden_size=32,
+    intermediate_size=64,
+    corpus_mib=1,
+    topk=3,
+    initializer_range=0.02,
+    window_size=16,
+)
+"""Sequences of more blocks than are selected, 2 tokens of compression windows to each."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return Corpus.read(1 << 20)
+
+
+def train(
+    corpus: Corpus, config: TrainConfig, kind: ModelKind = "nsa", folder: Path | None = None
+) -> History:
+    task = TextTask(corpus, config.seq_len, config.seed)
+    return Trainer(kind, config, task, folder, ALONE).run()
+
+
+def command(config: TrainConfig, out: Path, *more: str) -> list[str]:
+    """The command line of a run of NSA on text."""
+    base = config_of("cpu", {})
+    changes = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in vars(config).items()
+        if value != getattr(base, name)
+    ]
+    script = str(ROOT / "examples" / "train_toy.py")
+    options = ["--model=nsa", "--device=cpu", "--threads=1", f"--out={out}", *changes, *more]
+    return [script, *options]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def losses_in(out: Path) -> list[float]:
+    return json.loads((out / "text.json").read_text())["runs"]["nsa"]["losses"]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(corpus: Corpus, tmp_path: Path) -> None:
+    config = replace(TINY, steps=40)
+    run = [sys.executable, *command(config, tmp_path)]
+    process = subprocess.Popen(run, env=environment(), stdout=subprocess.DEVNULL)
+    checkpoints = tmp_path / "checkpoints" / "text-nsa"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "text.json").exists()
+    resumed_from = checkpoint.load_latest(checkpoints)
+    assert resumed_from
+    assert 0 < resumed_from.step < config.steps
+    subprocess.run(run, env=environment(), stdout=subprocess.DEVNULL, check=True)
+    unbroken = train(corpus, config)
+    last = checkpoint.load_latest(checkpoints)
+    assert last
+    assert last.step == config.steps
+    assert last.scalars["history"]["losses"] == unbroken.losses
+    assert losses_in(tmp_path) == [round(loss, 5) for loss in unbroken.losses]
+    assert (tmp_path / "text.png").stat().st_size > 10_000
+
+
+def test_it_learns(corpus: Corpus) -> None:
+    history = train(corpus, TINY)
+    assert history.losses[0] == pytest.approx(torch.tensor(256.0).log().item(), abs=0.1)
+    assert history.validations[-1].loss < history.losses[0] - 0.5
+
+
+def test_accumulation_equals_the_larger_batch(corpus: Corpus) -> None:
+    whole = train(corpus, TINY)
+    parts = train(corpus, replace(TINY, accumulate=4))
+    assert parts.losses == pytest.approx(whole.losses, abs=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["nsa", "dense"])
+def test_activation_checkpointing_changes_nothing(corpus: Corpus, kind: ModelKind) -> None:
+    plain = train(corpus, TINY, kind)
+    again = train(corpus, replace(TINY, activation_checkpointing=True), kind)
+    assert again.losses == plain.losses
+
+
+@pytest.mark.parametrize("kind", ["nsa", "dense"])
+def test_mixed_precision(corpus: Corpus, kind: ModelKind) -> None:
+    """Parameters and losses stay in float32, and the curve stays near."""
+    config = replace(TINY, amp=True)
+    task = TextTask(corpus, config.seq_len, config.seed)
+    trainer = Trainer(kind, config, task, None, ALONE)
+    mixed = trainer.run()
+    assert {p.dtype for p in trainer.plain.parameters()} == {torch.float32}
+    plain = train(corpus, TINY, kind)
+    assert mixed.losses != plain.losses
+    assert mixed.losses == pytest.approx(plain.losses, rel=0.02)
+
+
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_two_processes_train_as_one_does(corpus: Corpus, parallel: str, tmp_path: Path) -> None:
+    """And go on from what one process saved, with accumulation."""
+    train(corpus, TINY, folder=tmp_path / "checkpoints" / "text-nsa")
+    newest, before = sorted((tmp_path / "checkpoints" / "text-nsa").iterdir(), reverse=True)
+    assert (newest.name, before.name) == ("step-00000012", "step-00000009")
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    config = replace(TINY, accumulate=2)
+    run = [sys.executable, *launcher, *command(config, tmp_path, f"--parallel={parallel}")]
+    subprocess.run(run, env=environment(), stdout=subprocess.DEVNULL, check=True)
+    assert losses_in(tmp_path) == pytest.approx(train(corpus, TINY).losses, abs=2e-5)
+
+
+def test_a_batch_depends_on_seed_and_step_alone(corpus: Corpus) -> None:
+    task = TextTask(corpus, 48, seed=0)
+    ids, targets = task.batch("train", 3, 4)
+    assert torch.equal(task.batch("train", 3, 4)[0], ids)
+    assert torch.equal(ids[:, 1:], targets[:, :-1])
+    for other in (
+        task.batch("train", 4, 4),
+        task.batch("validation", 3, 4),
+        TextTask(corpus, 48, seed=1).batch("train", 3, 4),
+    ):
+        assert not torch.equal(other[0], ids)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_recall_asks_for_what_was_there(split: Split) -> None:
+    task = RecallTask(512, seed=0)
+    ids, targets = task.batch(split, 0, 8)
+    body = 512 - 2 * task.classes
+    copies = set()
+    for row_ids, row_targets in zip(ids.tolist(), targets.tolist(), strict=True):
+        needles = Counter(token for token in row_ids[:body] if token < 192)
+        assert sorted(token // task.values for token in needles) == list(range(task.classes))
+        assert len(set(needles.values())) == 1
+        copies.update(needles.values())
+        assert not any(192 <= token < 208 for token in row_ids[:body])
+        asked, answers = row_ids[body::2], row_ids[body + 1 :: 2]
+        assert sorted(answers) == sorted(needles)
+        assert [question - 192 for question in asked] == [value // 12 for value in answers]
+        assert row_targets[body::2] == answers
+        assert {*row_targets[:body], *row_targets[body + 1 :: 2]} == {IGNORED}
+    assert copies == {1} if split == "validation" else copies <= {1, 2, 3, 4} and len(copies) > 1
+
+
+def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:
+    assert checkpoint.load_latest(tmp_path) is None
+    (tmp_path / ".writing-1").mkdir()
+    (tmp_path / ".writing-1" / "tensors.safetensors").write_bytes(b"half")
+    assert checkpoint.load_latest(tmp_path) is None
+    for step in (1, 2, 10):
+        tensors = {"x": torch.arange(6.0).view(2, 3).T * step}
+        checkpoint.save(tmp_path, Checkpoint(step, tensors, {"losses": [0.1 + 0.2]}))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000010"]
+    found = checkpoint.load_latest(tmp_path)
+    assert found
+    assert found.step == 10
+    assert torch.equal(found.tensors["x"], torch.arange(6.0).view(2, 3).T * 10)
+    assert found.scalars == {"losses": [0.1 + 0.2]}
+
+
+def test_a_checkpoint_of_another_run_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    config = replace(TINY, steps=3)
+    train(corpus, config, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"learning_rate 0.003, now 0.1; choose another --out"):
+        train(corpus, replace(config, learning_rate=0.1), folder=tmp_path)
+    again = train(corpus, replace(config, accumulate=2), folder=tmp_path)  # all steps are done
+    assert len(again.losses) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"seq_len": 100}, "batch_tokens must be a multiple of seq_len"),
+        ({"batch": 1}, "a run has no batch; it has accumulate"),
+    ],
+)
+def test_wrong_settings(changes: dict[str, int], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        config_of("cpu", changes)
+
+
+def test_more_parts_than_sequences(corpus: Corpus) -> None:
+    with pytest.raises(ValueError, match="multiple of accumulate"):
+        Trainer("nsa", TINY, TextTask(corpus, 48, 0), None, World(0, 3, torch.device("cpu")))
