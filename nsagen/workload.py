@@ -49,6 +49,8 @@ STATIC_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
     ("sliding_window_attention", "backward"): _SLIDING,
     ("gated_sum", "forward"): ("v_head_dim",),
     ("gated_sum", "backward"): ("v_head_dim",),
+    # Its sizes are the model's, not attention's: it takes any at run time.
+    ("linear", "decode"): (),
     ("cache_append", "decode"): (
         "compress_type",
         "head_dim",

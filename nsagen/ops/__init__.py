@@ -4,6 +4,7 @@ CUDA tensors run generated kernels, found by a dispatcher; CPU tensors run `nsag
 or the same kernels where TRITON_INTERPRET=1 was set before triton was imported.
 """
 
+from nsagen.ops._launch import on_kernels
 from nsagen.ops.cache_append import cache_append
 from nsagen.ops.compress import (
     avgpool_compress,
@@ -14,6 +15,7 @@ from nsagen.ops.compress import (
 from nsagen.ops.compressed_attention import compressed_attention
 from nsagen.ops.compressed_attention_decode import compressed_attention_decode
 from nsagen.ops.gated_sum import gated_sum
+from nsagen.ops.linear_decode import LINEAR_DECODE_ROWS, linear_decode
 from nsagen.ops.native_sparse_attention import native_sparse_attention
 from nsagen.ops.native_sparse_attention_decode import native_sparse_attention_decode
 from nsagen.ops.rope import rope
@@ -21,6 +23,7 @@ from nsagen.ops.selected_attention import topk_sparse_attention
 from nsagen.ops.sliding_window_attention import sliding_window_attention
 
 __all__ = [
+    "LINEAR_DECODE_ROWS",
     "avgpool_compress",
     "cache_append",
     "compress",
@@ -28,8 +31,10 @@ __all__ = [
     "compressed_attention_decode",
     "gated_sum",
     "linear_compress",
+    "linear_decode",
     "native_sparse_attention",
     "native_sparse_attention_decode",
+    "on_kernels",
     "rope",
     "sliding_window_attention",
     "topk_sparse_attention",

@@ -19,6 +19,7 @@ from nsagen.ops.reference.compressed_attention import (
     compressed_attention_forward,
 )
 from nsagen.ops.reference.gated_sum import gated_sum
+from nsagen.ops.reference.linear_decode import linear_decode
 from nsagen.ops.reference.native_sparse_attention import (
     native_sparse_attention,
     native_sparse_attention_decode,
@@ -41,6 +42,7 @@ __all__ = [
     "compressed_cu_seqlens",
     "gated_sum",
     "linear_compress",
+    "linear_decode",
     "native_sparse_attention",
     "native_sparse_attention_decode",
     "positions_in_sequence",

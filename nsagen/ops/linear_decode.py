@@ -1,0 +1,134 @@
+"""Decoding: a linear layer of few rows, with the norm before it and what follows, in one launch.
+
+At few rows a layer takes as long as reading its weights; every launch beside it, of a norm, an
+activation or a sum, would take about as long as a hundredth of the whole step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nsagen.errors import InvalidInputError
+from nsagen.ops import reference
+from nsagen.ops._checks import check_rows, fail
+from nsagen.ops._define import define_op
+from nsagen.ops._launch import key_of, launch, on_kernels
+from nsagen.runtime import Dispatcher
+
+_OP = "linear decode"
+
+LINEAR_DECODE_ROWS = 64
+"""Most rows that the kernel takes. It reads the weights once for all of them."""
+
+
+def linear_decode(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+    sigmoid_from: int | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """act(norm(x) @ weight.T) + residual, for inference.
+
+    Args:
+        x: [R, K]; on a GPU at most LINEAR_DECODE_ROWS rows.
+        weight: [N, K], contiguous.
+        norm_weight: [K]: norm(x) = x / sqrt(mean(x^2) + eps) * norm_weight; None: norm(x) = x.
+        eps: of the norm.
+        residual: of the output's shape, or None.
+        swiglu: the first N / 2 outputs are gates: act(y) = silu(gates) * others.
+        sigmoid_from: outputs from this one on go through a sigmoid; None for none.
+        dispatcher: the generated kernels to use; by default they are built when missing.
+
+    Returns:
+        [R, N], or [R, N / 2] with swiglu, in x's dtype.
+
+    Raises:
+        InvalidInputError: a tensor breaks the contract above.
+    """
+    settings = (float(eps), swiglu, sigmoid_from, key_of(dispatcher))
+    return linear_decode_op(x, weight, norm_weight, residual, *settings)
+
+
+def _linear_decode(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    swiglu: bool,
+    sigmoid_from: int | None,
+    dispatcher: str = "",
+) -> Tensor:
+    """y; see `linear_decode`."""
+    _check(x, weight, norm_weight, residual, swiglu)
+    if not on_kernels(x):
+        return reference.linear_decode(
+            x,
+            weight,
+            norm_weight=norm_weight,
+            eps=eps,
+            residual=residual,
+            swiglu=swiglu,
+            sigmoid_from=sigmoid_from,
+        )
+    if x.shape[0] > LINEAR_DECODE_ROWS:
+        rule = f"a kernel takes at most {LINEAR_DECODE_ROWS} rows"
+        fail(_OP, rule, x.shape[0], "use torch.nn.functional.linear, which is made for more")
+    if norm_weight is not None and x.dtype == torch.float16:
+        # The kernel multiplies by the norm's weight before it divides, which float16 may not hold.
+        x, norm_weight = functional.rms_norm(x, x.shape[1:], norm_weight, eps), None
+    y = _allocate(x, weight, swiglu)
+    args = (x, weight, norm_weight, residual, y, eps, swiglu, sigmoid_from)
+    launch(dispatcher, "linear", "decode", (), args)
+    return y
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    swiglu: bool,
+    sigmoid_from: int | None,
+    dispatcher: str = "",
+) -> Tensor:
+    return _allocate(x, weight, swiglu)
+
+
+linear_decode_op = define_op("linear_decode", _linear_decode, _fake)
+
+
+def _allocate(x: Tensor, weight: Tensor, swiglu: bool) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0] // (2 if swiglu else 1)))
+
+
+def _check(
+    x: Tensor, weight: Tensor, norm_weight: Tensor | None, residual: Tensor | None, swiglu: bool
+) -> None:
+    check_rows(_OP, 2, x=x, weight=weight, residual=residual)
+    if weight.shape[1] != x.shape[1] or not weight.is_contiguous():
+        came = f"{tuple(weight.shape)}, strides {tuple(weight.stride())}"
+        fail(_OP, f"weight must be contiguous [N, {x.shape[1]}]", came, "pass nn.Linear's weight")
+    if swiglu and weight.shape[0] % 2:
+        raise InvalidInputError(
+            f"{_OP}: swiglu needs as many gates as other outputs; got {weight.shape[0]} in all; "
+            "put the gates' weights first, then the others'"
+        )
+    wanted = (x.shape[0], weight.shape[0] // (2 if swiglu else 1))
+    if residual is not None and tuple(residual.shape) != wanted:
+        fail(_OP, f"residual must be {wanted}", tuple(residual.shape), "pass the layer's input")
+    if norm_weight is None:
+        return
+    right = tuple(norm_weight.shape) == (x.shape[1],) and norm_weight.is_contiguous()
+    if not right or norm_weight.dtype != x.dtype or norm_weight.device != x.device:
+        came = f"{norm_weight.dtype} {tuple(norm_weight.shape)} on {norm_weight.device}"
+        rule = f"norm_weight must be {x.dtype} ({x.shape[1]},) on {x.device}"
+        fail(_OP, rule, came, "pass the norm's weight")
