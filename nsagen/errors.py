@@ -22,3 +22,7 @@ class BuildError(NsagenError):
 
 class UnsupportedWorkloadError(NsagenError, LookupError):
     """No variant covers a call, and building a missing one is turned off or impossible."""
+
+
+class CapacityError(NsagenError, RuntimeError):
+    """A cache has no room for a sequence now; it may have when others have ended."""

@@ -1,20 +1,28 @@
 """Key/value caches for generation: dense, and for Native Sparse Attention.
 
-A slot holds one sequence. Tensors are allocated once; their sizes are known beforehand from
-`cache_shapes`, which `InferenceConfig.cache_bytes` reports.
+A slot holds one sequence: in max_length tokens of its own, or in pages that it takes as it needs.
+Tensors are allocated once; their sizes are known beforehand from `cache_shapes`, which
+`InferenceConfig.cache_bytes` reports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from nsagen.model.configs import InferenceConfig, ToyLlamaConfig, ToyNSALlamaConfig
-from nsagen.model.packing import Packed
+from nsagen.model.configs import (
+    InferenceConfig,
+    ToyLlamaConfig,
+    ToyNSALlamaConfig,
+    check_inference_config,
+)
+from nsagen.model.pages import PagePool
+from nsagen.model.prefill import Index, PrefillRows
 
 Layer = TypeVar("Layer")
 
@@ -23,58 +31,18 @@ def cache_shapes(config: ToyLlamaConfig, limits: InferenceConfig) -> dict[str, t
     """Shapes of all tensors in a model's cache; the first dimension is the layer."""
     layers, slots = config.num_hidden_layers, limits.max_batch_size
     heads = (config.num_key_value_heads, config.head_dim)
-    full = (layers, slots, limits.max_length, *heads)
-    shapes = {"k": full, "v": full}
+    places, length = slots, limits.max_length
+    if limits.paged:
+        places, length = limits.total_pages, limits.page_size
+    shapes = {"k": (layers, places, length, *heads), "v": (layers, places, length, *heads)}
     if isinstance(config, ToyNSALlamaConfig):
         size, stride = config.kernel_size, config.kernel_stride
-        # One window at least, so that kernels never see an empty tensor.
-        windows = max(1, (limits.max_length - size) // stride + 1)
-        shapes["ck"] = shapes["cv"] = (layers, slots, windows, *heads)
+        # One window at least, so that kernels never see an empty tensor. A page has the windows
+        # that begin in it.
+        windows = length // stride if limits.paged else max(1, (length - size) // stride + 1)
+        shapes["ck"] = shapes["cv"] = (layers, places, windows, *heads)
         shapes["k_raw"] = (layers, slots, size, *heads)
     return shapes
-
-
-@dataclass(frozen=True)
-class PrefillRows:
-    """Which rows of a packed prompt batch go where in a cache. Built once a prefill.
-
-    Attributes:
-        slot: int64 [N], slot of each token's sequence.
-        position: int64 [N], the token's position.
-        window_slot: int64 [sum M], slot of each compression window's sequence.
-        window: int64 [sum M], the window's index within its sequence.
-        tail: int64 [...], rows of the last kernel_size tokens of each sequence.
-    """
-
-    slot: Tensor
-    position: Tensor
-    window_slot: Tensor
-    window: Tensor
-    tail: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        packed: Packed,
-        slots: Tensor,
-        lengths: Sequence[int],
-        kernel_size: int = 1,
-        kernel_stride: int = 1,
-    ) -> PrefillRows:
-        """Lay out a prefill; `lengths` are the sequences' lengths, known on the host."""
-        device = slots.device
-        counts = [max(0, (n - kernel_size) // kernel_stride + 1) for n in lengths]
-        repeats = torch.tensor(counts, dtype=torch.int64, device=device)
-        window = [torch.arange(count, device=device) for count in counts]
-        length = torch.tensor(lengths, dtype=torch.int64, device=device)
-        position = packed.positions.to(torch.int64)
-        return cls(
-            slot=slots.to(torch.int64)[packed.sequence],
-            position=position,
-            window_slot=slots.to(torch.int64).repeat_interleave(repeats, output_size=sum(counts)),
-            window=torch.cat(window) if window else repeats,
-            tail=(position >= length[packed.sequence] - kernel_size).nonzero().squeeze(1),
-        )
 
 
 @dataclass(frozen=True)
@@ -90,9 +58,9 @@ class KVLayerCache:
     v: Tensor
 
     def fill(self, rows: PrefillRows, k: Tensor, v: Tensor) -> None:
-        """Write a packed prompt batch: k after rope and v, [N, HK, D]."""
-        self.k[rows.slot, rows.position] = k
-        self.v[rows.slot, rows.position] = v
+        """Write the tokens of a pass: k after rope and v, [N, HK, D]."""
+        self.k[rows.index] = k
+        self.v[rows.index] = v
 
 
 @dataclass(frozen=True)
@@ -101,11 +69,14 @@ class NSALayerCache:
 
     Attributes:
         k: [slots, max_length, HK, D], keys after rope; for the selected and sliding branches.
+            In pages: [pages, page_size, HK, D], as is v.
         v: [slots, max_length, HK, D]; for these two, and the source of compressed values.
         ck: [slots, windows, HK, D], compressed keys; window i after rope at position i*stride.
+            In pages: [pages, page_size // stride, HK, D], as is cv.
         cv: [slots, windows, HK, D], compressed values.
         k_raw: [slots, kernel_size, HK, D], the last keys before rope: token t at index
             t % kernel_size. Compression happens before rope, so the next window needs them.
+        block_table: int32 [slots, pages_per_slot], the pages of each slot; None without pages.
     """
 
     k: Tensor
@@ -113,28 +84,29 @@ class NSALayerCache:
     ck: Tensor
     cv: Tensor
     k_raw: Tensor
+    block_table: Tensor | None = None
 
     def fill(
         self, rows: PrefillRows, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, k_raw: Tensor
     ) -> None:
-        """Write a packed prompt batch.
+        """Write the tokens of a pass, and the windows that they complete.
 
         Args:
             k, v, k_raw: [N, HK, D]: keys after rope, values, keys before rope.
-            ck, cv: [>= sum M, HK, D]: compressed keys after rope, compressed values; rows past
-                the last window are ignored.
+            ck, cv: [M, HK, D]: compressed keys after rope, compressed values.
         """
-        self.k[rows.slot, rows.position] = k
-        self.v[rows.slot, rows.position] = v
-        windows = rows.window.shape[0]
-        self.ck[rows.window_slot, rows.window] = ck[:windows]
-        self.cv[rows.window_slot, rows.window] = cv[:windows]
-        place = rows.position[rows.tail] % self.k_raw.shape[1]
-        self.k_raw[rows.slot[rows.tail], place] = k_raw[rows.tail]
+        assert rows.windows is not None
+        self.k[rows.index] = k
+        self.v[rows.index] = v
+        self.ck[rows.windows.index] = ck
+        self.cv[rows.windows.index] = cv
+        self.k_raw[rows.windows.raw] = k_raw[rows.windows.kept]
 
 
 class _Cache(Generic[Layer]):
     """All layers' caches; indexing gives one layer's."""
+
+    windows: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -144,16 +116,19 @@ class _Cache(Generic[Layer]):
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
+        check_inference_config(config, limits)
         self.limits = limits
         self.device = torch.device(device)
         self.dtype = dtype
+        self.pages = PagePool(limits, self.device) if limits.paged else None
         # Zeros, not garbage: kernels may load rows past a sequence's end before masking them.
         self._tensors = {
             name: torch.zeros(shape, device=device, dtype=dtype)
             for name, shape in cache_shapes(config, limits).items()
         }
+        shared: dict[str, Any] = {} if self.pages is None else {"block_table": self.pages.table}
         self._layers = [
-            layer_type(**{name: tensor[layer] for name, tensor in self._tensors.items()})
+            layer_type(**{name: tensor[layer] for name, tensor in self._tensors.items()}, **shared)
             for layer in range(config.num_hidden_layers)
         ]
 
@@ -164,9 +139,52 @@ class _Cache(Generic[Layer]):
         return iter(self._layers)
 
     @property
+    def paged(self) -> bool:
+        """Whether sequences lie in pages."""
+        return self.pages is not None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All layers' keys, values and what else is kept of them."""
+        return iter(self._tensors.values())
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated; equals `InferenceConfig.cache_bytes` for the same dtype."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        table = 0 if self.pages is None else self.pages.table.nbytes
+        return table + sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def reserve(self, slot: int, tokens: int, who: str = "cache") -> None:
+        """Make sure that a slot can hold `tokens` tokens; only pages can run out.
+
+        Raises:
+            CapacityError: too few pages are free; nothing has changed.
+        """
+        if self.pages is not None:
+            self.pages.reserve(slot, tokens, who)
+
+    def release(self, slot: int) -> None:
+        """Give up a slot's sequence. Nothing is cleared, and other slots go on."""
+        if self.pages is not None:
+            self.pages.release(slot)
+
+    def capacity(self, slot: int) -> int:
+        """Tokens that a slot can hold now."""
+        return self.limits.max_length if self.pages is None else self.pages.capacity(slot)
+
+    def token_index(self, slot: Tensor, position: Tensor) -> Index:
+        """Where tokens lie in k and v."""
+        return self._index(slot, position, self.limits.page_size)
+
+    def window_index(self, slot: Tensor, window: Tensor) -> Index:
+        """Where windows lie in ck and cv."""
+        assert self.windows is not None
+        return self._index(slot, window, self.limits.page_size // self.windows[1])
+
+    def _index(self, slot: Tensor, entry: Tensor, entries_a_page: int) -> Index:
+        if self.pages is None:
+            return slot, entry
+        page = self.pages.table[slot, entry // entries_a_page]
+        return page.to(torch.int64), entry % entries_a_page
 
 
 class KVCache(_Cache[KVLayerCache]):
@@ -183,7 +201,11 @@ class KVCache(_Cache[KVLayerCache]):
 
 
 class NSACache(_Cache[NSALayerCache]):
-    """What Native Sparse Attention reads while decoding, of all layers of a `ToyNSALlama`."""
+    """What Native Sparse Attention reads while decoding, of all layers of a `ToyNSALlama`.
+
+    Args:
+        paged, page_size: as in `InferenceConfig`, which gives them unless they are given here.
+    """
 
     def __init__(
         self,
@@ -191,5 +213,12 @@ class NSACache(_Cache[NSALayerCache]):
         limits: InferenceConfig,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
+        *,
+        paged: bool | None = None,
+        page_size: int | None = None,
     ) -> None:
+        given = {"paged": paged, "page_size": page_size}
+        changes: dict[str, Any] = {n: value for n, value in given.items() if value is not None}
+        limits = dataclasses.replace(limits, **changes)
         super().__init__(NSALayerCache, config, limits, device, dtype)
+        self.windows = (config.kernel_size, config.kernel_stride)

@@ -160,32 +160,103 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """Limits of cached generation; they size the cache.
+    """Limits of cached generation, which size the cache, and how it runs.
 
     Attributes:
         max_batch_size: sequences that are generated at once; slots of the cache.
         max_length: longest sequence in tokens, prompt and new tokens together.
         max_new_tokens: new tokens a `generate` makes unless told otherwise.
+        prefill_chunk_size: most prompt tokens that run at once; None for whole prompts.
+        cuda_graph: capture a decoding step and replay it; CPUs have no graphs and ignore it.
+        paged: keep the cache in pages that sequences take as they need, not in max_length
+            tokens a slot. For Native Sparse Attention.
+        page_size: tokens of a page; a multiple of the model's block_size.
+        num_pages: pages in all; None for as many as full slots would take.
 
     Raises:
-        InvalidInputError: a value is not a positive integer.
+        InvalidInputError: a value is not a positive integer, or a switch not a bool.
     """
 
     max_batch_size: int = 32
     max_length: int = 8192
     max_new_tokens: int = 128
+    prefill_chunk_size: int | None = None
+    cuda_graph: bool = True
+    paged: bool = False
+    page_size: int = 64
+    num_pages: int | None = None
 
     def __post_init__(self) -> None:
-        require_integers(self, ("max_batch_size", "max_length", "max_new_tokens"), 1)
+        sizes = ("max_batch_size", "max_length", "max_new_tokens", "page_size")
+        given = [n for n in ("prefill_chunk_size", "num_pages") if getattr(self, n) is not None]
+        require_integers(self, (*sizes, *given), 1)
+        for name in ("cuda_graph", "paged"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, bool),
+                "InferenceConfig",
+                f"{name} must be True or False",
+                repr(value),
+                "pass one of these",
+            )
+
+    @property
+    def pages_per_slot(self) -> int:
+        """Pages that hold max_length tokens."""
+        return -(-self.max_length // self.page_size)
+
+    @property
+    def total_pages(self) -> int:
+        """Pages of a paged cache."""
+        return self.num_pages or self.max_batch_size * self.pages_per_slot
 
     def cache_bytes(self, config: ToyLlamaConfig, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes that a model's cache takes, known before anything is allocated.
 
         Dense: max_batch_size * max_length * num_key_value_heads * head_dim * num_hidden_layers
         * 2 (keys and values) * bytes per element. NSA adds the compressed keys and values and
-        the last kernel_size keys before rope.
+        the last kernel_size keys before rope. A paged cache counts total_pages * page_size
+        tokens instead, and 4 bytes for each page that a slot may name.
         """
         from nsagen.model.cache import cache_shapes
 
         elements = sum(torch.Size(shape).numel() for shape in cache_shapes(config, self).values())
-        return elements * dtype.itemsize
+        table = 4 * self.max_batch_size * self.pages_per_slot if self.paged else 0
+        return elements * dtype.itemsize + table
+
+
+def check_inference_config(config: ToyLlamaConfig, limits: InferenceConfig | None) -> None:
+    """Check that a cache suits its model.
+
+    Raises:
+        InvalidInputError: max_length passes max_position_embeddings; pages for dense attention,
+            or pages that would split a block.
+    """
+    if limits is None:
+        return
+    where = "InferenceConfig"
+    require(
+        limits.max_length <= config.max_position_embeddings,
+        where,
+        f"max_length must be at most max_position_embeddings={config.max_position_embeddings}",
+        str(limits.max_length),
+        "lower max_length or raise max_position_embeddings",
+    )
+    if not limits.paged:
+        return
+    require(
+        isinstance(config, ToyNSALlamaConfig),
+        where,
+        "paged caches are for Native Sparse Attention",
+        f"paged=True with {type(config).__name__}",
+        "leave paged at False, or use ToyNSALlama",
+    )
+    assert isinstance(config, ToyNSALlamaConfig)
+    block = config.block_size
+    require(
+        limits.page_size % block == 0,
+        where,
+        f"page_size must be a multiple of block_size={block}, so that a block lies in one page",
+        str(limits.page_size),
+        f"use a multiple of {block}, such as {-(-limits.page_size // block) * block}",
+    )

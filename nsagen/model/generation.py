@@ -1,16 +1,23 @@
-"""Greedy generation with a cache: prefill the prompts packed, then decode token by token."""
+"""Generation with a cache: the prompts first, packed, then token by token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from nsagen.errors import CapacityError
 from nsagen.model.checks import require
 from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
+from nsagen.model.layers import project
 from nsagen.model.packing import check_packed, host_lengths
+from nsagen.model.prefill import Piece, PrefillRows
+from nsagen.model.requests import check_inference, check_length, check_tokens
+from nsagen.model.sampling import SamplingConfig
+from nsagen.model.sequences import NewToken
+from nsagen.model.serving import ContinuousBatch
 
 if TYPE_CHECKING:
     from nsagen.model.cache import KVCache, NSACache
@@ -19,98 +26,173 @@ if TYPE_CHECKING:
 else:
     Cache = TypeVar("Cache")
 
+NO_TOKEN = -1
+"""Stands in `generate`'s result after a sequence's end."""
+
 
 class Generation(nn.Module, Generic[Cache]):
-    """Gives a model `generate`. The model brings `new_cache`, `prefill` and `decode`."""
+    """Gives a model `generate`. The model brings `new_cache` and its parts."""
 
     config: ToyLlamaConfig
     inference_config: InferenceConfig | None
-    _cache: Cache | None = None
+    model: Any
+    lm_head: nn.Linear
+    dispatcher: Any = None
+    _batch: ContinuousBatch | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have no cache, nor steps captured for another model's weights."""
+        return {name: value for name, value in self.__dict__.items() if name != "_batch"}
 
     def new_cache(self) -> Cache:
         """Allocate a cache as large as `inference_config` says, where the weights are."""
         raise NotImplementedError
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [R, vocab] of what the last layer made, in the weights' dtype."""
+        weight, norm = self.lm_head.weight, self.model.norm
+        return project(hidden, weight, norm=norm, dispatcher=self.dispatcher)
+
+    @torch.no_grad()
     def prefill(
-        self, input_ids: Tensor, cu_seqlens: Tensor, lengths: Sequence[int], cache: Cache
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        lengths: Sequence[int],
+        cache: Cache,
+        *,
+        slots: Sequence[int] | None = None,
+        starts: Sequence[int] | None = None,
     ) -> Tensor:
-        """Run packed prompts and fill the cache; logits [batch, vocab] of the last tokens."""
-        raise NotImplementedError
+        """Run packed prompts, or pieces of them, and fill the cache.
+
+        Args:
+            input_ids: int64 [N].
+            cu_seqlens: int32 [batch+1], where each piece starts.
+            lengths: tokens of each piece.
+            slots: the sequences' places in the cache; 0, 1, 2, ... by default.
+            starts: tokens of each sequence that the cache holds already; none by default.
+
+        Returns:
+            float32 [batch, vocab], logits of the last tokens.
+
+        Raises:
+            CapacityError: a slot of a paged cache has not reserved enough pages.
+        """
+        numbers = range(len(lengths)) if slots is None else slots
+        firsts = [0] * len(lengths) if starts is None else starts
+        pieces = [Piece(*each) for each in zip(numbers, firsts, lengths, strict=True)]
+        for piece in pieces:
+            if piece.end > cache.capacity(piece.slot):
+                raise CapacityError(
+                    f"prefill: slot {piece.slot} must hold {piece.end} tokens, got room for "
+                    f"{cache.capacity(piece.slot)}; call cache.reserve(slot, tokens) first"
+                )
+        hidden = self.model.prefill(input_ids, PrefillRows.of(pieces, cache), cache)
+        return self.head(hidden[cu_seqlens[1:] - 1]).float()
 
     def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: Cache) -> Tensor:
-        """Run one new token of each sequence: logits [R, vocab]."""
-        raise NotImplementedError
+        """Run one new token of each sequence: logits float32 [R, vocab]."""
+        return self.step_logits(tokens, positions, slots, cache).float()
+
+    @torch.no_grad()
+    def step_logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: Cache) -> Tensor:
+        """`decode` in the weights' dtype."""
+        return self.head(self.model.decode(tokens, positions, slots, cache))
 
     def _weight(self) -> Tensor:
         return next(self.parameters())
 
-    def _own_cache(self) -> Cache:
-        """The cache kept between calls, allocated anew when the weights have moved."""
+    def _own_batch(self) -> ContinuousBatch:
+        """The batch kept between calls with its cache, made anew when the weights have moved."""
         weight = self._weight()
         wanted = (weight.device, weight.dtype, self.inference_config)
-        kept = self._cache
-        if kept is not None and (kept.device, kept.dtype, kept.limits) == wanted:
-            return kept
-        kept = self._cache = None  # frees the old one before the new one is allocated
-        self._cache = made = self.new_cache()
+        kept = self._batch
+        if kept is not None:
+            cache = kept.cache
+            if (cache.device, cache.dtype, cache.limits) == wanted:
+                return kept
+        kept = self._batch = None  # frees the old cache before the new one is allocated
+        self._batch = made = ContinuousBatch(self)
         return made
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, cu_seqlens: Tensor, max_new_tokens: int = -1) -> Tensor:
-        """Continue each prompt of a packed batch with its most likely tokens.
+    def generate(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_new_tokens: int = -1,
+        *,
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+        stop_tokens: Iterable[int] = (),
+        stream: Callable[[NewToken], None] | None = None,
+        cuda_graph: bool | None = None,
+    ) -> Tensor:
+        """Continue each prompt of a packed batch.
 
-        All limits are checked before any work. Only the prompts' lengths are read back from
-        the device: the steps themselves never wait for it.
+        All limits are checked before any work. The prompts' lengths are read back from the device;
+        tokens follow a step late, so that the device never waits for it.
 
         Args:
             input_ids: int64 [N], the prompts concatenated, none of them empty.
             cu_seqlens: int32 [batch+1], where each prompt starts; the last entry is N.
             max_new_tokens: tokens to make for each; -1 for `inference_config.max_new_tokens`.
+            sampling: how tokens are chosen, for all prompts or one for each; by default the most
+                likely ones.
+            stop_tokens: tokens that end a sequence; the one that does is its last.
+            stream: called with each new token in its sequence's order; `sequence` is the
+                prompt's index in the batch.
+            cuda_graph: replay captured steps; `inference_config.cuda_graph` unless given.
 
         Returns:
-            int64 [batch, max_new_tokens].
+            int64 [batch, max_new_tokens]; -1 after a sequence's end.
 
         Raises:
             InvalidInputError: names the sequence and the limit that it breaks.
+            CapacityError: the pages of the cache do not suffice; names the first sequence that
+                finds too few.
         """
         cu_seqlens = check_packed("generate", input_ids, cu_seqlens, input_ids.shape[0])
         lengths = host_lengths("generate", cu_seqlens, input_ids.shape[0], input_ids.shape[0])
         steps = self._check_limits(lengths, max_new_tokens)
-        self._check_tokens(input_ids)
-        output = torch.empty(len(lengths), steps, dtype=torch.int64, device=input_ids.device)
-        if output.numel() == 0:
-            return output
-        cache = self._own_cache()
-        tokens = self.prefill(input_ids, cu_seqlens, lengths, cache).argmax(-1)
-        output[:, 0] = tokens
-        positions = cu_seqlens.diff()
-        slots = torch.arange(len(lengths), dtype=torch.int32, device=input_ids.device)
-        for step in range(1, steps):
-            tokens = self.decode(tokens, positions, slots, cache).argmax(-1)
-            output[:, step] = tokens
-            positions += 1
-        return output
+        check_tokens("generate", input_ids, self._weight(), self.config.vocab_size)
+        samplings = _one_each(sampling, len(lengths))
+        tokens: list[list[int]] = [[] for _ in lengths]
+        if steps > 0 and lengths:
+            prompts = input_ids.to(torch.int64).split(lengths)
+            self._run(prompts, steps, samplings, stop_tokens, stream, cuda_graph, tokens)
+        rows = [row + [NO_TOKEN] * (steps - len(row)) for row in tokens]
+        output = torch.tensor(rows, dtype=torch.int64, device=input_ids.device)
+        return output.reshape(len(lengths), steps)
+
+    def _run(
+        self,
+        prompts: Sequence[Tensor],
+        limit: int,
+        samplings: Sequence[SamplingConfig],
+        stop_tokens: Iterable[int],
+        stream: Callable[[NewToken], None] | None,
+        cuda_graph: bool | None,
+        tokens: list[list[int]],
+    ) -> None:
+        """Generate into `tokens`; whatever happens, the batch is empty afterwards."""
+        batch = self._own_batch()
+        assert self.inference_config is not None
+        batch.cuda_graph = self.inference_config.cuda_graph if cuda_graph is None else cuda_graph
+        stops = frozenset(stop_tokens)
+        try:
+            for index, (prompt, one) in enumerate(zip(prompts, samplings, strict=True)):
+                batch.admit(f"generate: sequence {index}", prompt, limit, stops, one)
+            for new in batch.run(prompts_first=True):
+                tokens[new.sequence].append(new.token)
+                if stream is not None:
+                    stream(new)
+        finally:
+            batch.clear()
 
     def _check_limits(self, lengths: Sequence[int], max_new_tokens: int) -> int:
         """Check everything about a call that can be too large; returns the number of steps."""
-        limits = self.inference_config
-        name = type(self).__name__
-        require(
-            limits is not None,
-            "generate",
-            "the model needs an InferenceConfig, which sizes its cache",
-            "None",
-            f"build it with {name}(config, InferenceConfig(...))",
-        )
-        assert limits is not None
-        require(
-            isinstance(max_new_tokens, int) and max_new_tokens >= -1,
-            "generate",
-            "max_new_tokens must be -1 or at least 0",
-            repr(max_new_tokens),
-            f"-1 stands for InferenceConfig.max_new_tokens={limits.max_new_tokens}",
-        )
-        steps = limits.max_new_tokens if max_new_tokens == -1 else max_new_tokens
+        limits = check_inference("generate", self)
         require(
             len(lengths) <= limits.max_batch_size,
             "generate",
@@ -119,66 +201,23 @@ class Generation(nn.Module, Generic[Cache]):
             str(len(lengths)),
             "split the batch or raise max_batch_size",
         )
+        steps = check_length("generate", limits, 1, max_new_tokens) if not lengths else 0
         for index, length in enumerate(lengths):
-            where = f"generate: sequence {index}"
-            require(
-                length > 0,
-                where,
-                "a prompt must have at least one token",
-                "an empty one",
-                "start it with a token such as the tokenizer's BOS, or leave the sequence out",
-            )
-            require(
-                length + steps <= limits.max_length,
-                where,
-                "prompt and new tokens together must be at most "
-                f"InferenceConfig.max_length={limits.max_length}",
-                f"{length} + {steps} = {length + steps}",
-                "shorten the prompt, lower max_new_tokens or raise max_length",
-            )
-        self._check_device()
+            steps = check_length(f"generate: sequence {index}", limits, length, max_new_tokens)
         return steps
 
-    def _check_device(self) -> None:
-        weight = self._weight()
-        require(
-            weight.device.type != "cuda" or weight.dtype in (torch.bfloat16, torch.float16),
-            "generate",
-            "weights on a GPU must be bfloat16 or float16",
-            str(weight.dtype),
-            "call model.to(torch.bfloat16), or model.cpu() to run in float32",
-        )
 
-    def _check_tokens(self, input_ids: Tensor) -> None:
-        require(
-            input_ids.device == self._weight().device,
-            "generate",
-            "input_ids must be where the weights are",
-            f"{input_ids.device} and {self._weight().device}",
-            "move one of them",
-        )
-        if input_ids.shape[0] == 0:
-            return
-        low, high = torch.stack(input_ids.aminmax()).tolist()
-        require(
-            low >= 0 and high < self.config.vocab_size,
-            "generate",
-            f"input_ids must be from 0 to vocab_size-1={self.config.vocab_size - 1}",
-            f"values from {low} to {high}",
-            "check that the tokenizer belongs to the model",
-        )
-
-
-def check_inference_config(config: ToyLlamaConfig, limits: InferenceConfig | None) -> None:
-    """Check that a cache is not longer than the model has positions.
-
-    Raises:
-        InvalidInputError: max_length passes max_position_embeddings.
-    """
+def _one_each(
+    sampling: SamplingConfig | Sequence[SamplingConfig] | None, batch: int
+) -> Sequence[SamplingConfig]:
+    """The settings of each sequence."""
+    if sampling is None or isinstance(sampling, SamplingConfig):
+        return [sampling or SamplingConfig()] * batch
     require(
-        limits is None or limits.max_length <= config.max_position_embeddings,
-        "InferenceConfig",
-        f"max_length must be at most max_position_embeddings={config.max_position_embeddings}",
-        str(limits and limits.max_length),
-        "lower max_length or raise max_position_embeddings",
+        len(sampling) == batch,
+        "generate",
+        f"sampling must be one SamplingConfig, or one for each of the {batch} sequences",
+        str(len(sampling)),
+        "pass as many as cu_seqlens has sequences",
     )
+    return sampling

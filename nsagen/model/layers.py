@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nsagen import ops
 
 
 class _BareLinear(nn.Linear):
@@ -48,9 +53,87 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def joined_weight(*layers: nn.Linear) -> Tensor:
+    """The weights of several linear layers as one, so that one product does the work of all.
+
+    The layers' parameters become views into one tensor: they remain what they were to optimizers,
+    checkpoints and gradients, nothing is held twice, and whatever is written to them in place is
+    in the product at once. Where something gave a parameter other memory (`.to()`, a checkpoint
+    loaded with assign=True), the next call joins them anew.
+
+    Returns:
+        [sum of out_features, in_features], without gradients.
+    """
+    weights = [layer.weight for layer in layers]
+    first = weights[0].detach()
+    if _are_joined(weights):
+        rows, columns = sum(weight.shape[0] for weight in weights), first.shape[1]
+        return first.as_strided((rows, columns), (columns, 1))
+    joined = torch.cat([weight.detach() for weight in weights])
+    parts = joined.split([weight.shape[0] for weight in weights])
+    for weight, part in zip(weights, parts, strict=True):
+        weight.data = part
+    return joined
+
+
+def _are_joined(weights: Sequence[Tensor]) -> bool:
+    """Whether the weights lie one behind the other in one storage."""
+    storage, offset = weights[0].untyped_storage().data_ptr(), weights[0].storage_offset()
+    for weight in weights:
+        here = (weight.untyped_storage().data_ptr(), weight.storage_offset())
+        if storage == 0 or here != (storage, offset) or not weight.is_contiguous():
+            return False
+        offset += weight.numel()
+    return True
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm: RMSNorm | None = None,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+    sigmoid_from: int | None = None,
+    dispatcher: Any = None,
+) -> Tensor:
+    """x @ weight.T with what stands around it in a layer, in one launch for the rows of a step.
+
+    Without gradients.
+
+    Args:
+        x: [N, in_features].
+        weight: [out_features, in_features].
+        norm: applied to x first.
+        residual: added to the result, [N, out_features].
+        swiglu: the first half of the outputs are gates: silu(gate) * other half.
+        sigmoid_from: outputs from this one on go through a sigmoid.
+        dispatcher: generated kernels to use on a GPU; None for nsagen's own choice.
+
+    Returns:
+        [N, out_features], or half as many with `swiglu`.
+    """
+    if x.shape[0] <= ops.LINEAR_DECODE_ROWS and ops.on_kernels(x):
+        return ops.linear_decode(
+            x,
+            weight,
+            norm_weight=None if norm is None else norm.weight,
+            eps=0.0 if norm is None else norm.eps,
+            residual=residual,
+            swiglu=swiglu,
+            sigmoid_from=sigmoid_from,
+            dispatcher=dispatcher,
+        )
+    y = F.linear(x if norm is None else norm(x), weight)
+    if swiglu:
+        gate, up = y.chunk(2, -1)
+        y = F.silu(gate) * up
+    if sigmoid_from is not None:
+        y[:, sigmoid_from:].sigmoid_()
+    return y if residual is None else residual + y
 
 
 class FeedForward(nn.Module):
@@ -70,3 +153,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def infer(self, x: Tensor, norm: RMSNorm, dispatcher: Any = None) -> Tensor:
+        """x + forward(norm(x)), for inference: two products."""
+        weight = joined_weight(self.gate_proj, self.up_proj)
+        hidden = project(x, weight, norm=norm, swiglu=True, dispatcher=dispatcher)
+        return project(hidden, self.down_proj.weight, residual=x, dispatcher=dispatcher)

@@ -11,11 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from nsagen.model.cache import KVCache, KVLayerCache, PrefillRows
-from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
-from nsagen.model.generation import Generation, check_inference_config
+from nsagen.model.cache import KVCache, KVLayerCache
+from nsagen.model.configs import InferenceConfig, ToyLlamaConfig, check_inference_config
+from nsagen.model.generation import Generation
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.packing import Packed, check_packed, host_lengths
+from nsagen.model.prefill import PrefillRows
 from nsagen.model.pretrained import Pretrained
 from nsagen.model.rope import RotaryEmbedding
 from nsagen.model.self_attention import SelfAttention
@@ -46,13 +47,14 @@ class ToyLlamaLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), packed.cu_seqlens, packed)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def prefill(self, x: Tensor, packed: Packed, rows: PrefillRows, cache: KVLayerCache) -> Tensor:
-        x = x + self.self_attn.prefill(self.input_layernorm(x), packed, rows, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def prefill(self, x: Tensor, rows: PrefillRows, cache: KVLayerCache) -> Tensor:
+        x = self.self_attn.prefill(x, rows, cache, norm=self.input_layernorm, residual=x)
+        return self.mlp.infer(x, self.post_attention_layernorm)
 
     def decode(self, x: Tensor, positions: Tensor, slots: Tensor, cache: KVLayerCache) -> Tensor:
-        x = x + self.self_attn.decode(self.input_layernorm(x), positions, slots, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        around = {"norm": self.input_layernorm, "residual": x}
+        x = self.self_attn.decode(x, positions, slots, cache, **around)
+        return self.mlp.infer(x, self.post_attention_layernorm)
 
 
 class ToyLlamaModel(nn.Module):
@@ -76,19 +78,19 @@ class ToyLlamaModel(nn.Module):
             x = layer(x, packed)
         return self.norm(x)
 
-    def prefill(
-        self, input_ids: Tensor, packed: Packed, rows: PrefillRows, cache: KVCache
-    ) -> Tensor:
+    def prefill(self, input_ids: Tensor, rows: PrefillRows, cache: KVCache) -> Tensor:
+        """What the last layer makes of pieces of sequences, before the norm."""
         x = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
-            x = layer.prefill(x, packed, rows, cache[index])
-        return self.norm(x)
+            x = layer.prefill(x, rows, cache[index])
+        return x
 
     def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
+        """What the last layer makes of one new token of each sequence, before the norm."""
         x = self.embed_tokens(tokens)
         for index, layer in enumerate(self.layers):
             x = layer.decode(x, positions, slots, cache[index])
-        return self.norm(x)
+        return x
 
 
 class ToyLlama(Pretrained, Generation[KVCache]):
@@ -144,15 +146,3 @@ class ToyLlama(Pretrained, Generation[KVCache]):
         assert self.inference_config is not None
         weight = self._weight()
         return KVCache(self.config, self.inference_config, weight.device, weight.dtype)
-
-    def prefill(
-        self, input_ids: Tensor, cu_seqlens: Tensor, lengths: Sequence[int], cache: KVCache
-    ) -> Tensor:
-        packed = Packed.of(cu_seqlens, input_ids.shape[0], lengths)
-        slots = torch.arange(len(lengths), device=input_ids.device)
-        rows = PrefillRows.of(packed, slots, lengths)
-        x = self.model.prefill(input_ids, packed, rows, cache)
-        return self.lm_head(x[cu_seqlens[1:] - 1]).float()
-
-    def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
-        return self.lm_head(self.model.decode(tokens, positions, slots, cache)).float()

@@ -11,12 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from nsagen.model.cache import NSACache, NSALayerCache, PrefillRows
-from nsagen.model.configs import InferenceConfig, ToyNSALlamaConfig
-from nsagen.model.generation import Generation, check_inference_config
+from nsagen.model.cache import NSACache, NSALayerCache
+from nsagen.model.configs import InferenceConfig, ToyNSALlamaConfig, check_inference_config
+from nsagen.model.generation import Generation
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.nsa import NativeSparseAttention
 from nsagen.model.packing import Packed, check_packed
+from nsagen.model.prefill import PrefillRows
 from nsagen.model.pretrained import Pretrained
 from nsagen.model.rope import RotaryEmbedding
 
@@ -59,13 +60,14 @@ class ToyNSALlamaLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), packed.cu_seqlens, packed)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def prefill(self, x: Tensor, packed: Packed, rows: PrefillRows, cache: NSALayerCache) -> Tensor:
-        x = x + self.self_attn.prefill(self.input_layernorm(x), packed, rows, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def prefill(self, x: Tensor, rows: PrefillRows, cache: NSALayerCache) -> Tensor:
+        x = self.self_attn.prefill(x, rows, cache, norm=self.input_layernorm, residual=x)
+        return self.mlp.infer(x, self.post_attention_layernorm, self.self_attn.dispatcher)
 
     def decode(self, x: Tensor, positions: Tensor, slots: Tensor, cache: NSALayerCache) -> Tensor:
-        x = x + self.self_attn.decode(self.input_layernorm(x), positions, slots, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        around = {"norm": self.input_layernorm, "residual": x}
+        x = self.self_attn.decode(x, positions, slots, cache, **around)
+        return self.mlp.infer(x, self.post_attention_layernorm, self.self_attn.dispatcher)
 
 
 class ToyNSALlamaModel(nn.Module):
@@ -91,19 +93,19 @@ class ToyNSALlamaModel(nn.Module):
             x = layer(x, packed)
         return self.norm(x)
 
-    def prefill(
-        self, input_ids: Tensor, packed: Packed, rows: PrefillRows, cache: NSACache
-    ) -> Tensor:
+    def prefill(self, input_ids: Tensor, rows: PrefillRows, cache: NSACache) -> Tensor:
+        """What the last layer makes of pieces of sequences, before the norm."""
         x = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
-            x = layer.prefill(x, packed, rows, cache[index])
-        return self.norm(x)
+            x = layer.prefill(x, rows, cache[index])
+        return x
 
     def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: NSACache) -> Tensor:
+        """What the last layer makes of one new token of each sequence, before the norm."""
         x = self.embed_tokens(tokens)
         for index, layer in enumerate(self.layers):
             x = layer.decode(x, positions, slots, cache[index])
-        return self.norm(x)
+        return x
 
 
 class ToyNSALlama(Pretrained, Generation[NSACache]):
@@ -134,6 +136,7 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
         check_inference_config(config, inference_config)
         self.config = config
         self.inference_config = inference_config
+        self.dispatcher = dispatcher
         self.model = ToyNSALlamaModel(config, dispatcher, generator)
         self.lm_head = linear(
             config.hidden_size, config.vocab_size, config.initializer_range, generator
@@ -161,17 +164,3 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
         assert self.inference_config is not None
         weight = self._weight()
         return NSACache(self.config, self.inference_config, weight.device, weight.dtype)
-
-    def prefill(
-        self, input_ids: Tensor, cu_seqlens: Tensor, lengths: Sequence[int], cache: NSACache
-    ) -> Tensor:
-        packed = Packed.of(cu_seqlens, input_ids.shape[0], lengths)
-        slots = torch.arange(len(lengths), device=input_ids.device)
-        rows = PrefillRows.of(
-            packed, slots, lengths, self.config.kernel_size, self.config.kernel_stride
-        )
-        x = self.model.prefill(input_ids, packed, rows, cache)
-        return self.lm_head(x[cu_seqlens[1:] - 1]).float()
-
-    def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: NSACache) -> Tensor:
-        return self.lm_head(self.model.decode(tokens, positions, slots, cache)).float()

@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 pytest tests/model/test_interpreter.py
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -43,5 +44,31 @@ def test_kernels_compute_what_the_reference_does(compress_type: str) -> None:
     actual, expected = kernels(ids, cu_seqlens), reference(ids, cu_seqlens)
     assert (actual - expected).norm() / expected.norm() < 3e-5
     prompts = packed_batch([6, 50, 11])
-    tokens = kernels.generate(*prompts, max_new_tokens=4)
-    assert torch.equal(tokens, reference.generate(*prompts, max_new_tokens=4))
+    expected_tokens = reference.generate(*prompts, max_new_tokens=4)
+    assert torch.equal(kernels.generate(*prompts, max_new_tokens=4), expected_tokens)
+    if compress_type == "weightedpool":
+        kernels.inference_config = dataclasses.replace(limits, prefill_chunk_size=29)
+        assert torch.equal(kernels.generate(*prompts, max_new_tokens=1), expected_tokens[:, :1])
+
+
+@torch.no_grad()
+def test_steps_in_pages_from_an_empty_cache() -> None:
+    """Two sequences in steps of four rows; one starts later, and its row is idle until then."""
+    limits = InferenceConfig(max_batch_size=4, max_length=32, paged=True, page_size=16)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64}
+    ids, _ = packed_batch([18], vocab_size=64)
+    slots = torch.tensor([3, 1, 0, 0], dtype=torch.int32)
+    logits = []
+    for dtype in (torch.float32, torch.float64):
+        model = nsa_model(limits, dtype, num_hidden_layers=1, **heads)
+        cache = model.new_cache()
+        for slot in (3, 1):
+            cache.reserve(slot, 18)
+        seen = []
+        for position in range(18):
+            where = torch.tensor([position, position - 6, -1, -1], dtype=torch.int32).clamp(min=-1)
+            rows = model.decode(ids[where.clamp(min=0)], where, slots, cache)
+            seen.append(rows[: 1 if position < 6 else 2])
+        logits.append(torch.cat(seen))
+    actual, expected = logits
+    assert (actual - expected).norm() / expected.norm() < 3e-5

@@ -1,0 +1,249 @@
+"""Prefill: which tokens of which sequences a pass computes, and where they go in a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Index = tuple[Tensor, Tensor]
+"""Two int64 tensors that index the first two dimensions of a cache."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens of one sequence, the ones before them being in the cache already.
+
+    Attributes:
+        slot: the sequence's place in the cache.
+        start: position of the first token.
+        length: tokens.
+    """
+
+    slot: int
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.start + self.length
+
+
+class Places(Protocol):
+    """What a cache says about where things lie in it."""
+
+    device: torch.device
+
+    @property
+    def windows(self) -> tuple[int, int] | None: ...  # kernel_size, kernel_stride
+
+    @property
+    def paged(self) -> bool: ...
+    def token_index(self, slot: Tensor, position: Tensor) -> Index: ...
+    def window_index(self, slot: Tensor, window: Tensor) -> Index: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the queries of a pass see, packed: all entries of their sequences up to the last one.
+
+    Attributes:
+        lengths: entries of each sequence.
+        cu_seqlens: int32 [batch+1], where each sequence's entries start.
+        index: where they lie in a cache.
+        view: (slot, entries) where they lie in one piece, so that none need be copied.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    index: Index
+    view: tuple[int, int] | None
+
+    def of(self, cache: Tensor) -> Tensor:
+        """The entries [T, HK, dim]."""
+        if self.view is not None:
+            slot, entries = self.view
+            return cache[slot, :entries]
+        return cache[self.index]
+
+
+@dataclass(frozen=True)
+class WindowRows:
+    """The compression windows that the tokens of a pass complete.
+
+    A window may begin with tokens of earlier passes: keys before rope that the cache kept for it,
+    and values. They stand before the sequence's new tokens in what is compressed.
+
+    Attributes:
+        carried: places in k_raw of those earlier tokens; None where there are none.
+        carried_values: the same tokens in the cache of values.
+        order: int64, rows of [carried, new] that bring both into the sequences' order.
+        cu_seqlens: int32 [batch+1], where each sequence starts in what is compressed.
+        index: where the windows go in the cache.
+        positions: int32 [M], of the windows' first tokens.
+        kept: int64, rows of the new tokens whose keys the cache keeps for windows to come.
+        raw: where they go in k_raw.
+        ends: int32 [batch+1], where each sequence's windows start if none were there before.
+        context: all windows that the queries see; None where the pass makes them all.
+    """
+
+    carried: Index | None
+    carried_values: Index | None
+    order: Tensor | None
+    cu_seqlens: Tensor
+    index: Index
+    positions: Tensor
+    kept: Tensor
+    raw: Index
+    ends: Tensor
+    context: Context | None
+
+    def with_carried(self, new: Tensor, cache: Tensor, index: Index | None) -> Tensor:
+        """The tokens to compress: those of earlier passes, then the new ones."""
+        if index is None or self.order is None:
+            return new
+        return torch.cat((cache[index], new))[self.order]
+
+
+@dataclass(frozen=True)
+class PrefillRows:
+    """The layout of a pass over packed pieces of sequences, built once for all layers.
+
+    Attributes:
+        lengths: tokens of each piece.
+        cu_seqlens: int32 [batch+1], where each piece starts.
+        positions: int32 [N], of each token in its sequence.
+        index: where the tokens go in a cache.
+        q_start: int32 [batch], position of each piece's first token; None where all are 0.
+        context: all tokens that the queries see; None where the pass holds them all.
+        windows: the same for compressed keys and values, where there are any.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    positions: Tensor
+    index: Index
+    q_start: Tensor | None
+    context: Context | None
+    windows: WindowRows | None
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], cache: Places) -> PrefillRows:
+        """Lay out a pass. The lengths are known on the host, so the device is never asked."""
+        device = cache.device
+        lengths = [piece.length for piece in pieces]
+        owner, position = _runs([piece.start for piece in pieces], lengths, device)
+        slots = _numbers([piece.slot for piece in pieces], device)
+        continued = any(piece.start for piece in pieces)
+        return cls(
+            lengths=tuple(lengths),
+            cu_seqlens=_offsets(lengths, device),
+            positions=position.to(torch.int32),
+            index=cache.token_index(slots[owner], position),
+            q_start=_offsets([p.start for p in pieces], device, running=False)
+            if continued
+            else None,
+            context=_context(pieces, [p.end for p in pieces], cache, cache.token_index)
+            if continued
+            else None,
+            windows=None if cache.windows is None else _window_rows(pieces, cache, continued),
+        )
+
+
+def _window_rows(pieces: Sequence[Piece], cache: Places, continued: bool) -> WindowRows:
+    assert cache.windows is not None
+    size, stride = cache.windows
+    device = cache.device
+    lengths = [piece.length for piece in pieces]
+    slots = _numbers([piece.slot for piece in pieces], device)
+    before, after = (
+        [max(0, (t - size) // stride + 1) for t in ends]
+        for ends in ([p.start for p in pieces], [p.end for p in pieces])
+    )
+    made = [b - a for a, b in zip(before, after, strict=True)]
+    owner, window = _runs(before, made, device)
+
+    # The first window to complete begins at most kernel_size - 1 tokens before the piece.
+    first = [window * stride for window in before]
+    carry = [piece.start - token for piece, token in zip(pieces, first, strict=True)]
+    carried = carried_values = order = None
+    if any(carry):
+        carried_owner, token = _runs(first, carry, device)
+        carried = (slots[carried_owner], token % size)
+        carried_values = cache.token_index(slots[carried_owner], token)
+        old, new = _starts(carry), [sum(carry) + start for start in _starts(lengths)]
+        order = _runs(_alternate(old, new), _alternate(carry, lengths), device)[1]
+
+    tails = [min(size, length) for length in lengths]
+    last = [start + n - t for start, n, t in zip(_starts(lengths), lengths, tails, strict=True)]
+    position = [piece.end - t for piece, t in zip(pieces, tails, strict=True)]
+    tail_owner, kept_position = _runs(position, tails, device)
+    return WindowRows(
+        carried=carried,
+        carried_values=carried_values,
+        order=order,
+        cu_seqlens=_offsets([c + n for c, n in zip(carry, lengths, strict=True)], device),
+        index=cache.window_index(slots[owner], window),
+        positions=(window * stride).to(torch.int32),
+        kept=_runs(last, tails, device)[1],
+        raw=(slots[tail_owner], kept_position % size),
+        ends=_offsets(after, device),
+        context=_context(pieces, after, cache, cache.window_index) if continued else None,
+    )
+
+
+def _context(
+    pieces: Sequence[Piece],
+    counts: list[int],
+    cache: Places,
+    index_of: Callable[[Tensor, Tensor], Index],
+) -> Context:
+    """The first `counts` entries of every piece's sequence."""
+    slots = _numbers([piece.slot for piece in pieces], cache.device)
+    owner, entry = _runs([0] * len(pieces), counts, cache.device)
+    alone = len(pieces) == 1 and not cache.paged
+    return Context(
+        lengths=tuple(counts),
+        cu_seqlens=_offsets(counts, cache.device),
+        index=index_of(slots[owner], entry),
+        view=(pieces[0].slot, counts[0]) if alone else None,
+    )
+
+
+def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    """Where each of several lengths starts, one after the other."""
+    return list(accumulate(lengths, initial=0))[:-1]
+
+
+def _offsets(values: Sequence[int], device: torch.device, running: bool = True) -> Tensor:
+    """int32: the running sum of lengths from 0 on; or the values themselves."""
+    listed = list(accumulate(values, initial=0)) if running else list(values)
+    return torch.tensor(listed, dtype=torch.int32, device=device)
+
+
+def _alternate(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    return [value for pair in zip(one, other, strict=True) for value in pair]
+
+
+def _runs(
+    firsts: Sequence[int], counts: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Runs of consecutive numbers, one after the other: firsts[i], counts[i] of them.
+
+    Returns:
+        the run of each number and the numbers, both int64.
+    """
+    total = sum(counts)
+    runs = torch.arange(len(counts), device=device)
+    owner = runs.repeat_interleave(_numbers(counts, device), output_size=total)
+    shift = [first - start for first, start in zip(firsts, _starts(counts), strict=True)]
+    return owner, _numbers(shift, device)[owner] + torch.arange(total, device=device)

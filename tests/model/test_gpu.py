@@ -1,0 +1,145 @@
+"""The model on a GPU: graphs, pages and chunks change no token, and few launches make a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from nsagen.model import InferenceConfig, SamplingConfig, ToyLlama, ToyNSALlama
+from nsagen.model.step import DecodeStep, Row
+from nsagen.workload import COMPRESS_TYPES
+from tests.model.tiny import dense_config, nsa_model, packed_batch
+
+pytestmark = pytest.mark.gpu
+
+LIMITS = InferenceConfig(5, 256, 24)
+LENGTHS = [1, 9, 64, 100, 200]
+
+# Tiles of kernels at their real sizes, in a model small enough for a float64 reference.
+SHAPE: dict[str, Any] = {
+    "head_dim": 64,
+    "num_attention_heads": 8,
+    "kernel_size": 16,
+    "kernel_stride": 8,
+    "block_size": 32,
+    "window_size": 64,
+}
+
+WAYS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "in chunks": {"prefill_chunk_size": 37},
+    "in pages": {"paged": True, "page_size": 32},
+    "in pages of the whole length": {"paged": True, "page_size": 256},
+    "in chunks and pages": {"prefill_chunk_size": 64, "paged": True, "page_size": 64},
+    "launched one by one": {"cuda_graph": False},
+}
+
+
+def small(limits: InferenceConfig = LIMITS, **changes: Any) -> ToyNSALlama:
+    return nsa_model(limits, torch.float16, **{**SHAPE, **changes}).cuda()
+
+
+def on_gpu(lengths: list[int]) -> tuple[Tensor, Tensor]:
+    ids, cu_seqlens = packed_batch(lengths)
+    return ids.cuda(), cu_seqlens.cuda()
+
+
+def check_choices(model: ToyNSALlama, lengths: list[int], tokens: Tensor) -> None:
+    """Every token is the reference's choice, or so near to it that float16 cannot tell."""
+    ids, _ = packed_batch(lengths)
+    texts = [torch.cat([a, b]) for a, b in zip(ids.split(lengths), tokens.cpu(), strict=True)]
+    ends = torch.tensor([0] + [len(text) for text in texts]).cumsum(0).to(torch.int32)
+    reference = ToyNSALlama(model.config).double()
+    reference.load_state_dict({n: w.double().cpu() for n, w in model.state_dict().items()})
+    with torch.no_grad():
+        logits = reference(torch.cat(texts), ends)
+    steps = tokens.shape[1]
+    for length, end, row in zip(lengths, ends[1:].tolist(), tokens.cpu(), strict=True):
+        seen = logits[end - steps - 1 : end - 1]
+        short = seen.max(-1).values - seen.gather(-1, row[:, None]).squeeze(-1)
+        worst = (short / seen.std(-1)).max().item()
+        assert worst <= 0.02, f"prompt of {length}: {worst:.3f} of a deviation below the best"
+
+
+@pytest.mark.parametrize("compress_type", COMPRESS_TYPES)
+def test_kernels_choose_the_references_tokens(compress_type: str) -> None:
+    model = small(compress_type=compress_type)
+    for changes in WAYS.values():
+        model.inference_config = dataclasses.replace(LIMITS, **changes)
+        check_choices(model, LENGTHS, model.generate(*on_gpu(LENGTHS)))
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["nsa", "dense"])
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(1.0, 50, 0.9, 3)])
+def test_a_graph_changes_no_token(dense: bool, sampling: SamplingConfig) -> None:
+    model: ToyLlama | ToyNSALlama = small()
+    if dense:
+        model = ToyLlama(dense_config(head_dim=64), LIMITS).cuda().half()
+    for lengths in (LENGTHS, LENGTHS[:1], LENGTHS[1:4]):
+        batch = on_gpu(lengths)
+        tokens = [
+            model.generate(*batch, sampling=sampling, cuda_graph=graph)
+            for graph in (True, False, True)
+        ]
+        assert torch.equal(tokens[0], tokens[1])
+        assert torch.equal(tokens[0], tokens[2])
+
+
+def test_pages_of_a_contiguous_cache_change_no_token() -> None:
+    model = small()
+    expected = model.generate(*on_gpu(LENGTHS))
+    model.inference_config = dataclasses.replace(LIMITS, paged=True, page_size=64)
+    assert torch.equal(model.generate(*on_gpu(LENGTHS)), expected)
+
+
+def test_weights_that_change_reach_a_captured_step() -> None:
+    model, batch = small(), on_gpu(LENGTHS)
+    first = model.generate(*batch)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.1).add_(0.01)
+    changed = model.generate(*batch)
+    assert not torch.equal(changed, first)
+    assert torch.equal(changed, model.generate(*batch, cuda_graph=False))
+    model.load_state_dict({n: w.clone() for n, w in model.state_dict().items()}, assign=True)
+    assert torch.equal(changed, model.generate(*batch))
+
+
+def launches(layers: int) -> int:
+    """Kernels that a decoding step of so many layers launches."""
+    model = nsa_model(LIMITS, torch.bfloat16, **SHAPE, num_hidden_layers=layers).cuda()
+    step = DecodeStep(model, model.new_cache())
+    step.fill([Row(slot, 100 + slot, SamplingConfig()) for slot in range(4)], kept=[])
+    with torch.no_grad():
+        step.compute(4, sampled=False)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+            step.compute(4, sampled=False)
+            torch.cuda.synchronize()
+    kernels = [
+        event.name
+        for event in profiler.events() or ()
+        if event.device_type.name == "CUDA" and "Sync" not in event.name
+    ]
+    return len(kernels)
+
+
+def test_a_layer_takes_nine_launches_and_a_step_few_more() -> None:
+    """Four products, the append, and two kernels for each of the two attention ops."""
+    one, three = launches(1), launches(3)
+    assert (three - one) / 2 <= 9
+    assert one - (three - one) / 2 <= 8
+
+
+def test_the_guides_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    guide = Path(__file__).parents[2] / "examples" / "guide.py"
+    result = runpy.run_path(str(guide), run_name="__main__")
+    assert result["output_tokens"].shape == (4, 128)
+    assert "EXAMPLE GENERATE" in capsys.readouterr().out

@@ -1,0 +1,225 @@
+"""A running batch: sequences come and go without a trace in each other."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsagen.errors import CapacityError, InvalidInputError
+from nsagen.model import (
+    ContinuousBatch,
+    InferenceConfig,
+    NewToken,
+    SamplingConfig,
+    ToyLlama,
+    ToyNSALlama,
+)
+from tests.model.tiny import dense_config, nsa_model, packed_batch
+
+LIMITS = InferenceConfig(3, 96, 8, prefill_chunk_size=17)
+PAGED = InferenceConfig(3, 96, 8, prefill_chunk_size=17, paged=True, page_size=16, num_pages=10)
+
+
+def prompts_of(lengths: list[int], seed: int = 0) -> list[Tensor]:
+    return list(packed_batch(lengths, seed=seed)[0].split(lengths))
+
+
+def alone(model: ToyNSALlama | ToyLlama, prompt: Tensor, steps: int) -> list[int]:
+    """The tokens of a prompt by itself in one pass, decoded by forward."""
+    text = prompt
+    with torch.no_grad():
+        for _ in range(steps):
+            cu_seqlens = torch.tensor([0, text.shape[0]], dtype=torch.int32)
+            text = torch.cat([text, model(text, cu_seqlens)[-1:].argmax(-1)])
+    return text[prompt.shape[0] :].tolist()
+
+
+def collect(batch: ContinuousBatch) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = defaultdict(list)
+    for new in batch.run():
+        tokens[new.sequence].append(new.token)
+    return tokens
+
+
+@pytest.mark.parametrize("limits", [LIMITS, PAGED], ids=["contiguous", "in pages"])
+def test_sequences_come_and_go(limits: InferenceConfig) -> None:
+    """Seven prompts through three slots, each entering as soon as there is room."""
+    model = nsa_model(limits)
+    prompts = prompts_of([40, 3, 25, 61, 8, 1, 33])
+    steps = [5, 8, 2, 1, 6, 7, 3]
+    batch = ContinuousBatch(model)
+    todo = list(zip(prompts, steps, strict=True))
+    tokens: dict[int, list[int]] = defaultdict(list)
+    most = 0
+    while todo or not batch.idle:
+        try:
+            while todo:
+                batch.add(todo[0][0], max_new_tokens=todo[0][1])
+                todo.pop(0)
+        except CapacityError:
+            pass
+        most = max(most, batch.running + batch.waiting)
+        for new in batch.step():
+            tokens[new.sequence].append(new.token)
+            assert new.finished == (
+                "length" if len(tokens[new.sequence]) == steps[new.sequence] else ""
+            )
+    assert most >= 2
+    for number, (prompt, count) in enumerate(zip(prompts, steps, strict=True)):
+        assert tokens[number] == alone(model, prompt, count), f"sequence {number}"
+
+
+def test_a_prompt_joins_while_others_decode() -> None:
+    model = nsa_model(LIMITS)
+    first, second = prompts_of([20, 50])
+    batch = ContinuousBatch(model)
+    batch.add(first)
+    tokens: dict[int, list[int]] = defaultdict(list)
+    while len(tokens[0]) < 3:
+        for new in batch.step():
+            tokens[new.sequence].append(new.token)
+    batch.add(second)
+    while not batch.idle:
+        before = len(tokens[0])
+        for new in batch.step():
+            tokens[new.sequence].append(new.token)
+        assert batch.waiting == 0 or len(tokens[0]) > before, "a chunk must not hold up the others"
+    assert tokens[0] == alone(model, first, 8)
+    assert tokens[1] == alone(model, second, 8)
+
+
+def test_stop_tokens_and_limits_of_each_sequence() -> None:
+    model = nsa_model(LIMITS)
+    prompts = prompts_of([12, 30, 7])
+    texts = [alone(model, prompt, 8) for prompt in prompts]
+    batch = ContinuousBatch(model)
+    stop = texts[0][3]
+    batch.add(prompts[0], stop_tokens=[stop])
+    batch.add(prompts[1], max_new_tokens=2)
+    batch.add(prompts[2], stop_tokens=[texts[2][0]])
+    ends: dict[int, str] = {}
+    tokens: dict[int, list[int]] = defaultdict(list)
+    for new in batch.run():
+        assert new.sequence not in ends, "nothing may follow a sequence's end"
+        tokens[new.sequence].append(new.token)
+        if new.finished:
+            ends[new.sequence] = new.finished
+    assert ends == {0: "stop", 1: "length", 2: "stop"}
+    assert tokens[0] == texts[0][: texts[0].index(stop) + 1]
+    assert tokens[1] == texts[1][:2]
+    assert tokens[2] == texts[2][:1]
+
+
+def test_running_out_refuses_the_new_one_and_leaves_the_others() -> None:
+    model = nsa_model(PAGED)
+    prompts = prompts_of([60, 50, 30])
+    batch = ContinuousBatch(model)
+    batch.add(prompts[0])
+    batch.step()
+    batch.add(prompts[1])
+    with pytest.raises(CapacityError, match=r"sequence 2: its 38 tokens need 3 free pages.*got 1"):
+        batch.add(prompts[2])
+    tokens = collect(batch)
+    assert tokens[1] == alone(model, prompts[1], 8)
+    assert batch.add(prompts[2]) == 2
+    assert collect(batch)[2] == alone(model, prompts[2], 8)
+    assert batch.cache.pages is not None
+    assert batch.cache.pages.free_pages == 10
+
+
+def test_slots_run_out_too() -> None:
+    batch = ContinuousBatch(nsa_model(LIMITS))
+    for prompt in prompts_of([5, 6, 7]):
+        batch.add(prompt)
+    with pytest.raises(CapacityError, match=r"sequence 3: .*max_batch_size=3; wait until"):
+        batch.add([1, 2])
+
+
+def test_cancelling_frees_the_slot_and_silences_the_sequence() -> None:
+    model = nsa_model(LIMITS)
+    prompts = prompts_of([12, 30, 50, 9])
+    batch = ContinuousBatch(model)
+    for prompt in prompts[:3]:
+        batch.add(prompt)
+    batch.step()
+    batch.cancel(0)
+    batch.cancel(2)  # still waiting
+    batch.cancel(17)  # nobody
+    assert batch.add(prompts[3]) == 3
+    tokens = collect(batch)
+    assert set(tokens) == {1, 3}
+    assert tokens[1] == alone(model, prompts[1], 8)
+    assert tokens[3] == alone(model, prompts[3], 8)
+
+
+def test_a_dense_model_serves_as_well() -> None:
+    model = ToyLlama(dense_config(), LIMITS, generator=torch.Generator().manual_seed(1)).double()
+    prompts = prompts_of([20, 3, 31])
+    batch = ContinuousBatch(model)
+    for steps, prompt in enumerate(prompts, 2):
+        batch.add(prompt, max_new_tokens=steps)
+    tokens = collect(batch)
+    for steps, prompt in enumerate(prompts, 2):
+        assert tokens[steps - 2] == alone(model, prompt, steps)
+
+
+def test_refusals_name_the_sequence() -> None:
+    batch = ContinuousBatch(nsa_model(LIMITS))
+    for prompt, settings, text in (
+        ([], {}, "sequence 0: a prompt must have at least one token"),
+        ([1] * 90, {}, r"sequence 0: .*max_length=96, got 90 \+ 8 = 98"),
+        ([600], {}, "sequence 0: input_ids must be from 0 to vocab_size-1=511"),
+        ([[1]], {}, r"sequence 0: a prompt must be integers with shape \[L\]"),
+        ([0.5], {}, r"sequence 0: a prompt must be integers with shape \[L\], got torch.float32"),
+        ([1], {"max_new_tokens": 0}, "sequence 0: max_new_tokens must be positive"),
+    ):
+        with pytest.raises(InvalidInputError, match=text):
+            batch.add(prompt, **settings)
+    assert batch.idle
+    with pytest.raises(InvalidInputError, match="ContinuousBatch: the model needs an Inference"):
+        ContinuousBatch(nsa_model())
+
+
+def test_generate_streams_in_order_and_pads_after_a_stop() -> None:
+    model = nsa_model(InferenceConfig(3, 64, 6))
+    batch = packed_batch([12, 30])
+    plain = model.generate(*batch)
+    stop = int(plain[0, 2])
+    seen: list[NewToken] = []
+    tokens = model.generate(*batch, stop_tokens=[stop], stream=seen.append)
+    ended = plain[0].tolist().index(stop) + 1
+    assert tokens[0].tolist() == plain[0, :ended].tolist() + [-1] * (6 - ended)
+    for row in range(2):
+        streamed = [new.token for new in seen if new.sequence == row]
+        assert streamed == [token for token in tokens[row].tolist() if token >= 0]
+    assert [new.finished for new in seen if new.finished].count("stop") >= 1
+
+
+def test_a_failing_callback_leaves_the_model_ready() -> None:
+    model = nsa_model(InferenceConfig(3, 64, 6))
+    batch = packed_batch([12, 30])
+    expected = model.generate(*batch)
+
+    def fail(new: NewToken) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        model.generate(*batch, stream=fail)
+    assert torch.equal(model.generate(*batch), expected)
+
+
+def test_chance_does_not_depend_on_when_a_sequence_comes() -> None:
+    model = nsa_model(LIMITS)
+    first, second = prompts_of([20, 9])
+    config = SamplingConfig(temperature=1.2, top_p=0.9, seed=11)
+    batch = ContinuousBatch(model)
+    batch.add(second, sampling=config)
+    expected = collect(batch)[0]
+    batch.add(first, sampling=SamplingConfig(temperature=2.0, seed=5))
+    for _ in range(3):
+        batch.step()
+    batch.add(second, sampling=config)
+    assert collect(batch)[2] == expected
