@@ -49,7 +49,15 @@ def test_each_help_shows_an_example(command: str) -> None:
 
 def test_help_lists_the_commands_that_exist() -> None:
     result = CliRunner().invoke(app, ["--help"])
-    assert all(command in result.output for command in COMMANDS)
+    assert all(command in result.output for command in (*COMMANDS, "bench"))
+
+
+def test_benchmarks_are_a_group_whose_help_shows_an_example() -> None:
+    assert "decode" in CliRunner().invoke(app, ["bench", "--help"]).output
+    result = CliRunner().invoke(app, ["bench", "decode", "--help"])
+    assert result.exit_code == 0
+    assert "Example: nsagen bench decode" in result.output
+    assert CliRunner().invoke(app, ["bench", "decode", "--batch", "0"]).exit_code == 2
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,33 @@ def train(
     _run("train", bench, seqlens, changes, package, out, as_json)
 
 
+@app.command(epilog="Example: nsagen bench decode --batch 32 --context 32768")
+def decode(
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, help="Sequences; may be given again.")
+    ] = None,
+    context: Annotated[
+        list[int] | None, typer.Option("--context", min=1, help="Tokens; may be given again.")
+    ] = None,
+    attention_only: Annotated[
+        bool, typer.Option("--attention-only", help="Leave out layers and steps of a model.")
+    ] = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Time decoding: attention beside dense on the same cache, layers and steps of a model."""
+    from nsagen.bench import decode as bench
+    from nsagen.bench.measure import require_gpu
+    from nsagen.report import progress_bar
+
+    require_gpu("decode")
+    with progress_bar("bench decode") as progress:
+        rows = bench.run(bench.plan_of(batch, context, attention_only), progress)
+    _show(bench.save(rows, out), rows, bench.COLUMNS, as_json)
+
+
 @app.command(epilog="Example: nsagen bench plot benchmarks/results/nvidia-h200/prefill.json")
-def plot(results: Annotated[Path, typer.Argument(help="JSON of prefill or train.")]) -> None:
+def plot(results: Annotated[Path, typer.Argument(help="JSON of a benchmark.")]) -> None:
     """Draw results as a PNG beside them."""
     from nsagen.bench.plot import plot as draw
 
@@ -74,7 +99,7 @@ def _run(
 ) -> None:
     import nsagen
     from nsagen.bench.measure import require_gpu
-    from nsagen.bench.results import table_text, write_results
+    from nsagen.bench.results import write_results
     from nsagen.bench.shape import Shape, parse_changes
     from nsagen.report import progress_bar
 
@@ -83,9 +108,15 @@ def _run(
     dispatcher = None if package is None else nsagen.load(package)
     with progress_bar(f"bench {name}") as progress:
         rows = bench.run(shape, tuple(seqlens or bench.SEQLENS), dispatcher, progress)
-    path = write_results(name, rows, out)
+    _show(write_results(name, rows, out), rows, bench.COLUMNS, as_json)
+
+
+def _show(path: Path, rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool) -> None:
+    """Print what was written to `path`."""
+    from nsagen.bench.results import table_text
+
     if as_json:
         print(json.dumps(json.loads(path.read_text()), indent=1))
         return
-    print(table_text(rows, bench.COLUMNS))
     print(f"written to {path}")
+    print(table_text(rows, columns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -38,6 +39,33 @@ def milliseconds(call: Callable[[], object]) -> float:
     return cast(
         float, triton.testing.do_bench(call, warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="median")
     )
+
+
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a replayed CUDA graph, free of the host's time."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # loads kernels, which a capture may not
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def host_milliseconds(call: Callable[[], object], calls: int = 200) -> float:
+    """Mean time of a call on the host, for few enough calls that no queue of a GPU fills."""
+    for _ in range(calls // 10):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return 1e3 * elapsed / calls
 
 
 def measure_ceilings() -> Ceilings:

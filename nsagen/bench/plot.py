@@ -14,7 +14,7 @@ TITLES = {"ms": "forward", "forward_ms": "forward", "backward_ms": "backward"}
 
 
 def plot(path: Path, out: Path | None = None) -> Path:
-    """Draw the JSON of `nsagen bench prefill` or `train` as a PNG beside it.
+    """Draw the JSON of a benchmark as a PNG beside it.
 
     Args:
         path: the results.
@@ -32,16 +32,25 @@ def plot(path: Path, out: Path | None = None) -> Path:
     from matplotlib import pyplot
 
     content = json.loads(path.read_text())
-    keys = PASSES[path.stem.split("-")[0]]
-    figure, axes = pyplot.subplots(1, len(keys), figsize=(8.4 * len(keys), 4.8), squeeze=False)
-    for key, axis in zip(keys, axes[0], strict=True):
-        _draw(axis, content["rows"], key)
+    name, rows = path.stem.split("-")[0], content["rows"]
+    decoding = name == "decode"
+    if decoding:
+        rows = [row for row in rows if row["what"] == "attention"]
+    panels = sorted({row["batch"] for row in rows}) if decoding else PASSES[name]
+    size = (8.4 * len(panels), 4.8)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False)
+    for panel, axis in zip(panels, axes[0], strict=True):
+        if decoding:
+            _draw_decode(axis, [row for row in rows if row["batch"] == panel])
+        else:
+            _draw(axis, rows, panel)
     about = content["provenance"]
-    figure.suptitle("Native Sparse Attention against dense attention, one sequence", fontsize=12)
+    what = "one token a sequence" if decoding else "one sequence"
+    figure.suptitle(f"Native Sparse Attention against dense attention, {what}", fontsize=12)
     note = (
         f"{about['device']}, torch {about['torch']}, triton {about['triton']}: {about['command']}"
     )
-    lines = textwrap.wrap(note, 105 * len(keys))
+    lines = textwrap.wrap(note, 105 * len(panels))
     figure.text(0.01, 0.01, "\n".join(lines), fontsize=7, color="gray", va="bottom")
     figure.tight_layout(rect=(0, 0.025 * (1 + len(lines)), 1, 1))
     out = out or path.with_suffix(".png")
@@ -65,10 +74,30 @@ def _draw(axis: Any, rows: list[dict[str, Any]], key: str) -> None:
             color=("tab:blue" if name == "attention" else "black") if whole else None,
             label=label,
         )
+    axis.set_ylabel(f"{TITLES[key]}, ms")
+    _finish(axis, rows)
+
+
+def _draw_decode(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """Time by context beside dense attention, and the least that reading the bytes takes."""
+    for key, label, style in (
+        ("torch_ms", "dense attention", "k-"),
+        ("ms", "NSA, whole attention", "b-"),
+        ("floor_ms", "NSA, bytes alone", "b:"),
+    ):
+        drawn = [row for row in rows if row.get(key)]
+        times = [row[key] for row in drawn]
+        axis.plot([row["tokens"] for row in drawn], times, style, marker="o", label=label)
+    axis.set_title(f"batch {rows[0]['batch']}", fontsize=10)
+    axis.set_ylabel("a layer and step, ms")
+    _finish(axis, rows)
+
+
+def _finish(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """What all panels share: logarithmic axes, marked at the lengths that were measured."""
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xlabel("tokens")
-    axis.set_ylabel(f"{TITLES[key]}, ms")
     ticks = sorted({row["tokens"] for row in rows})
     axis.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
     axis.grid(alpha=0.3)
