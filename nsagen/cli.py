@@ -19,6 +19,7 @@ from nsagen.bench.command import app as bench_app
 from nsagen.commands import generate, plan, verbosity
 from nsagen.commands.options import Json, OptionalSpecName, OutDir, SpecName, SpecNames
 from nsagen.errors import InvalidInputError, NsagenError, SpecError
+from nsagen.tune import command as tuning
 
 if TYPE_CHECKING:
     from nsagen.spec import Spec
@@ -77,6 +78,10 @@ def build(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit 1 if a file is not up to date.")
     ] = False,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(help="Folder of tuning records of one spec; beside it if not given."),
+    ] = None,
     compile_: Annotated[
         bool, typer.Option("--compile", help="Compile each kernel for each target, without a GPU.")
     ] = False,
@@ -86,13 +91,17 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Write the kernel package of each spec, or check that it is up to date."""
+    if tuned is not None and len(specs) > 1:
+        raise InvalidInputError(
+            f"build: --tuned is of one spec; got {len(specs)} specs; build them one by one"
+        )
     if check and compile_:
         raise InvalidInputError(
             "build: --check writes nothing and --compile does; got both; give one"
         )
     loaded = _load_all(specs)
     if check:
-        _check(loaded, out, as_json)
+        _check(loaded, out, tuned, as_json)
         return
     from nsagen.codegen.build import build as build_package
     from nsagen.report import console, progress_bar
@@ -101,7 +110,7 @@ def build(
     for spec in loaded:
         with progress_bar(spec.name) as progress:
             result = build_package(
-                spec, out, compile_targets=compile_, jobs=jobs, progress=progress
+                spec, out, tuned=tuned, compile_targets=compile_, jobs=jobs, progress=progress
             )
         row: dict[str, Any] = {
             "spec": spec.name,
@@ -109,7 +118,10 @@ def build(
             "variants": len(result.variants),
             "written": list(result.written),
             "removed": list(result.removed),
+            "notes": list(result.notes),
         }
+        for note in result.notes:
+            print(f"nsagen: build: {note}", file=sys.stderr)
         rows.append(row)
         if not as_json:
             changed = f"{len(result.written)} files written, {len(result.removed)} removed"
@@ -121,14 +133,14 @@ def build(
         print(json.dumps(rows, indent=1))
 
 
-def _check(specs: list[Spec], out: Path, as_json: bool) -> None:
+def _check(specs: list[Spec], out: Path, tuned: Path | None, as_json: bool) -> None:
     from nsagen.codegen.build import check
     from nsagen.report import console
 
     rows = [
         {"spec": spec.name, "path": str(out / spec.name / stale.path), "state": stale.state}
         for spec in specs
-        for stale in check(spec, out)
+        for stale in check(spec, out, tuned=tuned)
     ]
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -214,6 +226,7 @@ def verify(
 
 app.command(epilog=generate.EXAMPLE)(generate.generate)
 app.command(epilog=plan.EXAMPLE)(plan.plan)
+app.command(epilog=tuning.EXAMPLE)(tuning.tune)
 
 
 @app.command(epilog="Example: nsagen doctor --json")

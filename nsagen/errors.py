@@ -20,6 +20,10 @@ class BuildError(NsagenError):
     """Rendering, compiling or writing generated code failed."""
 
 
+class TuneError(NsagenError):
+    """Searching for schedules failed: no device answers, or a study or recording is unusable."""
+
+
 class UnsupportedWorkloadError(NsagenError, LookupError):
     """No variant covers a call, and building a missing one is turned off or impossible."""
 

@@ -19,7 +19,7 @@ from tests.one_op import SPEC, one_op
 ROOT = Path(__file__).resolve().parent.parent
 __all__ = ["one_op"]  # a fixture
 
-COMMANDS = ("build", "doctor", "generate", "inspect", "plan", "verify")
+COMMANDS = ("build", "doctor", "generate", "inspect", "plan", "tune", "verify")
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +72,15 @@ def test_benchmarks_are_a_group_whose_help_shows_an_example() -> None:
         ["build", "no_such_spec"],
         ["inspect"],
         ["inspect", "no_such.yaml"],
+        ["tune", "tiny", "--op", "ropes"],
+        ["tune", "tiny", "--pass", "sideways"],
+        ["tune", "tiny", "--time", "soon"],
+        ["tune", "tiny", "--seqlens", "2048,-1"],
+        ["tune", "tiny", "--objective", "hope"],
+        ["tune", "tiny", "--sampler", "oracle"],
+        ["tune", "tiny", "--target", "cuda:90"],
+        ["tune", "tiny", "--study", "file.db", "--objective", "static"],
+        ["tune", "tiny", "--record-exhaustive", "x.jsonl.gz"],
         ["verify", "tinny"],
     ],
 )

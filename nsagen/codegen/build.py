@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from nsagen.codegen.files import locked, replace_file
 from nsagen.codegen.package import Origin, manifest_text, package_files, variant_header
-from nsagen.codegen.plan import DEFAULT_PROVENANCE, Variant, plan_variants
+from nsagen.codegen.plan import DEFAULT_PROVENANCE, Use, Variant, plan_variants
 from nsagen.codegen.target import parse_target
 from nsagen.codegen.template import default_schedule, kernel_name, render
 from nsagen.errors import BuildError
+from nsagen.runtime.table import Bucket
 from nsagen.spec import Spec
+from nsagen.tune.choices import tuned_choices
 from nsagen.workload import Workload
 
 Progress = Callable[[str, int, int], None]
@@ -36,6 +36,7 @@ class BuildResult:
         written: files that changed, relative to the folder.
         removed: files that no longer belong to the package.
         resources: variant name -> one dict a kernel and target; empty unless compiled.
+        notes: what a user must know, such as tuning records that a template change outdated.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class BuildResult:
     written: tuple[str, ...]
     removed: tuple[str, ...]
     resources: dict[str, list[dict[str, Any]]]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def build(
     spec: Spec,
     out_dir: Path,
     *,
+    tuned: Path | None = None,
     compile_targets: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -71,30 +74,35 @@ def build(
     Files whose text is unchanged are not touched. A file is replaced in one step, kernels
     before the table that names them, so that a reader never imports half a package.
 
+    Args:
+        tuned: folder of tuning records; by default the spec's own.
+
     Raises:
         BuildError: a template fails, or a compiled variant must not ship; the text names it.
     """
-    variants, origin, files = _render(spec)
+    plan = _render(spec, tuned)
+    variants, files = plan.variants, plan.files
     folder = out_dir / spec.name
-    with _locked(out_dir, spec.name):
+    with locked(out_dir, spec.name):
         resources = _kept_resources(folder, variants)
-        written = [path for path in _write_order(files) if _replace(folder / path, files[path])]
+        written = [path for path in _write_order(files) if replace_file(folder / path, files[path])]
         if compile_targets:
             resources = compile_variants(folder / "kernels", variants, jobs, progress)
-        manifest = manifest_text(variants, origin, files, resources)
-        if _replace(folder / "manifest.json", manifest):
+        manifest = manifest_text(variants, plan.origin, files, resources)
+        if replace_file(folder / "manifest.json", manifest):
             written.append("manifest.json")
         removed = _orphans(folder, files)
         for path in removed:
             (folder / path).unlink()
-    return BuildResult(folder, variants, tuple(written), tuple(removed), resources)
+    return BuildResult(folder, variants, tuple(written), tuple(removed), resources, plan.notes)
 
 
-def check(spec: Spec, out_dir: Path) -> list[Stale]:
+def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale]:
     """Each file of `out_dir/<name>` that differs from what `build` would write now."""
-    variants, origin, files = _render(spec)
-    folder = out_dir / spec.name
-    manifest = manifest_text(variants, origin, files, _kept_resources(folder, variants))
+    plan = _render(spec, tuned)
+    files, folder = plan.files, out_dir / spec.name
+    kept = _kept_resources(folder, plan.variants)
+    manifest = manifest_text(plan.variants, plan.origin, files, kept)
     stale = []
     for path, text in sorted({**files, "manifest.json": manifest}.items()):
         if not (folder / path).is_file():
@@ -110,19 +118,30 @@ def build_variant(workload: Workload, target: str, out_dir: Path) -> Path:
     Safe under concurrent calls: the file appears whole or not at all.
     """
     schedule = default_schedule(workload, parse_target(target))
-    variant = Variant(
-        kernel_name(workload, schedule), workload, schedule, (target,), DEFAULT_PROVENANCE
-    )
+    use = Use(target, Bucket(), DEFAULT_PROVENANCE)
+    variant = Variant(kernel_name(workload, schedule), workload, schedule, (use,))
     path = out_dir / f"{variant.name}.py"
     origin = Origin("user cache", "(built when a call needed it)", "")
-    _replace(path, render(workload, schedule, variant_header(variant, origin)))
+    replace_file(path, render(workload, schedule, variant_header(variant, origin)))
     return path
 
 
-def _render(spec: Spec) -> tuple[tuple[Variant, ...], Origin, dict[str, str]]:
-    variants = plan_variants(spec.workloads(), spec.targets)
-    origin = Origin(spec.name, spec.label, spec.sha256)
-    return variants, origin, package_files(variants, origin)
+@dataclass(frozen=True)
+class _Plan:
+    """What a build would write: its variants and the text of each file but the manifest."""
+
+    variants: tuple[Variant, ...]
+    origin: Origin
+    files: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def _render(spec: Spec, folder: Path | None) -> _Plan:
+    workloads = spec.workloads()
+    tuned = tuned_choices(folder or spec.tuned_folder, workloads, spec.targets)
+    variants = plan_variants(workloads, spec.targets, tuned.choices)
+    origin = Origin(spec.name, spec.label, spec.sha256, tuned.hashes)
+    return _Plan(variants, origin, package_files(variants, origin), tuned.notes)
 
 
 def compile_variants(
@@ -142,7 +161,9 @@ def compile_variants(
     workers = jobs or os.cpu_count() or 1
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         jobs_ = [
-            pool.submit(_compile_one, kernels / f"{v.name}.py", v.workload, target)
+            pool.submit(
+                _compile_one, kernels / f"{v.name}.py", v.workload, target, v.measured(target)
+            )
             for v, target in work
         ]
         for done, ((variant, target), job) in enumerate(zip(work, jobs_, strict=True), 1):
@@ -157,7 +178,7 @@ def compile_variants(
 
 
 def _compile_one(
-    path: Path, workload: Workload, target_name: str
+    path: Path, workload: Workload, target_name: str, measured: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
     from nsagen.codegen.compile import compile_variant  # torch and triton, in the worker only
 
@@ -169,7 +190,7 @@ def _compile_one(
     problems = [
         f"{path.stem}: kernel {kernel.kernel} on {target}: {problem}"
         for kernel in kernels
-        for problem in kernel.problems(target)
+        for problem in kernel.problems(target, measured=measured)
     ]
     return [asdict(kernel) for kernel in kernels], problems
 
@@ -190,30 +211,3 @@ def _write_order(files: dict[str, str]) -> list[str]:
 def _orphans(folder: Path, files: dict[str, str]) -> list[str]:
     present = (p.relative_to(folder).as_posix() for p in folder.rglob("*.py"))
     return sorted(path for path in present if path not in files)
-
-
-def _replace(path: Path, text: str) -> bool:
-    """Write a file in one step unless it already says so; whether it changed."""
-    data = text.encode()
-    if path.is_file() and path.read_bytes() == data:
-        return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return True
-
-
-@contextmanager
-def _locked(out_dir: Path, name: str) -> Iterator[None]:
-    """Let one build at a time write a package; a second one waits."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with open(out_dir / f".{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -2,25 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nsagen.codegen.target import Target, parse_target
 from nsagen.codegen.template import default_schedule, kernel_name, space_for, template_hash
+from nsagen.runtime.table import Bucket, covers_all
 from nsagen.workload import Schedule, Workload
 
 DEFAULT_PROVENANCE = "the architecture's default; not measured"
 
 
 @dataclass(frozen=True)
+class TunedChoice:
+    """A schedule that tuning found for a workload, target and bucket, and how it is known."""
+
+    workload: Workload
+    target: str
+    bucket: Bucket
+    schedule: Schedule
+    provenance: str
+    measured: bool
+
+
+@dataclass(frozen=True)
+class Use:
+    """A target and bucket that a variant serves, and why it was chosen for them.
+
+    Attributes:
+        measured: whether the schedule won by measurement on a device of the target.
+    """
+
+    target: str
+    bucket: Bucket
+    provenance: str
+    measured: bool = False
+
+
+@dataclass(frozen=True)
 class Variant:
-    """One kernel file: a workload and schedule, for every target that chose that schedule."""
+    """One kernel file: a workload and schedule, for every target and bucket that chose it."""
 
     name: str
     workload: Workload
     schedule: Schedule
-    targets: tuple[str, ...]
-    provenance: str
+    uses: tuple[Use, ...]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targets that it is compiled for."""
+        return tuple(dict.fromkeys(use.target for use in self.uses))
+
+    def measured(self, target: str) -> bool:
+        """Whether it is there for the target because it won by measurement."""
+        return any(use.measured for use in self.uses if use.target == target)
 
     @property
     def template(self) -> str:
@@ -31,8 +66,13 @@ class Variant:
         return template_hash(self.template)
 
 
-def plan_variants(workloads: Iterable[Workload], targets: Iterable[str]) -> tuple[Variant, ...]:
-    """Choose a schedule for each workload and target; equal choices share one file.
+def plan_variants(
+    workloads: Iterable[Workload], targets: Iterable[str], tuned: Iterable[TunedChoice] = ()
+) -> tuple[Variant, ...]:
+    """Choose schedules for each workload and target; equal choices share one file.
+
+    What was tuned serves its bucket; the target's default schedule serves calls that no
+    bucket covers.
 
     Returns:
         the variants, sorted by name.
@@ -42,13 +82,27 @@ def plan_variants(workloads: Iterable[Workload], targets: Iterable[str]) -> tupl
         UnsupportedWorkloadError: no algorithm covers a workload.
     """
     parsed: list[Target] = [parse_target(text) for text in targets]
-    chosen: dict[tuple[Workload, Schedule], list[str]] = {}
+    found: dict[tuple[Workload, str], list[TunedChoice]] = {}
+    for choice in tuned:
+        found.setdefault((choice.workload, choice.target), []).append(choice)
+    chosen: dict[tuple[Workload, Schedule], list[Use]] = {}
     for workload in workloads:
         for target in parsed:
-            schedule = default_schedule(workload, target)
-            chosen.setdefault((workload, schedule), []).append(str(target))
-    variants = (
-        Variant(kernel_name(w, s), w, s, tuple(names), DEFAULT_PROVENANCE)
-        for (w, s), names in chosen.items()
-    )
+            for schedule, use in _uses(workload, target, found.get((workload, str(target)), [])):
+                chosen.setdefault((workload, schedule), []).append(use)
+    variants = (Variant(kernel_name(w, s), w, s, tuple(uses)) for (w, s), uses in chosen.items())
     return tuple(sorted(variants, key=lambda variant: variant.name))
+
+
+def _uses(
+    workload: Workload, target: Target, tuned: Sequence[TunedChoice]
+) -> list[tuple[Schedule, Use]]:
+    """What serves a workload on a target: tuned buckets first, then whatever they leave."""
+    name = str(target)
+    found = [
+        (choice.schedule, Use(name, choice.bucket, choice.provenance, choice.measured))
+        for choice in sorted(tuned, key=lambda choice: choice.bucket.order)
+    ]
+    if not covers_all([choice.bucket for choice in tuned]):
+        found.append((default_schedule(workload, target), Use(name, Bucket(), DEFAULT_PROVENANCE)))
+    return found

@@ -14,31 +14,22 @@ from types import ModuleType
 
 import torch
 
+from nsagen.harness.sizes import Sizes
 from nsagen.workload import Workload
+
+__all__ = [
+    "THRESHOLDS",
+    "Case",
+    "Cost",
+    "Sizes",
+    "cu_seqlens_of",
+    "harness_of",
+    "poisoned",
+    "relative_error",
+]
 
 THRESHOLDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest relative error ||out - ref|| / ||ref|| that an output of each dtype may have."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The run-time sizes of a call.
-
-    Attributes:
-        seqlens: tokens of each packed sequence; in decode, the position of each row's new token.
-        kv_heads: key/value heads HK.
-        capacity: decode only: tokens that the cache can hold for each sequence.
-        page_size: decode only: tokens of a cache page; None where a sequence's tokens adjoin.
-    """
-
-    seqlens: tuple[int, ...]
-    kv_heads: int = 2
-    capacity: int = 256
-    page_size: int | None = None
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.seqlens)
 
 
 @dataclass(frozen=True)
@@ -98,9 +89,9 @@ def poisoned(
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     """||out - expected|| / ||expected|| in float64; infinities must agree in place and sign.
 
-    Returns inf when a NaN or an infinity stands where the other has none.
+    Computed where `out` is. Returns inf when a NaN or an infinity stands where the other has none.
     """
-    out, expected = out.double().cpu(), expected.double().cpu()
+    out, expected = out.double(), expected.to(out.device).double()
     finite = torch.isfinite(expected)
     same = torch.equal(torch.isfinite(out), finite) and torch.equal(out[~finite], expected[~finite])
     if not same or torch.isnan(expected).any():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nsagen.errors import InvalidInputError
@@ -41,10 +41,34 @@ class Bucket:
             return False
         return _within(self.tokens, tokens) and _within(self.context, context or 0)
 
+    @property
+    def source(self) -> str:
+        """Python that makes the bucket, as generated tables have it."""
+        limits = (("tokens", self.tokens), ("context", self.context))
+        return f"Bucket({', '.join(f'{n}={v}' for n, v in limits if v != _ANY)})"
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts buckets from small calls to large ones."""
+        return (self.context[0] or 0, self.tokens[0] or 0)
+
     def __str__(self) -> str:
         limits = (("tokens", self.tokens), ("context", self.context))
         texts = [f"{name} {_text(limit)}" for name, limit in limits if limit != _ANY]
         return ", ".join(texts) or "any size"
+
+
+def covers_all(buckets: Iterable[Bucket]) -> bool:
+    """Whether every call falls into one of the buckets, whether or not it knows its context."""
+    ranges = [bucket.tokens for bucket in buckets if bucket.context == _ANY]
+    reached = -1  # calls of up to so many tokens are covered
+    for least, greatest in sorted(ranges, key=lambda limits: limits[0] or 0):
+        if (least or 0) > reached + 1:
+            return False
+        if greatest is None:
+            return True
+        reached = max(reached, greatest)
+    return False
 
 
 def _within(limits: Range, value: int) -> bool:

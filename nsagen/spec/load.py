@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -32,6 +32,7 @@ class Spec:
         label: what to give `nsagen build` to read this spec again: the name of a shipped spec,
             else a path from the project's root; never a path of the machine.
         sha256: hex digest of the file's text.
+        tuned_folder: where this machine keeps the spec's tuning records, one file a device.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Spec:
     shapes: tuple[AttentionShape, ...]
     label: str
     sha256: str
+    tuned_folder: Path = field(default=Path(), compare=False)
 
     def attention_shapes(self) -> tuple[AttentionShape, ...]:
         """Every combination of the attention's values but the excluded ones, sorted."""
@@ -80,6 +82,7 @@ def load_spec(path_or_name: str | Path) -> Spec:
         shapes=shapes,
         label=_label(path),
         sha256=hashlib.sha256(text.encode()).hexdigest(),
+        tuned_folder=path.parent / "tuned" / checked.name,
     )
 
 

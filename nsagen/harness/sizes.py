@@ -1,0 +1,26 @@
+"""The run-time sizes of a call; apart from the harnesses, which need torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The run-time sizes of a call.
+
+    Attributes:
+        seqlens: tokens of each packed sequence; in decode, the position of each row's new token.
+        kv_heads: key/value heads HK.
+        capacity: decode only: tokens that the cache can hold for each sequence.
+        page_size: decode only: tokens of a cache page; None where a sequence's tokens adjoin.
+    """
+
+    seqlens: tuple[int, ...]
+    kv_heads: int = 2
+    capacity: int = 256
+    page_size: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.seqlens)

@@ -1,0 +1,191 @@
+"""Evaluators: where the outcome of a schedule comes from. A search does not know which it has."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from nsagen.codegen.target import Target
+from nsagen.codegen.template import default_schedule, space_for, template_hash
+from nsagen.tune.coding import valid_schedules
+from nsagen.tune.compiler import CompilePool
+from nsagen.tune.outcome import Outcome
+from nsagen.tune.task import Task
+from nsagen.tune.worker import Reply, Worker
+from nsagen.workload import Schedule, Workload
+
+OPEN_LIMIT_S = 180.0
+MEASURE_LIMIT_S = 20.0
+OPEN_ATTEMPTS = 2
+ROUNDS = 9
+
+PROMISING = 1.02
+"""A schedule within this factor of the best one may win, and is compiled for its last check."""
+
+
+@dataclass(frozen=True)
+class Final:
+    """A finalist timed in turn with the others.
+
+    Attributes:
+        ms: median over the rounds.
+        rounds: the median of each round, if there were rounds.
+        reason: why it is out of the race; empty if it is not.
+    """
+
+    schedule: Schedule
+    ms: float
+    rounds: tuple[float, ...] = ()
+    reason: str = ""
+
+    @property
+    def spread(self) -> float:
+        """(Slowest - fastest round) / median."""
+        return (max(self.rounds) - min(self.rounds)) / self.ms if self.rounds else 0.0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a task can choose from.
+
+    Attributes:
+        schedules: every valid schedule.
+        default: the one to use where nothing is known.
+        version: of the templates that they render from.
+        allows: whether a schedule that may not be listed is valid.
+    """
+
+    schedules: tuple[Schedule, ...]
+    default: Schedule
+    version: str
+    allows: Callable[[Schedule], bool]
+
+
+@functools.cache
+def candidates_for(workload: Workload, target: Target) -> Candidates:
+    """What the schedule spaces of a workload offer on a target."""
+    schedules = valid_schedules(workload, target)
+    algorithms = sorted({schedule.algorithm for schedule in schedules})
+    templates = (space_for(workload, algorithm).template for algorithm in algorithms)
+    version = "-".join(template_hash(template)[:8] for template in templates)
+
+    def allows(schedule: Schedule) -> bool:
+        if schedule.algorithm not in algorithms:
+            return False
+        space = space_for(workload, schedule.algorithm)
+        return not space.violations(workload, schedule, target)
+
+    return Candidates(schedules, default_schedule(workload, target), version, allows)
+
+
+class Evaluator(Protocol):
+    """Gives outcomes of schedules, and finals of the best few."""
+
+    def candidates(self, task: Task) -> Candidates:
+        """The schedules of a task."""
+        ...
+
+    def start(self, task: Task, schedule: Schedule) -> None:
+        """Begin what can be done ahead, without waiting."""
+        ...
+
+    def ready(self, task: Task, schedule: Schedule) -> bool:
+        """Whether nothing that was started for a schedule is still going on."""
+        ...
+
+    def finish(self, task: Task, schedule: Schedule, best_ms: float | None) -> Outcome:
+        """The outcome of a schedule; waits for it."""
+        ...
+
+    def finals(self, task: Task, schedules: Sequence[Schedule]) -> list[Final]:
+        """The given schedules compared with more care, in the same order."""
+        ...
+
+    def certify(self, task: Task, schedule: Schedule) -> str:
+        """Why a schedule that is about to win must not; empty if it may."""
+        ...
+
+    def close(self) -> None:
+        """Release processes."""
+        ...
+
+
+class TimedEvaluator:
+    """Compiles ahead in a pool and measures in a worker that holds the GPU."""
+
+    def __init__(self, pool: CompilePool, worker: Worker) -> None:
+        self._pool = pool
+        self._worker = worker
+        self._opened: tuple[Task, int] | None = None
+        self._unopened: dict[Task, list[str]] = {}
+
+    def candidates(self, task: Task) -> Candidates:
+        return candidates_for(task.workload, self._pool.target)
+
+    def start(self, task: Task, schedule: Schedule) -> None:
+        self._pool.start(task, schedule)
+
+    def ready(self, task: Task, schedule: Schedule) -> bool:
+        return self._pool.done(task, schedule)
+
+    def finish(self, task: Task, schedule: Schedule, best_ms: float | None) -> Outcome:
+        compiled = self._pool.finish(task, schedule)
+        if compiled.reason:
+            return compiled
+        reply = self._ask(task, "measure", self._pool.path_of(task, schedule), best_ms)
+        if reply.reason:
+            return replace(compiled, reason=reply.reason)
+        timing = reply.value
+        if best_ms is None or timing.ms < PROMISING * best_ms:
+            self._pool.start_ragged(task, schedule)
+        return replace(
+            compiled,
+            ms=timing.ms,
+            spread=timing.spread,
+            error=timing.error,
+            repeats=timing.repeats,
+        )
+
+    def finals(self, task: Task, schedules: Sequence[Schedule]) -> list[Final]:
+        compiled = [self._pool.finish(task, schedule) for schedule in schedules]
+        able = [s for s, outcome in zip(schedules, compiled, strict=True) if not outcome.reason]
+        paths = [self._pool.path_of(task, schedule) for schedule in able]
+        reply = self._ask(task, "compare", paths, ROUNDS) if paths else Reply([])
+        times = {} if reply.reason else dict(zip(able, reply.value, strict=True))
+        return [
+            final_of(schedule, times.get(schedule, ()), outcome.reason or reply.reason)
+            for schedule, outcome in zip(schedules, compiled, strict=True)
+        ]
+
+    def certify(self, task: Task, schedule: Schedule) -> str:
+        reason = self._pool.finish_ragged(task, schedule)
+        return reason or self._ask(task, "certify", self._pool.path_of(task, schedule)).reason
+
+    def close(self) -> None:
+        self._pool.close()
+        self._worker.close()
+
+    def _ask(self, task: Task, method: str, *args: object) -> Reply:
+        """Ask the worker, which first gets the task if it is new, or new to the task."""
+        if self._opened != (task, self._worker.starts) or not self._worker.alive:
+            failures = self._unopened.setdefault(task, [])
+            if len(failures) >= OPEN_ATTEMPTS:
+                return Reply(reason=f"inputs: {failures[-1]}")
+            self._opened = None
+            opened = self._worker.ask("open", task, limit_s=OPEN_LIMIT_S)
+            if opened.reason:
+                failures.append(opened.reason)
+                return Reply(reason=f"inputs: {opened.reason}")
+            self._opened = (task, self._worker.starts)
+        return self._worker.ask(method, *args, limit_s=MEASURE_LIMIT_S)
+
+
+def final_of(schedule: Schedule, rounds: Sequence[float], reason: str = "") -> Final:
+    """A finalist's median and spread over its rounds."""
+    if reason or not rounds:
+        reason = reason or "its outputs differ from the default's"
+        return Final(schedule, float("inf"), reason=reason)
+    return Final(schedule, statistics.median(rounds), tuple(rounds))

@@ -1,0 +1,46 @@
+"""What evaluating one schedule gave: a time, or the reason why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of one evaluation.
+
+    Attributes:
+        ms: median time (objective time) or cost (objective static); None if it failed.
+        reason: why it failed; empty if it did not.
+        spread: interquartile range of the timings over their median.
+        repeats: medians of the first, middle and last third of the timings.
+        error: largest relative error of an output at the checked sizes.
+        compile_s: seconds that compiling took, in a process of its own.
+        kernels: resources of each kernel, as `Resources` fields.
+        fingerprint: of the kernel's source; see `kernel_fingerprint`.
+    """
+
+    ms: float | None = None
+    reason: str = ""
+    spread: float = 0.0
+    repeats: tuple[float, ...] = ()
+    error: float = 0.0
+    compile_s: float = 0.0
+    kernels: tuple[Mapping[str, Any], ...] = field(default=())
+    fingerprint: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.ms is not None
+
+    def as_json(self) -> dict[str, Any]:
+        """What a storage or a recording keeps."""
+        return {**asdict(self), "kernels": [dict(kernel) for kernel in self.kernels]}
+
+    @classmethod
+    def of_json(cls, values: Mapping[str, Any]) -> Outcome:
+        """The inverse of `as_json`."""
+        lists = {name: tuple(values.get(name, ())) for name in ("kernels", "repeats")}
+        return cls(**{**values, **lists})

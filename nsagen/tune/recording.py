@@ -1,0 +1,212 @@
+"""Recordings: every schedule of a task measured once, so that searches can be replayed.
+
+A recording is gzipped JSON lines: one that says what was measured and where, one a schedule
+(its outcome, failures and compile time included), and last the ten best, timed in turn.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from nsagen.errors import NsagenError, TuneError
+from nsagen.harness.sizes import Sizes
+from nsagen.runtime.table import Bucket
+from nsagen.tune.evaluate import Evaluator
+from nsagen.tune.outcome import Outcome
+from nsagen.tune.task import Task
+from nsagen.workload import Schedule, Workload
+
+FORMAT = 1
+REFINED = 10
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A task's outcomes by schedule.
+
+    Attributes:
+        synthetic: made by a formula, not a GPU: it may test a search and support no claim.
+        facts: of the device and software; of the formula if synthetic.
+        refined: milliseconds of the best schedules, timed in turn: they define the optimum.
+    """
+
+    task: Task
+    default: Schedule
+    synthetic: bool
+    facts: Mapping[str, Any]
+    outcomes: Mapping[Schedule, Outcome]
+    refined: Mapping[Schedule, float]
+
+    def true_ms(self, schedule: Schedule) -> float:
+        """The best estimate of a schedule's time; infinite where it fails."""
+        if schedule in self.refined:
+            return self.refined[schedule]
+        ms = self.outcomes[schedule].ms
+        return float("inf") if ms is None else ms
+
+    @property
+    def optimum_ms(self) -> float:
+        """The least time of the recording."""
+        return min(self.true_ms(schedule) for schedule in self.outcomes)
+
+
+def record(
+    task: Task,
+    evaluator: Evaluator,
+    path: Path,
+    *,
+    facts: Mapping[str, Any],
+    ahead: int,
+    seconds: float | None = None,
+    on_step: Callable[[int, int, Schedule, Outcome], None] = lambda *_: None,
+    synthetic: bool = False,
+) -> int:
+    """Measure every schedule of a task, in random order, into `path` (*.jsonl.gz).
+
+    Lines go to `path` without .gz as they come, so that a crash loses one schedule; running it
+    again goes on from there.
+
+    Args:
+        seconds: stop after this long; what was measured until then is a recording, too.
+
+    Returns:
+        how many schedules have an outcome.
+    """
+    candidates = evaluator.candidates(task)
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = _resume(plain, candidates.version)
+    order = [s for s in candidates.schedules if s != candidates.default]
+    random.Random(0).shuffle(order)
+    rest = [s for s in (candidates.default, *order) if s not in known]
+    end = None if seconds is None else time.monotonic() + seconds
+    with plain.open("a", encoding="utf-8") as file:
+        if file.tell() == 0:
+            header = _header(task, candidates.default, candidates.version, facts, synthetic)
+            _write_line(file, header)
+        for schedule, outcome in _evaluated(task, evaluator, rest, ahead, end):
+            known[schedule] = outcome
+            _write_line(file, {**_schedule_json(schedule), **outcome.as_json()})
+            on_step(len(known), len(candidates.schedules), schedule, outcome)
+        good = sorted((o.ms, s) for s, o in known.items() if o.ms is not None)
+        finals = evaluator.finals(task, [s for _, s in good[:REFINED]]) if good else []
+        rows = [{**_schedule_json(f.schedule), "ms": f.ms} for f in finals if not f.reason]
+        _write_line(file, {"refined": rows})
+    if plain != path:
+        path.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
+        plain.unlink()
+    return len(known)
+
+
+def _evaluated(
+    task: Task,
+    evaluator: Evaluator,
+    schedules: Sequence[Schedule],
+    ahead: int,
+    end: float | None,
+) -> Any:
+    """(schedule, outcome) pairs, while later schedules compile; ends at `end`."""
+    waiting, pending = deque(schedules), deque[Schedule]()
+    while (waiting or pending) and (end is None or time.monotonic() < end):
+        while waiting and len(pending) < 4 * ahead:
+            pending.append(waiting.popleft())
+            evaluator.start(task, pending[-1])
+        ready = next((s for s in pending if evaluator.ready(task, s)), pending[0])
+        pending.remove(ready)
+        yield ready, evaluator.finish(task, ready, None)
+
+
+def load_recording(path: Path) -> Recording:
+    """Read a recording.
+
+    Raises:
+        TuneError: no such file, or not a recording of this format.
+    """
+    try:
+        data = path.read_bytes()
+        text = gzip.decompress(data) if path.suffix == ".gz" else data
+        lines = [json.loads(line) for line in text.splitlines()]
+        head, *rows = lines
+        if head.get("format") != FORMAT:
+            raise ValueError(f"its format is {head.get('format')!r}, not {FORMAT}")
+        refined = rows.pop()["refined"] if rows and "refined" in rows[-1] else []
+        return Recording(
+            task=_task_of(head),
+            default=_schedule_of(head["default"]),
+            synthetic=head["synthetic"],
+            facts=head["facts"],
+            outcomes={_schedule_of(row): _outcome_of(row) for row in rows},
+            refined={_schedule_of(row): row["ms"] for row in refined},
+        )
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, NsagenError) as e:
+        said = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        raise TuneError(
+            f"{path}: must be a recording that nsagen tune --record-exhaustive wrote; {said}"
+        ) from None
+
+
+def _resume(plain: Path, version: str) -> dict[Schedule, Outcome]:
+    """What an unfinished recording of the same templates has; a torn last line is cut off."""
+    if not plain.is_file():
+        return {}
+    lines = plain.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    rows = [json.loads(line) for line in whole]
+    if not rows or rows[0].get("version") != version:
+        plain.unlink()
+        return {}
+    rows = [row for row in rows if "refined" not in row]
+    plain.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {_schedule_of(row): _outcome_of(row) for row in rows[1:]}
+
+
+def _write_line(file: TextIO, row: Mapping[str, Any]) -> None:
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+
+
+def _header(
+    task: Task, default: Schedule, version: str, facts: Mapping[str, Any], synthetic: bool
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "synthetic": synthetic,
+        "version": version,
+        "workload": asdict(task.workload),
+        "bucket": asdict(task.bucket),
+        "timed": asdict(task.timed),
+        "checked": asdict(task.checked),
+        "default": _schedule_json(default),
+        "facts": dict(facts),
+    }
+
+
+def _task_of(head: Mapping[str, Any]) -> Task:
+    workload, bucket = head["workload"], head["bucket"]
+    pairs = {**workload, "params": tuple((name, value) for name, value in workload["params"])}
+    timed, checked = (
+        Sizes(**{**head[key], "seqlens": tuple(head[key]["seqlens"])})
+        for key in ("timed", "checked")
+    )
+    limits = Bucket(tuple(bucket["tokens"]), tuple(bucket["context"]))
+    return Task(Workload(**pairs), limits, timed, checked)
+
+
+def _schedule_json(schedule: Schedule) -> dict[str, Any]:
+    return {"algorithm": schedule.algorithm, "knobs": dict(schedule.knobs)}
+
+
+def _schedule_of(row: Mapping[str, Any]) -> Schedule:
+    return Schedule.of(row["algorithm"], row["knobs"])
+
+
+def _outcome_of(row: Mapping[str, Any]) -> Outcome:
+    return Outcome.of_json({k: v for k, v in row.items() if k not in ("algorithm", "knobs")})

@@ -1,0 +1,112 @@
+"""Samplers that never repeat themselves, and that repeat their choices when a study resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, GPSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from nsagen.errors import InvalidInputError
+from nsagen.tune.coding import Coding
+from nsagen.tune.surrogate import propose
+from nsagen.workload import Schedule
+
+STARTUP = 10
+"""Evaluations before a model is trusted: the default, neighbours' winners, then random ones."""
+
+OPTUNA_SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = {
+    "optuna-gp": lambda seed: GPSampler(
+        seed=seed, n_startup_trials=STARTUP, deterministic_objective=False
+    ),
+    "tpe": lambda seed: TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True),
+}
+"""Name -> Optuna's sampler of a seed, whose proposals are moved to the nearest new schedule."""
+
+SAMPLERS = ("gp", *OPTUNA_SAMPLERS, "random")
+"""What a search can be steered by; "gp" is `nsagen.tune.surrogate`."""
+
+DEFAULT_SAMPLER = "gp"
+"""The best of `benchmarks/samplers.py`."""
+
+
+class SpaceSampler(BaseSampler):
+    """Proposes valid, new schedules only.
+
+    Each trial has its own generator, seeded by the trial's number: a search that was stopped
+    and resumed proposes what an uninterrupted one would have.
+    """
+
+    def __init__(self, name: str, coding: Coding, seed: int = 0) -> None:
+        if name not in SAMPLERS:
+            raise InvalidInputError(
+                f"tune: sampler must be one of {', '.join(SAMPLERS)}; got {name!r}; choose one"
+            )
+        self._name = name
+        self._coding = coding
+        self._seed = seed
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return self._coding.distributions
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if "fixed_params" in trial.system_attrs:  # enqueued: nothing to choose
+            return {}
+        seed = self._seed * 1_000_003 + trial.number
+        taken = taken_schedules(study, self._coding)
+        told = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if self._name == "random" or len(told) < STARTUP:
+            schedule = self._coding.random(taken, seed)
+        elif self._name == "gp":
+            schedule = self._expected_best(told, taken, seed)
+        else:
+            several = {n: d for n, d in search_space.items() if not d.single()}
+            sampler = OPTUNA_SAMPLERS[self._name](seed)
+            proposal = sampler.sample_relative(study, trial, several) if several else {}
+            first = self._coding.params_of(self._coding.schedules[0])
+            schedule = self._coding.nearest({**first, **proposal}, taken, seed)
+        # When nothing is free, a repeat tells the search so.
+        return self._coding.params_of(schedule or self._coding.schedules[0])
+
+    def _expected_best(
+        self, told: list[FrozenTrial], taken: set[Schedule], seed: int
+    ) -> Schedule | None:
+        coding = self._coding
+        ranks = [coding.rank_of(coding.schedule_of(trial.params)) for trial in told]
+        pending = sorted({coding.rank_of(schedule) for schedule in taken} - set(ranks))
+        free = coding.free(taken)
+        if not len(free):
+            return None
+        values = np.array([trial.value for trial in told], dtype=np.float64)
+        chosen = propose(
+            coding.points, np.array(ranks), values, np.array(pending, dtype=np.intp), free, seed
+        )
+        return coding.schedules[chosen]
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        raise AssertionError(f"{param_name} was not sampled with the others")
+
+
+def taken_schedules(study: Study, coding: Coding, before: int | None = None) -> set[Schedule]:
+    """The schedules that a trial (with a number below `before`) has measured or is measuring."""
+    states = (TrialState.COMPLETE, TrialState.RUNNING)
+    return {
+        coding.schedule_of(trial.params)
+        for trial in study.get_trials(deepcopy=False, states=states)
+        if trial.params.keys() == coding.distributions.keys()
+        and (before is None or trial.number < before)
+    }

@@ -1,0 +1,242 @@
+"""A search: one Optuna study of a task on a device, asked and told one schedule at a time."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import optuna
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.pruners import NopPruner
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from nsagen.codegen.fingerprint import kernel_fingerprint
+from nsagen.errors import NsagenError
+from nsagen.tune.coding import Coding
+from nsagen.tune.outcome import Outcome
+from nsagen.tune.sampler import DEFAULT_SAMPLER, SpaceSampler, taken_schedules
+from nsagen.tune.storage import owner, release_dead_trials
+from nsagen.tune.task import Task
+from nsagen.workload import Param, Schedule
+
+_RETRIES = 20
+_UNKNOWN_PENALTY = math.log(1e3)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule that a study asks about."""
+
+    trial: optuna.Trial
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A schedule and what its evaluation gave."""
+
+    schedule: Schedule
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a search ends, besides the time that its caller gives it.
+
+    Attributes:
+        trials: evaluations at most, failures included.
+        patience: evaluations without an improvement of `gain` after which none is expected.
+        gain: the least improvement that counts, as a share.
+    """
+
+    trials: int = 200
+    patience: int = 60
+    gain: float = 0.005
+
+
+class Search:
+    """Searches the schedules of a task. Several processes may search one task together."""
+
+    def __init__(
+        self,
+        task: Task,
+        coding: Coding,
+        storage: BaseStorage,
+        *,
+        scope: str,
+        version: str,
+        first: Iterable[Schedule],
+        sampler: str = DEFAULT_SAMPLER,
+        seed: int = 0,
+    ) -> None:
+        """Open or make the study, take over what is still true, and line up what goes first.
+
+        Args:
+            scope: what is measured and where, e.g. "time on nvidia-h200".
+            version: of what the outcomes are of; another one makes another study.
+            first: schedules to try before any other: the default, then neighbours' winners.
+        """
+        self.task = task
+        self.coding = coding
+        stem = f"{scope}: {task} ({task.sizes_text})"
+        self.study = optuna.create_study(
+            storage=storage,
+            study_name=f"{stem} #{coding.sha256[:8]}-{version}",
+            sampler=SpaceSampler(sampler, coding, seed),
+            pruner=NopPruner(),
+            load_if_exists=True,
+        )
+        release_dead_trials(self.study)
+        self._take_over(storage, stem)
+        self.line_up(first)
+
+    def ask(self) -> Candidate | None:
+        """The next schedule to evaluate; None when all have been."""
+        for _ in range(_RETRIES):
+            trial = self._ask()
+            schedule = self.coding.schedule_of(trial.params)
+            others = self._taken(before=trial.number)
+            if schedule not in others:
+                trial.set_user_attr("schedule", str(schedule))
+                return Candidate(trial, schedule)
+            self.study.tell(trial, state=TrialState.FAIL)  # another process was quicker
+            if len(others) >= len(self.coding):
+                return None
+        return None
+
+    def _ask(self) -> optuna.Trial:
+        with warnings.catch_warnings():  # `heartbeats` sends the signs of life
+            warnings.filterwarnings("ignore", "Heartbeat of storage", UserWarning)
+            trial = self.study.ask()
+        trial.set_user_attr("owner", owner())  # before the sampler takes its time
+        for name, distribution in self.coding.distributions.items():
+            if isinstance(distribution, IntDistribution):
+                trial.suggest_int(name, distribution.low, distribution.high)
+            elif isinstance(distribution, CategoricalDistribution):
+                trial.suggest_categorical(name, distribution.choices)
+        return trial
+
+    def tell(self, candidate: Candidate, outcome: Outcome) -> None:
+        """Report an evaluation. A failure gets a finite value, for failed trials teach nothing."""
+        trial = candidate.trial
+        trial.set_user_attr("outcome", outcome.as_json())
+        trial.set_constraint("runs", 0.0 if outcome.ok else 1.0)
+        value = self._penalty() if outcome.ms is None else math.log(max(outcome.ms, 1e-9))
+        self.study.tell(trial, value)
+
+    def give_up(self) -> None:
+        """Leave what this process asked for and did not evaluate to a later search."""
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial.user_attrs.get("owner") == owner():
+                self.study.tell(trial.number, state=TrialState.FAIL)
+
+    def measured(self) -> list[Measured]:
+        """Every evaluation so far, in the order of the trials."""
+        return [
+            Measured(self.coding.schedule_of(t.params), Outcome.of_json(t.user_attrs["outcome"]))
+            for t in self._complete()
+        ]
+
+    def best(self, count: int) -> list[Measured]:
+        """The fastest schedules so far, fastest first."""
+        good = [m for m in self.measured() if m.outcome.ok]
+        return sorted(good, key=lambda m: (m.outcome.ms or 0.0, m.schedule))[:count]
+
+    def finished(self, budget: Budget) -> str:
+        """Why the search ends by itself; empty while it goes on."""
+        values = [
+            t.value if t.user_attrs["outcome"]["ms"] is not None else None for t in self._complete()
+        ]
+        if len(values) >= len(self.coding):
+            return "every schedule is measured"
+        if len(values) >= budget.trials:
+            return f"{budget.trials} schedules are measured"
+        best, since = math.inf, 0
+        for value in values:
+            improved = value is not None and value < best + math.log1p(-budget.gain)
+            since = 0 if improved or best == math.inf else since + 1
+            best = min(best, math.inf if value is None else value)
+        if since >= budget.patience:
+            return f"nothing better in {since} schedules"
+        return ""
+
+    def _take_over(self, storage: BaseStorage, stem: str) -> None:
+        """Add earlier studies' measurements of kernels whose code is still the same.
+
+        So neither a new value of a knob nor an edit of the template discards what it does not
+        concern.
+        """
+        for name in optuna.get_all_study_names(storage):
+            if name == self.study.study_name or not name.startswith(f"{stem} #"):
+                continue
+            earlier = optuna.load_study(study_name=name, storage=storage)
+            for trial in earlier.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+                self._take_over_trial(trial)
+
+    def _take_over_trial(self, trial: FrozenTrial) -> None:
+        outcome = Outcome.of_json(trial.user_attrs["outcome"])
+        schedule = schedule_from_text(trial.user_attrs["schedule"])
+        if not self.coding.expresses(schedule) or schedule in self._taken():
+            return
+        if outcome.fingerprint != fingerprint_or_none(self.task, schedule):
+            return
+        self.study.add_trial(
+            create_trial(
+                params=self.coding.params_of(schedule),
+                distributions=self.coding.distributions,
+                value=trial.value,
+                user_attrs=trial.user_attrs,
+                system_attrs=trial.system_attrs,
+            )
+        )
+
+    def line_up(self, schedules: Iterable[Schedule]) -> None:
+        """Have schedules asked for next, in this order, unless that has been done."""
+        taken = self._taken()
+        waiting = [
+            trial.system_attrs.get("fixed_params")
+            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        ]
+        for schedule in dict.fromkeys(s for s in schedules if self.coding.expresses(s)):
+            params = self.coding.params_of(schedule)
+            if schedule not in taken and params not in waiting:
+                self.study.enqueue_trial(params)
+
+    def _taken(self, before: int | None = None) -> set[Schedule]:
+        return taken_schedules(self.study, self.coding, before)
+
+    def _complete(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+    def _penalty(self) -> float:
+        """The worst value seen: bad, and no outlier that would bend a model."""
+        seen = [
+            t.value
+            for t in self._complete()
+            if t.value is not None and t.user_attrs["outcome"]["ms"] is not None
+        ]
+        return max(seen, default=_UNKNOWN_PENALTY)
+
+
+def schedule_from_text(text: str) -> Schedule:
+    """The schedule that `str` of one gave."""
+    algorithm, _, knobs = text.removesuffix(")").partition("(")
+    pairs = (knob.split("=", 1) for knob in knobs.split(", ") if knob)
+    return Schedule.of(algorithm, {name: _knob_value(value) for name, value in pairs})
+
+
+def _knob_value(text: str) -> Param:
+    if text in ("True", "False"):
+        return text == "True"
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def fingerprint_or_none(task: Task, schedule: Schedule) -> str | None:
+    """The fingerprint of a schedule's kernel; None where it renders to nothing."""
+    try:
+        return kernel_fingerprint(task.workload, schedule)
+    except NsagenError:
+        return None

@@ -1,0 +1,77 @@
+"""Which workloads and sizes a run is about."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nsagen.codegen.template import spaces_of
+from nsagen.errors import BuildError, InvalidInputError
+from nsagen.spec import Spec, load_spec
+from nsagen.tune.task import Task, tasks_of
+from nsagen.workload import Workload
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of a spec's workloads to tune, and at which sizes; empty: all, and the defaults."""
+
+    ops: Sequence[str] = ()
+    passes: Sequence[str] = ()
+    seqlens: Sequence[int] = ()
+    batches: Sequence[int] = ()
+    kv_heads: int | None = None
+
+    def tasks(self, specs: Sequence[Spec]) -> tuple[Task, ...]:
+        """The tasks of several specs, each once.
+
+        Raises:
+            InvalidInputError: an op or pass that no spec has.
+        """
+        workloads = sorted({w for spec in specs for w in spec.workloads() if _has_template(w)})
+        _check_known("--op", self.ops, {w.op for w in workloads})
+        _check_known("--pass", self.passes, {w.pass_ for w in workloads})
+        chosen = [
+            w
+            for w in workloads
+            if (not self.ops or w.op in self.ops) and (not self.passes or w.pass_ in self.passes)
+        ]
+        return tasks_of(chosen, self.seqlens, self.batches, self.kv_heads)
+
+
+def _has_template(workload: Workload) -> bool:
+    try:
+        spaces_of(workload.op, workload.pass_)
+    except BuildError:
+        return False
+    return True
+
+
+def _check_known(option: str, given: Sequence[str], known: set[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise InvalidInputError(
+                f"tune: {option} must be one of {', '.join(sorted(known))}; got {name!r}; "
+                "choose one that the spec has"
+            )
+
+
+def specs_of(name: str | None, generated: Path) -> tuple[Spec, ...]:
+    """The named spec or, without a name, those that the folder of packages was built from.
+
+    Raises:
+        SpecError: no such spec.
+        InvalidInputError: no name, and no package in the folder.
+    """
+    if name is not None:
+        return (load_spec(name),)
+    manifests = sorted(generated.glob("*/manifest.json"))
+    commands = [json.loads(path.read_text(encoding="utf-8"))["command"] for path in manifests]
+    if not commands:
+        raise InvalidInputError(
+            f"tune: without a SPEC, {generated}/ must hold packages; got none; "
+            "name a spec, such as: nsagen tune llama8b"
+        )
+    return tuple(load_spec(command.removeprefix("nsagen build ")) for command in commands)

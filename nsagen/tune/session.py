@@ -1,0 +1,250 @@
+"""One run of `nsagen tune`: which tasks, on what, kept where."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import optuna
+
+from nsagen.codegen.target import parse_target
+from nsagen.errors import InvalidInputError, TuneError
+from nsagen.runtime.cache import cache_dir
+from nsagen.runtime.device import slug
+from nsagen.spec import Spec
+from nsagen.tune import recording
+from nsagen.tune.compiler import CompilePool
+from nsagen.tune.evaluate import Evaluator, TimedEvaluator
+from nsagen.tune.outcome import Outcome
+from nsagen.tune.record import TuningRecord
+from nsagen.tune.recording import load_recording
+from nsagen.tune.records import load_records, save_records
+from nsagen.tune.selection import Selection, specs_of
+from nsagen.tune.settings import Device, Settings, Step
+from nsagen.tune.simulate import ReplayEvaluator
+from nsagen.tune.static import StaticEvaluator
+from nsagen.tune.storage import open_storage
+from nsagen.tune.tuner import Tuner
+from nsagen.tune.worker import Worker
+from nsagen.workload import Schedule
+
+MEASURER = "nsagen.tune.measure:GpuMeasurer"
+COMPILER = "nsagen.tune.compiler:Compiler"
+IDENTIFY_LIMIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are kept and run.
+
+    Attributes:
+        out: folder that records are written below; None: beside each spec.
+        url: of the storage of studies; None: a file in the user cache.
+        target: for the static objective; None: the newest of the specs'.
+        jobs: processes that compile.
+    """
+
+    out: Path | None = None
+    url: str | None = None
+    target: str | None = None
+    jobs: int = 1
+
+    def folder(self, spec: Spec) -> Path:
+        """Where a spec's records are written."""
+        return spec.tuned_folder if self.out is None else self.out / spec.name
+
+
+class Watcher(Protocol):
+    """Is told how a run goes on."""
+
+    def step(self, step: Step) -> None:
+        """A schedule was evaluated."""
+        ...
+
+    def decided(self, record: TuningRecord, device: str) -> None:
+        """A record was decided."""
+        ...
+
+
+@dataclass
+class Result:
+    """What a run found.
+
+    Attributes:
+        device: its slug.
+        url: of the storage of the studies; empty if nothing is kept.
+        studies: names of the searches, one a task.
+        files: that were written.
+        records: in the order in which they were decided.
+        failures: a line for each task without a record.
+        notes: what else a reader must know.
+    """
+
+    device: str
+    url: str = ""
+    studies: list[optuna.Study] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    records: list[TuningRecord] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def tune(
+    name: str | None, selection: Selection, settings: Settings, places: Places, watcher: Watcher
+) -> Result:
+    """Tune a spec's workloads on this machine's GPU, or rank them for a target without one.
+
+    Records are written as soon as they are decided, each into the file of every spec that has
+    the workload.
+
+    Args:
+        name: of the spec; None: those that ./generated was built from.
+
+    Raises:
+        SpecError, InvalidInputError: the spec, or what is selected of it, is wrong.
+        TuneError: no GPU answers, or the storage cannot be opened.
+    """
+    specs = specs_of(name, Path("generated"))
+    tasks = selection.tasks(specs)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with evaluator_for(settings.objective, specs, places) as (device, _, evaluator):
+        result = Result(device.slug, places.url or default_study_url(device.slug))
+        folders = {spec.name: places.folder(spec) for spec in specs}
+        having = {spec.name: set(spec.workloads()) for spec in specs}
+        result.files += [folder / f"{device.slug}.yaml" for folder in folders.values()]
+        known = [r for f in result.files if f.is_file() for r in load_records(f).records]
+
+        def keep(record: TuningRecord) -> None:
+            for spec, workloads in having.items():
+                if record.workload in workloads:
+                    save_records(folders[spec], device.slug, str(device.target), [record])
+            result.records.append(record)
+            watcher.decided(record, device.slug)
+
+        storage = open_storage(result.url)
+        tuner = Tuner(device, storage, evaluator, settings, known, watcher.step)
+        result.failures += tuner.run(tasks, keep)
+        result.studies += tuner.studies
+    return result
+
+
+def simulate(path: Path, settings: Settings, places: Places, watcher: Watcher) -> Result:
+    """Search a recording as a GPU would be searched; nothing is kept unless a storage is named.
+
+    Raises:
+        TuneError: not a recording.
+    """
+    table = load_recording(path)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    facts = {"device": "unknown", "target": "cuda:90", "driver": "", "triton": "", **table.facts}
+    device = Device(f"replay-{facts['device']}", parse_target(facts["target"]), "", "")
+    storage = open_storage(places.url) if places.url else optuna.storages.InMemoryStorage()
+    result = Result(device.slug, places.url or "")
+    evaluator = ReplayEvaluator(table, settings.seed)
+    tuner = Tuner(device, storage, evaluator, settings, (), watcher.step)
+    result.failures += tuner.run([table.task], result.records.append)
+    result.studies += tuner.studies
+    for record in result.records:
+        optimum, true = table.optimum_ms, table.true_ms(record.schedule)
+        result.notes.append(
+            f"the recording's optimum is {optimum:.4g} ms; what was chosen takes {true:.4g} ms, "
+            f"{100 * (true / optimum - 1):.1f}% more"
+        )
+    if table.synthetic:
+        result.notes.append("the recording is synthetic: it says nothing about any GPU")
+    return result
+
+
+def record(
+    name: str | None,
+    selection: Selection,
+    path: Path,
+    settings: Settings,
+    places: Places,
+    watcher: Watcher,
+) -> Result:
+    """Measure every schedule of the one workload and size that is selected, into `path`.
+
+    Raises:
+        InvalidInputError: several are selected.
+        TuneError: no GPU answers.
+    """
+    specs = specs_of(name, Path("generated"))
+    tasks = selection.tasks(specs)
+    if len(tasks) != 1:
+        shown = "; ".join(str(task) for task in tasks[:4])
+        raise InvalidInputError(
+            f"tune: --record-exhaustive takes one workload and size; got {len(tasks)}: {shown}; "
+            "choose with --op, --pass, --seqlens, --batch and a spec of one shape"
+        )
+    with evaluator_for(settings.objective, specs, places) as (device, facts, evaluator):
+        result = Result(device.slug, files=[path])
+
+        def step(count: int, of: int, schedule: Schedule, outcome: Outcome) -> None:
+            watcher.step(
+                Step(tasks[0], 1, 1, count, of, schedule, outcome.reason, outcome.ms, None)
+            )
+
+        count = recording.record(
+            tasks[0],
+            evaluator,
+            path,
+            facts=facts,
+            ahead=places.jobs,
+            seconds=settings.seconds,
+            on_step=step,
+        )
+        result.notes.append(f"{count} schedules of {tasks[0]} are in {path}")
+    return result
+
+
+def default_study_url(device: str) -> str:
+    """The local file that keeps a device's studies."""
+    return f"sqlite:///{cache_dir() / 'tune' / device}.db"
+
+
+@contextmanager
+def evaluator_for(
+    objective: str, specs: Sequence[Spec], places: Places
+) -> Iterator[tuple[Device, dict[str, Any], Evaluator]]:
+    """The device, facts about it, and the evaluator; its processes end with the block."""
+    with tempfile.TemporaryDirectory(prefix="nsagen-tune-") as folder:
+        if objective == "static":
+            name = places.target or max(target for spec in specs for target in spec.targets)
+            device = Device(
+                f"static-{slug(name)}",
+                parse_target(name),
+                "none",
+                importlib.metadata.version("triton"),
+            )
+            pool = CompilePool(Path(folder), device.target, places.jobs, COMPILER)
+            facts: dict[str, Any] = {}
+            evaluator: Evaluator = StaticEvaluator(pool)
+        else:
+            worker = Worker(MEASURER)
+            device, facts = identify(worker)
+            pool = CompilePool(Path(folder), device.target, places.jobs, COMPILER)
+            evaluator = TimedEvaluator(pool, worker)
+        try:
+            yield device, facts, evaluator
+        finally:
+            evaluator.close()
+
+
+def identify(worker: Worker) -> tuple[Device, dict[str, Any]]:
+    """The device that a worker measures on, and all that it says of itself.
+
+    Raises:
+        TuneError: it has no GPU.
+    """
+    reply = worker.ask("identify", limit_s=IDENTIFY_LIMIT_S)
+    if reply.reason:
+        raise TuneError(f"tune: the worker must find a GPU; {reply.reason}; see nsagen doctor")
+    facts = reply.value
+    target = parse_target(facts["target"])
+    return Device(facts["device"], target, facts["driver"], facts["triton"]), facts

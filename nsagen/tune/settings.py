@@ -1,0 +1,59 @@
+"""What a tuner is told: the device, how to search, and how its progress is reported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nsagen.codegen.target import Target
+from nsagen.tune.record import Objective
+from nsagen.tune.sampler import DEFAULT_SAMPLER
+from nsagen.tune.search import Budget
+from nsagen.tune.task import Task
+from nsagen.workload import Schedule
+
+
+@dataclass(frozen=True)
+class Device:
+    """What outcomes are true of: a device, or a target that nothing was run on."""
+
+    slug: str
+    target: Target
+    driver: str
+    triton: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to search.
+
+    Attributes:
+        seconds: for all tasks together; None: no limit.
+        ahead: schedules that are compiling while one is measured.
+    """
+
+    objective: Objective = "time"
+    budget: Budget = field(default_factory=Budget)
+    seconds: float | None = None
+    ahead: int = 1
+    sampler: str = DEFAULT_SAMPLER
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress: what was just evaluated.
+
+    Attributes:
+        number, tasks: the task's place, from 1, and how many there are.
+        count, of: evaluations of the task so far, and its valid schedules.
+    """
+
+    task: Task
+    number: int
+    tasks: int
+    count: int
+    of: int
+    schedule: Schedule
+    reason: str
+    ms: float | None
+    best_ms: float | None

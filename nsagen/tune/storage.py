@@ -1,0 +1,190 @@
+"""Where studies are kept: a local file by default, or any storage that Optuna has a URL for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import TrialState
+from sqlalchemy import event
+from sqlalchemy.exc import IntegrityError, ProgrammingError
+
+from nsagen.codegen.files import locked
+from nsagen.errors import InvalidInputError, TuneError
+
+HEARTBEAT_S = 20
+"""Seconds between signs of life of a trial in a database that several machines share."""
+
+_EXAMPLES = "sqlite:///tune.db, postgresql+psycopg://user@host/name, grpc://host:13000"
+
+
+def open_storage(url: str) -> BaseStorage:
+    """The storage that a URL names; files and tables are made as needed.
+
+    Args:
+        url: of a database as SQLAlchemy writes it, `journal:///path` for Optuna's journal file,
+            or `grpc://host:port` for its proxy.
+
+    Raises:
+        InvalidInputError: not such a URL.
+        TuneError: the storage cannot be opened.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not (scheme and separator and rest):
+        raise InvalidInputError(
+            f"tune: --study must be a storage's URL; got {url!r}; such as {_EXAMPLES}"
+        )
+    try:
+        if scheme == "journal":
+            return _journal(Path(rest))
+        if scheme == "grpc":
+            host, _, port = rest.partition(":")
+            return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
+        if scheme == "sqlite":
+            path = Path(rest[1:])
+            with locked(path.parent, path.name):  # two that make the tables get in each other's way
+                return _database(url)
+        return _shared_database(url)
+    except (InvalidInputError, TuneError):
+        raise
+    except Exception as error:  # drivers raise their own types, and SQLAlchemy wraps some
+        last = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TuneError(
+            f"tune: --study {url}: must be a storage that can be opened; it said: {last}; "
+            "check that it runs and that its driver is installed"
+        ) from error
+
+
+def _shared_database(url: str) -> RDBStorage:
+    """A database on a server, whose tables another process may be making right now."""
+    for pause in (0.5, 2.0, 5.0):
+        try:
+            return _database(url)
+        except (ProgrammingError, IntegrityError):
+            time.sleep(pause)
+    return _database(url)
+
+
+def _database(url: str) -> RDBStorage:
+    arguments: dict[str, Any] = {}
+    if url.startswith("sqlite"):
+        arguments["connect_args"] = {"timeout": 60}
+    else:
+        arguments["pool_pre_ping"] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # of heartbeats
+        storage = RDBStorage(
+            url,
+            engine_kwargs=arguments,
+            heartbeat_interval=HEARTBEAT_S,
+            grace_period=4 * HEARTBEAT_S,
+        )
+    if url.startswith("sqlite"):
+
+        @event.listens_for(storage.engine, "connect")
+        def _fast(connection: Any, record: object) -> None:
+            connection.execute("PRAGMA journal_mode=WAL")  # survives a kill, and is quick
+            connection.execute("PRAGMA synchronous=NORMAL")
+
+        storage.engine.dispose()
+    return storage
+
+
+def _journal(path: Path) -> JournalStorage:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trim_torn_tail(path)
+    return JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
+
+
+def trim_torn_tail(path: Path) -> int:
+    """Cut an unfinished last line off a journal, and say how many bytes that were.
+
+    A writer that was killed leaves half a record; the journal would load once more, and break
+    for good when the next record is appended to the half.
+    """
+    if not path.is_file():
+        return 0
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return len(data) - whole
+
+
+def owner() -> str:
+    """What a trial notes of the process that runs it: host, process and when that started."""
+    return f"{socket.gethostname()} {os.getpid()} {_started(os.getpid())}"
+
+
+def owner_is_dead(text: str) -> bool:
+    """Whether the noted process ran on this host and is gone; False where that can't be told."""
+    host, _, rest = text.partition(" ")
+    pid, _, started = rest.partition(" ")
+    return host == socket.gethostname() and pid.isdigit() and _started(int(pid)) != started
+
+
+def _started(pid: int) -> str:
+    """When a process started, as the kernel counts it; empty if there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
+def release_dead_trials(study: optuna.Study) -> int:
+    """Fail the running trials of processes that are gone, so that their schedules are free.
+
+    On this host at once; on others when their heartbeat is overdue, where a storage has one.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
+    dead = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        if owner_is_dead(trial.user_attrs.get("owner", ""))
+    ]
+    for trial in dead:
+        with contextlib.suppress(ValueError):  # another process was quicker
+            study.tell(trial.number, state=TrialState.FAIL)
+    return len(dead)
+
+
+@contextlib.contextmanager
+def heartbeats(study: optuna.Study, running: dict[int, Any]) -> Iterator[None]:
+    """While this lasts, report that the trials in `running` (by id) are being worked on."""
+    storage = study._storage
+    if not isinstance(storage, RDBStorage):
+        # The cached wrapper of a database offers the same methods.
+        storage = getattr(storage, "_backend", storage)
+    if not isinstance(storage, RDBStorage) or storage.get_heartbeat_interval() is None:
+        yield
+        return
+    stop = threading.Event()
+
+    def beat(database: RDBStorage) -> None:
+        while not stop.wait(HEARTBEAT_S):
+            for trial_id in list(running):
+                with contextlib.suppress(Exception):  # a lost beat is made up by the next one
+                    database.record_heartbeat(trial_id)
+
+    thread = threading.Thread(target=beat, args=(storage,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

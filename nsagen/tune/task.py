@@ -1,0 +1,132 @@
+"""Tasks: a workload and a bucket of run-time sizes, with the sizes that stand for the bucket."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nsagen.harness.sizes import Sizes
+from nsagen.runtime.table import Bucket, Range
+from nsagen.workload import Workload
+
+SEQLENS = (2048, 16384)
+"""Query tokens that stand for short and long calls of the forward and backward passes."""
+
+CONTEXTS = (16384,)
+"""Tokens that a decoding step looks back on."""
+
+BATCHES = (1, 32)
+"""Rows that stand for small and large decoding steps."""
+
+_QUERY_HEADS = 32
+_KV_HEADS = 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one search is about.
+
+    Attributes:
+        bucket: the calls that the winner will serve.
+        timed: the sizes that are timed in their stead.
+        checked: smaller sizes, alike to a compiler, at which outputs meet the reference.
+    """
+
+    workload: Workload
+    bucket: Bucket
+    timed: Sizes
+    checked: Sizes
+
+    def __str__(self) -> str:
+        return f"{self.workload}, {self.bucket}"
+
+    @property
+    def sizes_text(self) -> str:
+        """The timed sizes as records and reports show them, e.g. `1 x 16384 tokens, 8 kv heads`."""
+        rows, first = len(self.timed.seqlens), self.timed.seqlens[0]
+        if self.workload.pass_ == "decode":
+            return f"{rows} x context {first + 1}, {self.timed.kv_heads} kv heads"
+        return f"{rows} x {first} tokens, {self.timed.kv_heads} kv heads"
+
+
+def tasks_of(
+    workloads: Iterable[Workload],
+    seqlens: Sequence[int] = (),
+    batches: Sequence[int] = (),
+    kv_heads: int | None = None,
+) -> tuple[Task, ...]:
+    """The tasks of workloads: one a workload and bucket.
+
+    The buckets' limits lie at the geometric mean of neighbouring sizes, and the outer ones are
+    open, so that together they cover every call.
+
+    Args:
+        seqlens: query tokens or, for decoding, tokens of context; the defaults if empty.
+        batches: sequences, or rows of a decoding step; the defaults if empty.
+        kv_heads: by default as many as 32 query heads have.
+    """
+    tasks = []
+    for workload in workloads:
+        group = int(dict(workload.params).get("gqa_ratio", _QUERY_HEADS // _KV_HEADS))
+        heads = kv_heads or max(1, _QUERY_HEADS // group)
+        decode = workload.pass_ == "decode"
+        make = _decode_tasks if decode else _forward_tasks
+        lengths = tuple(sorted(set(seqlens))) or (CONTEXTS if decode else SEQLENS)
+        rows = tuple(sorted(set(batches))) or (BATCHES if decode else (1,))
+        tasks += make(workload, lengths, rows, heads)
+    return tuple(tasks)
+
+
+def _forward_tasks(
+    workload: Workload, lengths: tuple[int, ...], rows: tuple[int, ...], heads: int
+) -> list[Task]:
+    calls = sorted((batch * length, batch, length) for batch in rows for length in lengths)
+    calls = [next(group) for _, group in itertools.groupby(calls, key=lambda call: call[0])]
+    ranges = ranges_between([tokens for tokens, _, _ in calls])
+    few = (_few_tokens(workload),)
+    return [
+        Task(
+            workload,
+            Bucket(tokens=limits),
+            Sizes((length,) * batch, heads),
+            Sizes(few * batch, heads),
+        )
+        for limits, (_, batch, length) in zip(ranges, calls, strict=True)
+    ]
+
+
+def _decode_tasks(
+    workload: Workload, contexts: tuple[int, ...], rows: tuple[int, ...], heads: int
+) -> list[Task]:
+    few = _few_tokens(workload)
+    return [
+        Task(
+            workload,
+            Bucket(tokens=tokens, context=context),
+            Sizes((length - 1,) * batch, heads, capacity=length),
+            Sizes(tuple(few - 1 - 37 * row % few for row in range(batch)), heads, capacity=few),
+        )
+        for context, length in zip(ranges_between(contexts), contexts, strict=True)
+        for tokens, batch in zip(ranges_between(rows), rows, strict=True)
+    ]
+
+
+def ranges_between(sizes: Sequence[int]) -> list[Range]:
+    """Ranges around ascending sizes that meet at geometric means and leave no gap."""
+    ends = [math.isqrt(low * high) for low, high in itertools.pairwise(sizes)]
+    return list(zip([None, *(end + 1 for end in ends)], [*ends, None], strict=True))
+
+
+def _few_tokens(workload: Workload) -> int:
+    """Tokens that reach past topk blocks and the window; divisible as the timed sizes are."""
+    params = dict(workload.params)
+
+    def number(name: str, default: int) -> int:
+        return int(params.get(name, default))
+
+    block, window, kernel = number("block_size", 16), number("window_size", 16), 4
+    least = max(block * (number("topk", 16) + 2), window + block, kernel * number("kernel_size", 8))
+    unit = 16 * number("kernel_stride", 1)
+    return -(-least // unit) * unit

@@ -1,0 +1,36 @@
+"""The HTML page about searches."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from nsagen.tune.report import write_report
+from tests.tune.conftest import World
+
+
+def test_the_page_is_whole_in_itself(world: World, tmp_path: Path) -> None:
+    world.behave({"num_stages=4": "wrong"})
+    result = world.tune(trials=14)
+    result.notes.append("<script>alert(1)</script>")
+    path = tmp_path / "page.html"
+    write_report(path, result)
+    page = path.read_text()
+    assert not re.search(r"<(script|img|iframe)[^>]*\ssrc=|<link[^>]*\shref=|@import", page)
+    for text in ("History", "Slices", "Parallel coordinates", "Importance"):
+        assert text in page
+    (record,) = result.records
+    assert record.default is not None
+    assert f"{record.ms:.4g}" in page
+    assert f"{record.default.ms:.4g}" in page
+    assert "WrongOutputError: o: relative error 3.0e-01 (limit 1e-02)" in page
+    assert "<script>alert(1)" not in page
+
+
+def test_a_search_in_which_nothing_ran_has_a_page(world: World, tmp_path: Path) -> None:
+    world.behave({"": "memory"})
+    result = world.tune(trials=3)
+    write_report(tmp_path / "page.html", result)
+    assert "no schedule ran" in (tmp_path / "page.html").read_text()
+    write_report(tmp_path / "page.html", replace(result, studies=[], failures=[]))

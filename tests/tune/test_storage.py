@@ -1,0 +1,68 @@
+"""Where studies are kept."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from nsagen.errors import InvalidInputError, TuneError
+from nsagen.tune.storage import open_storage, owner, owner_is_dead, trim_torn_tail
+
+
+def study_in(url: str, name: str = "s") -> optuna.Study:
+    return optuna.create_study(storage=open_storage(url), study_name=name, load_if_exists=True)
+
+
+def test_a_torn_journal_loses_the_torn_record_only(tmp_path: Path) -> None:
+    url, path = f"journal://{tmp_path / 'j.log'}", tmp_path / "j.log"
+    study = study_in(url)
+    for value in (1.0, 2.0):
+        study.tell(study.ask(), value)
+    path.write_bytes(path.read_bytes()[:-7])  # in the middle of the last record
+    for _ in range(2):  # without the cut, the second time fails
+        study = study_in(url)
+        study.tell(study.ask(), 3.0)
+    states = [trial.state for trial in study_in(url).trials]
+    assert states.count(TrialState.COMPLETE) == 3
+    assert trim_torn_tail(path) == 0
+
+
+@pytest.mark.parametrize("url", ["study.db", "sqlite://", "://x", ""])
+def test_what_is_no_url_is_wrong_usage(url: str) -> None:
+    with pytest.raises(InvalidInputError, match="must be a storage's URL"):
+        open_storage(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense://host/name", "postgresql+psycopg://127.0.0.1:9/none?connect_timeout=1"]
+)
+def test_a_storage_that_cannot_be_opened_says_why(url: str) -> None:
+    with pytest.raises(TuneError, match="must be a storage that can be opened; it said"):
+        open_storage(url)
+
+
+def test_several_processes_may_make_a_database_at_once(tmp_path: Path) -> None:
+    code = "import sys; from nsagen.tune.storage import open_storage; open_storage(sys.argv[1])"
+    url = f"sqlite:///{tmp_path / 'new' / 'study.db'}"
+    running = [subprocess.Popen([sys.executable, "-c", code, url]) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in running] == [0, 0]
+
+
+def test_an_owner_is_dead_when_its_process_is() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    mine = owner()
+    host = mine.split()[0]
+    started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    theirs = f"{host} {process.pid} {started}"
+    assert not owner_is_dead(mine)
+    assert not owner_is_dead(theirs)
+    process.communicate()
+    assert owner_is_dead(theirs)
+    assert owner_is_dead(f"{host} {os.getpid()} 1")  # the number was given to another process
+    assert not owner_is_dead(f"elsewhere {process.pid} {started}")

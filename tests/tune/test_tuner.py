@@ -1,0 +1,153 @@
+"""Searches on the fake GPU: what is tried, what survives, what is decided."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from nsagen.tune.decide import decide
+from nsagen.tune.evaluate import Final
+from nsagen.tune.records import load_records
+from nsagen.tune.search import Budget
+from nsagen.tune.storage import open_storage
+from nsagen.workload import Schedule
+from tests.tune.conftest import Silent, World
+from tests.tune.fake import fake_ms
+
+
+def trials_of(world: World, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
+    storage = open_storage(world.url)
+    (name,) = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage).get_trials(states=states or None)
+
+
+def test_the_winner_is_recorded_with_its_evidence(world: World) -> None:
+    (record,) = world.tune(trials=30, sampler="gp").records
+    assert load_records(world.records).records == (record,)
+    assert record.default is not None
+    assert record.runner_up is not None
+    assert record.ms < record.default.ms
+    assert record.ms <= record.runner_up.ms
+    assert record.ms == pytest.approx(fake_ms(str(record.schedule)), rel=0.01)
+    assert (record.measured, record.failed, record.ended) == (30, 0, "30 schedules are measured")
+    assert (record.triton, record.driver) == ("3.6.0", "570.1")
+    assert record.sizes == "1 x 4096 tokens, 8 kv heads"
+
+
+def test_failures_are_told_as_finite_values_with_their_reason(world: World) -> None:
+    world.behave(
+        {
+            "compile@block=32,": "memory",
+            "block=64": "illegal",
+            "num_stages=4": "wrong",
+            "num_warps=2": "memory",
+        }
+    )
+    watcher = Silent()
+    (record,) = world.tune(trials=50, watcher=watcher).records
+    reasons = {step.reason.split(":")[0] for step in watcher.steps if step.reason}
+    assert reasons == {"compile", "RuntimeError", "MemoryError", "WrongOutputError"}
+    assert record.measured == 50
+    assert record.failed == sum(bool(step.reason) for step in watcher.steps) > 5
+    assert (record.schedule.block, record.schedule.num_warps) != (64, 2)
+    told = trials_of(world, TrialState.COMPLETE)
+    assert len(told) == 50
+    worst = max(t.value for t in told if t.user_attrs["outcome"]["ms"] is not None)
+    assert all(t.value <= max(worst, 7.0) for t in told)
+
+
+def test_a_wrong_finalist_does_not_win(world: World) -> None:
+    best = world.tune(trials=30).records[0].schedule
+    world.records.unlink()
+    world.behave({f"certify@{best}": "wrong"})
+    (record,) = world.tune(trials=30).records
+    assert record.schedule != best
+    assert record.measured == 30
+
+
+def test_where_nothing_runs_there_is_no_record(world: World) -> None:
+    world.behave({"": "memory"})
+    result = world.tune(trials=3)
+    assert result.records == []
+    assert result.failures == [
+        "gated_sum forward f16_dv32, any size: no schedule ran; "
+        "MemoryError: out of memory: tried to allocate 80 GiB"
+    ]
+
+
+def test_a_second_run_goes_on_and_repeats_nothing(world: World) -> None:
+    world.tune(trials=8)
+    watcher = Silent()
+    (record,) = world.tune(trials=14, watcher=watcher).records
+    assert [step.count for step in watcher.steps] == list(range(9, 15))
+    assert record.measured == 14
+    again = Silent()
+    assert world.tune(trials=14, watcher=again).records == [record]  # its date included
+    assert again.steps == []
+    tried = [t.user_attrs["schedule"] for t in trials_of(world, TrialState.COMPLETE)]
+    assert len(set(tried)) == len(tried) == 14
+
+
+def test_the_default_goes_first_then_neighbours_winners(world: World) -> None:
+    watcher = Silent()
+    first, second = world.tune(trials=12, seqlens=(1024, 8192), watcher=watcher).records
+    assert first.default is not None
+    of_second = [step.schedule for step in watcher.steps if step.number == 2]
+    assert {first.default.schedule, first.schedule} <= set(of_second[:4])
+    assert (str(first.bucket), str(second.bucket)) == ("tokens <= 2896", "tokens >= 2897")
+
+
+def test_it_stops_when_nothing_better_is_expected(world: World) -> None:
+    (record,) = world.tune(budget=Budget(trials=200, patience=8)).records
+    assert record.ended == "nothing better in 8 schedules"
+    assert record.measured < record.of
+
+
+def test_a_small_space_is_measured_whole(world: World) -> None:
+    (record,) = world.tune(budget=Budget(trials=500, patience=500)).records
+    assert record.measured == record.of
+    assert record.ended == "every schedule is measured"
+
+
+def test_time_is_shared_among_the_tasks(world: World) -> None:
+    result = world.tune(trials=200, seqlens=(1024, 8192), seconds=1.0)
+    assert [record.ended for record in result.records] == ["its time is up"] * 2
+
+
+def test_a_new_value_of_a_knob_discards_nothing(world: World) -> None:
+    (before,) = world.tune(trials=12).records
+    world.change_template("(1, 2, 3, 4)", "(1, 2, 3, 4, 5)")
+    watcher = Silent()
+    (after,) = world.tune(trials=14, watcher=watcher).records
+    assert after.of > before.of
+    assert len(watcher.steps) == 2  # the other twelve are known
+    assert after.measured == 14
+
+
+def test_a_change_of_the_kernel_discards_its_times(world: World) -> None:
+    world.tune(trials=12)
+    world.change_template("tl.float32)", "tl.float64)")
+    watcher = Silent()
+    world.tune(trials=12, watcher=watcher)
+    assert len(watcher.steps) == 12
+
+
+def final(ms: float, *, block: int = 0, noise: float = 0.0) -> Final:
+    schedule = Schedule.of("a", {"block": block})
+    return Final(schedule, ms, tuple(ms * (1 + noise * (i % 2)) for i in range(9)))
+
+
+@pytest.mark.parametrize(
+    ("other", "wins"),
+    [
+        (final(0.98, block=1), True),
+        (final(0.995, block=1), False),  # less than a percent
+        (final(0.98, block=1, noise=0.05), False),  # slower in every other round
+        (final(1.0, block=1), False),
+    ],
+)
+def test_the_default_wins_ties(other: Final, wins: bool) -> None:
+    default = final(1.0)
+    running = sorted([default, other], key=lambda f: f.ms)
+    assert decide(running, default, 0.01) == (other if wins else default)
