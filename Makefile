@@ -4,6 +4,7 @@
 #   make demo       build the shipped specs and run the demo, in Triton's interpreter
 #   make test       all tests that need no GPU
 #   make check      lint, formatting, types, tests, and that generated/ is up to date
+#   make test-shapes  kernels of shapes drawn anew, in BUDGET=600 seconds of computing
 #   make gpu-test   the tests for a GPU; PY=python3 uses an environment of yours
 #   make docs       build the documentation into site/, a folder of static pages
 #   make generate   regenerate what is committed: specs/spec.schema.json, generated/, parts of docs/
@@ -12,6 +13,7 @@
 PYTHON ?= python3
 PY     ?= .venv/bin/python
 JOBS   ?= auto
+BUDGET ?= 600
 SPECS  := specs/llama8b.yaml specs/tiny.yaml
 STAMP  := .venv/.stamp
 
@@ -20,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
 # The interpreter must not see a GPU: it is what stands in for one.
 INTERPRETED := TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: setup demo test test-plain test-interpreter check gpu-test docs generate clean
+.PHONY: setup demo test test-plain test-interpreter test-shapes check gpu-test docs generate clean
 
 setup: $(STAMP)
 
@@ -43,6 +45,10 @@ test-plain: $(STAMP)
 
 test-interpreter: $(STAMP)
 	$(INTERPRETED) $(PYTEST) -m "(kernel or interpreter) and not slow"
+
+# A failure prints the command that runs its shape again.
+test-shapes: $(STAMP)
+	SHAPES_SECONDS=$(BUDGET) $(INTERPRETED) $(PYTEST) tests/kernels/test_any_shape.py -k many
 
 check: $(STAMP)
 	$(PY) -m ruff check .

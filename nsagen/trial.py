@@ -21,17 +21,18 @@ import torch
 
 from nsagen.codegen.compile import load_module
 from nsagen.codegen.target import KNOWN_TARGETS
-from nsagen.codegen.template import default_schedule, kernel_name, render
+from nsagen.codegen.template import default_schedule, kernel_name, render, space_for
 from nsagen.errors import InvalidInputError
 from nsagen.harness.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
-from nsagen.workload import Param, Workload
+from nsagen.workload import Param, Schedule, Workload
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A workload, the target whose default schedule to take, and a call's sizes.
+    """A workload, an algorithm, the target whose default schedule to take, and a call's sizes.
 
     Attributes:
+        algorithm: None for the one that the target uses by default.
         sizes: of the call; in decode, positions of the new tokens.
         seed: of the random inputs.
     """
@@ -39,6 +40,7 @@ class Trial:
     workload: Workload
     target: str
     sizes: Sizes
+    algorithm: str | None = None
     seed: int = 0
 
     @property
@@ -50,15 +52,29 @@ class Trial:
         if self.workload.pass_ == "decode":
             options += f" --capacity {sizes.capacity}"
             options += f" --page-size {sizes.page_size}" if sizes.page_size else ""
+        options += f" --algorithm {self.algorithm}" if self.algorithm else ""
         text = shlex.quote(workload_text(self.workload))
         return f"python -m nsagen.trial {text} {options} --seed {self.seed}"
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule that runs.
+
+        Raises:
+            UnsupportedWorkloadError: the algorithm has none for the workload and target.
+        """
+        target = KNOWN_TARGETS[self.target]
+        if self.algorithm is None:
+            return default_schedule(self.workload, target)
+        space = space_for(self.workload, self.algorithm)
+        return space.default_schedule(self.workload, target)
 
     def run(self) -> list[str]:
         """What is wrong with the kernel's outputs; empty when all agree with the reference."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         harness = harness_of(self.workload)
         case: Case = harness.make_case(self.workload, self.sizes, device, self.seed)
-        schedule = default_schedule(self.workload, KNOWN_TARGETS[self.target])
+        schedule = self.schedule
         source = render(self.workload, schedule, f"# {self.workload}: {schedule}")
         with tempfile.TemporaryDirectory(prefix="nsagen-trial-") as folder:
             path = Path(folder) / f"{kernel_name(self.workload, schedule)}.py"
@@ -112,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nsagen.trial", description=__doc__)
     parser.add_argument("workload", help="e.g. 'rope forward float32 head_dim=72'")
     parser.add_argument("--target", choices=KNOWN_TARGETS, default="cuda:90")
+    parser.add_argument("--algorithm", help="by default the one that the target uses")
     parser.add_argument("--seqlens", type=_numbers, default=(0, 3, 40), help="e.g. 3,0,17")
     parser.add_argument("--kv-heads", type=int, default=1)
     parser.add_argument("--capacity", type=int, default=256, help="decode: tokens of a cache")
@@ -124,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InvalidInputError as error:
         print(f"nsagen: {error}", file=sys.stderr)
         return 2
-    wrong = Trial(workload, given.target, sizes, given.seed).run()
+    wrong = Trial(workload, given.target, sizes, given.algorithm, given.seed).run()
     print("\n".join(wrong) or "agrees with the reference")
     return 1 if wrong else 0
 
