@@ -64,7 +64,7 @@ class _Recorder:
 
 
 @contextmanager
-def _recording(module: ModuleType) -> Iterator[list[RecordedLaunch]]:
+def recording(module: ModuleType) -> Iterator[list[RecordedLaunch]]:
     kernels = {n: v for n, v in vars(module).items() if isinstance(v, triton.JITFunction)}
     calls: list[RecordedLaunch] = []
     try:
@@ -126,7 +126,7 @@ def recorded_launches(
     """
     module = load_module(path)
     plausible = _EXAMPLE_DECODE_SIZES if workload.pass_ == "decode" else _EXAMPLE_SIZES
-    with _recording(module) as calls:
+    with recording(module) as calls:
         case = harness_of(workload).make_case(workload, sizes or plausible, "meta")
         module.launch(*case.args)
     if not calls:

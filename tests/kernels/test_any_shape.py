@@ -69,7 +69,7 @@ def attention_shapes(draw) -> AttentionShape:
 
 @st.composite
 def sizes_for(draw, shape: AttentionShape, pass_: str) -> Sizes:
-    """Up to three sequences about as long as windows and blocks are, and a longer one."""
+    """Up to three sequences as long as windows and blocks or nearly so, and a longer one."""
     edges = [shape.kernel_size, shape.block_size, min(shape.window_size, 96)]
     edge = st.sampled_from([edge + by for edge in edges for by in (-1, 0, 1)])
     lengths = st.one_of(st.sampled_from((0, 1, 2)), edge.map(lambda n: min(n, 96)))
