@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from nsagen.branches import BRANCHES
 from nsagen.ops import reference
 from nsagen.ops._checks import check_like, check_rows, fail
 from nsagen.ops._launch import key_of, launch, on_kernels, with_contiguous_rows
@@ -35,6 +38,15 @@ def gated_sum(
         InvalidInputError: a tensor breaks the contract above.
     """
     return gated_sum_forward(o_compressed, o_selected, o_sliding, gate, key_of(dispatcher))
+
+
+def gate_of(gate: Tensor, on: Sequence[str]) -> Tensor:
+    """A gate [N, HQ, 3] with zeros in the columns of the branches that are off.
+
+    Whatever these held has no part in the sum, and gets no gradient.
+    """
+    columns = zip(BRANCHES, gate.unbind(-1), strict=True)
+    return torch.stack([c if name in on else torch.zeros_like(c) for name, c in columns], -1)
 
 
 @torch.library.custom_op("nsagen::gated_sum_forward", mutates_args=())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from nsagen.ops._launch import scale_of
+from nsagen.branches import BRANCHES, branches_on
+from nsagen.ops._launch import key_of, scale_of
 from nsagen.ops.compress import compress
-from nsagen.ops.compressed_attention import compressed_attention
-from nsagen.ops.gated_sum import gated_sum
+from nsagen.ops.compressed_attention import compressed_attention, compressed_attention_forward
+from nsagen.ops.gated_sum import gate_of, gated_sum
 from nsagen.ops.layout import positions_in_sequence
 from nsagen.ops.rope import rope
 from nsagen.ops.selected_attention import topk_sparse_attention
@@ -36,6 +39,7 @@ def native_sparse_attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     softmax_scale: float | None = None,
+    branches: Sequence[str] = BRANCHES,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """Gated sum of compressed, selected and sliding-window attention.
@@ -52,11 +56,13 @@ def native_sparse_attention(
         block_size: tokens of a block.
         topk: blocks selected a token, with init_blocks at the start and local_blocks up to
             its own always among them.
-        window_size: tokens that the sliding window sees, the query's own among them.
+        window_size: tokens that the sliding window sees, the query's own among them; 0 turns
+            that branch off.
         w_k, w_v: weights that compress keys and values, as in `compress`; None for avgpool.
         pe: [HK, kernel_size, D], added to a window's keys, or None.
         cos, sin: float32 [P, D // 2], or None for no rope.
         softmax_scale: of the scores; 1/sqrt(D) by default.
+        branches: those that are on; the gate's columns of the others are ignored.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
@@ -65,39 +71,58 @@ def native_sparse_attention(
     Raises:
         InvalidInputError: a tensor or parameter breaks the contract above.
     """
+    on = branches_on("native_sparse_attention", branches, window_size)
     windows = {
         "compress_type": compress_type,
         "kernel_size": kernel_size,
         "kernel_stride": kernel_stride,
     }
-    ck, ck_cu_seqlens = compress(k, w_k, pe, cu_seqlens, **windows, dispatcher=dispatcher)
-    cv, _ = compress(v, w_v, None, cu_seqlens, **windows, dispatcher=dispatcher)
+    ck, cv, ck_cu_seqlens = k, v, cu_seqlens
+    needs_windows = "compressed" in on or "selected" in on  # selection ranks their scores
+    if needs_windows:
+        ck, ck_cu_seqlens = compress(k, w_k, pe, cu_seqlens, **windows, dispatcher=dispatcher)
+        cv, _ = compress(v, w_v, None, cu_seqlens, **windows, dispatcher=dispatcher)
     if cos is not None and sin is not None:
         positions = positions_in_sequence(cu_seqlens, q.shape[0])
-        starts = positions_in_sequence(ck_cu_seqlens, ck.shape[0]) * kernel_stride
         q = rope(q, cos, sin, positions, dispatcher=dispatcher)
         k = rope(k, cos, sin, positions, dispatcher=dispatcher)
-        ck = rope(ck, cos, sin, starts, dispatcher=dispatcher)
+        if needs_windows:
+            starts = positions_in_sequence(ck_cu_seqlens, ck.shape[0]) * kernel_stride
+            ck = rope(ck, cos, sin, starts, dispatcher=dispatcher)
     scale = scale_of(softmax_scale, q)
-    o_compressed, topk_idx = compressed_attention(
-        q,
-        ck,
-        cv,
-        kernel_size,
-        kernel_stride,
-        block_size,
-        topk,
-        cu_seqlens,
-        ck_cu_seqlens,
-        sm_scale=scale,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        dispatcher=dispatcher,
-    )
-    o_selected = topk_sparse_attention(
-        q, k, v, topk_idx, block_size, cu_seqlens, scale, dispatcher=dispatcher
-    )
-    o_sliding = sliding_window_attention(
-        q, k, v, window_size, cu_seqlens, scale, dispatcher=dispatcher
-    )
-    return gated_sum(o_compressed, o_selected, o_sliding, gate, dispatcher=dispatcher)
+    outputs: dict[str, Tensor] = {}
+    if "selected" in on:
+        o_compressed, topk_idx = compressed_attention(
+            q,
+            ck,
+            cv,
+            kernel_size,
+            kernel_stride,
+            block_size,
+            topk,
+            cu_seqlens,
+            ck_cu_seqlens,
+            sm_scale=scale,
+            init_blocks=init_blocks,
+            local_blocks=local_blocks,
+            dispatcher=dispatcher,
+        )
+        if "compressed" in on:
+            outputs["compressed"] = o_compressed
+        outputs["selected"] = topk_sparse_attention(
+            q, k, v, topk_idx, block_size, cu_seqlens, scale, dispatcher=dispatcher
+        )
+    elif "compressed" in on:
+        sizes = (kernel_size, kernel_stride, scale, key_of(dispatcher))
+        outputs["compressed"] = compressed_attention_forward(
+            q, ck, cv, cu_seqlens, ck_cu_seqlens, *sizes
+        )[0]
+    if "sliding" in on:
+        outputs["sliding"] = sliding_window_attention(
+            q, k, v, window_size, cu_seqlens, scale, dispatcher=dispatcher
+        )
+    if len(on) < len(BRANCHES):  # the sum reads some output in place of one that is off
+        gate = gate_of(gate, on)
+    some = outputs[on[0]]
+    parts = (outputs.get(name, some) for name in BRANCHES)
+    return gated_sum(*parts, gate, dispatcher=dispatcher)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from nsagen.branches import BRANCHES, branches_on
 from nsagen.ops import reference
 from nsagen.ops._calls import KnownCalls, signature
 from nsagen.ops._checks import check_indices, check_rows, fail
@@ -12,7 +15,7 @@ from nsagen.ops._define import define_op
 from nsagen.ops._launch import find_kernel, key_of, on_kernels, run_kernel, scale_of
 from nsagen.ops._pages import capacity_of, check_page_size
 from nsagen.ops.compressed_attention_decode import check_cached
-from nsagen.ops.gated_sum import check_gate
+from nsagen.ops.gated_sum import check_gate, gate_of
 from nsagen.runtime import Dispatcher
 
 _OP = "native_sparse_attention decode"
@@ -32,6 +35,7 @@ def native_sparse_attention_decode(
     window_size: int,
     softmax_scale: float | None = None,
     block_table: Tensor | None = None,
+    branches: Sequence[str] = BRANCHES,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """The gated sum of the three branches for one new token a row.
@@ -46,11 +50,14 @@ def native_sparse_attention_decode(
         o_compressed: [R, HQ, Dv], from `compressed_attention_decode`.
         gate: [R, HQ, 3] after the sigmoid: compressed, selected, sliding.
         block_size: tokens of a block.
-        window_size: tokens that the sliding window sees, the new one among them.
+        window_size: tokens that the sliding window sees, the new one among them; 0 turns that
+            branch off.
         softmax_scale: of the scores; 1/sqrt(D) by default.
         block_table: int32 [slots, max_pages], or None. With it the caches are in pages, [pages,
             page_size, HK, dim]: token t of a slot lies in page
             block_table[slot, t // page_size] at row t % page_size.
+        branches: those that are on; of the others nothing is read, but of o_compressed that it
+            is finite.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
@@ -60,6 +67,12 @@ def native_sparse_attention_decode(
         InvalidInputError: a tensor or parameter breaks the contract above.
     """
     scale, key = scale_of(softmax_scale, q), key_of(dispatcher)
+    if len(branches) < len(BRANCHES) or window_size == 0:
+        on = branches_on(_OP, branches, window_size)
+        gate = gate_of(gate, on)
+        window_size = window_size if "sliding" in on else 1
+        if "selected" not in on:
+            topk_idx = topk_idx.new_full((*topk_idx.shape[:2], 1), -1)
     inputs = (q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate)
     return native_sparse_attention_decode_op(
         *inputs, block_size, window_size, scale, key, block_table

@@ -42,6 +42,9 @@ def combine(
     if not kept:
         text = f"must leave at least one combination; got all {total} excluded; exclude fewer"
         problems.append(document.problem(("exclude",), text))
+    if checked.branches == ("sliding",) and any(not shape.window_size for shape in kept):
+        text = "one branch must be on; got sliding alone, and window_size 0; name another, too"
+        problems.append(document.problem(("branches",), text))
     problems += _broken_rules(kept, document, many=total > 1)
     return tuple(sorted(kept)), problems
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from nsagen.branches import BRANCHES
 from nsagen.errors import SpecError
 from nsagen.resources import specs_dir
 from nsagen.spec.combine import combine
@@ -28,6 +29,7 @@ class Spec:
         description: free text; may be empty.
         passes: the passes to make kernels for, sorted.
         targets: the GPU architectures to make kernels for, as in `nsagen.codegen.target`, sorted.
+        branches: those that kernels are made for, in the order of a gate's columns.
         shapes: the attention shapes, sorted.
         label: what to give `nsagen build` to read this spec again: the name of a shipped spec,
             else a path from the project's root; never a path of the machine.
@@ -39,6 +41,7 @@ class Spec:
     description: str
     passes: tuple[str, ...]
     targets: tuple[str, ...]
+    branches: tuple[str, ...]
     shapes: tuple[AttentionShape, ...]
     label: str
     sha256: str
@@ -50,7 +53,7 @@ class Spec:
 
     def workloads(self) -> tuple[Workload, ...]:
         """The workloads of all shapes and passes, each once, sorted."""
-        found = {w for shape in self.shapes for w in shape.workloads(self.passes)}
+        found = {w for shape in self.shapes for w in shape.workloads(self.passes, self.branches)}
         return tuple(sorted(found))
 
 
@@ -79,6 +82,7 @@ def load_spec(path_or_name: str | Path) -> Spec:
         description=checked.description,
         passes=tuple(sorted(checked.passes)),
         targets=tuple(sorted(checked.targets)),
+        branches=tuple(name for name in BRANCHES if name in checked.branches),
         shapes=shapes,
         label=_label(path),
         sha256=hashlib.sha256(text.encode()).hexdigest(),

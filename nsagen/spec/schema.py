@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from nsagen.branches import BRANCHES
 from nsagen.codegen.target import KNOWN_TARGETS, parse_target
 from nsagen.errors import SpecError
 from nsagen.workload import STATIC_PARAMS
@@ -101,7 +102,10 @@ KernelSize = Annotated[int, Field(ge=1, le=1024)]
 BlockSize = Annotated[int, Field(ge=1, le=1024)]
 TopK = Annotated[int, Field(ge=1, le=1024)]
 FixedBlocks = Annotated[int, Field(ge=0, le=1024)]
-WindowSize = Annotated[int, Field(ge=1, le=1 << 20)]
+WindowSize = Annotated[int, Field(ge=0, le=1 << 20)]
+
+
+BranchName = Literal["compressed", "selected", "sliding"]
 
 
 class _Strict(BaseModel):
@@ -135,7 +139,8 @@ class AttentionSection(_Strict):
         default=(2,), description="blocks up to a token's own that are always selected"
     )
     window_size: Many[WindowSize] = Field(
-        description="keys that a token sees in sliding-window attention, itself among them"
+        description="keys that a token sees in sliding-window attention, itself among them; "
+        "0: no such branch"
     )
     with_pe: Many[bool] = Field(
         default=(True,), description="whether compression adds a position embedding to keys"
@@ -188,6 +193,9 @@ class SpecFile(_Strict):
     attention: AttentionSection
     passes: Many[PassName] = Field(
         default=DEFAULT_PASSES, description="which passes to make kernels for"
+    )
+    branches: Many[BranchName] = Field(
+        default=BRANCHES, description="which branches to make kernels for"
     )
     targets: Many[TargetName] = Field(default=DEFAULT_TARGETS, description="GPU architectures")
     exclude: Annotated[tuple[ExcludeEntry, ...], BeforeValidator(_as_tuple)] = Field(

@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 
+from nsagen.branches import BRANCHES
 from nsagen.workload import STATIC_PARAMS, Param, Workload
+
+_SERVES = {
+    ("compress", "forward"): {"compressed", "selected"},
+    ("compress", "backward"): {"compressed"},
+    ("compressed_attention", "forward"): {"compressed", "selected"},
+    ("compressed_attention", "backward"): {"compressed"},
+    ("compressed_attention", "decode"): {"compressed", "selected"},
+    ("block_selection", "forward"): {"selected"},
+    ("selected_attention", "forward"): {"selected"},
+    ("selected_attention", "backward"): {"selected"},
+    ("sliding_window_attention", "forward"): {"sliding"},
+    ("sliding_window_attention", "backward"): {"sliding"},
+}
+"""The branches that an op and pass are for; all, where it is not here."""
 
 
 @dataclass(frozen=True, order=True)
@@ -20,7 +35,8 @@ class AttentionShape:
         kernel_size: tokens that one window compresses; kernel_stride: tokens between windows.
         block_size: tokens of a block that is selected as a whole.
         topk: blocks selected a token; init_blocks and local_blocks of them always are.
-        window_size: keys that a token sees in sliding-window attention, itself among them.
+        window_size: keys that a token sees in sliding-window attention, itself among them;
+            0: there is no such branch.
         with_pe: whether compression adds a position embedding to keys.
     """
 
@@ -38,14 +54,22 @@ class AttentionShape:
     window_size: int
     with_pe: bool
 
-    def workloads(self, passes: Iterable[str]) -> Iterator[Workload]:
-        """The workload of each op with one of the passes; `compress` has one for keys and one for
-        values (which have v_head_dim and no position embedding)."""
+    def workloads(
+        self, passes: Iterable[str], branches: Iterable[str] = BRANCHES
+    ) -> Iterator[Workload]:
+        """The workload of each op that the branches need with one of the passes; `compress` has
+        one for keys and one for values (which have v_head_dim and no position embedding)."""
+        on = set(branches) - (set() if self.window_size else {"sliding"})
         shape: dict[str, Param] = asdict(self)
         for (op, pass_), names in STATIC_PARAMS.items():
-            if pass_ not in passes:
+            if pass_ not in passes or not on & _SERVES.get((op, pass_), on):
                 continue
-            yield self._workload(op, pass_, {name: shape[name] for name in names})
+            used = shape
+            if op == "native_sparse_attention":  # as the op calls it: the least of what is off
+                window = self.window_size if "sliding" in on else 1
+                topk = self.topk if "selected" in on else 1
+                used = shape | {"window_size": window, "topk": topk}
+            yield self._workload(op, pass_, {name: used[name] for name in names})
             if op == "compress":
                 of_values = shape | {"head_dim": self.v_head_dim, "with_pe": False}
                 yield self._workload(op, pass_, {name: of_values[name] for name in names})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nsagen.errors import SpecError
 from nsagen.resources import specs_dir
 from nsagen.spec import Spec, json_schema, load_spec, shipped_specs
 from nsagen.workload import STATIC_PARAMS, Workload
@@ -163,3 +164,35 @@ class TestShipped:
         assert text == json.dumps(json_schema(), indent=2) + "\n", (
             "run: nsagen inspect --schema > specs/spec.schema.json"
         )
+
+
+@pytest.mark.parametrize(
+    ("lines", "gone", "kept"),
+    [
+        ("branches: [compressed, selected]\n", {"sliding_window_attention"}, "selected_attention"),
+        ("branches: sliding\n", {"compress", "block_selection"}, "sliding_window_attention"),
+        ("branches: [compressed]\n", {"block_selection", "selected_attention"}, "compress"),
+        # Selection ranks what compressed attention computes.
+        ("branches: selected\n", {"sliding_window_attention"}, "compressed_attention"),
+    ],
+)
+def test_branches_that_are_off_have_no_kernels(
+    tmp_path: Path, lines: str, gone: set[str], kept: str
+) -> None:
+    spec = spec_of(tmp_path, MINIMAL + "passes: [forward, backward, decode]\n" + lines)
+    ops = {w.op for w in spec.workloads()}
+    assert not ops & gone
+    assert {kept, "gated_sum", "rope", "cache_append", "native_sparse_attention"} <= ops
+    if lines == "branches: selected\n":
+        backward = {w.op for w in spec.workloads() if w.pass_ == "backward"}
+        assert backward == {"selected_attention", "gated_sum"}
+
+
+def test_a_window_of_0_is_no_sliding_branch(tmp_path: Path) -> None:
+    text = MINIMAL.replace("window_size: 512", "window_size: [0, 512]")
+    spec = spec_of(tmp_path, text)
+    assert [w.window_size for w in of_op(spec, "sliding_window_attention")] == [512]
+    decode = of_op(spec, "native_sparse_attention", "decode")
+    with pytest.raises(SpecError, match="13: branches: one branch must be on; got sliding alone"):
+        spec_of(tmp_path, text + "branches: sliding\n")
+    assert [w.window_size for w in decode] == [1, 512]  # masked by the gate

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from nsagen.branches import BRANCHES, branches_on
 from nsagen.errors import InvalidInputError
 from nsagen.ops.layout import positions_in_sequence
 from nsagen.ops.reference._attend import attend, scale_of, upcast
@@ -45,6 +48,7 @@ def native_sparse_attention(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     softmax_scale: float | None = None,
+    branches: Sequence[str] = BRANCHES,
 ) -> Tensor:
     """Gated sum of compressed, selected and sliding-window attention.
 
@@ -64,10 +68,13 @@ def native_sparse_attention(
         cos: float32 [P, D // 2], or None for no rope.
         sin: float32 [P, D // 2], or None for no rope.
         softmax_scale: 1/sqrt(D) unless given.
+        branches: those that are on; the gate's columns of the others are ignored, and a window
+            of 0 turns the sliding one off.
 
     Returns:
         o [N, HQ, Dv] in q's dtype.
     """
+    on = branches_on("native_sparse_attention", branches, window_size)
     if compress_type not in _COMPRESS:
         raise InvalidInputError(
             f"native_sparse_attention: compress_type must be one of {', '.join(_COMPRESS)}; "
@@ -95,8 +102,15 @@ def native_sparse_attention(
         local_blocks=local_blocks,
     )
     o_selected = topk_sparse_attention(q, k, v, topk_idx, block_size, cu_seqlens, softmax_scale)
-    o_sliding = sliding_window_attention(q, k, v, window_size, cu_seqlens, softmax_scale)
-    return gated_sum(o_compressed, o_selected, o_sliding, gate)
+    window = max(1, window_size)
+    o_sliding = sliding_window_attention(q, k, v, window, cu_seqlens, softmax_scale)
+    return gated_sum(o_compressed, o_selected, o_sliding, _gate_of(gate, on))
+
+
+def _gate_of(gate: Tensor, on: Sequence[str]) -> Tensor:
+    """The gate with zeros for the branches that are off, whatever it holds there."""
+    off = torch.tensor([name not in on for name in BRANCHES], device=gate.device)
+    return gate.masked_fill(off, 0.0)
 
 
 @torch.no_grad()
@@ -114,6 +128,7 @@ def native_sparse_attention_decode(
     window_size: int,
     softmax_scale: float | None = None,
     block_table: Tensor | None = None,
+    branches: Sequence[str] = BRANCHES,
 ) -> Tensor:
     """One new token a row: selected and sliding-window attention, summed with the compressed one.
 
@@ -130,11 +145,14 @@ def native_sparse_attention_decode(
         window_size: tokens that the sliding window sees, the new one among them.
         softmax_scale: 1/sqrt(D) unless given.
         block_table: int32 [slots, max_pages]: the caches are [pages, page_size, HK, dim].
+        branches: those that are on; the gate's columns of the others are ignored, and a window
+            of 0 turns the sliding one off.
 
     Returns:
         o [R, HQ, Dv] in q's dtype.
     """
     check_heads("native_sparse_attention decode", q, k_cache[0], v_cache[0])
+    gate = _gate_of(gate, branches_on("native_sparse_attention decode", branches, window_size))
     scale = scale_of(softmax_scale, q.shape[-1])
     o = q.new_zeros(o_compressed.shape)
     for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
