@@ -124,5 +124,5 @@ def native_sparse_attention(
     if len(on) < len(BRANCHES):  # the sum reads some output in place of one that is off
         gate = gate_of(gate, on)
     some = outputs[on[0]]
-    parts = (outputs.get(name, some) for name in BRANCHES)
-    return gated_sum(*parts, gate, dispatcher=dispatcher)
+    compressed, selected, sliding = (outputs.get(name, some) for name in BRANCHES)
+    return gated_sum(compressed, selected, sliding, gate, dispatcher=dispatcher)

@@ -31,6 +31,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "tile_tokens": COLUMNS // int(workload.gqa_ratio),
         "element": f"gl.{workload.dtype}",
         "step": step(workload),
+        "overlap": int(workload.gqa_ratio) >= 8,
         "width": width,
         # The last window of a block starts at unit step - 1 and covers `width` units.
         "spill": (step(workload) + width - 2) // step(workload),
@@ -56,5 +57,7 @@ SPACES = (
         default=lambda workload, target: {"num_stages": 4, "workspace": 256},
         supports=supports,
         runs_on=warp_specialized.runs_on,
+        # With fewer heads to sum, the sums themselves take the registers, and some of them spill.
+        preferred=lambda workload, target: int(workload.gqa_ratio) >= 8,
     ),
 )

@@ -163,6 +163,18 @@ def test_equal_scores_take_the_lowest_blocks():
 
 
 @on_hopper
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_odd_numbers_neither_hang_nor_leave_the_row(odd):
+    w = selection(16, topk=8)
+    case = case_of(w, (3000,))
+    case.args[0][::7] = odd
+    load_kernel(w, schedule_of(w)).launch(*case.args)
+    topk_idx = case.outputs["topk_idx"]
+    assert ((topk_idx >= -1) & (topk_idx < 47)).all()
+    assert (topk_idx[:, -1, :1] == 0).all()
+
+
+@on_hopper
 def test_selection_for_a_chunk_is_that_of_the_whole():
     w = selection(4)
     case = case_of(w, (3000, 200))
