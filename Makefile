@@ -66,7 +66,7 @@ docs: $(STAMP)
 
 generate: $(STAMP)
 	$(PY) -m nsagen inspect --schema > specs/spec.schema.json
-	$(PY) docs/generate.py
+	$(PY) docs/generate.py --support
 	$(PY) -m nsagen build --compile $(SPECS)
 
 clean:

@@ -1,13 +1,15 @@
-"""Writes what the documentation takes from the code: python docs/generate.py [--check]
+"""Writes what the documentation takes from the code: python docs/generate.py [--check|--support]
 
-The whole of docs/spec.md, from the schema of specs, and the parts of other pages between
-`<!-- generated: ... -->` and `<!-- end -->`. `make generate` runs it; a test checks that nothing
-is out of date.
+The whole of docs/spec.md, from the schema of specs; docs/support.md, from docs/support.json, which
+--support measures first by compiling kernels, for minutes the first time; and the parts of other
+pages between `<!-- generated: ... -->` and `<!-- end -->`. `make generate` runs it; a test checks
+that nothing is out of date.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import sys
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from nsagen.codegen import support  # noqa: E402
+from nsagen.spec import load_spec  # noqa: E402
 from nsagen.spec.schema import json_schema  # noqa: E402
 
 DOCS = ROOT / "docs"
@@ -158,7 +162,8 @@ PARTS = {("integrate.md", "the difference of the toy models"): toy_difference}
 
 def pages() -> dict[Path, str]:
     """Every generated page and what it should hold."""
-    made = {DOCS / "spec.md": spec_reference()}
+    rows = json.loads((DOCS / "support.json").read_text("utf-8"))
+    made = {DOCS / "spec.md": spec_reference(), DOCS / "support.md": support.page("llama8b", rows)}
     for (page, name), make in PARTS.items():
         path = DOCS / page
         text = made.get(path) or path.read_text(encoding="utf-8")
@@ -169,7 +174,19 @@ def pages() -> dict[Path, str]:
     return made
 
 
+def measure_support() -> None:
+    """Write docs/support.json; what did not change since is not compiled again."""
+
+    def report(what: str, done: int, total: int) -> None:
+        print(f"{done} of {total}: {what}")
+
+    rows = support.measure(support.representative(load_spec("llama8b")), progress=report)
+    (DOCS / "support.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> int:
+    if "--support" in sys.argv:
+        measure_support()
     stale = [p for p, text in pages().items() if not p.exists() or p.read_text("utf-8") != text]
     for path in stale:
         if "--check" not in sys.argv:

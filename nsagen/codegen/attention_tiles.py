@@ -151,6 +151,8 @@ def two_passes_default(workload: Workload, target: Target) -> dict[str, Param]:
         dq, dkv, dkv_warps = (64, 64), (128, 32), 8
     else:
         dq = dkv = (64, 32)
+        if widest > 64 and target.backend == "cuda":  # four warps spill
+            dkv_warps = 8
     return {
         **dict(zip(("block_m", "block_n"), dq, strict=True)),
         **{"num_warps": dq_warps, "num_stages": stages},

@@ -150,7 +150,7 @@ def compile_variants(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Compile every variant for each of its targets in worker processes.
+    """Compile every variant for each of its targets in worker processes, unless it is unchanged.
 
     Raises:
         BuildError: names each variant that fails, spills badly or exceeds shared memory.
@@ -180,11 +180,11 @@ def compile_variants(
 def _compile_one(
     path: Path, workload: Workload, target_name: str, measured: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    from nsagen.codegen.compile import compile_variant  # torch and triton, in the worker only
+    from nsagen.codegen.compiled import compiled_resources  # may import torch and triton
 
     target = parse_target(target_name)
     try:
-        kernels = compile_variant(path, workload, target)
+        kernels = compiled_resources(path, workload, target)
     except BuildError as error:
         return [], [str(error)]
     problems = [

@@ -76,7 +76,9 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
         return {"tokens": 8 if group > 4 else 16, "columns": 32, "windows": 16, "segment": 256}
     wide = int(workload.head_dim) > 128  # twice the addresses of keys on their way
-    if group > 32 or (group > 8 and (wide or target.arch == "100")):
+    # Four warps spill on Blackwell, and on parts whose shared memory holds few tokens of a group.
+    crowded = target.backend == "cuda" and target.shared_memory < 128 * 1024
+    if group > 32 or (group > 8 and (wide or crowded or target.arch == "100")):
         tokens = 8 if group > 16 or wide else 16
         return {"tokens": tokens, "columns": 256, "windows": 64, "segment": 256, "num_warps": 8}
     if group > 8:
