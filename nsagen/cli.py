@@ -45,6 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(error if isinstance(error, SpecError) else f"nsagen: {error}", file=sys.stderr)
         usage = isinstance(error, (SpecError, InvalidInputError))
         raise SystemExit(2 if usage else 1) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"nsagen: {where}must be there, readable and writable, with room; "
+            f"got {error.strerror or error}; mend that and run it again",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
 
 
 def _version(wanted: bool) -> None:

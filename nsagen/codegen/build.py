@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,6 +19,7 @@ from nsagen.codegen.target import parse_target
 from nsagen.codegen.template import default_schedule, kernel_name, render
 from nsagen.errors import BuildError
 from nsagen.runtime.table import Bucket
+from nsagen.seal import sealed
 from nsagen.spec import Spec
 from nsagen.tune.choices import tuned_choices
 from nsagen.workload import Workload
@@ -78,12 +80,13 @@ def build(
         tuned: folder of tuning records; by default the spec's own.
 
     Raises:
-        BuildError: a template fails, or a compiled variant must not ship; the text names it.
+        BuildError: a template fails, a compiled variant must not ship, or a file cannot be
+            written; the text names it.
     """
     plan = _render(spec, tuned)
     variants, files = plan.variants, plan.files
     folder = out_dir / spec.name
-    with locked(out_dir, spec.name):
+    with _writing(folder), locked(out_dir, spec.name):
         resources = _kept_resources(folder, variants)
         written = [path for path in _write_order(files) if replace_file(folder / path, files[path])]
         if compile_targets:
@@ -91,7 +94,7 @@ def build(
         manifest = manifest_text(variants, plan.origin, files, resources)
         if replace_file(folder / "manifest.json", manifest):
             written.append("manifest.json")
-        removed = _orphans(folder, files)
+        removed = _orphans(folder, files) + _left_by_a_kill(folder)
         for path in removed:
             (folder / path).unlink()
     return BuildResult(folder, variants, tuple(written), tuple(removed), resources, plan.notes)
@@ -107,7 +110,7 @@ def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale
     for path, text in sorted({**files, "manifest.json": manifest}.items()):
         if not (folder / path).is_file():
             stale.append(Stale(path, "missing"))
-        elif (folder / path).read_text(encoding="utf-8") != text:
+        elif (folder / path).read_bytes() != text.encode():
             stale.append(Stale(path, "edited"))
     return stale + [Stale(path, "orphaned") for path in _orphans(folder, files)]
 
@@ -122,7 +125,7 @@ def build_variant(workload: Workload, target: str, out_dir: Path) -> Path:
     variant = Variant(kernel_name(workload, schedule), workload, schedule, (use,))
     path = out_dir / f"{variant.name}.py"
     origin = Origin("user cache", "(built when a call needed it)", "")
-    replace_file(path, render(workload, schedule, variant_header(variant, origin)))
+    replace_file(path, sealed(render(workload, schedule, variant_header(variant, origin))))
     return path
 
 
@@ -199,9 +202,21 @@ def _kept_resources(folder: Path, variants: tuple[Variant, ...]) -> dict[str, li
     """What an earlier build measured for variants that are still the same (by name)."""
     try:
         known = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["variants"]
-        return {v.name: known[v.name]["resources"] for v in variants if v.name in known}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = {v: known[v.name]["resources"] for v in variants if v.name in known}
+        return {v.name: rows for v, rows in found.items() if _are_resources(rows, v)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
+
+
+def _are_resources(rows: Any, variant: Variant) -> bool:
+    """Whether a manifest's rows look like what `compile_variants` finds for the variant."""
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and isinstance(row.get("kernel"), str)
+        and row.get("target") in variant.targets
+        and {type(value) for value in row.values()} <= {str, int}
+        for row in rows
+    )
 
 
 def _write_order(files: dict[str, str]) -> list[str]:
@@ -211,3 +226,20 @@ def _write_order(files: dict[str, str]) -> list[str]:
 def _orphans(folder: Path, files: dict[str, str]) -> list[str]:
     present = (p.relative_to(folder).as_posix() for p in folder.rglob("*.py"))
     return sorted(path for path in present if path not in files)
+
+
+def _left_by_a_kill(folder: Path) -> list[str]:
+    """Temporary files of builds that were killed; nobody writes while the lock is held."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tmp"))
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(
+            f"build: must be able to write {folder}; got {error.strerror}: {error.filename}; "
+            "mend that or choose another --out, then build again: what is there stays usable "
+            "or refuses to import, and a build completes it"
+        ) from error

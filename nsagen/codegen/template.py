@@ -129,7 +129,13 @@ def template_hash(template: str) -> str:
         if name in seen:
             continue
         seen.add(name)
-        text = (templates_dir() / name).read_text(encoding="utf-8")
+        try:
+            text = (templates_dir() / name).read_text(encoding="utf-8")
+        except OSError as error:
+            raise BuildError(
+                f"templates/{name}: a template must be readable; got {error.strerror}; "
+                "restore it, or install nsagen again"
+            ) from None
         digest.update(f"{name}\0{text}\0".encode())
         pending += sorted(_INCLUDE.findall(text))
     helpers = set[str]()

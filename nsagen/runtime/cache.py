@@ -3,7 +3,8 @@
     <root>/<nsagen version>-<hash of the templates>/<target>/<variant>.py
 
 Files appear whole or not at all and are never changed afterwards, so processes share the
-folder without locks. A new version or an edited template starts a new folder.
+folder without locks. A new version or an edited template starts a new folder. A file that a
+crash or an edit damaged is built again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from nsagen import __version__
 from nsagen.errors import BuildError, NsagenError, UnsupportedWorkloadError
 from nsagen.resources import templates_dir
 from nsagen.runtime.missing import unsupported
+from nsagen.seal import is_whole
 from nsagen.workload import DTYPES, Workload
 
 _log = logging.getLogger("nsagen.runtime")
@@ -61,7 +63,9 @@ def cached_variant(workload: Workload, target: str, who: str) -> Path:
     label = f"{workload.op}_{workload.pass_}__{workload.label}__"
     for path in sorted(folder.glob(f"{label}*.py")):
         if len(path.stem) == len(label) + 8:  # the rest of a variant's name is its hash
-            return path
+            if is_whole(path):
+                return path
+            _log.warning("%s: %s is damaged and will be built again", who, path)
     start = time.perf_counter()
     try:
         from nsagen.codegen.build import build_variant

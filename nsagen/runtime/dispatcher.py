@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from nsagen.errors import InvalidInputError, UnsupportedWorkloadError
+from nsagen.errors import BuildError, InvalidInputError, UnsupportedWorkloadError
 from nsagen.runtime import registry
 from nsagen.runtime.device import INTERPRETED_TARGET, interpreting, target_of
 from nsagen.runtime.missing import unsupported
@@ -153,7 +153,16 @@ class Dispatcher:
         return next(iter(self._table.get(workload, ())), INTERPRETED_TARGET)
 
     def _loader(self, module: str) -> Callable[[], Launch]:
-        return lambda: importlib.import_module(f"{self.package}.{module}").launch
+        def load() -> Launch:
+            try:
+                return importlib.import_module(f"{self.package}.{module}").launch
+            except (ImportError, SyntaxError, AttributeError) as error:
+                raise BuildError(
+                    f"dispatcher {self.name}: each kernel of its table must be whole; got {error} "
+                    f"for {self.package}.{module}; run: nsagen build specs/{self.name}.yaml"
+                ) from error
+
+        return load
 
     def _missing(self, workload: Workload, device: torch.device, tokens: int) -> _Choice:
         target = self._target(workload, device)

@@ -12,6 +12,9 @@ from types import ModuleType
 from nsagen.errors import InvalidInputError
 from nsagen.runtime.dispatcher import Dispatcher, OnMissing
 
+_PREFIX = "_nsagen_generated_"
+"""Of the names of packages that were imported from a folder."""
+
 
 def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:
     """The dispatcher of the package `generated.<name>`.
@@ -32,7 +35,17 @@ def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:
             f"nsagen.load: a name must be lower-case letters, digits and _; got {name!r}; "
             "give the spec's name, not its path"
         )
-    dispatcher = _package(name).dispatcher
+    try:
+        dispatcher = getattr(_package(name), "dispatcher", None)
+    except ModuleNotFoundError as error:
+        if error.name not in (f"generated.{name}.dispatcher", f"{_PREFIX}{name}.dispatcher"):
+            raise
+        dispatcher = None
+    if not isinstance(dispatcher, Dispatcher):  # a build that was cut short wrote only kernels
+        raise InvalidInputError(
+            f"nsagen.load: a package must be whole; generated.{name} has no dispatcher; "
+            f"run: nsagen build specs/{name}.yaml"
+        )
     return dispatcher.with_on_missing(on_missing)
 
 
@@ -58,7 +71,7 @@ def _package(name: str) -> ModuleType:
 
 def import_folder(name: str, folder: Path) -> ModuleType:
     """Import a package from a folder whose parent is not on `sys.path`."""
-    qualified = f"_nsagen_generated_{name}"
+    qualified = f"{_PREFIX}{name}"
     known = sys.modules.get(qualified)
     if known is not None and Path(known.__file__ or "").parent == folder:
         return known

@@ -84,21 +84,33 @@ class Document:
         return Problem(self.lines.get(near, 1), key_text(path), text)
 
 
+def is_file(path: Path) -> bool:
+    """Whether a path is a regular file; False for one that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
+
+
 def read_text(path: Path, name: str) -> str:
     """The text of a spec file.
 
     Raises:
         SpecError: no such file, not a file, too large, or not UTF-8.
     """
-    if not path.exists():
-        raise SpecError(f"{name}: a spec must be a readable file; it does not exist; mend the path")
-    if not path.is_file():
-        raise SpecError(f"{name}: a spec must be a regular file; got something else; name a file")
     try:
+        if not path.exists():
+            raise SpecError(f"{name}: a spec must be a readable file; got none; mend the path")
+        if not path.is_file():
+            raise SpecError(f"{name}: a spec must be a regular file; got another; name a file")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise SpecError(f"{name}: a spec must be a readable file; got {error.strerror}") from None
+        came = error.strerror or "an error"
+        shown = name if len(name) <= 200 else f"{name[:60]}..."
+        raise SpecError(
+            f"{shown}: a spec must be a readable file; got {came}; mend the path"
+        ) from None
     if len(data) > MAX_BYTES:
         raise SpecError(
             f"{name}: a spec must be at most {MAX_BYTES} bytes; got more; split it into several"

@@ -13,7 +13,7 @@ from nsagen.branches import BRANCHES
 from nsagen.errors import SpecError
 from nsagen.resources import specs_dir
 from nsagen.spec.combine import combine
-from nsagen.spec.document import parse, read_text, spec_error
+from nsagen.spec.document import is_file, parse, read_text, spec_error
 from nsagen.spec.explain import schema_problems
 from nsagen.spec.schema import SpecFile
 from nsagen.spec.shape import AttentionShape
@@ -99,11 +99,12 @@ def _find(path_or_name: str | Path) -> tuple[Path, str]:
     text = str(path_or_name)
     path = Path(path_or_name)
     is_name = isinstance(path_or_name, str) and path.name == text and not path.suffix
-    if not is_name or path.is_file():
+    _check_printable(text)
+    if not is_name or is_file(path):
         return path, text
     for folder in (Path("specs"), specs_dir()):
         found = folder / f"{text}.yaml"
-        if found.is_file():
+        if is_file(found):
             return found, f"specs/{found.name}"
     near = difflib.get_close_matches(text, shipped_specs(), 1)
     remedy = f"did you mean {near[0]!r}?" if near else "give a name of these or a path to a .yaml"
@@ -117,7 +118,16 @@ def _label(path: Path) -> str:
     path = path.resolve()
     if path.parent == specs_dir().resolve():
         return path.stem
+    label = path.name
     for folder in path.parents:
         if (folder / "pyproject.toml").is_file() or (folder / ".git").exists():
-            return path.relative_to(folder).as_posix()
-    return path.name
+            label = path.relative_to(folder).as_posix()
+            break
+    _check_printable(label)
+    return label
+
+
+def _check_printable(path: str) -> None:
+    """A path is shown in comments of generated files: a line break in it could end one."""
+    if not path.isprintable():
+        raise SpecError(f"spec: a path must be printable text; got {path[:60]!a}; rename it")

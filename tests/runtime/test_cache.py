@@ -9,6 +9,7 @@ import torch
 from nsagen import __version__
 from nsagen.errors import BuildError, UnsupportedWorkloadError
 from nsagen.runtime import Dispatcher, cache
+from nsagen.seal import sealed
 from nsagen.workload import Workload
 
 from .conftest import KERNEL, selected
@@ -26,7 +27,7 @@ def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, s
             raise BuildError("templates/x: cannot do that")
         done.append((str(workload), target))
         path = out_dir / f"{workload.op}_{workload.pass_}__{workload.label}__0123abcd.py"
-        path.write_text(KERNEL)
+        path.write_text(sealed(KERNEL))
         return path
 
     fake = SimpleNamespace(build_variant=build_variant)
