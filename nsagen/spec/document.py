@@ -132,7 +132,7 @@ def parse(text: str, name: str) -> Document:
         SpecError: the text is not YAML, or not the subset that specs are written in.
     """
     try:
-        _check_form(text, name)
+        check_form(text, name)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -153,10 +153,15 @@ def parse(text: str, name: str) -> Document:
     return document
 
 
-def _check_form(text: str, name: str) -> None:
-    """Refuse what a spec never needs, before any tree is built."""
+def check_form(text: str, name: str, loader: Any = yaml.SafeLoader) -> None:
+    """Refuse what none of the project's files needs, before any tree is built.
+
+    Raises:
+        SpecError: anchors, tags, a second document or deep nesting; the text names the line.
+        yaml.YAMLError: the text is not YAML.
+    """
     depth = documents = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for event in yaml.parse(text, Loader=loader):
         where = f"{name}:{event.start_mark.line + 1}"
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise SpecError(

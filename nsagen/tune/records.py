@@ -22,10 +22,28 @@ from pydantic import (
 )
 
 from nsagen.codegen.files import locked, replace_file
-from nsagen.errors import NsagenError, SpecError
+from nsagen.errors import InvalidInputError, NsagenError, SpecError
 from nsagen.runtime.table import Bucket, Range
+from nsagen.spec.document import check_form
 from nsagen.tune.record import Objective, Timed, TuningRecord
 from nsagen.workload import Schedule, Workload
+
+MAX_BYTES = 16 << 20
+"""That a file of records may have: room for some ten thousand."""
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Refuses a key that occurs twice, of which YAML's own would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {str(key.value)[:60]!r} twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -51,22 +69,35 @@ def load_records(path: Path) -> DeviceRecords:
     Raises:
         SpecError: not YAML, or not records; the text names the file and the key.
     """
-    data = path.read_bytes()
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     remedy = "mend or remove the record, and run nsagen tune"
     try:
-        rows = _FileRow.model_validate(yaml.load(data, Loader=loader))
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise SpecError(f"{path}: must be at most {MAX_BYTES} bytes; got more; {remedy}")
+        text = data.decode()
+        check_form(text, str(path), _Loader)
+        rows = _FileRow.model_validate(yaml.load(text, Loader=_Loader))
         records = tuple(row.record() for row in rows.records)
+    except OSError as error:
+        raise SpecError(f"{path}: must be readable; got {error.strerror}; mend that") from None
+    except UnicodeDecodeError as error:
+        came = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise SpecError(f"{path}: must be UTF-8 text; got {came}; {remedy}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise SpecError(f"{path}:{line}: must be valid YAML; got {error.problem}") from None
+        raise SpecError(
+            f"{path}:{line}: must be valid YAML; got {error.problem}; {remedy}"
+        ) from None
+    except SpecError:
+        raise
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "file"
         got = repr(first.get("input"))[:60]
         raise SpecError(f"{path}: {key}: {first['msg']}; got {got}; {remedy}") from None
-    except (NsagenError, yaml.YAMLError) as error:
-        raise SpecError(f"{path}: {error}; {remedy}") from None
+    except (NsagenError, yaml.YAMLError, ValueError) as error:  # numbers of too many digits
+        raise SpecError(f"{path}: {' '.join(str(error).split())}; {remedy}") from None
     digest = hashlib.sha256(data).hexdigest()
     return DeviceRecords(rows.device, rows.target, records, path, digest)
 
@@ -143,8 +174,13 @@ def _flow(value: Any) -> str:
         mantissa, exponent, power = f"{value:.6g}".partition("e")
         return (mantissa if "." in mantissa else f"{mantissa}.0") + exponent + power
     if isinstance(value, str):
-        return '"' + re.sub(r'(["\\])', r"\\\1", value).replace("\n", " ") + '"'
+        return '"' + re.sub(r'["\\]|[^ -~\u00a0-\ud7ff]', _escape, value) + '"'
     return {None: "null", True: "true", False: "false"}[value] if _is_word(value) else str(value)
+
+
+def _escape(match: re.Match[str]) -> str:
+    character = match.group()
+    return f"\\{character}" if character in '"\\' else f"\\U{ord(character):08x}"
 
 
 def _is_word(value: object) -> bool:
@@ -152,7 +188,7 @@ def _is_word(value: object) -> bool:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 _Range = Annotated[Range, BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)]
@@ -211,6 +247,8 @@ class _RecordRow(_Strict):
         """The record; raises InvalidInputError for a workload or bucket that cannot be."""
         row = {name: getattr(self, name) for name in type(self).model_fields}
         w = self.workload
+        if own := {"op", "pass_", "dtype"} & w.params.keys():
+            raise InvalidInputError(f"workload.params: must not name {', '.join(sorted(own))}")
         row["workload"] = Workload.of(w.op, w.pass_, dtype=w.dtype, **w.params)
         row["bucket"] = Bucket(self.bucket.tokens, self.bucket.context)
         row["schedule"] = self.schedule.schedule()

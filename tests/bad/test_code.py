@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 
 from nsagen.codegen.build import build
+from nsagen.codegen.fingerprint import kernel_fingerprint
+from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.codegen.template import default_schedule
 from nsagen.errors import BuildError, SpecError
+from nsagen.runtime.table import Bucket
 from nsagen.spec import load_spec
-from tests.bad.support import contents
+from nsagen.tune.record import Timed, TuningRecord
+from nsagen.tune.records import save_records
+from tests.bad.support import FOLDER, contents
 from tests.one_op import TEMPLATE, one_op
 
 __all__ = ["one_op"]  # a fixture
@@ -96,6 +102,44 @@ def test_a_folder_that_is_not_named_in_the_call(
     monkeypatch.chdir(folder)
     with pytest.raises(SpecError, match=r"printable text; got 'a\\nimport pwned/few.yaml'"):
         load_spec("few.yaml")
+
+
+TEXTS = ("sizes", "ended", "driver", "triton", "nsagen", "date", "fingerprint")
+
+
+def test_texts_of_a_tuning_record(one_op: Path) -> None:
+    """A record that a build uses, with payloads in all of its texts."""
+    spec = load_spec("few.yaml")
+    build(spec, Path("generated"))
+    usual = code(one_op)
+    (workload, *_) = spec.workloads()
+    schedule = default_schedule(workload, KNOWN_TARGETS["cuda:90"])
+    for payload in PAYLOADS:
+        texts = dict.fromkeys(TEXTS, payload)
+        texts["fingerprint"] = kernel_fingerprint(workload, schedule)
+        timed = Timed(schedule, 1.0)
+        record = TuningRecord(
+            **{"workload": workload, "bucket": Bucket(), "objective": "time", "ms": 1.0},
+            **{"schedule": schedule, "default": timed, "runner_up": None, "spread": 0.0},
+            **{"measured": 1, "failed": 0, "of": 1, **texts},
+        )
+        save_records(spec.tuned_folder, "gpu", "cuda:90", [record])
+        assert build(spec, Path("generated")).notes == ()
+        assert code(one_op) == usual
+    kernels = contents(one_op / "generated" / "few" / "kernels").values()
+    assert sum(b"tuned on gpu" in text for text in kernels) == 1
+
+
+@pytest.mark.parametrize("value", ["16 + pwned()", "${pwned}", "", True, -64, 2**70, 48])
+def test_knobs_of_a_tuning_record(one_op: Path, value: str | int) -> None:
+    """A value that the schedule space does not list is not used, and the build says so."""
+    (one_op / "tuned" / "few").mkdir(parents=True)
+    text = (FOLDER / "record.yaml").read_text().replace("{block: 64}", f"{{block: {value!r}}}", 1)
+    (one_op / "tuned" / "few" / "gpu.yaml").write_text(text.replace("True", "true"))
+    spec = load_spec("few.yaml")
+    (note,) = build(spec, Path("generated")).notes
+    assert "gpu.yaml: 1 records are outdated and not used" in note
+    assert not any(b"pwned" in data for data in contents(one_op / "generated").values())
 
 
 @pytest.mark.parametrize(

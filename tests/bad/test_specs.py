@@ -36,7 +36,7 @@ def test_a_broken_spec(
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("kind", ["specs", "manifests"])
+@pytest.mark.parametrize("kind", ["specs", "manifests", "records"])
 def test_the_table_has_every_file_once(kind: str) -> None:
     files = [file for file, *_ in table(kind)]
     assert files == sorted(f"{kind}/{path.name}" for path in (FOLDER / kind).iterdir())

@@ -52,7 +52,7 @@ def test_numbers_and_odd_texts_survive(record: TuningRecord, tmp_path: Path) -> 
         spread=0.0,
         default=None,
         runner_up=None,
-        driver='5"7\\0: #{no}',
+        driver='5"7\\0: #{no}\n\x0c\u2028é',
         ended="",
         bucket=Bucket((1, None), (None, 4096)),
     )
