@@ -25,7 +25,7 @@ TABLE = {
             (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__3e15d44c"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__77edf367"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__b2f110b3"),
         ),
     },
     Workload(
@@ -47,7 +47,7 @@ TABLE = {
             (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__8ee52bb8"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__5772761f"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__a15e1adf"),
         ),
     },
     Workload(
@@ -635,7 +635,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__c4e0a66b"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__d95692de"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__826ad473"),),
     },
     Workload(
         op="compressed_attention",
@@ -650,7 +650,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__82d229ba"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__7775c51f"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__a73d309e"),),
     },
     Workload(
         op="gated_sum",

@@ -2,9 +2,9 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/compressed_attention/forward_warp_specialized.py.j2
-# Source:     sha256 bf3e3f99a0554c78198ffa89476bb8b7b487c684ede77de920898ec2c5a90c3d
+# Source:     sha256 dcb123589713c7baf305d773036df04225c64e3baa9282fb5f074145afe80791
 # Workload:   compressed_attention forward
-#             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=4, kernel_size=32,
+#             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, kernel_size=32,
 #             kernel_stride=16
 # Schedule:   warp_specialized(block_n=128, num_stages=3)
 # Targets:    cuda:90
@@ -12,7 +12,7 @@
 """Compressed attention: query t attends to the windows of 32 tokens that end at or before it.
 
 o[t, h] = sum_i softmax_i(softmax_scale q[t, h] . k[i, h // G]) v[i, h // G], 16 i + 31 <= t, and
-its log-sum-exp. G = HQ / HK = 4; M windows a sequence; N tokens.
+its log-sum-exp. G = HQ / HK = 16; M windows a sequence; N tokens.
 q [N, HQ, 128], k [sum M, HK, 128], v [sum M, HK, 128] -> o [N, HQ, 128], lse [N, HQ].
 """
 
@@ -37,12 +37,12 @@ bulk_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared 
 
 HEAD_DIM = gl.constexpr(128)  # D
 V_HEAD_DIM = gl.constexpr(128)  # Dv
-GROUP = gl.constexpr(4)  # G: query heads of one key/value head
+GROUP = gl.constexpr(16)  # G: query heads of one key/value head
 KERNEL_SIZE = gl.constexpr(32)  # l: tokens of a window
 KERNEL_STRIDE = gl.constexpr(16)  # s: tokens between the starts of two windows
 
 ROWS = gl.constexpr(64)  # of a consumer; row r of a tile: token r // G, head r % G
-TILE_TOKENS = gl.constexpr(32)
+TILE_TOKENS = gl.constexpr(8)
 BLOCK_N = gl.constexpr(128)  # keys a step
 STAGES = gl.constexpr(3)  # steps whose keys and values are on their way
 
@@ -488,9 +488,9 @@ def processors(x):
 
 def check(op, q, k, v, o, lse, softmax_scale):
     """Raise ValueError unless the tensors are what this kernel is for."""
-    if q.shape[2] != 128 or v.shape[2] != 128 or q.shape[1] != 4 * k.shape[1]:
+    if q.shape[2] != 128 or v.shape[2] != 128 or q.shape[1] != 16 * k.shape[1]:
         raise ValueError(
-            f"{op}: this kernel is for head_dim 128, v_head_dim 128 and gqa_ratio 4; "
+            f"{op}: this kernel is for head_dim 128, v_head_dim 128 and gqa_ratio 16; "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; build one for them"
         )
     if not (o.is_contiguous() and lse.is_contiguous()):
@@ -503,7 +503,7 @@ def check(op, q, k, v, o, lse, softmax_scale):
 
 
 @gluon.jit
-def compressed_attention_forward__bf16_d128_g4_l32_s16__7775c51f(
+def compressed_attention_forward__bf16_d128_g16_l32_s16__826ad473(
     q,
     k,
     v,
@@ -564,7 +564,7 @@ def launch(q, k, v, cu_seqlens_q, cu_seqlens_k, o, lse, softmax_scale, q_start=N
     tiles = (
         triton.cdiv(tokens, TILE_TOKENS.value) + batch
     )  # one more a sequence: it may be part empty
-    compressed_attention_forward__bf16_d128_g4_l32_s16__7775c51f[
+    compressed_attention_forward__bf16_d128_g16_l32_s16__826ad473[
         (min(processors(q), tiles * kv_heads),)
     ](
         describe_queries(q),
