@@ -21,7 +21,7 @@ from nsagen.workload import COMPRESS_TYPES, STATIC_PARAMS, Workload
 from tests.support import kernel_device, kernel_dtypes
 
 SECONDS = float(os.environ.get("SHAPES_SECONDS", "0"))
-SMALL = hypothesis.settings(max_examples=5, phases=[hypothesis.Phase.generate])
+SMALL = hypothesis.settings(max_examples=3, phases=[hypothesis.Phase.generate])
 NEW = hypothesis.settings(SMALL, max_examples=10, derandomize=False, database=None)
 HEAD_SIZES = (16, 64, 80, 96, 112, 128, 192, 256)
 GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 32, 48, 64)
@@ -91,6 +91,11 @@ def trials(draw, op: str, pass_: str) -> Trial:
     spaces = [space for space in spaces_of(op, pass_) if space.general and space.supports(workload)]
     algorithm = draw(st.sampled_from([space.algorithm for space in spaces]))
     sizes = draw(sizes_for(shape, pass_))
+    # The gradients of a softmax over one key are zero, and no error is small relative to that.
+    if pass_ == "backward":
+        hypothesis.assume(shape.window_size > 1 or op != "sliding_window_attention")
+        windows = (max(sizes.seqlens) - shape.kernel_size) // shape.kernel_stride + 1
+        hypothesis.assume(windows > 1 or op != "compressed_attention")
     return Trial(workload, target, sizes, algorithm, seed=draw(st.integers(0, 99)))
 
 

@@ -41,7 +41,20 @@ DECODE_SIZES = Sizes((4, -1, 39), kv_heads=1, capacity=48)
 _NO_RESERVE = 0x4000
 """Linux's MAP_NORESERVE: no memory stands behind pages that nothing touches."""
 
-CONTIGUOUS = {"o", "lse", "y", "q_out", "w", "w_k", "w_v", "pe", "cos", "sin"}
+CONTIGUOUS = {
+    "o",
+    "lse",
+    "y",
+    "q_out",
+    "w",
+    "w_k",
+    "w_v",
+    "weight",
+    "norm_weight",
+    "pe",
+    "cos",
+    "sin",
+}
 CONTIGUOUS |= {"dq", "dk", "dv", "dx", "dw", "dpe"}
 CONTIGUOUS |= {"d_compressed", "d_selected", "d_sliding", "dgate"}
 """What `launch` wants contiguous: outputs, and weights and tables, which are small."""
