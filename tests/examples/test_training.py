@@ -143,7 +143,10 @@ def test_mixed_precision(corpus: Corpus, kind: ModelKind) -> None:
     assert mixed.losses == pytest.approx(plain.losses, rel=0.02)
 
 
-@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "parallel",
+    [pytest.param("ddp", marks=pytest.mark.slow), pytest.param("fsdp", marks=pytest.mark.slow)],
+)
 def test_two_processes_train_as_one_does(corpus: Corpus, parallel: str, tmp_path: Path) -> None:
     """And go on from what one process saved, with accumulation."""
     train(corpus, TINY, folder=tmp_path / "checkpoints" / "text-nsa")
