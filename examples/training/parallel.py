@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -58,9 +59,16 @@ def join_world(device: str | None = None) -> Iterator[World]:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
         yield World(rank, size, here)
-    finally:
-        if size > 1:
+    except BaseException:
+        if size > 1:  # the others may never come: do not wait for them
             dist.destroy_process_group()
+        raise
+    if size > 1:
+        # Leave together: a process that had nothing to write left early, and about one in 25 of
+        # those aborted while it ended; torchrun then stopped the first one before its figure.
+        dist.barrier()
+        gc.collect()  # models, so that what they hold of the groups goes before the groups do
+        dist.destroy_process_group()
 
 
 def spread(
