@@ -24,7 +24,7 @@ os.environ.pop("COLUMNS", None)
 # A machine that only runs kernels may lack what reads specs; its tests are not for there.
 collect_ignore = []
 if importlib.util.find_spec("pydantic") is None:
-    collect_ignore = ["bad", "codegen", "model/test_shipped_specs.py", "spec"]
+    collect_ignore = ["bad", "faults", "codegen", "model/test_shipped_specs.py", "spec"]
     collect_ignore += ["test_capacity.py", "test_cli.py", "test_cli_generate.py", "docs"]
     collect_ignore += ["test_packaging.py", "test_picture.py"]
 if importlib.util.find_spec("pydantic") is None or importlib.util.find_spec("optuna") is None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from nsagen import __version__
 from nsagen.codegen.plan import Variant
 from nsagen.codegen.template import environment, render
@@ -86,9 +88,11 @@ def package_files(variants: tuple[Variant, ...], origin: Origin) -> dict[str, st
         f"# Regenerate: {origin.command}"
     )
     names = {"header": header, "spec_name": origin.spec_name, "table": _table(variants)}
-    env = environment()
-    files["__init__.py"] = env.get_template("package/init.py.j2").render(names)
-    files["dispatcher.py"] = env.get_template("package/dispatcher.py.j2").render(names)
+    for file, template in (("__init__.py", "init"), ("dispatcher.py", "dispatcher")):
+        try:
+            files[file] = environment().get_template(f"package/{template}.py.j2").render(names)
+        except TemplateError as error:
+            raise BuildError(f"templates/package/{template}.py.j2: must render; {error}") from error
     files["kernels/__init__.py"] = f'{header}\n"""The kernels, one variant a file."""\n'
     return formatted(files)
 

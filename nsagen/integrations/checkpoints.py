@@ -5,7 +5,6 @@ Needs safetensors only, not Transformers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +20,12 @@ from nsagen.integrations.checkpoint_config import (
     read_config,
 )
 from nsagen.integrations.initial import start_from_dense
-from nsagen.integrations.safetensors_files import read_tensors, tensor_names, write_tensors
+from nsagen.integrations.safetensors_files import (
+    read_tensors,
+    replace_json,
+    tensor_names,
+    write_tensors,
+)
 from nsagen.model.checks import require
 from nsagen.model.configs import InferenceConfig
 from nsagen.model.toy_llama import ToyLlama
@@ -108,8 +112,8 @@ def save(
     if tied:
         del tensors["lm_head.weight"]
     write_tensors(folder, tensors, max_shard_bytes)
-    text = json.dumps(config_json(model.config, tied, model.lm_head.weight.dtype), indent=2) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    content = config_json(model.config, tied, model.lm_head.weight.dtype)
+    replace_json(folder / "config.json", content)
 
 
 def _fill(model: nn.Module, folder: Path, stored: Mapping[str, Path], optional: set[str]) -> None:

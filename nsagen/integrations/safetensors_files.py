@@ -84,6 +84,9 @@ def _opened(path: Path) -> safe_open:
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
     """Write tensors to one file or to numbered ones with an index; replaces what was there.
 
+    Whenever it is cut short, the folder holds the old tensors, or the new ones, or no index, which
+    reading refuses; never some of each.
+
     Raises:
         InvalidInputError: max_shard_bytes is not positive.
     """
@@ -98,6 +101,8 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
         names = [
             f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
         ]
+    if len(shards) > 1:
+        (folder / INDEX).unlink(missing_ok=True)
     for name, shard in zip(names, shards, strict=True):
         part = folder / f"{name}.tmp"
         save_file(
@@ -108,12 +113,19 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
         total = sum(tensor.nbytes for tensor in tensors.values())
         files = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        replace_json(folder / INDEX, content)
     else:
         (folder / INDEX).unlink(missing_ok=True)
     for path in [folder / ONE, *folder.glob("model-?????-of-?????.safetensors")]:
         if path.name not in names:
             path.unlink(missing_ok=True)
+
+
+def replace_json(path: Path, content: object) -> None:
+    """Write a file in one step."""
+    part = path.with_name(f"{path.name}.tmp")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
