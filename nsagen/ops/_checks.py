@@ -26,6 +26,10 @@ def check_rows(op: str, dims: int = 3, **tensors: Tensor | None) -> None:
         first = tensor if first is None else first
         if tensor.ndim != dims:
             fail(op, f"{name} must have {dims} dimensions", shapes(tensors), "reshape it")
+        if tensor.shape[-1] == 0:
+            fail(
+                op, f"{name} must not be empty in its last dimension", shapes(tensors), "slice less"
+            )
         if not tensor.dtype.is_floating_point or tensor.dtype != first.dtype:
             came = ", ".join(f"{n} {t.dtype}" for n, t in tensors.items() if t is not None)
             fail(op, f"{', '.join(tensors)} must share one float dtype", came, "convert them")
@@ -85,9 +89,7 @@ def check_cu_seqlens(
     Args:
         spare: x may have rows past the last sequence.
     """
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-        rule = f"{name} must have shape [batch + 1]"
-        fail(op, rule, tuple(cu_seqlens.shape), "start with 0 and append the running sum")
+    check_offsets(op, name, cu_seqlens)
     check_indices(op, x, (cu_seqlens.shape[0],), **{name: cu_seqlens})
     if cu_seqlens.device.type != "cpu":
         return
@@ -99,6 +101,21 @@ def check_cu_seqlens(
         fail(op, rule, came, "pass the running sum of the sequence lengths, 0 first")
 
 
+def check_offsets(op: str, name: str, cu_seqlens: Tensor) -> None:
+    """int32 [batch + 1]: what can be said without the packed tensor or any value."""
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+        rule = f"{name} must have shape [batch + 1]"
+        fail(op, rule, tuple(cu_seqlens.shape), "start with 0 and append the running sum")
+    if cu_seqlens.dtype != torch.int32:
+        fail(op, f"{name} must be int32", cu_seqlens.dtype, f"pass {name}.to(torch.int32)")
+
+
+def check_topk_idx(op: str, q: Tensor, kv_heads: int, topk_idx: Tensor) -> None:
+    """int32 [kv_heads, rows of q, topk], contiguous; its values may be any."""
+    topk = topk_idx.shape[-1] if topk_idx.ndim else 0
+    check_indices(op, q, (kv_heads, q.shape[0], topk), topk_idx=topk_idx)
+
+
 def check_q_start(op: str, cu_seqlens: Tensor, q_start: Tensor | None) -> None:
     """None, or int32 [batch] on the device of cu_seqlens; on a CPU its values too: not negative."""
     if q_start is None:
@@ -106,6 +123,16 @@ def check_q_start(op: str, cu_seqlens: Tensor, q_start: Tensor | None) -> None:
     check_indices(op, cu_seqlens, (cu_seqlens.shape[0] - 1,), q_start=q_start)
     if not q_start.is_cuda and bool((q_start < 0).any()):
         fail(op, "q_start must not be negative", q_start.tolist(), "pass positions")
+
+
+def check_range(op: str, name: str, values: Tensor, least: int, end: int) -> None:
+    """On a CPU: least <= value < end. A GPU's values are not read; kernels rely on the caller."""
+    if values.device.type != "cpu" or values.numel() == 0:
+        return
+    low, high = int(values.min()), int(values.max())
+    if low < least or high >= end:
+        rule = f"{name} must be from {least} to {end - 1}"
+        fail(op, rule, f"{low} to {high}", "make the table or cache longer, or mend the numbers")
 
 
 def check_compress_weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -29,7 +30,14 @@ def key_of(dispatcher: Dispatcher | None) -> str:
 
 def scale_of(softmax_scale: float | None, q: Tensor) -> float:
     """The given softmax scale, or 1/sqrt(head_dim)."""
-    return q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if softmax_scale is None:
+        return q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 1.0  # such a q is refused later
+    if not 0.0 < softmax_scale < math.inf:
+        raise InvalidInputError(
+            "softmax_scale: must be positive and finite; "
+            f"got {softmax_scale}; leave it out for 1/sqrt(head_dim)"
+        )
+    return softmax_scale
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:

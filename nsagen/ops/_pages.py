@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nsagen.ops._checks import check_indices, fail
+from nsagen.ops._checks import check_indices, check_range, fail
 
 
 def check_table(op: str, like: Tensor, block_table: Tensor) -> None:
@@ -28,3 +28,21 @@ def check_page_size(op: str, page_size: int, multiple_of: str, unit: int) -> Non
 def capacity_of(cache: Tensor, block_table: Tensor | None) -> int:
     """Entries that a slot of a cache can hold: [slots, length, ...], or [pages, rows, ...]."""
     return cache.shape[1] if block_table is None else block_table.shape[1] * cache.shape[1]
+
+
+def check_places(
+    op: str,
+    positions: Tensor,
+    slots: Tensor,
+    tokens: int,
+    cache: Tensor,
+    block_table: Tensor | None,
+) -> None:
+    """On a CPU: each row's position is one of so many tokens, -1 if idle, and its slot exists.
+
+    A GPU's values are not read; a row that breaks this there reads and writes what is not its own.
+    """
+    check_range(op, "positions", positions, -1, tokens)
+    if positions.device.type == "cpu":
+        places = cache if block_table is None else block_table
+        check_range(op, "slots", slots[positions >= 0], 0, places.shape[0])

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_cu_seqlens, check_indices, check_keys, check_rows, fail
+from nsagen.ops._checks import (
+    check_cu_seqlens,
+    check_keys,
+    check_like,
+    check_q_start,
+    check_rows,
+    fail,
+)
 from nsagen.ops._launch import launch, lse_dtype, on_kernels
 from nsagen.ops.reference.block_selection import BlockRule
 
@@ -47,14 +54,12 @@ def block_selection_forward(
     check_keys(_OP, q, k)
     check_cu_seqlens(_OP, "cu_seqlens_q", cu_seqlens_q, q)
     check_cu_seqlens(_OP, "cu_seqlens_k", cu_seqlens_k, k, spare=True)
+    check_like(_OP, ("cu_seqlens_q", cu_seqlens_q), cu_seqlens_k=cu_seqlens_k)
     rule = BlockRule(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
     if lse.shape != q.shape[:2] or lse.dtype != lse_dtype(q) or not lse.is_contiguous():
         needs = f"lse must be contiguous {lse_dtype(q)} {tuple(q.shape[:2])}"
         fail(_OP, needs, f"{lse.dtype} {tuple(lse.shape)}", "pass compressed attention's own")
-    if q_start is not None:
-        check_indices(_OP, q, (cu_seqlens_q.shape[0] - 1,), q_start=q_start)
-        if not q_start.is_cuda and bool((q_start < 0).any()):
-            fail(_OP, "q_start must not be negative", q_start.tolist(), "pass positions")
+    check_q_start(_OP, cu_seqlens_q, q_start)
     if not on_kernels(q):
         return reference.block_selection(
             q,

@@ -18,7 +18,7 @@ from nsagen.ops._checks import (
 )
 from nsagen.ops._define import define_op
 from nsagen.ops._launch import find_kernel, key_of, on_kernels, run_kernel
-from nsagen.ops._pages import capacity_of, check_page_size, check_table
+from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
 from nsagen.ops.reference._checks import check_windows
 from nsagen.ops.rope import check_tables
 from nsagen.runtime import Dispatcher
@@ -191,7 +191,14 @@ def _check(
     """The contract of `cache_append`."""
     q, k, v, cos, sin, w_k, w_v, pe, positions, slots, *caches = inputs
     check_attention(_OP, q, k, v)
-    check_tables(_OP, q.shape[2], cos, sin)
+    if q.shape[0] != k.shape[0]:
+        fail(
+            _OP,
+            "q and k must have the same rows",
+            f"{q.shape[0]} and {k.shape[0]}",
+            "pass one a row",
+        )
+    check_tables(_OP, q, cos, sin)
     check_windows(_OP, kernel_size, kernel_stride)
     check_compress_weights(_OP, k, w_k, pe, compress_type, kernel_size)
     check_compress_weights(_OP, v, w_v, None, compress_type, kernel_size)
@@ -199,6 +206,8 @@ def _check(
     if block_table is not None:
         check_table(_OP, q, block_table)
     _check_caches(k, v, tuple(caches), kernel_size, kernel_stride, block_table)
+    tokens = min(capacity_of(caches[0], block_table), cos.shape[0])
+    check_places(_OP, positions, slots, tokens, caches[0], block_table)
 
 
 def _check_caches(

@@ -14,6 +14,7 @@ from nsagen.ops._checks import (
     check_compress_weights,
     check_cu_seqlens,
     check_indices,
+    check_offsets,
     check_rows,
 )
 from nsagen.ops._gradients import reference_gradients
@@ -103,6 +104,7 @@ def compress(
         pe; and y_cu_seqlens int32 [batch + 1].
     """
     check_windows(_OP, kernel_size, kernel_stride)
+    check_offsets(_OP, "cu_seqlens", cu_seqlens)
     y_cu_seqlens = compressed_cu_seqlens(cu_seqlens, kernel_size, kernel_stride)
     statics = (compress_type, kernel_size, kernel_stride, key_of(dispatcher))
     return compress_forward(x, w, pe, cu_seqlens, y_cu_seqlens, *statics), y_cu_seqlens

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_attention, check_cu_seqlens, check_q_start
+from nsagen.ops._checks import check_attention, check_cu_seqlens, check_like, check_q_start
 from nsagen.ops._gradients import reference_gradients
 from nsagen.ops._launch import (
     key_of,
@@ -111,6 +111,7 @@ def compressed_attention_forward(
     check_attention(_OP, q, k, v)
     check_cu_seqlens(_OP, "cu_seqlens_q", cu_seqlens_q, q)
     check_cu_seqlens(_OP, "cu_seqlens_k", cu_seqlens_k, k, spare=True)
+    check_like(_OP, ("cu_seqlens_q", cu_seqlens_q), cu_seqlens_k=cu_seqlens_k)
     check_windows(_OP, kernel_size, kernel_stride)
     check_q_start(_OP, cu_seqlens_q, q_start)
     if not on_kernels(q):

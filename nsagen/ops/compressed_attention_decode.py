@@ -9,10 +9,16 @@ from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._calls import KnownCalls, signature
-from nsagen.ops._checks import check_indices, check_keys, check_rows, fail, shapes
+from nsagen.ops._checks import (
+    check_indices,
+    check_keys,
+    check_rows,
+    fail,
+    shapes,
+)
 from nsagen.ops._define import define_op
 from nsagen.ops._launch import find_kernel, key_of, on_kernels, run_kernel, scale_of
-from nsagen.ops._pages import capacity_of, check_page_size, check_table
+from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
 from nsagen.ops.reference.block_selection import BlockRule
 from nsagen.runtime import Dispatcher
 
@@ -87,11 +93,13 @@ def _compressed_attention_decode(
     call = signature(tensors, *statics, dispatcher)
     kernel = _CALLS.get(call) if on_kernels(q) else None
     if kernel is None:
-        check_cached(_OP, *inputs, block_table)
+        check_cached(_OP, *inputs, block_table, kind="c")
         rule = BlockRule(*statics)
         if block_table is not None:
             page_size = ck_cache.shape[1] * kernel_stride
             check_page_size(_OP, page_size, "block_size", block_size)
+        tokens = capacity_of(ck_cache, block_table) * kernel_stride + kernel_size - 1
+        check_places(_OP, positions, slots, tokens, ck_cache, block_table)
         if not on_kernels(q):
             return reference.compressed_attention_decode(
                 *inputs, **asdict(rule), softmax_scale=softmax_scale, block_table=block_table
@@ -141,10 +149,15 @@ def check_cached(
     positions: Tensor,
     slots: Tensor,
     block_table: Tensor | None = None,
+    kind: str = "",
 ) -> None:
-    """q [R, HQ, D], caches [slots or pages, length, HK, D | Dv] of its dtype, int32 indices."""
+    """q [R, HQ, D], caches [slots or pages, length, HK, D | Dv] of its dtype, int32 indices.
+
+    Args:
+        kind: before the caches' names: "c" for compressed ones.
+    """
     check_rows(op, q=q)
-    check_rows(op, 4, k_cache=k_cache, v_cache=v_cache)
+    check_rows(op, 4, **{f"{kind}k_cache": k_cache, f"{kind}v_cache": v_cache})
     check_keys(op, q, k_cache)
     if k_cache.shape[:3] != v_cache.shape[:3]:
         came = shapes({"keys": k_cache, "values": v_cache})

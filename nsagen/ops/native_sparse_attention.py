@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from nsagen.branches import BRANCHES, branches_on
+from nsagen.ops._checks import check_attention, fail
 from nsagen.ops._launch import key_of, scale_of
 from nsagen.ops.compress import compress
 from nsagen.ops.compressed_attention import compressed_attention, compressed_attention_forward
@@ -72,6 +73,7 @@ def native_sparse_attention(
         InvalidInputError: a tensor or parameter breaks the contract above.
     """
     on = branches_on("native_sparse_attention", branches, window_size)
+    check_attention("native_sparse_attention", q, k, v)
     windows = {
         "compress_type": compress_type,
         "kernel_size": kernel_size,
@@ -82,6 +84,9 @@ def native_sparse_attention(
     if needs_windows:
         ck, ck_cu_seqlens = compress(k, w_k, pe, cu_seqlens, **windows, dispatcher=dispatcher)
         cv, _ = compress(v, w_v, None, cu_seqlens, **windows, dispatcher=dispatcher)
+    if (cos is None) != (sin is None):
+        came = "cos" if sin is None else "sin"
+        fail("native_sparse_attention", "cos and sin must come together", came, "pass both")
     if cos is not None and sin is not None:
         positions = positions_in_sequence(cu_seqlens, q.shape[0])
         q = rope(q, cos, sin, positions, dispatcher=dispatcher)

@@ -10,10 +10,10 @@ from torch import Tensor
 from nsagen.branches import BRANCHES, branches_on
 from nsagen.ops import reference
 from nsagen.ops._calls import KnownCalls, signature
-from nsagen.ops._checks import check_indices, check_rows, fail
+from nsagen.ops._checks import check_rows, check_topk_idx, fail
 from nsagen.ops._define import define_op
 from nsagen.ops._launch import find_kernel, key_of, on_kernels, run_kernel, scale_of
-from nsagen.ops._pages import capacity_of, check_page_size
+from nsagen.ops._pages import capacity_of, check_page_size, check_places
 from nsagen.ops.compressed_attention_decode import check_cached
 from nsagen.ops.gated_sum import check_gate, gate_of
 from nsagen.runtime import Dispatcher
@@ -128,8 +128,8 @@ def _check(
     """The contract of `native_sparse_attention_decode`."""
     q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate = inputs
     check_cached(_OP, q, k_cache, v_cache, positions, slots, block_table)
-    rows, topk = q.shape[0], topk_idx.shape[-1]
-    check_indices(_OP, q, (k_cache.shape[2], rows, topk), topk_idx=topk_idx)
+    rows = q.shape[0]
+    check_topk_idx(_OP, q, k_cache.shape[2], topk_idx)
     check_rows(_OP, q=q, o_compressed=o_compressed)
     check_gate(_OP, gate, o_compressed)
     if o_compressed.shape != (rows, q.shape[1], v_cache.shape[3]):
@@ -140,6 +140,7 @@ def _check(
         fail(_OP, rule, f"{block_size} and {window_size}", "64 and 512 are usual")
     if block_table is not None:
         check_page_size(_OP, k_cache.shape[1], "block_size", block_size)
+    check_places(_OP, positions, slots, capacity_of(k_cache, block_table), k_cache, block_table)
 
 
 def _fake(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_indices, check_rows, fail
+from nsagen.ops._checks import check_indices, check_range, check_rows, fail
 from nsagen.ops._launch import key_of, launch, on_kernels
 from nsagen.runtime import Dispatcher
 
@@ -46,8 +46,9 @@ def rope_forward(
 ) -> Tensor:
     """y [N, H, D]."""
     check_rows(_OP, x=x)
-    check_tables(_OP, x.shape[2], cos, sin)
+    check_tables(_OP, x, cos, sin)
     check_indices(_OP, x, (x.shape[0],), positions=positions)
+    check_range(_OP, "positions", positions, 0, cos.shape[0])
     if not on_kernels(x):
         return reference.rope(x, cos, sin, positions)
     y = x.new_empty(x.shape)
@@ -60,14 +61,18 @@ def _fake(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, dispatcher: st
     return x.new_empty(x.shape)
 
 
-def check_tables(op: str, head_dim: int, cos: Tensor, sin: Tensor) -> None:
-    """cos and sin must be contiguous float32 [P, head_dim // 2]."""
+def check_tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """cos and sin must be contiguous float32 [P, D // 2], on the device of x [N, H, D]."""
+    head_dim = x.shape[2]
     for name, table in (("cos", cos), ("sin", sin)):
         right = table.ndim == 2 and table.shape[1] * 2 == head_dim and table.shape == cos.shape
         if not right or table.dtype != torch.float32 or not table.is_contiguous():
             rule = f"{name} must be a contiguous float32 table [positions, {head_dim // 2}]"
             came = f"{table.dtype} {tuple(table.shape)}"
             fail(op, rule, came, "take them from nsagen.model.rope.rope_tables")
+        if table.device != x.device:
+            rule = f"{name} must be on the device of the other tensors"
+            fail(op, rule, f"{table.device} and {x.device}", f"move {name}")
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

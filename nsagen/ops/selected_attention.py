@@ -12,8 +12,9 @@ from nsagen.ops import reference
 from nsagen.ops._checks import (
     check_attention,
     check_cu_seqlens,
-    check_indices,
     check_like,
+    check_q_start,
+    check_topk_idx,
     fail,
 )
 from nsagen.ops._gradients import reference_gradients
@@ -87,9 +88,8 @@ def selected_attention_forward(
     elif q.shape[0] != k.shape[0]:
         came = f"{q.shape[0]} and {k.shape[0]}"
         fail(_OP, "q and k must have the same tokens", came, "pack one, or pass cu_seqlens_k")
-    if q_start is not None:
-        check_indices(_OP, q, (cu_seqlens.shape[0] - 1,), q_start=q_start)
-    check_indices(_OP, q, (k.shape[1], q.shape[0], topk_idx.shape[-1]), topk_idx=topk_idx)
+    check_q_start(_OP, cu_seqlens, q_start)
+    check_topk_idx(_OP, q, k.shape[1], topk_idx)
     if block_size < 1:
         fail(_OP, "block_size must be positive", block_size, "64 or 128 are usual")
     if not on_kernels(q):

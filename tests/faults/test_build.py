@@ -20,6 +20,7 @@ import pytest
 from nsagen.codegen import build as building
 from nsagen.codegen.build import build, check
 from nsagen.errors import BuildError, InvalidInputError
+from nsagen.resources import specs_dir
 from nsagen.runtime.package import load
 from nsagen.spec import load_spec
 from tests.bad.support import contents, run
@@ -237,26 +238,29 @@ def test_a_missing_template(
 
 @pytest.mark.slow
 def test_the_command_killed_every_50_ms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`nsagen build tiny` from its start to its end, each time into a new folder."""
-    command: Any = [sys.executable, "-m", "nsagen", "build", "tiny", "--out"]
+    """`nsagen build` of the tiny spec from start to end, each time into a new folder."""
+    text = (specs_dir() / "tiny.yaml").read_text()
+    (tmp_path / "killed.yaml").write_text(text.replace("name: tiny", "name: killed"))
+    command: Any = [sys.executable, "-m", "nsagen", "build", tmp_path / "killed.yaml", "--out"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([*command, tmp_path / "whole"], check=True, env=environment)
-    whole = contents(tmp_path / "whole" / "tiny")
+    whole = contents(tmp_path / "whole" / "killed")
     for number in itertools.count(1):
         out = tmp_path / str(number) / "generated"
+        out.parent.mkdir()
+        monkeypatch.chdir(out.parent)
         process = subprocess.Popen([*command, out], env=environment)
         time.sleep(0.05 * number)
         process.send_signal(signal.SIGKILL)
         ended = process.wait() == 0
-        monkeypatch.chdir(out.parent if out.parent.is_dir() else tmp_path)
         forget()
-        if out.is_dir() and contents(out / "tiny").keys() >= whole.keys() - {"manifest.json"}:
-            assert load("tiny").describe()
+        if out.is_dir() and contents(out / "killed").keys() >= whole.keys() - {"manifest.json"}:
+            assert load("killed").describe()
         else:
-            with pytest.raises(InvalidInputError):
-                load("tiny")
+            with pytest.raises(InvalidInputError, match="run: nsagen build"):
+                load("killed")
         if number % 10 == 0 or ended:
             subprocess.run([*command, out], check=True, env=environment)
-            assert contents(out / "tiny") == whole
+            assert contents(out / "killed") == whole
         if ended:
             break

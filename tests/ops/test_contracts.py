@@ -1,0 +1,276 @@
+"""Every tensor of every op, broken in every way that its contract names: one clear error each.
+
+The table has a right call of each op. What is wrong with one tensor is tried on all of them, so
+a check that an op lacks, or a tensor that a check forgets, shows here by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsagen import ops
+from nsagen.errors import InvalidInputError
+
+from .inputs import STATICS, Cached, Packed
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+
+WINDOWS = {"kernel_size": 8, "kernel_stride": 4}
+
+
+class Elsewhere(Tensor):
+    """A tensor that says it is on another GPU, where there is none."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", 7)
+
+
+@functools.cache
+def table() -> dict[str, Call]:
+    """A right call of each op."""
+    x, c = Packed(), Cached()
+    w_k, w_v = x.weights("linear")
+    w_pool, _ = x.weights("weightedpool")
+    pool = {"x": x.k, "cu_seqlens": x.cu_seqlens, **WINDOWS, "pe": x.pe}
+    ck, ends = ops.avgpool_compress(x.k, None, x.cu_seqlens, 8, 4)
+    cv, _ = ops.avgpool_compress(x.v, None, x.cu_seqlens, 8, 4)
+    qkv = {"q": x.q, "k": x.k, "v": x.v}
+    chunk = {"cu_seqlens_k": x.cu_seqlens.clone(), "q_start": torch.zeros(4, dtype=torch.int32)}
+    _, topk_idx = ops.compressed_attention(x.q, ck, cv, **STATICS, **_ends(x, ends))
+    branches = {f"o_{name}": x.randn(60, 6, 24) for name in ("compressed", "selected", "sliding")}
+    tables = {"cos": x.cos, "sin": x.sin}
+    (positions, slots), rest = c.rows, dict(zip(CACHES, c.caches(), strict=True))
+    rows = {"positions": positions, "slots": slots}
+    decode = {"q": c.q, "k_cache": c.k_cache, "v_cache": c.v_cache, "topk_idx": c.topk_idx, **rows}
+    compressed = {"q": c.q, "ck_cache": c.ck_cache, "cv_cache": c.cv_cache, **rows, **STATICS}
+    new = dict(
+        zip(("q", "k", "v", "cos", "sin", "w_k", "w_v", "pe"), c.append_inputs(), strict=False)
+    )
+    kinds = {"compress_type": "linear", **WINDOWS}
+    (k, v, pck, pcv, k_raw), block_table = Cached().paged_caches(16)
+    pages = dict(zip(CACHES, (k, v, pck, pcv, k_raw), strict=True))
+    block = {
+        **qkv,
+        "gate": x.gate,
+        "cu_seqlens": x.cu_seqlens,
+        **kinds,
+        **STATICS,
+        "window_size": 9,
+    }
+    linear = {"x": x.randn(5, 32), "weight": x.randn(24, 32), "norm_weight": x.randn(32)}
+    return {
+        "avgpool_compress": (ops.avgpool_compress, {**pool, "w": None}),
+        "weightedpool_compress": (ops.weightedpool_compress, {**pool, "w": w_pool}),
+        "linear_compress": (ops.linear_compress, {**pool, "w": w_k}),
+        "compress": (ops.compress, {**pool, "w": w_k, "compress_type": "linear"}),
+        "compressed_attention": (
+            ops.compressed_attention,
+            {"q": x.q, "k": ck, "v": cv, **STATICS, **_ends(x, ends), "q_start": chunk["q_start"]},
+        ),
+        "topk_sparse_attention": (
+            ops.topk_sparse_attention,
+            {**qkv, "topk_idx": topk_idx, "block_size": 8, "cu_seqlens": x.cu_seqlens, **chunk},
+        ),
+        "sliding_window_attention": (
+            ops.sliding_window_attention,
+            {**qkv, "window_size": 9, "cu_seqlens": x.cu_seqlens, **chunk},
+        ),
+        "rope": (ops.rope, {"x": x.q, **tables, "positions": torch.arange(60).int()}),
+        "gated_sum": (ops.gated_sum, {**branches, "gate": x.gate}),
+        "native_sparse_attention": (
+            ops.native_sparse_attention,
+            {**block, "w_k": w_k, "w_v": w_v, "pe": x.pe, **tables},
+        ),
+        "cache_append": (ops.cache_append, {**new, **rows, **rest, **kinds}),
+        "cache_append in pages": (
+            ops.cache_append,
+            {**new, **rows, **pages, **kinds, "block_table": block_table},
+        ),
+        "compressed_attention_decode": (ops.compressed_attention_decode, compressed),
+        "compressed_attention_decode in pages": (
+            ops.compressed_attention_decode,
+            {**compressed, "ck_cache": pck, "cv_cache": pcv, "block_table": block_table},
+        ),
+        "native_sparse_attention_decode": (
+            ops.native_sparse_attention_decode,
+            {**decode, "o_compressed": c.o_compressed, "gate": c.gate, **DECODE},
+        ),
+        "native_sparse_attention_decode in pages": (
+            ops.native_sparse_attention_decode,
+            {
+                **decode,
+                **{"k_cache": k, "v_cache": v, "block_table": block_table},
+                **{"o_compressed": c.o_compressed, "gate": c.gate, **DECODE},
+            },
+        ),
+        "linear_decode": (ops.linear_decode, {**linear, "residual": x.randn(5, 24)}),
+    }
+
+
+CACHES = ("k_cache", "v_cache", "ck_cache", "cv_cache", "k_raw")
+DECODE = {"block_size": 8, "window_size": 9}
+
+
+def _ends(x: Packed, of_windows: Tensor) -> dict[str, Tensor]:
+    return {"cu_seqlens_q": x.cu_seqlens, "cu_seqlens_k": of_windows}
+
+
+def call(name: str) -> Call:
+    """The right call of an op, on tensors of its own: some ops write to them."""
+    function, given = table()[name]
+    return function, {k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()}
+
+
+def tensors(name: str) -> list[str]:
+    return [key for key, value in table()[name][1].items() if isinstance(value, Tensor)]
+
+
+def broken(key: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(what is wrong, the tensor with it)."""
+    yield "device", x.as_subclass(Elsewhere)
+    yield "no dimension", x.flatten()[0]
+    yield "one dimension fewer", x[0]
+    yield "one dimension more", x[None]
+    if x.dtype.is_floating_point:
+        yield "int32", x.int()
+        yield "float64", x.double()
+        yield "complex", x.to(torch.complex64)
+        yield "last size", x[..., :-1]
+        yield "no last size", x[..., :0]
+        yield "last size doubled", torch.cat((x, x), -1)
+    else:
+        yield "int64", x.long()
+        yield "float32", x.float()
+        yield "bool", x.bool()
+        yield "strides", torch.stack((x, x), -1)[..., 0]
+    if x.ndim > 1:
+        yield "one of the first size fewer", x[1:]
+        yield "one of the first size more", torch.cat((x, x[:1]))
+        yield "one of the second size fewer", x[:, 1:]
+    if key.startswith("cu_seqlens"):
+        yield "empty", x[:0]
+        yield "a sequence fewer", torch.cat((x[:1], x[2:]))
+        yield "a sequence more", torch.cat((x[:1], x))
+        yield "starts at 1", torch.cat((x[:1] + 1, x[1:]))
+        yield "starts below 0", torch.cat((x[:1] - 1, x[1:]))
+        yield "falls", torch.cat((x[:2], x[-1:], x[-2:-1], x[-1:]))[: x.shape[0]]
+        yield "ends early", torch.cat((x[:-1], x[-2:-1]))
+        yield "ends late", torch.cat((x[:-1], x[-1:] + 1000))
+    if key in ("q_start", "slots"):
+        yield "below 0", x - 2
+    if key == "positions":
+        yield "below -1", x - 2
+    if key in ("positions", "slots"):
+        yield "too large", x + 1000
+
+
+ANY_VALUES = ("compressed_attention", "topk_sparse_attention", "sliding_window_attention")
+OF_DECODE = ("compressed_attention_decode", "compressed_attention_decode in pages")
+ONE_CU_SEQLENS = ("avgpool_compress", "weightedpool_compress", "linear_compress", "compress")
+PAGED = ("compressed_attention_decode in pages", "native_sparse_attention_decode in pages")
+
+RIGHT = {
+    *((name, "v", what) for name in ANY_VALUES for what in ("last size", "last size doubled")),
+    *(
+        (name, "cv_cache", what)
+        for name in OF_DECODE
+        for what in ("last size", "last size doubled")
+    ),
+    *(
+        (name, "cu_seqlens", f"a sequence {what}")
+        for name in (*ONE_CU_SEQLENS, "native_sparse_attention")
+        for what in ("fewer", "more")
+    ),
+    *((name, "block_table", "one of the first size more") for name in PAGED),
+    *(("rope", "x", what) for what in ("float64", "one of the second size fewer")),
+    ("compressed_attention", "cu_seqlens_k", "ends early"),  # the windows after it are spare
+}
+"""(op, tensor, change) of calls that are as right as before: values have their own head size, and
+some tensors are the only ones to say how many sequences, slots or heads there are."""
+
+
+EACH_TENSOR = [(name, key) for name in table() for key in tensors(name)]
+
+
+def told(function: Callable[..., Any], given: dict[str, Any]) -> str:
+    """The text of the call's InvalidInputError; empty where it is right."""
+    try:
+        function(**given)
+    except InvalidInputError as error:
+        return str(error)
+    return ""
+
+
+def parameters(name: str) -> list[str]:
+    return list(inspect.signature(call(name)[0]).parameters)
+
+
+def test_the_table_has_every_op() -> None:
+    names = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
+    assert {name.partition(" ")[0] for name in table()} == names - {"on_kernels"}
+
+
+@pytest.mark.parametrize("name", table())
+def test_the_table_has_right_calls(name: str) -> None:
+    function, given = call(name)
+    assert told(function, given) == ""
+
+
+@pytest.mark.parametrize(("name", "key"), EACH_TENSOR)
+def test_each_broken_tensor(name: str, key: str) -> None:
+    changes = [what for what, _ in broken(key, call(name)[1][key])]
+    for index, what in enumerate(changes):
+        function, given = call(name)
+        given[key] = list(broken(key, given[key]))[index][1]
+        text = told(function, given)
+        assert bool(text) == ((name, key, what) not in RIGHT), what
+        assert not text or (text.isprintable() and text.count("; ") >= 2), (what, text)
+
+
+@pytest.mark.parametrize(("name", "key"), EACH_TENSOR)
+def test_any_strides_work_or_are_refused_by_name(name: str, key: str) -> None:
+    """Each tensor as a view of a larger one: rows apart, in a part of its rows, transposed."""
+    usual = as_tuple(call(name)[0](**call(name)[1]))
+    x = call(name)[1][key]
+    views = [torch.stack((x, x), 1)[:, 0], torch.cat((x, x), -1)[..., : x.shape[-1]]]
+    if x.ndim > 1:
+        views.append(x.mT.contiguous().mT)
+    for view in views:
+        function, given = call(name)
+        assert torch.equal(view, x)
+        given[key] = view
+        found, text = (), ""
+        try:
+            found = as_tuple(function(**given))
+        except InvalidInputError as error:
+            text = str(error)
+        if text:
+            assert key in text or (key.startswith("w") and "weight" in text)
+            continue
+        for out, expected in zip(found, usual, strict=True):
+            torch.testing.assert_close(out, expected)
+
+
+def as_tuple(found: Any) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), float("-inf")])
+def test_scales(scale: float) -> None:
+    for name, (function, given) in table().items():
+        for word in {"sm_scale", "softmax_scale"} & set(parameters(name)):
+            assert "softmax_scale: must be positive" in told(function, {**given, word: scale})
+
+
+@pytest.mark.parametrize("missing", ["cos", "sin"])
+def test_half_of_a_rope(missing: str) -> None:
+    function, given = table()["native_sparse_attention"]
+    assert "cos and sin must come together" in told(function, {**given, missing: None})
