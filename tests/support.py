@@ -16,6 +16,7 @@ from nsagen.codegen.target import KNOWN_TARGETS
 from nsagen.codegen.template import default_schedule, kernel_name, render, space_for
 from nsagen.harness.base import THRESHOLDS, Case, relative_error
 from nsagen.workload import Schedule, Workload
+from tests.canaries import guarded
 
 
 def kernel_device() -> str:
@@ -55,8 +56,12 @@ def load_kernel(workload: Workload, schedule: Schedule | None = None) -> ModuleT
 
 
 def check_case(module: ModuleType, case: Case) -> None:
-    """Launch a kernel and compare every output with the float64 reference."""
-    module.launch(*case.args)
+    """Launch a kernel and compare every output with the float64 reference.
+
+    Its tensors lie in larger buffers, which it must leave alone.
+    """
+    with guarded(case) as args:
+        module.launch(*args)
     for name, expected in case.expected().items():
         out = case.outputs[name]
         assert out.shape == expected.shape, f"{name}: {tuple(out.shape)} != {tuple(expected.shape)}"

@@ -1,0 +1,142 @@
+"""Values that break kernels, through every pass of every op: as the float64 reference does.
+
+Each kind takes the place of the normal numbers that a harness draws. Where the reference, rounded
+to the output's dtype, is finite, so is the kernel's result, and as close as in any other test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.codegen.template import space_for, spaces_of
+from nsagen.harness.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
+from nsagen.harness.selected_attention import make_inputs
+from nsagen.ops._gradients import reference_gradients
+from nsagen.workload import STATIC_PARAMS, Param, Schedule, Workload
+from tests.canaries import guarded
+from tests.support import kernel_device, kernel_dtypes, load_kernel
+
+SHAPE: dict[str, Param] = {
+    **{"head_dim": 16, "v_head_dim": 16, "gqa_ratio": 2, "compress_type": "weightedpool"},
+    **{"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "topk": 4, "init_blocks": 1},
+    **{"local_blocks": 2, "window_size": 12, "with_pe": True},
+}
+PASSES = list(STATIC_PARAMS)
+DENORMAL = {torch.float32: 1e-41, torch.float16: 2e-7, torch.bfloat16: 1e-40}
+
+
+def outlier(x: Tensor) -> Tensor:
+    x.view(-1)[x.numel() // 2 : x.numel() // 2 + 1] = 1e4
+    return x
+
+
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": torch.zeros_like,
+    "equal": torch.ones_like,
+    "denormals": lambda x: (x.float() * DENORMAL[x.dtype]).to(x.dtype),
+    "1e4": lambda x: torch.full_like(x, 1e4),
+    "-1e4": lambda x: torch.full_like(x, -1e4),
+    "1e4 of both signs": lambda x: 1e4 * torch.where(x < 0, -1.0, 1.0).to(x.dtype),
+    "one outlier": outlier,
+}
+HUGE = list(KINDS)[3:]
+"""Scores of up to 4e8, beside which float32 holds no logarithm of a sum: whoever puts partial
+softmaxes together, or takes probabilities from lse, is finite there, and no more."""
+
+FROM_LSE = {("selected_attention", "forward"), *(key for key in PASSES if key[1] == "backward")}
+LEAST = ("denormals", "1e4 of both signs", "one outlier")
+
+CASES = [
+    (*key, kind, dtype)
+    for key in PASSES
+    for kind in KINDS
+    for dtype in kernel_dtypes()
+    # Products of two huge numbers are past float16, also inside a sum whose result is not; and
+    # the linear layer's norm is not done by its kernel there.
+    if dtype != "float16" or (kind in LEAST and key[1] != "backward" and key[0] != "linear")
+]
+
+
+def workload(op: str, pass_: str, dtype: str) -> Workload:
+    return Workload.of(op, pass_, dtype=dtype, **{n: SHAPE[n] for n in STATIC_PARAMS[op, pass_]})
+
+
+def adversarial(w: Workload, kind: str, monkeypatch: pytest.MonkeyPatch) -> Case:
+    """The harness's case of a ragged batch, or of rows at some positions, with other numbers."""
+    draw = torch.randn
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "randn", lambda *a, **k: KINDS[kind](draw(*a, **k)))
+        sizes = Sizes((40, -1, 3), capacity=48) if w.pass_ == "decode" else Sizes((0, 3, 26))
+        return harness_of(w).make_case(w, sizes, kernel_device(), seed=1)
+
+
+def check(name: str, out: Tensor, exact: Tensor, scale: float, huge: bool) -> None:
+    """Finite where the reference is, once rounded; close to it, or to zero beside the scale."""
+    out, exact = out.cpu(), exact.cpu()
+    if not out.dtype.is_floating_point:
+        assert torch.equal(out, exact), f"{name} differs"
+        return
+    finite = torch.isfinite(exact.to(out.dtype))
+    wrong = ~torch.isfinite(out) & finite
+    assert not wrong.any(), f"{name}: {out[wrong][:4].tolist()} where the reference is finite"
+    if huge:
+        return
+    error = (out[finite].double() - exact[finite].double()).norm().item()
+    tiny = torch.finfo(out.dtype).tiny * out.numel()  # hardware may take these for zero
+    limit = THRESHOLDS[out.dtype] * (exact[finite].double().norm().item() + scale) + tiny
+    assert error <= limit, f"{name}: error {error:.2e}, limit {limit:.2e}"
+
+
+@pytest.mark.parametrize(("op", "pass_", "kind", "dtype"), CASES)
+def test_each_kind(
+    op: str, pass_: str, kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = workload(op, pass_, dtype)
+    case = adversarial(w, kind, monkeypatch)
+    with guarded(case) as args:
+        load_kernel(w).launch(*args)
+    # Equal values cancel in gradients: what is left is rounding, beside sums of about this size.
+    scale = 16.0 if kind == "equal" and pass_ == "backward" else 0.0
+    for name, exact in case.expected().items():
+        huge = kind in HUGE and (op, pass_) in FROM_LSE
+        check(name, case.outputs[name], exact, scale, huge)
+
+
+ALGORITHMS = [s.algorithm for s in spaces_of("selected_attention", "forward")]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_what_is_in_unselected_blocks_is_not_seen(algorithm: str, value: float) -> None:
+    """Forward, in each algorithm, and backward: block 1 of keys and values holds no number."""
+    w = workload("selected_attention", "forward", "float32")
+    x = make_inputs(w, Sizes((38,)), kernel_device(), seed=1)
+    blocks = torch.tensor([0, 2], dtype=torch.int32).to(x.q.device)
+    x.topk_idx.copy_(torch.nn.functional.pad(blocks, (0, x.topk_idx.shape[-1] - 2), value=-1))
+    at = slice(16, 32)
+    expected_o, expected_lse = x.attend(x.q.double(), x.k.double(), x.v.double())
+    wide = [t.double() for t in (x.q, x.k, x.v)]
+    do = torch.randn_like(x.q)
+    expected = reference_gradients(lambda *t: x.attend(*t)[0], tuple(wide), do.double())
+    x.k[at], x.v[at] = value, value
+    o, lse = x.outputs()
+    args = (x.q, x.k, x.v, x.topk_idx, x.cu_seqlens)
+    schedule = default_of(w, algorithm)
+    load_kernel(w, schedule).launch(*args, o, lse, x.softmax_scale)
+    assert relative_error(o, expected_o) <= 1e-5
+    assert relative_error(lse, expected_lse) <= 1e-5
+    gradients = [torch.full_like(t, float("nan")) for t in (x.q, x.k, x.v)]
+    backward = load_kernel(workload("selected_attention", "backward", "float32"))
+    backward.launch(do, *args, o, lse, *gradients, x.softmax_scale)
+    for found, exact in zip(gradients, expected, strict=True):
+        assert relative_error(found, exact) <= 1e-5
+
+
+def default_of(w: Workload, algorithm: str) -> Schedule:
+    space = space_for(w, algorithm)
+    return Schedule.of(algorithm, dict(space.default(w, KNOWN_TARGETS["cuda:90"])))
