@@ -6,6 +6,7 @@ read outside an input count sees NaN.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from nsagen.harness.base import Case
 
-RIM = 64
-"""Elements before and after; a multiple of what any load wants to be aligned to."""
+RIM = int(os.environ.get("NSAGEN_TEST_RIM", "64"))
+"""Elements before and after; a multiple of what any load wants to be aligned to. 0 leaves what is
+past a tensor to a tool that watches memory; see `make sanitize`."""
 
 LARGEST = 1 << 24
 """Elements of a tensor that is guarded: some tests fill a GPU."""

@@ -26,7 +26,7 @@ collect_ignore = []
 if importlib.util.find_spec("pydantic") is None:
     collect_ignore = ["bad", "faults", "codegen", "model/test_shipped_specs.py", "spec"]
     collect_ignore += ["test_capacity.py", "test_cli.py", "test_cli_generate.py", "docs"]
-    collect_ignore += ["test_packaging.py", "test_picture.py"]
+    collect_ignore += ["test_packaging.py", "test_picture.py", "test_supply_chain.py"]
 if importlib.util.find_spec("pydantic") is None or importlib.util.find_spec("optuna") is None:
     collect_ignore += ["tune", "kernels/test_measurer.py"]
 

@@ -1,6 +1,7 @@
 """The canaries themselves: each kind of stray write is seen, and named."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,3 +75,11 @@ def test_a_read_past_an_input_that_counts() -> None:
 
     with pytest.raises(AssertionError, match="relative error inf"):
         check_case(module_of(launch), case_of(outputs()[0]))
+
+
+def test_what_the_sanitizer_runs_exists() -> None:
+    """`make sanitize` reads its tests from a file."""
+    root = Path(__file__).parents[1]
+    for line in (root / "tests" / "kernels" / "sanitize.txt").read_text().splitlines():
+        path, _, name = line.partition("::")
+        assert not name or f"\ndef {name}(" in (root / path).read_text(), line
