@@ -12,12 +12,14 @@ import difflib
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from nsagen.bench.tables import markdown  # noqa: E402
 from nsagen.codegen import support  # noqa: E402
 from nsagen.spec import load_spec  # noqa: E402
 from nsagen.spec.schema import json_schema  # noqa: E402
@@ -157,7 +159,18 @@ def toy_difference() -> str:
     return "```diff\n" + "\n".join(lines) + "\n```"
 
 
-PARTS = {("integrate.md", "the difference of the toy models"): toy_difference}
+def measured(name: str) -> Callable[[], str]:
+    """The table of a benchmark on the H200."""
+    return lambda: markdown(ROOT / "benchmarks/results/nvidia-h200" / f"{name}.json")
+
+
+PARTS = {
+    ("docs/integrate.md", "the difference of the toy models"): toy_difference,
+    ("README.md", "forward"): measured("prefill"),
+    ("README.md", "backward"): measured("train"),
+    ("README.md", "decoding"): measured("decode"),
+}
+"""(page, part) -> what makes it."""
 
 
 def pages() -> dict[Path, str]:
@@ -165,7 +178,7 @@ def pages() -> dict[Path, str]:
     rows = json.loads((DOCS / "support.json").read_text("utf-8"))
     made = {DOCS / "spec.md": spec_reference(), DOCS / "support.md": support.page("llama8b", rows)}
     for (page, name), make in PARTS.items():
-        path = DOCS / page
+        path = ROOT / page
         text = made.get(path) or path.read_text(encoding="utf-8")
         start, end = f"<!-- generated: {name} -->\n", "<!-- end -->"
         head, _, rest = text.partition(start)

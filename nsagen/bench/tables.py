@@ -1,0 +1,66 @@
+"""Benchmark results as tables for documents, so that a number in one is a number that was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+
+HEADS = {
+    "prefill": ("N", "dense attention", "NSA", "speedup"),
+    "train": ("N", "dense backward", "NSA backward", "speedup", "peak memory beyond inputs"),
+    "decode": ("batch", "context", "dense attention", "NSA", "speedup"),
+}
+"""The columns of each benchmark's table."""
+
+
+def markdown(path: Path) -> str:
+    """The whole attention beside dense attention, and what the numbers are true of.
+
+    Args:
+        path: JSON that `nsagen bench prefill`, `train` or `decode` wrote.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows, about = content["rows"], content["provenance"]
+    head = HEADS[path.stem]
+    make = {"prefill": _prefill, "train": _train, "decode": _decode}[path.stem]
+    lines = [_line(head), _line(["---:"] * len(head)), *map(_line, make(rows))]
+    versions = f"torch {about['torch']}, triton {about['triton']}, driver {about['driver']}"
+    return "\n".join([*lines, "", f"{about['device']}, {versions}: `{about['command']}`"])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _prefill(rows: Rows) -> Iterator[list[str]]:
+    for dense, ours in _pairs(rows):
+        yield [str(ours["tokens"]), *_compared(dense["ms"], ours["ms"])]
+
+
+def _train(rows: Rows) -> Iterator[list[str]]:
+    for dense, ours in _pairs(rows):
+        times = _compared(dense["backward_ms"], ours["backward_ms"])
+        yield [str(ours["tokens"]), *times, f"{ours['peak_gib']:.1f} GiB"]
+
+
+def _decode(rows: Rows) -> Iterator[list[str]]:
+    for row in rows:
+        if row["what"] == "attention":
+            times = _compared(row["torch_ms"], row["ms"], digits=3)
+            yield [str(row["batch"]), str(row["tokens"]), *times]
+
+
+def _pairs(rows: Rows) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Of each length, dense attention and the whole of ours."""
+    dense = {row["tokens"]: row for row in rows if row["what"].startswith("dense")}
+    for row in rows:
+        if row["what"] == "attention":
+            yield dense[row["tokens"]], row
+
+
+def _compared(dense: float, ours: float, digits: int = 1) -> list[str]:
+    return [f"{dense:.{digits}f} ms", f"{ours:.{digits}f} ms", f"{dense / ours:.1f} x"]

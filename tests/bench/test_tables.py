@@ -1,0 +1,45 @@
+"""Tables of results: each length beside dense attention, with what the numbers are true of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nsagen.bench.tables import markdown
+
+ABOUT = {"device": "a GPU", "torch": "2", "triton": "3", "driver": "1", "command": "nsagen bench"}
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "prefill": [
+        {"what": "dense attention (cuDNN)", "tokens": 8, "ms": 4.0},
+        {"what": "rope", "tokens": 8, "ms": 1.0},
+        {"what": "attention", "tokens": 8, "ms": 2.0},
+    ],
+    "train": [
+        {"what": "dense attention (cuDNN)", "tokens": 8, "backward_ms": 9.0},
+        {"what": "attention", "tokens": 8, "backward_ms": 3.0, "peak_gib": 1.25},
+    ],
+    "decode": [
+        {"what": "attention", "batch": 2, "tokens": 64, "ms": 0.5, "torch_ms": 0.25},
+        {"what": "step, replayed", "batch": 2, "tokens": 64, "ms": 3.0},
+    ],
+}
+
+EXPECTED = {
+    "prefill": ["| 8 | 4.0 ms | 2.0 ms | 2.0 x |"],
+    "train": ["| 8 | 9.0 ms | 3.0 ms | 3.0 x | 1.2 GiB |"],
+    "decode": ["| 2 | 64 | 0.250 ms | 0.500 ms | 0.5 x |"],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_a_measurement_of_the_whole(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps({"provenance": ABOUT, "rows": ROWS[name]}))
+    head, rule, *rows, blank, note = markdown(path).splitlines()
+    assert head.count("|") == rule.count("|")
+    assert rows == EXPECTED[name]
+    assert (blank, note) == ("", "a GPU, torch 2, triton 3, driver 1: `nsagen bench`")
