@@ -1,4 +1,4 @@
-"""Benchmark results as tables for documents, so that a number in one is a number that was measured."""
+"""Benchmark results as tables for documents: a number in one is a number that was measured."""
 
 from __future__ import annotations
 
