@@ -20,7 +20,10 @@ PASSES = ("forward", "backward", "decode")
 
 DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 
-COMPRESS_TYPES = ("avgpool", "weightedpool", "linear")
+COMPRESS_TYPES = ("avgpool", "weightedpool", "linear", "sigmoid_mul", "mlp")
+
+BRANCH_KV = ("shared", "separate")
+"""Whether all branches read the same keys and values, or each its own."""
 
 _COMPRESS = ("compress_type", "head_dim", "kernel_size", "kernel_stride", "with_pe")
 _COMPRESSED = ("head_dim", "v_head_dim", "gqa_ratio", "kernel_size", "kernel_stride")
@@ -82,6 +85,16 @@ STATIC_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 """The static parameters of each (op, pass), in the order in which names and headers show them."""
 
+_HIDDEN = ("mlp_hidden",)
+OPTIONAL_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("compress", "forward"): _HIDDEN,
+    ("compress", "backward"): _HIDDEN,
+    ("cache_append", "decode"): ("v_compress_type", *_HIDDEN, "with_v_pe", "branch_kv"),
+}
+"""More static parameters, which a workload leaves out where they say nothing: `v_compress_type`
+where it is compress_type, `mlp_hidden` where no type is mlp, `with_v_pe` where it is false, and
+`branch_kv` where it is "shared"."""
+
 _SHORT = {
     "head_dim": "d",
     "v_head_dim": "dv",
@@ -93,7 +106,24 @@ _SHORT = {
     "window_size": "w",
     "init_blocks": "i",
     "local_blocks": "c",
+    "mlp_hidden": "h",
+    "v_compress_type": "v",
 }
+
+
+def parameter_names(op: str, pass_: str) -> tuple[str, ...]:
+    """All static parameters of an op and pass, those that can be left out after the others."""
+    return STATIC_PARAMS[op, pass_] + OPTIONAL_PARAMS.get((op, pass_), ())
+
+
+def _defaults(params: Mapping[str, Param]) -> dict[str, Param]:
+    """What each parameter is where a workload of these leaves it out; no mlp is without a size."""
+    kind = params.get("compress_type", "")
+    defaults: dict[str, Param] = {"v_compress_type": kind, "with_v_pe": False}
+    defaults["branch_kv"] = BRANCH_KV[0]
+    if "mlp" not in (kind, params.get("v_compress_type")):
+        defaults["mlp_hidden"] = 0
+    return defaults
 
 
 @dataclass(frozen=True, order=True)
@@ -104,7 +134,8 @@ class Workload:
         op: e.g. "selected_attention".
         pass_: "forward", "backward" or "decode".
         dtype: of q, k, v and the outputs: "float16", "bfloat16" or "float32".
-        params: (name, value) pairs in the order of `STATIC_PARAMS`.
+        params: (name, value) pairs in the order of `parameter_names`, without those that say
+            nothing; see `OPTIONAL_PARAMS`.
     """
 
     op: str
@@ -127,17 +158,31 @@ class Workload:
             raise InvalidInputError(
                 f"workload {op} {pass_}: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}"
             )
-        if set(params) != set(names):
+        optional = OPTIONAL_PARAMS.get((op, pass_), ())
+        defaults = _defaults(params)
+        missing = [n for n in optional if n not in params and n not in defaults]
+        if not set(names) <= set(params) <= {*names, *optional} or missing:
             raise InvalidInputError(
-                f"workload {op} {pass_}: needs exactly the parameters {', '.join(names)}; "
-                f"got {', '.join(sorted(params)) or 'none'}"
+                f"workload {op} {pass_}: needs exactly the parameters "
+                f"{', '.join((*names, *missing))}; got {', '.join(sorted(params)) or 'none'}"
             )
-        return cls(op, pass_, dtype, tuple((name, params[name]) for name in names))
+        if "mlp_hidden" in defaults:  # whatever it was given as, nothing has that size
+            params = params | {"mlp_hidden": 0}
+        told = [n for n in optional if params.get(n, defaults.get(n)) != defaults.get(n)]
+        return cls(op, pass_, dtype, tuple((name, params[name]) for name in (*names, *told)))
+
+    def named(self) -> dict[str, Param]:
+        """Every static parameter by name, also those that are left out."""
+        values = dict(self.params)
+        optional = OPTIONAL_PARAMS.get((self.op, self.pass_), ())
+        return {**{n: v for n, v in _defaults(values).items() if n in optional}, **values}
 
     def __getattr__(self, name: str) -> Param:
         for key, value in self.__dict__.get("params", ()):
             if key == name:
                 return value
+        if "params" in self.__dict__ and name in self.named():
+            return self.named()[name]
         raise AttributeError(f"workload {self.__dict__.get('op')} has no parameter {name!r}")
 
     @property
@@ -148,8 +193,8 @@ class Workload:
         for name, value in self.params:
             if name == "v_head_dim" and value == values.get("head_dim"):
                 continue
-            if name == "with_pe":
-                parts += ["pe"] if value else []
+            if name in ("with_pe", "with_v_pe"):
+                parts += [name.removeprefix("with_").replace("_", "")] if value else []
             else:
                 parts.append(f"{_SHORT.get(name, '')}{value}")
         return "_".join(parts)

@@ -8,6 +8,7 @@ import torch
 
 from nsagen.harness.base import Case, Cost, Sizes, cu_seqlens_of, poisoned
 from nsagen.ops import reference
+from nsagen.ops.reference.compress import Weight
 from nsagen.workload import Workload
 
 
@@ -56,11 +57,25 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
 
 
 def compress_weight(
-    kind: str, heads: int, size: int, dim: int, normal: Callable[..., torch.Tensor]
-) -> torch.Tensor | None:
-    """The weight of a compress_type, scaled so that windows keep their tokens' magnitude."""
+    kind: str,
+    heads: int,
+    size: int,
+    dim: int,
+    normal: Callable[..., torch.Tensor],
+    hidden: int = 0,
+) -> Weight:
+    """The weight of a compress_type, scaled so that windows keep their tokens' magnitude.
+
+    Args:
+        normal: makes a tensor of a shape.
+        hidden: of mlp, the hidden size.
+    """
     if kind == "avgpool":
         return None
     if kind == "weightedpool":
         return normal(heads, size) / size**0.5
-    return normal(heads, size * dim, dim) / (size * dim) ** 0.5
+    if kind == "sigmoid_mul":
+        return normal(heads, size, dim) / dim**0.5
+    columns = hidden if kind == "mlp" else dim
+    flat = normal(heads, size * dim, columns) / (size * dim) ** 0.5
+    return (flat, normal(heads, hidden, dim) / hidden**0.5) if kind == "mlp" else flat

@@ -6,10 +6,12 @@ or the same kernels where TRITON_INTERPRET=1 was set before triton was imported.
 
 from nsagen.ops._launch import on_kernels
 from nsagen.ops.cache_append import cache_append
-from nsagen.ops.compress import (
+from nsagen.ops.compress import compress
+from nsagen.ops.compress_types import (
     avgpool_compress,
-    compress,
     linear_compress,
+    mlp_compress,
+    sigmoid_mul_compress,
     weightedpool_compress,
 )
 from nsagen.ops.compressed_attention import compressed_attention
@@ -20,10 +22,12 @@ from nsagen.ops.native_sparse_attention import native_sparse_attention
 from nsagen.ops.native_sparse_attention_decode import native_sparse_attention_decode
 from nsagen.ops.rope import rope
 from nsagen.ops.selected_attention import topk_sparse_attention
+from nsagen.ops.separate import SeparateKV
 from nsagen.ops.sliding_window_attention import sliding_window_attention
 
 __all__ = [
     "LINEAR_DECODE_ROWS",
+    "SeparateKV",
     "avgpool_compress",
     "cache_append",
     "compress",
@@ -32,10 +36,12 @@ __all__ = [
     "gated_sum",
     "linear_compress",
     "linear_decode",
+    "mlp_compress",
     "native_sparse_attention",
     "native_sparse_attention_decode",
     "on_kernels",
     "rope",
+    "sigmoid_mul_compress",
     "sliding_window_attention",
     "topk_sparse_attention",
     "weightedpool_compress",

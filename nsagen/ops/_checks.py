@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nsagen.errors import InvalidInputError
-from nsagen.ops.reference.compress import check_weights
+from nsagen.ops.reference.compress import Weight, check_weights, tensors_of
 
 
 def fail(op: str, rule: str, came: object, remedy: str) -> NoReturn:
@@ -136,11 +136,12 @@ def check_range(op: str, name: str, values: Tensor, least: int, end: int) -> Non
 
 
 def check_compress_weights(
-    op: str, x: Tensor, w: Tensor | None, pe: Tensor | None, compress_type: str, size: int
+    op: str, x: Tensor, w: Weight, pe: Tensor | None, compress_type: str, size: int
 ) -> None:
     """w and pe have compress_type's shapes for windows of x [N, HK, D], and x's dtype."""
     check_weights(op, torch.Size((size, *x.shape[1:])), w, pe, compress_type)
-    for name, tensor in (("the weight", w), ("pe", pe)):
+    weights = [("the weight", tensor) for tensor in tensors_of(w)]
+    for name, tensor in (*weights, ("pe", pe)):
         if tensor is None:
             continue
         if (tensor.dtype, tensor.device) != (x.dtype, x.device):

@@ -12,7 +12,7 @@ from nsagen.errors import InvalidInputError, UnsupportedWorkloadError
 from nsagen.runtime import Dispatcher, registry
 from nsagen.runtime.device import interpreting
 from nsagen.runtime.dispatcher import Launch
-from nsagen.workload import DTYPES, STATIC_PARAMS, Param, Workload
+from nsagen.workload import DTYPES, Param, Workload, parameter_names
 
 
 def on_kernels(x: Tensor) -> bool:
@@ -57,7 +57,8 @@ def launch(
 
     Args:
         dispatcher: the dispatcher's key.
-        values: the static parameters in the order of `STATIC_PARAMS`.
+        values: the static parameters in the order of `parameter_names`; the last ones may be
+            left out where they say nothing.
         args: of the kernel's `launch`; the first is the main input, whose rows are the
             call's tokens.
         context: for decoding, the tokens that a cache slot holds at most.
@@ -132,5 +133,5 @@ def _workload(op: str, pass_: str, dtype: torch.dtype, values: tuple[Param, ...]
             f"{op}: kernels take {', '.join(DTYPES)}; got {name}; "
             "convert the tensors, or move them to the CPU for the reference"
         )
-    params = dict(zip(STATIC_PARAMS[op, pass_], values, strict=True))
+    params = dict(zip(parameter_names(op, pass_), values, strict=False))
     return Workload.of(op, pass_, dtype=name, **params)

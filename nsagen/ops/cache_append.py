@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from nsagen.ops import reference
+from nsagen.ops._cache_checks import CACHES, check, check_separate, hidden_size
 from nsagen.ops._calls import KnownCalls, signature
-from nsagen.ops._checks import (
-    check_attention,
-    check_compress_weights,
-    check_indices,
-    check_rows,
-    fail,
-)
 from nsagen.ops._define import define_op
 from nsagen.ops._launch import find_kernel, key_of, on_kernels, run_kernel
-from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
-from nsagen.ops.reference._checks import check_windows
-from nsagen.ops.rope import check_tables
+from nsagen.ops._pages import capacity_of
+from nsagen.ops.reference.compress import Weight, tensors_of
+from nsagen.ops.separate import SeparateKV
 from nsagen.runtime import Dispatcher
+from nsagen.workload import BRANCH_KV
 
 _OP = "cache_append"
-_CACHES = ("k_cache", "v_cache", "ck_cache", "cv_cache", "k_raw")
+_WRITTEN = (*CACHES, "v_raw", "k_window_cache", "v_window_cache")
 
 
 def cache_append(
@@ -33,8 +26,8 @@ def cache_append(
     v: Tensor,
     cos: Tensor,
     sin: Tensor,
-    w_k: Tensor | None,
-    w_v: Tensor | None,
+    w_k: Weight,
+    w_v: Weight,
     pe: Tensor | None,
     positions: Tensor,
     slots: Tensor,
@@ -47,7 +40,10 @@ def cache_append(
     compress_type: str,
     kernel_size: int,
     kernel_stride: int,
+    v_compress_type: str | None = None,
+    pe_v: Tensor | None = None,
     block_table: Tensor | None = None,
+    separate: SeparateKV | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """Append one token of each row to the caches, which change in place.
@@ -68,6 +64,10 @@ def cache_append(
             [pages, page_size // kernel_stride, HK, dim]. Token t of a slot lies in page
             block_table[slot, t // page_size], and so does the window that starts at token t.
             Entries of pages that no row reaches may hold anything.
+        v_compress_type: how values are compressed, where it is not compress_type.
+        pe_v: [HK, kernel_size, Dv], added to a window's values, or None.
+        separate: the compressed and the sliding branch's own keys, values and caches. Without it
+            all branches have the same, and compressed values are made of v_cache.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
@@ -76,27 +76,24 @@ def cache_append(
     Raises:
         InvalidInputError: a tensor or parameter breaks the contract above.
     """
+    w_k, *w_k2 = tensors_of(w_k) or (None,)
+    w_v, *w_v2 = tensors_of(w_v) or (None,)
+    key = key_of(dispatcher)
+    more = {}
+    if v_compress_type not in (None, compress_type):
+        more["v_compress_type"] = v_compress_type
+    if pe_v is not None:
+        more["pe_v"] = pe_v
+    if separate is not None:
+        more |= vars(separate)
+    for name, tensors in (("w_k2", w_k2), ("w_v2", w_v2)):
+        if tensors:
+            (more[name],) = tensors
     return cache_append_decode(
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        w_k,
-        w_v,
-        pe,
-        positions,
-        slots,
-        k_cache,
-        v_cache,
-        ck_cache,
-        cv_cache,
-        k_raw,
-        compress_type,
-        kernel_size,
-        kernel_stride,
-        key_of(dispatcher),
-        block_table,
+        *(q, k, v, cos, sin, w_k, w_v, pe, positions, slots),
+        *(k_cache, v_cache, ck_cache, cv_cache, k_raw),
+        *(compress_type, kernel_size, kernel_stride, key, block_table),
+        **more,
     )
 
 
@@ -121,33 +118,68 @@ def _cache_append_decode(
     kernel_stride: int,
     dispatcher: str = "",
     block_table: Tensor | None = None,
+    v_compress_type: str = "",
+    w_k2: Tensor | None = None,
+    w_v2: Tensor | None = None,
+    pe_v: Tensor | None = None,
+    k_compress: Tensor | None = None,
+    v_compress: Tensor | None = None,
+    k_window: Tensor | None = None,
+    v_window: Tensor | None = None,
+    v_raw: Tensor | None = None,
+    k_window_cache: Tensor | None = None,
+    v_window_cache: Tensor | None = None,
 ) -> Tensor:
-    """q after rope, [R, HQ, D]; see `cache_append`."""
+    """q after rope, [R, HQ, D]; see `cache_append`. w_k2, w_v2: second layers of an mlp."""
     caches = (k_cache, v_cache, ck_cache, cv_cache, k_raw)
     inputs = (q, k, v, cos, sin, w_k, w_v, pe, positions, slots, *caches)
+    own = (k_compress, v_compress, k_window, v_window, v_raw, k_window_cache, v_window_cache)
+    more = (w_k2, w_v2, pe_v, *own)
     call = signature(
-        [x for x in (*inputs, block_table) if x is not None],
+        [x for x in (*inputs, block_table, *more) if x is not None],
         *(w_k is None, w_v is None, pe is None, compress_type),
         *(kernel_size, kernel_stride, dispatcher),
+        *(v_compress_type, *(x is None for x in more)),
     )
     kernel = _CALLS.get(call) if on_kernels(q) else None
     if kernel is None:
-        _check(inputs, compress_type, kernel_size, kernel_stride, block_table)
+        weights = (_weight(w_k, w_k2), _weight(w_v, w_v2))
+        inputs = (*inputs[:5], *weights, *inputs[7:])
+        types = (compress_type, v_compress_type or compress_type)
+        check(inputs, types, kernel_size, kernel_stride, block_table, pe_v)
+        separate = check_separate(own, k, v, caches, kernel_size)
         if not on_kernels(q):
             return reference.cache_append(
                 *inputs,
                 compress_type=compress_type,
+                v_compress_type=v_compress_type,
                 kernel_size=kernel_size,
                 kernel_stride=kernel_stride,
+                pe_v=pe_v,
                 block_table=block_table,
+                separate=separate,
             )
         dims = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1])
         values = (compress_type, *dims, kernel_size, kernel_stride, pe is not None)
+        optional = (
+            types[1],
+            hidden_size(*weights),
+            pe_v is not None,
+            BRANCH_KV[k_window is not None],
+        )
         context = capacity_of(k_cache, block_table)
-        kernel = _CALLS.add(call, find_kernel(dispatcher, _OP, "decode", values, q, context))
+        kernel = _CALLS.add(
+            call, find_kernel(dispatcher, _OP, "decode", (*values, *optional), q, context)
+        )
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    run_kernel(kernel, q, (*inputs, q_out, block_table))
+    args = (q, k, v, cos, sin, w_k, w_v, pe, positions, slots, *caches, q_out, block_table)
+    run_kernel(kernel, q, args if all(x is None for x in more) else (*args, *more))
     return q_out
+
+
+def _weight(first: Tensor | None, second: Tensor | None) -> Weight:
+    """A weight as `cache_append` takes it."""
+    return first if first is None or second is None else (first, second)
 
 
 _CALLS = KnownCalls()
@@ -174,76 +206,19 @@ def _fake(
     kernel_stride: int,
     dispatcher: str = "",
     block_table: Tensor | None = None,
+    v_compress_type: str = "",
+    w_k2: Tensor | None = None,
+    w_v2: Tensor | None = None,
+    pe_v: Tensor | None = None,
+    k_compress: Tensor | None = None,
+    v_compress: Tensor | None = None,
+    k_window: Tensor | None = None,
+    v_window: Tensor | None = None,
+    v_raw: Tensor | None = None,
+    k_window_cache: Tensor | None = None,
+    v_window_cache: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(q.shape)
 
 
-cache_append_decode = define_op("cache_append_decode", _cache_append_decode, _fake, _CACHES)
-
-
-def _check(
-    inputs: tuple[Any, ...],
-    compress_type: str,
-    kernel_size: int,
-    kernel_stride: int,
-    block_table: Tensor | None,
-) -> None:
-    """The contract of `cache_append`."""
-    q, k, v, cos, sin, w_k, w_v, pe, positions, slots, *caches = inputs
-    check_attention(_OP, q, k, v)
-    if q.shape[0] != k.shape[0]:
-        fail(
-            _OP,
-            "q and k must have the same rows",
-            f"{q.shape[0]} and {k.shape[0]}",
-            "pass one a row",
-        )
-    check_tables(_OP, q, cos, sin)
-    check_windows(_OP, kernel_size, kernel_stride)
-    check_compress_weights(_OP, k, w_k, pe, compress_type, kernel_size)
-    check_compress_weights(_OP, v, w_v, None, compress_type, kernel_size)
-    check_indices(_OP, q, (q.shape[0],), positions=positions, slots=slots)
-    if block_table is not None:
-        check_table(_OP, q, block_table)
-    _check_caches(k, v, tuple(caches), kernel_size, kernel_stride, block_table)
-    tokens = min(capacity_of(caches[0], block_table), cos.shape[0])
-    check_places(_OP, positions, slots, tokens, caches[0], block_table)
-
-
-def _check_caches(
-    k: Tensor,
-    v: Tensor,
-    caches: tuple[Tensor, ...],
-    kernel_size: int,
-    kernel_stride: int,
-    block_table: Tensor | None,
-) -> None:
-    """Five caches [slots or pages, length, HK, dim] of k's and v's dtype, heads and sizes."""
-    named = dict(zip(_CACHES, caches, strict=True))
-    check_rows(_OP, 4, **named)
-    for name, cache in named.items():
-        like = v if name in ("v_cache", "cv_cache") else k
-        places = caches[0].shape[0]
-        if block_table is not None and name == "k_raw":
-            places = block_table.shape[0]
-        if cache.shape[2:] != like.shape[1:] or cache.shape[0] != places:
-            rule = f"{name} must be [{places}, length, {like.shape[1]}, {like.shape[2]}]"
-            fail(_OP, rule, tuple(cache.shape), "allocate an NSACache")
-        if cache.dtype != k.dtype or cache.device != k.device:
-            came = f"{cache.dtype} on {cache.device}"
-            fail(_OP, f"{name} must be {k.dtype} on {k.device}", came, "allocate it so")
-    for one, other in ((0, 1), (2, 3)):
-        if caches[one].shape[1] != caches[other].shape[1]:
-            came = f"{caches[one].shape[1]} and {caches[other].shape[1]}"
-            rule = f"{_CACHES[one]} and {_CACHES[other]} must have one length"
-            fail(_OP, rule, came, "allocate an NSACache")
-    if caches[4].shape[1] != kernel_size:
-        rule = "k_raw must hold kernel_size tokens"
-        fail(_OP, rule, f"{caches[4].shape[1]} for kernel_size {kernel_size}", "resize it")
-    if block_table is None:
-        return
-    page_size, windows = caches[0].shape[1], caches[2].shape[1]
-    check_page_size(_OP, page_size, "kernel_stride", kernel_stride)
-    if windows * kernel_stride != page_size:
-        rule = f"ck_cache must have {page_size // kernel_stride} windows a page"
-        fail(_OP, rule, windows, "give each page of tokens one of the windows that start in it")
+cache_append_decode = define_op("cache_append_decode", _cache_append_decode, _fake, _WRITTEN)

@@ -1,13 +1,15 @@
 """Compression of keys and values, before rope: window i covers tokens [i*s, i*s + l).
 
-With x' = x + pe: `avgpool` is the mean of x', `weightedpool` sum_j w[h, j] x'_j, and `linear`
-flatten(x') @ w[h].
+With x' = x + pe: `avgpool` is the mean of x', `weightedpool` sum_j w[h, j] x'_j, `sigmoid_mul`
+2/l sum_j sigmoid(w[h, j] . x'_j) x'_j, `linear` flatten(x') @ w[h], and `mlp`
+silu(flatten(x') @ w1[h]) @ w2[h], whose custom op is the product with w1 alone.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nsagen.ops import reference
 from nsagen.ops._checks import (
@@ -21,72 +23,16 @@ from nsagen.ops._gradients import reference_gradients
 from nsagen.ops._launch import key_of, launch, on_kernels, with_contiguous_rows
 from nsagen.ops.layout import compressed_cu_seqlens
 from nsagen.ops.reference._checks import check_windows
+from nsagen.ops.reference.compress import Weight
 from nsagen.runtime import Dispatcher
+from nsagen.workload import Param
 
 _OP = "compress"
 
 
-def avgpool_compress(
-    x: Tensor,
-    w: Tensor | None,
-    cu_seqlens: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    pe: Tensor | None = None,
-    *,
-    dispatcher: Dispatcher | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Mean of each window of tokens.
-
-    Args:
-        x: [N, HK, D], before rope.
-        w: None.
-        cu_seqlens: int32 [batch + 1].
-        kernel_size: tokens of a window; kernel_stride: tokens between two windows' starts.
-        pe: [HK, kernel_size, D], added to each window's tokens, or None.
-        dispatcher: the generated kernels to use; by default they are built when missing.
-
-    Returns:
-        y [sum M, HK, D] with M = max(0, (L - l) // s + 1) windows a sequence, and y_cu_seqlens
-        int32 [batch + 1]. The number of rows is read from the device; `compress` avoids that.
-
-    Raises:
-        InvalidInputError: a tensor or parameter breaks the contract above.
-    """
-    return _exact("avgpool", x, w, cu_seqlens, kernel_size, kernel_stride, pe, dispatcher)
-
-
-def weightedpool_compress(
-    x: Tensor,
-    w: Tensor,
-    cu_seqlens: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    pe: Tensor | None = None,
-    *,
-    dispatcher: Dispatcher | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Weighted sum of each window, w [HK, kernel_size] used as it is; see `avgpool_compress`."""
-    return _exact("weightedpool", x, w, cu_seqlens, kernel_size, kernel_stride, pe, dispatcher)
-
-
-def linear_compress(
-    x: Tensor,
-    w: Tensor,
-    cu_seqlens: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    pe: Tensor | None = None,
-    *,
-    dispatcher: Dispatcher | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Each window, flattened, times w [HK, kernel_size * D, D]; see `avgpool_compress`."""
-    return _exact("linear", x, w, cu_seqlens, kernel_size, kernel_stride, pe, dispatcher)
-
-
 def compress(
     x: Tensor,
-    w: Tensor | None,
+    w: Weight,
     pe: Tensor | None,
     cu_seqlens: Tensor,
     *,
@@ -97,43 +43,45 @@ def compress(
 ) -> tuple[Tensor, Tensor]:
     """Compress without waiting for the device: the output's size depends on shapes alone.
 
-    Takes what `avgpool_compress` takes, and a compress_type: "avgpool", "weightedpool", "linear".
+    Args:
+        x: [N, HK, D], before rope.
+        w: None for avgpool; [HK, kernel_size] for weightedpool; [HK, kernel_size * D, D] for
+            linear; [HK, kernel_size, D] for sigmoid_mul; for mlp the tuple (w1, w2) of
+            [HK, kernel_size * D, H] and [HK, H, D].
+        pe: [HK, kernel_size, D], added to each window's tokens, or None.
+        cu_seqlens: int32 [batch + 1].
+        compress_type: one of `nsagen.workload.COMPRESS_TYPES`.
+        kernel_size: tokens of a window; kernel_stride: tokens between two windows' starts.
+        dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
         y [N // kernel_stride, HK, D], zeros past the last window, differentiable in x, w and
         pe; and y_cu_seqlens int32 [batch + 1].
+
+    Raises:
+        InvalidInputError: a tensor or parameter breaks the contract above.
     """
     check_windows(_OP, kernel_size, kernel_stride)
     check_offsets(_OP, "cu_seqlens", cu_seqlens)
     y_cu_seqlens = compressed_cu_seqlens(cu_seqlens, kernel_size, kernel_stride)
     statics = (compress_type, kernel_size, kernel_stride, key_of(dispatcher))
-    return compress_forward(x, w, pe, cu_seqlens, y_cu_seqlens, *statics), y_cu_seqlens
+    if compress_type != "mlp" and not isinstance(w, tuple):
+        return compress_forward(x, w, pe, cu_seqlens, y_cu_seqlens, *statics), y_cu_seqlens
+    check_rows(_OP, x=x)
+    check_compress_weights(_OP, x, w, pe, compress_type, kernel_size)
+    assert isinstance(w, tuple)
+    before = compress_forward(x, w[0], pe, cu_seqlens, y_cu_seqlens, *statics)
+    return _second_layer(before, w[1]), y_cu_seqlens
 
 
-def _exact(
-    compress_type: str,
-    x: Tensor,
-    w: Tensor | None,
-    cu_seqlens: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    pe: Tensor | None,
-    dispatcher: Dispatcher | None,
-) -> tuple[Tensor, Tensor]:
-    y, y_cu_seqlens = compress(
-        x,
-        w,
-        pe,
-        cu_seqlens,
-        compress_type=compress_type,
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        dispatcher=dispatcher,
-    )
-    rows = y_cu_seqlens[-1].item()
-    torch._check(rows >= 0)
-    torch._check(rows <= y.shape[0])
-    return y[:rows], y_cu_seqlens
+def _second_layer(before: Tensor, w2: Tensor) -> Tensor:
+    """silu(before) @ w2, [M, HK, H] and [HK, H, D] to [M, HK, D].
+
+    By PyTorch, gradients too: it is 1/kernel_size of the first layer's work, and those need
+    `before` as it is. Rows without a window are zeros before and after.
+    """
+    with torch.autocast(before.device.type, enabled=False):
+        return torch.bmm(functional.silu(before).transpose(0, 1), w2).transpose(0, 1)
 
 
 @torch.library.custom_op("nsagen::compress_forward", mutates_args=())
@@ -148,21 +96,17 @@ def compress_forward(
     kernel_stride: int,
     dispatcher: str = "",
 ) -> Tensor:
-    """y [N // kernel_stride, HK, D], zeros past y_cu_seqlens[-1]."""
+    """y [N // kernel_stride, HK, D], zeros past y_cu_seqlens[-1]; for mlp [.., H], w being w1."""
     check_rows(_OP, x=x)
     check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, x)
     check_indices(_OP, x, tuple(cu_seqlens.shape), y_cu_seqlens=y_cu_seqlens)
     check_windows(_OP, kernel_size, kernel_stride)
-    check_compress_weights(_OP, x, w, pe, compress_type, kernel_size)
-    statics = {
-        "compress_type": compress_type,
-        "kernel_size": kernel_size,
-        "kernel_stride": kernel_stride,
-    }
+    if compress_type != "mlp":  # its two weights were checked together
+        check_compress_weights(_OP, x, w, pe, compress_type, kernel_size)
     if not on_kernels(x):
-        return reference.compress(x, w, pe, cu_seqlens, **statics)[0]
-    y = _allocate(x, kernel_stride)
-    values = (compress_type, x.shape[2], kernel_size, kernel_stride, pe is not None)
+        return _by_reference(x, w, pe, cu_seqlens, compress_type, kernel_size, kernel_stride)
+    y = _allocate(x, w, compress_type, kernel_stride)
+    values = _static_values(x, w, pe, compress_type, kernel_size, kernel_stride)
     launch(dispatcher, _OP, "forward", values, (x, w, pe, cu_seqlens, y_cu_seqlens, y))
     return y
 
@@ -179,7 +123,7 @@ def _fake(
     kernel_stride: int,
     dispatcher: str = "",
 ) -> Tensor:
-    return _allocate(x, kernel_stride)
+    return _allocate(x, w, compress_type, kernel_stride)
 
 
 @torch.library.custom_op("nsagen::compress_backward", mutates_args=())
@@ -205,21 +149,14 @@ def compress_backward(
         dx, d_w, d_pe = gradients
         args = (with_contiguous_rows(dy), x, w, pe, cu_seqlens, y_cu_seqlens, dx)
         weights = (None if w is None else d_w, None if pe is None else d_pe)
-        values = (compress_type, x.shape[2], kernel_size, kernel_stride, pe is not None)
+        values = _static_values(x, w, pe, compress_type, kernel_size, kernel_stride)
         launch(dispatcher, _OP, "backward", values, (*args, *weights))
         return gradients
     given = [tensor for tensor in (w, pe) if tensor is not None]
 
     def forward(x: Tensor, *given: Tensor) -> Tensor:
-        return reference.compress(
-            x,
-            None if w is None else given[0],
-            None if pe is None else given[-1],
-            cu_seqlens,
-            compress_type=compress_type,
-            kernel_size=kernel_size,
-            kernel_stride=kernel_stride,
-        )[0]
+        weights = (None if w is None else given[0], None if pe is None else given[-1])
+        return _by_reference(x, *weights, cu_seqlens, compress_type, kernel_size, kernel_stride)
 
     dx, *rest = reference_gradients(forward, (x, *given), dy)
     d_w = x.new_empty(0) if w is None else rest.pop(0)
@@ -258,8 +195,42 @@ def _backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
 compress_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _allocate(x: Tensor, kernel_stride: int) -> Tensor:
-    return x.new_empty((x.shape[0] // kernel_stride, *x.shape[1:]))
+def _static_values(
+    x: Tensor,
+    w: Tensor | None,
+    pe: Tensor | None,
+    compress_type: str,
+    kernel_size: int,
+    kernel_stride: int,
+) -> tuple[Param, ...]:
+    """The static parameters of a call, in their order."""
+    columns = _columns(x, w, compress_type) if compress_type == "mlp" else 0
+    return (compress_type, x.shape[2], kernel_size, kernel_stride, pe is not None, columns)
+
+
+def _by_reference(
+    x: Tensor,
+    w: Tensor | None,
+    pe: Tensor | None,
+    cu_seqlens: Tensor,
+    compress_type: str,
+    kernel_size: int,
+    kernel_stride: int,
+) -> Tensor:
+    sizes = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
+    if compress_type == "mlp" and w is not None:
+        return reference.mlp_first_layer(x, w, pe, cu_seqlens, **sizes)
+    return reference.compress(x, w, pe, cu_seqlens, compress_type=compress_type, **sizes)[0]
+
+
+def _columns(x: Tensor, w: Tensor | None, compress_type: str) -> int:
+    """Elements of a window's result: as of a token's, or an mlp's hidden ones."""
+    return w.shape[-1] if compress_type == "mlp" and w is not None else x.shape[2]
+
+
+def _allocate(x: Tensor, w: Tensor | None, compress_type: str, kernel_stride: int) -> Tensor:
+    columns = _columns(x, w, compress_type)
+    return x.new_empty((x.shape[0] // kernel_stride, x.shape[1], columns))
 
 
 def _allocate_gradients(

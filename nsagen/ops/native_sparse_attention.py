@@ -13,6 +13,7 @@ from nsagen.ops.compress import compress
 from nsagen.ops.compressed_attention import compressed_attention, compressed_attention_forward
 from nsagen.ops.gated_sum import gate_of, gated_sum
 from nsagen.ops.layout import positions_in_sequence
+from nsagen.ops.reference.compress import Weight
 from nsagen.ops.rope import rope
 from nsagen.ops.selected_attention import topk_sparse_attention
 from nsagen.ops.sliding_window_attention import sliding_window_attention
@@ -34,13 +35,15 @@ def native_sparse_attention(
     window_size: int,
     init_blocks: int = 1,
     local_blocks: int = 2,
-    w_k: Tensor | None = None,
-    w_v: Tensor | None = None,
+    w_k: Weight = None,
+    w_v: Weight = None,
     pe: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     softmax_scale: float | None = None,
     branches: Sequence[str] = BRANCHES,
+    v_compress_type: str | None = None,
+    pe_v: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """Gated sum of compressed, selected and sliding-window attention.
@@ -52,7 +55,7 @@ def native_sparse_attention(
         q: [N, HQ, D]; k: [N, HK, D]; v: [N, HK, Dv], all before rope.
         gate: [N, HQ, 3], after the sigmoid: compressed, selected, sliding.
         cu_seqlens: int32 [batch + 1].
-        compress_type: "avgpool", "weightedpool" or "linear".
+        compress_type: one of `nsagen.workload.COMPRESS_TYPES`.
         kernel_size: tokens of a window; kernel_stride: tokens between two windows' starts.
         block_size: tokens of a block.
         topk: blocks selected a token, with init_blocks at the start and local_blocks up to
@@ -64,26 +67,25 @@ def native_sparse_attention(
         cos, sin: float32 [P, D // 2], or None for no rope.
         softmax_scale: of the scores; 1/sqrt(D) by default.
         branches: those that are on; the gate's columns of the others are ignored.
+        v_compress_type: how values are compressed, where it is not compress_type.
+        pe_v: [HK, kernel_size, Dv], added to a window's values, or None.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
-        o [N, HQ, Dv]. Differentiable in q, k, v, gate, w_k, w_v and pe.
+        o [N, HQ, Dv]. Differentiable in q, k, v, gate, w_k, w_v, pe and pe_v.
 
     Raises:
         InvalidInputError: a tensor or parameter breaks the contract above.
     """
     on = branches_on("native_sparse_attention", branches, window_size)
     check_attention("native_sparse_attention", q, k, v)
-    windows = {
-        "compress_type": compress_type,
-        "kernel_size": kernel_size,
-        "kernel_stride": kernel_stride,
-    }
+    sizes = {"kernel_size": kernel_size, "kernel_stride": kernel_stride, "dispatcher": dispatcher}
     ck, cv, ck_cu_seqlens = k, v, cu_seqlens
     needs_windows = "compressed" in on or "selected" in on  # selection ranks their scores
     if needs_windows:
-        ck, ck_cu_seqlens = compress(k, w_k, pe, cu_seqlens, **windows, dispatcher=dispatcher)
-        cv, _ = compress(v, w_v, None, cu_seqlens, **windows, dispatcher=dispatcher)
+        ck, ck_cu_seqlens = compress(k, w_k, pe, cu_seqlens, compress_type=compress_type, **sizes)
+        v_type = v_compress_type or compress_type
+        cv, _ = compress(v, w_v, pe_v, cu_seqlens, compress_type=v_type, **sizes)
     if (cos is None) != (sin is None):
         came = "cos" if sin is None else "sin"
         fail("native_sparse_attention", "cos and sin must come together", came, "pass both")
@@ -118,9 +120,9 @@ def native_sparse_attention(
             q, k, v, topk_idx, block_size, cu_seqlens, scale, dispatcher=dispatcher
         )
     elif "compressed" in on:
-        sizes = (kernel_size, kernel_stride, scale, key_of(dispatcher))
+        statics = (kernel_size, kernel_stride, scale, key_of(dispatcher))
         outputs["compressed"] = compressed_attention_forward(
-            q, ck, cv, cu_seqlens, ck_cu_seqlens, *sizes
+            q, ck, cv, cu_seqlens, ck_cu_seqlens, *statics
         )[0]
     if "sliding" in on:
         outputs["sliding"] = sliding_window_attention(

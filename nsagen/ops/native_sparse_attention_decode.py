@@ -10,7 +10,7 @@ from torch import Tensor
 from nsagen.branches import BRANCHES, branches_on
 from nsagen.ops import reference
 from nsagen.ops._calls import KnownCalls, signature
-from nsagen.ops._checks import check_rows, check_topk_idx, fail
+from nsagen.ops._checks import check_like, check_rows, check_topk_idx, fail
 from nsagen.ops._define import define_op
 from nsagen.ops._launch import find_kernel, key_of, on_kernels, run_kernel, scale_of
 from nsagen.ops._pages import capacity_of, check_page_size, check_places
@@ -36,6 +36,8 @@ def native_sparse_attention_decode(
     softmax_scale: float | None = None,
     block_table: Tensor | None = None,
     branches: Sequence[str] = BRANCHES,
+    k_window_cache: Tensor | None = None,
+    v_window_cache: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """The gated sum of the three branches for one new token a row.
@@ -58,6 +60,8 @@ def native_sparse_attention_decode(
             block_table[slot, t // page_size] at row t % page_size.
         branches: those that are on; of the others nothing is read, but of o_compressed that it
             is finite.
+        k_window_cache, v_window_cache: like k_cache and v_cache, the sliding branch's own; None
+            where it reads those.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
@@ -74,8 +78,13 @@ def native_sparse_attention_decode(
         if "selected" not in on:
             topk_idx = topk_idx.new_full((*topk_idx.shape[:2], 1), -1)
     inputs = (q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate)
+    own = (
+        ()
+        if k_window_cache is None and v_window_cache is None
+        else (k_window_cache, v_window_cache)
+    )
     return native_sparse_attention_decode_op(
-        *inputs, block_size, window_size, scale, key, block_table
+        *inputs, block_size, window_size, scale, key, block_table, *own
     )
 
 
@@ -93,14 +102,22 @@ def _native_sparse_attention_decode(
     softmax_scale: float,
     dispatcher: str = "",
     block_table: Tensor | None = None,
+    k_window_cache: Tensor | None = None,
+    v_window_cache: Tensor | None = None,
 ) -> Tensor:
     """o [R, HQ, Dv]."""
     inputs = (q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate)
     tensors = [*inputs] if block_table is None else [*inputs, block_table]
-    call = signature(tensors, block_size, window_size, dispatcher)
+    own = ()
+    if k_window_cache is not None or v_window_cache is not None:
+        own = (k_window_cache, v_window_cache)
+        tensors += [cache for cache in own if cache is not None]
+    call = signature(tensors, block_size, window_size, dispatcher, len(own))
     kernel = _CALLS.get(call) if on_kernels(q) else None
     if kernel is None:
         _check(inputs, block_size, window_size, block_table)
+        if own:
+            _check_window(k_cache, v_cache, k_window_cache, v_window_cache)
         if not on_kernels(q):
             return reference.native_sparse_attention_decode(
                 *inputs,
@@ -108,6 +125,8 @@ def _native_sparse_attention_decode(
                 window_size=window_size,
                 softmax_scale=softmax_scale,
                 block_table=block_table,
+                k_window_cache=k_window_cache,
+                v_window_cache=v_window_cache,
             )
         dims = (q.shape[2], v_cache.shape[3], q.shape[1] // k_cache.shape[2])
         values = (*dims, block_size, topk_idx.shape[-1], window_size)
@@ -115,7 +134,7 @@ def _native_sparse_attention_decode(
         context = capacity_of(k_cache, block_table)
         kernel = _CALLS.add(call, find_kernel(dispatcher, *workload, q, context))
     o = torch.empty_like(o_compressed, memory_format=torch.contiguous_format)
-    run_kernel(kernel, q, (*inputs, o, softmax_scale, block_table))
+    run_kernel(kernel, q, (*inputs, o, softmax_scale, block_table, *own))
     return o
 
 
@@ -143,6 +162,19 @@ def _check(
     check_places(_OP, positions, slots, capacity_of(k_cache, block_table), k_cache, block_table)
 
 
+def _check_window(
+    k_cache: Tensor, v_cache: Tensor, k_window_cache: Tensor | None, v_window_cache: Tensor | None
+) -> None:
+    """The sliding branch's caches: both, and like those of the selected one."""
+    if k_window_cache is None or v_window_cache is None:
+        came = "v_window_cache" if k_window_cache is None else "k_window_cache"
+        fail(_OP, "k_window_cache and v_window_cache must come together", came, "pass both")
+    check_rows(_OP, 4, k_cache=k_cache, k_window_cache=k_window_cache)
+    check_rows(_OP, 4, v_cache=v_cache, v_window_cache=v_window_cache)
+    check_like(_OP, ("k_cache", k_cache), k_window_cache=k_window_cache)
+    check_like(_OP, ("v_cache", v_cache), v_window_cache=v_window_cache)
+
+
 def _fake(
     q: Tensor,
     k_cache: Tensor,
@@ -157,6 +189,8 @@ def _fake(
     softmax_scale: float,
     dispatcher: str = "",
     block_table: Tensor | None = None,
+    k_window_cache: Tensor | None = None,
+    v_window_cache: Tensor | None = None,
 ) -> Tensor:
     return o_compressed.new_empty(o_compressed.shape)
 

@@ -17,7 +17,8 @@ from nsagen.errors import UnsupportedWorkloadError
 from nsagen.harness.base import Sizes
 from nsagen.spec.shape import AttentionShape, violations
 from nsagen.trial import Trial
-from nsagen.workload import COMPRESS_TYPES, STATIC_PARAMS, Workload
+from nsagen.workload import STATIC_PARAMS, Workload
+from tests.support import MODEL_TYPES as COMPRESS_TYPES
 from tests.support import kernel_device, kernel_dtypes
 
 SECONDS = float(os.environ.get("SHAPES_SECONDS", "0"))

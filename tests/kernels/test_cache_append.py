@@ -12,7 +12,8 @@ from nsagen.codegen.template import default_schedule
 from nsagen.harness.base import THRESHOLDS, Case, Sizes, relative_error
 from nsagen.harness.cache_append import make_case
 from nsagen.ops import reference
-from nsagen.workload import COMPRESS_TYPES, Param, Schedule, Workload
+from nsagen.workload import Param, Schedule, Workload
+from tests.support import MODEL_TYPES as COMPRESS_TYPES
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 DTYPES = kernel_dtypes()

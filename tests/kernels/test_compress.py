@@ -5,7 +5,8 @@ import torch
 
 from nsagen.harness.base import Case, Sizes
 from nsagen.harness.compress import make_case
-from nsagen.workload import COMPRESS_TYPES, Schedule, Workload
+from nsagen.workload import Schedule, Workload
+from tests.support import MODEL_TYPES as COMPRESS_TYPES
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 RAGGED = (0, 7, 150, 8, 1, 21, 0)  # empty, one token short of a window, long, exactly a window

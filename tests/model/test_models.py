@@ -15,8 +15,8 @@ from nsagen.model import (
     ToyLlama,
     ToyNSALlama,
 )
-from nsagen.workload import COMPRESS_TYPES
 from tests.model.tiny import SPARSITY, dense_config, nsa_config, nsa_model, packed_batch
+from tests.support import MODEL_TYPES as COMPRESS_TYPES
 
 LIMITS = InferenceConfig(max_batch_size=4, max_length=64, max_new_tokens=3)
 

@@ -87,7 +87,7 @@ def attention(
 
 def compress(
     x: Tensor,
-    w: Tensor | None,
+    w: Tensor | tuple[Tensor, Tensor] | None,
     pe: Tensor | None,
     seqlens: list[int],
     kernel_size: int,
@@ -104,8 +104,14 @@ def compress(
                 tokens = tokens if pe is None else tokens + pe[head]
                 if w is None:
                     heads.append(sum(tokens) / kernel_size)
+                elif isinstance(w, tuple):
+                    before = tokens.reshape(-1) @ w[0][head]
+                    heads.append((before / (1 + torch.exp(-before))) @ w[1][head])
                 elif w.ndim == 2:
                     heads.append(w[head] @ tokens)
+                elif w.shape[1] == kernel_size:
+                    gates = 1 / (1 + torch.exp(-(tokens * w[head]).sum(-1)))
+                    heads.append(2 * sum(gates[:, None] * tokens) / kernel_size)
                 else:
                     heads.append(tokens.reshape(-1) @ w[head])
             rows.append(torch.stack(heads))

@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nsagen.harness.compress import compress_weight
+from nsagen.ops.reference.compress import Weight, tensors_of
+from nsagen.ops.separate import SeparateKV
+
 STATICS: dict[str, Any] = {
     "kernel_size": 8,
     "kernel_stride": 4,
@@ -45,15 +49,17 @@ class Packed:
         tensor = torch.randn(shape, dtype=torch.float32).to(self.dtype)
         return tensor.requires_grad_(self.requires_grad)
 
-    def weights(self, compress_type: str) -> tuple[Tensor | None, Tensor | None]:
+    def weights(self, compress_type: str) -> tuple[Weight, Weight]:
         """(w_k, w_v) of a compress_type."""
-        if compress_type == "avgpool":
-            return None, None
-        if compress_type == "weightedpool":
-            return self.randn(self.kv_heads, 8), self.randn(self.kv_heads, 8)
-        dims = (self.head_dim, self.v_head_dim)
-        w_k, w_v = (self.randn(self.kv_heads, 8 * dim, dim) for dim in dims)
-        return w_k, w_v
+        return self.weight(compress_type, self.head_dim), self.weight(
+            compress_type, self.v_head_dim
+        )
+
+    def weight(self, compress_type: str, dim: int) -> Weight:
+        """Of a compress_type, for windows of 8 tokens and heads of size dim."""
+        w = compress_weight(compress_type, self.kv_heads, 8, dim, torch.randn, hidden=20)
+        leaves = [t.to(self.dtype).requires_grad_(self.requires_grad) for t in tensors_of(w)]
+        return tuple(leaves) if compress_type == "mlp" else (*leaves, None)[0]
 
     def block(self, compress_type: str = "linear") -> tuple[list[Tensor], dict[str, Any]]:
         """Arguments of `native_sparse_attention`."""
@@ -103,6 +109,12 @@ class Cached:
         """Fresh copies of the five caches."""
         caches = (self.k_cache, self.v_cache, self.ck_cache, self.cv_cache, self.k_raw)
         return tuple(cache.clone() for cache in caches)
+
+    def separate(self) -> SeparateKV:
+        """The branches' own rows, and caches of random content."""
+        rows, caches = (self.k, self.v) * 2, (self.k_cache, self.v_cache)
+        v_raw = self.randn(4, 8, 2, 24)
+        return SeparateKV(*(self.randn(*x.shape) for x in (*rows, v_raw, *caches)))
 
     def paged_caches(self, page_size: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """The caches with the first four in pages of any order, and the block table."""

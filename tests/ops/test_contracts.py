@@ -6,6 +6,7 @@ a check that an op lacks, or a tensor that a check forgets, shows here by name.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from nsagen import ops
 from nsagen.errors import InvalidInputError
+from nsagen.workload import COMPRESS_TYPES
 
 from .inputs import STATICS, Cached, Packed
 
@@ -65,11 +67,17 @@ def table() -> dict[str, Call]:
         **STATICS,
         "window_size": 9,
     }
+    k_shape, v_shape = c.k_cache.shape, c.v_cache.shape
     linear = {"x": x.randn(5, 32), "weight": x.randn(24, 32), "norm_weight": x.randn(32)}
     return {
         "avgpool_compress": (ops.avgpool_compress, {**pool, "w": None}),
         "weightedpool_compress": (ops.weightedpool_compress, {**pool, "w": w_pool}),
         "linear_compress": (ops.linear_compress, {**pool, "w": w_k}),
+        "sigmoid_mul_compress": (ops.sigmoid_mul_compress, {**pool, "w": x.randn(2, 8, 16)}),
+        "mlp_compress": (
+            mlp_compress,
+            {**pool, "w1": x.randn(2, 128, 20), "w2": x.randn(2, 20, 16)},
+        ),
         "compress": (ops.compress, {**pool, "w": w_k, "compress_type": "linear"}),
         "compressed_attention": (
             ops.compressed_attention,
@@ -87,12 +95,16 @@ def table() -> dict[str, Call]:
         "gated_sum": (ops.gated_sum, {**branches, "gate": x.gate}),
         "native_sparse_attention": (
             ops.native_sparse_attention,
-            {**block, "w_k": w_k, "w_v": w_v, "pe": x.pe, **tables},
+            {**block, "w_k": w_k, "w_v": w_v, "pe": x.pe, "pe_v": x.randn(2, 8, 24), **tables},
         ),
         "cache_append": (ops.cache_append, {**new, **rows, **rest, **kinds}),
         "cache_append in pages": (
             ops.cache_append,
             {**new, **rows, **pages, **kinds, "block_table": block_table},
+        ),
+        "cache_append of separate branches": (
+            append_separate,
+            {**new, **rows, **rest, **kinds, **vars(c.separate()), "pe_v": x.randn(2, 8, 24)},
         ),
         "compressed_attention_decode": (ops.compressed_attention_decode, compressed),
         "compressed_attention_decode in pages": (
@@ -111,8 +123,27 @@ def table() -> dict[str, Call]:
                 **{"o_compressed": c.o_compressed, "gate": c.gate, **DECODE},
             },
         ),
+        "native_sparse_attention_decode of separate branches": (
+            ops.native_sparse_attention_decode,
+            {
+                **decode,
+                **{"k_window_cache": c.randn(*k_shape), "v_window_cache": c.randn(*v_shape)},
+                **{"o_compressed": c.o_compressed, "gate": c.gate, **DECODE},
+            },
+        ),
         "linear_decode": (ops.linear_decode, {**linear, "residual": x.randn(5, 24)}),
     }
+
+
+def mlp_compress(w1: Tensor, w2: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+    """With both layers by name."""
+    return ops.mlp_compress(w=(w1, w2), **given)
+
+
+def append_separate(**given: Any) -> Tensor:
+    """With what a `SeparateKV` holds by name."""
+    own = {field.name: given.pop(field.name) for field in dataclasses.fields(ops.SeparateKV)}
+    return ops.cache_append(**given, separate=ops.SeparateKV(**own))
 
 
 CACHES = ("k_cache", "v_cache", "ck_cache", "cv_cache", "k_raw")
@@ -174,7 +205,7 @@ def broken(key: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 ANY_VALUES = ("compressed_attention", "topk_sparse_attention", "sliding_window_attention")
 OF_DECODE = ("compressed_attention_decode", "compressed_attention_decode in pages")
-ONE_CU_SEQLENS = ("avgpool_compress", "weightedpool_compress", "linear_compress", "compress")
+ONE_CU_SEQLENS = (*(f"{kind}_compress" for kind in COMPRESS_TYPES), "compress")
 PAGED = ("compressed_attention_decode in pages", "native_sparse_attention_decode in pages")
 
 RIGHT = {
@@ -253,7 +284,8 @@ def test_any_strides_work_or_are_refused_by_name(name: str, key: str) -> None:
         except InvalidInputError as error:
             text = str(error)
         if text:
-            assert key in text or (key.startswith("w") and "weight" in text)
+            kind = "pe" if key == "pe_v" else key
+            assert kind in text or (key.startswith("w") and "weight" in text)
             continue
         for out, expected in zip(found, usual, strict=True):
             torch.testing.assert_close(out, expected)

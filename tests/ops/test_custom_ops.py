@@ -18,6 +18,7 @@ from nsagen.ops.compressed_attention_decode import compressed_attention_decode_o
 from nsagen.ops.gated_sum import gated_sum_backward, gated_sum_forward
 from nsagen.ops.layout import compressed_cu_seqlens
 from nsagen.ops.native_sparse_attention_decode import native_sparse_attention_decode_op
+from nsagen.ops.reference.compress import tensors_of
 from nsagen.ops.rope import rope_forward
 from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
 from nsagen.ops.sliding_window_attention import (
@@ -47,7 +48,7 @@ def selection(x: Packed) -> Tensor:
 def compress_call(compress_type: str, pe: bool) -> Callable[[Packed], Call]:
     def call(x: Packed) -> Call:
         y_cu_seqlens = compressed_cu_seqlens(x.cu_seqlens, *WINDOWS)
-        w, _ = x.weights(compress_type)
+        w = (*tensors_of(x.weights(compress_type)[0]), None)[0]  # of an mlp, the first layer
         tensors = (x.k, w, x.pe if pe else None, x.cu_seqlens, y_cu_seqlens)
         return compress_forward, (*tensors, compress_type, *WINDOWS)
 
@@ -68,6 +69,8 @@ DIFFERENTIABLE: dict[str, Callable[[Packed], Call]] = {
     "avgpool with pe": compress_call("avgpool", pe=True),
     "weightedpool": compress_call("weightedpool", pe=False),
     "linear with pe": compress_call("linear", pe=True),
+    "sigmoid_mul with pe": compress_call("sigmoid_mul", pe=True),
+    "mlp with pe": compress_call("mlp", pe=True),
     "rope": lambda x: (rope_forward, (x.q, x.cos, x.sin, positions(x))),
     "compressed": lambda x: (compressed_attention_forward, (*compressed(x), *WINDOWS, SCALE)),
     "selected": lambda x: (
@@ -94,11 +97,13 @@ def backward_calls() -> dict[str, Call]:
     o, lse = x.randn(43, 6, 24), x.randn(43, 6)
     _, args = compress_call("linear", pe=True)(x)
     _, plain = compress_call("avgpool", pe=False)(x)
+    _, mlp = compress_call("mlp", pe=True)(x)
     dy = x.randn(10, 2, 16)
     packed = (o, x.q, x.k, x.v)
     return {
         "linear": (compress_backward, (dy, *args)),
         "avgpool": (compress_backward, (dy, *plain)),
+        "mlp": (compress_backward, (x.randn(10, 2, 20), *mlp)),
         "compressed": (compressed_attention_backward, (o, *windows, o, lse, *WINDOWS, SCALE)),
         "selected": (
             selected_attention_backward,
@@ -113,7 +118,7 @@ def backward_calls() -> dict[str, Call]:
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "avgpool", "compressed", "selected", "sliding", "gated_sum"]
+    "name", ["linear", "avgpool", "mlp", "compressed", "selected", "sliding", "gated_sum"]
 )
 def test_backward_ops(name: str) -> None:
     op, args = backward_calls()[name]
@@ -167,6 +172,20 @@ def test_decode_ops() -> None:
     torch.library.opcheck(compressed_attention_decode_op, args)
     inputs = (x.q, x.k_cache, x.v_cache, x.topk_idx, *x.rows, x.o_compressed, x.gate)
     torch.library.opcheck(native_sparse_attention_decode_op, (*inputs, 8, 9, SCALE))
+
+
+def test_decode_ops_of_separate_branches() -> None:
+    x = Cached()
+    args = (*x.append_inputs(), *x.caches(), "linear", *WINDOWS)
+    own = {**vars(x.separate()), "pe_v": x.randn(2, 8, 24)}
+    torch.library.opcheck(cache_append_decode, args, own)
+    w_k, w_v = (x.randn(2, 8 * 16, 20), x.randn(2, 8))
+    more = {"w_k2": x.randn(2, 20, 16), "v_compress_type": "weightedpool"}
+    args = (*args[:5], w_k, w_v, *args[7:15], "mlp", *WINDOWS)
+    torch.library.opcheck(cache_append_decode, args, more)
+    inputs = (x.q, x.k_cache, x.v_cache, x.topk_idx, *x.rows, x.o_compressed, x.gate)
+    caches = {name: vars(x.separate())[name] for name in ("k_window_cache", "v_window_cache")}
+    torch.library.opcheck(native_sparse_attention_decode_op, (*inputs, 8, 9, SCALE), caches)
 
 
 def test_decode_ops_on_pages() -> None:

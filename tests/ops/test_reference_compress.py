@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nsagen.errors import InvalidInputError
+from nsagen.harness.compress import compress_weight
 from nsagen.ops import reference
+from nsagen.ops.reference.compress import Weight, tensors_of
 from nsagen.workload import COMPRESS_TYPES
 from tests.ops import dense
 from tests.ops.dense import PROPERTY, SEQLENS, offsets
@@ -18,13 +20,16 @@ PUBLIC = {
     "avgpool": reference.avgpool_compress,
     "weightedpool": reference.weightedpool_compress,
     "linear": reference.linear_compress,
+    "sigmoid_mul": reference.sigmoid_mul_compress,
+    "mlp": reference.mlp_compress,
 }
 
 
-def weight(compress_type: str, heads: int, size: int, dim: int) -> Tensor | None:
-    shapes = {"weightedpool": (heads, size), "linear": (heads, size * dim, dim)}
-    shape = shapes.get(compress_type)
-    return None if shape is None else torch.randn(shape, dtype=torch.float64)
+def weight(compress_type: str, heads: int, size: int, dim: int) -> Weight:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    return compress_weight(compress_type, heads, size, dim, normal, hidden=6)
 
 
 @pytest.mark.parametrize("compress_type", COMPRESS_TYPES)
@@ -61,11 +66,31 @@ def test_gradients(compress_type: str) -> None:
     cu_seqlens = offsets([7, 0, 2, 5])
     x = torch.randn(14, 2, 4, dtype=torch.float64, requires_grad=True)
     pe = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
-    w = weight(compress_type, 2, 4, 4)
-    w = None if w is None else w.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x, w, pe: PUBLIC[compress_type](x, w, cu_seqlens, 4, 2, pe)[0], (x, w, pe)
+    weights = [w.requires_grad_() for w in tensors_of(weight(compress_type, 2, 4, 4))]
+
+    def pooled(x: Tensor, pe: Tensor, *weights: Tensor) -> Tensor:
+        w = weights if compress_type == "mlp" else (*weights, None)[0]
+        return PUBLIC[compress_type](x, w, cu_seqlens, 4, 2, pe)[0]
+
+    assert torch.autograd.gradcheck(pooled, (x, pe, *weights))
+
+
+def test_gates_of_zero_weights_give_the_mean() -> None:
+    x, ends = torch.randn(40, 2, 8, dtype=torch.float64), offsets([40])
+    y, _ = reference.sigmoid_mul_compress(x, x.new_zeros(2, 8, 8), ends, 8, 4)
+    torch.testing.assert_close(y, reference.avgpool_compress(x, None, ends, 8, 4)[0])
+
+
+def test_the_first_layer_of_an_mlp() -> None:
+    x, ends = torch.randn(14, 2, 4, dtype=torch.float64), offsets([7, 0, 2, 5])
+    w1, w2 = weight("mlp", 2, 4, 4)
+    pe = torch.randn(2, 4, 4, dtype=torch.float64)
+    before = reference.mlp_first_layer(x, w1, pe, ends, kernel_size=4, kernel_stride=2)
+    y = torch.einsum("mhk,hkd->mhd", before * before.sigmoid(), w2)
+    whole, _ = reference.compress(
+        x, (w1, w2), pe, ends, compress_type="mlp", kernel_size=4, kernel_stride=2
     )
+    torch.testing.assert_close(y, whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -93,6 +118,7 @@ def test_a_sequence_without_windows_is_differentiable() -> None:
         ({"cu_seqlens": torch.tensor([0, 6, 4, 8], dtype=torch.int32)}, "never fall"),
         ({"w": torch.ones(2, 5)}, r"must be \(2, 4\)"),
         ({"w": None}, "got None"),
+        ({"w": (torch.ones(2, 4), torch.ones(2, 4))}, r"got \(\(2, 4\), \(2, 4\)\)"),
         ({"pe": torch.ones(4, 2, 4)}, r"pe must be \(2, 4, 4\)"),
         ({"x": torch.ones(8, 8)}, r"x must be \[N, HK, D\]"),
     ],
@@ -121,3 +147,18 @@ def test_unknown_compress_type_is_named() -> None:
             kernel_size=4,
             kernel_stride=2,
         )
+
+
+@pytest.mark.parametrize(
+    ("w", "text"),
+    [
+        (torch.ones(2, 16, 3), r"must be \(\(2, 16, H\), \(2, H, 4\)\); got \(2, 16, 3\)"),
+        ((torch.ones(2, 16, 3), torch.ones(2, 4, 4)), r"must be \(\(2, 16, 3\), \(2, 3, 4\)\)"),
+        ((torch.ones(2, 16, 0), torch.ones(2, 0, 4)), "must be"),
+        ((torch.ones(2, 16, 3),), "must be"),
+        (None, "got None"),
+    ],
+)
+def test_wrong_weights_of_an_mlp(w: Weight, text: str) -> None:
+    with pytest.raises(InvalidInputError, match=text):
+        reference.mlp_compress(torch.ones(8, 2, 4), w, offsets([8]), 4, 2)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nsagen.harness.compress import compress_weight
 from nsagen.ops import reference
+from nsagen.ops.reference.compress import Weight
 from nsagen.workload import COMPRESS_TYPES
 from tests.ops.dense import offsets
 
@@ -50,8 +52,8 @@ class Model:
     """Inputs of whole sequences and the weights of their compression."""
 
     compress: dict[str, object]
-    w_k: Tensor | None
-    w_v: Tensor | None
+    w_k: Weight
+    w_v: Weight
     pe: Tensor | None
     cos: Tensor | None
     sin: Tensor | None
@@ -59,10 +61,12 @@ class Model:
     @classmethod
     def of(cls, compress_type: str, size: int, stride: int, plain: bool = False) -> Model:
         torch.manual_seed(0)
-        shapes = {"avgpool": None, "weightedpool": lambda dim: (KV_HEADS, size)}
-        shape = shapes.get(compress_type, lambda dim: (KV_HEADS, size * dim, dim))
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch.float64)
+
         w_k, w_v = (
-            None if shape is None else torch.randn(shape(dim), dtype=torch.float64) / size
+            compress_weight(compress_type, KV_HEADS, size, dim, normal, hidden=5)
             for dim in (DIM, VALUE_DIM)
         )
         angles = torch.arange(LENGTH)[:, None] * 100.0 ** -torch.linspace(0, 1, DIM // 2)

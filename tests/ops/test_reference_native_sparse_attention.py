@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nsagen.errors import InvalidInputError
+from nsagen.harness.compress import compress_weight
 from nsagen.ops import reference
+from nsagen.ops.reference.compress import Weight, tensors_of
 from nsagen.workload import COMPRESS_TYPES
 from tests.ops import dense
 from tests.ops.dense import HEADS, PROPERTY, SEQLENS, Packed, offsets, windows_and_blocks
@@ -22,11 +24,11 @@ def tables(positions: int = 64, dim: int = DIM) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def weights(compress_type: str, heads: int, size: int, dim: int) -> Tensor | None:
-    if compress_type == "avgpool":
-        return None
-    shape = (heads, size) if compress_type == "weightedpool" else (heads, size * dim, dim)
-    return torch.randn(shape, dtype=torch.float64) / size
+def weights(compress_type: str, heads: int, size: int, dim: int) -> Weight:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
+    return compress_weight(compress_type, heads, size, dim, normal, hidden=6)
 
 
 def test_rope_is_a_rotation_by_position() -> None:
@@ -138,12 +140,14 @@ def test_gradients_reach_every_input(compress_type: str) -> None:
     size, kv_heads, dim = 4, 1, 2
     shapes = ((7, 2, dim), (7, kv_heads, dim), (7, kv_heads, dim), (7, 2, 3), (kv_heads, size, dim))
     wrt = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    if compress_type != "avgpool":
-        wrt += [weights(compress_type, kv_heads, size, dim).requires_grad_() for _ in range(2)]
+    for _ in range(2):
+        own = tensors_of(weights(compress_type, kv_heads, size, dim))
+        wrt += [w.requires_grad_() for w in own]
     cos, sin = tables(dim=dim)
 
     def whole(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, pe: Tensor, *w: Tensor) -> Tensor:
-        w_k, w_v = w or (None, None)
+        half = len(w) // 2
+        w_k, w_v = (w[:half], w[half:]) if compress_type == "mlp" else w or (None, None)
         return reference.native_sparse_attention(
             q,
             k,

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from nsagen.ops.reference._checks import check_windows
 from nsagen.ops.reference._pages import first_entries, place_of
-from nsagen.ops.reference.compress import pool_windows
+from nsagen.ops.reference.compress import Weight, pool_windows
 from nsagen.ops.reference.rope import rope_if_given
+from nsagen.ops.separate import SeparateKV
 
 
 @torch.no_grad()
@@ -18,8 +19,8 @@ def cache_append(
     v: Tensor,
     cos: Tensor | None,
     sin: Tensor | None,
-    w_k: Tensor | None,
-    w_v: Tensor | None,
+    w_k: Weight,
+    w_v: Weight,
     pe: Tensor | None,
     positions: Tensor,
     slots: Tensor,
@@ -32,12 +33,16 @@ def cache_append(
     compress_type: str,
     kernel_size: int,
     kernel_stride: int,
+    v_compress_type: str | None = None,
+    pe_v: Tensor | None = None,
     block_table: Tensor | None = None,
+    separate: SeparateKV | None = None,
 ) -> Tensor:
     """Turn q and k by their position, append k and v, and compress a window once it is full.
 
     The token at position t completes window i = (t + 1 - l) // s when t + 1 >= l and
-    (t + 1 - l) % s == 0. Its keys before rope come from `k_raw`, its values from `v_cache`.
+    (t + 1 - l) % s == 0. Its keys before rope come from `k_raw`, its values from `v_cache`; where
+    branches have their own keys and values, these come from `v_raw`.
 
     Args:
         q: [R, HQ, D], before rope.
@@ -56,6 +61,10 @@ def cache_append(
         block_table: int32 [slots, max_pages], pages of each slot, or None. With it k_cache and
             v_cache are [pages, page_size, HK, dim], and the compressed caches [pages,
             page_size // kernel_stride, HK, dim]; see `place_of`.
+        v_compress_type: of the values, where it is not compress_type.
+        pe_v: [HK, l, Dv], added to the values before compression, or None.
+        separate: the compressed and the sliding branch's own rows and caches, or None: both
+            read the selected branch's.
 
     Returns:
         q after rope, [R, HQ, D]; 0 for idle rows.
@@ -70,7 +79,11 @@ def cache_append(
         here = place_of(k_cache, block_table, slot, position)
         k_cache[here] = rope_if_given(k[one], cos, sin, time)[0]
         v_cache[here] = v[row]
-        k_raw[slot, position % kernel_size] = k[row]
+        k_raw[slot, position % kernel_size] = (separate.k_compress if separate else k)[row]
+        if separate:
+            separate.v_raw[slot, position % kernel_size] = separate.v_compress[row]
+            separate.k_window_cache[here] = rope_if_given(separate.k_window[one], cos, sin, time)[0]
+            separate.v_window_cache[here] = separate.v_window[row]
         window, rest = divmod(position + 1 - kernel_size, kernel_stride)
         if window < 0 or rest:
             continue
@@ -79,6 +92,10 @@ def cache_append(
         key = pool_windows(k_raw[slot, tokens % kernel_size][None], w_k, pe, compress_type)
         there = place_of(ck_cache, block_table, slot, window)
         ck_cache[there] = rope_if_given(key, cos, sin, torch.full_like(time, first))[0]
-        values = first_entries(v_cache, block_table, slot, position + 1)[first:]
-        cv_cache[there] = pool_windows(values[None], w_v, None, compress_type)[0]
+        if separate:
+            values = separate.v_raw[slot, tokens % kernel_size]
+        else:
+            values = first_entries(v_cache, block_table, slot, position + 1)[first:]
+        v_type = v_compress_type or compress_type
+        cv_cache[there] = pool_windows(values[None], w_v, pe_v, v_type)[0]
     return q_out

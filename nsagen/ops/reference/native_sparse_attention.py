@@ -8,23 +8,16 @@ import torch
 from torch import Tensor
 
 from nsagen.branches import BRANCHES, branches_on
-from nsagen.errors import InvalidInputError
 from nsagen.ops.layout import positions_in_sequence
 from nsagen.ops.reference._attend import attend, scale_of, upcast
 from nsagen.ops.reference._checks import check_heads
 from nsagen.ops.reference._pages import first_entries
-from nsagen.ops.reference.compress import avgpool_compress, linear_compress, weightedpool_compress
+from nsagen.ops.reference.compress import Weight, compress_exactly
 from nsagen.ops.reference.compressed_attention import compressed_attention
 from nsagen.ops.reference.gated_sum import gated_sum
 from nsagen.ops.reference.rope import rope_if_given
 from nsagen.ops.reference.selected_attention import selected_tokens, topk_sparse_attention
 from nsagen.ops.reference.sliding_window_attention import sliding_window_attention
-
-_COMPRESS = {
-    "avgpool": avgpool_compress,
-    "weightedpool": weightedpool_compress,
-    "linear": linear_compress,
-}
 
 
 def native_sparse_attention(
@@ -42,13 +35,15 @@ def native_sparse_attention(
     window_size: int,
     init_blocks: int = 1,
     local_blocks: int = 2,
-    w_k: Tensor | None = None,
-    w_v: Tensor | None = None,
+    w_k: Weight = None,
+    w_v: Weight = None,
     pe: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     softmax_scale: float | None = None,
     branches: Sequence[str] = BRANCHES,
+    v_compress_type: str | None = None,
+    pe_v: Tensor | None = None,
 ) -> Tensor:
     """Gated sum of compressed, selected and sliding-window attention.
 
@@ -61,28 +56,25 @@ def native_sparse_attention(
         v: [N, HK, Dv].
         gate: [N, HQ, 3], after the sigmoid: compressed, selected, sliding.
         cu_seqlens: int32 [batch + 1].
-        compress_type: "avgpool", "weightedpool" or "linear".
-        w_k: weight that compresses the keys: None, [HK, l] or [HK, l * D, D].
-        w_v: weight that compresses the values: None, [HK, l] or [HK, l * Dv, Dv].
+        compress_type: one of `nsagen.workload.COMPRESS_TYPES`.
+        w_k: weight that compresses the keys, as `pool_windows` takes it.
+        w_v: weight that compresses the values.
         pe: [HK, l, D], added to the keys before compression, or None.
         cos: float32 [P, D // 2], or None for no rope.
         sin: float32 [P, D // 2], or None for no rope.
         softmax_scale: 1/sqrt(D) unless given.
         branches: those that are on; the gate's columns of the others are ignored, and a window
             of 0 turns the sliding one off.
+        v_compress_type: of the values, where it is not compress_type.
+        pe_v: [HK, l, Dv], added to the values before compression, or None.
 
     Returns:
         o [N, HQ, Dv] in q's dtype.
     """
     on = branches_on("native_sparse_attention", branches, window_size)
-    if compress_type not in _COMPRESS:
-        raise InvalidInputError(
-            f"native_sparse_attention: compress_type must be one of {', '.join(_COMPRESS)}; "
-            f"got {compress_type!r}; correct the name"
-        )
-    compress = _COMPRESS[compress_type]
-    ck, ck_cu_seqlens = compress(k, w_k, cu_seqlens, kernel_size, kernel_stride, pe)
-    cv, _ = compress(v, w_v, cu_seqlens, kernel_size, kernel_stride)
+    sizes, v_type = (kernel_size, kernel_stride), v_compress_type or compress_type
+    ck, ck_cu_seqlens = compress_exactly(k, w_k, pe, cu_seqlens, compress_type, *sizes)
+    cv, _ = compress_exactly(v, w_v, pe_v, cu_seqlens, v_type, *sizes)
     positions = positions_in_sequence(cu_seqlens, q.shape[0])
     windows = positions_in_sequence(ck_cu_seqlens, ck.shape[0])
     q, k = rope_if_given(q, cos, sin, positions), rope_if_given(k, cos, sin, positions)
@@ -129,6 +121,8 @@ def native_sparse_attention_decode(
     softmax_scale: float | None = None,
     block_table: Tensor | None = None,
     branches: Sequence[str] = BRANCHES,
+    k_window_cache: Tensor | None = None,
+    v_window_cache: Tensor | None = None,
 ) -> Tensor:
     """One new token a row: selected and sliding-window attention, summed with the compressed one.
 
@@ -147,6 +141,8 @@ def native_sparse_attention_decode(
         block_table: int32 [slots, max_pages]: the caches are [pages, page_size, HK, dim].
         branches: those that are on; the gate's columns of the others are ignored, and a window
             of 0 turns the sliding one off.
+        k_window_cache: like k_cache, the sliding branch's own; None: k_cache is its, too.
+        v_window_cache: like v_cache.
 
     Returns:
         o [R, HQ, Dv] in q's dtype.
@@ -154,6 +150,10 @@ def native_sparse_attention_decode(
     check_heads("native_sparse_attention decode", q, k_cache[0], v_cache[0])
     gate = _gate_of(gate, branches_on("native_sparse_attention decode", branches, window_size))
     scale = scale_of(softmax_scale, q.shape[-1])
+    window = (
+        k_cache if k_window_cache is None else k_window_cache,
+        v_cache if v_window_cache is None else v_window_cache,
+    )
     o = q.new_zeros(o_compressed.shape)
     for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
         if position < 0:
@@ -162,9 +162,12 @@ def native_sparse_attention_decode(
         tokens = torch.arange(end, device=q.device)
         chosen = selected_tokens(topk_idx[:, one], tokens, block_size)
         recent = (tokens > position - window_size).unsqueeze(0)
-        keys, values = (first_entries(x, block_table, slot, end) for x in (k_cache, v_cache))
+        keys, values, window_keys, window_values = (
+            first_entries(cache, block_table, slot, end) for cache in (k_cache, v_cache, *window)
+        )
         query, keys, values = upcast(q[one], keys, values)
+        window_keys, window_values = upcast(window_keys, window_values)
         selected, _ = attend(query, keys, values, chosen, scale)
-        sliding, _ = attend(query, keys, values, recent, scale)
+        sliding, _ = attend(query, window_keys, window_values, recent, scale)
         o[one] = gated_sum(o_compressed[one], selected, sliding, gate[one]).to(q.dtype)
     return o
