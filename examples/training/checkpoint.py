@@ -49,7 +49,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     writing.rename(final)
     _flush(folder)
     for old in _steps(folder)[:-KEPT]:
-        shutil.rmtree(old)
+        # Under its own name it could be left half there, and be taken for a whole one.
+        shutil.rmtree(old.rename(writing))
     return final
 
 

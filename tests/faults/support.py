@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Do some work in a forked process: its exit code, negative the signal that ended it.
-
-    The code is what the work returns, if that is a number, and 99 where it raises.
-    """
+def start_child(work: Callable[[], object]) -> int:
+    """Start some work in a forked process; returns its id."""
     child = os.fork()
     if child == 0:
         code = 99
@@ -21,26 +20,55 @@ def in_child(work: Callable[[], object]) -> int:
             code = result if isinstance(result, int) else 0
         finally:
             os._exit(code)  # whatever was raised: this process must not go on with the tests
+    return child
+
+
+def exit_code(child: int) -> int:
+    """The code that a child ends with, when it does; negative the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed_at(step: int, work: Callable[[], object]) -> bool:
-    """Do some work, killed before it puts its file number `step` (from 0) in place.
+def in_child(work: Callable[[], object]) -> int:
+    """Do some work in a forked process: its exit code, negative the signal that ended it.
+
+    The code is what the work returns, if that is a number, and 99 where it raises.
+    """
+    return exit_code(start_child(work))
+
+
+def killed_after(seconds: float, work: Callable[[], object]) -> bool:
+    """Do some work, killed after some time; whether it was, rather than ended by itself."""
+    child = start_child(work)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)  # if it has ended, it has not been waited for: it is there
+    code = exit_code(child)
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def killed_at(step: int, work: Callable[[], object], calls: Sequence[str] = ("replace",)) -> bool:
+    """Do some work, killed before its call number `step` (from 0) of some functions of `os`.
+
+    Args:
+        step: from 0.
+        work: what to do.
+        calls: names in `os`; by default what puts a file in place.
 
     Returns:
         whether it came that far; if not, the work ended by itself.
     """
 
+    left = [step]
+
+    def dying(original: Callable[..., object], *args: object, **more: object) -> object:
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return original(*args, **more)
+
     def run() -> None:
-        replace, left = os.replace, [step]
-
-        def dying(*args: object, **more: object) -> None:
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            left[0] -= 1
-            replace(*args, **more)  # type: ignore[arg-type]
-
-        os.replace = dying  # type: ignore[assignment]
+        for name in calls:
+            setattr(os, name, functools.partial(dying, getattr(os, name)))
         work()
 
     code = in_child(run)
