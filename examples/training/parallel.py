@@ -56,7 +56,10 @@ def join_world(device: str | None = None) -> Iterator[World]:
         here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(here)
     if size > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        if kind == "cuda":  # NCCL would otherwise guess each process's GPU from its rank
+            dist.init_process_group("nccl", device_id=here)
+        else:
+            dist.init_process_group("gloo")
     try:
         yield World(rank, size, here)
     except BaseException:
