@@ -2,6 +2,7 @@
 
     python examples/train_toy.py                          # a few minutes on a CPU
     python examples/train_toy.py --preset gpu             # 29 million parameters, 4096 tokens
+    python examples/train_toy.py --task recall            # needles that lie far back
     torchrun --nproc-per-node 2 examples/train_toy.py --preset gpu --parallel fsdp
 
 The text is Python source code that this machine has, byte by byte. Writes <task>.json and
@@ -85,11 +86,10 @@ def main() -> int:
     names = {field.name for field in fields(TrainConfig)}
     changes = {name: value for name, value in vars(options).items() if name in names}
     try:
-        config = config_of(options.preset, changes)
+        configs = {name: config_of(options.preset, name, changes) for name in options.task}
         with join_world(options.device) as world:
-            for name in options.task:
-                task = task_of(name, config.seq_len, config.seed, config.corpus_mib)
-                run_task(task, config, options, world)
+            for name, config in configs.items():
+                run_task(task_of(name, config), config, options, world)
     except ValueError as error:
         print(f"train_toy.py: {error}", file=sys.stderr)
         return 2
@@ -148,7 +148,7 @@ def record(
         }
         for kind, history in runs.items()
     }
-    if len(runs) == 2:
+    if len(runs) == 2 and task.name == "text":  # recall ends near 0, of which ratios say nothing
         nsa, dense = (runs[kind].validations[-1].loss for kind in ("nsa", "dense"))
         summary["nsa loss / dense loss"] = round(nsa / dense, 4)
     return {

@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from .config import TrainConfig
+
 Split = Literal["train", "validation"]
 
 IGNORED = -100
@@ -119,66 +121,86 @@ class TextTask:
 
 
 class RecallTask:
-    """Needles: a value of each class lies somewhere in filler; the end asks for them in any order.
+    """Needles in filler: one value of each class lies far back; the last quarter asks for them.
 
-    Bytes 0 .. 191 are values, 12 of each class; 192 .. 207 ask for a class, and the value follows;
-    the others are filler. Only the answers are scored: guessing is right once in 12 times.
-    In training a value lies at 1 to seq_len / 128 places, the same number for all of a sequence,
-    which is easier to learn from; in validation at one.
+    Bytes 0 .. 63 are values, 8 of each class; 64 .. 71 ask for a class; the others are filler.
+    Needles lie between a sixteenth and half of a sequence. A needle is a value, as many times in a
+    row as the sequence has 1024 tokens, at least twice. The last quarter are questions, each of any
+    class. Answers are targets and no inputs, so that none is ever nearby: its needle lies more than
+    a quarter of the sequence before a question. Guessing is right once in 8 times.
+
+    In the first steps of training, a sequence has copies of its needles, a few or many, as many of
+    each: attention that is still spread evenly over a sequence has to find something there.
+
+    Args:
+        easier_steps: how many steps have copies.
+
+    Attributes:
+        least_distance: from a question back to its answer, in tokens.
     """
 
     name = "recall"
-    classes, values = 16, 12
+    classes, values = 8, 8
 
-    def __init__(self, seq_len: int, seed: int) -> None:
-        self.seq_len, self.seed = seq_len, seed
-        if seq_len < 3 * self.classes:
+    def __init__(self, seq_len: int, seed: int, easier_steps: int = 0) -> None:
+        self.seq_len, self.seed, self.easier_steps = seq_len, seed, easier_steps
+        self.first, self.last, self.questions = seq_len // 16, seq_len // 2, seq_len // 4
+        self.least_distance = seq_len - self.questions - (self.last - 1)
+        self.length = max(2, seq_len // 1024)
+        self.places = (self.last - self.first) // self.length
+        if self.places < self.classes:
             raise ValueError(
-                f"recall needs a seq_len of {3 * self.classes} or more, for {self.classes} values "
-                f"and as many questions with answers; got {seq_len}; raise it"
+                f"recall needs room for {self.classes} values between a sixteenth and half of "
+                f"seq_len; got seq_len={seq_len}; raise it"
             )
 
     def batch(self, split: Split, index: int, rows: int) -> tuple[Tensor, Tensor]:
         random = generator_of(self.seed + 1, split, index)
 
-        def permuted(size: int) -> Tensor:
-            return torch.rand((rows, size), generator=random).argsort(1)
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand((rows, *shape), generator=random)
 
-        questions = self.classes * self.values
-        body = self.seq_len - 2 * self.classes
-        drawn = torch.randint(self.values, (rows, self.classes), generator=random)
-        needles = torch.arange(self.classes) * self.values + drawn
-        ids = torch.randint(questions + self.classes, 256, (rows, self.seq_len), generator=random)
-        most = max(1, self.seq_len // 128) if split == "train" else 1
-        places = permuted(body)[:, : self.classes * most].unflatten(1, (self.classes, most))
-        copies = torch.randint(1, most + 1, (rows, 1, 1), generator=random)
-        places = places.where(torch.arange(most) < copies, places[..., :1])
-        ids.scatter_(1, places.flatten(1), needles.repeat_interleave(most, 1))
-        asked = permuted(self.classes)
-        answers = needles.gather(1, asked)
-        ids[:, body::2], ids[:, body + 1 :: 2] = questions + asked, answers
+        def integers(start: int, end: int, size: int) -> Tensor:
+            return torch.randint(start, end, (rows, size), generator=random)
+
+        first_question = self.classes * self.values
+        ids = integers(first_question + self.classes, 256, self.seq_len)
+        needles = torch.arange(self.classes) * self.values + integers(0, self.values, self.classes)
+        easier = split == "train" and index < self.easier_steps
+        most = self.places // self.classes if easier else 1
+        copies = (most + 1) ** uniform(1, 1)  # at least 1, and as often below the root as above it
+        places = uniform(self.places).argsort(1)[:, : self.classes * most]
+        places = places.unflatten(1, (self.classes, most))
+        places = places.where(torch.arange(1, most + 1) <= copies, places[..., :1]).flatten(1)
+        tokens = self.first + places[..., None] * self.length + torch.arange(self.length)
+        ids.scatter_(1, tokens.flatten(1), needles.repeat_interleave(most * self.length, 1))
+        asked = integers(0, self.classes, self.questions)
+        ids[:, -self.questions :] = first_question + asked
         targets = torch.full_like(ids, IGNORED)
-        targets[:, body::2] = answers
+        targets[:, -self.questions :] = needles.gather(1, asked)
         return ids, targets
 
     def describe(self) -> dict[str, object]:
         return {
             "source": "random needles",
             "needles": self.classes,
+            "needle_tokens": self.length,
             "guessing": round(1 / self.values, 4),
+            "least_distance": self.least_distance,
+            "easier_steps": self.easier_steps,
         }
 
 
-def task_of(name: str, seq_len: int, seed: int, corpus_mib: int) -> Task:
+def task_of(name: str, config: TrainConfig) -> Task:
     """The task of a name.
 
     Raises:
         ValueError: no task has this name, or it does not fit seq_len.
     """
     if name == "text":
-        return TextTask(Corpus.read(corpus_mib << 20), seq_len, seed)
+        return TextTask(Corpus.read(config.corpus_mib << 20), config.seq_len, config.seed)
     if name == "recall":
-        return RecallTask(seq_len, seed)
+        return RecallTask(config.seq_len, config.seed, config.steps * 6 // 10)
     raise ValueError(f"task must be text or recall; got {name!r}")
 
 

@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 
 from .loop import History
 
-COLORS = {"nsa": "tab:blue", "dense": "tab:orange"}
+STYLES = {"dense": ("tab:orange", 3.0), "nsa": ("tab:blue", 1.2)}
+"""Color and width, in the order of drawing: where curves are one, the narrow one is on the wide."""
 
 
 def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -29,18 +30,22 @@ def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
 def plot_runs(path: Path, title: str, runs: Mapping[str, History]) -> None:
     """Write a PNG with the losses of each run above, and the accuracies beside them."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for name, history in runs.items():
-        color = COLORS.get(name)
+    for name, (color, width) in STYLES.items():
+        if name not in runs:
+            continue
+        history = runs[name]
+        line = {"color": color, "linewidth": width}
+        dots = {**line, "markersize": 3 + width}
         steps = range(1, len(history.losses) + 1)
         at = [one.step for one in history.validations]
         left.plot(steps, history.losses, color=color, alpha=0.2, linewidth=0.7)
-        left.plot(steps, smoothed(history.losses), color=color, label=f"{name}, training")
+        left.plot(steps, smoothed(history.losses), label=f"{name}, training", **line)
         validation = [one.loss for one in history.validations]
-        left.plot(at, validation, "o--", color=color, markersize=4, label=f"{name}, validation")
+        left.plot(at, validation, "o--", label=f"{name}, validation", **dots)
         accuracy = [one.accuracy for one in history.validations]
-        right.plot(at, accuracy, "o-", color=color, markersize=4, label=name)
+        right.plot(at, accuracy, "o-", label=name, **dots)
     left.set(title=title, xlabel="step", ylabel="cross entropy (nats)")
-    right.set(title="validation", xlabel="step", ylabel="accuracy", ylim=(0, 1))
+    right.set(title="validation", xlabel="step", ylabel="accuracy", ylim=(0, 1.03))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()

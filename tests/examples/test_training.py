@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from examples.training import checkpoint
 from examples.training.checkpoint import Checkpoint
-from examples.training.config import ModelKind, TrainConfig, config_of
+from examples.training.config import PRESETS, ModelKind, TrainConfig, config_of
 from examples.training.data import IGNORED, Corpus, RecallTask, Split, TextTask
 from examples.training.loop import History, Trainer
-from examples.training.parallel import World
+from examples.training.parallel import World, join_world
 
 ROOT = Path(__file__).parents[2]
 ALONE = World(0, 1, torch.device("cpu"))
@@ -64,9 +65,22 @@ def train(
     return Trainer(kind, config, task, folder, ALONE).run()
 
 
+def watched(corpus: Corpus, config: TrainConfig) -> tuple[History, list[int]]:
+    """A run, and the tokens of each call of its model in training."""
+    trainer = Trainer("nsa", config, TextTask(corpus, config.seq_len, config.seed), None, ALONE)
+    calls: list[int] = []
+
+    def note(model: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        if model.training:
+            calls.append(len(args[0]))
+
+    trainer.plain.register_forward_pre_hook(note)
+    return trainer.run(), calls
+
+
 def command(config: TrainConfig, out: Path, *more: str) -> list[str]:
     """The command line of a run of NSA on text."""
-    base = config_of("cpu", {})
+    base = config_of("cpu", "text", {})
     changes = [
         f"--{name.replace('_', '-')}={value}"
         for name, value in vars(config).items()
@@ -118,16 +132,34 @@ def test_it_learns(corpus: Corpus) -> None:
 
 
 def test_accumulation_equals_the_larger_batch(corpus: Corpus) -> None:
-    whole = train(corpus, TINY)
-    parts = train(corpus, replace(TINY, accumulate=4))
+    whole, whole_calls = watched(corpus, TINY)
+    parts, part_calls = watched(corpus, replace(TINY, accumulate=4))
     assert parts.losses == pytest.approx(whole.losses, abs=2e-5)
+    assert ({*whole_calls}, {*part_calls}) == ({192}, {48})
+    assert len(part_calls) == 4 * len(whole_calls)
 
 
 @pytest.mark.parametrize("kind", ["nsa", "dense"])
-def test_activation_checkpointing_changes_nothing(corpus: Corpus, kind: ModelKind) -> None:
-    plain = train(corpus, TINY, kind)
-    again = train(corpus, replace(TINY, activation_checkpointing=True), kind)
-    assert again.losses == plain.losses
+def test_activation_checkpointing_changes_no_loss(corpus: Corpus, kind: ModelKind) -> None:
+    """And what a step keeps for its backward pass is less than half of it."""
+    config = replace(TINY, layers=4)
+    kept, losses = {}, {}
+    for again in (False, True):
+        task = TextTask(corpus, config.seq_len, config.seed)
+        changed = replace(config, activation_checkpointing=again)
+        trainer = Trainer(kind, changed, task, None, ALONE)
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        part = trainer._parts("train", 0)[0][0]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            trainer._logits(part)
+        kept[again], losses[again] = sum(sizes), trainer.run().losses
+    assert losses[True] == losses[False]
+    assert kept[True] < kept[False] / 2
 
 
 @pytest.mark.parametrize("kind", ["nsa", "dense"])
@@ -160,6 +192,25 @@ def test_two_processes_train_as_one_does(corpus: Corpus, parallel: str, tmp_path
     assert (tmp_path / "text.png").stat().st_size > 0  # no process ended before the first had drawn
 
 
+def test_nccl_is_told_which_gpu_a_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left to guess, it takes the rank, which is another GPU on all machines but the first."""
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    joined: list[tuple[object, ...]] = []
+
+    def init(backend: str, device_id: torch.device | None = None) -> None:
+        joined.append((backend, device_id))
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: joined.append((device,)))
+    gpu = torch.device("cuda", 1)
+    with join_world("cuda") as world:
+        assert (world.rank, world.size, world.device) == (3, 4, gpu)
+    assert joined == [(gpu,), ("nccl", gpu)]
+
+
 def test_a_batch_depends_on_seed_and_step_alone(corpus: Corpus) -> None:
     task = TextTask(corpus, 48, seed=0)
     ids, targets = task.batch("train", 3, 4)
@@ -173,24 +224,48 @@ def test_a_batch_depends_on_seed_and_step_alone(corpus: Corpus) -> None:
         assert not torch.equal(other[0], ids)
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_recall_asks_for_what_was_there(split: Split) -> None:
-    task = RecallTask(512, seed=0)
-    ids, targets = task.batch(split, 0, 8)
-    body = 512 - 2 * task.classes
+@pytest.mark.parametrize(("split", "index"), [("train", 0), ("train", 1), ("validation", 0)])
+def test_recall_asks_for_what_lies_far_back(split: Split, index: int) -> None:
+    task = RecallTask(2048, seed=0, easier_steps=1)
+    assert task.length == 2
+    ids, targets = task.batch(split, index, 8)
     copies = set()
     for row_ids, row_targets in zip(ids.tolist(), targets.tolist(), strict=True):
-        needles = Counter(token for token in row_ids[:body] if token < 192)
+        body, asked = row_ids[: -2048 // 4], row_ids[-2048 // 4 :]
+        places = [place for place, token in enumerate(body) if token < 64]
+        assert min(places) >= 2048 // 16
+        assert max(places) < 2048 // 2
+        assert all(body[at] == body[at + 1] for at in places[::2])  # two tokens in a row
+        needles = Counter(body[at] for at in places[::2])
         assert sorted(token // task.values for token in needles) == list(range(task.classes))
         assert len(set(needles.values())) == 1
         copies.update(needles.values())
-        assert not any(192 <= token < 208 for token in row_ids[:body])
-        asked, answers = row_ids[body::2], row_ids[body + 1 :: 2]
-        assert sorted(answers) == sorted(needles)
-        assert [question - 192 for question in asked] == [value // 12 for value in answers]
-        assert row_targets[body::2] == answers
-        assert {*row_targets[:body], *row_targets[body + 1 :: 2]} == {IGNORED}
-    assert copies == {1} if split == "validation" else copies <= {1, 2, 3, 4} and len(copies) > 1
+        assert not any(64 <= token < 72 for token in body)
+        answer = {64 + token // task.values: token for token in needles}
+        assert {*asked} == {*answer}
+        assert row_targets == [IGNORED] * len(body) + [answer[token] for token in asked]
+    easier = split == "train" and index < task.easier_steps
+    assert 1 in copies
+    assert (max(copies) > 8) == easier
+    assert easier or copies == {1}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_only_what_attention_selects_or_compresses_reaches_an_answer(preset: str) -> None:
+    """Neither the windows of all layers one after the other nor the first blocks do."""
+    config = config_of(preset, "recall", {})
+    task = RecallTask(config.seq_len, config.seed)
+    assert config.layers * (config.window_size - 1) < task.least_distance
+    assert config.nsa_config().init_blocks * config.block_size <= task.first
+    _, targets = task.batch("validation", 0, 1)
+    first_question = int((targets[0] != IGNORED).nonzero()[0])
+    assert first_question - (task.last - 1) == task.least_distance
+
+
+def test_recall_needs_room() -> None:
+    RecallTask(18, seed=0)
+    with pytest.raises(ValueError, match=r"recall needs room for 8 values .* got seq_len=17"):
+        RecallTask(17, seed=0)
 
 
 def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:
@@ -227,7 +302,7 @@ def test_a_checkpoint_of_another_run_is_refused(corpus: Corpus, tmp_path: Path) 
 )
 def test_wrong_settings(changes: dict[str, int], text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        config_of("cpu", changes)
+        config_of("cpu", "text", changes)
 
 
 def test_more_parts_than_sequences(corpus: Corpus) -> None:
