@@ -38,3 +38,26 @@ def test_activations_computed_again_give_the_same_gradients(compress_type: str) 
     found = torch.autograd.grad(o.sum(), [*args, *weights])
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("compress_type", COMPRESS_TYPES)
+def test_what_is_kept_for_the_backward_pass_grows_as_the_tokens(compress_type: str) -> None:
+    """No probabilities are: those would grow as the square of a sequence's length."""
+    kept = []
+    for length in (32, 64):
+        args, keywords = Packed(seqlens=(length,), requires_grad=True).block(compress_type)
+        weights = {t.data_ptr() for t in keywords.values() if isinstance(t, Tensor)}
+        sizes: dict[int, int] = {}
+
+        def pack(
+            tensor: Tensor, sizes: dict[int, int] = sizes, weights: set[int] = weights
+        ) -> Tensor:
+            if tensor.data_ptr() not in weights:
+                sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            o = ops.native_sparse_attention(*args, **keywords)
+        assert o.requires_grad
+        kept.append(sum(sizes.values()))
+    assert 1.9 * kept[0] < kept[1] < 2.1 * kept[0]
