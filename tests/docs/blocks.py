@@ -96,6 +96,8 @@ class Reader:
         match words[0]:
             case "nsagen":
                 self.nsagen(words[1:], environment, where)
+            case "python" | "torchrun" if script := [w for w in words if w.startswith("examples/")]:
+                parse_example(script[0], words[words.index(script[0]) + 1 :])
             case "python":
                 runpy.run_path(str(self.folder / words[1]), run_name="__main__")
             case "make":
@@ -134,6 +136,15 @@ def parse(command: Any, arguments: list[str]) -> None:
         parse(subcommands[rest[0]], rest)
     else:
         command.make_context(name, rest)
+
+
+def parse_example(script: str, arguments: list[str]) -> None:
+    """Check the arguments of an example that takes minutes and more to run."""
+    sys.path.insert(0, str((ROOT / script).parent))
+    try:
+        runpy.run_path(str(ROOT / script))["parse"](arguments)
+    finally:
+        sys.path.pop(0)
 
 
 def follow(page: str, folder: Path) -> Reader:

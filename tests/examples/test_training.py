@@ -142,7 +142,7 @@ def test_accumulation_equals_the_larger_batch(corpus: Corpus) -> None:
 @pytest.mark.parametrize("kind", ["nsa", "dense"])
 def test_activation_checkpointing_changes_no_loss(corpus: Corpus, kind: ModelKind) -> None:
     """And what a step keeps for its backward pass is less than half of it."""
-    config = replace(TINY, layers=4)
+    config = replace(TINY, layers=4, steps=4)
     kept, losses = {}, {}
     for again in (False, True):
         task = TextTask(corpus, config.seq_len, config.seed)
@@ -263,9 +263,9 @@ def test_only_what_attention_selects_or_compresses_reaches_an_answer(preset: str
 
 
 def test_recall_needs_room() -> None:
-    RecallTask(18, seed=0)
-    with pytest.raises(ValueError, match=r"recall needs room for 8 values .* got seq_len=17"):
-        RecallTask(17, seed=0)
+    RecallTask(36, seed=0)
+    with pytest.raises(ValueError, match=r"recall needs room for 8 values .* got seq_len=35"):
+        RecallTask(35, seed=0)
 
 
 def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""What is said about training, as the committed results have it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def result(device: str, task: str) -> dict[str, Any]:
+    return json.loads((RESULTS / device / "train_toy" / f"{task}.json").read_text())
+
+
+@pytest.mark.parametrize("task", ["text", "recall"])
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 256), ("nvidia-h100", 4096)])
+def test_sparse_attention_learns_what_dense_attention_does(
+    device: str, tokens: int, task: str
+) -> None:
+    found = result(device, task)
+    nsa, dense = (found["summary"][kind] for kind in ("nsa", "dense"))
+    assert found["config"]["seq_len"] == tokens
+    if task == "text":
+        assert nsa["validation_loss"] <= 1.02 * dense["validation_loss"]
+    else:
+        assert found["data"]["guessing"] == 0.125
+        assert found["data"]["least_distance"] > tokens / 4
+        assert min(nsa["accuracy"], dense["accuracy"]) > 0.98
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/train_toy/*.json")), ids=str)
+def test_a_result_says_what_it_is_true_of(path: Path) -> None:
+    found = json.loads(path.read_text())
+    assert found["command"].startswith("python examples/train_toy.py")
+    assert found["device"]
+    assert {"python", "torch", "triton", "nsagen"} <= found["versions"].keys()
+    for run in found["runs"].values():
+        assert run["losses"]
+        assert run["validations"][-1]["step"] == len(run["losses"])
+    assert path.with_suffix(".png").stat().st_size > 10_000
