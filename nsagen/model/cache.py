@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -21,8 +20,9 @@ from nsagen.model.configs import (
     ToyNSALlamaConfig,
     check_inference_config,
 )
+from nsagen.model.layer_cache import KVLayerCache, NSALayerCache, layer_lengths
 from nsagen.model.pages import PagePool
-from nsagen.model.prefill import Index, PrefillRows
+from nsagen.model.prefill import Index
 
 Layer = TypeVar("Layer")
 
@@ -30,77 +30,22 @@ Layer = TypeVar("Layer")
 def cache_shapes(config: ToyLlamaConfig, limits: InferenceConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors in a model's cache; the first dimension is the layer."""
     layers, slots = config.num_hidden_layers, limits.max_batch_size
-    heads = (config.num_key_value_heads, config.head_dim)
     places, length = slots, limits.max_length
     if limits.paged:
         places, length = limits.total_pages, limits.page_size
-    shapes = {"k": (layers, places, length, *heads), "v": (layers, places, length, *heads)}
-    if isinstance(config, ToyNSALlamaConfig):
-        size, stride = config.kernel_size, config.kernel_stride
-        # One window at least, so that kernels never see an empty tensor. A page has the windows
-        # that begin in it.
-        windows = length // stride if limits.paged else max(1, (length - size) // stride + 1)
-        shapes["ck"] = shapes["cv"] = (layers, places, windows, *heads)
-        shapes["k_raw"] = (layers, slots, size, *heads)
-    return shapes
-
-
-@dataclass(frozen=True)
-class KVLayerCache:
-    """One layer's dense cache.
-
-    Attributes:
-        k: [slots, max_length, HK, D], keys after rope.
-        v: [slots, max_length, HK, D].
-    """
-
-    k: Tensor
-    v: Tensor
-
-    def fill(self, rows: PrefillRows, k: Tensor, v: Tensor) -> None:
-        """Write the tokens of a pass: k after rope and v, [N, HK, D]."""
-        self.k[rows.index] = k
-        self.v[rows.index] = v
-
-
-@dataclass(frozen=True)
-class NSALayerCache:
-    """One layer's cache for Native Sparse Attention.
-
-    Attributes:
-        k: [slots, max_length, HK, D], keys after rope; for the selected and sliding branches.
-            In pages: [pages, page_size, HK, D], as is v.
-        v: [slots, max_length, HK, D]; for these two, and the source of compressed values.
-        ck: [slots, windows, HK, D], compressed keys; window i after rope at position i*stride.
-            In pages: [pages, page_size // stride, HK, D], as is cv.
-        cv: [slots, windows, HK, D], compressed values.
-        k_raw: [slots, kernel_size, HK, D], the last keys before rope: token t at index
-            t % kernel_size. Compression happens before rope, so the next window needs them.
-        block_table: int32 [slots, pages_per_slot], the pages of each slot; None without pages.
-    """
-
-    k: Tensor
-    v: Tensor
-    ck: Tensor
-    cv: Tensor
-    k_raw: Tensor
-    block_table: Tensor | None = None
-
-    def fill(
-        self, rows: PrefillRows, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, k_raw: Tensor
-    ) -> None:
-        """Write the tokens of a pass, and the windows that they complete.
-
-        Args:
-            k, v, k_raw: [N, HK, D]: keys after rope, values, keys before rope.
-            ck, cv: [M, HK, D]: compressed keys after rope, compressed values.
-        """
-        assert rows.windows is not None
-        self.k[rows.index] = k
-        self.v[rows.index] = v
-        self.ck[rows.windows.index] = ck
-        self.cv[rows.windows.index] = cv
-        self.k_raw[rows.windows.raw] = k_raw[rows.windows.kept]
+    heads, dim = config.num_key_value_heads, config.head_dim
+    if not isinstance(config, ToyNSALlamaConfig):
+        return {name: (layers, places, length, heads, dim) for name in ("k", "v")}
+    size, stride = config.kernel_size, config.kernel_stride
+    # One window at least, so that kernels never see an empty tensor. A page has the windows that
+    # begin in it.
+    windows = length // stride if limits.paged else max(1, (length - size) // stride + 1)
+    lengths = layer_lengths(config, length, windows)
+    dims = {name: config.value_dim if "v" in name else dim for name in lengths}
+    return {
+        name: (layers, slots if name.endswith("_raw") else places, entries, heads, dims[name])
+        for name, entries in lengths.items()
+    }
 
 
 class _Cache(Generic[Layer]):

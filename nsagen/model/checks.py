@@ -49,3 +49,18 @@ def require_numbers(config: Any, names: tuple[str, ...]) -> None:
             repr(value),
             f"set {name} to such a number",
         )
+
+
+def require_head_dim(where: str, name: str, value: Any) -> None:
+    """Check a head size.
+
+    Raises:
+        InvalidInputError: names it and its rule.
+    """
+    require(
+        isinstance(value, int) and value % 8 == 0 and 16 <= value <= 256,
+        where,
+        f"{name} must be a multiple of 8 from 16 to 256",
+        repr(value),
+        "choose e.g. 64 or 128",
+    )

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from nsagen.model.checks import require, require_integers, require_numbers
+from nsagen.model.checks import require, require_head_dim, require_integers, require_numbers
 from nsagen.model.rope import RopeConfig, llama3_scaling
-from nsagen.workload import COMPRESS_TYPES
+from nsagen.model.sparsity import Sparsity
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,7 @@ class ToyLlamaConfig:
             f"{self.num_attention_heads} and {self.num_key_value_heads}",
             "change either, so that each key/value head serves as many query heads",
         )
-        require(
-            self.head_dim % 8 == 0 and 16 <= self.head_dim <= 256,
-            where,
-            "head_dim must be a multiple of 8 from 16 to 256",
-            str(self.head_dim),
-            "choose e.g. 64 or 128",
-        )
+        require_head_dim(where, "head_dim", self.head_dim)
         self.rope  # noqa: B018  (building it checks the rope settings)
 
     @property
@@ -78,84 +72,28 @@ class ToyLlamaConfig:
 
 
 @dataclass(frozen=True)
-class ToyNSALlamaConfig(ToyLlamaConfig):
-    """A Llama-like model with Native Sparse Attention.
+class ToyNSALlamaConfig(Sparsity, ToyLlamaConfig):
+    """A Llama-like model with Native Sparse Attention: both classes' fields, and one more.
 
     Attributes:
-        compress_type: "avgpool", "weightedpool" or "linear".
-        kernel_size: tokens that one compression window covers; a multiple of kernel_stride.
-        kernel_stride: tokens from one window's start to the next one's.
-        block_size: tokens of a selection block; a multiple of kernel_stride.
-        topk: blocks that a query attends to, the initial and local ones included.
-        init_blocks: first blocks of the sequence that are always selected.
-        local_blocks: blocks up to the query's own that are always selected.
-        window_size: tokens of the sliding window, the query's own included.
+        v_head_dim: size of a value head, by the rule of head_dim; None for head_dim.
 
     Raises:
-        InvalidInputError: a rule above is broken.
+        InvalidInputError: a rule of either class is broken.
     """
 
-    compress_type: str = "weightedpool"
-    kernel_size: int = 32
-    kernel_stride: int = 16
-    block_size: int = 64
-    topk: int = 16
-    init_blocks: int = 1
-    local_blocks: int = 2
-    window_size: int = 512
+    v_head_dim: int | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_sparsity(self)
+        ToyLlamaConfig.__post_init__(self)
+        Sparsity.__post_init__(self)
+        if self.v_head_dim is not None:
+            require_head_dim(type(self).__name__, "v_head_dim", self.v_head_dim)
 
-
-def check_sparsity(config: Any) -> None:
-    """Check the parameters that make attention sparse; `config` has them as attributes.
-
-    Raises:
-        InvalidInputError: names the parameter, the rule and the values.
-    """
-    where = type(config).__name__
-    sizes = ("kernel_size", "kernel_stride", "block_size", "topk", "window_size")
-    require_integers(config, sizes, 1)
-    require_integers(config, ("init_blocks", "local_blocks"), 0)
-    require(
-        config.compress_type in COMPRESS_TYPES,
-        where,
-        f"compress_type must be one of {', '.join(COMPRESS_TYPES)}",
-        repr(config.compress_type),
-        "choose one of these",
-    )
-    size, stride = config.kernel_size, config.kernel_stride
-    swapped = stride % size == 0
-    require(
-        size % stride == 0,
-        where,
-        "kernel_size must be divisible by kernel_stride (not the other way round)",
-        f"kernel_size={size}, kernel_stride={stride}",
-        f"did you mean kernel_size={stride}, kernel_stride={size}?"
-        if swapped
-        else f"try kernel_stride={_largest_divisor(size, stride)}",
-    )
-    require(
-        config.block_size % stride == 0,
-        where,
-        "block_size must be divisible by kernel_stride",
-        f"block_size={config.block_size}, kernel_stride={stride}",
-        f"use a multiple of {stride}, such as {-(-config.block_size // stride) * stride}",
-    )
-    forced = config.init_blocks + config.local_blocks
-    require(
-        config.topk >= forced,
-        where,
-        "topk must be at least init_blocks + local_blocks, which are always selected",
-        f"topk={config.topk}, init_blocks={config.init_blocks}, local_blocks={config.local_blocks}",
-        f"raise topk to {forced} or more",
-    )
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return max(d for d in range(1, min(number, limit) + 1) if number % d == 0)
+    @property
+    def value_dim(self) -> int:
+        """Size of a value head."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
 
 
 @dataclass(frozen=True)
@@ -215,7 +153,8 @@ class InferenceConfig:
 
         Dense: max_batch_size * max_length * num_key_value_heads * head_dim * num_hidden_layers
         * 2 (keys and values) * bytes per element. NSA adds the compressed keys and values and
-        the last kernel_size keys before rope. A paged cache counts total_pages * page_size
+        the last kernel_size keys before rope; with separate branches also the last values, and
+        the sliding branch's own keys and values. A paged cache counts total_pages * page_size
         tokens instead, and 4 bytes for each page that a slot may name.
         """
         from nsagen.model.cache import cache_shapes

@@ -6,38 +6,51 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from nsagen import ops
-from nsagen.model.cache import NSALayerCache
+from nsagen.model.layer_cache import NSALayerCache
 from nsagen.model.layers import RMSNorm, project
-from nsagen.model.nsa_parts import Branches, NSAParts
+from nsagen.model.nsa_ops import KV, Branches
+from nsagen.model.nsa_parts import NSAParts
 from nsagen.model.packing import Packed
 from nsagen.model.prefill import PrefillRows
-from nsagen.ops.layout import positions_in_sequence
 
 
 class NativeSparseAttention(NSAParts):
     """Native Sparse Attention over a packed batch, for training, prefill and decoding.
 
     Args:
-        compress_type: "avgpool", "weightedpool" or "linear".
+        compress_type: "avgpool", "weightedpool", "linear", "mlp" or "sigmoid_mul".
         hidden_size: width of the input and output.
         num_q_heads: query heads HQ; a multiple of num_kv_heads.
         num_kv_heads: key/value heads HK.
-        head_dim: head size D.
+        head_dim: head size D; v_head_dim: of values, Dv; None for head_dim.
         kernel_size, kernel_stride: tokens a compression window covers; from one to the next.
         block_size: tokens of a selection block.
         topk, init_blocks, local_blocks: blocks a query selects; of them always the first ones
             and the last ones up to its own.
         window_size: tokens of the sliding window, the query's own included.
+        branches, branch_kv, v_compress_type, mlp_hidden, v_with_pe, gate_type, gate_hidden: the
+            paper's own form; see `Sparsity`.
         rope_config: settings for the rope tables, unless `rope` brings them.
         rope: tables to share between layers.
         dispatcher: generated kernels to use on a GPU; None for nsagen's own choice.
         initializer_range: standard deviation of the initial projections.
         generator: source of the initial weights; None for PyTorch's own.
 
-    The parameters `compress_key` and `compress_value` are [HK, kernel_size] for "weightedpool"
-    and [HK, kernel_size * D, D] for "linear", both starting as the mean; `intra_block_pe`
-    [HK, kernel_size, D] is added to the keys of a window and starts at 0.
+    Beside q_proj, k_proj, v_proj and o_proj, which are Llama's, the parameters are
+
+    - `gate`: a linear layer, or for an "mlp" gate two, `gate.up_proj` and `gate.down_proj`, for
+      each head and branch that is on;
+    - `compress_key` and `compress_value`: none for "avgpool", [HK, kernel_size] for
+      "weightedpool", [HK, kernel_size, D] for "sigmoid_mul", [HK, kernel_size * D, D] for
+      "linear", and for "mlp" `.up` [HK, kernel_size * D, H] and `.down` [HK, H, D]. With the
+      initial ones a window's result is its mean, or for "mlp" near it;
+    - `intra_block_pe` [HK, kernel_size, D], added to the keys of a window, and with v_with_pe
+      `intra_block_pe_value`; both start at 0;
+    - with branch_kv="separate" `k_proj_compressed`, `v_proj_compressed`, `k_proj_sliding` and
+      `v_proj_sliding`; k_proj and v_proj are then the selected branch's alone.
+
+    What only a branch that is off would read is not there. Without the compressed branch nothing
+    trains the compression of keys, by which the selected one chooses.
 
     Raises:
         InvalidInputError: parameters that do not fit each other.
@@ -55,7 +68,7 @@ class NativeSparseAttention(NSAParts):
             [N, hidden_size], in x's dtype.
         """
         packed = packed or Packed.of(cu_seqlens, x.shape[0])
-        return self.o_proj(self.attend(self._project(x, packed), self.gates(x)))
+        return self.o_proj(self.attend(self.branches(self.heads(x), packed), self.gates(x)))
 
     def prefill(
         self,
@@ -78,29 +91,16 @@ class NativeSparseAttention(NSAParts):
         Returns:
             [N, hidden_size].
         """
-        q, k_raw, v, gate = self.fused_qkv(x, norm)
-        windows = rows.windows
-        assert windows is not None
-        # The cache's ring of keys before rope is read before `fill` writes to it.
-        keys = windows.with_carried(k_raw, cache.k_raw, windows.carried)
-        values = windows.with_carried(v, cache.v, windows.carried_values)
-        made = windows.positions.shape[0]
-        ck, _ = self.compress(keys, self.compress_key, self.intra_block_pe, windows.cu_seqlens)
-        cv, _ = self.compress(values, self.compress_value, None, windows.cu_seqlens)
-        ck, cv = self.rope(ck[:made], windows.positions), cv[:made]
-        q, k = self.rope(q, rows.positions), self.rope(k_raw, rows.positions)
-        cache.fill(rows, k, v, ck, cv, k_raw)
-        seen = Branches(q, k, v, ck, cv, rows.cu_seqlens, windows.ends)
-        if rows.context is not None and windows.context is not None:
-            seen = replace(
-                seen,
-                k=rows.context.of(cache.k),
-                v=rows.context.of(cache.v),
-                ck=windows.context.of(cache.ck),
-                cv=windows.context.of(cache.cv),
-                q_start=rows.q_start,
-                cu_seqlens_k=rows.context.cu_seqlens,
-            )
+        heads, gate = self.fused_heads(x, norm)
+        made = None
+        if self.sparsity.needs_windows:
+            made = self._new_windows(heads.compressed, rows, cache)
+        q, selected, sliding = self.turned(heads, rows.positions)
+        cache.fill(rows, selected, sliding, heads.compressed, made)
+        assert rows.windows is not None
+        seen = Branches(q, made, selected, sliding, rows.cu_seqlens, rows.windows.ends)
+        if rows.context is not None:
+            seen = self._with_context(seen, rows, cache)
         o = self.attend(seen, gate)
         return project(o, self.o_proj.weight, residual=residual, dispatcher=self.dispatcher)
 
@@ -127,52 +127,33 @@ class NativeSparseAttention(NSAParts):
         Returns:
             [R, hidden_size]; idle rows hold nothing of use.
         """
-        rows = (positions, slots)
-        q, k, v, gate = self.fused_qkv(x, norm)
-        q = ops.cache_append(
-            *(q, k, v),
-            *(self.rotary_emb.cos, self.rotary_emb.sin),
-            *(self.compress_key, self.compress_value, self.intra_block_pe),
-            *rows,
-            *(cache.k, cache.v, cache.ck, cache.cv, cache.k_raw),
-            compress_type=self.compress_type,
-            **self._windows,
-            block_table=cache.block_table,
-            dispatcher=self.dispatcher,
-        )
-        o_compressed, topk_idx = ops.compressed_attention_decode(
-            *(q, cache.ck, cache.cv),
-            *rows,
-            **self._selection,
-            block_table=cache.block_table,
-            **self._scale,
-        )
-        o = ops.native_sparse_attention_decode(
-            *(q, cache.k, cache.v, topk_idx),
-            *rows,
-            *(o_compressed, gate),
-            block_size=self.block_size,
-            window_size=self.window_size,
-            block_table=cache.block_table,
-            **self._scale,
-        )
-        return project(
-            o.flatten(1), self.o_proj.weight, residual=residual, dispatcher=self.dispatcher
-        )
+        o = self.decode_heads(*self.fused_heads(x, norm), positions, slots, cache)
+        return project(o, self.o_proj.weight, residual=residual, dispatcher=self.dispatcher)
 
-    def _project(self, x: Tensor, packed: Packed) -> Branches:
-        q, k, v = self.qkv(x)
-        ck, window_cu_seqlens = self.compress(
-            k, self.compress_key, self.intra_block_pe, packed.cu_seqlens
-        )
-        cv, _ = self.compress(v, self.compress_value, None, packed.cu_seqlens)
-        windows = positions_in_sequence(window_cu_seqlens, ck.shape[0])
-        return Branches(
-            q=self.rope(q, packed.positions),
-            k=self.rope(k, packed.positions),
-            v=v,
-            ck=self.rope(ck, windows * self.kernel_stride),
-            cv=cv,
-            cu_seqlens=packed.cu_seqlens,
-            window_cu_seqlens=window_cu_seqlens,
+    def _new_windows(self, tokens: KV, rows: PrefillRows, cache: NSALayerCache) -> KV:
+        """The windows that the tokens complete, keys after rope."""
+        windows = rows.windows
+        assert windows is not None
+        raw = KV(*cache.tokens_before(windows, *tokens))
+        (ck, cv), _ = self.compress(raw, windows.cu_seqlens)
+        made = windows.positions.shape[0]
+        return KV(self.rope(ck[:made], windows.positions), cv[:made])
+
+    def _with_context(self, seen: Branches, rows: PrefillRows, cache: NSALayerCache) -> Branches:
+        """All keys and values that the queries see, from the cache, which holds the new ones."""
+        assert rows.context is not None
+        assert rows.windows is not None
+        assert rows.windows.context is not None
+        selected, sliding = cache.of_tokens
+        of_tokens = KV(*map(rows.context.of, selected))
+        windows = seen.windows
+        if windows is not None:
+            windows = KV(*map(rows.windows.context.of, (cache.ck, cache.cv)))
+        return replace(
+            seen,
+            windows=windows,
+            selected=of_tokens,
+            sliding=of_tokens if sliding is selected else KV(*map(rows.context.of, sliding)),
+            q_start=rows.q_start,
+            cu_seqlens_k=rows.context.cu_seqlens,
         )

@@ -8,15 +8,13 @@ from torch import Tensor
 
 from nsagen.branches import BRANCHES, branches_on
 from nsagen.ops._checks import check_attention, fail
-from nsagen.ops._launch import key_of, scale_of
+from nsagen.ops._launch import scale_of
+from nsagen.ops.branch_attention import attend_branches
 from nsagen.ops.compress import compress
-from nsagen.ops.compressed_attention import compressed_attention, compressed_attention_forward
-from nsagen.ops.gated_sum import gate_of, gated_sum
+from nsagen.ops.gated_sum import gate_of
 from nsagen.ops.layout import positions_in_sequence
 from nsagen.ops.reference.compress import Weight
 from nsagen.ops.rope import rope
-from nsagen.ops.selected_attention import topk_sparse_attention
-from nsagen.ops.sliding_window_attention import sliding_window_attention
 from nsagen.runtime import Dispatcher
 
 
@@ -96,40 +94,19 @@ def native_sparse_attention(
         if needs_windows:
             starts = positions_in_sequence(ck_cu_seqlens, ck.shape[0]) * kernel_stride
             ck = rope(ck, cos, sin, starts, dispatcher=dispatcher)
-    scale = scale_of(softmax_scale, q)
-    outputs: dict[str, Tensor] = {}
-    if "selected" in on:
-        o_compressed, topk_idx = compressed_attention(
-            q,
-            ck,
-            cv,
-            kernel_size,
-            kernel_stride,
-            block_size,
-            topk,
-            cu_seqlens,
-            ck_cu_seqlens,
-            sm_scale=scale,
-            init_blocks=init_blocks,
-            local_blocks=local_blocks,
-            dispatcher=dispatcher,
-        )
-        if "compressed" in on:
-            outputs["compressed"] = o_compressed
-        outputs["selected"] = topk_sparse_attention(
-            q, k, v, topk_idx, block_size, cu_seqlens, scale, dispatcher=dispatcher
-        )
-    elif "compressed" in on:
-        statics = (kernel_size, kernel_stride, scale, key_of(dispatcher))
-        outputs["compressed"] = compressed_attention_forward(
-            q, ck, cv, cu_seqlens, ck_cu_seqlens, *statics
-        )[0]
-    if "sliding" in on:
-        outputs["sliding"] = sliding_window_attention(
-            q, k, v, window_size, cu_seqlens, scale, dispatcher=dispatcher
-        )
-    if len(on) < len(BRANCHES):  # the sum reads some output in place of one that is off
-        gate = gate_of(gate, on)
-    some = outputs[on[0]]
-    compressed, selected, sliding = (outputs.get(name, some) for name in BRANCHES)
-    return gated_sum(compressed, selected, sliding, gate, dispatcher=dispatcher)
+    return attend_branches(
+        *(q, (ck, cv) if needs_windows else None, (k, v), (k, v)),
+        gate if len(on) == len(BRANCHES) else gate_of(gate, on),
+        cu_seqlens=cu_seqlens,
+        window_cu_seqlens=ck_cu_seqlens,
+        kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
+        block_size=block_size,
+        topk=topk,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        window_size=window_size,
+        branches=on,
+        softmax_scale=scale_of(softmax_scale, q),
+        dispatcher=dispatcher,
+    )

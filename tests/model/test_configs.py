@@ -55,7 +55,7 @@ def test_the_guides_configuration_is_valid() -> None:
         ({"block_size": 18}, "block_size must be divisible by kernel_stride.*such as 20"),
         ({"topk": 2}, "topk=2, init_blocks=1, local_blocks=2; raise topk to 3"),
         ({"compress_type": "mean"}, "avgpool, weightedpool, linear, .*, got 'mean'"),
-        ({"window_size": 0}, "window_size must be an integer of at least 1, got 0"),
+        ({"window_size": -1}, "window_size must be an integer of at least 0, got -1"),
         ({"local_blocks": -1}, "local_blocks must be an integer of at least 0, got -1"),
         ({"topk": True}, "topk must be an integer"),
         ({"num_attention_heads": 5}, "multiple of num_key_value_heads, got 5 and 2"),

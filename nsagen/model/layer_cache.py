@@ -1,0 +1,119 @@
+"""One layer's key/value cache: dense, and for Native Sparse Attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nsagen.model.prefill import PrefillRows, WindowRows
+from nsagen.model.sparsity import Sparsity
+
+
+def layer_lengths(sparsity: Sparsity, tokens: int, windows: int) -> dict[str, int]:
+    """The tensors of an `NSALayerCache` and their entries, for so many tokens and windows."""
+    size = sparsity.kernel_size
+    lengths = {"k": tokens, "v": tokens, "ck": windows, "cv": windows, "k_raw": size}
+    if sparsity.branch_kv == "separate":
+        lengths["v_raw"] = size
+        if {"selected", "sliding"} <= set(sparsity.on):
+            lengths["k_window"] = lengths["v_window"] = tokens
+    return lengths
+
+
+@dataclass(frozen=True)
+class KVLayerCache:
+    """One layer's dense cache.
+
+    Attributes:
+        k: [slots, max_length, HK, D], keys after rope.
+        v: [slots, max_length, HK, D].
+    """
+
+    k: Tensor
+    v: Tensor
+
+    def fill(self, rows: PrefillRows, k: Tensor, v: Tensor) -> None:
+        """Write the tokens of a pass: k after rope and v, [N, HK, D]."""
+        self.k[rows.index] = k
+        self.v[rows.index] = v
+
+
+@dataclass(frozen=True)
+class NSALayerCache:
+    """One layer's cache for Native Sparse Attention.
+
+    Attributes:
+        k: [slots, max_length, HK, D], keys after rope; for the selected and sliding branches.
+            In pages: [pages, page_size, HK, D], as is v.
+        v: [slots, max_length, HK, Dv]; for these two, and the source of compressed values.
+        ck: [slots, windows, HK, D], compressed keys; window i after rope at position i*stride.
+            In pages: [pages, page_size // stride, HK, D], as is cv.
+        cv: [slots, windows, HK, Dv], compressed values.
+        k_raw: [slots, kernel_size, HK, D], the last keys before rope: token t at index
+            t % kernel_size. Compression happens before rope, so the next window needs them.
+        v_raw: [slots, kernel_size, HK, Dv], the compressed branch's last values, where these are
+            its own; then k_raw has its keys.
+        k_window, v_window: like k and v, where the sliding branch does not read these.
+        block_table: int32 [slots, pages_per_slot], the pages of each slot; None without pages.
+    """
+
+    k: Tensor
+    v: Tensor
+    ck: Tensor
+    cv: Tensor
+    k_raw: Tensor
+    v_raw: Tensor | None = None
+    k_window: Tensor | None = None
+    v_window: Tensor | None = None
+    block_table: Tensor | None = None
+
+    @property
+    def of_tokens(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Keys and values that the selected and that the sliding branch reads."""
+        selected = (self.k, self.v)
+        if self.k_window is None or self.v_window is None:
+            return selected, selected
+        return selected, (self.k_window, self.v_window)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors but the table, by name."""
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {n: t for n, t in named.items() if t is not None and n != "block_table"}
+
+    def tokens_before(self, windows: WindowRows, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What a pass compresses: its own tokens' keys before rope and values, behind earlier ones.
+
+        The rings of these are read before `fill` writes to them.
+        """
+        keys = windows.with_carried(k, self.k_raw, windows.carried)
+        if self.v_raw is not None:
+            return keys, windows.with_carried(v, self.v_raw, windows.carried)
+        return keys, windows.with_carried(v, self.v, windows.carried_values)
+
+    def fill(
+        self,
+        rows: PrefillRows,
+        selected: tuple[Tensor, Tensor],
+        sliding: tuple[Tensor, Tensor],
+        raw: tuple[Tensor, Tensor],
+        windows: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Write the tokens of a pass, and the windows that they complete.
+
+        Args:
+            selected, sliding: these branches' keys after rope and values, [N, HK, dim].
+            raw: the compressed branch's keys before rope and values.
+            windows: [M, HK, dim]: compressed keys after rope and values; None where nothing
+                reads them.
+        """
+        assert rows.windows is not None
+        self.k[rows.index], self.v[rows.index] = selected
+        if self.k_window is not None and self.v_window is not None:
+            self.k_window[rows.index], self.v_window[rows.index] = sliding
+        if windows is not None:
+            self.ck[rows.windows.index], self.cv[rows.windows.index] = windows
+        for ring, tensor in zip((self.k_raw, self.v_raw), raw, strict=True):
+            if ring is not None:
+                ring[rows.windows.raw] = tensor[rows.windows.kept]

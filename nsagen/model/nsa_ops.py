@@ -1,0 +1,246 @@
+"""What Native Sparse Attention does with its parameters, wherever these come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nsagen import ops
+from nsagen.model.layer_cache import NSALayerCache
+from nsagen.model.compression import Holder, Weights, holder_of, mean_weights, weights_of
+from nsagen.model.gate import Gate, in_columns
+from nsagen.model.packing import Packed
+from nsagen.model.rope import RotaryEmbedding
+from nsagen.model.sparsity import Sparsity
+from nsagen.ops.layout import positions_in_sequence
+from nsagen.ops.separate import SeparateKV
+
+Pe = Tensor | None
+
+class KV(NamedTuple):
+    """Keys and values of a branch."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What the projections make of tokens, before rope.
+
+    Attributes:
+        q: [N, HQ, D].
+        compressed, selected, sliding: [N, HK, D] and [N, HK, Dv]; branches that share their keys
+            and values have the same object.
+    """
+
+    q: Tensor
+    compressed: KV
+    selected: KV
+    sliding: KV
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What the branches read; queries and keys are after rope.
+
+    Attributes:
+        windows: compressed keys and values; None where nothing reads them.
+        q_start, cu_seqlens_k: given where sequences have more keys than queries.
+    """
+
+    q: Tensor
+    windows: KV | None
+    selected: KV
+    sliding: KV
+    cu_seqlens: Tensor
+    window_cu_seqlens: Tensor
+    q_start: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+
+PROJECTIONS = {
+    "selected": ("k_proj", "v_proj"),
+    "compressed": ("k_proj_compressed", "v_proj_compressed"),
+    "sliding": ("k_proj_sliding", "v_proj_sliding"),
+}
+"""The key and value projections of each branch; shared ones are the selected branch's."""
+
+
+class NSAOps(nn.Module):
+    """The ops on the parameters of `NativeSparseAttention`, which documents them."""
+
+    sparsity: Sparsity
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    softmax_scale: float
+    dispatcher: Any
+    rotary_emb: RotaryEmbedding
+    q_proj: nn.Linear
+    gate: Gate
+    compress_key: Holder
+    compress_value: Holder
+    intra_block_pe: nn.Parameter | None
+    intra_block_pe_value: nn.Parameter | None
+
+    def add_compression(self, generator: torch.Generator | None = None, **where: Any) -> None:
+        """Make the parameters of compression, as they start.
+
+        Args:
+            where: their device and dtype; PyTorch's own by default.
+        """
+        s, heads, size = self.sparsity, self.num_kv_heads, self.sparsity.kernel_size
+        hidden = s.mlp_units(self.head_dim)
+        of_keys, of_values = (s.key_type, self.head_dim), (s.value_type, self.v_head_dim)
+        for name, (kind, dim) in {"compress_key": of_keys, "compress_value": of_values}.items():
+            weights = mean_weights(kind, heads, size, dim, hidden, generator)
+            setattr(self, name, holder_of(weights, **where))
+        embedded = {"intra_block_pe": s.needs_windows, "intra_block_pe_value": s.embeds_values}
+        for name, there in embedded.items():
+            dim = self.head_dim if name == "intra_block_pe" else self.v_head_dim
+            zeros = torch.zeros(heads, size, dim, **where)
+            setattr(self, name, nn.Parameter(zeros) if there else None)
+
+    def projections(self) -> list[nn.Linear]:
+        """Those of queries, then of keys and values of each branch that has its own."""
+        names = [n for branch in self.sparsity.kv_branches for n in PROJECTIONS[branch]]
+        return [self.q_proj, *(getattr(self, name) for name in names)]
+
+    def heads(self, x: Tensor) -> Heads:
+        """Queries, keys and values of tokens [N, hidden_size]."""
+        return self.split([layer(x) for layer in self.projections()])
+
+    def split(self, projected: Sequence[Tensor]) -> Heads:
+        """The heads in what each of `projections` made."""
+        q, *rest = projected
+        rows = [t.unflatten(-1, (self.num_kv_heads, -1)) for t in rest]
+        pairs = [KV(k, v) for k, v in zip(rows[::2], rows[1::2], strict=True)]
+        own = dict(zip(self.sparsity.kv_branches, pairs, strict=True))
+        selected = own.get("selected") or own["sliding"]
+        return Heads(
+            q.unflatten(-1, (self.num_q_heads, -1)),
+            own.get("compressed", selected),
+            selected,
+            own.get("sliding", selected),
+        )
+
+    def gates(self, x: Tensor) -> Tensor:
+        """[N, HQ, 3]: compressed, selected, sliding; 0 where a branch is off."""
+        return self.gate_columns(self.gate(x).sigmoid())
+
+    def gate_columns(self, gate: Tensor) -> Tensor:
+        """`gates` from [N, HQ * branches that are on]."""
+        return in_columns(gate.unflatten(-1, (self.num_q_heads, -1)), self.sparsity.on)
+
+    def rope(self, x: Tensor, positions: Tensor) -> Tensor:
+        tables = (self.rotary_emb.cos, self.rotary_emb.sin)
+        return ops.rope(x, *tables, positions, dispatcher=self.dispatcher)
+
+    def turned(self, heads: Heads, positions: Tensor) -> tuple[Tensor, KV, KV]:
+        """q and the selected and the sliding branch's keys after rope."""
+        q, selected = self.rope(heads.q, positions), heads.selected
+        selected = KV(self.rope(selected.k, positions), selected.v)
+        if heads.sliding is heads.selected:
+            return q, selected, selected
+        return q, selected, KV(self.rope(heads.sliding.k, positions), heads.sliding.v)
+
+    def compress(self, tokens: KV, cu_seqlens: Tensor) -> tuple[KV, Tensor]:
+        """Windows of keys and values before rope, and where each sequence's start."""
+        (k, v), s = tokens, self.sparsity
+        w_k, w_v, pe, pe_v = self._compression(k.dtype)
+        sizes = {"dispatcher": self.dispatcher, **s.window_sizes()}
+        ck, ends = ops.compress(k, w_k, pe, cu_seqlens, compress_type=s.key_type, **sizes)
+        cv, _ = ops.compress(v, w_v, pe_v, cu_seqlens, compress_type=s.value_type, **sizes)
+        return KV(ck, cv), ends
+
+    def _compression(self, dtype: torch.dtype) -> tuple[Weights, Weights, Pe, Pe]:
+        """Weights and position embeddings of keys and of values, in the tokens' dtype."""
+        pe, pe_v = (
+            t if t is None else t.to(dtype)
+            for t in (self.intra_block_pe, self.intra_block_pe_value)
+        )
+        w_k, w_v = (weights_of(w, dtype) for w in (self.compress_key, self.compress_value))
+        return w_k, w_v, pe, pe_v
+
+    def branches(self, heads: Heads, packed: Packed) -> Branches:
+        """What the branches read of whole sequences."""
+        q, selected, sliding = self.turned(heads, packed.positions)
+        windows, ends = None, packed.cu_seqlens
+        if self.sparsity.needs_windows:
+            (ck, cv), ends = self.compress(heads.compressed, packed.cu_seqlens)
+            starts = positions_in_sequence(ends, ck.shape[0]) * self.sparsity.kernel_stride
+            windows = KV(self.rope(ck, starts), cv)
+        return Branches(q, windows, selected, sliding, packed.cu_seqlens, ends)
+
+    def attend(self, b: Branches, gate: Tensor) -> Tensor:
+        """The gated sum of the branches that are on: [N, HQ * Dv]."""
+        s = self.sparsity
+        o = ops.attend_branches(
+            *(b.q, b.windows, b.selected, b.sliding, gate),
+            cu_seqlens=b.cu_seqlens,
+            window_cu_seqlens=b.window_cu_seqlens,
+            **s.selection_sizes(),
+            window_size=s.window_size,
+            branches=s.on,
+            softmax_scale=self.softmax_scale,
+            q_start=b.q_start,
+            cu_seqlens_k=b.cu_seqlens_k,
+            dispatcher=self.dispatcher,
+        )
+        return o.flatten(1)
+
+    def decode_heads(
+        self, heads: Heads, gate: Tensor, positions: Tensor, slots: Tensor, cache: NSALayerCache
+    ) -> Tensor:
+        """Append one token of each sequence to the cache and attend with it: [R, HQ * Dv]."""
+        rows, s = (positions, slots), self.sparsity
+        common = {"block_table": cache.block_table, "dispatcher": self.dispatcher}
+        w_k, w_v, pe, pe_v = self._compression(heads.q.dtype)
+        q = ops.cache_append(
+            *(heads.q, *heads.selected),
+            *(self.rotary_emb.cos, self.rotary_emb.sin),
+            *(w_k, w_v, pe),
+            *rows,
+            *(cache.k, cache.v, cache.ck, cache.cv, cache.k_raw),
+            compress_type=s.key_type,
+            v_compress_type=s.value_type,
+            pe_v=pe_v,
+            separate=_separate(heads, cache),
+            **s.window_sizes(),
+            **common,
+        )
+        common["softmax_scale"] = self.softmax_scale
+        if s.needs_windows:
+            o_compressed, topk_idx = ops.compressed_attention_decode(
+                *(q, cache.ck, cache.cv), *rows, **s.selection_sizes(), **common
+            )
+        else:  # neither is read
+            o_compressed = q.new_zeros(*q.shape[:2], cache.v.shape[-1])
+            topk_idx = positions.new_full((self.num_kv_heads, q.shape[0], 1), -1)
+        o = ops.native_sparse_attention_decode(
+            *(q, cache.k, cache.v, topk_idx),
+            *rows,
+            *(o_compressed, gate),
+            block_size=s.block_size,
+            window_size=s.window_size,
+            branches=s.on,
+            k_window_cache=cache.k_window,
+            v_window_cache=cache.v_window,
+            **common,
+        )
+        return o.flatten(1)
+
+
+def _separate(heads: Heads, cache: NSALayerCache) -> SeparateKV | None:
+    """What `cache_append` takes where the compressed branch has keys and values of its own."""
+    if cache.v_raw is None:
+        return None
+    # Without a cache of its own the sliding branch reads the selected one's, or there is one only.
+    windows = (cache.k, cache.v) if cache.k_window is None else (cache.k_window, cache.v_window)
+    return SeparateKV(*heads.compressed, *heads.sliding, cache.v_raw, *windows)
