@@ -13,12 +13,9 @@ import torch
 from nsagen.errors import InvalidInputError
 from nsagen.model.checks import require
 from nsagen.model.configs import ToyLlamaConfig, ToyNSALlamaConfig
+from nsagen.model.sparsity import SETTINGS, stored_settings
 
-SPARSITY = tuple(
-    name
-    for name in ToyNSALlamaConfig.__dataclass_fields__
-    if name not in ToyLlamaConfig.__dataclass_fields__
-)
+SPARSITY = (*SETTINGS, "v_head_dim")
 """The settings that NSA adds to a Llama: in config.json they lie below `nsa`."""
 
 _SAME_NAME = (
@@ -132,7 +129,12 @@ def config_json(model_config: ToyLlamaConfig, tied: bool, dtype: torch.dtype) ->
     config = asdict(model_config)
     scaling = dict(config.pop("rope_scaling") or {"rope_type": "default"})
     theta = config.pop("rope_theta")
-    nsa = {name: config.pop(name) for name in SPARSITY if name in config}
+    nsa: dict[str, Any] = {}
+    if isinstance(model_config, ToyNSALlamaConfig):
+        nsa = stored_settings(model_config)
+        if model_config.v_head_dim is not None:
+            nsa["v_head_dim"] = model_config.v_head_dim
+    config = {name: value for name, value in config.items() if name not in SPARSITY}
     content: dict[str, Any] = {
         "architectures": ["ToyNSALlama" if nsa else "LlamaForCausalLM"],
         "model_type": "llama",

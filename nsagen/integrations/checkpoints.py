@@ -31,8 +31,8 @@ from nsagen.model.configs import InferenceConfig
 from nsagen.model.toy_llama import ToyLlama
 from nsagen.model.toy_nsa_llama import ToyNSALlama
 
-_NEW = ("gate.weight", "compress_key", "compress_value", "intra_block_pe")
-"""The parameters that NSA adds to a layer's attention."""
+_NEW = ("gate.", "compress_", "intra_block_pe", "k_proj_", "v_proj_")
+"""How the names of the parameters begin that NSA adds to a layer's attention."""
 
 Model = TypeVar("Model", ToyLlama, ToyNSALlama)
 
@@ -67,13 +67,17 @@ def load(
     model.to(dtype or config_dtype(raw)).to_empty(device=device)
     if raw.get("tie_word_embeddings", False) and "lm_head.weight" not in stored:
         model.lm_head.weight = model.model.embed_tokens.weight
-    started: set[str] = set()
-    if isinstance(model, ToyNSALlama) and not any(name.endswith(_NEW) for name in stored):
+    from_dense = isinstance(model, ToyNSALlama) and not any(map(_is_new, stored))
+    optional = {name for name, _ in model.named_parameters() if from_dense and _is_new(name)}
+    _fill(model, folder, stored, optional)
+    if from_dense:
         for layer in model.model.layers:
-            start_from_dense(layer.self_attn)
-        started = {name for name, _ in model.named_parameters() if name.endswith(_NEW)}
-    _fill(model, folder, stored, started)
+            start_from_dense(layer.self_attn, model.config.initializer_range)
     return model
+
+
+def _is_new(name: str) -> bool:
+    return name.rpartition("self_attn.")[2].startswith(_NEW) and "self_attn." in name
 
 
 def _bare(
@@ -123,9 +127,9 @@ def _fill(model: nn.Module, folder: Path, stored: Mapping[str, Path], optional: 
     given = {name for name in stored if not name.endswith("rotary_emb.inv_freq")}
     missing, unexpected = sorted(wanted.keys() - given - optional), sorted(given - wanted.keys())
     advice = "check that the folder's weights belong to its config.json"
-    if any(name.endswith("gate.bias") for name in unexpected):
+    if any(name.endswith(("gate.bias", "gate.down_proj.bias")) for name in unexpected):
         advice = "load it with nsagen.integrations.transformers.load_nsa"
-    elif any(name.endswith(_NEW) for name in unexpected):
+    elif any(map(_is_new, unexpected)):
         advice = "load it with ToyNSALlama.from_pretrained"
     shown = [f"no {name}" for name in missing] + [f"an unknown {name}" for name in unexpected]
     require(

@@ -33,14 +33,14 @@ except ImportError as error:
     ) from error
 
 from nsagen.errors import InvalidInputError
-from nsagen.integrations.checkpoint_config import SPARSITY, rope_settings
+from nsagen.integrations.checkpoint_config import rope_settings
 from nsagen.integrations.initial import INITIAL_GATES, Gates
 from nsagen.integrations.safetensors_files import read_tensors, tensor_names
 from nsagen.integrations.transformers_attention import TransformersNSA
 from nsagen.integrations.transformers_layout import Layouts
 from nsagen.model.checks import require
-from nsagen.model.configs import ToyNSALlamaConfig
 from nsagen.model.rope import RopeConfig, RotaryEmbedding
+from nsagen.model.sparsity import SETTINGS, Sparsity, stored_settings
 
 __all__ = ["INITIAL_GATES", "apply_nsa", "load_nsa"]
 
@@ -59,8 +59,9 @@ def apply_nsa(
 ) -> Model:
     """Replace every attention module of a Llama, Mistral or Qwen3 model by NSA, in place.
 
-    The projections and norms stay the model's own. The gates start as the constants `gates`,
-    compression as the mean and the position embedding at 0, so that, with the default gates,
+    The projections and norms stay the model's own; branches with their own keys and values start
+    with copies of them. The gates start as the constants `gates`, compression as the mean (an
+    "mlp" near it) and the position embedding at 0, so that, with the default gates,
     the model starts close to the dense one: all but the same where a token sees at most
     min(window_size, topk * block_size) tokens, and beyond that as close as the selected blocks
     hold the mass of the attention. `docs/transformers.md` has measured distances.
@@ -69,10 +70,9 @@ def apply_nsa(
 
     Args:
         model: with any head, or none.
-        attention: settings of NSA (compress_type, kernel_size, kernel_stride, block_size, topk,
-            init_blocks, local_blocks, window_size): a mapping, or an object with them as
-            attributes, such as a `ToyNSALlamaConfig` or an `AttentionShape` of a spec. What is
-            left out has the defaults of `ToyNSALlamaConfig`.
+        attention: settings of NSA, those of `nsagen.model.sparsity.Sparsity`: a mapping, or an
+            object with them as attributes, such as a `ToyNSALlamaConfig` or an `AttentionShape`
+            of a spec. What is left out has its default.
         dispatcher: generated kernels to use on a GPU; None for nsagen's own choice.
         gates: initial shares of the compressed, selected and sliding branch.
 
@@ -104,16 +104,16 @@ def apply_nsa(
         type(model).__name__,
         "use NativeSparseAttention in your own code; see docs/integrate.md",
     )
-    settings = _settings(attention)
+    sparsity = _sparsity(attention)
     rope = _rope(model, places[0][2])
     layouts = Layouts()
     for parent, name, child in places:
-        swapped = TransformersNSA(child, settings, rope, layouts, dispatcher, gates)
+        swapped = TransformersNSA(child, sparsity, rope, layouts, dispatcher, gates)
         setattr(parent, name, swapped.train(child.training))
     AttentionMaskInterface.register(_IMPLEMENTATION, _padding_mask)
     AttentionInterface.register(_IMPLEMENTATION, _never_called)
     model.set_attn_implementation(_IMPLEMENTATION)
-    model.config.nsa = settings
+    model.config.nsa = stored_settings(sparsity)
     return model
 
 
@@ -153,22 +153,21 @@ def load_nsa(folder: str | Path, *, dispatcher: Any = None, **kwargs: Any) -> Pr
     return model
 
 
-def _settings(attention: Any) -> dict[str, Any]:
+def _sparsity(attention: Any) -> Sparsity:
     """The settings with their defaults, checked."""
     if attention is None or isinstance(attention, Mapping):
         given = dict(attention or {})
     else:
-        given = {name: getattr(attention, name) for name in SPARSITY if hasattr(attention, name)}
-    unknown = sorted(set(given) - set(SPARSITY))
+        given = {name: getattr(attention, name) for name in SETTINGS if hasattr(attention, name)}
+    unknown = sorted(set(given) - set(SETTINGS))
     require(
         not unknown,
         "apply_nsa: attention",
-        f"the settings are {', '.join(SPARSITY)}",
+        f"the settings are {', '.join(SETTINGS)}",
         ", ".join(map(str, unknown)),
         "correct the name; the head sizes are the model's own",
     )
-    checked = ToyNSALlamaConfig(**given)
-    return {name: getattr(checked, name) for name in SPARSITY}
+    return Sparsity(**given)
 
 
 def _rope(model: PreTrainedModel, attention: Any) -> RotaryEmbedding:

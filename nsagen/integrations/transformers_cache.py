@@ -6,7 +6,6 @@ the first token. Rows are sequences; each has a length of its own, so that paddi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from nsagen.errors import InvalidInputError
 from nsagen.integrations.transformers_layout import Layout
+from nsagen.model.layer_cache import NSALayerCache, layer_lengths
+from nsagen.model.sparsity import Sparsity
 
 GROWTH = 1.5
 """A full cache grows by half, so that a token costs few copies and a cache little spare room."""
@@ -22,27 +23,8 @@ GROWTH = 1.5
 ROUND = 256
 """Tokens that a capacity is a multiple of."""
 
-
-@dataclass(frozen=True)
-class Store:
-    """The tensors of one layer.
-
-    Attributes:
-        k: [rows, capacity, HK, D], keys after rope; v: [rows, capacity, HK, D].
-        ck, cv: [rows, windows, HK, D], compressed keys after rope, and compressed values.
-        k_raw: [rows, kernel_size, HK, D], the last keys before rope: token t at
-            t % kernel_size. Compression happens before rope, so the next window needs them.
-    """
-
-    k: Tensor
-    v: Tensor
-    ck: Tensor
-    cv: Tensor
-    k_raw: Tensor
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """In the order in which `cache_append` takes them."""
-        return self.k, self.v, self.ck, self.cv, self.k_raw
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
 
 
 class NSALayer(CacheLayerMixin):
@@ -59,52 +41,59 @@ class NSALayer(CacheLayerMixin):
     is_sliding = False
     layer_type = "nsa"
 
-    def __init__(self, kernel_size: int, kernel_stride: int) -> None:
+    def __init__(self, sparsity: Sparsity) -> None:
         super().__init__()
-        self.kernel_size, self.kernel_stride = kernel_size, kernel_stride
-        self.store: Store | None = None
+        self.sparsity = sparsity
+        self.store: NSALayerCache | None = None
         self.lengths = torch.zeros(0, dtype=torch.int32)
         self.seen = 0
 
-    def reserve(self, rows: int, tokens: int, like: Tensor) -> Store:
-        """Room for `tokens` in each row, keeping what is there. `like` [..., HK, D] is a key."""
+    def reserve(self, rows: int, tokens: int, like: Pair) -> NSALayerCache:
+        """Room for `tokens` in each row, keeping what is there. `like`: [..., HK, dim] each, a key
+        and a value."""
         held = 0 if self.store is None else self.store.k.shape[1]
         if self.store is None:
-            self.lengths = torch.zeros(rows, dtype=torch.int32, device=like.device)
+            self.lengths = torch.zeros(rows, dtype=torch.int32, device=like[0].device)
         if self.store is not None and tokens <= held:
             return self.store
         capacity = -(-max(tokens, int(held * GROWTH)) // ROUND) * ROUND
-        heads = tuple(like.shape[-2:])
-        windows = max(1, (capacity - self.kernel_size) // self.kernel_stride + 1)
-        sizes = {"k": capacity, "v": capacity, "ck": windows, "cv": windows}
-        sizes["k_raw"] = self.kernel_size
-        grown = {name: like.new_zeros(rows, size, *heads) for name, size in sizes.items()}
+        size, stride = self.sparsity.kernel_size, self.sparsity.kernel_stride
+        windows = max(1, (capacity - size) // stride + 1)
+        grown = {
+            name: like["v" in name].new_zeros(rows, entries, *like["v" in name].shape[-2:])
+            for name, entries in layer_lengths(self.sparsity, capacity, windows).items()
+        }
         if self.store is not None:
-            for name, tensor in grown.items():
-                old = getattr(self.store, name)
-                tensor[:, : old.shape[1]] = old
-        self.store, self.is_initialized = Store(**grown), True
+            for name, old in self.store.tensors().items():
+                grown[name][:, : old.shape[1]] = old
+        self.store, self.is_initialized = NSALayerCache(**grown), True
         return self.store
 
+    @torch.no_grad()
     def fill(
-        self, layout: Layout, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, k_raw: Tensor
+        self, layout: Layout, selected: Pair, sliding: Pair, raw: Pair, made: Pair | None
     ) -> None:
         """Write the first tokens of all rows.
 
         Args:
-            k, v, k_raw: [N, HK, D], packed: keys after rope, values, keys before rope.
-            ck, cv: [>= sum M, HK, D], the windows' keys after rope and values; rows past the
-                last window are ignored.
+            selected, sliding: keys after rope and values of these branches, [N, HK, D], packed.
+            raw: the compressed branch's keys before rope and values.
+            made: [>= sum M, HK, D], the windows' keys after rope and values; rows past the last
+                window are ignored. None where nothing reads them.
         """
-        store = self.reserve(layout.batch, layout.tokens, k)
-        windows = layout.windows(self.kernel_size, self.kernel_stride)
-        count = windows.row.shape[0]
-        store.k[layout.row, layout.positions] = k
-        store.v[layout.row, layout.positions] = v
-        store.ck[windows.row, windows.index] = ck[:count]
-        store.cv[windows.row, windows.index] = cv[:count]
-        if k_raw.shape[0]:
-            store.k_raw.copy_(k_raw[layout.last_tokens(self.kernel_size)])
+        store = self.reserve(layout.batch, layout.tokens, raw)
+        here = (layout.row, layout.positions)
+        store.k[here], store.v[here] = selected
+        if store.k_window is not None and store.v_window is not None:
+            store.k_window[here], store.v_window[here] = sliding
+        if made is not None:
+            size, stride = self.sparsity.kernel_size, self.sparsity.kernel_stride
+            windows = layout.windows(size, stride)
+            for cache, tensor in zip((store.ck, store.cv), made, strict=True):
+                cache[windows.row, windows.index] = tensor[: windows.row.shape[0]]
+        for ring, tensor in zip((store.k_raw, store.v_raw), raw, strict=True):
+            if ring is not None and tensor.shape[0]:
+                ring.copy_(tensor[layout.last_tokens(self.sparsity.kernel_size)])
         self.lengths, self.seen = layout.cu_seqlens.diff(), layout.tokens
 
     def _rows(self, index: Tensor) -> None:
@@ -112,7 +101,8 @@ class NSALayer(CacheLayerMixin):
         if self.store is None:
             return
         index = index.to(self.lengths.device)
-        self.store = Store(*(tensor.index_select(0, index) for tensor in self.store.tensors()))
+        kept = {n: tensor.index_select(0, index) for n, tensor in self.store.tensors().items()}
+        self.store = NSALayerCache(**kept)
         self.lengths = self.lengths.index_select(0, index)
 
     # What Transformers calls.
@@ -168,7 +158,7 @@ class NSALayer(CacheLayerMixin):
     prefetch = offload
 
 
-def layer_of(cache: Cache, index: int, kernel_size: int, kernel_stride: int) -> NSALayer:
+def layer_of(cache: Cache, index: int, sparsity: Sparsity) -> NSALayer:
     """The NSA layer at a place of a cache, put there if only an empty dynamic layer is.
 
     Raises:
@@ -186,5 +176,5 @@ def layer_of(cache: Cache, index: int, kernel_size: int, kernel_stride: int) -> 
             f"apply_nsa: cache layer {index} must be new and of a DynamicCache; got a {held}; "
             "leave out cache_implementation, and start from an empty cache"
         )
-    cache.layers[index] = made = NSALayer(kernel_size, kernel_stride)
+    cache.layers[index] = made = NSALayer(sparsity)
     return made

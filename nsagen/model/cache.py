@@ -35,7 +35,7 @@ def cache_shapes(config: ToyLlamaConfig, limits: InferenceConfig) -> dict[str, t
         places, length = limits.total_pages, limits.page_size
     heads, dim = config.num_key_value_heads, config.head_dim
     if not isinstance(config, ToyNSALlamaConfig):
-        return {name: (layers, places, length, heads, dim) for name in ("k", "v")}
+        return dict.fromkeys(("k", "v"), (layers, places, length, heads, dim))
     size, stride = config.kernel_size, config.kernel_stride
     # One window at least, so that kernels never see an empty tensor. A page has the windows that
     # begin in it.

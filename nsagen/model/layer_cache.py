@@ -17,7 +17,7 @@ def layer_lengths(sparsity: Sparsity, tokens: int, windows: int) -> dict[str, in
     lengths = {"k": tokens, "v": tokens, "ck": windows, "cv": windows, "k_raw": size}
     if sparsity.branch_kv == "separate":
         lengths["v_raw"] = size
-        if {"selected", "sliding"} <= set(sparsity.on):
+        if "sliding" in sparsity.kv_branches:
             lengths["k_window"] = lengths["v_window"] = tokens
     return lengths
 

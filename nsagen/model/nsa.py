@@ -47,7 +47,8 @@ class NativeSparseAttention(NSAParts):
     - `intra_block_pe` [HK, kernel_size, D], added to the keys of a window, and with v_with_pe
       `intra_block_pe_value`; both start at 0;
     - with branch_kv="separate" `k_proj_compressed`, `v_proj_compressed`, `k_proj_sliding` and
-      `v_proj_sliding`; k_proj and v_proj are then the selected branch's alone.
+      `v_proj_sliding`; k_proj and v_proj are then the selected branch's, or the sliding one's
+      where that is off.
 
     What only a branch that is off would read is not there. Without the compressed branch nothing
     trains the compression of keys, by which the selected one chooses.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nsagen import ops
-from nsagen.model.layer_cache import NSALayerCache
 from nsagen.model.compression import Holder, Weights, holder_of, mean_weights, weights_of
 from nsagen.model.gate import Gate, in_columns
+from nsagen.model.layer_cache import NSALayerCache
 from nsagen.model.packing import Packed
 from nsagen.model.rope import RotaryEmbedding
 from nsagen.model.sparsity import Sparsity
@@ -20,6 +20,7 @@ from nsagen.ops.layout import positions_in_sequence
 from nsagen.ops.separate import SeparateKV
 
 Pe = Tensor | None
+
 
 class KV(NamedTuple):
     """Keys and values of a branch."""
@@ -68,7 +69,7 @@ PROJECTIONS = {
     "compressed": ("k_proj_compressed", "v_proj_compressed"),
     "sliding": ("k_proj_sliding", "v_proj_sliding"),
 }
-"""The key and value projections of each branch; shared ones are the selected branch's."""
+"""The key and value projections of the branches that have their own; see `Sparsity.kv_branches`."""
 
 
 class NSAOps(nn.Module):
@@ -83,6 +84,8 @@ class NSAOps(nn.Module):
     dispatcher: Any
     rotary_emb: RotaryEmbedding
     q_proj: nn.Linear
+    q_norm: nn.Module | None
+    k_norm: nn.Module | None
     gate: Gate
     compress_key: Holder
     compress_value: Holder
@@ -95,17 +98,17 @@ class NSAOps(nn.Module):
         Args:
             where: their device and dtype; PyTorch's own by default.
         """
-        s, heads, size = self.sparsity, self.num_kv_heads, self.sparsity.kernel_size
+        s, shape = self.sparsity, (self.num_kv_heads, self.sparsity.kernel_size)
         hidden = s.mlp_units(self.head_dim)
-        of_keys, of_values = (s.key_type, self.head_dim), (s.value_type, self.v_head_dim)
-        for name, (kind, dim) in {"compress_key": of_keys, "compress_value": of_values}.items():
-            weights = mean_weights(kind, heads, size, dim, hidden, generator)
-            setattr(self, name, holder_of(weights, **where))
-        embedded = {"intra_block_pe": s.needs_windows, "intra_block_pe_value": s.embeds_values}
-        for name, there in embedded.items():
-            dim = self.head_dim if name == "intra_block_pe" else self.v_head_dim
-            zeros = torch.zeros(heads, size, dim, **where)
-            setattr(self, name, nn.Parameter(zeros) if there else None)
+        k_dim, v_dim = self.head_dim, self.v_head_dim
+        w_k = mean_weights(s.key_type, *shape, k_dim, hidden, generator)
+        w_v = mean_weights(s.value_type, *shape, v_dim, hidden, generator)
+        self.compress_key, self.compress_value = (holder_of(w, **where) for w in (w_k, w_v))
+        self.intra_block_pe = self.intra_block_pe_value = None
+        if s.needs_windows:
+            self.intra_block_pe = nn.Parameter(torch.zeros(*shape, k_dim, **where))
+        if s.embeds_values:
+            self.intra_block_pe_value = nn.Parameter(torch.zeros(*shape, v_dim, **where))
 
     def projections(self) -> list[nn.Linear]:
         """Those of queries, then of keys and values of each branch that has its own."""
@@ -119,16 +122,14 @@ class NSAOps(nn.Module):
     def split(self, projected: Sequence[Tensor]) -> Heads:
         """The heads in what each of `projections` made."""
         q, *rest = projected
+        q = q.unflatten(-1, (self.num_q_heads, -1))
         rows = [t.unflatten(-1, (self.num_kv_heads, -1)) for t in rest]
-        pairs = [KV(k, v) for k, v in zip(rows[::2], rows[1::2], strict=True)]
-        own = dict(zip(self.sparsity.kv_branches, pairs, strict=True))
-        selected = own.get("selected") or own["sliding"]
-        return Heads(
-            q.unflatten(-1, (self.num_q_heads, -1)),
-            own.get("compressed", selected),
-            selected,
-            own.get("sliding", selected),
-        )
+        keys, values = rows[::2], rows[1::2]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, keys = self.q_norm(q), [self.k_norm(k) for k in keys]
+        own = dict(zip(self.sparsity.kv_branches, map(KV, keys, values), strict=True))
+        selected = own["selected"]
+        return Heads(q, own.get("compressed", selected), selected, own.get("sliding", selected))
 
     def gates(self, x: Tensor) -> Tensor:
         """[N, HQ, 3]: compressed, selected, sliding; 0 where a branch is off."""
@@ -203,7 +204,7 @@ class NSAOps(nn.Module):
         common = {"block_table": cache.block_table, "dispatcher": self.dispatcher}
         w_k, w_v, pe, pe_v = self._compression(heads.q.dtype)
         q = ops.cache_append(
-            *(heads.q, *heads.selected),
+            *(heads.q, heads.selected.k, heads.selected.v),
             *(self.rotary_emb.cos, self.rotary_emb.sin),
             *(w_k, w_v, pe),
             *rows,
@@ -241,6 +242,5 @@ def _separate(heads: Heads, cache: NSALayerCache) -> SeparateKV | None:
     """What `cache_append` takes where the compressed branch has keys and values of its own."""
     if cache.v_raw is None:
         return None
-    # Without a cache of its own the sliding branch reads the selected one's, or there is one only.
-    windows = (cache.k, cache.v) if cache.k_window is None else (cache.k_window, cache.v_window)
-    return SeparateKV(*heads.compressed, *heads.sliding, cache.v_raw, *windows)
+    _, sliding = cache.of_tokens
+    return SeparateKV(*heads.compressed, *heads.sliding, cache.v_raw, *sliding)

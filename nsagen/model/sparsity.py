@@ -90,11 +90,12 @@ class Sparsity:
 
     @property
     def kv_branches(self) -> tuple[str, ...]:
-        """The branches with key and value projections; of shared ones the selected one stands
-        for all."""
+        """The branches with key and value projections. Those of the selected branch serve all that
+        have none: every one if shared, and the sliding one where the selected is off."""
         if self.branch_kv == "shared":
             return ("selected",)
-        return tuple(name for name in ("selected", "compressed", "sliding") if name in self.on)
+        both = "selected" in self.on and "sliding" in self.on
+        return ("selected", "compressed", "sliding") if both else ("selected", "compressed")
 
     def mlp_units(self, head_dim: int) -> int:
         """Hidden units of "mlp" compression."""
