@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nsagen.attention_work import Pairs, attended_pairs, head_dims, keys_read
 from nsagen.errors import InvalidInputError
 from nsagen.model import InferenceConfig, ToyLlama, ToyLlamaConfig, ToyNSALlama, ToyNSALlamaConfig
 
@@ -161,51 +162,26 @@ def workspace_bytes(config: ToyLlamaConfig, tokens: int, batch: int, split: Spli
     """Intermediate results of a prefill pass on one GPU, and the logits of its sequences.
 
     The larger of a layer's two halves, beside the residual stream and the norm's output: the
-    attention's q, k, v, output (three outputs, gates, statistics and indices for NSA), or the
-    feed-forward's two inner rows and their product.
+    attention's q, k, v, output (for NSA an output of each branch, gates, statistics, indices and
+    keys and values of each branch that has its own), or the feed-forward's two inner rows and
+    their product.
     """
-    q = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    attention = 2 * (2 * q + 3 * kv)  # q twice: before and after rope; k likewise
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    k_dim, v_dim = head_dims(config)
+    q, o = heads * k_dim, heads * v_dim
+    k, v = kv_heads * k_dim, kv_heads * v_dim
+    attention = 2 * (2 * q + 2 * k + v)  # q and k twice: before and after rope
     if isinstance(config, ToyNSALlamaConfig):
-        attention += 2 * 3 * q + 2 * 4 * kv // config.kernel_stride
-        attention += config.num_attention_heads * (4 + 2 * 3)
-        attention += config.num_key_value_heads * config.topk * 4
+        branches = len(config.on)
+        attention += 2 * (len(config.kv_branches) - 1) * (2 * k + v)
+        attention += 2 * branches * o + 2 * 2 * (k + v) // config.kernel_stride
+        attention += heads * (4 + 2 * branches)
+        attention += kv_heads * config.topk * 4
     else:
-        attention += 2 * q
+        attention += 2 * o
     inner = 2 * 3 * config.intermediate_size
     row = 2 * 2 * config.hidden_size + max(attention, inner) // split.tensor
     return tokens * row + 4 * -(-batch // split.data) * config.vocab_size
-
-
-def attended_pairs(config: ToyLlamaConfig, tokens: int) -> float:
-    """Products of a query and a key in a sequence of `tokens`, in units of 4 * head_dim operations.
-
-    NSA: windows, half as much again for the selection's scores, blocks, and the sliding window.
-    """
-
-    def capped(limit: int) -> float:
-        """Sum of min(t + 1, limit) over all tokens."""
-        full = max(0, tokens - limit)
-        short = min(tokens, limit)
-        return full * limit + short * (short + 1) / 2
-
-    if not isinstance(config, ToyNSALlamaConfig):
-        return capped(tokens)
-    size, stride = config.kernel_size, config.kernel_stride
-    windows = max(0, (tokens - size) // stride + 1)
-    rest = max(0, tokens - size + 1) - stride * max(0, windows - 1)
-    seen = stride * windows * (windows - 1) / 2 + rest * windows
-    return 1.5 * seen + capped(config.topk * config.block_size) + capped(config.window_size)
-
-
-def keys_read(config: ToyLlamaConfig, context: int) -> int:
-    """Keys, and as many values, that a decoding step reads of one sequence and head."""
-    if not isinstance(config, ToyNSALlamaConfig):
-        return context
-    windows = max(0, (context - config.kernel_size) // config.kernel_stride + 1)
-    blocks = min(context, config.topk * config.block_size)
-    return windows + blocks + min(context, config.window_size)
 
 
 def _matrix_parameters(config: ToyLlamaConfig) -> int:
@@ -214,8 +190,9 @@ def _matrix_parameters(config: ToyLlamaConfig) -> int:
 
 
 def _prefill_seconds(config: ToyLlamaConfig, gpu: Gpu, tokens: int, split: Split) -> float:
-    per_pair = 4 * config.head_dim * config.num_attention_heads * config.num_hidden_layers
-    work = 2 * _matrix_parameters(config) * tokens + per_pair * attended_pairs(config, tokens)
+    heads = config.num_attention_heads * config.num_hidden_layers
+    attention = attended_pairs(config, tokens).operations(config)
+    work = 2 * _matrix_parameters(config) * tokens + heads * attention
     work += 2 * config.vocab_size * config.hidden_size
     read = weight_bytes(config) / split.tensor
     time = max(work / split.tensor / gpu.flops, read / gpu.bandwidth)
@@ -225,12 +202,12 @@ def _prefill_seconds(config: ToyLlamaConfig, gpu: Gpu, tokens: int, split: Split
 def _decode_seconds(config: ToyLlamaConfig, gpu: Gpu, load: Load, split: Split) -> float:
     rows = -(-load.batch // split.data)
     keys = keys_read(config, load.context)
-    heads = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    entry = config.num_key_value_heads * sum(head_dims(config)) * config.num_hidden_layers
     read = weight_bytes(config) - 2 * config.vocab_size * config.hidden_size  # one row of these
-    read += rows * keys * heads * 2 * 2
-    queries = config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    read += rows * keys * entry * 2
+    heads = config.num_attention_heads * config.num_hidden_layers
     work = 2 * (_matrix_parameters(config) + config.vocab_size * config.hidden_size) * rows
-    work += 4 * queries * keys * rows
+    work += heads * Pairs(keys, keys).operations(config) * rows
     time = max(work / gpu.flops, read / gpu.bandwidth) / split.tensor
     return time + _exchange_seconds(config, gpu, rows, split)
 

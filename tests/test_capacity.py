@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nsagen import capacity
+from nsagen.attention_work import Pairs, attended_pairs, keys_read
 from nsagen.capacity import GPUS, Load, Split
 from nsagen.cli import main
 from nsagen.errors import InvalidInputError
@@ -41,18 +42,27 @@ def test_pairs_and_keys_are_what_counting_gives(tokens: int) -> None:
     seen = sum(end <= t for t in range(tokens) for end in windows)
     near = sum(min(t + 1, config.window_size) for t in range(tokens))
     blocks = sum(min(t + 1, config.topk * config.block_size) for t in range(tokens))
-    assert capacity.attended_pairs(config, tokens) == 1.5 * seen + near + blocks
-    assert capacity.attended_pairs(dense_config(), tokens) == tokens * (tokens + 1) / 2
+    pairs = attended_pairs(config, tokens)
+    assert pairs == Pairs(2 * seen + near + blocks, seen + near + blocks)
+    assert attended_pairs(dense_config(), tokens).scores == tokens * (tokens + 1) / 2
     last = sum(end <= tokens - 1 for end in windows)
     last += min(tokens, config.window_size) + min(tokens, config.topk * config.block_size)
-    assert capacity.keys_read(config, tokens) == last
-    assert capacity.keys_read(dense_config(), tokens) == tokens
+    assert keys_read(config, tokens) == last
+    assert keys_read(dense_config(), tokens) == tokens
+    for branch, of_branch in (("compressed", seen), ("sliding", near)):
+        only = replace(config, branches=(branch,))
+        assert attended_pairs(only, tokens) == Pairs(of_branch, of_branch)
+
+
+def test_operations_count_both_head_sizes() -> None:
+    assert Pairs(10, 7).operations(nsa_config(v_head_dim=16)) == 2 * (32 * 10 + 16 * 7)
+    assert Pairs(10, 7).operations(dense_config()) == 2 * 32 * 17
 
 
 def test_the_roofline_of_one_attention_at_65536_tokens() -> None:
     """64 heads of 128, 32/16/64, topk 16, window 512: 12.5 ms at 790 TFLOP/s in all."""
     config = ToyNSALlamaConfig(num_attention_heads=64, num_key_value_heads=4)
-    work = 4 * 128 * 64 * capacity.attended_pairs(config, 65536)
+    work = 64 * attended_pairs(config, 65536).operations(config)
     assert work == pytest.approx(9.9e12, rel=0.01)
     assert work / H200.flops == pytest.approx(12.5e-3, rel=0.01)
 
