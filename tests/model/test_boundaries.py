@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nsagen.errors import InvalidInputError
 from nsagen.model import InferenceConfig, ToyNSALlama
+from nsagen.workload import COMPRESS_TYPES
 from tests.model.tiny import SPARSITY, nsa_model, packed_batch
-from tests.support import MODEL_TYPES as COMPRESS_TYPES
 
 STEPS = 5
 LONGEST = 3 * SPARSITY["window_size"]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
 from nsagen.model.cache import NSACache
+from nsagen.workload import COMPRESS_TYPES
 from tests.model.tiny import dense_config, nsa_model, packed_batch
-from tests.support import MODEL_TYPES as COMPRESS_TYPES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

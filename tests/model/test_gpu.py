@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from nsagen.model import InferenceConfig, SamplingConfig, ToyLlama, ToyNSALlama
 from nsagen.model.step import DecodeStep, Row
+from nsagen.workload import COMPRESS_TYPES
 from tests.model.tiny import dense_config, nsa_model, packed_batch
-from tests.support import MODEL_TYPES as COMPRESS_TYPES
 
 pytestmark = pytest.mark.gpu
 

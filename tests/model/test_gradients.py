@@ -15,9 +15,8 @@ from nsagen.harness.base import relative_error
 from nsagen.model import ToyNSALlama
 from nsagen.model.packing import Packed
 from nsagen.resources import templates_dir
-from nsagen.workload import STATIC_PARAMS
+from nsagen.workload import COMPRESS_TYPES, STATIC_PARAMS
 from tests.model.tiny import nsa_model, packed_batch
-from tests.support import MODEL_TYPES as COMPRESS_TYPES
 from tests.support import kernel_device, kernel_dtypes
 
 MISSING = sorted(

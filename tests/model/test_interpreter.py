@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nsagen.model import InferenceConfig
+from nsagen.workload import COMPRESS_TYPES
 from tests.model.tiny import nsa_model, packed_batch
-from tests.support import MODEL_TYPES as COMPRESS_TYPES
 
 pytestmark = [
     pytest.mark.interpreter,

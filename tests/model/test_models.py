@@ -15,8 +15,8 @@ from nsagen.model import (
     ToyLlama,
     ToyNSALlama,
 )
+from nsagen.workload import COMPRESS_TYPES
 from tests.model.tiny import SPARSITY, dense_config, nsa_config, nsa_model, packed_batch
-from tests.support import MODEL_TYPES as COMPRESS_TYPES
 
 LIMITS = InferenceConfig(max_batch_size=4, max_length=64, max_new_tokens=3)
 
@@ -58,7 +58,8 @@ def test_weights_have_the_names_of_transformers_llama() -> None:
 
 @pytest.mark.parametrize("compress_type", COMPRESS_TYPES)
 def test_compression_starts_as_the_mean(compress_type: str) -> None:
-    model = ToyNSALlama(nsa_config(compress_type=compress_type)).double()
+    """An mlp needs two hidden units for each component of a head."""
+    model = ToyNSALlama(nsa_config(compress_type=compress_type, mlp_hidden=2 * 32)).double()
     mean = ToyNSALlama(nsa_config(compress_type="avgpool")).double()
     mean.load_state_dict(
         {k: v for k, v in model.state_dict().items() if "compress_" not in k}, strict=True

@@ -10,8 +10,8 @@ from nsagen.errors import CapacityError
 from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
 from nsagen.model.cache import NSACache
 from nsagen.model.prefill import Piece, PrefillRows
+from nsagen.workload import COMPRESS_TYPES
 from tests.model.tiny import dense_config, nsa_config, nsa_model, packed_batch
-from tests.support import MODEL_TYPES as COMPRESS_TYPES
 
 LIMITS = InferenceConfig(max_batch_size=3, max_length=128)
 

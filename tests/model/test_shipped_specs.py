@@ -11,9 +11,8 @@ import torch
 from nsagen.model import InferenceConfig, ToyNSALlama, ToyNSALlamaConfig
 from nsagen.runtime import Dispatcher, registry
 from nsagen.spec import load_spec
-from nsagen.workload import Workload
+from nsagen.workload import COMPRESS_TYPES, Workload
 from tests.model.tiny import nsa_config, packed_batch
-from tests.support import MODEL_TYPES as COMPRESS_TYPES
 
 LLAMA = {
     "hidden_size": 64,

@@ -45,16 +45,15 @@ def dense_config(**changes: Any) -> ToyLlamaConfig:
 def nsa_model(
     limits: InferenceConfig | None = None, dtype: torch.dtype = torch.float64, **changes: Any
 ) -> ToyNSALlama:
-    """A seeded model whose position embedding and compression weights are not trivial."""
+    """A seeded model whose position embeddings and compression weights are not trivial."""
     generator = torch.Generator().manual_seed(1)
     model = ToyNSALlama(nsa_config(**changes), limits, generator=generator)
     with torch.no_grad():
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            for weight in (attention.compress_key, attention.compress_value):
-                if weight is not None:
-                    weight += torch.randn(weight.shape, generator=generator) * 0.05
-            attention.intra_block_pe.normal_(std=0.3, generator=generator)
+        for name, weight in model.named_parameters():
+            if "compress_" in name and "_proj" not in name:
+                weight += torch.randn(weight.shape, generator=generator) * 0.05
+            elif "intra_block_pe" in name:
+                weight.normal_(std=0.3, generator=generator)
     return model.to(dtype)
 
 
