@@ -88,6 +88,17 @@ class TestPatterns:
             assert f'class="{kind}"' in text
         check_self_contained(page("x", "", text))
 
+    def test_a_branch_that_is_off_has_no_panel_and_no_colour(
+        self, example: patterns.Example
+    ) -> None:
+        text = patterns.section(example, ("compressed", "selected"))
+        assert text.count("<svg") == 2
+        assert "sliding" not in text
+        windows = example.probabilities.shape[1]
+        alone = patterns.section(example, ("compressed",))
+        assert f"reads {windows:,} keys" in alone
+        assert 'class="selected"' not in alone
+
     def test_nothing_is_drawn_after_the_query(self, example: patterns.Example) -> None:
         drawn = patterns._selected(example) + patterns._sliding(example)
         boxes = re.findall(r"M([\d.]+) (\d+)H([\d.]+)v1", drawn)

@@ -16,7 +16,7 @@ from nsagen.errors import InvalidInputError
 if TYPE_CHECKING:
     from nsagen.capacity import Gpu, Needs
     from nsagen.model import ToyLlamaConfig
-    from nsagen.spec import AttentionShape
+    from nsagen.spec import AttentionShape, Spec
 
 EXAMPLE = "Example: nsagen plan llama8b --gpu h200 --context 131072 --batch 32 --gpus 8"
 
@@ -65,7 +65,7 @@ def plan(
     device, load = GPUS[gpu], Load(context, batch, gpus, prefill_tokens or context)
     rows = [
         (label, config, needs(config, device, load))
-        for label, config in _configs(load_spec(spec).shapes, model)
+        for label, config in _configs(load_spec(spec), model)
     ]
     if as_json:
         content = {
@@ -83,13 +83,12 @@ def plan(
     _print([(label, found) for label, _, found in rows], device, load, model)
 
 
-def _configs(
-    shapes: tuple[AttentionShape, ...], folder: Path | None
-) -> Iterator[tuple[str, ToyLlamaConfig]]:
+def _configs(spec: Spec, folder: Path | None) -> Iterator[tuple[str, ToyLlamaConfig]]:
     """A model for each shape that differs in what memory and time depend on, and dense ones."""
     from nsagen.integrations.checkpoint_config import SPARSITY
     from nsagen.model import ToyLlamaConfig, ToyNSALlamaConfig
 
+    shapes = spec.shapes
     seen: set[tuple[Any, ...]] = set()
     for ratio in dict.fromkeys(shape.gqa_ratio for shape in shapes):
         like = [shape for shape in shapes if shape.gqa_ratio == ratio]
@@ -97,7 +96,9 @@ def _configs(
         if model is None:
             continue
         for shape in like:
-            settings = {name: getattr(shape, name) for name in SPARSITY}
+            known = [name for name in SPARSITY if hasattr(shape, name)]
+            settings: dict[str, Any] = {name: getattr(shape, name) for name in known}
+            settings["branches"] = spec.branches
             key = (ratio, *(v for n, v in settings.items() if n != "compress_type"))
             if key not in seen:
                 seen.add(key)

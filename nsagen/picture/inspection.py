@@ -43,7 +43,8 @@ def inspection_page(spec: Spec, target: str | None = None) -> str:
         f"<p>{escape(spec.description or 'An nsagen spec')}: {counts}.</p>"
         f'<p class="quiet">The sequence below has the shape {escape(parameters)}.</p>'
     )
-    return page(f"Spec {spec.name}", intro, patterns.section(patterns.example_of(shape)), table)
+    seen = patterns.section(patterns.example_of(shape), spec.branches)
+    return page(f"Spec {spec.name}", intro, seen, table)
 
 
 def _usual_target(spec: Spec) -> str:

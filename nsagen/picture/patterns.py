@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nsagen.branches import BRANCHES, branches_on
 from nsagen.ops import reference
 from nsagen.ops.reference._attend import scores_of
 from nsagen.picture.page import legend
@@ -95,47 +96,56 @@ def _vectors(
     return 0.7 * q, (k + 0.6 * drift)[:, None]
 
 
-def section(example: Example) -> str:
-    """The three patterns side by side, as HTML."""
+COLOURS = {
+    "compressed": (("var(--compressed)", "compressed"),),
+    "selected": (("var(--selected)", "selected by score"), ("var(--forced)", "always selected")),
+    "sliding": (("var(--sliding)", "sliding window"),),
+}
+"""What the legend says of each branch."""
+
+
+def section(example: Example, branches: Sequence[str] = BRANCHES) -> str:
+    """The patterns of the branches that are on side by side, as HTML."""
     shape, tokens = example.shape, example.tokens
-    windows = example.probabilities.shape[1]
+    on = branches_on("inspect", branches, shape.window_size)
     chosen = int((example.blocks[-1] >= 0).sum())
-    read = windows + min(tokens, chosen * shape.block_size) + min(tokens, shape.window_size)
-    panels = (
-        _panel(
+    read = example.probabilities.shape[1] if "compressed" in on or "selected" in on else 0
+    read += min(tokens, chosen * shape.block_size) if "selected" in on else 0
+    read += min(tokens, shape.window_size) if "sliding" in on else 0
+    panels = _panels(example)
+    known = [colour for name in on for colour in COLOURS[name]]
+    known.append(("var(--causal)", "visible to dense attention alone"))
+    return (
+        f"<h2>What one sequence attends to</h2>\n<p>{tokens} tokens of a made-up sequence that "
+        "returns to earlier subjects; the selection is the reference's own. A row is a query, from "
+        f"the first at the top to the last; a column is a key. The last token reads "
+        f"{read:,} keys where dense attention reads {tokens:,}.</p>\n{legend(known)}"
+        f'<div class="panels">{"".join(panels[name] for name in on)}</div>'
+    )
+
+
+def _panels(example: Example) -> dict[str, str]:
+    """A panel for each branch."""
+    shape, windows = example.shape, example.probabilities.shape[1]
+    return {
+        "compressed": _panel(
             "Compressed attention",
             _compressed(example),
             f"{windows} windows of {shape.kernel_size} tokens, one every {shape.kernel_stride}; "
             "stronger colour: more attention.",
         ),
-        _panel(
+        "selected": _panel(
             "Selected attention",
             _selected(example),
             f"{shape.topk} blocks of {shape.block_size} tokens: the first {shape.init_blocks} and "
             f"last {shape.local_blocks} always, the rest by the compressed attention's mass.",
         ),
-        _panel(
+        "sliding": _panel(
             "Sliding-window attention",
             _sliding(example),
             f"the last {shape.window_size} tokens, the query's own among them.",
         ),
-    )
-    colours = legend(
-        (
-            ("var(--compressed)", "compressed"),
-            ("var(--selected)", "selected by score"),
-            ("var(--forced)", "always selected"),
-            ("var(--sliding)", "sliding window"),
-            ("var(--causal)", "visible to dense attention alone"),
-        )
-    )
-    return (
-        f"<h2>What one sequence attends to</h2>\n<p>{tokens} tokens of a made-up sequence that "
-        "returns to earlier subjects; the selection is the reference's own. A row is a query, from "
-        f"the first at the top to the last; a column is a key. The last token reads "
-        f"{read:,} keys where dense attention reads {tokens:,}.</p>\n{colours}"
-        f'<div class="panels">{"".join(panels)}</div>'
-    )
+    }
 
 
 def _panel(title: str, shapes: str, caption: str) -> str:
