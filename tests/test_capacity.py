@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,15 +16,21 @@ from nsagen.capacity import GPUS, Load, Split
 from nsagen.cli import main
 from nsagen.errors import InvalidInputError
 from nsagen.model import InferenceConfig, ToyLlama, ToyLlamaConfig, ToyNSALlama, ToyNSALlamaConfig
+from nsagen.workload import COMPRESS_TYPES
+from tests.model.forms import FORMS
 from tests.model.tiny import dense_config, nsa_config
 
 H200 = GPUS["h200"]
 ONE = Split(1, 1)
 
 
-@pytest.mark.parametrize("compress_type", ["avgpool", "weightedpool", "linear"])
-def test_weights_and_cache_are_those_of_the_model(compress_type: str) -> None:
-    config = nsa_config(compress_type=compress_type, num_hidden_layers=3)
+@pytest.mark.parametrize(
+    "changes",
+    [*({"compress_type": kind} for kind in COMPRESS_TYPES), *FORMS.values()],
+    ids=[*COMPRESS_TYPES, *FORMS],
+)
+def test_weights_and_cache_are_those_of_the_model(changes: dict[str, Any]) -> None:
+    config = nsa_config(**changes, num_hidden_layers=3)
     model = ToyNSALlama(config, InferenceConfig(3, 100)).to(torch.bfloat16)
     weights = sum(p.nbytes for p in model.parameters())
     assert capacity.weight_bytes(config) == weights
@@ -116,6 +123,11 @@ class TestCommand:
         assert nsa["split"] == {"tensor": 8, "data": 1}
         assert nsa["decode"] < dense["decode"] / 5
         assert nsa["cache"] > dense["cache"]
+
+    def test_the_papers_head_sizes_are_the_specs(self, capsys: pytest.CaptureFixture[str]) -> None:
+        code, out, _ = self.run(capsys, "deepseek_nsa", "--context", "4096", "--json")
+        nsa = json.loads(out)["models"][0]
+        assert (code, nsa["config"]["head_dim"], nsa["config"]["v_head_dim"]) == (0, 192, 128)
 
     def test_the_table_says_where_times_come_from(self, capsys: pytest.CaptureFixture[str]) -> None:
         code, out, _ = self.run(capsys, "llama8b", "--gpu", "a100")

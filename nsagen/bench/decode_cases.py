@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsagen import ops
+from nsagen.attention_work import keys_read
 from nsagen.model import InferenceConfig, NSACache, ToyNSALlama, ToyNSALlamaConfig
 from nsagen.model.rope import rope_tables
 from nsagen.runtime import Dispatcher, registry
@@ -98,11 +99,7 @@ class AttentionCaches:
 
     def bytes_read(self) -> int:
         """What sparse attention must read: all windows, the selected blocks and the window."""
-        config = self.config
-        windows = max(0, (self.context - config.kernel_size) // config.kernel_stride + 1)
-        selected = min(config.topk * config.block_size, self.context)
-        entries = windows + selected + min(config.window_size, self.context)
-        return entries * self._bytes_an_entry() + self.q.nbytes
+        return keys_read(self.config, self.context) * self._bytes_an_entry() + self.q.nbytes
 
     def dense_bytes(self) -> int:
         """What dense attention must read."""
@@ -150,12 +147,12 @@ class AttentionCaches:
 
 def layer_shapes(config: ToyNSALlamaConfig) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of each product of a step."""
-    hidden, middle = config.hidden_size, config.intermediate_size
-    q_dim = config.num_attention_heads * config.head_dim
-    kv_dim = config.num_key_value_heads * config.head_dim
+    hidden, middle, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    kv = config.num_key_value_heads * (config.head_dim + config.value_dim)
+    gate = config.gate_units(config.head_dim) or len(config.on) * heads
     return {
-        "q+k+v+gate": (q_dim + 2 * kv_dim + 3 * config.num_attention_heads, hidden),
-        "o": (hidden, q_dim),
+        "q+k+v+gate": (heads * config.head_dim + len(config.kv_branches) * kv + gate, hidden),
+        "o": (hidden, heads * config.value_dim),
         "gate+up": (2 * middle, hidden),
         "down": (hidden, middle),
         "lm_head": (config.vocab_size, hidden),
@@ -183,9 +180,6 @@ def step_bytes(model: ToyNSALlama, batch: int, context: int) -> int:
     """What a step must read: every weight but the embeddings once, and the cache's entries."""
     weights = sum(weight.nbytes for weight in model.parameters())
     weights -= model.model.embed_tokens.weight.nbytes
-    config = model.config
-    windows = max(0, (context - config.kernel_size) // config.kernel_stride + 1)
-    selected = min(config.topk * config.block_size, context)
-    entries = windows + selected + min(config.window_size, context)
-    size = model.lm_head.weight.element_size() * config.head_dim * config.num_key_value_heads
-    return weights + config.num_hidden_layers * batch * entries * 2 * size
+    config, size = model.config, model.lm_head.weight.element_size()
+    entry = config.num_key_value_heads * (config.head_dim + config.value_dim) * size
+    return weights + config.num_hidden_layers * batch * keys_read(config, context) * entry

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from nsagen.errors import InvalidInputError
 from nsagen.integrations.transformers_layout import Layout
-from nsagen.model.layer_cache import NSALayerCache, layer_lengths
+from nsagen.model.layer_cache import NSALayerCache, Pair, layer_lengths
 from nsagen.model.sparsity import Sparsity
 
 GROWTH = 1.5
@@ -22,9 +22,6 @@ GROWTH = 1.5
 
 ROUND = 256
 """Tokens that a capacity is a multiple of."""
-
-Pair = tuple[Tensor, Tensor]
-"""Keys and values."""
 
 
 class NSALayer(CacheLayerMixin):

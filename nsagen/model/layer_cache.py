@@ -10,6 +10,9 @@ from torch import Tensor
 from nsagen.model.prefill import PrefillRows, WindowRows
 from nsagen.model.sparsity import Sparsity
 
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
+
 
 def layer_lengths(sparsity: Sparsity, tokens: int, windows: int) -> dict[str, int]:
     """The tensors of an `NSALayerCache` and their entries, for so many tokens and windows."""
@@ -70,7 +73,7 @@ class NSALayerCache:
     block_table: Tensor | None = None
 
     @property
-    def of_tokens(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def of_tokens(self) -> tuple[Pair, Pair]:
         """Keys and values that the selected and that the sliding branch reads."""
         selected = (self.k, self.v)
         if self.k_window is None or self.v_window is None:
@@ -82,7 +85,7 @@ class NSALayerCache:
         named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {n: t for n, t in named.items() if t is not None and n != "block_table"}
 
-    def tokens_before(self, windows: WindowRows, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def tokens_before(self, windows: WindowRows, k: Tensor, v: Tensor) -> Pair:
         """What a pass compresses: its own tokens' keys before rope and values, behind earlier ones.
 
         The rings of these are read before `fill` writes to them.
@@ -95,10 +98,10 @@ class NSALayerCache:
     def fill(
         self,
         rows: PrefillRows,
-        selected: tuple[Tensor, Tensor],
-        sliding: tuple[Tensor, Tensor],
-        raw: tuple[Tensor, Tensor],
-        windows: tuple[Tensor, Tensor] | None,
+        selected: Pair,
+        sliding: Pair,
+        raw: Pair,
+        windows: Pair | None,
     ) -> None:
         """Write the tokens of a pass, and the windows that they complete.
 

@@ -50,8 +50,8 @@ class NativeSparseAttention(NSAParts):
       `v_proj_sliding`; k_proj and v_proj are then the selected branch's, or the sliding one's
       where that is off.
 
-    What only a branch that is off would read is not there. Without the compressed branch nothing
-    trains the compression of keys, by which the selected one chooses.
+    What only a branch that is off would read is not there. Without the compressed branch the
+    compression of keys, by which the selected one chooses, cannot be trained: it is constant.
 
     Raises:
         InvalidInputError: parameters that do not fit each other.

@@ -95,6 +95,9 @@ class NSAOps(nn.Module):
     def add_compression(self, generator: torch.Generator | None = None, **where: Any) -> None:
         """Make the parameters of compression, as they start.
 
+        Without the compressed branch keys compress for selection alone, which has no gradient:
+        then these are constants.
+
         Args:
             where: their device and dtype; PyTorch's own by default.
         """
@@ -109,6 +112,10 @@ class NSAOps(nn.Module):
             self.intra_block_pe = nn.Parameter(torch.zeros(*shape, k_dim, **where))
         if s.embeds_values:
             self.intra_block_pe_value = nn.Parameter(torch.zeros(*shape, v_dim, **where))
+        if "compressed" not in s.on:
+            for made in (self.compress_key, self.intra_block_pe):
+                if made is not None:
+                    made.requires_grad_(False)
 
     def projections(self) -> list[nn.Linear]:
         """Those of queries, then of keys and values of each branch that has its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from nsagen.branches import BRANCHES, branches_on
@@ -61,7 +62,7 @@ class Sparsity:
         _check_kinds(self)
         _check_sizes(self)
 
-    @property
+    @cached_property
     def on(self) -> tuple[str, ...]:
         """The branches that are on, in the order of a gate's columns."""
         return branches_on(type(self).__name__, self.branches, self.window_size)

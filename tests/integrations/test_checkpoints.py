@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch
 from nsagen.errors import InvalidInputError
 from nsagen.integrations.initial import INITIAL_GATES, constant_gate
 from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
+from nsagen.workload import COMPRESS_TYPES
+from tests.model.forms import FORMS
 from tests.model.tiny import SPARSITY, dense_config, nsa_config, packed_batch
 
 ROOT = Path(__file__).parents[2]
@@ -42,9 +45,13 @@ def test_a_dense_model_comes_back_whole(tmp_path: Path, shard: int) -> None:
     assert torch.equal(again(ids, cu_seqlens), model(ids, cu_seqlens))
 
 
-@pytest.mark.parametrize("compress_type", ["avgpool", "weightedpool", "linear"])
-def test_a_sparse_model_comes_back_whole(tmp_path: Path, compress_type: str) -> None:
-    config = nsa_config(compress_type=compress_type)
+@pytest.mark.parametrize(
+    "changes",
+    [*({"compress_type": kind} for kind in COMPRESS_TYPES), *FORMS.values()],
+    ids=[*COMPRESS_TYPES, *FORMS],
+)
+def test_a_sparse_model_comes_back_whole(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = nsa_config(**changes)
     model = ToyNSALlama(config, generator=torch.Generator().manual_seed(1))
     model.save_pretrained(tmp_path)
     again = ToyNSALlama.from_pretrained(tmp_path)
@@ -66,6 +73,44 @@ def test_a_dense_checkpoint_becomes_sparse_and_starts_equal(
     sparse.save_pretrained(folder)
     again = ToyNSALlama.from_pretrained(folder)
     assert torch.equal(again(ids, cu_seqlens), sparse(ids, cu_seqlens))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"branch_kv": "separate", "gate_type": "mlp"},
+        {"compress_type": "mlp", "v_with_pe": True},
+        {"branch_kv": "separate", "compress_type": "mlp", "branches": ["compressed", "selected"]},
+        {"v_compress_type": "linear", "compress_type": "sigmoid_mul", "branch_kv": "separate"},
+    ],
+    ids=str,
+)
+def test_a_dense_checkpoint_starts_equal_in_the_papers_form(
+    folder: Path, changes: dict[str, Any]
+) -> None:
+    """Selected and sliding gates of 1/2 add up to dense attention; one alone is half of it."""
+    dense = ToyLlama.from_pretrained(folder)
+    sparse = ToyNSALlama.from_pretrained(folder, **{**SPARSITY, "window_size": 64, **changes})
+    ids, cu_seqlens = packed_batch([64, 40])
+    if "branches" in changes:
+        for layer in sparse.model.layers:
+            layer.self_attn.o_proj.weight.data *= 2
+    expected = dense(ids, cu_seqlens)
+    assert ((sparse(ids, cu_seqlens) - expected).norm() / expected.norm()).item() < 1e-5
+    sparse(ids, cu_seqlens).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in sparse.parameters())
+
+
+def test_the_default_settings_are_stored_as_ever(tmp_path: Path) -> None:
+    ToyNSALlama(nsa_config()).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert set(stored["nsa"]) == {*SPARSITY, "compress_type"}
+    assert "v_head_dim" not in stored
+    config = nsa_config(branches=("sliding",), v_head_dim=16)
+    ToyNSALlama(config).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert (stored["nsa"]["branches"], stored["nsa"]["v_head_dim"]) == (["sliding"], 16)
+    assert ToyNSALlama.from_pretrained(tmp_path).config == config
 
 
 def test_saving_fewer_files_leaves_none_of_the_old(tmp_path: Path) -> None:
@@ -159,6 +204,9 @@ def test_a_constant_gate_is_the_same_for_every_input() -> None:
     values = gate(torch.randn(5, 8)).sigmoid().unflatten(-1, (3, 3))
     assert torch.allclose(values, torch.tensor(INITIAL_GATES).expand(5, 3, 3))
     assert INITIAL_GATES[1] + INITIAL_GATES[2] == 1
+    mlp = constant_gate(8, 3, on=("compressed", "selected"), hidden=6)
+    values = mlp(torch.randn(5, 8)).sigmoid().unflatten(-1, (3, 2))
+    assert torch.allclose(values, torch.tensor(INITIAL_GATES[:2]).expand(5, 3, 2))
     with pytest.raises(InvalidInputError, match="three numbers between 0 and 1"):
         constant_gate(8, 3, (0.0, 1.0, 0.0))
 

@@ -195,6 +195,67 @@ def test_training_reaches_every_new_parameter() -> None:
         assert parameter.grad.norm() > 0
 
 
+FORMS: dict[str, dict[str, Any]] = {
+    "the paper's": {
+        "branch_kv": "separate",
+        "compress_type": "mlp",
+        "v_with_pe": True,
+        "gate_type": "mlp",
+    },
+    "gated values": {"v_compress_type": "sigmoid_mul"},
+    "no window": {"window_size": 0, "branch_kv": "separate"},
+    "compressed alone": {"branches": ("compressed",)},
+    "sliding alone": {"branches": ["sliding"]},
+}
+
+
+def trained_form(form: str) -> Any:
+    """A Qwen3, which has norms of heads, whose new parameters are not what they start as."""
+    model = sparse_model("Qwen3", **FORMS[form])
+    generator = torch.Generator().manual_seed(4)
+    new = ("gate.", "compress", "intra_block", "_sliding")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name.partition("self_attn.")[2] for part in new):
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+    return model
+
+
+@pytest.mark.parametrize("form", FORMS)
+class TestForms:
+    @torch.no_grad()
+    def test_generate_decodes_what_forward_computes(self, form: str, tmp_path: Path) -> None:
+        """With padding, over beams, and after saving and loading."""
+        model, ids = trained_form(form), tokens(2, 40)
+        generated = model.generate(ids, max_new_tokens=20, do_sample=False)
+        choices = model(generated, use_cache=False).logits.argmax(-1)
+        assert torch.equal(generated[:, 40:], choices[:, 39:-1])
+        mask = torch.ones_like(ids)
+        ids[1, :13] = mask[1, :13] = 0
+        wanted = {"attention_mask": mask, "max_new_tokens": 6, "num_beams": 2, "do_sample": False}
+        both, plain = (model.generate(ids, use_cache=use, **wanted) for use in (True, False))
+        assert torch.equal(both, plain)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(load_nsa(tmp_path)(ids).logits, model(ids).logits)
+
+    def test_training_reaches_every_new_parameter(self, form: str) -> None:
+        model, ids = trained_form(form), tokens(2, 50)
+        model(ids, labels=ids).loss.backward()
+        for name, parameter in model.model.layers[0].self_attn.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.norm() > 0, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compress_type", ["mlp", "sigmoid_mul"])
+def test_the_papers_form_starts_close(compress_type: str) -> None:
+    ids = tokens(2, 64)
+    expected = dense_model("Llama")(ids).logits
+    form = {**FORMS["the paper's"], "compress_type": compress_type}
+    assert distance(sparse_model("Llama", **form)(ids).logits, expected) < 0.01
+
+
 def test_a_swapped_model_is_saved_and_loaded(tmp_path: Path) -> None:
     model, ids = sparse_model("Qwen3", compress_type="linear"), tokens(1, 100)
     with torch.no_grad():
@@ -225,6 +286,8 @@ class TestErrors:
     def test_an_unknown_setting(self) -> None:
         with pytest.raises(InvalidInputError, match="got head_dim; correct the name"):
             apply_nsa(copy.deepcopy(dense_model("Llama")), {"head_dim": 64})
+        with pytest.raises(InvalidInputError, match=r"got v_head_dim; correct .* the model's own"):
+            apply_nsa(copy.deepcopy(dense_model("Llama")), {"v_head_dim": 16})
 
     def test_a_mask_that_is_not_padding(self) -> None:
         with pytest.raises(InvalidInputError, match=r"got \[1, 1, 8, 8\]"):

@@ -14,6 +14,7 @@ import torch
 
 from nsagen.model import InferenceConfig
 from nsagen.workload import COMPRESS_TYPES
+from tests.model.forms import FORMS
 from tests.model.tiny import nsa_model, packed_batch
 
 pytestmark = [
@@ -49,6 +50,23 @@ def test_kernels_compute_what_the_reference_does(compress_type: str) -> None:
     if compress_type == "weightedpool":
         kernels.inference_config = dataclasses.replace(limits, prefill_chunk_size=29)
         assert torch.equal(kernels.generate(*prompts, max_new_tokens=1), expected_tokens[:, :1])
+
+
+@pytest.mark.parametrize(
+    "form", ["narrow values", "no window", "sliding alone", "compressed alone", "selected alone"]
+)
+@torch.no_grad()
+def test_forms_on_kernels(form: str) -> None:
+    """Forward, prefill whole and in chunks, and steps in pages."""
+    limits = InferenceConfig(2, 32, paged=True, page_size=16, prefill_chunk_size=13)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    kernels = nsa_model(limits, torch.float32, **heads, **FORMS[form])
+    reference = nsa_model(limits, torch.float64, **heads, **FORMS[form])
+    batch = packed_batch([25, 6])
+    actual, expected = kernels(*batch), reference(*batch)
+    assert (actual - expected).norm() / expected.norm() < 3e-5
+    tokens = reference.generate(*batch, max_new_tokens=4)
+    assert torch.equal(kernels.generate(*batch, max_new_tokens=4), tokens)
 
 
 @torch.no_grad()
