@@ -24,8 +24,8 @@ from nsagen.branches import BRANCHES
 from nsagen.model.checks import require
 from nsagen.model.compression import MLPWeights
 from nsagen.model.gate import Gate, MLPGate
+from nsagen.model.heads import PROJECTIONS
 from nsagen.model.nsa import NativeSparseAttention
-from nsagen.model.nsa_ops import PROJECTIONS
 
 Gates = tuple[float, float, float]
 """Shares of the compressed, selected and sliding branch, each between 0 and 1."""

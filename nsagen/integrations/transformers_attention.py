@@ -12,7 +12,8 @@ from nsagen.errors import InvalidInputError
 from nsagen.integrations.initial import Gates, constant_gate
 from nsagen.integrations.transformers_cache import NSALayer, layer_of
 from nsagen.integrations.transformers_layout import Layouts
-from nsagen.model.nsa_ops import PROJECTIONS, NSAOps
+from nsagen.model.heads import PROJECTIONS
+from nsagen.model.nsa_ops import NSAOps
 from nsagen.model.packing import Packed
 from nsagen.model.rope import RotaryEmbedding
 from nsagen.model.sparsity import Sparsity

@@ -90,8 +90,13 @@ def holder_of(weights: Weights, **where: Any) -> Holder:
     return None if weights is None else nn.Parameter(weights.to(**where))
 
 
-def weights_of(holder: Holder, dtype: torch.dtype) -> Weights:
-    """The weights as an op takes them. Under autocast tokens have another dtype than these."""
-    if isinstance(holder, MLPWeights):
-        return holder.up.to(dtype), holder.down.to(dtype)
-    return None if holder is None else holder.to(dtype)
+def weights_of(holder: Holder) -> Weights:
+    """The weights as an op takes them."""
+    return (holder.up, holder.down) if isinstance(holder, MLPWeights) else holder
+
+
+def in_dtype(weights: Any, dtype: torch.dtype) -> Any:
+    """Weights, or none, in another dtype."""
+    if isinstance(weights, tuple):
+        return tuple(tensor.to(dtype) for tensor in weights)
+    return None if weights is None else weights.to(dtype)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from nsagen.model.heads import KV, Branches
 from nsagen.model.layer_cache import NSALayerCache
 from nsagen.model.layers import RMSNorm, project
-from nsagen.model.nsa_ops import KV, Branches
 from nsagen.model.nsa_parts import NSAParts
 from nsagen.model.packing import Packed
 from nsagen.model.prefill import PrefillRows

@@ -3,73 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nsagen import ops
-from nsagen.model.compression import Holder, Weights, holder_of, mean_weights, weights_of
+from nsagen.model.compression import (
+    Holder,
+    Weights,
+    holder_of,
+    in_dtype,
+    mean_weights,
+    weights_of,
+)
 from nsagen.model.gate import Gate, in_columns
+from nsagen.model.heads import KV, PROJECTIONS, Branches, Heads
 from nsagen.model.layer_cache import NSALayerCache
 from nsagen.model.packing import Packed
 from nsagen.model.rope import RotaryEmbedding
 from nsagen.model.sparsity import Sparsity
 from nsagen.ops.layout import positions_in_sequence
 from nsagen.ops.separate import SeparateKV
-
-Pe = Tensor | None
-
-
-class KV(NamedTuple):
-    """Keys and values of a branch."""
-
-    k: Tensor
-    v: Tensor
-
-
-@dataclass(frozen=True)
-class Heads:
-    """What the projections make of tokens, before rope.
-
-    Attributes:
-        q: [N, HQ, D].
-        compressed, selected, sliding: [N, HK, D] and [N, HK, Dv]; branches that share their keys
-            and values have the same object.
-    """
-
-    q: Tensor
-    compressed: KV
-    selected: KV
-    sliding: KV
-
-
-@dataclass(frozen=True)
-class Branches:
-    """What the branches read; queries and keys are after rope.
-
-    Attributes:
-        windows: compressed keys and values; None where nothing reads them.
-        q_start, cu_seqlens_k: given where sequences have more keys than queries.
-    """
-
-    q: Tensor
-    windows: KV | None
-    selected: KV
-    sliding: KV
-    cu_seqlens: Tensor
-    window_cu_seqlens: Tensor
-    q_start: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-
-
-PROJECTIONS = {
-    "selected": ("k_proj", "v_proj"),
-    "compressed": ("k_proj_compressed", "v_proj_compressed"),
-    "sliding": ("k_proj_sliding", "v_proj_sliding"),
-}
-"""The key and value projections of the branches that have their own; see `Sparsity.kv_branches`."""
 
 
 class NSAOps(nn.Module):
@@ -84,6 +39,8 @@ class NSAOps(nn.Module):
     dispatcher: Any
     rotary_emb: RotaryEmbedding
     q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
     q_norm: nn.Module | None
     k_norm: nn.Module | None
     gate: Gate
@@ -119,8 +76,10 @@ class NSAOps(nn.Module):
 
     def projections(self) -> list[nn.Linear]:
         """Those of queries, then of keys and values of each branch that has its own."""
-        names = [n for branch in self.sparsity.kv_branches for n in PROJECTIONS[branch]]
-        return [self.q_proj, *(getattr(self, name) for name in names)]
+        layers = [self.q_proj, self.k_proj, self.v_proj]
+        for branch in self.sparsity.kv_branches[1:]:
+            layers += [getattr(self, name) for name in PROJECTIONS[branch]]
+        return layers
 
     def heads(self, x: Tensor) -> Heads:
         """Queries, keys and values of tokens [N, hidden_size]."""
@@ -129,14 +88,19 @@ class NSAOps(nn.Module):
     def split(self, projected: Sequence[Tensor]) -> Heads:
         """The heads in what each of `projections` made."""
         q, *rest = projected
-        q = q.unflatten(-1, (self.num_q_heads, -1))
-        rows = [t.unflatten(-1, (self.num_kv_heads, -1)) for t in rest]
-        keys, values = rows[::2], rows[1::2]
-        if self.q_norm is not None and self.k_norm is not None:
-            q, keys = self.q_norm(q), [self.k_norm(k) for k in keys]
-        own = dict(zip(self.sparsity.kv_branches, map(KV, keys, values), strict=True))
-        selected = own["selected"]
-        return Heads(q, own.get("compressed", selected), selected, own.get("sliding", selected))
+        q, rows = q.unflatten(-1, (self.num_q_heads, -1)), (self.num_kv_heads, -1)
+        pairs = [
+            KV(self._key(k.unflatten(-1, rows)), v.unflatten(-1, rows))
+            for k, v in zip(rest[::2], rest[1::2], strict=True)
+        ]
+        q = q if self.q_norm is None else self.q_norm(q)
+        if len(pairs) == 1:
+            return Heads(q, pairs[0], pairs[0], pairs[0])
+        selected, compressed, *own = pairs
+        return Heads(q, compressed, selected, own[0] if own else selected)
+
+    def _key(self, k: Tensor) -> Tensor:
+        return k if self.k_norm is None else self.k_norm(k)
 
     def gates(self, x: Tensor) -> Tensor:
         """[N, HQ, 3]: compressed, selected, sliding; 0 where a branch is off."""
@@ -161,20 +125,17 @@ class NSAOps(nn.Module):
     def compress(self, tokens: KV, cu_seqlens: Tensor) -> tuple[KV, Tensor]:
         """Windows of keys and values before rope, and where each sequence's start."""
         (k, v), s = tokens, self.sparsity
-        w_k, w_v, pe, pe_v = self._compression(k.dtype)
-        sizes = {"dispatcher": self.dispatcher, **s.window_sizes()}
+        # Under autocast the tokens have another dtype than the parameters.
+        w_k, w_v, pe, pe_v = (in_dtype(weights, k.dtype) for weights in self._compression())
+        sizes = {"dispatcher": self.dispatcher, **s.window_sizes}
         ck, ends = ops.compress(k, w_k, pe, cu_seqlens, compress_type=s.key_type, **sizes)
         cv, _ = ops.compress(v, w_v, pe_v, cu_seqlens, compress_type=s.value_type, **sizes)
         return KV(ck, cv), ends
 
-    def _compression(self, dtype: torch.dtype) -> tuple[Weights, Weights, Pe, Pe]:
-        """Weights and position embeddings of keys and of values, in the tokens' dtype."""
-        pe, pe_v = (
-            t if t is None else t.to(dtype)
-            for t in (self.intra_block_pe, self.intra_block_pe_value)
-        )
-        w_k, w_v = (weights_of(w, dtype) for w in (self.compress_key, self.compress_value))
-        return w_k, w_v, pe, pe_v
+    def _compression(self) -> tuple[Weights, Weights, Tensor | None, Tensor | None]:
+        """Weights and position embeddings of keys and of values."""
+        w_k, w_v = weights_of(self.compress_key), weights_of(self.compress_value)
+        return w_k, w_v, self.intra_block_pe, self.intra_block_pe_value
 
     def branches(self, heads: Heads, packed: Packed) -> Branches:
         """What the branches read of whole sequences."""
@@ -193,7 +154,7 @@ class NSAOps(nn.Module):
             *(b.q, b.windows, b.selected, b.sliding, gate),
             cu_seqlens=b.cu_seqlens,
             window_cu_seqlens=b.window_cu_seqlens,
-            **s.selection_sizes(),
+            **s.selection_sizes,
             window_size=s.window_size,
             branches=s.on,
             softmax_scale=self.softmax_scale,
@@ -209,7 +170,7 @@ class NSAOps(nn.Module):
         """Append one token of each sequence to the cache and attend with it: [R, HQ * Dv]."""
         rows, s = (positions, slots), self.sparsity
         common = {"block_table": cache.block_table, "dispatcher": self.dispatcher}
-        w_k, w_v, pe, pe_v = self._compression(heads.q.dtype)
+        w_k, w_v, pe, pe_v = self._compression()
         q = ops.cache_append(
             *(heads.q, heads.selected.k, heads.selected.v),
             *(self.rotary_emb.cos, self.rotary_emb.sin),
@@ -220,13 +181,13 @@ class NSAOps(nn.Module):
             v_compress_type=s.value_type,
             pe_v=pe_v,
             separate=_separate(heads, cache),
-            **s.window_sizes(),
+            **s.window_sizes,
             **common,
         )
         common["softmax_scale"] = self.softmax_scale
         if s.needs_windows:
             o_compressed, topk_idx = ops.compressed_attention_decode(
-                *(q, cache.ck, cache.cv), *rows, **s.selection_sizes(), **common
+                *(q, cache.ck, cache.cv), *rows, **s.selection_sizes, **common
             )
         else:  # neither is read
             o_compressed = q.new_zeros(*q.shape[:2], cache.v.shape[-1])

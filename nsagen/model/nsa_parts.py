@@ -10,8 +10,9 @@ from torch import Tensor
 from nsagen.branches import BRANCHES
 from nsagen.model.checks import require
 from nsagen.model.gate import after_first_layer, first_layer, new_gate
+from nsagen.model.heads import PROJECTIONS, Heads
 from nsagen.model.layers import RMSNorm, joined_weight, linear, project
-from nsagen.model.nsa_ops import PROJECTIONS, Heads, NSAOps
+from nsagen.model.nsa_ops import NSAOps
 from nsagen.model.rope import RopeConfig, RotaryEmbedding
 from nsagen.model.sparsity import Sparsity
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -61,35 +62,38 @@ class Sparsity:
             object.__setattr__(self, "branches", tuple(self.branches))
         _check_kinds(self)
         _check_sizes(self)
+        for name, derived in vars(Sparsity).items():
+            if isinstance(derived, cached_property):
+                getattr(self, name)  # now, for code that torch.compile traces may set nothing
 
     @cached_property
     def on(self) -> tuple[str, ...]:
         """The branches that are on, in the order of a gate's columns."""
         return branches_on(type(self).__name__, self.branches, self.window_size)
 
-    @property
+    @cached_property
     def needs_windows(self) -> bool:
         """Whether anything reads compressed keys: attention, or selection, which ranks by them."""
         return "compressed" in self.on or "selected" in self.on
 
-    @property
+    @cached_property
     def key_type(self) -> str:
         """How keys compress; the cheapest way where nothing reads them."""
         return self.compress_type if self.needs_windows else "avgpool"
 
-    @property
+    @cached_property
     def value_type(self) -> str:
         """How values compress; the cheapest way where nothing reads them."""
         if "compressed" not in self.on:
             return "avgpool"
         return self.v_compress_type or self.compress_type
 
-    @property
+    @cached_property
     def embeds_values(self) -> bool:
         """Whether compression adds a position embedding to values."""
         return self.v_with_pe and "compressed" in self.on
 
-    @property
+    @cached_property
     def kv_branches(self) -> tuple[str, ...]:
         """The branches with key and value projections. Those of the selected branch serve all that
         have none: every one if shared, and the sliding one where the selected is off."""
@@ -106,14 +110,16 @@ class Sparsity:
         """Hidden units of the gate; None for a linear one."""
         return None if self.gate_type == "linear" else self.gate_hidden or head_dim
 
-    def window_sizes(self) -> dict[str, Any]:
+    @cached_property
+    def window_sizes(self) -> Mapping[str, Any]:
         """What the ops on compression windows take."""
         return {"kernel_size": self.kernel_size, "kernel_stride": self.kernel_stride}
 
-    def selection_sizes(self) -> dict[str, Any]:
+    @cached_property
+    def selection_sizes(self) -> Mapping[str, Any]:
         """What the ops that select blocks take."""
         names = ("block_size", "topk", "init_blocks", "local_blocks")
-        return {**self.window_sizes(), **{name: getattr(self, name) for name in names}}
+        return {**self.window_sizes, **{name: getattr(self, name) for name in names}}
 
     def settings(self) -> dict[str, Any]:
         """The fields above alone, of this or a class that adds its own."""
