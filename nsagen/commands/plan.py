@@ -85,8 +85,8 @@ def plan(
 
 def _configs(spec: Spec, folder: Path | None) -> Iterator[tuple[str, ToyLlamaConfig]]:
     """A model for each shape that differs in what memory and time depend on, and dense ones."""
-    from nsagen.integrations.checkpoint_config import SPARSITY
     from nsagen.model import ToyLlamaConfig, ToyNSALlamaConfig
+    from nsagen.model.sparsity import settings_of
 
     shapes = spec.shapes
     seen: set[tuple[Any, ...]] = set()
@@ -96,10 +96,12 @@ def _configs(spec: Spec, folder: Path | None) -> Iterator[tuple[str, ToyLlamaCon
         if model is None:
             continue
         for shape in like:
-            known = [name for name in SPARSITY if hasattr(shape, name)]
-            settings: dict[str, Any] = {name: getattr(shape, name) for name in known}
-            settings["branches"] = spec.branches
-            key = (ratio, *(v for n, v in settings.items() if n != "compress_type"))
+            settings = {
+                **settings_of(shape),
+                "branches": spec.branches,
+                "v_head_dim": shape.v_head_dim,
+            }
+            key = (ratio, *(v for n, v in settings.items() if not n.endswith("compress_type")))
             if key not in seen:
                 seen.add(key)
                 yield (

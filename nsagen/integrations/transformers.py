@@ -40,7 +40,7 @@ from nsagen.integrations.transformers_attention import TransformersNSA
 from nsagen.integrations.transformers_layout import Layouts
 from nsagen.model.checks import require
 from nsagen.model.rope import RopeConfig, RotaryEmbedding
-from nsagen.model.sparsity import SETTINGS, Sparsity, stored_settings
+from nsagen.model.sparsity import SETTINGS, Sparsity, settings_of, stored_settings
 
 __all__ = ["INITIAL_GATES", "apply_nsa", "load_nsa"]
 
@@ -158,7 +158,7 @@ def _sparsity(attention: Any) -> Sparsity:
     if attention is None or isinstance(attention, Mapping):
         given = dict(attention or {})
     else:
-        given = {name: getattr(attention, name) for name in SETTINGS if hasattr(attention, name)}
+        given = settings_of(attention)
     unknown = sorted(set(given) - set(SETTINGS))
     require(
         not unknown,

@@ -130,6 +130,15 @@ SETTINGS = tuple(field.name for field in fields(Sparsity))
 """The names of what makes attention sparse."""
 
 
+def settings_of(source: Any) -> dict[str, Any]:
+    """The settings that an object has as attributes: a `Sparsity`, or an `AttentionShape` of a
+    spec, whose kernels have an embedding of values `with_v_pe` and no MLP of size 0."""
+    given = {name: getattr(source, name) for name in SETTINGS if hasattr(source, name)}
+    if hasattr(source, "with_v_pe"):
+        given["v_with_pe"] = source.with_v_pe
+    return {n: v for n, v in given.items() if (n, v) != ("mlp_hidden", 0)}
+
+
 def stored_settings(sparsity: Sparsity) -> dict[str, Any]:
     """`settings` as a checkpoint's config.json has them: those of the paper's own form, from
     `branches` on, only where they are not the default."""
