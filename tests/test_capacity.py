@@ -16,19 +16,14 @@ from nsagen.capacity import GPUS, Load, Split
 from nsagen.cli import main
 from nsagen.errors import InvalidInputError
 from nsagen.model import InferenceConfig, ToyLlama, ToyLlamaConfig, ToyNSALlama, ToyNSALlamaConfig
-from nsagen.workload import COMPRESS_TYPES
-from tests.model.forms import FORMS
+from tests.model.forms import EVERY
 from tests.model.tiny import dense_config, nsa_config
 
 H200 = GPUS["h200"]
 ONE = Split(1, 1)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [*({"compress_type": kind} for kind in COMPRESS_TYPES), *FORMS.values()],
-    ids=[*COMPRESS_TYPES, *FORMS],
-)
+@pytest.mark.parametrize("changes", EVERY.values(), ids=EVERY)
 def test_weights_and_cache_are_those_of_the_model(changes: dict[str, Any]) -> None:
     config = nsa_config(**changes, num_hidden_layers=3)
     model = ToyNSALlama(config, InferenceConfig(3, 100)).to(torch.bfloat16)

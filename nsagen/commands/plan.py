@@ -108,7 +108,8 @@ def _configs(spec: Spec, folder: Path | None) -> Iterator[tuple[str, ToyLlamaCon
                     f"NSA, gqa_ratio {ratio}, topk {shape.topk}",
                     ToyNSALlamaConfig(**model, **settings),
                 )
-        yield f"dense, gqa_ratio {ratio}", ToyLlamaConfig(**model)
+        sizes = "" if like[0].v_head_dim == like[0].head_dim else f", head_dim {like[0].head_dim}"
+        yield f"dense, gqa_ratio {ratio}{sizes}", ToyLlamaConfig(**model)
     if not seen:
         ratios = ", ".join(str(r) for r in dict.fromkeys(shape.gqa_ratio for shape in shapes))
         raise InvalidInputError(

@@ -14,8 +14,7 @@ import torch
 from nsagen.errors import InvalidInputError
 from nsagen.integrations.initial import INITIAL_GATES, constant_gate
 from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
-from nsagen.workload import COMPRESS_TYPES
-from tests.model.forms import FORMS
+from tests.model.forms import EVERY
 from tests.model.tiny import SPARSITY, dense_config, nsa_config, packed_batch
 
 ROOT = Path(__file__).parents[2]
@@ -45,11 +44,7 @@ def test_a_dense_model_comes_back_whole(tmp_path: Path, shard: int) -> None:
     assert torch.equal(again(ids, cu_seqlens), model(ids, cu_seqlens))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [*({"compress_type": kind} for kind in COMPRESS_TYPES), *FORMS.values()],
-    ids=[*COMPRESS_TYPES, *FORMS],
-)
+@pytest.mark.parametrize("changes", EVERY.values(), ids=EVERY)
 def test_a_sparse_model_comes_back_whole(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = nsa_config(**changes)
     model = ToyNSALlama(config, generator=torch.Generator().manual_seed(1))

@@ -11,6 +11,7 @@ from nsagen.model import NativeSparseAttention
 from nsagen.model.compression import weights_of
 from nsagen.ops import reference
 from nsagen.ops.layout import positions_in_sequence
+from nsagen.workload import COMPRESS_TYPES
 
 PAPER: dict[str, Any] = {
     "branch_kv": "separate",
@@ -37,6 +38,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "sliding alone": {"branches": ("sliding",), "v_head_dim": 16},
     "no compressed branch": {"branches": ("selected", "sliding"), "v_compress_type": "mlp"},
 }
+
+
+EVERY: dict[str, dict[str, Any]] = {
+    **{kind: {"compress_type": kind} for kind in COMPRESS_TYPES},
+    **FORMS,
+}
+"""These, and each way to compress in the default form."""
 
 
 def expected_attention(module: NativeSparseAttention, x: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nsagen.model import InferenceConfig, SamplingConfig, ToyLlama, ToyNSALlama
 from nsagen.model.step import DecodeStep, Row
-from nsagen.workload import COMPRESS_TYPES
+from tests.model.forms import EVERY
 from tests.model.tiny import dense_config, nsa_model, packed_batch
 
 pytestmark = pytest.mark.gpu
@@ -68,9 +68,9 @@ def check_choices(model: ToyNSALlama, lengths: list[int], tokens: Tensor) -> Non
         assert worst <= 0.02, f"prompt of {length}: {worst:.3f} of a deviation below the best"
 
 
-@pytest.mark.parametrize("compress_type", COMPRESS_TYPES)
-def test_kernels_choose_the_references_tokens(compress_type: str) -> None:
-    model = small(compress_type=compress_type)
+@pytest.mark.parametrize("form", EVERY)
+def test_kernels_choose_the_references_tokens(form: str) -> None:
+    model = small(**EVERY[form])
     for changes in WAYS.values():
         model.inference_config = dataclasses.replace(LIMITS, **changes)
         check_choices(model, LENGTHS, model.generate(*on_gpu(LENGTHS)))

@@ -16,6 +16,7 @@ from nsagen.model import ToyNSALlama
 from nsagen.model.packing import Packed
 from nsagen.resources import templates_dir
 from nsagen.workload import COMPRESS_TYPES, STATIC_PARAMS
+from tests.model.forms import EVERY
 from tests.model.tiny import nsa_model, packed_batch
 from tests.support import kernel_device, kernel_dtypes
 
@@ -123,21 +124,25 @@ def _own_kernel_cache(
 @pytest.mark.skipif(bool(MISSING), reason=f"no templates yet for {', '.join(MISSING)}")
 @pytest.mark.usefixtures("_own_kernel_cache")
 @pytest.mark.parametrize(
-    ("compress_type", "dtype"),
+    ("form", "dtype"),
     [
         ("linear", "float32"),
         ("weightedpool", kernel_dtypes()[-1]),
+        ("the paper's", "float32"),
         pytest.param("avgpool", "float32", marks=pytest.mark.slow),
         pytest.param("weightedpool", "float32", marks=pytest.mark.slow),
+        pytest.param("gated values", "float32", marks=pytest.mark.slow),
+        pytest.param("no window", "float32", marks=pytest.mark.slow),
         pytest.param("avgpool", "float16", marks=pytest.mark.slow),
+        pytest.param("the paper's", kernel_dtypes()[-1], marks=pytest.mark.slow),
     ],
 )
-def test_kernels_give_the_references_gradients(compress_type: str, dtype: str) -> None:
+def test_kernels_give_the_references_gradients(form: str, dtype: str) -> None:
     """One sequence has more blocks than topk where rounding is too small to move a choice."""
     lengths = [5, 0, 66] if dtype == "float32" else [5, 0, 41]
     device = kernel_device()
-    kernels = one_layer(getattr(torch, dtype), compress_type=compress_type).to(device)
-    reference = one_layer(compress_type=compress_type)  # float64 has no kernels
+    kernels = one_layer(getattr(torch, dtype), **EVERY[form]).to(device)
+    reference = one_layer(**EVERY[form])  # float64 has no kernels
     with torch.no_grad():  # from the same, rounded weights
         for ours, theirs in zip(kernels.parameters(), reference.parameters(), strict=True):
             theirs.copy_(ours)
