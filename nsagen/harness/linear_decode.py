@@ -8,14 +8,11 @@ from nsagen.harness.base import Case, Cost, Sizes, poisoned
 from nsagen.ops import reference
 from nsagen.workload import Workload
 
-EPS = 1e-5
-
-
 def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
-    """A gated layer behind a norm, as in a model whose width is 128 * kv_heads."""
+    """A gated layer, as in a model whose width is 128 * kv_heads."""
     width = 128 * sizes.kv_heads
     shape = (len(sizes.seqlens), width, 4 * width)
-    return linear_case(workload, *shape, device, seed, norm=True, swiglu=True)
+    return linear_case(workload, *shape, device, seed, swiglu=True)
 
 
 def linear_case(
@@ -26,7 +23,6 @@ def linear_case(
     device: torch.device | str,
     seed: int = 0,
     *,
-    norm: bool = False,
     residual: bool = False,
     swiglu: bool = False,
     sigmoid_from: int | None = None,
@@ -44,30 +40,25 @@ def linear_case(
         normal(rows, in_features),
         normal(out_features, in_features, scale=in_features**-0.5),
     )
-    norm_weight = normal(in_features) if norm else None
     added = normal(rows, outputs) if residual else None
     y = poisoned((rows, outputs), dtype, device)
 
     def expected() -> dict[str, torch.Tensor]:
-        norm_wide, added_wide = (None if t is None else t.double() for t in (norm_weight, added))
         result = reference.linear_decode(
             x.double(),
             weight.double(),
-            norm_weight=norm_wide,
-            eps=EPS,
-            residual=added_wide,
+            residual=None if added is None else added.double(),
             swiglu=swiglu,
             sigmoid_from=sigmoid_from,
         )
         return {"y": result}
 
-    optional = sum(t.nbytes for t in (norm_weight, added) if t is not None)
     return Case(
-        args=(x, weight, norm_weight, added, y, EPS, swiglu, sigmoid_from),
+        args=(x, weight, added, y, swiglu, sigmoid_from),
         outputs={"y": y},
         expected=expected,
         cost=Cost(
             flops=2.0 * rows * in_features * out_features,
-            bytes=x.nbytes + weight.nbytes + y.nbytes + optional,
+            bytes=x.nbytes + weight.nbytes + y.nbytes + (0 if added is None else added.nbytes),
         ),
     )

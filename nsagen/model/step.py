@@ -97,6 +97,7 @@ class DecodeStep:
             return self.compute(count, sampled)
         if self._addresses != self._current_addresses():
             self._graphs.clear()
+            self._pool = None  # the allocator gives a pool up with the last graph that used it
         if (count, sampled) not in self._graphs:
             self._graphs[count, sampled] = self._capture(count, sampled)
             self._addresses = self._current_addresses()

@@ -1,7 +1,8 @@
-"""Decoding: a linear layer of few rows, with the norm before it and what follows, in one launch.
+"""Decoding: a linear layer of few rows, and what follows it in the same launch.
 
-At few rows a layer takes as long as reading its weights; every launch beside it, of a norm, an
-activation or a sum, would take about as long as a hundredth of the whole step.
+At few rows a layer takes as long as reading its weights; every launch beside it, of an activation
+or a sum, would take about as long as a hundredth of a layer. A norm before it is a launch of its
+own all the same: each program would have to square and scale all of x, which took longer.
 """
 
 from __future__ import annotations
@@ -81,11 +82,10 @@ def _linear_decode(
     if x.shape[0] > LINEAR_DECODE_ROWS:
         rule = f"a kernel takes at most {LINEAR_DECODE_ROWS} rows"
         fail(_OP, rule, x.shape[0], "use torch.nn.functional.linear, which is made for more")
-    if norm_weight is not None and x.dtype == torch.float16:
-        # The kernel multiplies by the norm's weight before it divides, which float16 may not hold.
-        x, norm_weight = functional.rms_norm(x, x.shape[1:], norm_weight, eps), None
+    if norm_weight is not None:
+        x = functional.rms_norm(x, x.shape[1:], norm_weight, eps)
     y = _allocate(x, weight, swiglu)
-    args = (x, weight, norm_weight, residual, y, eps, swiglu, sigmoid_from)
+    args = (x, weight, residual, y, swiglu, sigmoid_from)
     launch(dispatcher, "linear", "decode", (), args)
     return y
 

@@ -12,6 +12,8 @@ from nsagen.workload import Param, Schedule, Workload
 _PROGRAMS = (132, 216, 264, 324, 396, 444, 528, 1056, 2112)
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _MAX_WINDOWS = 256
+_SCORES_A_THREAD = 8
+"""Of a head and block: few enough that the code is short, as it runs once and must be fetched."""
 
 
 def _step_pad(workload: Workload) -> int:
@@ -23,19 +25,23 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     step = workload.block_size // workload.kernel_stride
     width = workload.kernel_size // workload.kernel_stride
     block_d, block_dv = next_power_of_2(workload.head_dim), next_power_of_2(workload.v_head_dim)
+    heads_pad = next_power_of_2(workload.gqa_ratio)
+    scores_at_once = 32 * schedule.combine_warps * _SCORES_A_THREAD
     return {
         "block_d": block_d,
         "block_dv": block_dv,
         "pad_d": block_d != workload.head_dim,
         "pad_dv": block_dv != workload.v_head_dim,
         "group_pad": max(16, next_power_of_2(workload.gqa_ratio)),
-        "heads_pad": next_power_of_2(workload.gqa_ratio),
+        "heads_pad": heads_pad,
         "topk_pad": next_power_of_2(workload.topk),
         "step": step,
         "step_pad": _step_pad(workload),
         "width": width,
         # The last window of a block starts at unit step - 1 and covers `width` units.
         "spill": (step + width - 2) // step,
+        "scored": max(16, scores_at_once // heads_pad),
+        "scores_at_once": scores_at_once,
         "dot_precision": ', input_precision="ieee"' if workload.dtype == "float32" else "",
     }
 

@@ -99,6 +99,15 @@ def test_any_number_of_splits_gives_the_same(programs: int, block_n: int) -> Non
     check(workload(), (599,), capacity=600, kv_heads=1, programs=programs, block_n=block_n)
 
 
+def test_several_programs_score_and_the_last_selects() -> None:
+    """8 programs a group; also for rows that a single one of them could score, and idle ones."""
+    work = workload(gqa_ratio=16)
+    case = make_case(work, Sizes((1279, 5, 700, -1, 260), capacity=1280), kernel_device())
+    module = load_kernel(work, schedule(work, combine_warps=1))
+    for _ in range(3):  # a launch leaves nothing behind that the next one trips over
+        check_case(module, case)
+
+
 @pytest.mark.parametrize(("page_size", "block_n"), [(16, 64), (48, 16), (320, 64)])
 def test_pages(page_size: int, block_n: int) -> None:
     """Tiles that lie in several pages, and several tiles in one."""
