@@ -66,8 +66,8 @@ class AttentionCaches:
         self.q, self.k, self.v = (normal(batch, n, dim) for n in (heads, kv_heads, kv_heads))
         self.gate = normal(batch, heads, 3).sigmoid()
         self.cos, self.sin = (table.to(device)[:context] for table in rope_tables(config.rope))
-        self.weight = torch.full((kv_heads, config.kernel_size), 1 / config.kernel_size)
-        self.weight = self.weight.to(device, dtype)
+        mean = torch.full((2, kv_heads, config.kernel_size), 1 / config.kernel_size)
+        self.w_k, self.w_v = mean.to(device, dtype).unbind()
         self.positions = torch.full((batch,), context - 1, dtype=torch.int32, device=device)
         self.slots = torch.arange(batch, dtype=torch.int32, device=device)
         self.cache = NSACache(config, InferenceConfig(batch, context), device, dtype)[0]
@@ -113,7 +113,7 @@ class AttentionCaches:
         config, cache = self.config, self.cache
         return ops.cache_append(
             *(self.q, self.k, self.v, self.cos, self.sin),
-            *(self.weight, self.weight, None),
+            *(self.w_k, self.w_v, None),
             *(self.positions, self.slots),
             *(cache.k, cache.v, cache.ck, cache.cv, cache.k_raw),
             compress_type="weightedpool",

@@ -8,6 +8,7 @@ from nsagen.harness.base import Case, Cost, Sizes, poisoned
 from nsagen.ops import reference
 from nsagen.workload import Workload
 
+
 def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
     """A gated layer, as in a model whose width is 128 * kv_heads."""
     width = 128 * sizes.kv_heads

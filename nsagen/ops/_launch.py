@@ -31,7 +31,10 @@ def key_of(dispatcher: Dispatcher | None) -> str:
 def scale_of(softmax_scale: float | None, q: Tensor) -> float:
     """The given softmax scale, or 1/sqrt(head_dim)."""
     if softmax_scale is None:
-        return q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 1.0  # such a q is refused later
+        try:
+            return q.size(-1) ** -0.5
+        except (IndexError, ZeroDivisionError):
+            return 1.0  # such a q is refused later
     if not 0.0 < softmax_scale < math.inf:
         raise InvalidInputError(
             "softmax_scale: must be positive and finite; "

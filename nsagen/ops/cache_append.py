@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._cache_checks import CACHES, check, check_separate, hidden_size
-from nsagen.ops._calls import KnownCalls, signature
+from nsagen.ops._calls import KnownCalls
 from nsagen.ops._define import define_op
-from nsagen.ops._launch import find_kernel, key_of, on_kernels, run_kernel
+from nsagen.ops._launch import find_kernel, key_of, on_kernels
 from nsagen.ops._pages import capacity_of
 from nsagen.ops.reference.compress import Weight, tensors_of
 from nsagen.ops.separate import SeparateKV
@@ -79,22 +82,25 @@ def cache_append(
     w_k, *w_k2 = tensors_of(w_k) or (None,)
     w_v, *w_v2 = tensors_of(w_v) or (None,)
     key = key_of(dispatcher)
-    more = {}
-    if v_compress_type not in (None, compress_type):
-        more["v_compress_type"] = v_compress_type
-    if pe_v is not None:
-        more["pe_v"] = pe_v
-    if separate is not None:
-        more |= vars(separate)
-    for name, tensors in (("w_k2", w_k2), ("w_v2", w_v2)):
-        if tensors:
-            (more[name],) = tensors
-    return cache_append_decode(
+    usual = (
         *(q, k, v, cos, sin, w_k, w_v, pe, positions, slots),
         *(k_cache, v_cache, ck_cache, cv_cache, k_raw),
         *(compress_type, kernel_size, kernel_stride, key, block_table),
-        **more,
     )
+    own_type = v_compress_type if v_compress_type not in (None, compress_type) else ""
+    if separate is None and pe_v is None and not (own_type or w_k2 or w_v2):
+        return cache_append_decode(*usual)
+    own = (None,) * len(_OWN) if separate is None else [vars(separate)[name] for name in _OWN]
+    return cache_append_decode(
+        *usual, own_type, *(w_k2 or (None,)), *(w_v2 or (None,)), pe_v, *own
+    )
+
+
+_OWN = (
+    *("k_compress", "v_compress", "k_window", "v_window"),
+    *("v_raw", "k_window_cache", "v_window_cache"),
+)
+"""Of a `SeparateKV`, in the op's order."""
 
 
 def _cache_append_decode(
@@ -134,47 +140,31 @@ def _cache_append_decode(
     caches = (k_cache, v_cache, ck_cache, cv_cache, k_raw)
     inputs = (q, k, v, cos, sin, w_k, w_v, pe, positions, slots, *caches)
     own = (k_compress, v_compress, k_window, v_window, v_raw, k_window_cache, v_window_cache)
-    more = (w_k2, w_v2, pe_v, *own)
-    call = signature(
-        [x for x in (*inputs, block_table, *more) if x is not None],
-        *(w_k is None, w_v is None, pe is None, compress_type),
-        *(kernel_size, kernel_stride, dispatcher),
-        *(v_compress_type, *(x is None for x in more)),
-    )
-    kernel = _CALLS.get(call) if on_kernels(q) else None
-    if kernel is None:
-        weights = (_weight(w_k, w_k2), _weight(w_v, w_v2))
-        inputs = (*inputs[:5], *weights, *inputs[7:])
-        types = (compress_type, v_compress_type or compress_type)
-        check(inputs, types, kernel_size, kernel_stride, block_table, pe_v)
-        separate = check_separate(own, k, v, caches, kernel_size)
-        if not on_kernels(q):
-            return reference.cache_append(
-                *inputs,
-                compress_type=compress_type,
-                v_compress_type=v_compress_type,
-                kernel_size=kernel_size,
-                kernel_stride=kernel_stride,
-                pe_v=pe_v,
-                block_table=block_table,
-                separate=separate,
-            )
-        dims = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1])
-        values = (compress_type, *dims, kernel_size, kernel_stride, pe is not None)
-        optional = (
-            types[1],
-            hidden_size(*weights),
-            pe_v is not None,
-            BRANCH_KV[k_window is not None],
+    weights = (_weight(w_k, w_k2), _weight(w_v, w_v2))
+    joined = (*inputs[:5], *weights, *inputs[7:])
+    types = (compress_type, v_compress_type or compress_type)
+    check(joined, types, kernel_size, kernel_stride, block_table, pe_v)
+    separate = check_separate(own, k, v, caches, kernel_size)
+    if not on_kernels(q):
+        return reference.cache_append(
+            *joined,
+            compress_type=compress_type,
+            v_compress_type=v_compress_type,
+            kernel_size=kernel_size,
+            kernel_stride=kernel_stride,
+            pe_v=pe_v,
+            block_table=block_table,
+            separate=separate,
         )
-        context = capacity_of(k_cache, block_table)
-        kernel = _CALLS.add(
-            call, find_kernel(dispatcher, _OP, "decode", (*values, *optional), q, context)
-        )
-    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    args = (q, k, v, cos, sin, w_k, w_v, pe, positions, slots, *caches, q_out, block_table)
-    run_kernel(kernel, q, args if all(x is None for x in more) else (*args, *more))
-    return q_out
+    dims = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1])
+    values = (compress_type, *dims, kernel_size, kernel_stride, pe is not None)
+    separated = BRANCH_KV[k_window is not None]
+    optional = (types[1], hidden_size(*weights), pe_v is not None, separated)
+    context = capacity_of(k_cache, block_table)
+    kernel = find_kernel(dispatcher, _OP, "decode", (*values, *optional), q, context)
+    statics = (compress_type, kernel_size, kernel_stride, dispatcher)
+    args = (*inputs, *statics, block_table, v_compress_type, w_k2, w_v2, pe_v, *own)
+    return _CALLS.learn(args, kernel).run(args)
 
 
 def _weight(first: Tensor | None, second: Tensor | None) -> Weight:
@@ -182,7 +172,16 @@ def _weight(first: Tensor | None, second: Tensor | None) -> Weight:
     return first if first is None or second is None else (first, second)
 
 
-_CALLS = KnownCalls()
+def _allocate(args: tuple[Any, ...]) -> tuple[Tensor]:
+    return (torch.empty_like(args[0], memory_format=torch.contiguous_format),)
+
+
+def _to_launch(args: tuple[Any, ...], outputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    more = args[21:]
+    return *args[:15], *outputs, args[19], *(() if more.count(None) == len(more) else more)
+
+
+_CALLS = KnownCalls((*range(15), 19, *range(21, 31)), 31, _allocate, _to_launch)
 
 
 def _fake(
@@ -221,4 +220,6 @@ def _fake(
     return q.new_empty(q.shape)
 
 
-cache_append_decode = define_op("cache_append_decode", _cache_append_decode, _fake, _WRITTEN)
+cache_append_decode = define_op(
+    "cache_append_decode", _cache_append_decode, _fake, _CALLS, _WRITTEN
+)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._calls import KnownCalls, signature
+from nsagen.ops._calls import KnownCalls
 from nsagen.ops._checks import (
     check_indices,
     check_keys,
@@ -17,7 +18,7 @@ from nsagen.ops._checks import (
     shapes,
 )
 from nsagen.ops._define import define_op
-from nsagen.ops._launch import find_kernel, key_of, on_kernels, run_kernel, scale_of
+from nsagen.ops._launch import find_kernel, key_of, on_kernels, scale_of
 from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
 from nsagen.ops.reference.block_selection import BlockRule
 from nsagen.runtime import Dispatcher
@@ -89,32 +90,33 @@ def _compressed_attention_decode(
     """(o [R, HQ, Dv], topk_idx int32 [HK, R, topk])."""
     inputs = (q, ck_cache, cv_cache, positions, slots)
     statics = (kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
-    tensors = [*inputs] if block_table is None else [*inputs, block_table]
-    call = signature(tensors, *statics, dispatcher)
-    kernel = _CALLS.get(call) if on_kernels(q) else None
-    if kernel is None:
-        check_cached(_OP, *inputs, block_table, kind="c")
-        rule = BlockRule(*statics)
-        if block_table is not None:
-            page_size = ck_cache.shape[1] * kernel_stride
-            check_page_size(_OP, page_size, "block_size", block_size)
-        tokens = capacity_of(ck_cache, block_table) * kernel_stride + kernel_size - 1
-        check_places(_OP, positions, slots, tokens, ck_cache, block_table)
-        if not on_kernels(q):
-            return reference.compressed_attention_decode(
-                *inputs, **asdict(rule), softmax_scale=softmax_scale, block_table=block_table
-            )
-        dims = (q.shape[2], cv_cache.shape[3], q.shape[1] // ck_cache.shape[2])
-        context = capacity_of(ck_cache, block_table) * kernel_stride
-        context += 0 if block_table is not None else kernel_size - kernel_stride
-        workload = ("compressed_attention", "decode", (*dims, *statics))
-        kernel = _CALLS.add(call, find_kernel(dispatcher, *workload, q, context))
-    o, topk_idx = _allocate(q, cv_cache, topk)
-    run_kernel(kernel, q, (*inputs, o, topk_idx, softmax_scale, block_table))
-    return o, topk_idx
+    check_cached(_OP, *inputs, block_table, kind="c")
+    rule = BlockRule(*statics)
+    if block_table is not None:
+        page_size = ck_cache.shape[1] * kernel_stride
+        check_page_size(_OP, page_size, "block_size", block_size)
+    tokens = capacity_of(ck_cache, block_table) * kernel_stride + kernel_size - 1
+    check_places(_OP, positions, slots, tokens, ck_cache, block_table)
+    if not on_kernels(q):
+        return reference.compressed_attention_decode(
+            *inputs, **asdict(rule), softmax_scale=softmax_scale, block_table=block_table
+        )
+    dims = (q.shape[2], cv_cache.shape[3], q.shape[1] // ck_cache.shape[2])
+    context = capacity_of(ck_cache, block_table) * kernel_stride
+    context += 0 if block_table is not None else kernel_size - kernel_stride
+    workload = ("compressed_attention", "decode", (*dims, *statics))
+    kernel = find_kernel(dispatcher, *workload, q, context)
+    args = (*inputs, *statics, softmax_scale, dispatcher, block_table)
+    return _CALLS.learn(args, kernel).run(args)
 
 
-_CALLS = KnownCalls()
+def _to_launch(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return *args[:5], *outputs, args[11], args[13]
+
+
+_CALLS = KnownCalls(
+    (*range(5), 13), 14, lambda args: _allocate(args[0], args[2], args[8]), _to_launch
+)
 
 
 def _fake(
@@ -137,7 +139,7 @@ def _fake(
 
 
 compressed_attention_decode_op = define_op(
-    "compressed_attention_decode", _compressed_attention_decode, _fake
+    "compressed_attention_decode", _compressed_attention_decode, _fake, _CALLS
 )
 
 

@@ -7,15 +7,17 @@ own all the same: each program would have to square and scale all of x, which to
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional
 
 from nsagen.errors import InvalidInputError
 from nsagen.ops import reference
+from nsagen.ops._calls import KnownCalls
 from nsagen.ops._checks import check_rows, fail
 from nsagen.ops._define import define_op
-from nsagen.ops._launch import key_of, launch, on_kernels
+from nsagen.ops._launch import find_kernel, key_of, on_kernels
 from nsagen.runtime import Dispatcher
 
 _OP = "linear decode"
@@ -82,12 +84,19 @@ def _linear_decode(
     if x.shape[0] > LINEAR_DECODE_ROWS:
         rule = f"a kernel takes at most {LINEAR_DECODE_ROWS} rows"
         fail(_OP, rule, x.shape[0], "use torch.nn.functional.linear, which is made for more")
+    kernel = find_kernel(dispatcher, "linear", "decode", (), x)
+    args = (x, weight, norm_weight, residual, eps, swiglu, sigmoid_from, dispatcher)
+    return _CALLS.learn(args, kernel).run(args)
+
+
+def _to_launch(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    x, weight, norm_weight, residual, eps, swiglu, sigmoid_from, _ = args
     if norm_weight is not None:
-        x = functional.rms_norm(x, x.shape[1:], norm_weight, eps)
-    y = _allocate(x, weight, swiglu)
-    args = (x, weight, residual, y, swiglu, sigmoid_from)
-    launch(dispatcher, "linear", "decode", (), args)
-    return y
+        x = functional.rms_norm(x, norm_weight.shape, norm_weight, eps)
+    return x, weight, residual, *outputs, swiglu, sigmoid_from
+
+
+_CALLS = KnownCalls(range(4), 8, lambda args: (_allocate(args[0], args[1], args[5]),), _to_launch)
 
 
 def _fake(
@@ -103,7 +112,7 @@ def _fake(
     return _allocate(x, weight, swiglu)
 
 
-linear_decode_op = define_op("linear_decode", _linear_decode, _fake)
+linear_decode_op = define_op("linear_decode", _linear_decode, _fake, _CALLS)
 
 
 def _allocate(x: Tensor, weight: Tensor, swiglu: bool) -> Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsagen.branches import BRANCHES, branches_on
 from nsagen.ops import reference
-from nsagen.ops._calls import KnownCalls, signature
+from nsagen.ops._calls import KnownCalls
 from nsagen.ops._checks import check_like, check_rows, check_topk_idx, fail
 from nsagen.ops._define import define_op
-from nsagen.ops._launch import find_kernel, key_of, on_kernels, run_kernel, scale_of
+from nsagen.ops._launch import find_kernel, key_of, on_kernels, scale_of
 from nsagen.ops._pages import capacity_of, check_page_size, check_places
 from nsagen.ops.compressed_attention_decode import check_cached
 from nsagen.ops.gated_sum import check_gate, gate_of
@@ -78,11 +79,7 @@ def native_sparse_attention_decode(
         if "selected" not in on:
             topk_idx = topk_idx.new_full((*topk_idx.shape[:2], 1), -1)
     inputs = (q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate)
-    own = (
-        ()
-        if k_window_cache is None and v_window_cache is None
-        else (k_window_cache, v_window_cache)
-    )
+    own = (k_window_cache, v_window_cache)
     return native_sparse_attention_decode_op(
         *inputs, block_size, window_size, scale, key, block_table, *own
     )
@@ -107,38 +104,39 @@ def _native_sparse_attention_decode(
 ) -> Tensor:
     """o [R, HQ, Dv]."""
     inputs = (q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate)
-    tensors = [*inputs] if block_table is None else [*inputs, block_table]
-    own = ()
-    if k_window_cache is not None or v_window_cache is not None:
-        own = (k_window_cache, v_window_cache)
-        tensors += [cache for cache in own if cache is not None]
-    call = signature(tensors, block_size, window_size, dispatcher, len(own))
-    kernel = _CALLS.get(call) if on_kernels(q) else None
-    if kernel is None:
-        _check(inputs, block_size, window_size, block_table)
-        if own:
-            _check_window(k_cache, v_cache, k_window_cache, v_window_cache)
-        if not on_kernels(q):
-            return reference.native_sparse_attention_decode(
-                *inputs,
-                block_size=block_size,
-                window_size=window_size,
-                softmax_scale=softmax_scale,
-                block_table=block_table,
-                k_window_cache=k_window_cache,
-                v_window_cache=v_window_cache,
-            )
-        dims = (q.shape[2], v_cache.shape[3], q.shape[1] // k_cache.shape[2])
-        values = (*dims, block_size, topk_idx.shape[-1], window_size)
-        workload = ("native_sparse_attention", "decode", values)
-        context = capacity_of(k_cache, block_table)
-        kernel = _CALLS.add(call, find_kernel(dispatcher, *workload, q, context))
-    o = torch.empty_like(o_compressed, memory_format=torch.contiguous_format)
-    run_kernel(kernel, q, (*inputs, o, softmax_scale, block_table, *own))
-    return o
+    own = (k_window_cache, v_window_cache)
+    _check(inputs, block_size, window_size, block_table)
+    if any(cache is not None for cache in own):
+        _check_window(k_cache, v_cache, *own)
+    if not on_kernels(q):
+        return reference.native_sparse_attention_decode(
+            *inputs,
+            block_size=block_size,
+            window_size=window_size,
+            softmax_scale=softmax_scale,
+            block_table=block_table,
+            k_window_cache=k_window_cache,
+            v_window_cache=v_window_cache,
+        )
+    dims = (q.shape[2], v_cache.shape[3], q.shape[1] // k_cache.shape[2])
+    values = (*dims, block_size, topk_idx.shape[-1], window_size)
+    workload = ("native_sparse_attention", "decode", values)
+    kernel = find_kernel(dispatcher, *workload, q, capacity_of(k_cache, block_table))
+    args = (*inputs, block_size, window_size, softmax_scale, dispatcher, block_table, *own)
+    return _CALLS.learn(args, kernel).run(args)
 
 
-_CALLS = KnownCalls()
+def _allocate(args: tuple[Any, ...]) -> tuple[Tensor]:
+    return (torch.empty_like(args[6], memory_format=torch.contiguous_format),)
+
+
+def _to_launch(args: tuple[Any, ...], outputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    softmax_scale, _, block_table, *own = args[10:]
+    own = own if own[0] is not None else ()
+    return *args[:8], *outputs, softmax_scale, block_table, *own
+
+
+_CALLS = KnownCalls((*range(8), 12, 13, 14), 15, _allocate, _to_launch)
 
 
 def _check(
@@ -196,5 +194,5 @@ def _fake(
 
 
 native_sparse_attention_decode_op = define_op(
-    "native_sparse_attention_decode", _native_sparse_attention_decode, _fake
+    "native_sparse_attention_decode", _native_sparse_attention_decode, _fake, _CALLS
 )

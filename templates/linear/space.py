@@ -60,7 +60,7 @@ SPACES = (
         knobs=(
             PowerOfTwo("block_n", 16, 128, "rows of weights a program: reuse of x against balance"),
             PowerOfTwo("block_k", 32, 512, "elements a step: long accesses against shared memory"),
-            Choice("columns", (8, 16), "rows of x in a product at least: room against instructions"),
+            Choice("columns", (8, 16), "least rows of x in a product: room against instructions"),
             Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
             Choice("num_stages", (2, 3, 4, 5, 6), "steps that are loaded ahead"),
         ),

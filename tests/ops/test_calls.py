@@ -1,15 +1,19 @@
 """Decoding calls are checked once for all that look alike, and each that differs anew."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsagen import ops
 from nsagen.errors import InvalidInputError
 from nsagen.ops import _calls
-from nsagen.ops._calls import KnownCalls, signature
+from nsagen.ops._calls import KnownCalls
+from nsagen.ops._define import unobserved
 from nsagen.runtime import Dispatcher
 
 from .inputs import STATICS, Cached
@@ -87,18 +91,137 @@ def test_without_kernels_nothing_is_remembered(
     assert not q[1].any()  # the reference: 0 in the idle row
 
 
-def test_signatures_tell_what_checks_see() -> None:
+Y = torch.zeros(3)
+
+
+@pytest.fixture(params=["guards", "in Python"])
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> KnownCalls:
+    """Calls of (a tensor, a number, a tensor or None, a tensor)."""
+    if request.param == "in Python":
+        monkeypatch.setattr(_calls, "TensorGuards", None)
+    return known_calls()
+
+
+def known_calls() -> KnownCalls:
+    return KnownCalls(
+        (0, 2, 3), 4, lambda args: (args[0].clone(),), lambda args, out: (*args, *out)
+    )
+
+
+def test_known_calls_tell_what_checks_see(calls: KnownCalls) -> None:
     x = torch.zeros(4, 6)
-    same = torch.ones(4, 6)
-    assert signature([x], 1) == signature([same], 1)
-    others = (x[:3], x.t(), x.double(), torch.zeros(4, 12)[:, :6], x.to("meta").long())
-    assert len({signature([x], 1), *(signature([other], 1) for other in others)}) == 6
-    assert signature([x], 1) != signature([x], 2)
+    known = calls.learn((x, 1, None, Y), print)
+    assert calls.find((torch.ones(4, 6), 1, None, Y)) is known
+
+    class Subclass(Tensor): ...
+
+    others = (
+        *(x[:3], x.t(), x.double(), torch.zeros(4, 12)[:, :6], x.to("meta"), x[None]),
+        x.as_subclass(Subclass),
+    )
+    assert all(calls.find((other, 1, None, Y)) is None for other in others)
+    assert calls.find((x, 2, None, Y)) is None
+    assert calls.find((x, 1, x.clone(), Y)) is None
+
+
+def test_one_tensor_may_come_twice(calls: KnownCalls) -> None:
+    x, y = torch.zeros(4, 6), torch.zeros(4, 6)
+    known = calls.learn((x, 1, x, Y), print)
+    assert calls.find((x, 1, x, Y)) is known
+    assert calls.find((y, 1, y, Y)) is known
+
+
+def test_calls_that_differ_in_shape_alone_are_kept_beside_each_other(calls: KnownCalls) -> None:
+    known = {rows: calls.learn((torch.zeros(rows, 6), 1, None, Y), print) for rows in (1, 2, 3)}
+    for rows in (1, 3, 3, 2, 1):
+        assert calls.find((torch.zeros(rows, 6), 1, None, Y)) is known[rows]
+
+
+def test_subclasses_are_not_remembered(calls: KnownCalls) -> None:
+    class Subclass(Tensor): ...
+
+    args = (torch.zeros(4, 6).as_subclass(Subclass), 1, None, Y)
+    calls.learn(args, print)
+    assert calls.find(args) is None
+
+
+def test_a_known_call_makes_new_outputs(calls: KnownCalls) -> None:
+    seen: list[tuple[object, ...]] = []
+    args = (torch.zeros(4, 6), 1, None, Y)
+    known = calls.learn(args, lambda *args: seen.append(args))
+    first, second = known.run(args), known.run(args)
+    assert first.shape == second.shape == (4, 6)
+    assert first.data_ptr() != second.data_ptr()
+    assert [call[4] is out for call, out in zip(seen, (first, second), strict=True)] == [True] * 2
 
 
 def test_too_many_calls_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_calls, "_MAX_CALLS", 2)
-    calls = KnownCalls()
+    calls, x = known_calls(), torch.zeros(4, 6)
     for number in range(3):
-        calls.add(number, print)
-    assert [calls.get(number) for number in range(3)] == [None, None, print]
+        calls.learn((x, number, None, Y), print)
+    found = [calls.find((x, number, None, Y)) is not None for number in range(3)]
+    assert found == [False, False, True]
+
+
+def counted(calls: list[str]) -> TorchDispatchMode:
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            calls.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    return Counting()
+
+
+def attend(x: Cached, counter: Counter, gate: Tensor | None = None) -> Tensor:
+    gate = x.gate if gate is None else gate
+    args = (x.q, x.k_cache, x.v_cache, x.topk_idx, *x.rows, x.o_compressed, gate)
+    return ops.native_sparse_attention_decode(
+        *args, block_size=8, window_size=9, dispatcher=counter
+    )
+
+
+def test_known_calls_skip_the_dispatcher_unless_somebody_looks(
+    counter: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a mode, a profiler or autograd would see of an op they see of every call."""
+    x, seen = Cached(), list[str]()
+    with torch.no_grad():
+        attend(x, counter)
+        with counted(seen):
+            attend(x, counter)
+            attend(x, counter)
+        assert seen.count("nsagen.native_sparse_attention_decode.default") == 2
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            attend(x, counter)
+        names = {event.key for event in profiler.key_averages()}
+        assert "nsagen::native_sparse_attention_decode" in names
+    assert unobserved() is not torch.is_grad_enabled()
+    with torch.inference_mode():
+        assert unobserved()
+        assert not torch.func.vmap(lambda x: x * unobserved())(torch.ones(2)).any()
+        with torch.device("cpu"):
+            assert not unobserved()
+    assert counter.asked == 2  # tensors look different under a mode
+
+
+def test_a_subclass_sees_every_call(counter: Counter) -> None:
+    seen: list[str] = []
+
+    class Seeing(Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x = Cached()
+    with torch.no_grad():
+        attend(x, counter)
+        for _ in range(2):
+            seen.clear()
+            attend(x, counter, x.gate.as_subclass(Seeing))
+            assert any("native_sparse_attention_decode" in name for name in seen)

@@ -8,17 +8,18 @@ from torch import Tensor
 
 from nsagen.errors import UnsupportedWorkloadError
 from nsagen.ops.block_selection import block_selection_forward
-from nsagen.ops.cache_append import cache_append_decode
 from nsagen.ops.compress import compress_backward, compress_forward
 from nsagen.ops.compressed_attention import (
     compressed_attention_backward,
     compressed_attention_forward,
 )
-from nsagen.ops.compressed_attention_decode import compressed_attention_decode_op
 from nsagen.ops.gated_sum import gated_sum_backward, gated_sum_forward
 from nsagen.ops.layout import compressed_cu_seqlens
+<<<<<<< HEAD
 from nsagen.ops.native_sparse_attention_decode import native_sparse_attention_decode_op
 from nsagen.ops.reference.compress import tensors_of
+=======
+>>>>>>> c256c79 (Repeat known decode calls without checks, PyTorch's dispatcher or Triton's JIT)
 from nsagen.ops.rope import rope_forward
 from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
 from nsagen.ops.sliding_window_attention import (
@@ -31,6 +32,7 @@ from .inputs import STATICS, Cached, Packed
 Call = tuple[Callable[..., object], tuple[object, ...]]
 WINDOWS = (STATICS["kernel_size"], STATICS["kernel_stride"])
 SCALE = 0.25
+OPS = torch.ops.nsagen
 
 
 def compressed(x: Packed) -> tuple[Tensor, ...]:
@@ -167,11 +169,11 @@ def test_chunks(name: str) -> None:
 def test_decode_ops() -> None:
     x = Cached()
     args = (*x.append_inputs(), *x.caches(), "linear", *WINDOWS)
-    torch.library.opcheck(cache_append_decode, args)
+    torch.library.opcheck(OPS.cache_append_decode.default, args)
     args = (x.q, x.ck_cache, x.cv_cache, *x.rows, *STATICS.values(), SCALE)
-    torch.library.opcheck(compressed_attention_decode_op, args)
+    torch.library.opcheck(OPS.compressed_attention_decode.default, args)
     inputs = (x.q, x.k_cache, x.v_cache, x.topk_idx, *x.rows, x.o_compressed, x.gate)
-    torch.library.opcheck(native_sparse_attention_decode_op, (*inputs, 8, 9, SCALE))
+    torch.library.opcheck(OPS.native_sparse_attention_decode.default, (*inputs, 8, 9, SCALE))
 
 
 def test_decode_ops_of_separate_branches() -> None:
@@ -193,11 +195,11 @@ def test_decode_ops_on_pages() -> None:
     caches, table = x.paged_caches(page_size=16)
     key = ("", table)
     args = (*x.append_inputs(), *caches, "linear", *WINDOWS, *key)
-    torch.library.opcheck(cache_append_decode, args)
+    torch.library.opcheck(OPS.cache_append_decode.default, args)
     args = (x.q, *caches[2:4], *x.rows, *STATICS.values(), SCALE, *key)
-    torch.library.opcheck(compressed_attention_decode_op, args)
+    torch.library.opcheck(OPS.compressed_attention_decode.default, args)
     inputs = (x.q, *caches[:2], x.topk_idx, *x.rows, x.o_compressed, x.gate)
-    torch.library.opcheck(native_sparse_attention_decode_op, (*inputs, 8, 9, SCALE, *key))
+    torch.library.opcheck(OPS.native_sparse_attention_decode.default, (*inputs, 8, 9, SCALE, *key))
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)

@@ -1,0 +1,209 @@
+"""Repeated launches hand kernels what launches by Triton's JIT do; what cannot be repeated is not.
+
+Triton compiles here as ever, for a driver whose launcher takes notes instead of launching.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
+)
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+
+from nsagen.codegen.compile import load_module  # noqa: E402
+from nsagen.harness.base import Sizes, harness_of  # noqa: E402
+from nsagen.runtime.replay import ReplayedLaunch  # noqa: E402
+from nsagen.workload import Workload  # noqa: E402
+from tests.support import load_kernel  # noqa: E402
+
+SELECTION = {"block_size": 16, "topk": 4}
+WORKLOADS = (
+    Workload.of(
+        "compressed_attention",
+        "decode",
+        dtype="float16",
+        **{"head_dim": 16, "v_head_dim": 16, "gqa_ratio": 2, "kernel_size": 8},
+        **{"kernel_stride": 4, "init_blocks": 1, "local_blocks": 2, **SELECTION},
+    ),
+    Workload.of(
+        "native_sparse_attention",
+        "decode",
+        dtype="float16",
+        **{"head_dim": 16, "v_head_dim": 16, "gqa_ratio": 2, "window_size": 24, **SELECTION},
+    ),
+    Workload.of("linear", "decode", dtype="float16"),
+)
+
+
+class Driver:
+    """A driver for cuda:90 that notes launches: [(grid, arguments by source)]."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+        self.utils = SimpleNamespace(
+            load_binary=lambda *args: (object(), object(), 32, 0, 1024),
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {"max_shared_mem": 232448},
+        )
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        def run(x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
+            by_jit = rest[2] is not None  # which always passes its hooks
+            self.launches.append(((x, y, z), stream, metadata.hash, by_jit, rest[4:]))
+
+        return run
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 1000 + device
+
+
+@pytest.fixture
+def fake() -> Iterator[Driver]:
+    previous = driver._active
+    stand_in = Driver()
+    driver.set_active(stand_in)  # type: ignore[arg-type]
+    yield stand_in
+    driver.set_active(previous)  # type: ignore[arg-type]
+
+
+def call_of(workload: Workload, seed: int = 0) -> tuple[Any, ...]:
+    sizes = Sizes((319, 77, 200), kv_heads=2, capacity=320)
+    return harness_of(workload).make_case(workload, sizes, "cpu", seed).args
+
+
+def normal_form(launches: list[tuple[Any, ...]], args: tuple[Any, ...]) -> list[Any]:
+    """Launches with addresses as the input that they are of, or as places in the workspace."""
+    inputs = {x.data_ptr(): f"input {i}" for i, x in enumerate(args) if isinstance(x, Tensor)}
+    assert len(inputs) == sum(isinstance(x, Tensor) for x in args)
+
+    def address(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            value = value.untyped_storage().data_ptr() + (
+                value.storage_offset() * value.element_size()
+            )
+        return inputs.get(value, value) if isinstance(value, int) else value
+
+    plain = [[address(value) for value in values] for *_, values in launches]
+    large = [v for values in plain for v in values if isinstance(v, int) and v > 1 << 32]
+    lowest = min(large, default=0)
+    relative = [
+        [f"workspace {v - lowest}" if isinstance(v, int) and v > 1 << 32 else v for v in values]
+        for values in plain
+    ]
+    return [(*launch[:3], values) for launch, values in zip(launches, relative, strict=True)]
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.op)
+def test_a_replay_launches_what_the_jit_would(fake: Driver, workload: Workload) -> None:
+    launch = load_kernel(workload).launch
+    replayed = ReplayedLaunch(launch)
+    replayed(*call_of(workload))
+    assert all(by_jit for *_, by_jit, _ in fake.launches)
+    for seed in (1, 2):
+        args = call_of(workload, seed)
+        fake.launches.clear()
+        launch(*args)
+        expected = normal_form(fake.launches, args)
+        fake.launches.clear()
+        replayed(*args)
+        assert not any(by_jit for *_, by_jit, _ in fake.launches)
+        assert normal_form(fake.launches, args) == expected
+
+
+def test_other_alignments_take_another_kernel(fake: Driver) -> None:
+    """Triton compiles for addresses that are multiples of 16, and for others."""
+    workload = WORKLOADS[1]
+    launch = load_kernel(workload).launch
+    replayed = ReplayedLaunch(launch)
+    args = call_of(workload)
+    replayed(*args)
+    aligned = [launch[2] for launch in fake.launches]
+    odd = torch.empty(args[0].numel() + 1, dtype=args[0].dtype)[1:].view(args[0].shape)
+    fake.launches.clear()
+    replayed(odd, *args[1:])
+    assert all(by_jit for *_, by_jit, _ in fake.launches)
+    assert [launch[2] for launch in fake.launches] != aligned
+    fake.launches.clear()
+    replayed(*args)
+    assert not any(by_jit for *_, by_jit, _ in fake.launches)
+    replayed = ReplayedLaunch(launch)
+    replayed(odd, *args[1:])  # nor is a first call like that one to go by
+    fake.launches.clear()
+    replayed(*args)
+    assert all(by_jit for *_, by_jit, _ in fake.launches)
+
+
+def test_hooks_see_every_launch(fake: Driver) -> None:
+    workload = WORKLOADS[1]
+    replayed = ReplayedLaunch(load_kernel(workload).launch)
+    args = call_of(workload)
+    replayed(*args)
+
+    def hook(metadata: object) -> None: ...
+
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        fake.launches.clear()
+        replayed(*args)
+        assert all(by_jit for *_, by_jit, _ in fake.launches)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+
+
+def edited(old: str, new: str) -> ModuleType:
+    """The kernel of a linear layer with some text of its `launch` replaced."""
+    path = Path(load_kernel(WORKLOADS[2]).__file__ or "")
+    source = path.read_text()
+    assert old in source
+    changed = path.with_name(f"{path.stem}_edited.py")
+    changed.write_text(source.replace(old, new))
+    return load_module(changed)
+
+
+def test_a_launch_that_computes_is_never_repeated(fake: Driver) -> None:
+    """What it computed for the first call need not hold for the next one."""
+    module = edited("    outputs = y.shape[1]\n", "    outputs = y.shape[1]\n    x = x + 0\n")
+    replayed = ReplayedLaunch(module.launch)
+    args = call_of(WORKLOADS[2])
+    for _ in range(2):
+        fake.launches.clear()
+        replayed(*args)
+        assert all(by_jit for *_, by_jit, _ in fake.launches)
+
+
+def test_views_of_inputs_are_not_repeated(fake: Driver) -> None:
+    module = edited("    outputs = y.shape[1]\n", "    outputs = y.shape[1]\n    x = x[:, 8:]\n")
+    replayed = ReplayedLaunch(module.launch)
+    args = call_of(WORKLOADS[2])
+    for _ in range(2):
+        fake.launches.clear()
+        replayed(*args)
+        assert all(by_jit for *_, by_jit, _ in fake.launches)
+
+
+def test_what_launches_nothing_of_triton_is_called_every_time() -> None:
+    calls: list[tuple[object, ...]] = []
+    replayed = ReplayedLaunch(lambda *args: calls.append(args))
+    for number in range(3):
+        replayed(torch.zeros(1), number)
+    assert [number for _, number in calls] == [0, 1, 2]
