@@ -106,7 +106,7 @@ def run(
     """
     rate = measure_ceilings().bytes
     rows: list[dict[str, Any]] = []
-    total = len(plan.batches) * len(plan.contexts) + 3
+    total = len(plan.batches) * len(plan.contexts) + 6
     if plan.model is not None:
         total += 3 + len(plan.linear_batches) * len(layer_shapes(plan.model))
     bench = _Bench(plan, torch.device(device))
@@ -168,12 +168,13 @@ class _Bench:
         return min(found, default=(None, "which no backend takes"))
 
     def host(self) -> Iterator[dict[str, Any]]:
-        """The host's time of the ops of attention outside a graph, beside their kernels' launch."""
+        """The host's time of the ops of attention outside a graph, with and without a launch."""
         settings = (self.plan.attention, 1, 64, self.device, self.plan.dtype)
-        caches = AttentionCaches(*settings, dispatcher=NoLaunch())
-        for name, call in caches.ops().items():
-            ms = host_milliseconds(call)
-            yield {"what": f"host: {name}, no launch", "batch": 1, "tokens": 64, "ms": ms}
+        for what, dispatcher in (("", None), (", no launch", NoLaunch())):
+            caches = AttentionCaches(*settings, dispatcher=dispatcher)
+            for name, call in caches.ops().items():
+                ms = host_milliseconds(call)
+                yield {"what": f"host: {name}{what}", "batch": 1, "tokens": 64, "ms": ms}
 
     def linear_layers(self, config: ToyNSALlamaConfig) -> Iterator[dict[str, Any]]:
         """A step's products with what stands around them, beside the products by PyTorch."""

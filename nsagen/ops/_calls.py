@@ -84,6 +84,7 @@ class KnownCalls:
             outputs=tuple((tuple(x.shape), x.stride(), x.dtype) for x in self._allocate(args)),
             to_launch=self._to_launch,
             device=args[0].get_device(),
+            requires_grad=any(tensor.requires_grad for tensor in tensors),
         )
         if plain:  # a subclass may want to see each call
             if self._count >= _MAX_CALLS:
@@ -107,6 +108,7 @@ class KnownCall:
         outputs: shapes, strides and dtypes.
         to_launch: the arguments of `kernel`.
         device: index of the GPU; -1 for a CPU.
+        requires_grad: whether any tensor does.
     """
 
     tensors: operator.itemgetter[Any]
@@ -116,6 +118,7 @@ class KnownCall:
     outputs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     to_launch: Callable[[Args, Outputs], Args]
     device: int
+    requires_grad: bool
 
     def lacks(self, args: Args) -> bool:
         """Whether a call has None where this one has."""
@@ -160,7 +163,10 @@ class _Looks:
 
     @staticmethod
     def _all(tensors: Iterable[Any]) -> list[object]:
-        return [type(x) in _PLAIN and (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+        return [
+            type(x) in _PLAIN and (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+            for x in tensors
+        ]
 
 
 def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:

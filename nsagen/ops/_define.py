@@ -56,7 +56,7 @@ def define_op(
     def call(*args: Any) -> Any:
         if unobserved() and on_kernels(args[0]):
             known = calls.find(args)
-            if known is not None:
+            if known is not None and not (known.requires_grad and torch.is_grad_enabled()):
                 return known.run(args)
         return op(*args)
 
@@ -66,12 +66,11 @@ def define_op(
 def unobserved() -> bool:
     """Whether a call of an op means to compute it now, and nothing else.
 
-    False where torch.compile or a tracer looks on, gradients are recorded, a mode or a transform
-    is on, or a profiler, which names ops.
+    False where torch.compile or a tracer looks on, a mode or a transform is on, or a profiler,
+    which names ops. Whether gradients are recorded a call's tensors tell.
     """
     return not (
         torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
         or peek_interpreter_stack is None
         or peek_interpreter_stack() is not None
         or _len_torch_dispatch_stack()

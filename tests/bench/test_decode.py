@@ -52,7 +52,7 @@ def test_a_row_for_each_size_op_layer_and_step(tmp_path: Path) -> None:
     rows = decode.run(TINY, lambda what, done, total: seen.append(f"{done}/{total}"), "cpu")
     what = [row["what"] for row in rows]
     assert what.count("attention") == 4
-    assert sum(name.startswith("host: ") for name in what) == 3
+    assert sum(name.startswith("host: ") for name in what) == 6
     assert sum(name.startswith("linear: ") for name in what) == 2 * 5
     assert [name for name in what if name.startswith("step, ")] == what[-3:]
     assert seen == [f"{done}/{len(rows)}" for done in range(len(rows))]

@@ -198,7 +198,7 @@ def test_known_calls_skip_the_dispatcher_unless_somebody_looks(
             attend(x, counter)
         names = {event.key for event in profiler.key_averages()}
         assert "nsagen::native_sparse_attention_decode" in names
-    assert unobserved() is not torch.is_grad_enabled()
+    assert unobserved()
     with torch.inference_mode():
         assert unobserved()
         assert not torch.func.vmap(lambda x: x * unobserved())(torch.ones(2)).any()
@@ -225,3 +225,26 @@ def test_a_subclass_sees_every_call(counter: Counter) -> None:
             seen.clear()
             attend(x, counter, x.gate.as_subclass(Seeing))
             assert any("native_sparse_attention_decode" in name for name in seen)
+
+
+def test_gradients_are_left_to_the_dispatcher(
+    counter: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call on the direct way is looked up once, and again behind the dispatcher."""
+    looked_up: list[object] = []
+    find = KnownCalls.find
+    monkeypatch.setattr(
+        KnownCalls, "find", lambda self, args: looked_up.append(args) or find(self, args)
+    )
+    x, gate = Cached(), Cached().gate.requires_grad_()
+    for grad_mode, argument, times in (
+        (torch.no_grad, gate, 1),
+        (torch.no_grad, x.gate, 1),
+        (torch.enable_grad, x.gate, 1),
+        (torch.enable_grad, gate, 2),
+    ):
+        with grad_mode():
+            attend(x, counter, argument)
+            looked_up.clear()
+            attend(x, counter, argument)
+        assert len(looked_up) == times
