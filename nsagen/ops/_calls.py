@@ -8,7 +8,7 @@ call that agrees with an earlier one in all of these needs neither again.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from nsagen.runtime.replay import ReplayedLaunch
 
-try:  # torch.compile's own means: a comparison takes a tenth of a microsecond, an allocation half
-    from torch._C._dynamo.guards import TensorGuards, _empty_strided_cuda
-except ImportError:
-    TensorGuards = _empty_strided_cuda = None
+# torch.compile's own means: a comparison takes a tenth of a microsecond, an allocation a half.
+_fast: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+TensorGuards = getattr(_fast, "TensorGuards", None)
+_empty_strided_cuda = getattr(_fast, "_empty_strided_cuda", None)
 
 Args = tuple[Any, ...]
-Outputs = tuple[Tensor, ...]
+Outputs = Sequence[Tensor]
 
 _MAX_CALLS = 4096
 _PLAIN = (Tensor, nn.Parameter)
@@ -134,9 +134,9 @@ class KnownCall:
             with torch.cuda.device(self.device):
                 return self.run(args)
         empty = _empty_on_gpu if on_gpu else _empty
-        outputs = tuple([empty(*output) for output in self.outputs])
+        outputs = [empty(*output) for output in self.outputs]
         self.kernel(*self.to_launch(args, outputs))
-        return outputs if len(outputs) > 1 else outputs[0]
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def _looks(tensors: list[Tensor]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -110,7 +111,7 @@ def _compressed_attention_decode(
     return _CALLS.learn(args, kernel).run(args)
 
 
-def _to_launch(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+def _to_launch(args: tuple[Any, ...], outputs: Sequence[Tensor]) -> tuple[Any, ...]:
     return *args[:5], *outputs, args[11], args[13]
 
 

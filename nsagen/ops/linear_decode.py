@@ -7,6 +7,7 @@ own all the same: each program would have to square and scale all of x, which to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -89,7 +90,7 @@ def _linear_decode(
     return _CALLS.learn(args, kernel).run(args)
 
 
-def _to_launch(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+def _to_launch(args: tuple[Any, ...], outputs: Sequence[Tensor]) -> tuple[Any, ...]:
     x, weight, norm_weight, residual, eps, swiglu, sigmoid_from, _ = args
     if norm_weight is not None:
         x = functional.rms_norm(x, norm_weight.shape, norm_weight, eps)

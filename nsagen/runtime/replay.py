@@ -54,7 +54,7 @@ class _Kernel:
     """A compiled kernel, its grid, and where its arguments stand among a call's values."""
 
     run: Callable[..., None]
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     function: Any
     metadata: Any
     arguments: operator.itemgetter[Any]
@@ -204,7 +204,7 @@ def _recording_of(
                 if start not in memory:
                     return None
                 sources[-1].append(("workspace", start, len(offsets[start])))
-                offsets[start].append(value.storage_offset() * value.element_size())
+                offsets[start].append(int(value.storage_offset()) * value.element_size())
     if len(places) < 2 or any(tensor.data_ptr() % _ALIGNMENT for tensor in inputs):
         return None
     first = {("input", 0): 0, ("constant", 0): len(inputs)}
@@ -222,7 +222,7 @@ def _recording_of(
         kernels=tuple(
             _Kernel(
                 call.compiled.run,
-                (*call.grid, 1, 1)[:3],
+                tuple([*call.grid, 1, 1][:3]),
                 call.compiled.function,
                 call.compiled.packed_metadata,
                 operator.itemgetter(*(first[kind, start] + n for kind, start, n in source)),
@@ -244,7 +244,8 @@ def _stream_of(tensor: Tensor) -> Callable[[], int]:
     """Asks for the current stream of a tensor's device, as Triton does."""
     from triton.runtime import driver
 
-    return functools.partial(driver.active.get_current_stream, max(0, tensor.get_device()))
+    active: Any = driver.active
+    return functools.partial(active.get_current_stream, max(0, tensor.get_device()))
 
 
 def _hooked() -> bool:
