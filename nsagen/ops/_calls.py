@@ -21,6 +21,7 @@ from nsagen.runtime.replay import ReplayedLaunch
 _fast: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 TensorGuards = getattr(_fast, "TensorGuards", None)
 _empty_strided_cuda = getattr(_fast, "_empty_strided_cuda", None)
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 Args = tuple[Any, ...]
 Outputs = Sequence[Tensor]
@@ -130,7 +131,7 @@ class KnownCall:
     def run(self, args: Args) -> Any:
         """Allocate the outputs of a call, run its kernel and return them."""
         on_gpu = self.device >= 0
-        if on_gpu and torch.cuda.current_device() != self.device:
+        if on_gpu and _current_device() != self.device:
             with torch.cuda.device(self.device):
                 return self.run(args)
         empty = _empty_on_gpu if on_gpu else _empty

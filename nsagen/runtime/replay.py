@@ -12,7 +12,7 @@ import functools
 import operator
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -153,15 +153,13 @@ class _Recorder:
         return call
 
 
-@dataclass
 class _Watch(TorchDispatchMode):
     """Sees the PyTorch operations of a launch: allocations and views of them can be repeated."""
 
-    allocated: list[Tensor] = field(default_factory=list)
-    only_allocated: bool = True
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.allocated: list[Tensor] = []
+        self.only_allocated = True
 
     def __torch_dispatch__(
         self,
