@@ -34,8 +34,8 @@ class KnownCalls:
     """The calls of an op that were found right, by what they look like.
 
     Args:
-        tensors: which of the op's arguments are tensors or None; the first is never None, and
-            another one neither. Arguments that are no tensors can be hashed.
+        tensors: which of the op's arguments are tensors or None; the first is never None.
+            Arguments that are no tensors can be hashed.
         arguments: how many the op has.
         allocate: makes the outputs of a call, contiguous and on the first tensor's device; their
             shapes and dtypes follow from what the call looks like.
@@ -50,7 +50,7 @@ class KnownCalls:
         to_launch: Callable[[Args, Outputs], Args],
     ) -> None:
         self._places = tuple(tensors)
-        self._others = operator.itemgetter(*(i for i in range(arguments) if i not in self._places))
+        self._others = _picker([i for i in range(arguments) if i not in self._places])
         self._allocate, self._to_launch = allocate, to_launch
         self._known: dict[object, tuple[KnownCall, ...]] = {}
         self._count = 0
@@ -59,7 +59,8 @@ class KnownCalls:
         """An earlier call that looked like this one."""
         known = self._known.get(self._others(args), ())
         for call in known:
-            if call.check(*call.tensors(args)) and call.lacks(args):
+            absent = call.absent(args)
+            if call.check(*call.tensors(args)) and absent.count(None) == len(absent):
                 if call is not known[0]:  # the next ones will probably look like this one too
                     rest = tuple(other for other in known if other is not call)
                     self._known[self._others(args)] = (call, *rest)
@@ -78,8 +79,8 @@ class KnownCalls:
             kernel = ReplayedLaunch(kernel)
         looks = _looks(tensors)
         call = KnownCall(
-            tensors=operator.itemgetter(*present),
-            absent=tuple(i for i in self._places if args[i] is None),
+            tensors=_picker(present),
+            absent=_picker([i for i in self._places if args[i] is None]),
             check=looks.check,
             kernel=kernel,
             outputs=tuple((tuple(x.shape), x.stride(), x.dtype) for x in self._allocate(args)),
@@ -103,7 +104,7 @@ class KnownCall:
 
     Attributes:
         tensors: picks them from the op's arguments.
-        absent: arguments that would be tensors, and are None.
+        absent: picks those that would be tensors, and are None.
         check: whether tensors look like this call's.
         kernel: the `launch` of its kernel.
         outputs: shapes, strides and dtypes.
@@ -112,21 +113,14 @@ class KnownCall:
         requires_grad: whether any tensor does.
     """
 
-    tensors: operator.itemgetter[Any]
-    absent: tuple[int, ...]
+    tensors: Callable[[Args], Args]
+    absent: Callable[[Args], Args]
     check: Callable[..., bool]
     kernel: Callable[..., None]
     outputs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     to_launch: Callable[[Args, Outputs], Args]
     device: int
     requires_grad: bool
-
-    def lacks(self, args: Args) -> bool:
-        """Whether a call has None where this one has."""
-        for place in self.absent:  # noqa: SIM110, as a generator takes longer
-            if args[place] is not None:
-                return False
-        return True
 
     def run(self, args: Args) -> Any:
         """Allocate the outputs of a call, run its kernel and return them."""
@@ -138,6 +132,13 @@ class KnownCall:
         outputs = [empty(*output) for output in self.outputs]
         self.kernel(*self.to_launch(args, outputs))
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _picker(places: Sequence[int]) -> Callable[[Args], Args]:
+    """Picks some of a call's arguments, as a tuple."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda args: tuple(args[i] for i in places)
 
 
 def _looks(tensors: list[Tensor]) -> Any:

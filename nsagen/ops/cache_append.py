@@ -91,9 +91,7 @@ def cache_append(
     if separate is None and pe_v is None and not (own_type or w_k2 or w_v2):
         return cache_append_decode(*usual)
     own = (None,) * len(_OWN) if separate is None else [vars(separate)[name] for name in _OWN]
-    return cache_append_decode(
-        *usual, own_type, *(w_k2 or (None,)), *(w_v2 or (None,)), pe_v, *own
-    )
+    return cache_append_decode(*usual, own_type, *(w_k2 or (None,)), *(w_v2 or (None,)), pe_v, *own)
 
 
 _OWN = (

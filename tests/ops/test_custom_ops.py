@@ -15,11 +15,7 @@ from nsagen.ops.compressed_attention import (
 )
 from nsagen.ops.gated_sum import gated_sum_backward, gated_sum_forward
 from nsagen.ops.layout import compressed_cu_seqlens
-<<<<<<< HEAD
-from nsagen.ops.native_sparse_attention_decode import native_sparse_attention_decode_op
 from nsagen.ops.reference.compress import tensors_of
-=======
->>>>>>> c256c79 (Repeat known decode calls without checks, PyTorch's dispatcher or Triton's JIT)
 from nsagen.ops.rope import rope_forward
 from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
 from nsagen.ops.sliding_window_attention import (
@@ -180,14 +176,16 @@ def test_decode_ops_of_separate_branches() -> None:
     x = Cached()
     args = (*x.append_inputs(), *x.caches(), "linear", *WINDOWS)
     own = {**vars(x.separate()), "pe_v": x.randn(2, 8, 24)}
-    torch.library.opcheck(cache_append_decode, args, own)
+    torch.library.opcheck(OPS.cache_append_decode.default, args, own)
     w_k, w_v = (x.randn(2, 8 * 16, 20), x.randn(2, 8))
     more = {"w_k2": x.randn(2, 20, 16), "v_compress_type": "weightedpool"}
     args = (*args[:5], w_k, w_v, *args[7:15], "mlp", *WINDOWS)
-    torch.library.opcheck(cache_append_decode, args, more)
+    torch.library.opcheck(OPS.cache_append_decode.default, args, more)
     inputs = (x.q, x.k_cache, x.v_cache, x.topk_idx, *x.rows, x.o_compressed, x.gate)
     caches = {name: vars(x.separate())[name] for name in ("k_window_cache", "v_window_cache")}
-    torch.library.opcheck(native_sparse_attention_decode_op, (*inputs, 8, 9, SCALE), caches)
+    torch.library.opcheck(
+        OPS.native_sparse_attention_decode.default, (*inputs, 8, 9, SCALE), caches
+    )
 
 
 def test_decode_ops_on_pages() -> None:
