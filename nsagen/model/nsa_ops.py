@@ -23,6 +23,7 @@ from nsagen.model.layer_cache import NSALayerCache
 from nsagen.model.packing import Packed
 from nsagen.model.rope import RotaryEmbedding
 from nsagen.model.sparsity import Sparsity
+from nsagen.ops.branch_attention import attend_branches
 from nsagen.ops.layout import positions_in_sequence
 from nsagen.ops.separate import SeparateKV
 
@@ -150,7 +151,7 @@ class NSAOps(nn.Module):
     def attend(self, b: Branches, gate: Tensor) -> Tensor:
         """The gated sum of the branches that are on: [N, HQ * Dv]."""
         s = self.sparsity
-        o = ops.attend_branches(
+        o = attend_branches(
             *(b.q, b.windows, b.selected, b.sliding, gate),
             cu_seqlens=b.cu_seqlens,
             window_cu_seqlens=b.window_cu_seqlens,

@@ -5,7 +5,6 @@ or the same kernels where TRITON_INTERPRET=1 was set before triton was imported.
 """
 
 from nsagen.ops._launch import on_kernels
-from nsagen.ops.branch_attention import attend_branches
 from nsagen.ops.cache_append import cache_append
 from nsagen.ops.compress import compress
 from nsagen.ops.compress_types import (
@@ -29,7 +28,6 @@ from nsagen.ops.sliding_window_attention import sliding_window_attention
 __all__ = [
     "LINEAR_DECODE_ROWS",
     "SeparateKV",
-    "attend_branches",
     "avgpool_compress",
     "cache_append",
     "compress",

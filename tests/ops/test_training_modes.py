@@ -46,7 +46,9 @@ def test_what_is_kept_for_the_backward_pass_grows_as_the_tokens(compress_type: s
     kept = []
     for length in (32, 64):
         args, keywords = Packed(seqlens=(length,), requires_grad=True).block(compress_type)
-        weights = {t.data_ptr() for t in keywords.values() if isinstance(t, Tensor)}
+        held = [t for key in ("w_k", "w_v") for t in tensors_of(keywords[key])]
+        held += [t for t in keywords.values() if isinstance(t, Tensor)]
+        weights = {tensor.data_ptr() for tensor in held}
         sizes: dict[int, int] = {}
 
         def pack(
