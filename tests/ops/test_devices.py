@@ -8,10 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsagen import ops
 from nsagen.ops._launch import run_kernel
-
-from .inputs import Packed
 
 
 class OnGPU(Tensor):
@@ -43,25 +40,3 @@ def test_a_launch_makes_its_device_the_current_one(
     run_kernel(launched.append, x, (7,))
     assert launched == [7]
     assert entered == ([] if current == 2 else [torch.device("cuda", 2)])
-
-
-def results(device: str) -> list[Tensor]:
-    """The whole block and the gradients of what it reads, on the CPU."""
-    args, keywords = Packed(torch.float16, requires_grad=True).block("weightedpool")
-    names = [name for name, value in keywords.items() if isinstance(value, Tensor)]
-    moved = [arg.detach().to(device).requires_grad_() for arg in args]
-    for name in names:
-        value = keywords[name]
-        keywords[name] = value.detach().to(device).requires_grad_(value.requires_grad)
-    o = ops.native_sparse_attention(*moved, **keywords)
-    wrt = [*moved, *(keywords[name] for name in names if keywords[name].requires_grad)]
-    assert {tensor.device for tensor in (o, *wrt)} == {torch.device(device)}
-    return [tensor.cpu() for tensor in (o, *torch.autograd.grad(o.float().sum(), wrt))]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_gpu_that_is_not_the_current_one() -> None:
-    assert torch.cuda.current_device() == 0
-    for ours, theirs in zip(results("cuda:1"), results("cuda:0"), strict=True):
-        assert torch.equal(ours, theirs)
