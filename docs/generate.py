@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT))
 
 from nsagen.bench.tables import markdown  # noqa: E402
 from nsagen.codegen import support  # noqa: E402
-from nsagen.spec import load_spec  # noqa: E402
 from nsagen.spec.schema import json_schema  # noqa: E402
 
 DOCS = ROOT / "docs"
@@ -106,9 +105,13 @@ def _table(section: dict[str, Any], definitions: dict[str, Any]) -> str:
     return "\n".join(rows) + "\n"
 
 
+AS = {"v_head_dim": "head_dim", "v_compress_type": "compress_type", "mlp_hidden": "head_dim"}
+"""The keys whose value is another one's where they are left out."""
+
+
 def _default(name: str, field: dict[str, Any]) -> str:
     if "default" not in field:
-        return "as `head_dim`" if name == "v_head_dim" else "none"
+        return f"as `{AS[name]}`" if name in AS else "none"
     value = field["default"]
     values = value if isinstance(value, list) else [value]
     shown = ", ".join(f"`{_yaml(v)}`" for v in values if v != "")
@@ -176,7 +179,7 @@ PARTS = {
 def pages() -> dict[Path, str]:
     """Every generated page and what it should hold."""
     rows = json.loads((DOCS / "support.json").read_text("utf-8"))
-    made = {DOCS / "spec.md": spec_reference(), DOCS / "support.md": support.page("llama8b", rows)}
+    made = {DOCS / "spec.md": spec_reference(), DOCS / "support.md": support.page(rows)}
     for (page, name), make in PARTS.items():
         path = ROOT / page
         text = made.get(path) or path.read_text(encoding="utf-8")
@@ -193,7 +196,7 @@ def measure_support() -> None:
     def report(what: str, done: int, total: int) -> None:
         print(f"{done} of {total}: {what}")
 
-    rows = support.measure(support.representative(load_spec("llama8b")), progress=report)
+    rows = support.measure(support.documented(), progress=report)
     (DOCS / "support.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 

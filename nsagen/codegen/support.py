@@ -5,19 +5,19 @@ Measuring takes minutes, the first time; the page is made from what was measured
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from nsagen.codegen.target import KNOWN_TARGETS
 from nsagen.codegen.template import default_schedule, kernel_name, render
-from nsagen.spec import Spec
-from nsagen.workload import Workload
+from nsagen.spec import Spec, load_spec
+from nsagen.workload import COMPRESS_TYPES, Workload
 
 Row = dict[str, Any]
 """op, pass, workload, target, schedule, and `kernels`: resources, or `error` in their place."""
@@ -25,18 +25,38 @@ Row = dict[str, Any]
 HEAD = """\
 # Kernels on every target
 
-What the default schedules of `{spec}`'s largest workloads compile to: on a CPU, by Triton's own
-compiler, with no GPU present. Registers and spills are of the hungriest kernel that a call
-launches, a thread; shared memory is what its programs need at most.
+What the default schedules of `llama8b`'s largest workloads, and of each way to compress, compile
+to: on a CPU, by Triton's own compiler, with no GPU present. Registers and spills are of the
+hungriest kernel that a call launches, a thread; shared memory is what its programs need at most.
 
-The schedules themselves, of every workload:
+The schedules themselves, of every workload of these specs:
 
 ```sh
-nsagen inspect {spec}
+{commands}
 ```
 
 This page is made from `docs/support.json`, which `python docs/generate.py --support` measures.
 """
+
+
+SPECS = ("llama8b", "nsa_paper")
+"""The specs whose kernels the table shows; of the second one, those that compress."""
+
+
+def documented() -> tuple[Workload, ...]:
+    """The workloads of the table: the first spec's, and of others each way to compress."""
+    usual, paper = (load_spec(name) for name in SPECS)
+    found = [*representative(usual), *(w for w in representative(paper) if _compresses(w))]
+    shape, passes = usual.shapes[-1], usual.passes
+    kinds = {w.compress_type for w in found if w.op == "compress"}
+    for kind in [kind for kind in COMPRESS_TYPES if kind not in kinds]:
+        other = dataclasses.replace(shape, compress_type=kind, v_compress_type="")
+        found += [w for w in other.workloads(passes) if _compresses(w)]
+    return tuple(dict.fromkeys(found))
+
+
+def _compresses(workload: Workload) -> bool:
+    return "compress_type" in dict(workload.params)
 
 
 def representative(spec: Spec) -> tuple[Workload, ...]:
@@ -88,7 +108,9 @@ def measure_one(workload: Workload, target: str) -> Row:
     except NsagenError as error:
         return row | {"error": str(error)}
     name = path.stem
-    kernels = [asdict(one) | {"kernel": one.kernel.replace(name, workload.op)} for one in found]
+    kernels = [
+        dataclasses.asdict(one) | {"kernel": one.kernel.replace(name, workload.op)} for one in found
+    ]
     return row | {"kernels": kernels}
 
 
@@ -108,10 +130,11 @@ def spilling(rows: Iterable[Row]) -> Iterator[str]:
                 yield f"{where}: {kernel['kernel']} needs {kernel['shared_bytes']} of {limit} bytes"
 
 
-def page(spec_name: str, rows: list[Row]) -> str:
+def page(rows: list[Row]) -> str:
     """docs/support.md."""
+    commands = "\n".join(f"nsagen inspect {name}" for name in SPECS)
     targets = tuple(dict.fromkeys(row["target"] for row in rows))
-    parts = [HEAD.format(spec=spec_name), "## Targets\n", _summary(rows, targets)]
+    parts = [HEAD.format(commands=commands), "## Targets\n", _summary(rows, targets)]
     for target in targets:
         parts += [f"## {target}\n", _table([row for row in rows if row["target"] == target])]
     return "\n".join(parts)

@@ -166,7 +166,7 @@ def render(workload: Workload, schedule: Schedule, header: str) -> str:
     """
     space = space_for(workload, schedule.algorithm)
     context: dict[str, Any] = {
-        **dict(workload.params),
+        **workload.named(),
         **dict(schedule.knobs),
         **space.derive(workload, schedule),
         "dtype": workload.dtype,

@@ -8,7 +8,7 @@ import torch
 
 from nsagen.harness.base import Case, Cost, Sizes, cu_seqlens_of, poisoned
 from nsagen.ops import reference
-from nsagen.ops.reference.compress import Weight
+from nsagen.ops.reference.compress import Weight, tensors_of
 from nsagen.workload import Workload
 
 
@@ -26,25 +26,21 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
         return torch.randn(shape, dtype=dtype, device=device, generator=random)
 
     x = normal(sizes.tokens, heads, dim)
-    w = compress_weight(kind, heads, size, dim, normal)
+    hidden = int(workload.mlp_hidden)
+    weights = tensors_of(compress_weight(kind, heads, size, dim, normal, hidden))
+    w = weights[0] if weights else None  # of an mlp the first layer, which is what kernels compute
     pe = normal(heads, size, dim) if workload.with_pe else None
     counts = tuple(max(0, (length - size) // stride + 1) for length in sizes.seqlens)
     cu_seqlens, y_cu_seqlens = (cu_seqlens_of(n, device) for n in (sizes.seqlens, counts))
-    y = poisoned((sizes.tokens // stride, heads, dim), dtype, device)
+    columns = hidden or dim
+    y = poisoned((sizes.tokens // stride, heads, columns), dtype, device)
 
     def expected() -> dict[str, torch.Tensor]:
-        y, _ = reference.compress(
-            x.double(),
-            None if w is None else w.double(),
-            None if pe is None else pe.double(),
-            cu_seqlens,
-            compress_type=kind,
-            kernel_size=size,
-            kernel_stride=stride,
-        )
-        return {"y": y}
+        given = [None if tensor is None else tensor.double() for tensor in (x, w, pe)]
+        return {"y": window_results(workload, *given, cu_seqlens)}
 
-    product = 2 * sum(counts) * heads * size * dim * dim if kind == "linear" else 0
+    products = {"linear": dim * columns, "mlp": dim * columns, "sigmoid_mul": dim}
+    product = 2 * sum(counts) * heads * size * products.get(kind, 0)
     return Case(
         args=(x, w, pe, cu_seqlens, y_cu_seqlens, y),
         outputs={"y": y},
@@ -54,6 +50,25 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
             bytes=sum(tensor.nbytes for tensor in (x, w, pe, y) if tensor is not None),
         ),
     )
+
+
+def window_results(
+    workload: Workload,
+    x: torch.Tensor,
+    w: torch.Tensor | None,
+    pe: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+) -> torch.Tensor:
+    """What kernels compute, by the reference: of an mlp the first layer."""
+    sizes = {
+        "kernel_size": int(workload.kernel_size),
+        "kernel_stride": int(workload.kernel_stride),
+    }
+    if workload.compress_type == "mlp":
+        assert w is not None
+        return reference.mlp_first_layer(x, w, pe, cu_seqlens, **sizes)
+    kind = str(workload.compress_type)
+    return reference.compress(x, w, pe, cu_seqlens, compress_type=kind, **sizes)[0]
 
 
 def compress_weight(

@@ -6,7 +6,7 @@ import torch
 
 from nsagen.harness.base import Case, Cost, Sizes, poisoned
 from nsagen.harness.compress import make_case as make_forward_case
-from nsagen.ops import reference
+from nsagen.harness.compress import window_results
 from nsagen.workload import Workload
 
 
@@ -37,15 +37,8 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
 
     def expected() -> dict[str, torch.Tensor]:
         leaves = {name: t.double().requires_grad_() for name, t in given.items()}
-        y, _ = reference.compress(
-            leaves["x"],
-            leaves.get("w"),
-            leaves.get("pe"),
-            cu_seqlens,
-            compress_type=str(workload.compress_type),
-            kernel_size=int(workload.kernel_size),
-            kernel_stride=int(workload.kernel_stride),
-        )
+        tensors = (leaves["x"], leaves.get("w"), leaves.get("pe"))
+        y = window_results(workload, *tensors, cu_seqlens)
         if windows == 0:
             return {f"d{name}": torch.zeros_like(leaf) for name, leaf in leaves.items()}
         found = torch.autograd.grad(y[:windows], list(leaves.values()), dy[:windows].double())

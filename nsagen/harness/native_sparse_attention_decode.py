@@ -13,11 +13,20 @@ from nsagen.ops import reference
 from nsagen.workload import Workload
 
 
-def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
+def make_case(
+    workload: Workload,
+    sizes: Sizes,
+    device: torch.device | str,
+    seed: int = 0,
+    own_window: bool = False,
+) -> Case:
     """Rows at the positions `sizes.seqlens` (-1: idle), in permuted slots of larger caches.
 
     Each row selects its first and last block and random others. Whatever a row must not read is
     NaN: tokens after its own, and spare slots.
+
+    Args:
+        own_window: whether the sliding branch has caches of its own.
     """
     params: dict[str, Any] = dict(workload.params)
     head_dim, v_dim = params["head_dim"], params["v_head_dim"]
@@ -28,11 +37,14 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     random = RandomCaches(workload, device, seed)
     slots = random.slots(rows)
     q = random.normal(rows, heads, head_dim)
-    k_cache = random.cache(slots, lengths, sizes.capacity, kv_heads, head_dim)
-    v_cache = random.cache(slots, lengths, sizes.capacity, kv_heads, v_dim)
+    caches = [
+        random.cache(slots, lengths, sizes.capacity, kv_heads, dim)
+        for dim in (head_dim, v_dim) * (2 if own_window else 1)
+    ]
     pages = Pages.of(slots, lengths, sizes)
     if pages:
-        k_cache, v_cache = pages.hold(k_cache), pages.hold(v_cache)
+        caches = [pages.hold(cache) for cache in caches]
+    k_cache, v_cache, *own = caches
     table = pages.table.to(device) if pages else None
     topk_idx = _random_blocks(sizes, params["block_size"], params["topk"], seed)
     positions = torch.tensor(sizes.seqlens, dtype=torch.int32)
@@ -47,13 +59,15 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
         wide = (x.double() if x.is_floating_point() else x for x in inputs)
         names = ("block_size", "window_size")
         statics = {name: params[name] for name in names}
+        names = ("k_window_cache", "v_window_cache")
+        own_wide = {name: cache.double() for name, cache in zip(names, own, strict=False)}
         out = reference.native_sparse_attention_decode(
-            *wide, **statics, softmax_scale=scale, block_table=table
+            *wide, **statics, **own_wide, softmax_scale=scale, block_table=table
         )
         return {"o": out}
 
     cost = _cost(sizes, params, q.element_size())
-    return Case((*inputs, o, scale, table), {"o": o}, expected, cost)
+    return Case((*inputs, o, scale, table, *own), {"o": o}, expected, cost)
 
 
 def _random_blocks(sizes: Sizes, block_size: int, topk: int, seed: int) -> Tensor:

@@ -20,7 +20,7 @@ def combine(
 ) -> tuple[tuple[AttentionShape, ...], list[Problem]]:
     """The attention shapes that the lists make and `exclude` leaves, sorted, and what is wrong."""
     attention = checked.attention
-    values = {name: getattr(attention, name) or (0,) for name in PARAMETERS}  # 0: as head_dim
+    values = {name: getattr(attention, name) or (0,) for name in PARAMETERS}  # 0: left out
     total = math.prod(len(listed) for listed in values.values())
     if total > MAX_SHAPES:
         rule = f"the lists may give at most {MAX_SHAPES} combinations"
@@ -30,7 +30,9 @@ def combine(
     for combination in itertools.product(*values.values()):
         assignment: dict[str, Any] = dict(zip(PARAMETERS, combination, strict=True))
         assignment["v_head_dim"] = assignment["v_head_dim"] or assignment["head_dim"]
+        assignment["v_compress_type"] = assignment["v_compress_type"] or ""
         shapes.append(AttentionShape(**assignment))
+    shapes = list(dict.fromkeys(shapes))  # sizes of an mlp make no difference without one
     kept, unused = _without_excluded(shapes, checked)
     problems = [
         document.problem(

@@ -97,7 +97,9 @@ Many = Annotated[
 HeadDim = Annotated[int, Field(ge=16, le=256, multiple_of=8)]
 GqaRatio = Annotated[int, Field(ge=1, le=64)]
 DType = Literal["float16", "bfloat16", "float32"]
-CompressType = Literal["avgpool", "weightedpool", "linear"]
+CompressType = Literal["avgpool", "weightedpool", "linear", "sigmoid_mul", "mlp"]
+BranchKV = Literal["shared", "separate"]
+MlpHidden = Annotated[int, Field(ge=16, le=1024, multiple_of=8)]
 KernelSize = Annotated[int, Field(ge=1, le=1024)]
 BlockSize = Annotated[int, Field(ge=1, le=1024)]
 TopK = Annotated[int, Field(ge=1, le=1024)]
@@ -121,7 +123,16 @@ class AttentionSection(_Strict):
     )
     gqa_ratio: Many[GqaRatio] = Field(description="query heads for one key/value head")
     dtype: Many[DType] = Field(description="of queries, keys, values and outputs")
-    compress_type: Many[CompressType] = Field(description="how keys and values are compressed")
+    compress_type: Many[CompressType] = Field(
+        description="how keys are compressed, and values unless v_compress_type says otherwise"
+    )
+    v_compress_type: Many[CompressType] | None = Field(
+        default=None, description="how values are compressed; left out: the same as compress_type"
+    )
+    mlp_hidden: Many[MlpHidden] | None = Field(
+        default=None,
+        description="elements between the two layers of an mlp; left out: the same as head_dim",
+    )
     kernel_size: Many[KernelSize] = Field(
         description="tokens that one window compresses; a multiple of kernel_stride"
     )
@@ -145,6 +156,13 @@ class AttentionSection(_Strict):
     with_pe: Many[bool] = Field(
         default=(True,), description="whether compression adds a position embedding to keys"
     )
+    with_v_pe: Many[bool] = Field(
+        default=(False,), description="whether compression adds a position embedding to values"
+    )
+    branch_kv: Many[BranchKV] = Field(
+        default=("shared",),
+        description="whether all branches read the same keys and values, or each its own",
+    )
 
 
 class ExcludeEntry(_Strict):
@@ -155,6 +173,8 @@ class ExcludeEntry(_Strict):
     gqa_ratio: Many[int] | None = None
     dtype: Many[DType] | None = None
     compress_type: Many[CompressType] | None = None
+    v_compress_type: Many[CompressType] | None = None
+    mlp_hidden: Many[int] | None = None
     kernel_size: Many[int] | None = None
     kernel_stride: Many[int] | None = None
     block_size: Many[int] | None = None
@@ -163,6 +183,8 @@ class ExcludeEntry(_Strict):
     local_blocks: Many[int] | None = None
     window_size: Many[int] | None = None
     with_pe: Many[bool] | None = None
+    with_v_pe: Many[bool] | None = None
+    branch_kv: Many[BranchKV] | None = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> ExcludeEntry:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 
 from nsagen.branches import BRANCHES
-from nsagen.workload import STATIC_PARAMS, Param, Workload
+from nsagen.workload import BRANCH_KV, STATIC_PARAMS, Param, Workload, parameter_names
 
 _SERVES = {
     ("compress", "forward"): {"compressed", "selected"},
@@ -31,13 +31,18 @@ class AttentionShape:
         head_dim: size D of a query and key head; v_head_dim: of a value head.
         gqa_ratio: query heads for one key/value head, G.
         dtype: of q, k, v and the outputs.
-        compress_type: "avgpool", "weightedpool" or "linear".
+        compress_type: one of `nsagen.workload.COMPRESS_TYPES`, for keys.
         kernel_size: tokens that one window compresses; kernel_stride: tokens between windows.
         block_size: tokens of a block that is selected as a whole.
         topk: blocks selected a token; init_blocks and local_blocks of them always are.
         window_size: keys that a token sees in sliding-window attention, itself among them;
             0: there is no such branch.
         with_pe: whether compression adds a position embedding to keys.
+        v_compress_type: for values; "" becomes compress_type.
+        mlp_hidden: elements between the layers of an mlp, of keys and of values alike; 0 becomes
+            head_dim. Always 0 where neither is compressed by an mlp.
+        with_v_pe: whether compression adds a position embedding to values.
+        branch_kv: "shared" where all branches read the same keys and values, or "separate".
     """
 
     head_dim: int
@@ -53,15 +58,28 @@ class AttentionShape:
     local_blocks: int
     window_size: int
     with_pe: bool
+    v_compress_type: str = ""
+    mlp_hidden: int = 0
+    with_v_pe: bool = False
+    branch_kv: str = BRANCH_KV[0]
+
+    def __post_init__(self) -> None:
+        types = (self.compress_type, self.v_compress_type or self.compress_type)
+        hidden = (self.mlp_hidden or self.head_dim) if "mlp" in types else 0
+        object.__setattr__(self, "v_compress_type", types[1])
+        object.__setattr__(self, "mlp_hidden", hidden)
 
     def workloads(
         self, passes: Iterable[str], branches: Iterable[str] = BRANCHES
     ) -> Iterator[Workload]:
         """The workload of each op that the branches need with one of the passes; `compress` has
-        one for keys and one for values (which have v_head_dim and no position embedding)."""
+        one for keys and one for values."""
         on = set(branches) - (set() if self.window_size else {"sliding"})
         shape: dict[str, Param] = asdict(self)
-        for (op, pass_), names in STATIC_PARAMS.items():
+        of_values = shape | {"head_dim": self.v_head_dim, "with_pe": self.with_v_pe}
+        of_values["compress_type"] = self.v_compress_type
+        for op, pass_ in STATIC_PARAMS:
+            names = parameter_names(op, pass_)
             if pass_ not in passes or not on & _SERVES.get((op, pass_), on):
                 continue
             used = shape
@@ -71,7 +89,6 @@ class AttentionShape:
                 used = shape | {"window_size": window, "topk": topk}
             yield self._workload(op, pass_, {name: used[name] for name in names})
             if op == "compress":
-                of_values = shape | {"head_dim": self.v_head_dim, "with_pe": False}
                 yield self._workload(op, pass_, {name: of_values[name] for name in names})
 
     def _workload(self, op: str, pass_: str, params: dict[str, Param]) -> Workload:

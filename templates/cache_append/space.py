@@ -6,6 +6,7 @@ from typing import Any
 
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
+from nsagen.codegen.windows import PRODUCTS
 from nsagen.workload import Param, Schedule, Workload
 
 
@@ -22,19 +23,44 @@ def padded(workload: Workload) -> dict[str, Any]:
     }
 
 
+def types_of(workload: Workload) -> dict[str, str]:
+    """How keys and values are compressed."""
+    return {"key": str(workload.compress_type), "value": str(workload.v_compress_type)}
+
+
+def branches_of(workload: Workload) -> dict[str, Any]:
+    """Which of keys and values pool, and which are products of one or two layers."""
+    types = types_of(workload)
+    return {
+        "block_l": next_power_of_2(int(workload.kernel_size)),
+        "pools": tuple(sorted({kind for kind in types.values() if kind not in PRODUCTS})),
+        "key_pooled": types["key"] not in PRODUCTS,
+        "value_pooled": types["value"] not in PRODUCTS,
+        "products": any(kind in PRODUCTS for kind in types.values()),
+        "mlps": tuple(side for side, kind in types.items() if kind == "mlp"),
+    }
+
+
 def derive_pool(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Padded sizes of heads and windows."""
-    return {**padded(workload), "block_l": next_power_of_2(int(workload.kernel_size))}
+    tiles = ("key_tiles", "value_tiles", "mlp_key_tiles", "mlp_value_tiles")
+    return {**padded(workload), **branches_of(workload), **dict.fromkeys(tiles, 0)}
 
 
 def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Padded sizes of heads, and how many programs share a head's columns."""
-    columns = int(schedule.columns)
+    tiles = {}
+    for side, kind in types_of(workload).items():
+        dim = int(workload.head_dim if side == "key" else workload.v_head_dim)
+        first = int(workload.mlp_hidden) if kind == "mlp" else dim
+        tiles[f"{side}_tiles"] = -(-first // schedule.columns) if kind in PRODUCTS else 0
+        tiles[f"mlp_{side}_tiles"] = -(-dim // schedule.columns) if kind == "mlp" else 0
     return {
         **padded(workload),
+        **branches_of(workload),
+        **tiles,
         "block_d": next_power_of_2(int(workload.head_dim)),
-        "key_tiles": -(-int(workload.head_dim) // columns),
-        "value_tiles": -(-int(workload.v_head_dim) // columns),
+        "block_h": max(16, min(128, next_power_of_2(int(workload.mlp_hidden or 1)))),
         "dot_precision": ', input_precision="ieee"' if workload.dtype == "float32" else "",
     }
 
@@ -93,7 +119,7 @@ POOL = ScheduleSpace(
     rules=(_TILE,),
     derive=derive_pool,
     default=default_pool,
-    supports=lambda w: w.compress_type != "linear",
+    supports=lambda w: not branches_of(w)["products"],
 )
 
 MATMUL = ScheduleSpace(
@@ -111,7 +137,7 @@ MATMUL = ScheduleSpace(
     derive=derive_matmul,
     shared_memory=matmul_shared_memory,
     default=default_matmul,
-    supports=lambda w: w.compress_type == "linear",
+    supports=lambda w: branches_of(w)["products"],
 )
 
 SPACES = (POOL, MATMUL)

@@ -6,6 +6,7 @@ from typing import Any
 
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
+from nsagen.codegen.windows import PRODUCTS, out_dim
 from nsagen.workload import Param, Schedule, Workload
 
 
@@ -14,6 +15,7 @@ def padded(workload: Workload) -> dict[str, Any]:
     dim = int(workload.head_dim)
     block_d = next_power_of_2(dim)
     return {
+        "out_dim": dim,
         "block_d": block_d,
         "pad_d": block_d != dim,
         "block_l": next_power_of_2(int(workload.kernel_size)),
@@ -49,7 +51,7 @@ def elements(workload: Workload, rows: int, num_warps: int) -> float:
 def pool_supports(workload: Workload) -> bool:
     """Whether a few sums suffice, and shifting them is little work beside reading the tokens."""
     units, stride = units_of(workload), int(workload.kernel_stride)
-    return workload.compress_type != "linear" and units <= min(8, max(1, stride))
+    return workload.compress_type not in PRODUCTS and units <= min(8, max(1, stride))
 
 
 def default_pool(workload: Workload, target: Target) -> dict[str, Param]:
@@ -129,18 +131,20 @@ REREAD = ScheduleSpace(
     ),
     derive=lambda workload, schedule: padded(workload),
     default=default_reread,
-    supports=lambda w: w.compress_type != "linear",
+    supports=lambda w: w.compress_type not in PRODUCTS,
 )
 
 
 def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """How the product is cut into slices and column tiles."""
-    dim, block_n, block_k = int(workload.head_dim), int(schedule.block_n), int(schedule.block_k)
+    dim, columns = int(workload.head_dim), out_dim(workload)
+    block_n, block_k = int(schedule.block_n), int(schedule.block_k)
     return {
+        "out_dim": columns,
         "slices": -(-dim // block_k),
-        "column_tiles": -(-dim // block_n),
+        "column_tiles": -(-columns // block_n),
         "pad_k": dim % block_k != 0,
-        "pad_n": dim % block_n != 0,
+        "pad_n": columns % block_n != 0,
         "dot_precision": ', input_precision="ieee"' if workload.dtype == "float32" else "",
     }
 
@@ -152,13 +156,18 @@ def matmul_shared_memory(workload: Workload, schedule: Schedule) -> int:
     return width * int(schedule.num_stages) * step
 
 
+def widest(workload: Workload) -> int:
+    """The widest tile of columns: all of them, padded; 16 at least, as products need."""
+    return max(16, next_power_of_2(out_dim(workload)))
+
+
 def default_matmul(workload: Workload, target: Target) -> dict[str, Param]:
     """All columns of up to 128, so that tokens are read once; one warpgroup's 64 windows."""
-    block_d = next_power_of_2(int(workload.head_dim))
+    deep, wide = next_power_of_2(int(workload.head_dim)), widest(workload)
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
-        tile = {"block_m": 32, "block_n": min(32, block_d), "block_k": min(32, block_d)}
+        tile = {"block_m": 32, "block_n": min(32, wide), "block_k": min(32, deep)}
         return {**tile, "num_warps": 4, "num_stages": 2}
-    tile = {"block_m": 64, "block_n": min(128, block_d), "block_k": min(64, block_d)}
+    tile = {"block_m": 64, "block_n": min(128, wide), "block_k": min(64, deep)}
     return {**tile, "num_warps": 4, "num_stages": 4 if target.has_wgmma else 3}
 
 
@@ -175,8 +184,10 @@ MATMUL = ScheduleSpace(
     ),
     rules=(
         Rule(
-            "block_n and block_k are not wider than the padded head_dim",
-            lambda w, s, t: max(s.block_n, s.block_k) <= next_power_of_2(int(w.head_dim)),
+            "block_n is not wider than the padded columns, nor block_k than a padded token",
+            lambda w, s, t: (
+                s.block_n <= widest(w) and s.block_k <= next_power_of_2(int(w.head_dim))
+            ),
         ),
         Rule(
             "a warp has 16 x 16 results or more, a matrix instruction's tile",
@@ -190,7 +201,7 @@ MATMUL = ScheduleSpace(
     derive=derive_matmul,
     shared_memory=matmul_shared_memory,
     default=default_matmul,
-    supports=lambda w: w.compress_type == "linear",
+    supports=lambda w: w.compress_type in PRODUCTS,
 )
 
 SPACES = (POOL, REREAD, MATMUL)

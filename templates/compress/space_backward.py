@@ -6,6 +6,7 @@ from typing import Any
 
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
+from nsagen.codegen.windows import PRODUCTS, out_dim
 from nsagen.workload import Param, Schedule, Workload
 
 BLOCK_PARTS = 16
@@ -15,6 +16,11 @@ BLOCK_PARTS = 16
 def block_d(workload: Workload) -> int:
     """Head size padded to a power of two."""
     return next_power_of_2(int(workload.head_dim))
+
+
+def block_out(workload: Workload) -> int:
+    """Elements of a row of dy padded to a power of two; 16 at least, as products need."""
+    return max(16, next_power_of_2(out_dim(workload)))
 
 
 def elements(workload: Workload, rows: int, num_warps: int) -> float:
@@ -33,16 +39,17 @@ def common(workload: Workload) -> dict[str, Any]:
         "units": int(workload.kernel_size) // int(workload.kernel_stride),
         "sums": bool(workload.with_pe),
         "dots": has_dots(workload),
-        "block_d": block_d(workload),
-        "pad_d": block_d(workload) != int(workload.head_dim),
+        "out_dim": out_dim(workload),
+        "pad_out": block_out(workload) != out_dim(workload),
         "block_parts": BLOCK_PARTS,
     }
 
 
 def derive_pool(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """How dw is cut into programs."""
+    """How dw is cut into programs, and padded sizes."""
     tiles = int(workload.kernel_size) // int(schedule.block_j) if has_dots(workload) else 1
-    return {**common(workload), "j_tiles": tiles}
+    padded = {"block_d": block_d(workload), "pad_d": block_d(workload) != workload.head_dim}
+    return {**common(workload), **padded, "j_tiles": tiles}
 
 
 def default_pool(workload: Workload, target: Target) -> dict[str, Param]:
@@ -89,22 +96,24 @@ POOL = ScheduleSpace(
     ),
     derive=derive_pool,
     default=default_pool,
-    supports=lambda w: w.compress_type != "linear",
+    supports=lambda w: w.compress_type in ("avgpool", "weightedpool"),
 )
 
 
 def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """How both products are cut into steps and tiles."""
-    dim = int(workload.head_dim)
+    dim, columns = int(workload.head_dim), out_dim(workload)
+    walked = {"block_k": columns, "block_n": dim, "block_rows": dim, "block_cols": columns}
 
     def tiles(knob: str) -> int:
-        return -(-dim // int(getattr(schedule, knob)))
+        return -(-walked[knob] // int(getattr(schedule, knob)))
 
     def padded(knob: str) -> bool:
-        return dim % int(getattr(schedule, knob)) != 0
+        return walked[knob] % int(getattr(schedule, knob)) != 0
 
     return {
         **common(workload),
+        "block_out": block_out(workload),
         "j_tiles": 1,
         "slices": tiles("block_k"),
         "column_tiles": tiles("block_n"),
@@ -128,13 +137,13 @@ def matmul_shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 def default_matmul(workload: Workload, target: Target) -> dict[str, Param]:
     """Tiles of one warpgroup and of all columns of up to 128."""
-    wide = block_d(workload)
+    wide, out = block_d(workload), block_out(workload)
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
-        tile = {"block_units": 32, "block_n": min(32, wide), "block_k": min(32, wide)}
-        tile |= {"block_rows": min(32, wide), "block_cols": min(32, wide), "block_windows": 32}
+        tile = {"block_units": 32, "block_n": min(32, wide), "block_k": min(32, out)}
+        tile |= {"block_rows": min(32, wide), "block_cols": min(32, out), "block_windows": 32}
         return {**tile, "max_parts": 4, "num_warps": 4, "num_stages": 2}
-    tile = {"block_units": 64, "block_n": min(128, wide), "block_k": min(64, wide)}
-    tile |= {"block_rows": min(64, wide), "block_cols": min(128, wide), "block_windows": 64}
+    tile = {"block_units": 64, "block_n": min(128, wide), "block_k": min(64, out)}
+    tile |= {"block_rows": min(64, wide), "block_cols": min(128, out), "block_windows": 64}
     return {**tile, "max_parts": 4, "num_warps": 4, "num_stages": 3}
 
 
@@ -155,15 +164,18 @@ MATMUL = ScheduleSpace(
     ),
     rules=(
         Rule(
-            "no tile is wider than the padded head_dim",
-            lambda w, s, t: max(s.block_n, s.block_k, s.block_rows, s.block_cols) <= block_d(w),
+            "no tile is wider than a padded token or, of dy's columns, than those",
+            lambda w, s, t: (
+                max(s.block_n, s.block_rows) <= block_d(w)
+                and max(s.block_k, s.block_cols) <= block_out(w)
+            ),
         ),
         Rule(
             "a warp has 16 x 16 results or more, a matrix instruction's tile",
             lambda w, s, t: (
                 w.dtype == "float32"
                 or min(s.block_units * s.block_n, s.block_rows * s.block_cols)
-                >= min(16 * 16 * s.num_warps, block_d(w) ** 2)
+                >= min(16 * 16 * s.num_warps, block_d(w) * min(block_d(w), block_out(w)))
             ),
         ),
         Rule(
@@ -177,7 +189,65 @@ MATMUL = ScheduleSpace(
     derive=derive_matmul,
     shared_memory=matmul_shared_memory,
     default=default_matmul,
-    supports=lambda w: w.compress_type == "linear",
+    supports=lambda w: w.compress_type in PRODUCTS,
 )
 
-SPACES = (POOL, MATMUL)
+
+def derive_gates(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """Padded sizes, and how dw is cut into programs."""
+    dim = block_d(workload)
+    return {
+        "units": int(workload.kernel_size) // int(workload.kernel_stride),
+        "block_d": dim,
+        "pad_d": dim != int(workload.head_dim),
+        "out_dim": int(workload.head_dim),
+        "block_parts": BLOCK_PARTS,
+        "j_tiles": int(workload.kernel_size) // int(schedule.block_j),
+    }
+
+
+def default_gates(workload: Workload, target: Target) -> dict[str, Param]:
+    """As pooling, but for two sums of 8 elements a thread a place, of 2 places at most."""
+    size = int(workload.kernel_size)
+    return {
+        "block_tokens": max(4, 2048 // block_d(workload)),
+        "block_windows": max(4, 1024 // block_d(workload)),
+        "block_j": 2 if size % 2 == 0 else 1,
+        "part_windows": 256,
+        "num_warps": 4,
+    }
+
+
+GATES = ScheduleSpace(
+    op="compress",
+    pass_="backward",
+    algorithm="gates",
+    knobs=(
+        PowerOfTwo("block_tokens", 4, 128, "tokens a program of dx: shared dy against programs"),
+        PowerOfTwo("block_windows", 4, 64, "windows a step: loads in flight against registers"),
+        Choice("block_j", (1, 2, 4, 8), "places a program of dw: reads of dy, registers"),
+        Choice("part_windows", (64, 128, 256, 512, 1024), "windows a part: programs, parts to add"),
+        Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+    ),
+    rules=(
+        Rule("block_j divides kernel_size", lambda w, s, t: w.kernel_size % s.block_j == 0),
+        Rule(
+            "each thread holds 4 to 64 elements of a tile",
+            lambda w, s, t: (
+                4 <= elements(w, int(s.block_tokens), int(s.num_warps)) <= 64
+                and elements(w, int(s.block_windows), int(s.num_warps)) >= 4
+            ),
+        ),
+        Rule(
+            "the sums take 128 registers a thread or fewer",
+            lambda w, s, t: (
+                2 * int(s.block_j) * elements(w, int(s.block_windows), int(s.num_warps)) <= 128
+            ),
+        ),
+    ),
+    derive=derive_gates,
+    default=default_gates,
+    supports=lambda w: w.compress_type == "sigmoid_mul",
+)
+
+SPACES = (POOL, MATMUL, GATES)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from nsagen.codegen.support import measure, measure_one, page, representative, spilling
+from nsagen.codegen.support import documented, measure, measure_one, page, spilling
 from nsagen.codegen.target import KNOWN_TARGETS
 from nsagen.codegen.template import default_schedule
 from nsagen.spec import load_spec
 
 ROWS = json.loads((Path(__file__).parents[2] / "docs" / "support.json").read_text("utf-8"))
-WORKLOADS = representative(load_spec("llama8b"))
+WORKLOADS = documented()
 MOST_STACK = 24
 """Bytes a thread: what compilers keep there without an array or a loop that spills."""
 
@@ -55,7 +55,7 @@ def test_a_row_that_does_not_compile_or_fit_is_wrong():
 
 
 def test_the_page_counts_variants_and_spills():
-    text = page("llama8b", ROWS)
+    text = page(ROWS)
     for target in KNOWN_TARGETS:
         assert f"| `{target}` | {len(WORKLOADS)} |" in text
 

@@ -62,8 +62,9 @@ CASES = [
 ]
 
 
-def workload(op: str, pass_: str, dtype: str) -> Workload:
-    return Workload.of(op, pass_, dtype=dtype, **{n: SHAPE[n] for n in STATIC_PARAMS[op, pass_]})
+def workload(op: str, pass_: str, dtype: str, **other: Param) -> Workload:
+    params = {n: SHAPE[n] for n in STATIC_PARAMS[op, pass_]}
+    return Workload.of(op, pass_, dtype=dtype, **params | other)
 
 
 def adversarial(w: Workload, kind: str, monkeypatch: pytest.MonkeyPatch) -> Case:
@@ -105,6 +106,23 @@ def test_each_kind(
     for name, exact in case.expected().items():
         huge = kind in HUGE and (op, pass_) in FROM_LSE
         check(name, case.outputs[name], exact, scale, huge)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compress_type", ["sigmoid_mul", "mlp"])
+@pytest.mark.parametrize(
+    ("op", "pass_"), [("compress", "forward"), ("compress", "backward"), ("cache_append", "decode")]
+)
+def test_each_kind_of_compression(
+    op: str, pass_: str, compress_type: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gates that are shut or open, and sums that silu takes to 0."""
+    w = workload(op, pass_, "float32", compress_type=compress_type, mlp_hidden=24)
+    case = adversarial(w, kind, monkeypatch)
+    with guarded(case) as args:
+        load_kernel(w).launch(*args)
+    for name, exact in case.expected().items():
+        check(name, case.outputs[name], exact, 0.0, huge=False)
 
 
 ALGORITHMS = [s.algorithm for s in spaces_of("selected_attention", "forward")]

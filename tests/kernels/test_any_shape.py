@@ -17,8 +17,7 @@ from nsagen.errors import UnsupportedWorkloadError
 from nsagen.harness.base import Sizes
 from nsagen.spec.shape import AttentionShape, violations
 from nsagen.trial import Trial
-from nsagen.workload import STATIC_PARAMS, Workload
-from tests.support import MODEL_TYPES as COMPRESS_TYPES
+from nsagen.workload import BRANCH_KV, COMPRESS_TYPES, STATIC_PARAMS, Workload, parameter_names
 from tests.support import kernel_device, kernel_dtypes
 
 SECONDS = float(os.environ.get("SHAPES_SECONDS", "0"))
@@ -63,6 +62,10 @@ def attention_shapes(draw) -> AttentionShape:
         local_blocks=local_blocks,
         window_size=draw(often((1, 2, 64, 512, 8192), 1, 8192)),
         with_pe=draw(st.booleans()),
+        v_compress_type=draw(st.sampled_from(("", *COMPRESS_TYPES))),
+        mlp_hidden=draw(often((32, 128, 192), 8, 256, 8)),
+        with_v_pe=draw(st.booleans()),
+        branch_kv=draw(st.sampled_from(BRANCH_KV)),
     )
     assert not list(violations(shape))
     return shape
@@ -85,7 +88,7 @@ def sizes_for(draw, shape: AttentionShape, pass_: str) -> Sizes:
 @st.composite
 def trials(draw, op: str, pass_: str) -> Trial:
     shape = draw(attention_shapes())
-    params = {name: getattr(shape, name) for name in STATIC_PARAMS[op, pass_]}
+    params = {name: getattr(shape, name) for name in parameter_names(op, pass_)}
     workload = Workload.of(op, pass_, dtype=shape.dtype, **params)
     target = draw(st.sampled_from(sorted(KNOWN_TARGETS)))
     # What is made for one architecture runs there only, and not in the interpreter.

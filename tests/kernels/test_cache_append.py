@@ -12,8 +12,7 @@ from nsagen.codegen.template import default_schedule
 from nsagen.harness.base import THRESHOLDS, Case, Sizes, relative_error
 from nsagen.harness.cache_append import make_case
 from nsagen.ops import reference
-from nsagen.workload import Param, Schedule, Workload
-from tests.support import MODEL_TYPES as COMPRESS_TYPES
+from nsagen.workload import BRANCH_KV, COMPRESS_TYPES, Param, Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 DTYPES = kernel_dtypes()
@@ -29,6 +28,7 @@ def workload(kind: str = "weightedpool", dtype: str = "float32", **params: Param
         "kernel_size": 8,
         "kernel_stride": 4,
         "with_pe": True,
+        "mlp_hidden": 24,
     }
     return Workload.of("cache_append", "decode", dtype=dtype, **{**usual, **params})
 
@@ -74,7 +74,7 @@ def test_group_sizes(gqa_ratio: int) -> None:
 
 
 @pytest.mark.parametrize("dims", [(24, 24), (80, 40), (64, 128), (192, 16), (128, 128)])
-@pytest.mark.parametrize("kind", ["weightedpool", "linear"])
+@pytest.mark.parametrize("kind", ["weightedpool", "linear", "sigmoid_mul", "mlp"])
 def test_head_dims(kind: str, dims: tuple[int, int]) -> None:
     check(workload(kind, "float16", head_dim=dims[0], v_head_dim=dims[1]), (7, -1, 30, 43))
 
@@ -87,7 +87,7 @@ def test_windows_of_any_size_and_stride(kind: str, size: int, stride: int) -> No
 
 
 @pytest.mark.parametrize("rows", [1, 17])
-@pytest.mark.parametrize("kind", ["avgpool", "linear"])
+@pytest.mark.parametrize("kind", ["avgpool", "linear", "mlp"])
 def test_all_rows_complete_a_window_or_none(kind: str, rows: int) -> None:
     check(workload(kind), (31,) * rows)
     check(workload(kind), (30,) * rows)
@@ -126,6 +126,39 @@ def test_strided_views(kind: str) -> None:
     check_case(load_kernel(work), dataclasses.replace(case, args=tuple(args)))
 
 
+@pytest.mark.parametrize("branch_kv", BRANCH_KV)
+@pytest.mark.parametrize("v_kind", COMPRESS_TYPES)
+@pytest.mark.parametrize("kind", COMPRESS_TYPES)
+def test_values_of_another_type(kind: str, v_kind: str, branch_kv: str) -> None:
+    """Keys and values of any two types, of any two sizes, with embeddings of their own."""
+    more = {"v_compress_type": v_kind, "with_v_pe": True, "branch_kv": branch_kv}
+    check(workload(kind, v_head_dim=24, **more), (7, -1, 2, 11, 30))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("kind", ["mlp", "sigmoid_mul"])
+def test_separate_branches(kind: str, page_size: int | None, dtype: str) -> None:
+    check(workload(kind, dtype, branch_kv="separate"), EDGES, 2, page_size)
+
+
+@pytest.mark.parametrize("hidden", [8, 16, 136, 200])
+def test_hidden_sizes(hidden: int) -> None:
+    check(workload("mlp", "float16", mlp_hidden=hidden), (7, 11, 30, 43))
+
+
+def test_strided_views_of_separate_branches() -> None:
+    """Rows as slices of one projection; caches with heads before tokens."""
+    work = workload("mlp", branch_kv="separate")
+    case = case_of(work)
+    args = list(case.args)
+    rows = [args[1], args[2], *args[20:24]]  # k, v and the branches' own, of one head size
+    args[1], args[2], *args[20:24] = torch.cat(rows, 1).split(2, 1)
+    for index, name in ((24, "v_raw"), (25, "k_window_cache"), (26, "v_window_cache")):
+        args[index] = case.outputs[name] = args[index].transpose(1, 2).contiguous().transpose(1, 2)
+    check_case(load_kernel(work), dataclasses.replace(case, args=tuple(args)))
+
+
 @pytest.mark.parametrize("kind", COMPRESS_TYPES)
 def test_a_sequence_grows_token_by_token(kind: str) -> None:
     """Caches as a step left them serve the next one."""
@@ -134,14 +167,17 @@ def test_a_sequence_grows_token_by_token(kind: str) -> None:
     launch = load_kernel(work).launch
     caches = case_of(work, (0,)).args[10:15]
     for position in range(24):
-        step = case_of(work, (position,)).args
-        new = [x * (1 + position) for x in step[:3]]
+        q, k, v, *tables, w_k, w_v, pe = case_of(work, (position,)).args[:8]
+        positions, slots, *_, q_out, table = case_of(work, (position,)).args[8:17]
+        second = case_of(work, (position,)).args[17:]
+        new = [x * (1 + position) for x in (q, k, v)]
         expected = [cache.double() for cache in caches]
-        wide = [x.double() for x in (*new, *step[3:8]) if x is not None]
-        if kind == "avgpool":
-            wide[5:5] = [None, None]
-        reference.cache_append(*wide, *step[8:10], *expected, **statics)
-        launch(*new, *step[3:10], *caches, *step[15:])
+        weights = [None if w is None else w.double() for w in (w_k, w_v)]
+        if second:
+            weights = [(w, w2.double()) for w, w2 in zip(weights, second, strict=False)]
+        wide = [x.double() for x in (*new, *tables)]
+        reference.cache_append(*wide, *weights, pe.double(), positions, slots, *expected, **statics)
+        launch(*new, *tables, w_k, w_v, pe, positions, slots, *caches, q_out, table, *second)
         for cache, right in zip(caches, expected, strict=True):
             assert relative_error(cache, right) <= THRESHOLDS[cache.dtype]
 

@@ -5,15 +5,16 @@ import torch
 
 from nsagen.harness.base import Case, Sizes
 from nsagen.harness.compress import make_case
-from nsagen.workload import Schedule, Workload
-from tests.support import MODEL_TYPES as COMPRESS_TYPES
+from nsagen.workload import COMPRESS_TYPES, Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 RAGGED = (0, 7, 150, 8, 1, 21, 0)  # empty, one token short of a window, long, exactly a window
 POOLS = ("avgpool", "weightedpool")
 
 
-def workload(kind="weightedpool", dtype="float32", dim=32, size=8, stride=4, with_pe=True):
+def workload(
+    kind="weightedpool", dtype="float32", dim=32, size=8, stride=4, with_pe=True, hidden=24
+):
     return Workload.of(
         "compress",
         "forward",
@@ -23,6 +24,7 @@ def workload(kind="weightedpool", dtype="float32", dim=32, size=8, stride=4, wit
         kernel_size=size,
         kernel_stride=stride,
         with_pe=with_pe,
+        mlp_hidden=hidden,
     )
 
 

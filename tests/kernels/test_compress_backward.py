@@ -7,14 +7,15 @@ from nsagen import ops
 from nsagen.harness.base import Case, Sizes
 from nsagen.harness.compress_backward import make_case
 from nsagen.ops import reference
-from nsagen.workload import Schedule, Workload
-from tests.support import MODEL_TYPES as COMPRESS_TYPES
+from nsagen.workload import COMPRESS_TYPES, Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 RAGGED = (0, 7, 50, 8, 1, 21, 0)  # empty, one token short of a window, long, exactly a window
 
 
-def workload(kind="weightedpool", dtype="float32", dim=16, size=8, stride=4, with_pe=True):
+def workload(
+    kind="weightedpool", dtype="float32", dim=16, size=8, stride=4, with_pe=True, hidden=24
+):
     return Workload.of(
         "compress",
         "backward",
@@ -24,6 +25,7 @@ def workload(kind="weightedpool", dtype="float32", dim=16, size=8, stride=4, wit
         kernel_size=size,
         kernel_stride=stride,
         with_pe=with_pe,
+        mlp_hidden=hidden,
     )
 
 
@@ -174,7 +176,8 @@ def test_autograd_runs_the_kernels(kind, with_pe, tmp_path, monkeypatch):
     w = workload(kind, dim=16, with_pe=with_pe)
     for seqlens in ((0, 30, 9), (3,)):  # the latter has fewer tokens than a stride
         _, x, weight, pe, cu_seqlens, *_ = case_of(w, seqlens).args
-        given = [t for t in (x, weight, pe) if t is not None]
+        second = [torch.randn(2, 24, 16, device=x.device)] if kind == "mlp" else []
+        given = [t for t in (x, weight, *second, pe) if t is not None]
         found, expected = [], []
         for op, dtype, gradients in (
             (ops.compress, torch.float32, found),
@@ -182,7 +185,11 @@ def test_autograd_runs_the_kernels(kind, with_pe, tmp_path, monkeypatch):
         ):
             leaves = [t.to(dtype, copy=True).requires_grad_() for t in given]
             rest = iter(leaves)
-            inputs = [None if t is None else next(rest) for t in (x, weight, pe)]
+            x_in = next(rest)
+            w_in = tuple(next(rest) for _ in range(2)) if second else None
+            if weight is not None and not second:
+                w_in = next(rest)
+            inputs = [x_in, w_in, None if pe is None else next(rest)]
             sizes = {"compress_type": kind, "kernel_size": 8, "kernel_stride": 4}
             y, _ = op(*inputs, cu_seqlens, **sizes)
             y.sum().backward()

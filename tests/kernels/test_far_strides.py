@@ -16,7 +16,7 @@ import torch
 
 from nsagen.harness.base import Case, Sizes, harness_of
 from nsagen.spec.shape import AttentionShape
-from nsagen.workload import STATIC_PARAMS, Workload
+from nsagen.workload import OPTIONAL_PARAMS, STATIC_PARAMS, Workload, parameter_names
 from tests.support import check_case, load_kernel
 
 pytestmark = pytest.mark.interpreter
@@ -51,7 +51,10 @@ CONTIGUOUS = {
     "w_v",
     "weight",
     "norm_weight",
+    "w_k2",
+    "w_v2",
     "pe",
+    "pe_v",
     "cos",
     "sin",
 }
@@ -89,11 +92,22 @@ def spread(case: Case, launch: Callable[..., None]) -> Case:
     return dataclasses.replace(case, args=args, outputs=outputs)
 
 
-@pytest.mark.parametrize(("op", "pass_"), sorted(STATIC_PARAMS))
-def test_rows_past_two_to_the_31(op, pass_):
-    params = {name: getattr(SHAPE, name) for name in STATIC_PARAMS[op, pass_]}
+def check(op: str, pass_: str, shape: AttentionShape) -> None:
+    params = {name: getattr(shape, name) for name in parameter_names(op, pass_)}
     workload = Workload.of(op, pass_, dtype="float32", **params)
     sizes = DECODE_SIZES if pass_ == "decode" else SIZES
     case = harness_of(workload).make_case(workload, sizes, "cpu", 0)
     module = load_kernel(workload)
     check_case(module, spread(case, module.launch))
+
+
+@pytest.mark.parametrize(("op", "pass_"), sorted(STATIC_PARAMS))
+def test_rows_past_two_to_the_31(op, pass_):
+    check(op, pass_, SHAPE)
+
+
+@pytest.mark.parametrize("compress_type", ["sigmoid_mul", "mlp"])
+@pytest.mark.parametrize(("op", "pass_"), sorted(OPTIONAL_PARAMS))
+def test_rows_past_two_to_the_31_of_separate_branches(op, pass_, compress_type):
+    more = {"compress_type": compress_type, "v_compress_type": "", "mlp_hidden": 24}
+    check(op, pass_, dataclasses.replace(SHAPE, **more, with_v_pe=True, branch_kv="separate"))

@@ -168,3 +168,22 @@ def test_last_dimension_must_be_contiguous() -> None:
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ValueError, match=r"q: the last dimension must be contiguous, got \("):
         load_kernel(work).launch(q, *rest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [None, 16, 48])
+def test_a_window_of_its_own(page_size: int | None, dtype: str) -> None:
+    """The sliding branch's caches apart from the selected one's, and each read for its own part."""
+    work = workload(dtype, head_dim=24)
+    sizes = Sizes((-1, 0, 15, 16, 23, 24, 63, 200), capacity=256, page_size=page_size)
+    case = make_case(work, sizes, kernel_device(), own_window=True)
+    check_case(load_kernel(work), case)
+
+
+def test_a_window_of_its_own_in_other_strides() -> None:
+    work = workload()
+    case = make_case(work, Sizes((30, 200), capacity=256), kernel_device(), own_window=True)
+    *args, k_window_cache, v_window_cache = case.args
+    turned = k_window_cache.transpose(1, 2).contiguous().transpose(1, 2)
+    wider = torch.cat((v_window_cache, v_window_cache), -1)[..., :16]
+    check_case(load_kernel(work), dataclasses.replace(case, args=(*args, turned, wider)))

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from nsagen import ops
 from nsagen.harness.base import THRESHOLDS, relative_error
-from nsagen.ops import reference
+from nsagen.harness.compress import compress_weight
+from nsagen.ops import SeparateKV, reference
 from nsagen.resources import templates_dir
 from nsagen.runtime import Dispatcher
-from nsagen.workload import STATIC_PARAMS
+from nsagen.workload import COMPRESS_TYPES, STATIC_PARAMS
 
 from .inputs import STATICS, Cached, Packed
 
@@ -39,7 +40,7 @@ def assert_close(out: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("compress_type", ["avgpool", "weightedpool", "linear"])
+@pytest.mark.parametrize("compress_type", COMPRESS_TYPES)
 def test_the_whole_block(dispatcher: Dispatcher, dtype: torch.dtype, compress_type: str) -> None:
     args, keywords = Packed(dtype).block(compress_type)
     # No sequence has more blocks than topk: rounding cannot change which ones are selected.
@@ -76,3 +77,32 @@ def test_decoding(dispatcher: Dispatcher) -> None:
     sizes = {"block_size": 8, "window_size": 9}
     o = ops.native_sparse_attention_decode(*args, **sizes, dispatcher=dispatcher)
     assert_close(o[live], reference.native_sparse_attention_decode(*args, **sizes)[live])
+
+
+@pytest.mark.parametrize("types", [("mlp", "mlp"), ("mlp", "avgpool"), ("avgpool", "mlp")])
+def test_decoding_of_separate_branches(dispatcher: Dispatcher, types: tuple[str, str]) -> None:
+    x = Cached()
+    ours, theirs, own = x.caches(), x.caches(), x.separate()
+    theirs_own = SeparateKV(*own.rows, *(cache.clone() for cache in own.caches))
+    *inputs, positions, slots = x.append_inputs()
+    inputs[5:7] = (
+        compress_weight(kind, 2, 8, dim, torch.randn, hidden=20)
+        for kind, dim in zip(types, (16, 24), strict=True)
+    )
+    statics = {
+        **{"compress_type": types[0], "v_compress_type": types[1]},
+        **{"kernel_size": 8, "kernel_stride": 4, "pe_v": x.randn(2, 8, 24)},
+    }
+    args = (*inputs, positions, slots)
+    q = ops.cache_append(*args, *ours, **statics, separate=own, dispatcher=dispatcher)
+    expected = reference.cache_append(*args, *theirs, **statics, separate=theirs_own)
+    live = [row for row, position in enumerate(x.positions) if position >= 0]
+    assert_close(q[live], expected[live])
+    for one, other in zip((*ours, *own.caches), (*theirs, *theirs_own.caches), strict=True):
+        assert_close(one, other)
+    args = (q, *ours[:2], x.topk_idx, *x.rows, x.o_compressed, x.gate)
+    sizes = {"block_size": 8, "window_size": 9}
+    window = {"k_window_cache": own.k_window_cache, "v_window_cache": own.v_window_cache}
+    o = ops.native_sparse_attention_decode(*args, **sizes, **window, dispatcher=dispatcher)
+    expected = reference.native_sparse_attention_decode(*args, **sizes, **window)
+    assert_close(o[live], expected[live])

@@ -1,0 +1,13 @@
+"""What the schedule spaces of compression and of appending to caches share."""
+
+from __future__ import annotations
+
+from nsagen.workload import Workload
+
+PRODUCTS = ("linear", "mlp")
+"""The compress types that are matrix products; the others weigh a window's tokens."""
+
+
+def out_dim(workload: Workload) -> int:
+    """Elements of a window's result in compression's kernels; of an mlp, after its first layer."""
+    return int(workload.mlp_hidden or workload.head_dim)
