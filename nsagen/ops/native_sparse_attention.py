@@ -83,6 +83,8 @@ def native_sparse_attention(
     if needs_windows:
         ck, ck_cu_seqlens = compress(k, w_k, pe, cu_seqlens, compress_type=compress_type, **sizes)
         v_type = v_compress_type or compress_type
+        if "compressed" not in on:  # nothing reads the values: the cheapest will do
+            v_type, w_v, pe_v = "avgpool", None, None
         cv, _ = compress(v, w_v, pe_v, cu_seqlens, compress_type=v_type, **sizes)
     if (cos is None) != (sin is None):
         came = "cos" if sin is None else "sin"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 
 from nsagen.branches import BRANCHES
 from nsagen.workload import BRANCH_KV, STATIC_PARAMS, Param, Workload, parameter_names
@@ -75,9 +75,9 @@ class AttentionShape:
         """The workload of each op that the branches need with one of the passes; `compress` has
         one for keys and one for values."""
         on = set(branches) - (set() if self.window_size else {"sliding"})
-        shape: dict[str, Param] = asdict(self)
-        of_values = shape | {"head_dim": self.v_head_dim, "with_pe": self.with_v_pe}
-        of_values["compress_type"] = self.v_compress_type
+        shape: dict[str, Param] = asdict(self._least(on))
+        of_values = shape | {"head_dim": self.v_head_dim, "with_pe": shape["with_v_pe"]}
+        of_values["compress_type"] = shape["v_compress_type"]
         for op, pass_ in STATIC_PARAMS:
             names = parameter_names(op, pass_)
             if pass_ not in passes or not on & _SERVES.get((op, pass_), on):
@@ -90,6 +90,15 @@ class AttentionShape:
             yield self._workload(op, pass_, {name: used[name] for name in names})
             if op == "compress":
                 yield self._workload(op, pass_, {name: of_values[name] for name in names})
+
+    def _least(self, on: Collection[str]) -> AttentionShape:
+        """As a model calls the ops: what compresses for a branch that is off is a plain mean."""
+        if "compressed" in on:
+            return self
+        values = replace(self, v_compress_type="avgpool", with_v_pe=False)
+        if "selected" in on:  # ranks blocks by compressed keys
+            return values
+        return replace(values, compress_type="avgpool", with_pe=False)
 
     def _workload(self, op: str, pass_: str, params: dict[str, Param]) -> Workload:
         return Workload.of(op, pass_, dtype=self.dtype, **params)

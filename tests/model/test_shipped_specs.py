@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from nsagen.model import InferenceConfig, ToyNSALlama, ToyNSALlamaConfig
+from nsagen.model.sparsity import settings_of
 from nsagen.runtime import Dispatcher, registry
-from nsagen.spec import load_spec
+from nsagen.spec import AttentionShape, load_spec
 from nsagen.workload import Workload
+from tests.model.forms import FORMS
 from tests.model.tiny import nsa_config, packed_batch
 
 LLAMA = {
@@ -42,6 +44,21 @@ class Recorder:
         return lambda *args: None
 
 
+def asked(
+    config: ToyNSALlamaConfig, dtype: torch.dtype, patch: pytest.MonkeyPatch
+) -> set[Workload]:
+    """What a forward and a generate of the model call."""
+    recorder = Recorder()
+    model = ToyNSALlama(config, InferenceConfig(max_batch_size=2, max_length=128), recorder)
+    patch.setenv("TRITON_INTERPRET", "1")  # sends CPU tensors to the recorder
+    batch = packed_batch([70, 40], vocab_size=64)
+    model = model.to(dtype)
+    with torch.no_grad():
+        model(*batch)
+        model.generate(*batch, max_new_tokens=2)
+    return recorder.asked
+
+
 @pytest.mark.parametrize("compress_type", ["avgpool", "weightedpool", "linear"])
 @pytest.mark.parametrize(
     ("spec", "dtype", "config"),
@@ -61,7 +78,6 @@ class Recorder:
         pytest.param("tiny", torch.float32, {}, id="the demo"),
     ],
 )
-@torch.no_grad()
 def test_specs_cover_the_models_calls(
     spec: str,
     dtype: torch.dtype,
@@ -70,13 +86,44 @@ def test_specs_cover_the_models_calls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make = ToyNSALlamaConfig if config else nsa_config
-    recorder = Recorder()
-    limits = InferenceConfig(max_batch_size=2, max_length=128)
-    model = ToyNSALlama(make(**config, compress_type=compress_type), limits, recorder).to(dtype)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # sends CPU tensors to the recorder
-    batch = packed_batch([70, 40], vocab_size=64)
-    model(*batch)
-    model.generate(*batch, max_new_tokens=2)
-    assert len({workload.op for workload in recorder.asked}) == 10
-    missing = recorder.asked - set(load_spec(spec).workloads())
+    found = asked(make(**config, compress_type=compress_type), dtype, monkeypatch)
+    assert len({workload.op for workload in found}) == 10
+    missing = found - set(load_spec(spec).workloads())
     assert not missing, f"specs/{spec}.yaml lacks: {', '.join(map(str, sorted(missing)))}"
+
+
+def test_the_papers_spec_covers_the_papers_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = load_spec("nsa_paper")
+    (shape,) = spec.shapes
+    sizes = {"num_attention_heads": 16, "num_key_value_heads": 1, "v_head_dim": shape.v_head_dim}
+    config = ToyNSALlamaConfig(
+        **{**LLAMA, **sizes, "head_dim": shape.head_dim, "gate_type": "mlp", **settings_of(shape)}
+    )
+    assert (config.branch_kv, config.value_type, config.v_with_pe) == ("separate", "mlp", True)
+    missing = asked(config, torch.bfloat16, monkeypatch) - set(spec.workloads())
+    assert not missing, f"specs/nsa_paper.yaml lacks: {', '.join(map(str, sorted(missing)))}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_shapes_workloads_are_the_models_calls(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, and no other: also of a model in which branches are off."""
+    config = nsa_config(**FORMS[form])
+    names = ("compress_type", "kernel_size", "kernel_stride", "block_size", "topk", "init_blocks")
+    shape = AttentionShape(
+        head_dim=config.head_dim,
+        v_head_dim=config.value_dim,
+        gqa_ratio=2,
+        dtype="float32",
+        **{name: getattr(config, name) for name in names},
+        local_blocks=config.local_blocks,
+        window_size=config.window_size,
+        with_pe=True,
+        v_compress_type=config.v_compress_type or "",
+        mlp_hidden=config.mlp_hidden or 0,
+        with_v_pe=config.v_with_pe,
+        branch_kv=config.branch_kv,
+    )
+    expected = set(shape.workloads(("forward", "decode"), config.branches))
+    assert asked(config, torch.float32, monkeypatch) == expected
