@@ -15,11 +15,8 @@ import torch
 from nsagen.codegen.target import KNOWN_TARGETS
 from nsagen.codegen.template import default_schedule, kernel_name, render, space_for
 from nsagen.harness.base import THRESHOLDS, Case, relative_error
-from nsagen.workload import COMPRESS_TYPES, Schedule, Workload
+from nsagen.workload import Schedule, Workload
 from tests.canaries import guarded
-
-MODEL_TYPES = COMPRESS_TYPES[:3]
-"""What `ToyNSALlama` compresses with."""
 
 
 def kernel_device() -> str:
