@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from nsagen.harness.base import Case, Cost, Sizes, poisoned
+from nsagen.harness.block_selection import allow_near, rule_of
 from nsagen.harness.caches import Pages, RandomCaches
 from nsagen.ops import reference
+from nsagen.ops.reference._attend import scores_of
+from nsagen.ops.reference._pages import first_entries
+from nsagen.ops.reference.block_selection import scores_of_blocks
 from nsagen.workload import Workload
 
 _STATICS = ("kernel_size", "kernel_stride", "block_size", "topk", "init_blocks", "local_blocks")
@@ -18,7 +22,8 @@ _STATICS = ("kernel_size", "kernel_stride", "block_size", "topk", "init_blocks",
 def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
     """Rows at the positions `sizes.seqlens` (-1: idle), in permuted slots of larger caches.
 
-    Whatever a row must not read is NaN: windows that end after its token, and spare slots.
+    Whatever a row must not read is NaN: windows that end after its token, and spare slots. Blocks
+    that float32 cannot tell apart may be chosen either way, as in the forward pass.
     """
     params: dict[str, Any] = dict(workload.params)
     size, stride = params["kernel_size"], params["kernel_stride"]
@@ -54,11 +59,25 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
             softmax_scale=scale,
             block_table=table,
         )
+        for row, (position, slot) in enumerate(zip(sizes.seqlens, slots.tolist(), strict=True)):
+            if position >= 0:
+                keys = first_entries(ck_cache, table, slot, windows[row]).double()
+                one, at = slice(row, row + 1), torch.full((1,), position, device=q.device)
+                scores = _scores(workload, q[one].double(), keys, at, scale)
+                chosen[:, one] = allow_near(topk_idx[:, one], scores, at, rule_of(workload))
         return {"o": out, "topk_idx": chosen}
 
     cost = _cost(sum(windows), rows, kv_heads, params, q.element_size())
     args = (*inputs, o, topk_idx, scale, table)
     return Case(args, {"o": o, "topk_idx": topk_idx}, expected, cost)
+
+
+def _scores(workload: Workload, q: Tensor, keys: Tensor, at: Tensor, scale: float) -> Tensor:
+    """What the blocks up to a token's own get of its probability, [HK, 1, blocks]."""
+    rule = rule_of(workload)
+    lse = scores_of(q, keys, scale).logsumexp(-1).permute(2, 0, 1).flatten(1)
+    blocks = int(at) // rule.block_size + 1
+    return scores_of_blocks(q, keys, lse, at, blocks, scale, rule)
 
 
 def _cost(windows: int, rows: int, kv_heads: int, params: dict[str, Any], element: int) -> Cost:
