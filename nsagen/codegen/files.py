@@ -21,11 +21,24 @@ def replace_file(path: Path, text: str) -> bool:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
         os.chmod(temporary, 0o644)
+        _forget_bytecode(path)
         os.replace(temporary, path)
+        _forget_bytecode(path)  # of whoever imported the old file in between
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     return True
+
+
+def _forget_bytecode(path: Path) -> None:
+    """Remove what Python keeps of a module.
+
+    It tells versions apart by size and by the second of their time: another of the same size, made
+    within a second or after the clock was set back, would not be read.
+    """
+    if path.suffix == ".py":
+        for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
+            compiled.unlink(missing_ok=True)
 
 
 @contextmanager

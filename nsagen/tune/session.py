@@ -28,7 +28,7 @@ from nsagen.tune.selection import Selection, specs_of
 from nsagen.tune.settings import Device, Settings, Step
 from nsagen.tune.simulate import ReplayEvaluator
 from nsagen.tune.static import StaticEvaluator
-from nsagen.tune.storage import open_storage
+from nsagen.tune.storage import open_storage, storage_errors
 from nsagen.tune.tuner import Tuner
 from nsagen.tune.worker import Worker
 from nsagen.workload import Schedule
@@ -128,7 +128,8 @@ def tune(
 
         storage = open_storage(result.url)
         tuner = Tuner(device, storage, evaluator, settings, known, watcher.step)
-        result.failures += tuner.run(tasks, keep)
+        with storage_errors(result.url):
+            result.failures += tuner.run(tasks, keep)
         result.studies += tuner.studies
     return result
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 from sqlalchemy import event
-from sqlalchemy.exc import IntegrityError, ProgrammingError
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from nsagen.codegen.files import locked
 from nsagen.errors import InvalidInputError, TuneError
@@ -63,6 +63,22 @@ def open_storage(url: str) -> BaseStorage:
         raise TuneError(
             f"tune: --study {url}: must be a storage that can be opened; it said: {last}; "
             "check that it runs and that its driver is installed"
+        ) from error
+
+
+@contextlib.contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Let an error of the storage that `url` names, once open, end in a TuneError."""
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError, OSError) as error:
+        if isinstance(error, OSError) and not url.startswith("journal:"):
+            raise  # of another file
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        said = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()[0]
+        raise TuneError(
+            f"tune: --study {url}: must stay readable and writable; it said: {said}; "
+            "mend that, and the same command goes on from what it kept"
         ) from error
 
 

@@ -120,6 +120,25 @@ def test_builds_of_two_specs_of_one_name_at_once(folder: Path) -> None:
     assert contents(OUT / "few") in either
 
 
+def test_a_clock_that_stands_still_or_jumps_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another package of the same sizes, at the same times: it is what gets imported."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    make("few.yaml")
+    before = {path: path.stat() for path in OUT.rglob("*.py")}
+    old = imported()
+    assert list(OUT.rglob("dispatcher.*.pyc"))
+    (folder / "two.yaml").write_text((folder / "other.yaml").read_text())
+    make("two.yaml")
+    for path in [path for path in before if path.exists()]:
+        assert path.stat().st_size == before[path].st_size
+        os.utime(path, ns=(before[path].st_atime_ns, before[path].st_mtime_ns))
+    new = imported()
+    assert old and new and not set(old) & set(new)
+    assert all((OUT / "few" / file).is_file() for file in new)
+
+
 def refused() -> int:
     """1 if a build ends in the error of a file that may not grow."""
     try:
