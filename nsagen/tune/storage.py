@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
@@ -171,12 +172,19 @@ def release_dead_trials(study: optuna.Study) -> int:
     dead = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if owner_is_dead(trial.user_attrs.get("owner", ""))
+        if owner_is_dead(trial.user_attrs.get("owner", "")) or _never_owned(trial)
     ]
     for trial in dead:
         with contextlib.suppress(ValueError):  # another process was quicker
             study.tell(trial.number, state=TrialState.FAIL)
     return len(dead)
+
+
+def _never_owned(trial: FrozenTrial) -> bool:
+    """Whether its process died before it could sign the trial: long ago, and nobody did."""
+    if "owner" in trial.user_attrs or trial.datetime_start is None:
+        return False
+    return (datetime.now() - trial.datetime_start).total_seconds() > 4 * HEARTBEAT_S
 
 
 @contextlib.contextmanager

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import resource
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 
 def start_child(work: Callable[[], object]) -> int:
@@ -46,13 +51,21 @@ def killed_after(seconds: float, work: Callable[[], object]) -> bool:
     return code != 0
 
 
-def killed_at(step: int, work: Callable[[], object], calls: Sequence[str] = ("replace",)) -> bool:
-    """Do some work, killed before its call number `step` (from 0) of some functions of `os`.
+def forked(works: Sequence[Callable[[], object]]) -> list[int]:
+    """Do some works at once, each in a process of its own; their exit codes, as of `in_child`."""
+    return [exit_code(child) for child in [start_child(work) for work in works]]
+
+
+def killed_at(
+    step: int, work: Callable[[], object], calls: Sequence[str] = ("replace",), of: Any = os
+) -> bool:
+    """Do some work, killed before its call number `step` (from 0) of some functions of `of`.
 
     Args:
         step: from 0.
         work: what to do.
-        calls: names in `os`; by default what puts a file in place.
+        calls: names in `of`; by default what puts a file in place.
+        of: a module or class.
 
     Returns:
         whether it came that far; if not, the work ended by itself.
@@ -68,12 +81,33 @@ def killed_at(step: int, work: Callable[[], object], calls: Sequence[str] = ("re
 
     def run() -> None:
         for name in calls:
-            setattr(os, name, functools.partial(dying, getattr(os, name)))
+            original = getattr(of, name)
+            # A function, not a partial: one that stands in for a method gets its object.
+            setattr(of, name, lambda *a, _of=original, **k: dying(_of, *a, **k))
         work()
 
     code = in_child(run)
     assert code in (0, -signal.SIGKILL)
     return code != 0
+
+
+@contextmanager
+def small_disk(place: Path, size: str) -> Iterator[Callable[[str], None]]:
+    """A file system of a size such as "16k", or "16k,ro", at a folder; how to give it another.
+
+    Skips the test where mounting is not allowed.
+    """
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+
+    def resize(size: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
+
+    try:
+        yield resize
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def with_files_of_at_most(size: int, work: Callable[[], object]) -> int:

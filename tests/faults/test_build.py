@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -24,7 +25,7 @@ from nsagen.resources import specs_dir
 from nsagen.runtime.package import load
 from nsagen.spec import load_spec
 from tests.bad.support import contents, run
-from tests.faults.support import in_child, killed_at, with_files_of_at_most
+from tests.faults.support import forked, killed_at, small_disk, with_files_of_at_most
 from tests.one_op import SPEC, one_op
 
 __all__ = ["one_op"]  # a fixture
@@ -109,13 +110,7 @@ def test_killed_before_each_file_of_a_build_over_another(folder: Path) -> None:
 def test_builds_of_two_specs_of_one_name_at_once(folder: Path) -> None:
     either = made("few.yaml"), made("other.yaml")
     specs = ("few.yaml", "other.yaml") * 3
-    children = []
-    for spec in specs:
-        child = os.fork()
-        if child == 0:
-            os._exit(in_child(lambda spec=spec: make(spec)))
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    codes = forked([lambda spec=spec: make(spec) for spec in specs])
     assert codes == [0] * len(specs)
     assert contents(OUT / "few") in either
 
@@ -135,7 +130,9 @@ def test_a_clock_that_stands_still_or_jumps_back(
         assert path.stat().st_size == before[path].st_size
         os.utime(path, ns=(before[path].st_atime_ns, before[path].st_mtime_ns))
     new = imported()
-    assert old and new and not set(old) & set(new)
+    assert old
+    assert new
+    assert not set(old) & set(new)
     assert all((OUT / "few" / file).is_file() for file in new)
 
 
@@ -164,21 +161,17 @@ def test_a_full_disk(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file system with room for a part of the package, then for all of it."""
     whole = made("few.yaml")
     OUT.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "none", str(OUT)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a file system")
     try:
-        assert run("build", "few.yaml") == 1
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("nsagen: build: must be able to write generated/few; got No space")
-        assert imported() is None
-        mount[4] = "remount,size=1m"
-        subprocess.run(mount, check=True)
-        make()
-        assert contents(OUT / "few") == whole
+        with small_disk(OUT, "16k") as resize:
+            assert run("build", "few.yaml") == 1
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("nsagen: build: must be able to write generated/few; got No spa")
+            assert imported() is None
+            resize("1m")
+            make()
+            assert contents(OUT / "few") == whole
     finally:
         forget()
-        subprocess.run(["umount", str(OUT)], check=True)
 
 
 @pytest.mark.parametrize("kind", ["no such place", "a file", "read-only"])
@@ -191,10 +184,11 @@ def test_a_folder_that_cannot_be_written(
     elif kind == "no such place":
         out = Path("/proc/nsagen")
     else:
-        if os.geteuid() == 0:
-            pytest.skip("root may write everywhere")
         out.mkdir(0o500)
-    assert run("build", "few.yaml", "--out", str(out)) == 1
+    with contextlib.ExitStack() as stack:
+        if kind == "read-only" and os.geteuid() == 0:  # who may write into any folder but this
+            stack.enter_context(small_disk(out, "1m,ro"))
+        assert run("build", "few.yaml", "--out", str(out)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"nsagen: build: must be able to write {out}/few; got ")
 

@@ -12,7 +12,13 @@ import pytest
 from optuna.trial import TrialState
 
 from nsagen.errors import InvalidInputError, TuneError
-from nsagen.tune.storage import open_storage, owner, owner_is_dead, trim_torn_tail
+from nsagen.tune.storage import (
+    open_storage,
+    owner,
+    owner_is_dead,
+    release_dead_trials,
+    trim_torn_tail,
+)
 
 
 def study_in(url: str, name: str = "s") -> optuna.Study:
@@ -52,6 +58,20 @@ def test_several_processes_may_make_a_database_at_once(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'new' / 'study.db'}"
     running = [subprocess.Popen([sys.executable, "-c", code, url]) for _ in range(2)]
     assert [process.wait(timeout=60) for process in running] == [0, 0]
+
+
+def test_a_trial_that_nobody_signed_is_released_when_it_is_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process was killed between asking for it and signing it."""
+    study = study_in(f"journal://{tmp_path / 'j.log'}")
+    study.ask()
+    signed = study.ask()
+    signed.set_user_attr("owner", owner())
+    assert release_dead_trials(study) == 0
+    monkeypatch.setattr("nsagen.tune.storage.HEARTBEAT_S", -1)
+    assert release_dead_trials(study) == 1
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.RUNNING]
 
 
 def test_an_owner_is_dead_when_its_process_is() -> None:
