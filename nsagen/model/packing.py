@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nsagen.model.checks import require
+from nsagen.ops._checks import values_are_read
 from nsagen.ops.layout import positions_in_sequence
 
 
@@ -81,7 +82,7 @@ def check_packed(where: str, input_ids: Tensor, cu_seqlens: Tensor, max_position
         "move one of them",
     )
     cu_seqlens = cu_seqlens.to(torch.int32)
-    readable = cu_seqlens.device.type == "cpu" or input_ids.shape[0] > max_positions
+    readable = values_are_read(cu_seqlens) or input_ids.shape[0] > max_positions
     if readable and not torch.compiler.is_compiling():
         host_lengths(where, cu_seqlens, input_ids.shape[0], max_positions)
     return cu_seqlens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nsagen.ops._checks import check_indices, check_range, fail
+from nsagen.ops._checks import check_indices, check_range, fail, values_are_read
 
 
 def check_table(op: str, like: Tensor, block_table: Tensor) -> None:
@@ -38,11 +38,11 @@ def check_places(
     cache: Tensor,
     block_table: Tensor | None,
 ) -> None:
-    """On a CPU: each row's position is one of so many tokens, -1 if idle, and its slot exists.
+    """Where values are read: a row's position is one of so many tokens, -1 if idle; its slot exists.
 
-    A GPU's values are not read; a row that breaks this there reads and writes what is not its own.
+    Elsewhere a row that breaks this reads and writes what is not its own.
     """
     check_range(op, "positions", positions, -1, tokens)
-    if positions.device.type == "cpu":
+    if values_are_read(positions):
         places = cache if block_table is None else block_table
         check_range(op, "slots", slots[positions >= 0], 0, places.shape[0])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nsagen import ops
 from nsagen.errors import InvalidInputError
+from nsagen.ops._checks import check_cu_seqlens
 from nsagen.workload import COMPRESS_TYPES
 
 from .inputs import STATICS, Cached, Packed
@@ -306,3 +307,38 @@ def test_scales(scale: float) -> None:
 def test_half_of_a_rope(missing: str) -> None:
     function, given = table()["native_sparse_attention"]
     assert "cos and sin must come together" in told(function, {**given, missing: None})
+
+
+WRONG_VALUES = [
+    (name, key, what)
+    for name, key in EACH_TENSOR
+    for what, _ in broken(key, call(name)[1][key])
+    if what
+    in ("starts at 1", "falls", "ends early", "ends late", "below 0", "below -1", "too large")
+    and (name, key, what) not in RIGHT
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "key", "what"), WRONG_VALUES)
+def test_values_on_a_gpu_are_read_where_that_is_asked_for(
+    name: str, key: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NSAGEN_CHECK_VALUES", "1")
+    function, given = call(name)
+    given[key] = dict(broken(key, given[key]))[what]
+    assert told(function, {k: v.cuda() if isinstance(v, Tensor) else v for k, v in given.items()})
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_values_elsewhere_are_read_where_that_is_asked_for(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NSAGEN_CHECK_VALUES", "1" if asked else "0")
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
+    x, ends = (t.as_subclass(Elsewhere) for t in (torch.zeros(9, 2, 4), torch.tensor([0, 5, 3, 9])))
+
+    def check() -> None:
+        check_cu_seqlens("op", "cu_seqlens", ends.int().as_subclass(Elsewhere), x)
+
+    assert bool(told(check, {})) is asked
