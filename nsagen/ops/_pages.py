@@ -38,7 +38,7 @@ def check_places(
     cache: Tensor,
     block_table: Tensor | None,
 ) -> None:
-    """Where values are read: a row's position is one of so many tokens, -1 if idle; its slot exists.
+    """Where values are read: a row's position is one of so many tokens, or -1; its slot exists.
 
     Elsewhere a row that breaks this reads and writes what is not its own.
     """

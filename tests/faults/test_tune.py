@@ -263,7 +263,9 @@ def test_the_command_killed_every_50_ms(tmp_path: Path) -> None:
         if records.is_file():
             assert load_records(records).records
         done = trials_of(command.url) if (folder / "study.db").is_file() else {}
-        assert not _children_named(folder)
+        end = time.monotonic() + 30  # one that was still importing sees only later that it is alone
+        while children := _children_named(folder):
+            assert time.monotonic() < end, children
         if number % 10 == 0 or ended:
             (record,) = command.run(trials=6)
             assert record["measured"] == 6
