@@ -7,10 +7,20 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from nsagen.picture.page import ALGORITHM_HUES
+
 PASSES = {"prefill": ("ms",), "train": ("forward_ms", "backward_ms")}
 """Which times of a result's rows are drawn."""
 
 TITLES = {"ms": "forward", "forward_ms": "forward", "backward_ms": "backward"}
+
+NSA, DENSE, QUIET = ALGORITHM_HUES[0], "#1c2430", "#5a6675"
+STYLE = {
+    **{"font.family": "sans-serif", "text.color": DENSE, "axes.labelcolor": QUIET},
+    **{"xtick.color": QUIET, "ytick.color": QUIET, "axes.edgecolor": "#d6dbe2"},
+    **{"grid.color": "#d6dbe2", "axes.spines.top": False, "axes.spines.right": False},
+}
+"""The ink, lines and colours of the pages that `nsagen inspect` and `tune` write, on white."""
 
 
 def plot(path: Path, out: Path | None = None) -> Path:
@@ -38,6 +48,7 @@ def plot(path: Path, out: Path | None = None) -> Path:
         rows = [row for row in rows if row["what"] == "attention"]
     panels = sorted({row["batch"] for row in rows}) if decoding else PASSES[name]
     size = (8.4 * len(panels), 4.8)
+    pyplot.rcParams.update(STYLE | {"axes.prop_cycle": pyplot.cycler(color=ALGORITHM_HUES[3:])})
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False)
     for panel, axis in zip(panels, axes[0], strict=True):
         if decoding:
@@ -51,7 +62,7 @@ def plot(path: Path, out: Path | None = None) -> Path:
         f"{about['device']}, torch {about['torch']}, triton {about['triton']}: {about['command']}"
     )
     lines = textwrap.wrap(note, 105 * len(panels))
-    figure.text(0.01, 0.01, "\n".join(lines), fontsize=7, color="gray", va="bottom")
+    figure.text(0.01, 0.01, "\n".join(lines), fontsize=7, color=QUIET, va="bottom")
     figure.tight_layout(rect=(0, 0.025 * (1 + len(lines)), 1, 1))
     out = out or path.with_suffix(".png")
     figure.savefig(out, dpi=120)
@@ -71,7 +82,7 @@ def _draw(axis: Any, rows: list[dict[str, Any]], key: str) -> None:
             markersize=4 if whole else 2,
             linewidth=2.2 if whole else 0.9,
             linestyle="-" if whole else "--",
-            color=("tab:blue" if name == "attention" else "black") if whole else None,
+            color=(NSA if name == "attention" else DENSE) if whole else None,
             label=label,
         )
     axis.set_ylabel(f"{TITLES[key]}, ms")
@@ -81,13 +92,13 @@ def _draw(axis: Any, rows: list[dict[str, Any]], key: str) -> None:
 def _draw_decode(axis: Any, rows: list[dict[str, Any]]) -> None:
     """Time by context beside dense attention, and the least that reading the bytes takes."""
     for key, label, style in (
-        ("torch_ms", "dense attention", "k-"),
-        ("ms", "NSA, whole attention", "b-"),
-        ("floor_ms", "NSA, bytes alone", "b:"),
+        ("torch_ms", "dense attention", {"color": DENSE}),
+        ("ms", "NSA, whole attention", {"color": NSA}),
+        ("floor_ms", "NSA, bytes alone", {"color": NSA, "linestyle": ":"}),
     ):
         drawn = [row for row in rows if row.get(key)]
         times = [row[key] for row in drawn]
-        axis.plot([row["tokens"] for row in drawn], times, style, marker="o", label=label)
+        axis.plot([row["tokens"] for row in drawn], times, **style, marker="o", label=label)
     axis.set_title(f"batch {rows[0]['batch']}", fontsize=10)
     axis.set_ylabel("a layer and step, ms")
     _finish(axis, rows)
@@ -100,5 +111,5 @@ def _finish(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.set_xlabel("tokens")
     ticks = sorted({row["tokens"] for row in rows})
     axis.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
-    axis.grid(alpha=0.3)
+    axis.grid(linewidth=0.6)
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)

@@ -13,15 +13,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nsagen.codegen.files import replace_file
 from nsagen.errors import TuneError
+from nsagen.picture.page import ALGORITHM_HUES, page
 from nsagen.tune.record import TuningRecord
 from nsagen.tune.session import Result
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse } td, th { padding: .2em .8em; border-bottom: 1px solid #ddd }
-th { text-align: left } td.number { text-align: right; font-variant-numeric: tabular-nums }
-code { font-size: 90% } section { margin-top: 3em }
-"""
 
 
 def write_report(path: Path, result: Result) -> None:
@@ -38,15 +32,9 @@ def write_report(path: Path, result: Result) -> None:
         ) from None
     names = {str(study.study_name): study for study in result.studies}
     sections = [_section(study, i) for i, study in enumerate(names.values())]
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>nsagen tune: {_text(result.device)}</title>
-<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>
-<h1>Tuning on {_text(result.device)}</h1>
-{_summary(result)}
-{"".join(sections)}
-</body></html>
-"""
-    replace_file(path, page)
+    library = f"<script>{get_plotlyjs()}</script>"
+    title = f"Tuning on {result.device}"
+    replace_file(path, page(title, library + _summary(result), *sections))
 
 
 def _summary(result: Result) -> str:
@@ -54,8 +42,11 @@ def _summary(result: Result) -> str:
     notes = "".join(f"<li>{_text(line)}</li>" for line in [*result.notes, *result.failures])
     head = "<th>workload<th>sizes<th>winner<th>ms<th>default ms<th>gain<th>runner-up ms<th>spread"
     head += "<th>tried"
-    table = f"<table><tr>{head}</tr>{rows}</table>" if rows else ""
-    return table + (f"<ul>{notes}</ul>" if notes else "")
+    return _table(f"<tr>{head}</tr>{rows}" if rows else "") + (f"<ul>{notes}</ul>" if notes else "")
+
+
+def _table(rows: str) -> str:
+    return f'<div class="table"><table>{rows}</table></div>' if rows else ""
 
 
 def _record_row(record: TuningRecord) -> str:
@@ -82,13 +73,17 @@ def _section(study: optuna.Study, number: int) -> str:
     title, _, _ = study.study_name.partition(" #")
     parts = [f"<section><h2>{_text(title)}</h2>"]
     if good:
-        figures = [_history(good), _slices(good), _parallel(good)]
-        figures += [_importance(study)] if len(good) > 3 else []
-        parts += [_plot(figure, f"s{number}p{i}") for i, figure in enumerate(figures)]
+        parts += [f"<h3>History</h3>{_plot(_history(good), f's{number}h')}"]
+        parts += ["<h3>Slices: ms by each knob's value</h3>", _slices(good, f"s{number}s")]
+        wide = f'<div style="min-width: 44rem">{_plot(_parallel(good), f"s{number}p")}</div>'
+        parts += [f'<h3>Parallel coordinates</h3><div class="table">{wide}</div>']
+        if len(good) > 3:
+            shares = _plot(_importance(study), f"s{number}i")
+            parts += [f"<h3>Importance of each knob: share of the variance of log ms</h3>{shares}"]
     rows = "".join(
         f"<tr><td>{_text(reason)}<td class=number>{count}" for reason, count in failed.most_common()
     )
-    parts.append(f"<h3>Failed</h3><table>{rows}</table>" if rows else "<p>None failed.</p>")
+    parts.append(f"<h3>Failed</h3>{_table(rows)}" if rows else "<p>None failed.</p>")
     return "".join(parts) + "</section>"
 
 
@@ -110,25 +105,29 @@ def _history(trials: list[FrozenTrial]):  # plotly is optional
     figure = go.Figure([points.update(name="measured"), line])
     default = trials[0]
     figure.add_hline(y=_ms(default), line_dash="dot", annotation_text="first (the default)")
-    figure.update_layout(title="History", xaxis_title="trial", yaxis_title="ms", yaxis_type="log")
+    figure.update_layout(xaxis_title="trial", yaxis_title="ms", yaxis_type="log")
+    figure.update_layout(legend={"orientation": "h", "y": 1.12})
     return figure
 
 
-def _slices(trials: list[FrozenTrial]):
+def _slices(trials: list[FrozenTrial], identity: str) -> str:
+    """A small plot a knob, as many beside each other as there is room for."""
     import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
 
-    names = list(trials[0].params)
-    figure = make_subplots(rows=1, cols=len(names), shared_yaxes=True, subplot_titles=names)
-    for column, name in enumerate(names, 1):
+    panels = []
+    texts = [t.user_attrs["schedule"] for t in trials]
+    for i, name in enumerate(trials[0].params):
         values = [_shown(t, name) for t in trials]
-        texts = [t.user_attrs["schedule"] for t in trials]
+        known = sorted(set(values), key=lambda v: (len(v), v))
         points = go.Scatter(x=values, y=[_ms(t) for t in trials], text=texts, mode="markers")
-        figure.add_trace(points, row=1, col=column)
-    figure.update_xaxes(type="category", categoryorder="category ascending")
-    figure.update_yaxes(type="log")
-    figure.update_layout(title="Slices: ms by each knob's value", showlegend=False)
-    return figure
+        figure = go.Figure(points.update(marker_color=ALGORITHM_HUES[i % len(ALGORITHM_HUES)]))
+        figure.update_xaxes(type="category", categoryorder="array", categoryarray=known)
+        figure.update_yaxes(type="log")
+        plot = _plot(figure, f"{identity}{i}", height=200)
+        panels.append(f"<figure><strong>{_text(name)}</strong>{plot}</figure>")
+    # auto-fill: each plot measures its panel when there are no others beside it yet.
+    columns = "grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr))"
+    return f'<div class="panels" style="{columns}">{"".join(panels)}</div>'
 
 
 def _parallel(trials: list[FrozenTrial]):
@@ -142,19 +141,16 @@ def _parallel(trials: list[FrozenTrial]):
         dimensions.append({**axis, "tickvals": list(range(len(known))), "ticktext": known})
     times = [_ms(t) for t in trials]
     dimensions.append({"label": "ms", "values": times})
-    line = {"color": [math.log(ms) for ms in times], "colorscale": "Viridis", "reversescale": True}
-    figure = go.Figure(go.Parcoords(line=line, dimensions=dimensions))
-    figure.update_layout(title="Parallel coordinates")
-    return figure
+    colours = [[0.0, ALGORITHM_HUES[1]], [1.0, ALGORITHM_HUES[-1]]]  # fast ones stand out
+    line = {"color": [math.log(ms) for ms in times], "colorscale": colours}
+    return go.Figure(go.Parcoords(line=line, dimensions=dimensions))
 
 
 def _importance(study: optuna.Study):
     import plotly.graph_objects as go
 
     found = get_param_importances(study)
-    figure = go.Figure(go.Bar(x=list(found.values()), y=list(found), orientation="h"))
-    figure.update_layout(title="Importance of each knob (share of the variance of log ms)")
-    return figure
+    return go.Figure(go.Bar(x=list(found.values()), y=list(found), orientation="h"))
 
 
 def _shown(trial: FrozenTrial, name: str) -> str:
@@ -166,8 +162,20 @@ def _shown(trial: FrozenTrial, name: str) -> str:
     return values.get(name, "-")
 
 
-def _plot(figure, identity: str) -> str:
-    return figure.to_html(full_html=False, include_plotlyjs=False, div_id=identity)
+def _plot(figure, identity: str, height: int = 320) -> str:
+    """A plot in the page's colours; its style sheet has those of text and lines."""
+    clear = "rgba(0, 0, 0, 0)"
+    figure.update_layout(template="none", paper_bgcolor=clear, plot_bgcolor=clear, height=height)
+    figure.update_layout(colorway=ALGORITHM_HUES, font_family="system-ui, DejaVu Sans, sans-serif")
+    parallel = figure.data[0].type == "parcoords"
+    figure.update_layout(
+        margin={"l": 64, "r": 48 if parallel else 16, "t": 40 if height > 200 else 10, "b": 40}
+    )
+    figure.update_xaxes(automargin=True)
+    figure.update_yaxes(automargin=True)
+    shown = {"displayModeBar": False, "responsive": True}
+    made = figure.to_html(full_html=False, include_plotlyjs=False, div_id=identity, config=shown)
+    return f'<div class="plot">{made}</div>'
 
 
 def _text(value: object) -> str:
