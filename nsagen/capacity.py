@@ -1,8 +1,9 @@
 """What a model needs on given GPUs: memory by counting, time by the roofline.
 
-Memory is exact for weights and cache: their sizes come from the model's own code. Time is a
-floor: the longer of its operations at a GPU's matrix rate and its bytes at its memory rate,
-plus what the GPUs exchange. `docs/scaling.md` has the formulas and the layout over GPUs.
+Memory is exact for weights and cache: their sizes come from the model's own code. Time is the
+longer of its operations at a GPU's matrix rate and its bytes at its memory rate, attention as
+near to these as was measured, plus what the GPUs exchange. `docs/scaling.md` has the formulas
+and the layout over GPUs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from nsagen.attention_work import Pairs, attended_pairs, head_dims, keys_read
 from nsagen.errors import InvalidInputError
+from nsagen.measured import ROOFLINE, Efficiency
 from nsagen.model import InferenceConfig, ToyLlama, ToyLlamaConfig, ToyNSALlama, ToyNSALlamaConfig
 
 USABLE = 0.94
@@ -106,8 +108,8 @@ def split_of(config: ToyLlamaConfig, gpus: int) -> Split:
     return Split(tensor, gpus // tensor)
 
 
-def needs(config: ToyLlamaConfig, gpu: Gpu, load: Load) -> Needs:
-    """What `load` takes of each GPU.
+def needs(config: ToyLlamaConfig, gpu: Gpu, load: Load, efficiency: Efficiency = ROOFLINE) -> Needs:
+    """What `load` takes of each GPU, with attention as near to the roofline as `efficiency` says.
 
     Raises:
         InvalidInputError: a number of the load is not positive.
@@ -130,8 +132,8 @@ def needs(config: ToyLlamaConfig, gpu: Gpu, load: Load) -> Needs:
         weights,
         cache_bytes(config, load.context, load.batch, split),
         workspace_bytes(config, min(load.prefill_tokens, load.context), load.batch, split),
-        _prefill_seconds(config, gpu, load.context, split),
-        _decode_seconds(config, gpu, load, split),
+        _prefill_seconds(config, gpu, load.context, split, efficiency),
+        _decode_seconds(config, gpu, load, split, efficiency),
         fits(load.context, load.batch),
         _largest(lambda batch: fits(load.context, batch * split.data)) * split.data,
         _largest(lambda context: fits(context, load.batch)),
@@ -189,9 +191,11 @@ def _matrix_parameters(config: ToyLlamaConfig) -> int:
     return weight_bytes(config) // 2 - 2 * config.vocab_size * config.hidden_size
 
 
-def _prefill_seconds(config: ToyLlamaConfig, gpu: Gpu, tokens: int, split: Split) -> float:
+def _prefill_seconds(
+    config: ToyLlamaConfig, gpu: Gpu, tokens: int, split: Split, efficiency: Efficiency
+) -> float:
     heads = config.num_attention_heads * config.num_hidden_layers
-    attention = attended_pairs(config, tokens).operations(config)
+    attention = attended_pairs(config, tokens).operations(config) / efficiency.of_prefill(tokens)
     work = 2 * _matrix_parameters(config) * tokens + heads * attention
     work += 2 * config.vocab_size * config.hidden_size
     read = weight_bytes(config) / split.tensor
@@ -199,12 +203,15 @@ def _prefill_seconds(config: ToyLlamaConfig, gpu: Gpu, tokens: int, split: Split
     return time + _exchange_seconds(config, gpu, tokens, split)
 
 
-def _decode_seconds(config: ToyLlamaConfig, gpu: Gpu, load: Load, split: Split) -> float:
+def _decode_seconds(
+    config: ToyLlamaConfig, gpu: Gpu, load: Load, split: Split, efficiency: Efficiency
+) -> float:
     rows = -(-load.batch // split.data)
     keys = keys_read(config, load.context)
-    entry = config.num_key_value_heads * sum(head_dims(config)) * config.num_hidden_layers
+    layer = rows * keys * config.num_key_value_heads * sum(head_dims(config)) * 2  # of the cache
+    share = efficiency.of_decode(layer / split.tensor)
     read = weight_bytes(config) - 2 * config.vocab_size * config.hidden_size  # one row of these
-    read += rows * keys * entry * 2
+    read += layer * config.num_hidden_layers / share
     heads = config.num_attention_heads * config.num_hidden_layers
     work = 2 * (_matrix_parameters(config) + config.vocab_size * config.hidden_size) * rows
     work += heads * Pairs(keys, keys).operations(config) * rows

@@ -15,12 +15,14 @@ from nsagen.attention_work import Pairs, attended_pairs, keys_read
 from nsagen.capacity import GPUS, Load, Split
 from nsagen.cli import main
 from nsagen.errors import InvalidInputError
+from nsagen.measured import ROOFLINE, between, efficiencies
 from nsagen.model import InferenceConfig, ToyLlama, ToyLlamaConfig, ToyNSALlama, ToyNSALlamaConfig
 from tests.model.forms import EVERY
 from tests.model.tiny import dense_config, nsa_config
 
 H200 = GPUS["h200"]
 ONE = Split(1, 1)
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "nvidia-h200"
 
 
 @pytest.mark.parametrize("changes", EVERY.values(), ids=EVERY)
@@ -90,6 +92,14 @@ def test_the_largest_loads_fit_and_one_more_does_not(gpus: int) -> None:
         assert capacity.needs(config, H200, replace(load, context=context)).fits is fits
 
 
+def test_shares_between_measured_sizes() -> None:
+    points = ((1.0, 0.2), (4.0, 0.4), (64.0, 0.6))
+    sizes = [0.5, 1, 2, 4, 16, 64, 1000]
+    shares = [between(points, size) for size in sizes]
+    assert shares == pytest.approx([0.2, 0.2, 0.3, 0.4, 0.5, 0.6, 0.6])
+    assert between((), 3.0) == 1.0
+
+
 def test_what_never_fits_has_no_largest_load() -> None:
     huge = ToyLlamaConfig(num_hidden_layers=2000)
     found = capacity.needs(huge, H200, Load(8192, 1, 1, 8192))
@@ -104,11 +114,15 @@ class TestCommand:
             main(["plan", *arguments])
         return (int(end.value.code or 0), *capsys.readouterr())
 
-    def test_json_has_nsa_and_dense_side_by_side(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_json_has_nsa_and_dense_side_by_side(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
         load = ("--context", "131072", "--batch", "32", "--gpus", "8")
+        load = (*load, "--results", str(tmp_path))
         code, out, _ = self.run(capsys, "llama8b", *load, "--json")
         content = json.loads(out)
-        assert (code, content["time"]) == (0, "roofline")
+        assert code == 0
+        assert {row["time"] for row in content["models"]} == {"roofline"}
         by_name = {row["attention"]: row for row in content["models"]}
         assert set(by_name) == {
             *(f"NSA, gqa_ratio {g}, topk {k}" for g in (4, 16) for k in (8, 16)),
@@ -130,6 +144,57 @@ class TestCommand:
         assert "roofline" in out
         assert "data sheet, A100" in out
         assert "does not fit" in out
+
+    def test_committed_measurements_take_the_place_of_the_roofline(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        """Where the very attention was measured, and in the table by name."""
+        load = ("llama8b", "--gpu", "h200", "--context", "65536", "--batch", "32")
+        floors = json.loads(self.run(capsys, *load, "--results", str(tmp_path), "--json")[1])
+        found = json.loads(self.run(capsys, *load, "--results", str(RESULTS), "--json")[1])
+        for row, floor in zip(found["models"], floors["models"], strict=True):
+            dense = row["attention"].startswith("dense")
+            measured = dense or row["attention"] == "NSA, gqa_ratio 16, topk 16"
+            assert row["time"] == (
+                f"measured on NVIDIA H200: {RESULTS}" if measured else "roofline"
+            )
+            assert (row["prefill"] > floor["prefill"]) is measured
+            if not measured:
+                assert row == floor
+        out = self.run(capsys, *load, "--results", str(RESULTS))[1]
+        assert "Measured on NVIDIA H200" in " ".join(out.split())
+
+    def test_a_measured_length_takes_the_measured_time(self) -> None:
+        """64 heads over 4, of which the attention's part of the prefill is what was measured."""
+        rows = json.loads((RESULTS / "prefill.json").read_text())["rows"]
+        nsa, dense = efficiencies(RESULTS, H200.flops, H200.bandwidth)
+        load = Load(65536, 1, 1, 65536)
+        for config, efficiency, name in (
+            (ToyNSALlamaConfig(num_attention_heads=64, num_key_value_heads=4), nsa, "attention"),
+            (ToyLlamaConfig(num_attention_heads=64, num_key_value_heads=4), dense, "dense"),
+        ):
+            of = [r for r in rows if r["what"].startswith(name) and r["tokens"] == 65536]
+            (ms,) = [row["ms"] for row in of]
+            with_it = capacity.needs(config, H200, load, efficiency).prefill
+            work = 64 * capacity.attended_pairs(config, 65536).operations(config)
+            floor = work / H200.flops * config.num_hidden_layers
+            rest = capacity.needs(config, H200, load).prefill - floor
+            assert with_it - rest == pytest.approx(ms / 1e3 * config.num_hidden_layers, rel=0.03)
+
+    @pytest.mark.parametrize("text", ["", "{}", "[]", '{"provenance": 3}'])
+    def test_what_no_benchmark_wrote(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str
+    ) -> None:
+        (tmp_path / "prefill.json").write_text(text)
+        code, _, err = self.run(capsys, "llama8b", "--results", str(tmp_path))
+        assert (code, "prefill.json: must be what nsagen bench wrote" in err) == (2, True)
+        assert self.run(capsys, "llama8b", "--results", str(tmp_path / "none"))[0] == 2
+
+    def test_measurements_of_other_shapes_are_not_taken(self, tmp_path: Path) -> None:
+        content = json.loads((RESULTS / "prefill.json").read_text())
+        content["provenance"]["command"] += " --set topk=8"
+        (tmp_path / "prefill.json").write_text(json.dumps(content))
+        assert efficiencies(tmp_path, 1.0, 1.0) == (ROOFLINE, ROOFLINE)
 
     def test_a_folder_gives_the_sizes(
         self, capsys: pytest.CaptureFixture[str], tmp_path: Path

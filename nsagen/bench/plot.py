@@ -15,7 +15,7 @@ PASSES = {"prefill": ("ms",), "train": ("forward_ms", "backward_ms")}
 TITLES = {"ms": "forward", "forward_ms": "forward", "backward_ms": "backward"}
 
 NSA, DENSE, QUIET = ALGORITHM_HUES[0], "#1c2430", "#5a6675"
-STYLE = {
+STYLE: Any = {
     **{"font.family": "sans-serif", "text.color": DENSE, "axes.labelcolor": QUIET},
     **{"xtick.color": QUIET, "ytick.color": QUIET, "axes.edgecolor": "#d6dbe2"},
     **{"grid.color": "#d6dbe2", "axes.spines.top": False, "axes.spines.right": False},
@@ -48,7 +48,7 @@ def plot(path: Path, out: Path | None = None) -> Path:
         rows = [row for row in rows if row["what"] == "attention"]
     panels = sorted({row["batch"] for row in rows}) if decoding else PASSES[name]
     size = (8.4 * len(panels), 4.8)
-    pyplot.rcParams.update(STYLE | {"axes.prop_cycle": pyplot.cycler(color=ALGORITHM_HUES[3:])})
+    matplotlib.rcParams.update(STYLE)
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False)
     for panel, axis in zip(panels, axes[0], strict=True):
         if decoding:
@@ -71,6 +71,7 @@ def plot(path: Path, out: Path | None = None) -> Path:
 
 
 def _draw(axis: Any, rows: list[dict[str, Any]], key: str) -> None:
+    hues = iter(ALGORITHM_HUES[3:])
     for name in dict.fromkeys(row["what"] for row in rows):
         drawn = [row for row in rows if row["what"] == name and key in row]
         whole = name == "attention" or name.startswith("dense")
@@ -82,7 +83,7 @@ def _draw(axis: Any, rows: list[dict[str, Any]], key: str) -> None:
             markersize=4 if whole else 2,
             linewidth=2.2 if whole else 0.9,
             linestyle="-" if whole else "--",
-            color=(NSA if name == "attention" else DENSE) if whole else None,
+            color=(NSA if name == "attention" else DENSE) if whole else next(hues, QUIET),
             label=label,
         )
     axis.set_ylabel(f"{TITLES[key]}, ms")

@@ -15,6 +15,7 @@ from nsagen.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from nsagen.capacity import Gpu, Needs
+    from nsagen.measured import Efficiency
     from nsagen.model import ToyLlamaConfig
     from nsagen.spec import AttentionShape, Spec
 
@@ -52,10 +53,15 @@ def plan(
     prefill_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of one prefill pass; a sequence if left out.")
     ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Folder of nsagen bench's results; benchmarks/results/nvidia-<gpu>."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what memory and time a model needs with a spec's attention, and with dense attention."""
     from nsagen.capacity import GPUS, USABLE, Load, needs
+    from nsagen.measured import efficiencies
     from nsagen.spec import load_spec
 
     if gpu not in GPUS:
@@ -63,24 +69,43 @@ def plan(
             f"plan: --gpu must be one of {', '.join(GPUS)}; got {gpu!r}; choose the nearest"
         )
     device, load = GPUS[gpu], Load(context, batch, gpus, prefill_tokens or context)
-    rows = [
-        (label, config, needs(config, device, load))
-        for label, config in _configs(load_spec(spec), model)
-    ]
+    if results is not None and not results.is_dir():
+        raise InvalidInputError(
+            f"plan: --results must be a folder; got {results}; nsagen bench writes one"
+        )
+    folder = results or Path("benchmarks") / "results" / f"nvidia-{gpu}"
+    known = efficiencies(folder, device.flops, device.bandwidth)
+    rows = []
+    for label, config in _configs(load_spec(spec), model):
+        efficiency = _efficiency(config, known)
+        rows.append((label, config, needs(config, device, load, efficiency), efficiency.source))
     if as_json:
         content = {
             "gpu": asdict(device),
             "usable": USABLE,
             "load": asdict(load),
-            "time": "roofline",
             "models": [
-                {"attention": label, "config": asdict(config), **asdict(found)}
-                for label, config, found in rows
+                {"attention": label, "config": asdict(config), **asdict(found), "time": time}
+                for label, config, found, time in rows
             ],
         }
         print(json.dumps(content, indent=1))
         return
-    _print([(label, found) for label, _, found in rows], device, load, model)
+    _print([(label, found, time) for label, _, found, time in rows], device, load, model)
+
+
+def _efficiency(config: ToyLlamaConfig, known: tuple[Efficiency, Efficiency]) -> Efficiency:
+    """What was measured of such an attention; the roofline where nothing was."""
+    from nsagen.attention_work import head_dims
+    from nsagen.measured import ROOFLINE, SHAPE, is_measured
+
+    nsa, dense = known
+    if set(head_dims(config)) != {SHAPE["head_dim"]}:
+        return ROOFLINE
+    if not hasattr(config, "topk"):
+        return dense
+    ratio = config.num_attention_heads // config.num_key_value_heads
+    return nsa if is_measured({**asdict(config), "gqa_ratio": ratio}) else ROOFLINE
 
 
 def _configs(spec: Spec, folder: Path | None) -> Iterator[tuple[str, ToyLlamaConfig]]:
@@ -137,7 +162,7 @@ def _model(shape: AttentionShape, folder: Path | None) -> dict[str, Any] | None:
     }
 
 
-def _print(rows: list[tuple[str, Needs]], gpu: Gpu, load: Any, model: Path | None) -> None:
+def _print(rows: list[tuple[str, Needs, str]], gpu: Gpu, load: Any, model: Path | None) -> None:
     from rich.table import Table
 
     from nsagen.capacity import USABLE
@@ -152,7 +177,8 @@ def _print(rows: list[tuple[str, Needs]], gpu: Gpu, load: Any, model: Path | Non
     table.add_column("split", no_wrap=True)
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
-    for label, found in rows:
+    table.add_column("time by")
+    for label, found, time in rows:
         table.add_row(
             label,
             f"{found.split.tensor} x {found.split.data}",
@@ -163,15 +189,21 @@ def _print(rows: list[tuple[str, Needs]], gpu: Gpu, load: Any, model: Path | Non
             _seconds(found.decode) if found.fits else f"{_seconds(found.decode)}, does not fit",
             f"{found.largest_batch:,}",
             f"{found.largest_context:,}",
+            time.partition(" ")[0],
         )
     out = console()
     out.print(table)
     for line in (
         f"Bytes are of one GPU; {USABLE:.0%} of its {_bytes(gpu.memory)} may be used. Split: GPUs "
         "that share the heads x groups that share the batch.",
-        f"Times are the roofline, a floor, at {gpu.flops / 1e12:.0f} TFLOP/s, "
+        f"Times by the roofline are floors, at {gpu.flops / 1e12:.0f} TFLOP/s, "
         f"{gpu.bandwidth / 1e12:.2f} TB/s and links of {gpu.link / 1e9:.0f} GB/s "
         f"({gpu.source}): prefill of one sequence; a step of the whole batch.",
+        *(
+            f"M{time[1:]}: attention is as near to the roofline as it came there at the nearest "
+            "sizes; the rest is the roofline."
+            for time in dict.fromkeys(time for *_, time in rows if time != "roofline")
+        ),
     ):
         out.print(line, highlight=False)
 
