@@ -123,6 +123,14 @@ def test_troubleshooting_is_by_texts_that_exist() -> None:
         assert known, f"no error says: {heading}"
 
 
+def test_every_logger_is_in_the_documented_tree() -> None:
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "nsagen").rglob("*.py"))
+    used = {name for text in sources for name in re.findall(r'getLogger\("([^"]+)"\)', text)}
+    section = (DOCS / "cli.md").read_text().partition("## Logging")[2]
+    assert used == set(re.findall(r"^\| `(nsagen[\w.]*)` \|", section, re.M))
+    assert not any("getLogger()" in path.read_text() for path in (ROOT / "nsagen").rglob("*.py"))
+
+
 def test_the_measured_distances_are_those_of_the_page() -> None:
     pytest.importorskip("transformers")
     from tests.integrations.test_transformers import dense_model, distance, sparse_model, tokens
