@@ -1,8 +1,12 @@
 """Sliding-window attention's forward kernel against the float64 reference."""
 
+from types import ModuleType
+
 import pytest
 import torch
 
+from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.codegen.template import space_for
 from nsagen.harness.base import THRESHOLDS, Case, Sizes, cu_seqlens_of, relative_error
 from nsagen.harness.sliding_window_attention import make_case
 from nsagen.ops import reference
@@ -32,20 +36,26 @@ def case_of(w: Workload, seqlens=RAGGED, kv_heads=2) -> Case:
 @pytest.mark.parametrize("group", [1, 2, 3, 16])
 def test_group_sizes(dtype, group):
     w = workload(dtype, group=group)
-    check_case(load_kernel(w), case_of(w))
+    check_case(row_tiles(w), case_of(w))
 
 
 @pytest.mark.parametrize("dtype", kernel_dtypes())
 @pytest.mark.parametrize(("dim", "v_dim"), [(16, 16), (64, 64), (128, 128), (24, 80), (192, 128)])
 def test_head_sizes(dtype, dim, v_dim):
     w = workload(dtype, dim, v_dim)
-    check_case(load_kernel(w), case_of(w, (33, 0, 50)))
+    check_case(row_tiles(w), case_of(w, (33, 0, 50)))
 
 
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 64, 200, 1000])
 def test_windows_of_any_size(window):
     w = workload("float16", window=window)
-    check_case(load_kernel(w), case_of(w, (250,), kv_heads=1))
+    check_case(row_tiles(w), case_of(w, (250,), kv_heads=1))
+
+
+def row_tiles(w: Workload) -> ModuleType:
+    """Plain Triton's kernel with its own default schedule; Gluon's has no interpreter."""
+    knobs = space_for(w, "row_tiles").default(w, KNOWN_TARGETS["cuda:90"])
+    return load_kernel(w, Schedule.of("row_tiles", knobs))
 
 
 def schedule_of(**knobs) -> Schedule:
@@ -97,7 +107,7 @@ def test_keys_that_end_before_their_queries():
     w = workload("float32", group=1, window=5)
     q, k, v, cu_seqlens, o, lse, scale = case_of(w, (12,), kv_heads=1).args
     few = torch.tensor([0, 3], dtype=torch.int32, device=q.device)
-    load_kernel(w).launch(q, k[:3], v[:3], cu_seqlens, o, lse, scale, few, None)
+    row_tiles(w).launch(q, k[:3], v[:3], cu_seqlens, o, lse, scale, few, None)
     expected = reference.sliding_window_attention_forward(
         *(x.double() for x in (q, k[:3], v[:3])), cu_seqlens, window_size=5, cu_seqlens_k=few
     )
@@ -126,7 +136,7 @@ def test_a_query_sees_exactly_its_window():
     q, k, v, cu_seqlens, o, lse, scale = case_of(w, (40,), kv_heads=1).args
     q.zero_()
     v.copy_(torch.arange(40.0)[:, None, None].expand_as(v))
-    load_kernel(w).launch(q, k, v, cu_seqlens, o, lse, scale)
+    row_tiles(w).launch(q, k, v, cu_seqlens, o, lse, scale)
     seen = [range(max(0, t - 4), t + 1) for t in range(40)]
     means = torch.tensor([sum(tokens) / len(tokens) for tokens in seen])
     counts = torch.tensor([float(len(tokens)) for tokens in seen])
@@ -144,7 +154,7 @@ def test_views_with_any_token_and_head_strides(dtype):
     q = packed[:, : q.shape[1]]
     v = packed[:, -v.shape[1] :]
     k = k.transpose(0, 1).contiguous().transpose(0, 1)
-    check_case(load_kernel(w), Case((q, k, v, *rest), case.outputs, case.expected, case.cost))
+    check_case(row_tiles(w), Case((q, k, v, *rest), case.outputs, case.expected, case.cost))
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e3])
@@ -152,19 +162,19 @@ def test_equal_and_huge_scores(magnitude):
     w = workload("float32")
     case = case_of(w)
     case.args[0].mul_(magnitude)
-    check_case(load_kernel(w), case)
+    check_case(row_tiles(w), case)
 
 
 def test_nothing_to_do():
     w = workload()
     for seqlens in ((), (0,), (0, 0, 0)):
-        load_kernel(w).launch(*case_of(w, seqlens).args)
+        row_tiles(w).launch(*case_of(w, seqlens).args)
 
 
 def test_a_wrong_call_is_refused():
     w = workload()
     q, k, v, cu_seqlens, o, lse, scale = case_of(w).args
-    launch = load_kernel(w).launch
+    launch = row_tiles(w).launch
     with pytest.raises(ValueError, match="gqa_ratio 2"):
         launch(q[:, :3], k, v, cu_seqlens, o, lse, scale)
     with pytest.raises(ValueError, match="last dimension"):
