@@ -71,6 +71,53 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     return {"orientation": "rows", "block_n": block_n, "num_warps": warps, "num_stages": 3}
 
 
+def tile_rows(workload: Workload, schedule: Schedule) -> int:
+    """Rows of neighbouring tokens' groups, padded to a tile's side."""
+    rows = int(schedule.share_tokens) * int(workload.gqa_ratio)
+    return max(LEAST_TILE, next_power_of_2(rows))
+
+
+def derive_shared_blocks(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """What query_major derives, and sizes of a program for the blocks that neighbours share."""
+    block_size, rows = int(workload.block_size), tile_rows(workload, schedule)
+    share_n = 64 if block_size % 64 == 0 else whole_block(workload)
+    return {
+        **derive(workload, schedule),
+        "share_rows": rows,
+        "pad_share": rows != int(schedule.share_tokens) * int(workload.gqa_ratio),
+        "share_n": share_n,
+        "share_steps": -(-block_size // share_n),
+    }
+
+
+def shared_blocks_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the larger of the two programs: a token's own, and a tile's."""
+    sizes = derive_shared_blocks(workload, schedule)
+    step = sizes["share_n"] * (sizes["block_d"] + sizes["block_dv"])
+    tile = int(schedule.share_stages) * step + sizes["share_rows"] * sizes["block_d"]
+    return max(shared_memory(workload, schedule), element_bytes(workload) * tile)
+
+
+def shared_blocks_fit(workload: Workload, schedule: Schedule, target: Target) -> bool:
+    """Scores and output of a tile take at most 256 registers a thread."""
+    sizes = derive_shared_blocks(workload, schedule)
+    columns = sizes["share_n"] + sizes["block_dv"]
+    return sizes["share_rows"] * columns <= 256 * 32 * int(schedule.share_warps)
+
+
+def default_shared_blocks(workload: Workload, target: Target) -> dict[str, Param]:
+    """As query_major, with tiles of about 64 rows; compiled only, not yet timed."""
+    exact = workload.dtype == "float32"
+    tokens = max(2, min(16, (16 if exact else 64) // next_power_of_2(int(workload.gqa_ratio))))
+    return {
+        **default(workload, target),
+        "share_tokens": tokens,
+        "sharers": 2,
+        "share_warps": 8 if tokens * int(workload.gqa_ratio) > 64 else 4,
+        "share_stages": 1,
+    }
+
+
 def prefers_key_major(workload: Workload, target: Target) -> bool:
     """Small groups, whose partial results weigh less than the blocks each token would read.
 
@@ -154,5 +201,33 @@ SPACES = (
         derive=derive,
         shared_memory=shared_memory,
         default=default,
+    ),
+    ScheduleSpace(
+        op="selected_attention",
+        pass_="forward",
+        algorithm="shared_blocks",
+        knobs=(
+            Choice("orientation", ("rows", "columns"), "mma.sync on few rows against wgmma"),
+            PowerOfTwo("block_n", 16, 256, "keys a step: fewer steps against programs at a time"),
+            Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+            Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
+            Choice("share_tokens", (2, 4, 8, 16), "common blocks: more readers against registers"),
+            Choice("sharers", (2, 3, 4), "fewer reads against rows that are multiplied by zero"),
+            Choice("share_warps", (4, 8), "common blocks: threads for the same tile"),
+            Choice("share_stages", (1, 2, 3), "common blocks: steps that are loading"),
+        ),
+        rules=(
+            Rule("steps of block_n tile block_size", tiles_block),
+            Rule(
+                "no more sharers than neighbours",
+                lambda w, s, t: int(s.sharers) <= int(s.share_tokens),
+            ),
+            Rule("a tile's scores and output fit the registers", shared_blocks_fit),
+        ),
+        derive=derive_shared_blocks,
+        shared_memory=shared_blocks_memory,
+        default=default_shared_blocks,
+        # What neighbours have in common depends on the text: tuning on it decides.
+        preferred=lambda workload, target: False,
     ),
 )

@@ -49,7 +49,11 @@ def schedule_of(w: Workload, algorithm: str, **knobs) -> Schedule:
 
 
 def each_algorithm(function):
-    return pytest.mark.parametrize("algorithm", [space.algorithm for space in SPACES])(function)
+    """Each algorithm; shared_blocks, which interprets three kernels, with the slow tests."""
+    names = [space.algorithm for space in SPACES]
+    slow = {"shared_blocks": pytest.mark.slow}
+    params = [pytest.param(name, marks=slow.get(name, ())) for name in names]
+    return pytest.mark.parametrize("algorithm", params)(function)
 
 
 @pytest.mark.parametrize("dtype", kernel_dtypes())
@@ -79,6 +83,48 @@ def test_blocks_and_steps(orientation, block_size, block_n):
     schedule = schedule_of(w, "query_major", orientation=orientation, block_n=block_n)
     case = case_of(w, (10, 2 * block_size + 5), kv_heads=1)
     check_case(load_kernel(w, schedule), case)
+
+
+@pytest.mark.parametrize(("orientation", "dtype"), [("rows", "float32"), ("columns", "float16")])
+@pytest.mark.parametrize(
+    ("share_tokens", "sharers", "group"), [(2, 2, 16), (4, 2, 3), (8, 3, 1), (16, 4, 1)]
+)
+def test_blocks_that_neighbours_share(share_tokens, sharers, group, orientation, dtype):
+    """Lists in any order with some blocks in common; tiles that end with their sequence."""
+    w = workload(dtype, dim=16, group=group)
+    knobs = {"share_tokens": share_tokens, "sharers": sharers, "orientation": orientation}
+    case = case_of(w, (0, 3, 50, 1, 17), topk_idx=blocks_of(2, 71, 3))
+    check_case(load_kernel(w, schedule_of(w, "shared_blocks", **knobs)), case)
+
+
+def test_neighbours_share_what_they_should():
+    """The plan itself: common blocks with their tokens' bits, and what is left of each list."""
+    w = workload("float16", dim=16, group=1)
+    module = load_kernel(w, schedule_of(w, "shared_blocks", share_tokens=2))
+    tokens, topk = 71, 3
+    topk_idx = blocks_of(1, tokens, topk).to(kernel_device(), torch.int32)
+    cu_seqlens = torch.tensor([0, 0, 54, 71], dtype=torch.int32).to(kernel_device())
+    tiles = -(-tokens // 2) + 3
+    shared, counts = topk_idx.new_full((tiles, topk, 2), -7), topk_idx.new_full((tiles,), -7)
+    rest = torch.full_like(topk_idx, -7)
+    module.plan_sharing[(tiles, 1)](
+        *(topk_idx, cu_seqlens, None, None, shared, counts, rest, tokens, topk, 3),
+        TOPK_PAD=4,
+        BATCH_PAD=4,
+    )
+    tile = 0
+    for begin, end in ((0, 54), (54, 71)):
+        for first in range(begin, end, 2):
+            seen = [
+                [b for b in topk_idx[0, t].tolist() if b <= (t - begin) // 16]
+                for t in range(first, min(first + 2, end))
+            ]
+            common = [b for b in seen[0] if b in seen[-1]] if len(seen) > 1 else []
+            assert shared[tile, : counts[tile]].tolist() == [[b, 3] for b in common]
+            for t, blocks in enumerate(seen, first):
+                left = [b for b in blocks if b not in common]
+                assert rest[0, t].tolist() == left + [-1] * (topk - len(left))
+            tile += 1
 
 
 @pytest.mark.parametrize("group", [1, 3])
