@@ -1,5 +1,14 @@
-"""Schedules of compressed attention's forward pass on Hopper."""
+"""Schedules of compressed attention on Hopper."""
 
+from nsagen.codegen import warp_specialized_gradients
+from nsagen.codegen.space import PowerOfTwo
 from nsagen.codegen.warp_specialized import space
 
-SPACES = (space("compressed_attention", block_n=128, preferred=True),)
+SPACES = (
+    space("compressed_attention", block_n=128, preferred=True),
+    warp_specialized_gradients.space(
+        "compressed_attention",
+        (PowerOfTwo("programs", 512, 8192, "dk, dv: even work against parts to add up"),),
+        {"block_n": 128, "num_stages": 2, "row_step": 64, "row_stages": 3, "programs": 2048},
+    ),
+)

@@ -1,0 +1,81 @@
+"""The schedule space of attention's gradients pipelined over specialized warps, for the ops that have one.
+
+The pipelines are shared as well: templates/shared/pipeline_dq.py.j2 and pipeline_dk_dv.py.j2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace
+from nsagen.codegen.target import Target
+from nsagen.codegen.warp_specialized import TILE_ROWS, runs_on, supports
+from nsagen.workload import Param, Schedule, Workload
+
+KEY_TILE = 128
+"""Keys of a program of the second pass: 64 for each of two groups of four warps."""
+
+LEAST_STEPS = 16
+"""Steps of rows that make it worth a program's while to load a tile of keys and store two."""
+
+
+def supports_gradients(workload: Workload) -> bool:
+    """As the forward pass; one head of a group must not fill more than a step."""
+    return supports(workload)
+
+
+def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """The tokens of tiles and steps, and what Gluon calls the dtype."""
+    group = int(workload.gqa_ratio)
+    step = int(schedule.row_step)
+    return {
+        "tile_tokens": TILE_ROWS // group,
+        "step_tokens": step // group,
+        "least_chunk": max(1, LEAST_STEPS * step // group),
+        "element": f"gl.{workload.dtype}",
+    }
+
+
+def shared_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the tiles of the larger pass, and 1 KiB for barriers and alignment."""
+    both = int(workload.head_dim) + int(workload.v_head_dim)
+    rows = TILE_ROWS + int(schedule.num_stages) * int(schedule.block_n)
+    steps = int(schedule.row_stages) * int(schedule.row_step)
+    statistics = 8 * steps
+    return max(2 * both * rows, 2 * both * (KEY_TILE + steps) + statistics) + 1024
+
+
+def space(op: str, knobs: tuple[Choice, ...], defaults: dict[str, Param]) -> ScheduleSpace:
+    """The space of an op's backward pass.
+
+    Args:
+        knobs: beside those of the pipelines.
+        defaults: values of all knobs where nothing was measured.
+    """
+
+    def default(workload: Workload, target: Target) -> dict[str, Param]:
+        return defaults
+
+    return ScheduleSpace(
+        op=op,
+        pass_="backward",
+        algorithm="warp_specialized",
+        knobs=(
+            PowerOfTwo("block_n", 64, 128, "dq: fewer steps against registers"),
+            Choice("num_stages", (2, 3, 4), "dq: copies in flight against shared memory"),
+            PowerOfTwo("row_step", 64, 64, "dk, dv: fewer steps against registers"),
+            Choice("row_stages", (2, 3, 4), "dk, dv: copies in flight against shared memory"),
+            *knobs,
+        ),
+        rules=(
+            Rule(
+                "a step holds the heads of a group",
+                lambda w, s, t: int(s.row_step) >= int(w.gqa_ratio),
+            ),
+        ),
+        derive=derive,
+        shared_memory=shared_memory,
+        default=default,
+        supports=supports_gradients,
+        runs_on=runs_on,
+    )
