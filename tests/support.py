@@ -13,7 +13,13 @@ from types import ModuleType
 import torch
 
 from nsagen.codegen.target import KNOWN_TARGETS
-from nsagen.codegen.template import default_schedule, kernel_name, render, space_for
+from nsagen.codegen.template import (
+    default_schedule,
+    kernel_name,
+    render,
+    space_for,
+    spaces_for,
+)
 from nsagen.harness.base import THRESHOLDS, Case, relative_error
 from nsagen.workload import Schedule, Workload
 from tests.canaries import guarded
@@ -22,6 +28,11 @@ from tests.canaries import guarded
 def kernel_device() -> str:
     """Where kernels run in this process: a GPU, or the CPU through Triton's interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def is_hopper() -> bool:
+    """Whether the GPU runs what is built on warpgroup products."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 def kernel_dtypes() -> tuple[str, ...]:
@@ -33,11 +44,14 @@ def kernel_dtypes() -> tuple[str, ...]:
 def load_kernel(workload: Workload, schedule: Schedule | None = None) -> ModuleType:
     """Render one variant into a temporary folder and import it.
 
-    Without a schedule: the default one for cuda:90.
+    Without a schedule: the default one for cuda:90, of an algorithm that this process can run.
     """
     target = KNOWN_TARGETS["cuda:90"]
-    if schedule is None:
+    if schedule is None and is_hopper():
         schedule = default_schedule(workload, target)
+    elif schedule is None:
+        general = next(space for space in spaces_for(workload, target) if space.general)
+        schedule = general.default_schedule(workload, target)
     elif wrong := space_for(workload, schedule.algorithm).violations(workload, schedule, target):
         raise AssertionError(wrong)
     name = kernel_name(workload, schedule)

@@ -148,7 +148,9 @@ def two_passes_default(workload: Workload, target: Target) -> dict[str, Param]:
     elif widest > 128:
         dq = dkv = (32, 16)
     elif target.has_wgmma:
-        dq, dkv, dkv_warps = (64, 64), (128, 32), 8
+        # Steps of few tokens; finding the rows of many, or of parts of a token's heads, spills.
+        row_step = 64 if int(workload.gqa_ratio) in (4, 8, 16, 32, 64) else 32
+        dq, dkv, dkv_warps = (64, 64), (128, row_step), 8
     else:
         dq = dkv = (64, 32)
         if widest > 64 and target.backend == "cuda":  # four warps spill

@@ -1,4 +1,4 @@
-"""The schedule space of attention's gradients pipelined over specialized warps, for the ops that have one.
+"""The schedule space of gradients pipelined over specialized warps, for the ops that have one.
 
 The pipelines are shared as well: templates/shared/pipeline_dq.py.j2 and pipeline_dk_dv.py.j2.
 """

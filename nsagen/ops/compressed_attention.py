@@ -157,14 +157,20 @@ def compressed_attention_backward(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    o: Tensor,
+    o: Tensor | None,
     lse: Tensor,
     kernel_size: int,
     kernel_stride: int,
     softmax_scale: float,
     dispatcher: str = "",
+    delta: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); on a CPU by differentiating the reference."""
+    """(dq, dk, dv); on a CPU by differentiating the reference.
+
+    Kernels alone take these float32 [N, HQ]: delta, which is do . o of each row and stands for o
+    where it is given, and gate, by which o was multiplied before do came.
+    """
     if not on_kernels(q):
 
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -196,6 +202,8 @@ def compressed_attention_backward(
         lse,
         *gradients,
         softmax_scale,
+        delta,
+        gate,
     )
     launch(dispatcher, _OP, "backward", values, args)
     return gradients
@@ -209,12 +217,14 @@ def _fake_backward(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    o: Tensor,
+    o: Tensor | None,
     lse: Tensor,
     kernel_size: int,
     kernel_stride: int,
     softmax_scale: float,
     dispatcher: str = "",
+    delta: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _allocate_gradients(q, k, v)
 

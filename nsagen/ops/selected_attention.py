@@ -136,17 +136,23 @@ def selected_attention_backward(
     v: Tensor,
     topk_idx: Tensor,
     cu_seqlens: Tensor,
-    o: Tensor,
+    o: Tensor | None,
     lse: Tensor,
     block_size: int,
     softmax_scale: float,
     dispatcher: str = "",
+    delta: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); without kernels by differentiating the reference."""
+    """(dq, dk, dv); without kernels by differentiating the reference.
+
+    Kernels alone take these float32 [N, HQ]: delta, which is do . o of each row and stands for o
+    where it is given, and gate, by which o was multiplied before do came.
+    """
     if on_kernels(q):
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], block_size)
-        args = (do, q, k, v, topk_idx, cu_seqlens, o, lse, dq, dk, dv, softmax_scale)
+        args = (do, q, k, v, topk_idx, cu_seqlens, o, lse, dq, dk, dv, softmax_scale, delta, gate)
         launch(dispatcher, _OP, "backward", values, args)
         return dq, dk, dv
 
@@ -166,11 +172,13 @@ def _fake_backward(
     v: Tensor,
     topk_idx: Tensor,
     cu_seqlens: Tensor,
-    o: Tensor,
+    o: Tensor | None,
     lse: Tensor,
     block_size: int,
     softmax_scale: float,
     dispatcher: str = "",
+    delta: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 

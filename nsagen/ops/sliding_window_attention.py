@@ -130,13 +130,19 @@ def sliding_window_attention_backward(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
-    o: Tensor,
+    o: Tensor | None,
     lse: Tensor,
     window_size: int,
     softmax_scale: float,
     dispatcher: str = "",
+    delta: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); on a CPU by differentiating the reference."""
+    """(dq, dk, dv); on a CPU by differentiating the reference.
+
+    Kernels alone take these float32 [N, HQ]: delta, which is do . o of each row and stands for o
+    where it is given, and gate, by which o was multiplied before do came.
+    """
     if not on_kernels(q):
 
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -148,7 +154,8 @@ def sliding_window_attention_backward(
         return dq, dk, dv
     gradients = _allocate_gradients(q, k, v)
     values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], window_size)
-    args = (with_contiguous_rows(do), q, k, v, cu_seqlens, o, lse, *gradients, softmax_scale)
+    kept = (q, k, v, cu_seqlens, o, lse)
+    args = (with_contiguous_rows(do), *kept, *gradients, softmax_scale, delta, gate)
     launch(dispatcher, _OP, "backward", values, args)
     return gradients
 
@@ -160,11 +167,13 @@ def _fake_backward(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
-    o: Tensor,
+    o: Tensor | None,
     lse: Tensor,
     window_size: int,
     softmax_scale: float,
     dispatcher: str = "",
+    delta: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _allocate_gradients(q, k, v)
 

@@ -9,6 +9,6 @@ SPACES = (
     warp_specialized_gradients.space(
         "compressed_attention",
         (PowerOfTwo("programs", 512, 8192, "dk, dv: even work against parts to add up"),),
-        {"block_n": 128, "num_stages": 2, "row_step": 64, "row_stages": 3, "programs": 2048},
+        {"block_n": 64, "num_stages": 3, "row_step": 64, "row_stages": 3, "programs": 2048},
     ),
 )

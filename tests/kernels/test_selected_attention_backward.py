@@ -38,7 +38,9 @@ def schedule_of(w: Workload, algorithm: str, **knobs) -> Schedule:
 
 
 def each_algorithm(function):
-    return pytest.mark.parametrize("algorithm", [space.algorithm for space in SPACES])(function)
+    return pytest.mark.parametrize(
+        "algorithm", [space.algorithm for space in SPACES if space.general]
+    )(function)
 
 
 @pytest.mark.parametrize("dtype", kernel_dtypes())
