@@ -7,7 +7,11 @@ from typing import Any
 from nsagen.codegen.sizes import LEAST_TILE, element_bytes, padded_heads
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
+from nsagen.codegen.warp_specialized import runs_on
 from nsagen.workload import Param, Schedule, Workload
+
+PIPELINE_ROWS = 64
+"""Rows, tokens times heads, of a step of the pipeline."""
 
 
 def tiles_block(workload: Workload, schedule: Schedule, target: Target) -> bool:
@@ -166,6 +170,39 @@ def prefers_key_major(workload: Workload, target: Target) -> bool:
     return int(workload.gqa_ratio) < 8 and fits
 
 
+def supports_pipeline(workload: Workload) -> bool:
+    """16-bit heads, and groups and blocks that fill a warp group's products exactly."""
+    group, dim = int(workload.gqa_ratio), int(workload.head_dim)
+    return (
+        workload.dtype != "float32"
+        and dim in (64, 128)
+        and dim == int(workload.v_head_dim)
+        and group in (8, 16, 32, 64)
+        and int(workload.block_size) == 64
+    )
+
+
+def derive_pipeline(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """The rows of a step, which are whole groups, and what Gluon calls the dtype."""
+    return {
+        "row_step": PIPELINE_ROWS,
+        "step_tokens": PIPELINE_ROWS // int(workload.gqa_ratio),
+        "element": f"gl.{workload.dtype}",
+    }
+
+
+def pipeline_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the block, of the steps on their way, of ds, sums and shares on their way out."""
+    dim, rows = int(workload.head_dim), PIPELINE_ROWS
+    tiles = 2 * 2 * dim * (64 + rows * int(schedule.row_stages))
+    return tiles + 2 * 2 * 64 * rows + 4 * 64 * dim + 2 * 2 * rows * dim + 4096
+
+
+def default_pipeline(workload: Workload, target: Target) -> dict[str, Param]:
+    """A GiB of shares: enough for a few hundred programs at a time."""
+    return {"row_stages": 3, "part_tokens": default_part_tokens(workload), "shares": 1024}
+
+
 KEY_KNOBS = (
     Choice("key_orientation", ("keys", "queries"), "scores kept in registers against more warps"),
     PowerOfTwo("block_m", 16, 512, "rows a step: reuse of the block's keys against registers"),
@@ -204,5 +241,23 @@ SPACES = (
         derive=derive_two_pass,
         shared_memory=two_pass_memory,
         default=default_two_pass,
+    ),
+    ScheduleSpace(
+        op="selected_attention",
+        pass_="backward",
+        algorithm="warp_specialized",
+        knobs=(
+            Choice("row_stages", (2, 3), "steps that are loading, against shared memory"),
+            PowerOfTwo(
+                "part_tokens", 16, 8192, "balance of long lists against sums of their parts"
+            ),
+            PowerOfTwo("shares", 64, 4096, "MiB of shares of dq against launches"),
+        ),
+        derive=derive_pipeline,
+        shared_memory=pipeline_memory,
+        default=default_pipeline,
+        supports=supports_pipeline,
+        runs_on=runs_on,
+        preferred=lambda workload, target: False,  # compiled, but not yet run on a GPU
     ),
 )

@@ -1,0 +1,156 @@
+"""The Hopper pipelines of the backward passes against the gradients of the float64 reference.
+
+Gluon has no interpreter: these run on a Hopper GPU only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.codegen.template import spaces_of
+from nsagen.harness.base import Case, Sizes, harness_of
+from nsagen.workload import Schedule, Workload
+from tests.support import check_case, is_hopper, load_kernel
+
+pytestmark = pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")
+
+SM90 = KNOWN_TARGETS["cuda:90"]
+STATICS: dict[str, dict[str, Any]] = {
+    "compressed_attention": {"kernel_size": 8, "kernel_stride": 4},
+    "selected_attention": {"block_size": 64},
+    "sliding_window_attention": {"window_size": 100},
+}
+RAGGED = (0, 700, 31, 1, 1033, 7)  # empty, longer than steps, shorter than a window
+
+each_op = pytest.mark.parametrize("op", STATICS)
+each_pipeline = pytest.mark.parametrize("op", ["compressed_attention", "sliding_window_attention"])
+
+
+def workload(
+    op: str, dtype: str = "bfloat16", dim: int = 128, group: int = 16, **statics: Any
+) -> Workload:
+    params = {"head_dim": dim, "v_head_dim": dim, "gqa_ratio": group}
+    return Workload.of(op, "backward", dtype=dtype, **(params | STATICS[op] | statics))
+
+
+def schedule_of(w: Workload, **knobs: Any) -> Schedule:
+    (space,) = (s for s in spaces_of(w.op, "backward") if s.algorithm == "warp_specialized")
+    return Schedule.of(space.algorithm, {**space.default(w, SM90), **knobs})
+
+
+def case_of(w: Workload, seqlens: tuple[int, ...] = RAGGED, kv_heads: int = 2) -> Case:
+    return harness_of(w).make_case(w, Sizes(seqlens, kv_heads), "cuda", seed=1)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("group", [1, 2, 4, 8, 16, 32, 64])
+@each_op
+def test_group_sizes(op: str, group: int, dtype: str) -> None:
+    if op == "selected_attention" and group < 8:
+        pytest.skip("small groups take key_major")
+    w = workload(op, dtype, group=group)
+    check_case(load_kernel(w, schedule_of(w)), case_of(w))
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (128, 64), (64, 128)])
+@pytest.mark.parametrize("knobs", [{"block_n": 64, "num_stages": 4}, {"row_stages": 2}], ids=str)
+@each_pipeline
+def test_head_sizes_and_schedules(op: str, knobs: dict[str, int], dim: int, v_dim: int) -> None:
+    w = workload(op, dim=dim, v_head_dim=v_dim)
+    check_case(load_kernel(w, schedule_of(w, **knobs)), case_of(w))
+
+
+@pytest.mark.parametrize("knobs", [{"row_stages": 2}, {"part_tokens": 16, "shares": 64}], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_selected_schedules(dim: int, knobs: dict[str, int]) -> None:
+    """Lists of many parts; at 64 MiB also several ranges of tokens."""
+    w = workload("selected_attention", dim=dim)
+    check_case(load_kernel(w, schedule_of(w, **knobs)), case_of(w, (3000, 77)))
+
+
+@pytest.mark.parametrize("window", [1, 2, 64, 127, 128, 129, 5000])
+def test_windows_of_any_size(window: int) -> None:
+    w = workload("sliding_window_attention", group=4, window_size=window)
+    check_case(load_kernel(w, schedule_of(w)), case_of(w))
+
+
+@pytest.mark.parametrize(("size", "stride"), [(32, 16), (16, 16), (128, 8), (1, 1)])
+def test_windows_that_overlap_or_not(size: int, stride: int) -> None:
+    w = workload("compressed_attention", kernel_size=size, kernel_stride=stride)
+    check_case(load_kernel(w, schedule_of(w)), case_of(w))
+
+
+@each_op
+def test_one_long_and_many_short_sequences(op: str) -> None:
+    w = workload(op)
+    check_case(load_kernel(w, schedule_of(w)), case_of(w, (1, 0, 3, 4000, *range(40)), kv_heads=1))
+
+
+@each_op
+def test_views_of_any_alignment(op: str) -> None:
+    """do, q and k as slices of wider tensors, and rows that bulk copies cannot read."""
+    w = workload(op, group=8)
+    case = case_of(w)
+    do, q, k, *rest = case.args
+    assert isinstance(do, torch.Tensor)
+    assert isinstance(q, torch.Tensor)
+    assert isinstance(k, torch.Tensor)
+    wide = torch.nn.functional.pad(q, (0, 4))[..., :-4]  # rows of 132 elements
+    packed = torch.cat([q, do], 1)
+    q_of_packed, do_of_packed = packed.split([q.shape[1], do.shape[1]], 1)
+    k_by_head = k.transpose(0, 1).contiguous().transpose(0, 1)
+    module = load_kernel(w, schedule_of(w))
+    for views in ((do, wide, k), (do_of_packed, q_of_packed, k_by_head)):
+        check_case(module, Case((*views, *rest), case.outputs, case.expected, case.cost))
+
+
+@each_op
+def test_a_gradient_that_is_the_same_for_all_tokens(op: str) -> None:
+    w = workload(op)
+    case = case_of(w)
+    do, *rest = case.args
+    assert isinstance(do, torch.Tensor)
+    same = do[:1, :1].expand_as(do)
+    do.copy_(same.clone())
+    module = load_kernel(w, schedule_of(w))
+    check_case(
+        module,
+        Case((do[:1, :1].clone().expand_as(do), *rest), case.outputs, case.expected, case.cost),
+    )
+
+
+@each_op
+def test_the_same_bits_every_time(op: str) -> None:
+    w = workload(op)
+    case = case_of(w, (3000, 17))
+    module = load_kernel(w, schedule_of(w))
+    module.launch(*case.args)
+    first = {name: out.clone() for name, out in case.outputs.items()}
+    for _ in range(20):
+        module.launch(*case.args)
+        assert all(torch.equal(out, first[name]) for name, out in case.outputs.items())
+
+
+@each_op
+def test_sequences_do_not_read_each_other(op: str) -> None:
+    """NaN in the other sequences reaches none of this one's gradients."""
+    w = workload(op)
+    case = case_of(w, (200, 411, 300))
+    expected = case.expected()
+    do, q, k, v, *rest = case.args
+    offsets = [x for x in rest if isinstance(x, torch.Tensor) and x.shape == (4,)]
+    for places, tensors in ((offsets[0], (do, q)), (offsets[-1], (k, v))):
+        begin, end = places[1:3].tolist()
+        for x in tensors:
+            assert isinstance(x, torch.Tensor)
+            x[:begin] = float("nan")
+            x[end:] = float("nan")
+    load_kernel(w, schedule_of(w)).launch(*case.args)
+    for name, places in (("dq", offsets[0]), ("dk", offsets[-1]), ("dv", offsets[-1])):
+        ours = slice(*places[1:3].tolist())
+        came, right = case.outputs[name][ours].double(), expected[name][ours]
+        assert (came - right).norm() <= 1e-2 * right.norm(), name
