@@ -16,7 +16,6 @@ from nsagen.ops.compress_types import (
 )
 from nsagen.ops.compressed_attention import compressed_attention
 from nsagen.ops.compressed_attention_decode import compressed_attention_decode
-from nsagen.ops.gated_attention import gated_attention
 from nsagen.ops.gated_sum import gated_sum
 from nsagen.ops.linear_decode import LINEAR_DECODE_ROWS, linear_decode
 from nsagen.ops.native_sparse_attention import native_sparse_attention
@@ -34,7 +33,6 @@ __all__ = [
     "compress",
     "compressed_attention",
     "compressed_attention_decode",
-    "gated_attention",
     "gated_sum",
     "linear_compress",
     "linear_decode",

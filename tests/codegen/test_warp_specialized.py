@@ -62,3 +62,19 @@ def test_what_it_does_not_cover_is_left_to_plain_triton(op, target, changes, cov
     spaces = spaces_for(workload(op, **changes), KNOWN_TARGETS[target])
     assert ("warp_specialized" in [s.algorithm for s in spaces]) == covered
     assert "row_tiles" in [s.algorithm for s in spaces]
+
+
+@pytest.mark.parametrize("op", [*STATICS, "selected_attention"])
+def test_gradients_compile_to_warpgroup_products_without_a_gpu(op, tmp_path):
+    statics = STATICS.get(op, {"block_size": 64})
+    w = Workload.of(
+        *(op, "backward"), dtype="bfloat16", head_dim=128, v_head_dim=128, gqa_ratio=16, **statics
+    )
+    (space,) = (s for s in spaces_of(op, "backward") if s.algorithm == "warp_specialized")
+    schedule = space.default_schedule(w, SM90)
+    path = tmp_path / f"{kernel_name(w, schedule)}.py"
+    path.write_text(render(w, schedule, "# test"))
+    found = compile_variant(path, w, SM90)
+    assert sum(one.matrix == "wgmma" for one in found) == (1 if op == "selected_attention" else 2)
+    for one in found:
+        assert not one.problems(SM90)

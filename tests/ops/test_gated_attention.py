@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from nsagen import ops
 from nsagen.harness.base import THRESHOLDS, relative_error
 from nsagen.ops import reference
+from nsagen.ops.gated_attention import gated_attention
 from nsagen.ops.layout import compressed_cu_seqlens
 
 from .inputs import STATICS, Packed
@@ -28,8 +28,10 @@ def inputs(dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
 
 def by_reference(args: list[Any], keywords: dict[str, Any]) -> torch.Tensor:
     q, k, v, ck, cv, gate, cu_seqlens, offsets = args
-    sizes = [keywords[name] for name in ("kernel_size", "kernel_stride", "block_size", "topk")]
-    o_compressed, topk_idx = reference.compressed_attention(q, ck, cv, *sizes, cu_seqlens, offsets)
+    selection = {name: keywords[name] for name in STATICS}
+    o_compressed, topk_idx = reference.compressed_attention(
+        q, ck, cv, cu_seqlens_q=cu_seqlens, cu_seqlens_k=offsets, **selection
+    )
     o_selected = reference.topk_sparse_attention(
         q, k, v, topk_idx, keywords["block_size"], cu_seqlens
     )
@@ -42,7 +44,7 @@ def check(dtype: torch.dtype, only: slice = slice(None)) -> None:
     args, keywords = inputs(dtype)
     with torch.no_grad():
         args[5][::3, ::2] = 0.0
-    o, expected = ops.gated_attention(*args, **keywords), by_reference(args, keywords)
+    o, expected = gated_attention(*args, **keywords), by_reference(args, keywords)
     assert relative_error(o, expected) <= THRESHOLDS[dtype]
     gradient = torch.randn_like(o)
     leaves = args[:6][only]
@@ -82,9 +84,8 @@ def test_one_gradient_alone(only: slice) -> None:
 def test_no_branch_is_kept_for_the_attention() -> None:
     """Of the branches' outputs only the sum keeps any: they are free when its gradient is done."""
     args, keywords = inputs(torch.float32)
-    o = ops.gated_attention(*args, **keywords)
-    node = o.grad_fn
-    assert node is not None
+    o = gated_attention(*args, **keywords)
+    node: Any = o.grad_fn
     (attention,) = {n for n, _ in node.next_functions if "branches_forward" in str(n)}
     outputs = [x for x in attention.saved_tensors if x.ndim == 3 and x.shape == o.shape]
     assert not outputs
