@@ -9,6 +9,7 @@ from torch import Tensor
 from nsagen.branches import BRANCHES
 from nsagen.ops._launch import key_of
 from nsagen.ops.compressed_attention import compressed_attention, compressed_attention_forward
+from nsagen.ops.gated_attention import gated_attention
 from nsagen.ops.gated_sum import gated_sum
 from nsagen.ops.selected_attention import topk_sparse_attention
 from nsagen.ops.sliding_window_attention import sliding_window_attention
@@ -35,6 +36,7 @@ def attend_branches(
     window_size: int,
     branches: Sequence[str],
     softmax_scale: float,
+    save_memory: bool = False,
     q_start: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
@@ -49,6 +51,7 @@ def attend_branches(
         gate: [N, HQ, 3], after the sigmoid, 0 for branches that are off.
         cu_seqlens: int32 [batch + 1], of the queries; window_cu_seqlens: of the windows.
         branches: those that are on, one at least.
+        save_memory: as in `native_sparse_attention`.
         q_start: int32 [batch], position of each sequence's first query; 0 by default.
         cu_seqlens_k: int32 [batch + 1], of keys where a sequence has more of them than queries.
         others: as in `native_sparse_attention`.
@@ -56,6 +59,20 @@ def attend_branches(
     Returns:
         o [N, HQ, Dv].
     """
+    if save_memory:
+        assert windows is not None
+        return gated_attention(
+            *(q, *selected, *windows, gate, cu_seqlens, window_cu_seqlens),
+            kernel_size=kernel_size,
+            kernel_stride=kernel_stride,
+            block_size=block_size,
+            topk=topk,
+            window_size=window_size,
+            init_blocks=init_blocks,
+            local_blocks=local_blocks,
+            softmax_scale=softmax_scale,
+            dispatcher=dispatcher,
+        )
     outputs: dict[str, Tensor] = {}
     if "selected" in branches:
         assert windows is not None

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from nsagen.errors import InvalidInputError
 from nsagen.harness.base import THRESHOLDS, relative_error
-from nsagen.ops import reference
+from nsagen.ops import native_sparse_attention, reference
 from nsagen.ops.gated_attention import gated_attention
 from nsagen.ops.layout import compressed_cu_seqlens
 
@@ -59,6 +60,28 @@ def test_without_kernels() -> None:
     check(torch.float32)
 
 
+def check_block(dtype: torch.dtype) -> None:
+    """The whole block, with and without the switch."""
+    args, keywords = Packed(dtype, requires_grad=True).block()
+    o = [native_sparse_attention(*args, **keywords, save_memory=on) for on in (True, False)]
+    assert relative_error(*o) <= THRESHOLDS[dtype]
+    gradient = torch.randn_like(o[0])
+    found, right = (torch.autograd.grad(x, args, gradient) for x in o)
+    for ours, theirs in zip(found, right, strict=True):
+        assert relative_error(ours, theirs) <= THRESHOLDS[dtype]
+
+
+def test_the_switch_changes_no_result() -> None:
+    check_block(torch.float32)
+
+
+def test_the_switch_needs_all_branches() -> None:
+    args, keywords = Packed().block()
+    keywords["branches"] = ("selected", "sliding")
+    with pytest.raises(InvalidInputError, match="needs every branch; got selected, sliding; turn"):
+        native_sparse_attention(*args, **keywords, save_memory=True)
+
+
 @pytest.fixture
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     folder: Path = tmp_path_factory.getbasetemp() / "cache"
@@ -70,6 +93,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_by_kernels(dtype: torch.dtype) -> None:
     check(dtype)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("cache")
+def test_the_switch_changes_no_result_of_kernels() -> None:
+    check_block(torch.float32)
 
 
 @pytest.mark.interpreter
