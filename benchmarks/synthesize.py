@@ -57,6 +57,9 @@ class Formula:
     def ready(self, task: Task, schedule: Schedule) -> bool:
         return True
 
+    def promise(self, task: Task, schedule: Schedule) -> float:
+        return 0.0
+
     def finish(self, task: Task, schedule: Schedule, best_ms: float | None) -> Outcome:
         chance = random.Random(f"outcome {schedule}")
         compile_s = math.exp(chance.gauss(0.3, 0.4))
@@ -74,6 +77,12 @@ class Formula:
             final_of(s, (o.ms,) if o.ms is not None else (), o.reason)
             for s, o in zip(schedules, outcomes, strict=True)
         ]
+
+    def start_last(self, task: Task, schedule: Schedule) -> None:
+        pass
+
+    def last_ready(self, task: Task, schedule: Schedule) -> bool:
+        return True
 
     def certify(self, task: Task, schedule: Schedule) -> str:
         return ""

@@ -9,7 +9,7 @@ here is what a launch of the same sizes finds in Triton's cache on disk.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from triton.runtime import driver
 from nsagen.codegen.resources import Resources, read_resources
 from nsagen.codegen.target import Target
 from nsagen.errors import BuildError
-from nsagen.harness.base import Sizes, harness_of
+from nsagen.harness.base import Case, Sizes, harness_of
 from nsagen.workload import Workload
 
 # A plausible call: what is compiled depends on it only through specialization of sizes.
@@ -124,16 +124,31 @@ def recorded_launches(
     Raises:
         BuildError: `launch` calls no kernel.
     """
-    module = load_module(path)
     plausible = _EXAMPLE_DECODE_SIZES if workload.pass_ == "decode" else _EXAMPLE_SIZES
+    case = harness_of(workload).make_case(workload, sizes or plausible, "meta")
+    return first_calls(all_launches(path, case))
+
+
+def all_launches(path: Path, case: Case) -> list[RecordedLaunch]:
+    """Every kernel call that a variant's `launch` makes of a case on meta tensors, in order.
+
+    Raises:
+        BuildError: `launch` calls no kernel.
+    """
+    module = load_module(path)
     with recording(module) as calls:
-        case = harness_of(workload).make_case(workload, sizes or plausible, "meta")
         module.launch(*case.args)
     if not calls:
         raise BuildError(f"{path.stem}: launch must call a kernel, but it called none")
-    first_calls = {call.kernel.__name__: call for call in reversed(calls)}
-    names = dict.fromkeys(call.kernel.__name__ for call in calls)
-    return tuple(first_calls[name] for name in names)
+    return calls
+
+
+def first_calls(calls: Sequence[RecordedLaunch]) -> tuple[RecordedLaunch, ...]:
+    """The first call of each kernel, in order."""
+    found: dict[str, RecordedLaunch] = {}
+    for call in calls:
+        found.setdefault(call.kernel.__name__, call)
+    return tuple(found.values())
 
 
 def compile_variant(

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import triton
-
+from nsagen.codegen.cubin import cubin_usage
 from nsagen.codegen.target import Target
-from nsagen.errors import BuildError
 
 MAX_SPILL_BYTES = 128
 """Stack bytes a thread above which a variant counts as spilling badly."""
 
 # The widest matrix instruction found names the kernel's path, best first.
-_SASS_MATRIX = (("UTC", "tcgen05"), ("HGMMA", "wgmma"), ("QGMMA", "wgmma"), ("HMMA", "mma.sync"))
+_PTX_MATRIX = (("tcgen05.mma", "tcgen05"), ("wgmma.mma_async", "wgmma"), ("mma.sync", "mma.sync"))
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ def read_resources(kernel: str, compiled: Any, target: Target) -> Resources:
     """Read a compiled kernel's resources from its binary.
 
     Raises:
-        BuildError: the disassembler that ships with Triton cannot read the binary.
+        BuildError: the binary is none that this can read.
     """
     if target.backend == "hip":
         return _read_amd(kernel, compiled, target)
@@ -66,20 +61,15 @@ def read_resources(kernel: str, compiled: Any, target: Target) -> Resources:
 
 
 def _read_nvidia(kernel: str, compiled: Any, target: Target) -> Resources:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _cuobjdump("--dump-resource-usage", file.name)
-        sass = _cuobjdump("--dump-sass", file.name)
-    fields = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage))
-    matrix = next((name for opcode, name in _SASS_MATRIX if f" {opcode}" in sass), "none")
+    registers, stack = cubin_usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
     return Resources(
         kernel=kernel,
         target=str(target),
-        registers=int(fields.get("REG", 0)),
-        spill_bytes=int(fields.get("STACK", 0)) + int(fields.get("LOCAL", 0)),
+        registers=registers,
+        spill_bytes=stack,
         shared_bytes=int(compiled.metadata.shared),
-        matrix=matrix,
+        matrix=next((name for word, name in _PTX_MATRIX if word in ptx), "none"),
     )
 
 
@@ -98,11 +88,3 @@ def _read_amd(kernel: str, compiled: Any, target: Target) -> Resources:
         shared_bytes=int(compiled.metadata.shared),
         matrix="mfma" if "v_mfma" in text else "none",
     )
-
-
-def _cuobjdump(option: str, path: str) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([tool, option, path], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BuildError(f"cuobjdump {option}: must read the cubin; it said {done.stderr.strip()}")
-    return done.stdout

@@ -93,13 +93,14 @@ def tune(
     from nsagen.tune.selection import Selection
     from nsagen.tune.settings import Settings
     from nsagen.tune.show import Live, print_result, result_json
+    from nsagen.tune.tuner import EACH_AHEAD
 
     cores = jobs or os.cpu_count() or 1
     settings = Settings(
         objective=objective,  # type: ignore[arg-type]  # checked above
         budget=Budget(trials=trials),
         seconds=seconds_of(time),
-        ahead=1 if simulate else cores + 1,
+        ahead=1 if simulate else EACH_AHEAD * cores,
         sampler=sampler,
         seed=seed,
     )

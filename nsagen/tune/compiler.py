@@ -6,12 +6,15 @@ that the GPU waits for no compiler.
 
 from __future__ import annotations
 
-import threading
+import functools
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from nsagen.codegen.fingerprint import source_fingerprint
@@ -26,61 +29,103 @@ from nsagen.workload import Schedule, Workload
 
 COMPILE_LIMIT_S = 90.0
 
+FIRST = 2
+"""Schedules of a task that are compiled for its small sizes, too, before any is about to win."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a worker says of a schedule.
+
+    Attributes:
+        kernels: resources of each kernel, as `Resources` fields, and how it is launched.
+        identity: the same for schedules that are one; see `nsagen.tune.identity`.
+    """
+
+    kernels: tuple[dict[str, Any], ...]
+    identity: str
+
 
 class Compiler:
     """Runs in a worker: compiles one variant for every size that it will be launched with."""
+
+    def __init__(self) -> None:
+        import nsagen.codegen.compile  # noqa: F401  # takes seconds: while others still start
 
     def is_broken_by(self, error: Exception) -> bool:
         return False
 
     def compile(
         self, path: Path, workload: Workload, target_name: str, all_sizes: Sequence[Sizes]
-    ) -> list[dict[str, Any]]:
-        """The resources of each kernel at the first sizes; the others only fill the cache."""
-        from nsagen.codegen.compile import compile_launch, recorded_launches
-        from nsagen.codegen.resources import read_resources
-
+    ) -> Compiled:
+        """The kernels at the first sizes; the others only fill Triton's cache."""
         target = parse_target(target_name)
-        resources = []
-        for sizes in all_sizes:
-            for call in recorded_launches(path, workload, sizes):
-                compiled = compile_launch(call, target, path.stem)
-                if sizes == all_sizes[0]:
-                    name = call.kernel.__name__
-                    row = asdict(read_resources(name, compiled, target))
-                    programs = 1
-                    for extent in call.grid:
-                        programs *= int(extent)
-                    row |= {"programs": programs, "num_warps": compiled.metadata.num_warps}
-                    row["num_stages"] = compiled.metadata.num_stages
-                    resources.append(row)
-        return resources
+        found = self._compile(path, workload, target, all_sizes[0])
+        for sizes in all_sizes[1:]:
+            self._fill_cache(path, workload, target, sizes)
+        return found
+
+    def _compile(self, path: Path, workload: Workload, target: Target, sizes: Sizes) -> Compiled:
+        from nsagen.codegen.compile import all_launches, compile_launch
+        from nsagen.codegen.resources import read_resources
+        from nsagen.tune.identity import HostCalls, identity_of
+
+        case = _meta_case(workload, sizes)
+        with HostCalls() as host:
+            calls = all_launches(path, case)
+        compiled = [compile_launch(call, target, path.stem) for call in calls]
+        rows: dict[str, dict[str, Any]] = {}
+        for call, kernel in zip(calls, compiled, strict=True):
+            name = call.kernel.__name__
+            if name not in rows:
+                rows[name] = asdict(read_resources(name, kernel, target)) | {
+                    "programs": math.prod(int(extent) for extent in call.grid),
+                    "num_warps": kernel.metadata.num_warps,
+                    "num_stages": kernel.metadata.num_stages,
+                }
+        identity = identity_of(path.stem, calls, compiled, host.noted)
+        return Compiled(tuple(rows.values()), identity)
+
+    def _fill_cache(self, path: Path, workload: Workload, target: Target, sizes: Sizes) -> None:
+        from nsagen.codegen.compile import all_launches, compile_launch, first_calls
+
+        for call in first_calls(all_launches(path, _meta_case(workload, sizes))):
+            compile_launch(call, target, path.stem)
+
+
+@functools.lru_cache(maxsize=16)
+def _meta_case(workload: Workload, sizes: Sizes) -> Any:
+    """A case without data: half a second for long sequences, and the same for all schedules."""
+    from nsagen.harness.base import harness_of
+
+    return harness_of(workload).make_case(workload, sizes, "meta")
 
 
 class CompilePool:
-    """Compiles schedules in `jobs` worker processes.
+    """Compiles schedules in worker processes.
 
     Args:
         folder: where kernel files are put.
-        server: what runs in the workers; tests put another one there.
+        workers: that compile; see `compile_workers`.
     """
 
     def __init__(
         self,
         folder: Path,
         target: Target,
-        jobs: int,
-        server: str = "nsagen.tune.compiler:Compiler",
+        workers: Sequence[Worker],
     ) -> None:
         self._folder = folder
         self.target = target
-        self._threads = ThreadPoolExecutor(jobs, thread_name_prefix="compile")
-        self._server = server
-        self._mine = threading.local()
-        self._workers: list[Worker] = []
+        self._threads = ThreadPoolExecutor(len(workers), thread_name_prefix="compile")
+        self._workers = tuple(workers)
+        self._idle: SimpleQueue[Worker] = SimpleQueue()
+        for worker in workers:
+            self._idle.put(worker)
         self._open = True
         self._futures: dict[tuple[Task, Schedule], Future[Outcome]] = {}
-        self._ragged: dict[tuple[Task, Schedule], Future[Outcome]] = {}
+        self._last: dict[tuple[Task, Schedule], Future[Outcome]] = {}
+        self._begun: Counter[Task] = Counter()
 
     def path_of(self, task: Task, schedule: Schedule) -> Path:
         """The kernel file of a schedule."""
@@ -101,23 +146,31 @@ class CompilePool:
             self._futures[key] = Future()
             self._futures[key].set_result(Outcome(reason=str(error)))
             return
-        sizes = (task.timed, task.checked)
+        # The first to run is compared with the reference, and all others with it.
+        few = self._begun[task] < FIRST
+        self._begun[task] += 1
+        sizes = (task.timed, task.checked) if few else (task.timed,)
         job = self._threads.submit(self._compile, task, schedule, sizes, fingerprint)
         self._futures[key] = job
 
-    def start_ragged(self, task: Task, schedule: Schedule) -> None:
-        """Begin to compile a schedule that may win for the sizes of its last check, too."""
+    def start_last(self, task: Task, schedule: Schedule) -> None:
+        """Begin to compile a schedule that is about to win for the sizes of its last check."""
         key = (task, schedule)
-        if key not in self._ragged:
+        if key not in self._last:
             from nsagen.verify import sizes_for  # imports torch, which nothing needs before
 
-            sizes = (sizes_for(task.workload),)
-            self._ragged[key] = self._threads.submit(self._compile, task, schedule, sizes, "")
+            sizes = (sizes_for(task.workload), task.checked)
+            self._last[key] = self._threads.submit(self._compile, task, schedule, sizes, "")
 
-    def finish_ragged(self, task: Task, schedule: Schedule) -> str:
-        """Wait for what `start_ragged` began; why it failed, or an empty text."""
-        self.start_ragged(task, schedule)
-        return self._ragged[task, schedule].result().reason
+    def last_done(self, task: Task, schedule: Schedule) -> bool:
+        """Whether `finish_last` would not wait."""
+        future = self._last.get((task, schedule))
+        return future is not None and future.done()
+
+    def finish_last(self, task: Task, schedule: Schedule) -> str:
+        """Wait for what `start_last` began; why it failed, or an empty text."""
+        self.start_last(task, schedule)
+        return self._last[task, schedule].result().reason
 
     def finish(self, task: Task, schedule: Schedule) -> Outcome:
         """Wait for a schedule: its resources without a time, or the reason why it cannot run."""
@@ -142,17 +195,25 @@ class CompilePool:
     ) -> Outcome:
         start = time.monotonic()
         path = self.path_of(task, schedule)
-        reply = self._worker().ask(
-            "compile", path, task.workload, str(self.target), sizes, limit_s=COMPILE_LIMIT_S
-        )
+        if not self._open:
+            raise RuntimeError("the pool is closed")
+        worker = self._idle.get()
+        try:
+            reply = worker.ask(
+                "compile", path, task.workload, str(self.target), sizes, limit_s=COMPILE_LIMIT_S
+            )
+        finally:
+            self._idle.put(worker)
         seconds = time.monotonic() - start
-        reason = f"compile: {reply.reason}" if reply.reason else ""
-        reason = reason or _too_much_shared_memory(reply.value, self.target)
+        if reply.reason:
+            return Outcome(reason=f"compile: {reply.reason}", compile_s=seconds)
+        compiled: Compiled = reply.value
         return Outcome(
-            reason=reason,
+            reason=_too_much_shared_memory(compiled.kernels, self.target),
             compile_s=seconds,
-            kernels=tuple(reply.value or ()),
+            kernels=compiled.kernels,
             fingerprint=fingerprint,
+            identity=compiled.identity,
         )
 
     def _write(self, task: Task, schedule: Schedule) -> str:
@@ -160,20 +221,18 @@ class CompilePool:
         self.path_of(task, schedule).write_text(source, encoding="utf-8")
         return source_fingerprint(source, kernel_name(task.workload, schedule))
 
-    def _worker(self) -> Worker:
-        """This thread's worker. It sees no GPU: there is nothing there for it."""
-        if not self._open:
-            raise RuntimeError("the pool is closed")
-        worker = getattr(self._mine, "worker", None)
-        if worker is None:
-            hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": ""}
-            worker = self._mine.worker = Worker(self._server, hidden)
-            self._workers.append(worker)
-        return worker
+
+def compile_workers(count: int, server: str) -> list[Worker]:
+    """Workers that begin to start now. They see no GPU: there is nothing there for them."""
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": ""}
+    workers = [Worker(server, hidden) for _ in range(count)]
+    for worker in workers:
+        worker.spawn()
+    return workers
 
 
-def _too_much_shared_memory(kernels: list[dict[str, Any]] | None, target: Target) -> str:
+def _too_much_shared_memory(kernels: Sequence[dict[str, Any]], target: Target) -> str:
     """Why the binaries cannot be launched; spills and low occupancy are left to measurement."""
     limit = target.shared_memory
-    over = [k["shared_bytes"] for k in kernels or () if k["shared_bytes"] > limit]
+    over = [k["shared_bytes"] for k in kernels if k["shared_bytes"] > limit]
     return f"needs {max(over)} bytes of shared memory (limit {limit})" if over else ""

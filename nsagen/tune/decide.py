@@ -8,9 +8,8 @@ from datetime import UTC, datetime
 from nsagen import __version__
 from nsagen.tune.evaluate import Evaluator, Final
 from nsagen.tune.record import Objective, Timed, TuningRecord
-from nsagen.tune.search import Search, fingerprint_or_none
+from nsagen.tune.search import Measured, Search, fingerprint_or_none
 from nsagen.tune.settings import Device
-from nsagen.tune.task import Task
 from nsagen.workload import Schedule
 
 FINALISTS = 4
@@ -20,65 +19,105 @@ MARGIN = {"time": 0.01, "static": 0.25}
 """By how much another schedule must beat the default, which wins ties."""
 
 
-def decide_search(
-    search: Search, evaluator: Evaluator, device: Device, objective: Objective, ended: str
-) -> TuningRecord | str:
-    """The record of a search, or why there is none.
+class Decision:
+    """A search's end, step by step: `compare`, then `certify` until there is a result.
+
+    `certify` needs the winner compiled once more. That begins as soon as it is known, and until
+    it is `ready` the device can serve another search.
 
     Args:
         ended: why the search ended, as the record notes it.
     """
-    task, measured = search.task, search.measured()
-    failed = [m for m in measured if not m.outcome.ok]
-    best = [m.schedule for m in search.best(FINALISTS)]
-    if not best:
-        reasons = sorted({m.outcome.reason for m in failed})
-        return f"no schedule ran; {reasons[0] if reasons else 'none was tried'}"
-    default = evaluator.candidates(task).default
-    able = [] if default in {m.schedule for m in failed} else [default]
-    finals = evaluator.finals(task, list(dict.fromkeys([*able, *best])))
-    decided = _certified(evaluator, task, finals, default, MARGIN[objective])
-    if isinstance(decided, str):
-        return decided
-    winner, running = decided
-    beside = next((f for f in running if f.schedule == default), None)
-    other = next((f for f in running if f != winner), None)
-    return TuningRecord(
-        workload=task.workload,
-        bucket=task.bucket,
-        objective=objective,
-        sizes=task.sizes_text,
-        schedule=winner.schedule,
-        fingerprint=fingerprint_or_none(task, winner.schedule) or "",
-        ms=_six_digits(winner.ms),
-        spread=_six_digits(winner.spread),
-        default=beside and Timed(default, _six_digits(beside.ms)),
-        runner_up=other and Timed(other.schedule, _six_digits(other.ms)),
-        measured=len(measured),
-        failed=len(failed),
-        of=len(search.coding),
-        ended=ended,
-        triton=device.triton,
-        driver=device.driver,
-        nsagen=__version__,
-        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    )
+
+    def __init__(
+        self, search: Search, evaluator: Evaluator, device: Device, objective: Objective, ended: str
+    ) -> None:
+        self._search, self._evaluator = search, evaluator
+        self._device, self._objective, self._ended = device, objective, ended
+        self._default = evaluator.candidates(search.task).default
+        self._running: list[Final] = []
+        self._winner: Final | None = None
+        self.result: TuningRecord | str | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next step need not wait."""
+        if self._winner is None:
+            return True
+        return self._evaluator.last_ready(self._search.task, self._winner.schedule)
+
+    def step(self) -> None:
+        """Take the next step; it uses the device."""
+        if self._winner is None:
+            self._compare()
+        else:
+            self._certify(self._winner)
+
+    def _compare(self) -> None:
+        """Time the best ones in turn with the default."""
+        measured = self._search.measured()
+        best = _apart(self._search.best(len(measured)))[:FINALISTS]
+        if not best:
+            reasons = sorted({m.outcome.reason for m in measured if not m.outcome.ok})
+            self.result = f"no schedule ran; {reasons[0] if reasons else 'none was tried'}"
+            return
+        failed = {m.schedule for m in measured if not m.outcome.ok}
+        able = [] if self._default in failed else [self._default]
+        finals = self._evaluator.finals(self._search.task, list(dict.fromkeys([*able, *best])))
+        self._running = sorted((f for f in finals if not f.reason), key=lambda f: f.ms)
+        self._choose(finals[0].reason)
+
+    def _choose(self, reason: str) -> None:
+        """Pick the winner of those that still run; `reason`: why the others do not."""
+        if not self._running:
+            self.result = f"no finalist holds; {reason}"
+            return
+        self._winner = decide(self._running, self._beside, MARGIN[self._objective])
+        self._evaluator.start_last(self._search.task, self._winner.schedule)
+
+    @property
+    def _beside(self) -> Final | None:
+        return next((f for f in self._running if f.schedule == self._default), None)
+
+    def _certify(self, winner: Final) -> None:
+        reason = self._evaluator.certify(self._search.task, winner.schedule)
+        if reason:
+            self._running.remove(winner)
+            self._choose(reason)
+        else:
+            self.result = self._record(winner)
+
+    def _record(self, winner: Final) -> TuningRecord:
+        task, measured, beside = self._search.task, self._search.measured(), self._beside
+        other = next((f for f in self._running if f != winner), None)
+        return TuningRecord(
+            workload=task.workload,
+            bucket=task.bucket,
+            objective=self._objective,
+            sizes=task.sizes_text,
+            schedule=winner.schedule,
+            fingerprint=fingerprint_or_none(task, winner.schedule) or "",
+            ms=_six_digits(winner.ms),
+            spread=_six_digits(winner.spread),
+            default=beside and Timed(self._default, _six_digits(beside.ms)),
+            runner_up=other and Timed(other.schedule, _six_digits(other.ms)),
+            measured=len(measured),
+            failed=sum(not m.outcome.ok for m in measured),
+            of=len(self._search.coding),
+            ended=self._ended,
+            triton=self._device.triton,
+            driver=self._device.driver,
+            nsagen=__version__,
+            date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        )
 
 
-def _certified(
-    evaluator: Evaluator, task: Task, finals: Sequence[Final], default: Schedule, margin: float
-) -> tuple[Final, list[Final]] | str:
-    """The winner, which passed its last check, and all that ran, fastest first; or why not."""
-    running = sorted((f for f in finals if not f.reason), key=lambda f: f.ms)
-    reason = finals[0].reason
-    while running:
-        beside = next((f for f in running if f.schedule == default), None)
-        winner = decide(running, beside, margin)
-        reason = evaluator.certify(task, winner.schedule)
-        if not reason:
-            return winner, running
-        running.remove(winner)
-    return f"no finalist holds; {reason}"
+def _apart(best: Sequence[Measured]) -> list[Schedule]:
+    """Schedules in the same order, of those that are one the first alone."""
+    found: dict[str, Schedule] = {}
+    for one in best:
+        found.setdefault(one.outcome.identity or str(one.schedule), one.schedule)
+    return list(found.values())
 
 
 def _six_digits(value: float) -> float:

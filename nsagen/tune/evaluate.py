@@ -6,14 +6,16 @@ import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from nsagen.codegen.target import Target
 from nsagen.codegen.template import default_schedule, space_for, template_hash
 from nsagen.tune.coding import valid_schedules
 from nsagen.tune.compiler import CompilePool
+from nsagen.tune.cost import static_cost
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.task import Task
+from nsagen.tune.timing import Timing
 from nsagen.tune.worker import Reply, Worker
 from nsagen.workload import Schedule, Workload
 
@@ -21,9 +23,6 @@ OPEN_LIMIT_S = 180.0
 MEASURE_LIMIT_S = 20.0
 OPEN_ATTEMPTS = 2
 ROUNDS = 9
-
-PROMISING = 1.02
-"""A schedule within this factor of the best one may win, and is compiled for its last check."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,24 @@ class Evaluator(Protocol):
         """Whether nothing that was started for a schedule is still going on."""
         ...
 
+    def promise(self, task: Task, schedule: Schedule) -> float:
+        """Of those that are ready, the schedule with the least value is measured next."""
+        ...
+
     def finish(self, task: Task, schedule: Schedule, best_ms: float | None) -> Outcome:
         """The outcome of a schedule; waits for it."""
         ...
 
     def finals(self, task: Task, schedules: Sequence[Schedule]) -> list[Final]:
         """The given schedules compared with more care, in the same order."""
+        ...
+
+    def start_last(self, task: Task, schedule: Schedule) -> None:
+        """Begin what `certify` needs, without waiting."""
+        ...
+
+    def last_ready(self, task: Task, schedule: Schedule) -> bool:
+        """Whether `certify` need not wait for what was started."""
         ...
 
     def certify(self, task: Task, schedule: Schedule) -> str:
@@ -121,6 +132,7 @@ class TimedEvaluator:
         self._worker = worker
         self._opened: tuple[Task, int] | None = None
         self._unopened: dict[Task, list[str]] = {}
+        self._measured: dict[tuple[Task, str], tuple[Schedule, Outcome]] = {}
 
     def candidates(self, task: Task) -> Candidates:
         return candidates_for(task.workload, self._pool.target)
@@ -131,23 +143,24 @@ class TimedEvaluator:
     def ready(self, task: Task, schedule: Schedule) -> bool:
         return self._pool.done(task, schedule)
 
+    def promise(self, task: Task, schedule: Schedule) -> float:
+        return static_cost(self._pool.finish(task, schedule).kernels, self._pool.target)
+
     def finish(self, task: Task, schedule: Schedule, best_ms: float | None) -> Outcome:
         compiled = self._pool.finish(task, schedule)
         if compiled.reason:
             return compiled
+        key = (task, compiled.identity)
+        if compiled.identity and key in self._measured:
+            twin, known = self._measured[key]
+            return replace(compiled, **_result_of(known), twin=str(twin))
         reply = self._ask(task, "measure", self._pool.path_of(task, schedule), best_ms)
         if reply.reason:
             return replace(compiled, reason=reply.reason)
         timing = reply.value
-        if best_ms is None or timing.ms < PROMISING * best_ms:
-            self._pool.start_ragged(task, schedule)
-        return replace(
-            compiled,
-            ms=timing.ms,
-            spread=timing.spread,
-            error=timing.error,
-            repeats=timing.repeats,
-        )
+        outcome = replace(compiled, **_result_of(timing))
+        self._measured[key] = schedule, outcome
+        return outcome
 
     def finals(self, task: Task, schedules: Sequence[Schedule]) -> list[Final]:
         compiled = [self._pool.finish(task, schedule) for schedule in schedules]
@@ -160,8 +173,14 @@ class TimedEvaluator:
             for schedule, outcome in zip(schedules, compiled, strict=True)
         ]
 
+    def start_last(self, task: Task, schedule: Schedule) -> None:
+        self._pool.start_last(task, schedule)
+
+    def last_ready(self, task: Task, schedule: Schedule) -> bool:
+        return self._pool.last_done(task, schedule)
+
     def certify(self, task: Task, schedule: Schedule) -> str:
-        reason = self._pool.finish_ragged(task, schedule)
+        reason = self._pool.finish_last(task, schedule)
         return reason or self._ask(task, "certify", self._pool.path_of(task, schedule)).reason
 
     def close(self) -> None:
@@ -181,6 +200,10 @@ class TimedEvaluator:
                 return Reply(reason=f"inputs: {opened.reason}")
             self._opened = (task, self._worker.starts)
         return self._worker.ask(method, *args, limit_s=MEASURE_LIMIT_S)
+
+
+def _result_of(found: Outcome | Timing) -> dict[str, Any]:
+    return {name: getattr(found, name) for name in ("ms", "spread", "error", "repeats")}
 
 
 def final_of(schedule: Schedule, rounds: Sequence[float], reason: str = "") -> Final:

@@ -9,7 +9,8 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 import triton
 
 from nsagen.codegen.compile import load_module
-from nsagen.harness.base import THRESHOLDS, Case, harness_of, relative_error
+from nsagen.harness.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
 from nsagen.runtime.device import device_slug, target_of
 from nsagen.tune.task import Task
 from nsagen.tune.timing import Timing, WrongOutputError
@@ -27,7 +28,10 @@ from nsagen.verify import sizes_for
 FLUSH_BYTES = 256 << 20
 """Written between timed runs: several times the largest L2 cache."""
 
-RUN_MS = 50.0
+KEPT = 24
+"""Tasks whose inputs stay in memory while there is room: searches take turns."""
+
+RUN_MS = 20.0
 """GPU time to spend on timing one schedule, flushes not counted."""
 
 ROUND_MS = 6.0
@@ -36,7 +40,7 @@ ROUND_MS = 6.0
 HOPELESS = 2.0
 """A schedule that takes this many times the best one's time is not timed any further."""
 
-LEAST_RUNS, MOST_RUNS = 8, 60
+LEAST_RUNS, MOST_RUNS = 6, 40
 
 NEAR_TIES = 1e-3
 """The share of an index output that rounding may decide differently, where scores nearly tie."""
@@ -63,17 +67,45 @@ class _Inputs:
         return self.case.outputs
 
 
+@dataclass
+class _Opened:
+    """A task's inputs, and what right outputs are; made when first needed.
+
+    Attributes:
+        trusted: outputs at the timed sizes, of a schedule that met the reference at the small ones.
+    """
+
+    task: Task
+    device: str
+    trusted: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def timed(self) -> _Inputs:
+        return self._inputs(self.task.timed, 0)
+
+    @cached_property
+    def checked(self) -> tuple[_Inputs, dict[str, torch.Tensor]]:
+        """Small inputs, and what the reference makes of them: computed once a task."""
+        small = self._inputs(self.task.checked, 0)
+        return small, small.case.expected()
+
+    @cached_property
+    def ragged(self) -> _Inputs:
+        return self._inputs(sizes_for(self.task.workload), 1)
+
+    def _inputs(self, sizes: Sizes, seed: int) -> _Inputs:
+        workload = self.task.workload
+        return _Inputs.of(harness_of(workload).make_case(workload, sizes, self.device, seed))
+
+
 class GpuMeasurer:
     """Times and checks kernels of one task at a time on the current GPU."""
 
     device = "cuda"
 
     def __init__(self) -> None:
-        self._task: Task | None = None
-        self._timed: _Inputs | None = None
-        self._checked: _Inputs | None = None
-        self._expected: dict[str, torch.Tensor] = {}
-        self._trusted: dict[str, torch.Tensor] = {}
+        self._kept: dict[Task, _Opened] = {}
+        self._now: _Opened | None = None
         self._take_device()
 
     def _take_device(self) -> None:
@@ -104,17 +136,34 @@ class GpuMeasurer:
         }
 
     def open(self, task: Task) -> None:
-        """Make a task's inputs, and what the reference says of the smaller ones."""
-        self._task, self._trusted, self._expected = task, {}, {}
-        self._timed = self._checked = None
-        torch.cuda.empty_cache()
-        make_case = harness_of(task.workload).make_case
-        self._checked = _Inputs.of(make_case(task.workload, task.checked, self.device))
-        self._expected = self._checked.case.expected()
-        self._timed = _Inputs.of(make_case(task.workload, task.timed, self.device))
+        """Turn to a task: make its inputs, unless they are still there."""
+        opened = self._kept.pop(task, None) or _Opened(task, self.device)
+        self._kept[task] = opened  # the last one was used last
+        while len(self._kept) > 1 and self._is_full():
+            del self._kept[next(iter(self._kept))]
+        try:
+            opened.timed  # noqa: B018  # makes it
+        except torch.cuda.OutOfMemoryError:
+            if len(self._kept) == 1:
+                raise
+            self._kept = {task: opened}
+            torch.cuda.empty_cache()
+            opened.timed  # noqa: B018
+        self._now = opened
+
+    def _is_full(self) -> bool:
+        """Whether inputs of other tasks must go before more are made."""
+        if self.device == "cpu":
+            return len(self._kept) > KEPT
+        free, total = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return len(self._kept) > KEPT or free < total / 2
 
     def measure(self, path: Path, best_ms: float | None) -> Timing:
         """Check and time one schedule.
+
+        The first one that is right meets the reference at small sizes, and its outputs at the
+        timed ones are what all others must agree with; `certify` asks the reference about a winner.
 
         Args:
             best_ms: the fastest so far; one far slower is timed roughly.
@@ -122,27 +171,30 @@ class GpuMeasurer:
         Raises:
             WrongOutputError: an output differs from the reference or from other schedules'.
         """
-        assert self._timed is not None
-        assert self._checked is not None
-        module = load_module(path)
-        error = _compare(self._checked.run(module), self._expected)
-        outputs = self._timed.run(module)
-        if not self._trusted:
-            self._trusted = {name: out.clone() for name, out in outputs.items()}
-        error = max(error, _compare(outputs, self._trusted))
-        args = self._timed.case.args
+        assert self._now is not None
+        task, module = self._now, load_module(path)
+        if task.trusted:
+            error = _compare(task.timed.run(module), task.trusted)
+        else:
+            small, expected = task.checked
+            error = _compare(small.run(module), expected)
+            outputs = task.timed.run(module)
+            task.trusted = {name: out.clone() for name, out in outputs.items()}
+        args = task.timed.case.args
         return self._time(lambda: module.launch(*args), best_ms, error)
 
     def certify(self, path: Path) -> float:
-        """Check a finalist at ragged sizes too; its largest relative error.
+        """Hold a winner against the reference, at even and at ragged sizes; its largest error.
 
         Raises:
             WrongOutputError: an output differs from the reference.
         """
-        assert self._task is not None
-        workload = self._task.workload
-        case = harness_of(workload).make_case(workload, sizes_for(workload), self.device, 1)
-        return _compare(_Inputs.of(case).run(load_module(path)), case.expected())
+        assert self._now is not None
+        module = load_module(path)
+        small, expected = self._now.checked
+        error = _compare(small.run(module), expected)
+        ragged = self._now.ragged
+        return max(error, _compare(ragged.run(module), ragged.case.expected()))
 
     def compare(self, paths: Sequence[Path], rounds: int) -> list[list[float]]:
         """Medians of several schedules timed in turn: one list a schedule, one value a round.
@@ -150,13 +202,14 @@ class GpuMeasurer:
         The order rotates, so that drifting clocks and a neighbour's heat fall on all alike. A
         schedule whose outputs differ from the first one's has an empty list.
         """
-        assert self._timed is not None
-        args = self._timed.case.args
+        assert self._now is not None
+        inputs = self._now.timed
+        args = inputs.case.args
         modules = [load_module(path) for path in paths]
-        first = {name: out.clone() for name, out in self._timed.run(modules[0]).items()}
+        first = {name: out.clone() for name, out in inputs.run(modules[0]).items()}
         times: list[list[float]] = [[] for _ in modules]
         alike = [place for place, module in enumerate(modules) if self._agrees(module, first)]
-        self._warm(20)
+        self._warm(10)
         for turn in range(rounds):
             for place in range(len(alike)):
                 chosen = alike[(place + turn) % len(alike)]
@@ -168,9 +221,9 @@ class GpuMeasurer:
         return times
 
     def _agrees(self, module: ModuleType, wanted: dict[str, torch.Tensor]) -> bool:
-        assert self._timed is not None
+        assert self._now is not None
         try:
-            _compare(self._timed.run(module), wanted)
+            _compare(self._now.timed.run(module), wanted)
         except WrongOutputError:
             return False
         return True

@@ -20,6 +20,8 @@ class Outcome:
         compile_s: seconds that compiling took, in a process of its own.
         kernels: resources of each kernel, as `Resources` fields.
         fingerprint: of the kernel's source; see `kernel_fingerprint`.
+        identity: the same for schedules whose binaries and calls are; see `identity_of`.
+        twin: the schedule of the same identity that was measured in this one's place.
     """
 
     ms: float | None = None
@@ -30,6 +32,8 @@ class Outcome:
     compile_s: float = 0.0
     kernels: tuple[Mapping[str, Any], ...] = field(default=())
     fingerprint: str = ""
+    identity: str = ""
+    twin: str = ""
 
     @property
     def ok(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from nsagen.runtime.cache import cache_dir
 from nsagen.runtime.device import slug
 from nsagen.spec import Spec
 from nsagen.tune import recording
-from nsagen.tune.compiler import CompilePool
+from nsagen.tune.compiler import CompilePool, compile_workers
 from nsagen.tune.evaluate import Evaluator, TimedEvaluator
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.record import TuningRecord
@@ -214,27 +214,25 @@ def evaluator_for(
     objective: str, specs: Sequence[Spec], places: Places
 ) -> Iterator[tuple[Device, dict[str, Any], Evaluator]]:
     """The device, facts about it, and the evaluator; its processes end with the block."""
-    with tempfile.TemporaryDirectory(prefix="nsagen-tune-") as folder:
+    with tempfile.TemporaryDirectory(prefix="nsagen-tune-") as folder, ExitStack() as started:
+        workers = compile_workers(places.jobs, COMPILER)
+        for one in workers:
+            started.callback(one.close)
+        facts: dict[str, Any] = {}
         if objective == "static":
             name = places.target or max(target for spec in specs for target in spec.targets)
-            device = Device(
-                f"static-{slug(name)}",
-                parse_target(name),
-                "none",
-                importlib.metadata.version("triton"),
-            )
-            pool = CompilePool(Path(folder), device.target, places.jobs, COMPILER)
-            facts: dict[str, Any] = {}
+            triton = importlib.metadata.version("triton")
+            device = Device(f"static-{slug(name)}", parse_target(name), "none", triton)
+            pool = CompilePool(Path(folder), device.target, workers)
             evaluator: Evaluator = StaticEvaluator(pool)
         else:
             worker = Worker(MEASURER)
+            started.callback(worker.close)
             device, facts = identify(worker)
-            pool = CompilePool(Path(folder), device.target, places.jobs, COMPILER)
+            pool = CompilePool(Path(folder), device.target, workers)
             evaluator = TimedEvaluator(pool, worker)
-        try:
-            yield device, facts, evaluator
-        finally:
-            evaluator.close()
+        started.callback(evaluator.close)  # the first to run
+        yield device, facts, evaluator
 
 
 def identify(worker: Worker) -> tuple[Device, dict[str, Any]]:

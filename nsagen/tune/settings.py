@@ -28,7 +28,7 @@ class Settings:
 
     Attributes:
         seconds: for all tasks together; None: no limit.
-        ahead: schedules that are compiling while one is measured.
+        ahead: schedules that are compiling while one is measured, of all searches together.
     """
 
     objective: Objective = "time"

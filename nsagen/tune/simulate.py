@@ -35,6 +35,9 @@ class ReplayEvaluator:
     def ready(self, task: Task, schedule: Schedule) -> bool:
         return True
 
+    def promise(self, task: Task, schedule: Schedule) -> float:
+        return 0.0
+
     def finish(self, task: Task, schedule: Schedule, best_ms: float | None) -> Outcome:
         outcome = self._recording.outcomes[schedule]
         if not outcome.repeats:
@@ -49,6 +52,12 @@ class ReplayEvaluator:
             rounds = (self._recording.true_ms(schedule),) if outcome.ok else ()
             finals.append(final_of(schedule, rounds, outcome.reason))
         return finals
+
+    def start_last(self, task: Task, schedule: Schedule) -> None:
+        pass
+
+    def last_ready(self, task: Task, schedule: Schedule) -> bool:
+        return True
 
     def certify(self, task: Task, schedule: Schedule) -> str:
         return ""

@@ -188,9 +188,8 @@ def _never_owned(trial: FrozenTrial) -> bool:
 
 
 @contextlib.contextmanager
-def heartbeats(study: optuna.Study, running: dict[int, Any]) -> Iterator[None]:
+def heartbeats(storage: BaseStorage, running: dict[int, Any]) -> Iterator[None]:
     """While this lasts, report that the trials in `running` (by id) are being worked on."""
-    storage = study._storage
     if not isinstance(storage, RDBStorage):
         # The cached wrapper of a database offers the same methods.
         storage = getattr(storage, "_backend", storage)

@@ -1,20 +1,29 @@
-"""The tuner: searches one task after another and decides each by a final comparison."""
+"""The tuner: several searches at a time share the compilers and the device.
+
+A search alone leaves the device idle: its next schedules depend on what was measured, and
+compiling one takes longer than measuring it. So as many searches are open as keep all compilers
+busy. Whichever has a schedule compiled may measure it; of several, the one that has used the
+device least. A search that ends makes room for the next one.
+"""
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
 from nsagen.tune.coding import Coding
-from nsagen.tune.decide import decide_search
+from nsagen.tune.contest import Contest
+from nsagen.tune.decide import Decision
 from nsagen.tune.evaluate import Evaluator
+from nsagen.tune.outcome import Outcome
 from nsagen.tune.record import TuningRecord
 from nsagen.tune.search import Candidate, Search, fingerprint_or_none
 from nsagen.tune.settings import Device, Settings, Step
@@ -26,13 +35,23 @@ from nsagen.workload import Schedule
 NEIGHBOURS = 3
 """Winners of similar tasks that are tried right after the default."""
 
+EACH_AHEAD = 3
+"""Schedules that each open search has compiling or waiting for the device."""
 
-@dataclass
-class _Opened:
-    """A search whose first candidates are being compiled."""
+RESERVE = 0.08
+"""Share of the time that is kept for the last comparisons."""
 
-    search: Search
-    pending: deque[Candidate]
+_PAUSE_S = 0.005
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the device is at, and what to do with its result."""
+
+    contest: Contest
+    future: Future[Any]
+    since: float
+    then: Callable[[Any], None]
 
 
 class Tuner:
@@ -53,37 +72,57 @@ class Tuner:
         self._settings = settings
         self._known = {r.key: r for r in known if r.objective == settings.objective}
         self._on_step = on_step
-        self._opened: dict[Task, _Opened] = {}
+        self._width = max(1, settings.ahead // EACH_AHEAD)
+        self._waiting: deque[tuple[int, Task]] = deque()
+        self._open: list[Contest] = []
         self._running: dict[int, Candidate] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="measure")
         self._stop = Stoppable()
+        self._end: float | None = None
+        self._failures: list[str] = []
+        self._freed = 0.0
+        self._count = 0
         self.studies: list[Study] = []
 
     def run(self, tasks: Sequence[Task], on_record: Callable[[TuningRecord], None]) -> list[str]:
         """Search every task; `on_record` gets each record as soon as it is decided.
 
-        Tasks with few schedules go first: the time that they leave goes to those with many.
-
         Returns:
             a line for each task that gave no record, and why.
         """
-        end = None if self._settings.seconds is None else time.monotonic() + self._settings.seconds
-        failures = []
-        tasks = sorted(tasks, key=lambda task: len(self._evaluator.candidates(task).schedules))
-        with self._stop, self._released():
-            for number, task in enumerate(tasks):
-                following = tasks[number + 1] if number + 1 < len(tasks) else None
-                share = None
-                if end is not None:
-                    now = time.monotonic()
-                    share = now + max(0.0, end - now) / (len(tasks) - number)
-                decided = self._tune(task, (number + 1, len(tasks)), share, following)
-                if isinstance(decided, str):
-                    failures.append(f"{task}: {decided}")
-                else:
-                    self._known[decided.key] = decided
-                    on_record(decided)
-        return failures
+        seconds = self._settings.seconds
+        self._end = None if seconds is None else time.monotonic() + seconds * (1 - RESERVE)
+        self._count = len(tasks)
+        self._waiting.extend(enumerate(self._ordered(tasks), 1))
+        job: _Job | None = None
+        with self._stop, heartbeats(self._storage, self._running), self._released():
+            while True:
+                self._admit()
+                self._fill()
+                following = self._begin(None if job is None else job.contest)
+                if job is not None:
+                    self._finish(job, on_record)
+                elif following is None:
+                    if not self._open and not self._waiting:
+                        return self._failures
+                    self._stop.check()
+                    time.sleep(_PAUSE_S)
+                job = following
+
+    def _ordered(self, tasks: Sequence[Task]) -> list[Task]:
+        """One task of each op and pass, then the next of each: neighbours' winners come in time.
+
+        Those with few schedules go first: the time that they leave goes to the others.
+        """
+        groups: dict[tuple[str, str], list[Task]] = defaultdict(list)
+        for task in tasks:
+            groups[task.workload.op, task.workload.pass_].append(task)
+        rank = {
+            task: (turn, len(self._evaluator.candidates(task).schedules))
+            for group in groups.values()
+            for turn, task in enumerate(group)
+        }
+        return sorted(tasks, key=lambda task: rank[task])
 
     @contextmanager
     def _released(self) -> Iterator[None]:
@@ -91,116 +130,128 @@ class Tuner:
         try:
             yield
         finally:
-            for opened in self._opened.values():
-                self._give_up(opened)
-            self._opened.clear()
+            for contest in self._open:
+                contest.give_up(self._running)
 
-    def _tune(
-        self, task: Task, place: tuple[int, int], deadline: float | None, following: Task | None
-    ) -> TuningRecord | str:
-        opened = self._open(task)
-        search, pending = opened.search, opened.pending
-        self._opened[task] = opened
-        self.studies.append(search.study)
-        with heartbeats(search.study, self._running):
-            ended = self._search(search, pending, place, deadline, following)
-        self._give_up(self._opened.pop(task))
-        return self._decide(search, ended)
-
-    def _open(self, task: Task) -> _Opened:
-        if task in self._opened:
-            opened = self._opened.pop(task)
-            opened.search.line_up(self._neighbours(task))  # with what was found since
-            return opened
-        candidates = self._evaluator.candidates(task)
-        search = Search(
-            task,
-            Coding(candidates.schedules),
-            self._storage,
-            scope=f"{self._settings.objective} on {self._device.slug}",
-            version=candidates.version,
-            first=[candidates.default, *self._neighbours(task)],
-            sampler=self._settings.sampler,
-            seed=self._settings.seed,
-        )
-        return _Opened(search, deque())
-
-    def _search(
-        self,
-        search: Search,
-        pending: deque[Candidate],
-        place: tuple[int, int],
-        deadline: float | None,
-        following: Task | None,
-    ) -> str:
-        """Evaluate until the search ends; why it did."""
-        best_ms, task = None, search.task
-        count = len(search.measured())
-        first = count
-        while True:
-            self._stop.check()
-            if ended := search.finished(self._settings.budget):
-                return ended
-            if deadline is not None and time.monotonic() > deadline and count > first:
-                return "its time is up"
-            self._fill(search, pending, count)
-            if not pending:
-                return "every schedule is measured"
-            if count == first + self._settings.ahead and following is not None:
-                self._prepare(following)
-            candidate = self._pop(task, pending)
-            job = self._thread.submit(self._evaluator.finish, task, candidate.schedule, best_ms)
-            if self._settings.ahead > 1:  # choose what is next while the device works
-                self._fill(search, pending, count + 1)
-            outcome = self._stop.wait(job)
-            search.tell(candidate, outcome)
-            self._running.pop(candidate.trial._trial_id, None)
-            count += 1
-            if outcome.ms is not None:
-                best_ms = outcome.ms if best_ms is None else min(best_ms, outcome.ms)
-            self._on_step(
-                Step(
-                    task,
-                    *place,
-                    count,
-                    len(search.coding),
-                    candidate.schedule,
-                    outcome.reason,
-                    outcome.ms,
-                    best_ms,
-                )
+    def _admit(self) -> None:
+        """Open searches while there is room; each gets its share of the time that is left."""
+        while self._waiting and len(self._open) < self._width:
+            number, task = self._waiting.popleft()
+            candidates = self._evaluator.candidates(task)
+            search = Search(
+                task,
+                Coding(candidates.schedules),
+                self._storage,
+                scope=f"{self._settings.objective} on {self._device.slug}",
+                version=candidates.version,
+                first=[candidates.default, *self._neighbours(task)],
+                sampler=self._settings.sampler,
+                seed=self._settings.seed,
             )
+            self.studies.append(search.study)
+            contest = Contest(search, self._settings.budget, number, self._deadline())
+            self._open.append(contest)
+            self._conclude(contest)
 
-    def _give_up(self, opened: _Opened) -> None:
-        """Leave what was asked for and not measured to a later search."""
-        for candidate in opened.pending:
-            self._running.pop(candidate.trial._trial_id, None)
-        opened.search.give_up()
-        opened.pending.clear()
+    def _deadline(self) -> float | None:
+        """When a search that begins now must end: as many share the device as are open."""
+        if self._end is None:
+            return None
+        now, left = time.monotonic(), len(self._waiting) + len(self._open) + 1
+        return now + max(0.0, self._end - now) * min(1.0, self._width / left)
 
-    def _fill(self, search: Search, pending: deque[Candidate], count: int) -> None:
+    def _conclude(self, contest: Contest) -> None:
+        """End a search that is over, and get ready to decide it; its record may stand already."""
+        if contest.decision is not None or not (ended := contest.over()):
+            return
+        contest.give_up(self._running)
+        search = contest.search
+        known = self._known.get((search.task.workload, search.task.bucket, self._objective))
+        contest.decision = Decision(search, self._evaluator, self._device, self._objective, ended)
+        if known and _still_holds(known, search):
+            contest.decision.result = known
+
+    @property
+    def _objective(self) -> Any:
+        return self._settings.objective
+
+    def _fill(self) -> None:
         """Ask for schedules, and have them compiled, until enough are on their way."""
-        room = min(self._settings.ahead, self._settings.budget.trials - count)
-        while len(pending) < room and (candidate := search.ask()):
-            self._running[candidate.trial._trial_id] = candidate
-            self._evaluator.start(search.task, candidate.schedule)
-            pending.append(candidate)
+        each = min(self._settings.ahead // max(1, len(self._open)), self._width + 1)
+        for contest in self._open:
+            self._conclude(contest)
+            while contest.decision is None and (candidate := contest.ask(max(1, each))):
+                self._running[candidate.trial._trial_id] = candidate
+                self._evaluator.start(contest.task, candidate.schedule)
+            self._conclude(contest)
 
-    def _prepare(self, task: Task) -> None:
-        """Have the next task's first candidates compiled while this one's are measured."""
-        if task not in self._opened and self._settings.ahead > 1:
-            opened = self._open(task)
-            if not opened.search.finished(self._settings.budget):
-                self._fill(opened.search, opened.pending, len(opened.search.measured()))
-            self._opened[task] = opened
+    def _begin(self, busy: Contest | None) -> _Job | None:
+        """Give the device something to do, if anything is ready.
 
-    def _pop(self, task: Task, pending: deque[Candidate]) -> Candidate:
-        """The first candidate that is compiled, or else the one that was asked for first."""
-        for candidate in pending:
-            if self._evaluator.ready(task, candidate.schedule):
-                pending.remove(candidate)
-                return candidate
-        return pending.popleft()
+        Args:
+            busy: the search whose job is still going on; it cannot be decided meanwhile.
+        """
+        for contest in sorted(self._open, key=lambda contest: contest.spent):
+            decision = contest.decision
+            if decision is not None and contest is not busy and decision.ready:
+                call = decision.step if decision.result is None else (lambda: None)
+                return self._submit(contest, lambda _: None, call)
+            candidate = contest.next(self._evaluator)
+            if candidate is not None:
+
+                def tell(
+                    outcome: Outcome, contest: Contest = contest, candidate: Candidate = candidate
+                ) -> None:
+                    self._tell(contest, candidate, outcome)
+
+                schedule, best = candidate.schedule, contest.best_ms
+                return self._submit(
+                    contest, tell, self._evaluator.finish, contest.task, schedule, best
+                )
+        return None
+
+    def _submit(
+        self, contest: Contest, then: Callable[[Any], None], call: Callable[..., Any], *args: Any
+    ) -> _Job:
+        return _Job(contest, self._thread.submit(call, *args), time.monotonic(), then)
+
+    def _finish(self, job: _Job, on_record: Callable[[TuningRecord], None]) -> None:
+        """Wait for the device, and take over what it found."""
+        result = self._stop.wait(job.future)
+        contest = job.contest
+        now = time.monotonic()
+        contest.spent += now - max(job.since, self._freed)
+        self._freed = now
+        job.then(result)
+        decided = contest.decision.result if contest.decision else None
+        if decided is None:
+            return
+        self._open.remove(contest)
+        if isinstance(decided, str):
+            self._failures.append(f"{contest.task}: {decided}")
+            return
+        self._known[decided.key] = decided
+        for other in self._open:
+            if other.decision is None and (found := self._neighbours(other.task)):
+                other.search.line_up(found)
+        on_record(decided)
+
+    def _tell(self, contest: Contest, candidate: Candidate, outcome: Outcome) -> None:
+        contest.tell(candidate, outcome)
+        self._running.pop(candidate.trial._trial_id, None)
+        self._on_step(
+            Step(
+                contest.task,
+                contest.number,
+                self._count,
+                contest.count,
+                len(contest.search.coding),
+                candidate.schedule,
+                outcome.reason,
+                outcome.ms,
+                contest.best_ms,
+            )
+        )
 
     def _neighbours(self, task: Task) -> list[Schedule]:
         """Winners of other buckets and of the most similar workloads of the same op and pass."""
@@ -219,14 +270,6 @@ class Tuner:
         found = dict.fromkeys(record.schedule for record in sorted(same, key=unlike))
         allows = self._evaluator.candidates(task).allows
         return [schedule for schedule in found if allows(schedule)][:NEIGHBOURS]
-
-    def _decide(self, search: Search, ended: str) -> TuningRecord | str:
-        """The record of a task, by its final comparison; or why there is none."""
-        task = search.task
-        known = self._known.get((task.workload, task.bucket, self._settings.objective))
-        if known and _still_holds(known, search):
-            return known
-        return decide_search(search, self._evaluator, self._device, self._settings.objective, ended)
 
 
 def _still_holds(known: TuningRecord, search: Search) -> bool:

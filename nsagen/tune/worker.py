@@ -61,6 +61,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the worker
+        self._ready = False
         self.starts = 0
 
     @property
@@ -79,7 +80,9 @@ class Worker:
             TuneError: a fresh worker cannot be started.
         """
         if not self.alive:
-            self._start()
+            self.spawn()
+        if not self._ready:
+            self._await()
         assert self._connection is not None
         try:
             self._connection.send((method, args))
@@ -106,9 +109,11 @@ class Worker:
             self._process.wait()
             self._process = None
 
-    def _start(self) -> None:
+    def spawn(self) -> None:
+        """Begin to start the process; the first request waits until it is there."""
         self.close()
         self.starts += 1
+        self._ready = False
         ours, theirs = socket.socketpair()
         self._errors.seek(0)
         self._errors.truncate()
@@ -124,8 +129,12 @@ class Worker:
         )
         theirs.close()
         self._connection = Connection(ours.detach())
+
+    def _await(self) -> None:
+        assert self._connection is not None
         try:
             if self._connection.poll(START_S) and self._connection.recv().value == "ready":
+                self._ready = True
                 return
         except (EOFError, OSError):
             pass

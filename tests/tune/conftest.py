@@ -58,6 +58,9 @@ class InlineWorker:
         except Exception as error:  # as a worker answers it
             return Reply(reason=f"{type(error).__name__}: {error}")
 
+    def spawn(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

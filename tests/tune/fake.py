@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nsagen.tune.compiler import Compiled
 from nsagen.tune.task import Task
 from nsagen.tune.timing import Timing, WrongOutputError
 
@@ -102,19 +103,18 @@ class FakeCompiler:
     def is_broken_by(self, error: Exception) -> bool:
         return False
 
-    def compile(self, path: Path, workload: object, target: str, sizes: object) -> list[dict]:
+    def compile(self, path: Path, workload: object, target: str, sizes: object) -> Compiled:
         text = path.read_text().splitlines()[0]
         _misbehave(text, "compile")
-        return [
-            {
-                "kernel": path.stem,
-                "target": target,
-                "registers": 64,
-                "spill_bytes": 0,
-                "shared_bytes": 1024,
-                "matrix": "wgmma",
-                "programs": 1024,
-                "num_warps": 4,
-                "num_stages": 3,
-            }
-        ]
+        kernel = {
+            "kernel": path.stem,
+            "target": target,
+            "registers": 64,
+            "spill_bytes": 0,
+            "shared_bytes": 1024,
+            "matrix": "wgmma",
+            "programs": 1024,
+            "num_warps": 4,
+            "num_stages": 3,
+        }
+        return Compiled((kernel,), path.stem)

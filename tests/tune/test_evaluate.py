@@ -12,7 +12,7 @@ from nsagen.tune.task import tasks_of
 from nsagen.tune.worker import Reply
 from nsagen.workload import Workload
 from tests.tune.conftest import InlineWorker, World
-from tests.tune.fake import FakeMeasurer
+from tests.tune.fake import FakeCompiler, FakeMeasurer
 
 WORKLOAD = Workload.of("gated_sum", "forward", dtype="float16", v_head_dim=32)
 
@@ -34,7 +34,7 @@ class Forgetful(InlineWorker):
 
 def test_a_task_that_cannot_be_opened_is_given_up(world: World, tmp_path: Path) -> None:
     worker = Forgetful()
-    pool = CompilePool(tmp_path, KNOWN_TARGETS["cuda:90"], 1)
+    pool = CompilePool(tmp_path, KNOWN_TARGETS["cuda:90"], [InlineWorker(FakeCompiler())])  # type: ignore[list-item]
     evaluator = TimedEvaluator(pool, worker)  # type: ignore[arg-type]
     good, bad = tasks_of([WORKLOAD], seqlens=[1024, 4096])
     schedules = evaluator.candidates(bad).schedules[:4]
@@ -49,7 +49,7 @@ def test_a_task_that_cannot_be_opened_is_given_up(world: World, tmp_path: Path) 
 
 def test_a_restarted_worker_gets_the_task_again(world: World, tmp_path: Path) -> None:
     worker = Forgetful()
-    pool = CompilePool(tmp_path, KNOWN_TARGETS["cuda:90"], 1)
+    pool = CompilePool(tmp_path, KNOWN_TARGETS["cuda:90"], [InlineWorker(FakeCompiler())])  # type: ignore[list-item]
     evaluator = TimedEvaluator(pool, worker)  # type: ignore[arg-type]
     (task,) = tasks_of([WORKLOAD], seqlens=[1024])
     first, second = evaluator.candidates(task).schedules[:2]

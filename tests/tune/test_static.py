@@ -11,7 +11,7 @@ from nsagen.cli import main
 from nsagen.codegen.target import KNOWN_TARGETS
 from nsagen.spec import load_spec
 from nsagen.tune.choices import tuned_choices
-from nsagen.tune.static import resident_programs, static_cost
+from nsagen.tune.cost import resident_programs, static_cost
 
 H100 = KNOWN_TARGETS["cuda:90"]
 KERNEL = {

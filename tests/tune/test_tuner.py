@@ -100,7 +100,8 @@ def test_the_default_goes_first_then_neighbours_winners(world: World) -> None:
 
 def test_it_stops_when_nothing_better_is_expected(world: World) -> None:
     (record,) = world.tune(budget=Budget(trials=200, patience=8)).records
-    assert record.ended == "nothing better in 8 schedules"
+    # One more was already with the device when the eighth one came to nothing.
+    assert record.ended == "nothing better in 9 schedules"
     assert record.measured < record.of
 
 
