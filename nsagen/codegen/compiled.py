@@ -64,7 +64,9 @@ def compile_key(path: Path, workload: Workload, target: Target) -> str:
 def _tools(op: str) -> str:
     """Hash of the code that makes an op's example call, compiles it and reads what it uses."""
     package = Path(__file__).resolve().parents[1]
-    files = [package / "codegen" / f"{name}.py" for name in ("compile", "resources", "cubin", "compiled")]
+    files = [
+        package / "codegen" / f"{name}.py" for name in ("compile", "resources", "cubin", "compiled")
+    ]
     files += sorted((package / "harness").glob(f"{op}*.py"))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 

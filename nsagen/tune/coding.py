@@ -158,20 +158,32 @@ class _Columns:
         return np.concatenate(columns if len(columns) == 1 else columns[1:], axis=1)
 
 
+def combinations(workload: Workload, target: Target) -> int:
+    """Combinations of knobs, valid or not, of a workload's algorithms on a target."""
+    return sum(_combinations(space) for space in _spaces(workload, target))
+
+
+def _spaces(workload: Workload, target: Target) -> list[ScheduleSpace]:
+    spaces = spaces_of(workload.op, workload.pass_)
+    return [space for space in spaces if space.supports(workload) and space.runs_on(target)]
+
+
+def _combinations(space: ScheduleSpace) -> int:
+    return math.prod(len(knob.values) for knob in space.knobs)
+
+
 def valid_schedules(workload: Workload, target: Target) -> tuple[Schedule, ...]:
     """Valid schedules of every algorithm that covers the workload and runs on the target.
 
     All of them; of an algorithm with very many, a fixed random sample and its default.
     """
     listed: list[Schedule] = []
-    for space in spaces_of(workload.op, workload.pass_):
-        if space.supports(workload) and space.runs_on(target):
-            size = math.prod(len(knob.values) for knob in space.knobs)
-            listed += (
-                space.schedules(workload, target)
-                if size <= LISTED
-                else _sample(space, workload, target, size)
-            )
+    for space in _spaces(workload, target):
+        listed += (
+            space.schedules(workload, target)
+            if _combinations(space) <= LISTED
+            else _sample(space, workload, target, _combinations(space))
+        )
     return tuple(listed)
 
 
@@ -180,9 +192,13 @@ def _sample(
 ) -> Iterator[Schedule]:
     default = space.default_schedule(workload, target)
     yield default
-    drawn = random.Random(f"{workload} {space.algorithm}").sample(range(size), size)
+    draw, seen = random.Random(f"{workload} {space.algorithm}"), set[int]()
     found = 1
-    for number in drawn:
+    while found < SAMPLED and len(seen) < size // 2:  # later draws would mostly repeat
+        number = draw.randrange(size)
+        if number in seen:
+            continue
+        seen.add(number)
         knobs: dict[str, Param] = {}
         for knob in space.knobs:
             number, index = divmod(number, len(knob.values))
@@ -191,8 +207,6 @@ def _sample(
         if schedule != default and not space.violations(workload, schedule, target):
             yield schedule
             found += 1
-            if found == SAMPLED:
-                return
 
 
 def _values_of(schedules: Sequence[Schedule]) -> dict[str, tuple[Param, ...]]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -38,6 +39,14 @@ def tune(
     batches: Annotated[
         str, typer.Option("--batch", help="Sequences (decoding: rows) to tune for, such as 1,32.")
     ] = "",
+    params: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            metavar="NAME=VALUE",
+            help="Only workloads of this value, such as gqa_ratio=16; those without it stay.",
+        ),
+    ] = None,
     kv_heads: Annotated[
         int | None, typer.Option(min=1, help="Key/value heads; left out: as 32 query heads have.")
     ] = None,
@@ -104,7 +113,8 @@ def tune(
         sampler=sampler,
         seed=seed,
     )
-    chosen = Selection(ops or (), passes or (), sizes_of(seqlens), sizes_of(batches), kv_heads)
+    sizes = sizes_of(seqlens), sizes_of(batches)
+    chosen = Selection(ops or (), passes or (), *sizes, kv_heads, params_of(params or ()))
     places = session.Places(out=out, url=study, target=target, jobs=cores)
     try:
         with Live() as live:
@@ -161,6 +171,21 @@ def seconds_of(text: str) -> float | None:
             f"tune: --time must be a number with s, m or h; got {text!r}; such as 90s or 10m"
         )
     return float(found[1]) * _UNITS[found[2]]
+
+
+def params_of(texts: Sequence[str]) -> dict[str, str]:
+    """Names and values of `gqa_ratio=16`.
+
+    Raises:
+        InvalidInputError: not such a text.
+    """
+    pairs = [text.partition("=") for text in texts]
+    for text, (name, sign, value) in zip(texts, pairs, strict=True):
+        if not (name and sign and value):
+            raise InvalidInputError(
+                f"tune: --param must be NAME=VALUE; got {text!r}; such as gqa_ratio=16"
+            )
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def sizes_of(text: str) -> tuple[int, ...]:

@@ -20,7 +20,6 @@ from typing import Any
 from nsagen.codegen.fingerprint import source_fingerprint
 from nsagen.codegen.target import Target, parse_target
 from nsagen.codegen.template import kernel_name, render
-from nsagen.errors import NsagenError
 from nsagen.harness.sizes import Sizes
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.task import Task
@@ -40,14 +39,16 @@ class Compiled:
     Attributes:
         kernels: resources of each kernel, as `Resources` fields, and how it is launched.
         identity: the same for schedules that are one; see `nsagen.tune.identity`.
+        fingerprint: of the source; see `nsagen.codegen.fingerprint`.
     """
 
     kernels: tuple[dict[str, Any], ...]
     identity: str
+    fingerprint: str
 
 
 class Compiler:
-    """Runs in a worker: compiles one variant for every size that it will be launched with."""
+    """Runs in a worker: renders and compiles one variant for every size of its launches."""
 
     def __init__(self) -> None:
         import nsagen.codegen.compile  # noqa: F401  # takes seconds: while others still start
@@ -56,10 +57,17 @@ class Compiler:
         return False
 
     def compile(
-        self, path: Path, workload: Workload, target_name: str, all_sizes: Sequence[Sizes]
+        self,
+        path: Path,
+        workload: Workload,
+        schedule: Schedule,
+        target_name: str,
+        all_sizes: Sequence[Sizes],
     ) -> Compiled:
-        """The kernels at the first sizes; the others only fill Triton's cache."""
+        """Write the kernel file, and compile it. The first sizes count; others fill the cache."""
         target = parse_target(target_name)
+        source = render(workload, schedule, header=f"# {workload}: {schedule}")
+        path.write_text(source, encoding="utf-8")
         found = self._compile(path, workload, target, all_sizes[0])
         for sizes in all_sizes[1:]:
             self._fill_cache(path, workload, target, sizes)
@@ -84,7 +92,8 @@ class Compiler:
                     "num_stages": kernel.metadata.num_stages,
                 }
         identity = identity_of(path.stem, calls, compiled, host.noted)
-        return Compiled(tuple(rows.values()), identity)
+        fingerprint = source_fingerprint(path.read_text(encoding="utf-8"), path.stem)
+        return Compiled(tuple(rows.values()), identity, fingerprint)
 
     def _fill_cache(self, path: Path, workload: Workload, target: Target, sizes: Sizes) -> None:
         from nsagen.codegen.compile import all_launches, compile_launch, first_calls
@@ -132,26 +141,14 @@ class CompilePool:
         return self._folder / f"{kernel_name(task.workload, schedule)}.py"
 
     def start(self, task: Task, schedule: Schedule) -> None:
-        """Begin to compile a schedule, unless that has been done.
-
-        Its file is written here and not in the pool's threads: Python 3.11 cannot parse source
-        in several threads at once.
-        """
+        """Begin to compile a schedule, unless that has been done."""
         key = (task, schedule)
-        if key in self._futures:
-            return
-        try:
-            fingerprint = self._write(task, schedule)
-        except NsagenError as error:
-            self._futures[key] = Future()
-            self._futures[key].set_result(Outcome(reason=str(error)))
-            return
-        # The first to run is compared with the reference, and all others with it.
-        few = self._begun[task] < FIRST
-        self._begun[task] += 1
-        sizes = (task.timed, task.checked) if few else (task.timed,)
-        job = self._threads.submit(self._compile, task, schedule, sizes, fingerprint)
-        self._futures[key] = job
+        if key not in self._futures:
+            # The first to run is compared with the reference, and all others with it.
+            few = self._begun[task] < FIRST
+            self._begun[task] += 1
+            sizes = (task.timed, task.checked) if few else (task.timed,)
+            self._futures[key] = self._threads.submit(self._compile, task, schedule, sizes)
 
     def start_last(self, task: Task, schedule: Schedule) -> None:
         """Begin to compile a schedule that is about to win for the sizes of its last check."""
@@ -160,7 +157,7 @@ class CompilePool:
             from nsagen.verify import sizes_for  # imports torch, which nothing needs before
 
             sizes = (sizes_for(task.workload), task.checked)
-            self._last[key] = self._threads.submit(self._compile, task, schedule, sizes, "")
+            self._last[key] = self._threads.submit(self._compile, task, schedule, sizes)
 
     def last_done(self, task: Task, schedule: Schedule) -> bool:
         """Whether `finish_last` would not wait."""
@@ -190,9 +187,7 @@ class CompilePool:
             worker.close()
         self._threads.shutdown(wait=True)
 
-    def _compile(
-        self, task: Task, schedule: Schedule, sizes: tuple[Sizes, ...], fingerprint: str
-    ) -> Outcome:
+    def _compile(self, task: Task, schedule: Schedule, sizes: tuple[Sizes, ...]) -> Outcome:
         start = time.monotonic()
         path = self.path_of(task, schedule)
         if not self._open:
@@ -200,7 +195,13 @@ class CompilePool:
         worker = self._idle.get()
         try:
             reply = worker.ask(
-                "compile", path, task.workload, str(self.target), sizes, limit_s=COMPILE_LIMIT_S
+                "compile",
+                path,
+                task.workload,
+                schedule,
+                str(self.target),
+                sizes,
+                limit_s=COMPILE_LIMIT_S,
             )
         finally:
             self._idle.put(worker)
@@ -212,14 +213,9 @@ class CompilePool:
             reason=_too_much_shared_memory(compiled.kernels, self.target),
             compile_s=seconds,
             kernels=compiled.kernels,
-            fingerprint=fingerprint,
+            fingerprint=compiled.fingerprint,
             identity=compiled.identity,
         )
-
-    def _write(self, task: Task, schedule: Schedule) -> str:
-        source = render(task.workload, schedule, header=f"# {task.workload}: {schedule}")
-        self.path_of(task, schedule).write_text(source, encoding="utf-8")
-        return source_fingerprint(source, kernel_name(task.workload, schedule))
 
 
 def compile_workers(count: int, server: str) -> list[Worker]:

@@ -1,6 +1,7 @@
 """The static cost model: ranking schedules by what their binaries use, with no GPU.
 
-The cost of a schedule is the sum over its kernels of
+The cost of a schedule is the sum over its kernels (those with matrix instructions, if any has
+them: the others prepare or add up, once, what those work on) of
 
     spills * matrix * latency * waves
 
@@ -32,7 +33,8 @@ _MOST_PROGRAMS = 32
 
 def static_cost(kernels: Sequence[Mapping[str, Any]], target: Target) -> float:
     """The cost of a schedule from its kernels' resources; see this module's text."""
-    return sum(_kernel_cost(kernel, target) for kernel in kernels)
+    main = [kernel for kernel in kernels if kernel["matrix"] != "none"]
+    return sum(_kernel_cost(kernel, target) for kernel in main or kernels)
 
 
 def resident_programs(kernel: Mapping[str, Any], target: Target) -> int:

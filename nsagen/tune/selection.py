@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nsagen.codegen.template import spaces_of
@@ -16,13 +16,18 @@ from nsagen.workload import Workload
 
 @dataclass(frozen=True)
 class Selection:
-    """Which of a spec's workloads to tune, and at which sizes; empty: all, and the defaults."""
+    """Which of a spec's workloads to tune, and at which sizes; empty: all, and the defaults.
+
+    Attributes:
+        params: name -> value that a workload's static parameter must have, where it has one.
+    """
 
     ops: Sequence[str] = ()
     passes: Sequence[str] = ()
     seqlens: Sequence[int] = ()
     batches: Sequence[int] = ()
     kv_heads: int | None = None
+    params: Mapping[str, str] = field(default_factory=dict)
 
     def tasks(self, specs: Sequence[Spec]) -> tuple[Task, ...]:
         """The tasks of several specs, each once.
@@ -33,10 +38,17 @@ class Selection:
         workloads = sorted({w for spec in specs for w in spec.workloads() if _has_template(w)})
         _check_known("--op", self.ops, {w.op for w in workloads})
         _check_known("--pass", self.passes, {w.pass_ for w in workloads})
+        for name, value in self.params.items():
+            of_name = {str(dict(w.params)[name]) for w in workloads if name in dict(w.params)}
+            _check_known(f"--param {name}", [value], of_name)
         chosen = [
             w
             for w in workloads
-            if (not self.ops or w.op in self.ops) and (not self.passes or w.pass_ in self.passes)
+            if (not self.ops or w.op in self.ops)
+            and (not self.passes or w.pass_ in self.passes)
+            and all(
+                str(dict(w.params).get(name, value)) == value for name, value in self.params.items()
+            )
         ]
         return tasks_of(chosen, self.seqlens, self.batches, self.kv_heads)
 

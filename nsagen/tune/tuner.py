@@ -19,7 +19,7 @@ from typing import Any
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from nsagen.tune.coding import Coding
+from nsagen.tune.coding import Coding, combinations
 from nsagen.tune.contest import Contest
 from nsagen.tune.decide import Decision
 from nsagen.tune.evaluate import Evaluator
@@ -38,7 +38,7 @@ NEIGHBOURS = 3
 EACH_AHEAD = 3
 """Schedules that each open search has compiling or waiting for the device."""
 
-RESERVE = 0.08
+RESERVE = 0.1
 """Share of the time that is kept for the last comparisons."""
 
 _PAUSE_S = 0.005
@@ -118,7 +118,7 @@ class Tuner:
         for task in tasks:
             groups[task.workload.op, task.workload.pass_].append(task)
         rank = {
-            task: (turn, len(self._evaluator.candidates(task).schedules))
+            task: (turn, combinations(task.workload, self._device.target))
             for group in groups.values()
             for turn, task in enumerate(group)
         }
@@ -137,6 +137,9 @@ class Tuner:
         """Open searches while there is room; each gets its share of the time that is left."""
         while self._waiting and len(self._open) < self._width:
             number, task = self._waiting.popleft()
+            if self._end is not None and time.monotonic() > self._end and self._open:
+                self._failures.append(f"{task}: not begun; the time is up")
+                continue
             candidates = self._evaluator.candidates(task)
             search = Search(
                 task,

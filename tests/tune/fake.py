@@ -16,9 +16,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nsagen.codegen.fingerprint import source_fingerprint
+from nsagen.codegen.template import render
 from nsagen.tune.compiler import Compiled
 from nsagen.tune.task import Task
 from nsagen.tune.timing import Timing, WrongOutputError
+from nsagen.workload import Schedule, Workload
 
 FACTS = {
     "device": "nvidia-h200",
@@ -103,8 +106,12 @@ class FakeCompiler:
     def is_broken_by(self, error: Exception) -> bool:
         return False
 
-    def compile(self, path: Path, workload: object, target: str, sizes: object) -> Compiled:
-        text = path.read_text().splitlines()[0]
+    def compile(
+        self, path: Path, workload: Workload, schedule: Schedule, target: str, sizes: object
+    ) -> Compiled:
+        source = render(workload, schedule, header=f"# {workload}: {schedule}")
+        path.write_text(source)
+        text = source.splitlines()[0]
         _misbehave(text, "compile")
         kernel = {
             "kernel": path.stem,
@@ -117,4 +124,4 @@ class FakeCompiler:
             "num_warps": 4,
             "num_stages": 3,
         }
-        return Compiled((kernel,), path.stem)
+        return Compiled((kernel,), path.stem, source_fingerprint(source, path.stem))

@@ -42,6 +42,13 @@ def test_what_costs(worse: dict[str, object]) -> None:
     assert static_cost([KERNEL, KERNEL], H100) == 2 * static_cost([KERNEL], H100)
 
 
+def test_helpers_do_not_drown_the_kernel_that_they_help() -> None:
+    """One program that plans for all has a last wave as bad as can be, and takes no time."""
+    helper = {**KERNEL, "matrix": "none", "programs": 1}
+    assert static_cost([helper, KERNEL], H100) == static_cost([KERNEL], H100)
+    assert static_cost([helper], H100) > 100 * static_cost([KERNEL], H100)
+
+
 @pytest.mark.parametrize(
     ("kernel", "programs"),
     [
