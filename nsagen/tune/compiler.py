@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -52,6 +53,8 @@ class Compiler:
 
     def __init__(self) -> None:
         import nsagen.codegen.compile  # noqa: F401  # takes seconds: while others still start
+
+        os.nice(5)  # the process that measures must never wait for a core
 
     def is_broken_by(self, error: Exception) -> bool:
         return False

@@ -15,6 +15,9 @@ from nsagen.workload import Schedule
 FINALISTS = 4
 """Schedules that are compared in turn with the default in the end."""
 
+NEAR = 1.1
+"""Finalists are within this factor of the best: noise makes no winner of the others."""
+
 MARGIN = {"time": 0.01, "static": 0.25}
 """By how much another schedule must beat the default, which wins ties."""
 
@@ -56,14 +59,16 @@ class Decision:
     def _compare(self) -> None:
         """Time the best ones in turn with the default."""
         measured = self._search.measured()
-        best = _apart(self._search.best(len(measured)))[:FINALISTS]
+        able = self._search.best(len(measured))
+        near = [m for m in able if (m.outcome.ms or 0.0) <= NEAR * (able[0].outcome.ms or 0.0)]
+        best = _apart(near)[:FINALISTS]
         if not best:
             reasons = sorted({m.outcome.reason for m in measured if not m.outcome.ok})
             self.result = f"no schedule ran; {reasons[0] if reasons else 'none was tried'}"
             return
         failed = {m.schedule for m in measured if not m.outcome.ok}
-        able = [] if self._default in failed else [self._default]
-        finals = self._evaluator.finals(self._search.task, list(dict.fromkeys([*able, *best])))
+        first = [] if self._default in failed else [self._default]
+        finals = self._evaluator.finals(self._search.task, list(dict.fromkeys([*first, *best])))
         self._running = sorted((f for f in finals if not f.reason), key=lambda f: f.ms)
         self._choose(finals[0].reason)
 

@@ -34,7 +34,7 @@ KEPT = 24
 RUN_MS = 20.0
 """GPU time to spend on timing one schedule, flushes not counted."""
 
-ROUND_MS = 6.0
+ROUND_MS = 4.0
 """GPU time to spend on a finalist in one round, flushes not counted."""
 
 HOPELESS = 2.0
@@ -73,11 +73,19 @@ class _Opened:
 
     Attributes:
         trusted: outputs at the timed sizes, of a schedule that met the reference at the small ones.
+        modules: kernel files that were loaded, and with them their binaries on the device.
     """
 
     task: Task
     device: str
     trusted: dict[str, torch.Tensor] = field(default_factory=dict)
+    modules: dict[Path, ModuleType] = field(default_factory=dict)
+
+    def load(self, path: Path) -> ModuleType:
+        """A schedule's kernel file, loaded once."""
+        if path not in self.modules:
+            self.modules[path] = load_module(path)
+        return self.modules[path]
 
     @cached_property
     def timed(self) -> _Inputs:
@@ -172,7 +180,7 @@ class GpuMeasurer:
             WrongOutputError: an output differs from the reference or from other schedules'.
         """
         assert self._now is not None
-        task, module = self._now, load_module(path)
+        task, module = self._now, self._now.load(path)
         if task.trusted:
             error = _compare(task.timed.run(module), task.trusted)
         else:
@@ -190,7 +198,7 @@ class GpuMeasurer:
             WrongOutputError: an output differs from the reference.
         """
         assert self._now is not None
-        module = load_module(path)
+        module = self._now.load(path)
         small, expected = self._now.checked
         error = _compare(small.run(module), expected)
         ragged = self._now.ragged
@@ -205,7 +213,7 @@ class GpuMeasurer:
         assert self._now is not None
         inputs = self._now.timed
         args = inputs.case.args
-        modules = [load_module(path) for path in paths]
+        modules = [self._now.load(path) for path in paths]
         first = {name: out.clone() for name, out in inputs.run(modules[0]).items()}
         times: list[list[float]] = [[] for _ in modules]
         alike = [place for place, module in enumerate(modules) if self._agrees(module, first)]
@@ -216,7 +224,7 @@ class GpuMeasurer:
                 launch = modules[chosen].launch
                 launch(*args)
                 runs = round(ROUND_MS / times[chosen][0]) if times[chosen] else 3
-                samples = self._samples(lambda launch=launch: launch(*args), min(10, max(3, runs)))
+                samples = self._samples(lambda launch=launch: launch(*args), min(8, max(2, runs)))
                 times[chosen].append(statistics.median(samples))
         return times
 

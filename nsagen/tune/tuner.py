@@ -134,8 +134,11 @@ class Tuner:
                 contest.give_up(self._running)
 
     def _admit(self) -> None:
-        """Open searches while there is room; each gets its share of the time that is left."""
-        while self._waiting and len(self._open) < self._width:
+        """Open a search if there is room; it gets its share of the time that is left.
+
+        One at a time, for the compilers and the device have work before all are open.
+        """
+        while self._waiting and self._searching() < self._width:
             number, task = self._waiting.popleft()
             if self._end is not None and time.monotonic() > self._end and self._open:
                 self._failures.append(f"{task}: not begun; the time is up")
@@ -155,12 +158,17 @@ class Tuner:
             contest = Contest(search, self._settings.budget, number, self._deadline())
             self._open.append(contest)
             self._conclude(contest)
+            return
+
+    def _searching(self) -> int:
+        """Open searches that still ask for schedules: those that are decided need no compiler."""
+        return sum(contest.decision is None for contest in self._open)
 
     def _deadline(self) -> float | None:
         """When a search that begins now must end: as many share the device as are open."""
         if self._end is None:
             return None
-        now, left = time.monotonic(), len(self._waiting) + len(self._open) + 1
+        now, left = time.monotonic(), len(self._waiting) + self._searching() + 1
         return now + max(0.0, self._end - now) * min(1.0, self._width / left)
 
     def _conclude(self, contest: Contest) -> None:
@@ -180,7 +188,7 @@ class Tuner:
 
     def _fill(self) -> None:
         """Ask for schedules, and have them compiled, until enough are on their way."""
-        each = min(self._settings.ahead // max(1, len(self._open)), self._width + 1)
+        each = min(self._settings.ahead // max(1, self._searching()), self._width + 1)
         for contest in self._open:
             self._conclude(contest)
             while contest.decision is None and (candidate := contest.ask(max(1, each))):
@@ -194,7 +202,8 @@ class Tuner:
         Args:
             busy: the search whose job is still going on; it cannot be decided meanwhile.
         """
-        for contest in sorted(self._open, key=lambda contest: contest.spent):
+        # Decisions first: they are short, and each makes room.
+        for contest in sorted(self._open, key=lambda c: (c.decision is None, c.spent)):
             decision = contest.decision
             if decision is not None and contest is not busy and decision.ready:
                 call = decision.step if decision.result is None else (lambda: None)
