@@ -140,7 +140,7 @@ class Tuner:
         """
         while self._waiting and self._searching() < self._width:
             number, task = self._waiting.popleft()
-            if self._end is not None and time.monotonic() > self._end and self._open:
+            if self._end is not None and time.monotonic() > self._end and self.studies:
                 self._failures.append(f"{task}: not begun; the time is up")
                 continue
             candidates = self._evaluator.candidates(task)
