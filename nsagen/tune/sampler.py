@@ -16,7 +16,7 @@ from nsagen.tune.coding import Coding
 from nsagen.tune.surrogate import propose
 from nsagen.workload import Schedule
 
-STARTUP = 10
+STARTUP = 4
 """Evaluations before a model is trusted: the default, neighbours' winners, then random ones."""
 
 OPTUNA_SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = {
