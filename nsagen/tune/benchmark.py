@@ -85,7 +85,7 @@ def _search(
         optuna.storages.InMemoryStorage(),
         scope="benchmark",
         version="",
-        first=[recording.default],
+        first=[recording.default, *recording.others],
         sampler=sampler,
         seed=seed,
     )

@@ -53,12 +53,14 @@ class Candidates:
     Attributes:
         schedules: every valid schedule.
         default: the one to use where nothing is known.
+        others: the defaults of the other algorithms, which no search should reach by chance alone.
         version: of the templates that they render from.
         allows: whether a schedule that may not be listed is valid.
     """
 
     schedules: tuple[Schedule, ...]
     default: Schedule
+    others: tuple[Schedule, ...]
     version: str
     allows: Callable[[Schedule], bool]
 
@@ -77,7 +79,13 @@ def candidates_for(workload: Workload, target: Target) -> Candidates:
         space = space_for(workload, schedule.algorithm)
         return not space.violations(workload, schedule, target)
 
-    return Candidates(schedules, default_schedule(workload, target), version, allows)
+    default = default_schedule(workload, target)
+    others = tuple(
+        space_for(workload, algorithm).default_schedule(workload, target)
+        for algorithm in algorithms
+        if algorithm != default.algorithm
+    )
+    return Candidates(schedules, default, tuple(filter(allows, others)), version, allows)
 
 
 class Evaluator(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,6 +40,11 @@ ROUND_MS = 4.0
 
 HOPELESS = 2.0
 """A schedule that takes this many times the best one's time is not timed any further."""
+
+CYCLES_A_SECOND = 2.0e9
+"""Of the clock that a wait on the device counts, at most."""
+
+MOST_WAIT_S = 0.02
 
 LEAST_RUNS, MOST_RUNS = 6, 40
 
@@ -114,6 +120,7 @@ class GpuMeasurer:
     def __init__(self) -> None:
         self._kept: dict[Task, _Opened] = {}
         self._now: _Opened | None = None
+        self._launch_s = 5e-4  # that a launch takes on the host, as the last ones did
         self._take_device()
 
     def _take_device(self) -> None:
@@ -248,12 +255,15 @@ class GpuMeasurer:
     def _samples(self, call: Callable[[], Any], runs: int) -> list[float]:
         """Milliseconds of each of several runs, each with a cold L2 cache."""
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
-        torch.cuda._sleep(1_000_000)  # about half a millisecond: launches queue up meanwhile
+        # The device waits until all launches are queued, or it would wait for them in between.
+        before = time.perf_counter()
+        torch.cuda._sleep(round(min(MOST_WAIT_S, runs * self._launch_s) * CYCLES_A_SECOND))
         for start, end in events:
             self._flush.zero_()
             start.record()
             call()
             end.record()
+        self._launch_s = 1.5 * (time.perf_counter() - before) / runs
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from nsagen.errors import NsagenError, TuneError
 from nsagen.harness.sizes import Sizes
 from nsagen.runtime.table import Bucket
-from nsagen.tune.evaluate import Evaluator
+from nsagen.tune.evaluate import Candidates, Evaluator
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.task import Task
 from nsagen.workload import Schedule, Workload
@@ -37,6 +37,7 @@ class Recording:
         synthetic: made by a formula, not a GPU: it may test a search and support no claim.
         facts: of the device and software; of the formula if synthetic.
         refined: milliseconds of the best schedules, timed in turn: they define the optimum.
+        others: the defaults of the other algorithms.
     """
 
     task: Task
@@ -45,6 +46,7 @@ class Recording:
     facts: Mapping[str, Any]
     outcomes: Mapping[Schedule, Outcome]
     refined: Mapping[Schedule, float]
+    others: tuple[Schedule, ...] = ()
 
     def true_ms(self, schedule: Schedule) -> float:
         """The best estimate of a schedule's time; infinite where it fails."""
@@ -91,7 +93,7 @@ def record(
     end = None if seconds is None else time.monotonic() + seconds
     with plain.open("a", encoding="utf-8") as file:
         if file.tell() == 0:
-            header = _header(task, candidates.default, candidates.version, facts, synthetic)
+            header = _header(task, candidates, facts, synthetic)
             _write_line(file, header)
         for schedule, outcome in _evaluated(task, evaluator, rest, ahead, end):
             known[schedule] = outcome
@@ -149,6 +151,7 @@ def load_recording(path: Path) -> Recording:
             facts=head["facts"],
             outcomes={_schedule_of(row): _outcome_of(row) for row in rows},
             refined={_schedule_of(row): row["ms"] for row in refined},
+            others=tuple(map(_schedule_of, head.get("others", ()))),
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, NsagenError) as e:
         said = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
@@ -178,17 +181,18 @@ def _write_line(file: TextIO, row: Mapping[str, Any]) -> None:
 
 
 def _header(
-    task: Task, default: Schedule, version: str, facts: Mapping[str, Any], synthetic: bool
+    task: Task, candidates: Candidates, facts: Mapping[str, Any], synthetic: bool
 ) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "synthetic": synthetic,
-        "version": version,
+        "version": candidates.version,
         "workload": asdict(task.workload),
         "bucket": asdict(task.bucket),
         "timed": asdict(task.timed),
         "checked": asdict(task.checked),
-        "default": _schedule_json(default),
+        "default": _schedule_json(candidates.default),
+        "others": [_schedule_json(schedule) for schedule in candidates.others],
         "facts": dict(facts),
     }
 

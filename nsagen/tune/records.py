@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,8 @@ from nsagen.runtime.table import Bucket, Range
 from nsagen.spec.document import check_form
 from nsagen.tune.record import Objective, Timed, TuningRecord
 from nsagen.workload import Schedule, Workload
+
+DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 MAX_BYTES = 16 << 20
 """That a file of records may have: room for some ten thousand."""
@@ -116,9 +119,24 @@ def save_records(folder: Path, device: str, target: str, new: Iterable[TuningRec
     path = folder / f"{device}.yaml"
     with locked(folder, device):
         known = {r.key: r for r in load_records(path).records} if path.is_file() else {}
-        known |= {record.key: record for record in new}
+        newest = max((r.date for r in known.values()), default="")
+        known |= {record.key: _no_older(record, newest) for record in new}
         replace_file(path, records_text(device, target, known.values()))
     return path
+
+
+def _no_older(record: TuningRecord, newest: str) -> TuningRecord:
+    """The record, dated after those that are there: a clock that was set back makes it no older.
+
+    The newest record decides which buckets a build uses.
+    """
+    if record.date >= newest:
+        return record
+    try:
+        after = datetime.strptime(newest, DATE_FORMAT) + timedelta(seconds=1)
+    except ValueError:  # a date that somebody wrote
+        return record
+    return replace(record, date=after.strftime(DATE_FORMAT))
 
 
 def records_text(device: str, target: str, records: Iterable[TuningRecord]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import optuna
 from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import NopPruner
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -122,10 +123,32 @@ class Search:
     def tell(self, candidate: Candidate, outcome: Outcome) -> None:
         """Report an evaluation. A failure gets a finite value, for failed trials teach nothing."""
         trial = candidate.trial
-        trial.set_user_attr("outcome", outcome.as_json())
-        trial.set_constraint("runs", 0.0 if outcome.ok else 1.0)
         value = self._penalty() if outcome.ms is None else math.log(max(outcome.ms, 1e-9))
-        self.study.tell(trial, value)
+        try:
+            trial.set_user_attr("outcome", outcome.as_json())
+            trial.set_constraint("runs", 0.0 if outcome.ok else 1.0)
+            self.study.tell(trial, value)
+        except (UpdateFinishedTrialError, ValueError):
+            # Another process took this one for dead: it slept, or a clock was set forward.
+            self._add(candidate, outcome, value)
+
+    def _add(self, candidate: Candidate, outcome: Outcome, value: float) -> None:
+        """Keep an evaluation whose trial was given up, unless another one made it meanwhile."""
+        if candidate.schedule not in self._taken():
+            attributes = {
+                **candidate.trial.user_attrs,
+                "owner": owner(),
+                "schedule": str(candidate.schedule),
+                "outcome": outcome.as_json(),
+            }
+            self.study.add_trial(
+                create_trial(
+                    params=self.coding.params_of(candidate.schedule),
+                    distributions=self.coding.distributions,
+                    value=value,
+                    user_attrs=attributes,
+                )
+            )
 
     def give_up(self) -> None:
         """Leave what this process asked for and did not evaluate to a later search."""

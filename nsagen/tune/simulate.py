@@ -26,8 +26,8 @@ class ReplayEvaluator:
 
     def candidates(self, task: Task) -> Candidates:
         outcomes = self._recording.outcomes
-        default = self._recording.default
-        return Candidates(tuple(outcomes), default, "replay", outcomes.__contains__)
+        default, others = self._recording.default, self._recording.others
+        return Candidates(tuple(outcomes), default, others, "replay", outcomes.__contains__)
 
     def start(self, task: Task, schedule: Schedule) -> None:
         pass

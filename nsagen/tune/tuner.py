@@ -150,7 +150,7 @@ class Tuner:
                 self._storage,
                 scope=f"{self._settings.objective} on {self._device.slug}",
                 version=candidates.version,
-                first=[candidates.default, *self._neighbours(task)],
+                first=[candidates.default, *self._neighbours(task), *candidates.others],
                 sampler=self._settings.sampler,
                 seed=self._settings.seed,
             )

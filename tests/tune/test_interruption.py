@@ -48,20 +48,20 @@ class World:
     def behave(self, behaviours: dict[str, str]) -> None:
         (self.folder / "fake.json").write_text(json.dumps(behaviours))
 
-    def start(self, trials: int) -> subprocess.Popen[str]:
-        """`nsagen tune` on the fake GPU."""
+    def start(self, trials: int, *more: str) -> subprocess.Popen[str]:
+        """`nsagen tune` on the fake GPU; options in `more` override the usual ones."""
         command = [sys.executable, "-c", MAIN, "tune", str(self.folder / "one.yaml")]
         command += ["--op", "sliding_window_attention", "--pass", "forward", "--seqlens", "4096"]
         command += ["--trials", str(trials), "--study", self.url, "--jobs", "1", "--json"]
-        command += ["--out", str(self.folder / "out")]
+        command += ["--out", str(self.folder / "out"), *more]
         fake, cache = self.folder / "fake.json", self.folder / "cache"
         env = {"FAKE": str(fake), "NSAGEN_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, text=True, env={**os.environ, **env}, **pipes)
 
-    def run(self, trials: int) -> list[dict[str, Any]]:
+    def run(self, trials: int, *more: str) -> list[dict[str, Any]]:
         """The records of a run that ends by itself."""
-        output, errors = (process := self.start(trials)).communicate(timeout=120)
+        output, errors = (process := self.start(trials, *more)).communicate(timeout=120)
         assert process.returncode == 0, errors
         return json.loads(output)["records"]
 

