@@ -13,7 +13,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nsagen.codegen.files import replace_file
 from nsagen.errors import TuneError
-from nsagen.picture.page import ALGORITHM_HUES, page
 from nsagen.tune.record import TuningRecord
 from nsagen.tune.session import Result
 
@@ -31,10 +30,20 @@ def write_report(path: Path, result: Result) -> None:
             "tune: --report needs plotly, which is not installed; pip install 'nsagen[plot]'"
         ) from None
     names = {str(study.study_name): study for study in result.studies}
-    sections = [_section(study, i) for i, study in enumerate(names.values())]
-    library = f"<script>{get_plotlyjs()}</script>"
-    title = f"Tuning on {result.device}"
-    replace_file(path, page(title, library + _summary(result), *sections))
+    sections = [_section(study, opened=len(names) == 1) for study in names.values()]
+    beside = Path(__file__).parent
+    style, script = ((beside / f"report.{end}").read_text("utf-8") for end in ("css", "js"))
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>nsagen tune: {_text(result.device)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{style}</style><script>{get_plotlyjs()}</script></head><body>
+<h1>Tuning on {_text(result.device)}</h1>
+{_summary(result)}
+{"".join(sections)}
+<script>{script}</script>
+</body></html>
+"""
+    replace_file(path, page)
 
 
 def _summary(result: Result) -> str:
@@ -42,11 +51,8 @@ def _summary(result: Result) -> str:
     notes = "".join(f"<li>{_text(line)}</li>" for line in [*result.notes, *result.failures])
     head = "<th>workload<th>sizes<th>winner<th>ms<th>default ms<th>gain<th>runner-up ms<th>spread"
     head += "<th>tried"
-    return _table(f"<tr>{head}</tr>{rows}" if rows else "") + (f"<ul>{notes}</ul>" if notes else "")
-
-
-def _table(rows: str) -> str:
-    return f'<div class="table"><table>{rows}</table></div>' if rows else ""
+    table = f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>' if rows else ""
+    return table + (f"<ul>{notes}</ul>" if notes else "")
 
 
 def _record_row(record: TuningRecord) -> str:
@@ -54,37 +60,35 @@ def _record_row(record: TuningRecord) -> str:
     if record.default is not None:
         default = f"{record.default.ms:.4g}"
         gain = f"{100 * (record.default.ms / record.ms - 1):+.1f}%"
+        gain = "default" if record.default.schedule == record.schedule else gain
     cells = [f"{_text(record.workload)}, {_text(record.bucket)}", _text(record.sizes)]
     cells.append(f"<code>{_text(record.schedule)}</code>")
     numbers = [f"{record.ms:.4g}", default, gain]
     numbers.append(f"{record.runner_up.ms:.4g}" if record.runner_up else "")
     numbers += [f"{100 * record.spread:.1f}%", f"{record.measured} of {record.of}"]
-    texts = "".join(f"<td>{cell}" for cell in cells)
+    texts = "".join(f'<td class="text">{cell}' for cell in cells)
     return f"<tr>{texts}{''.join(f'<td class=number>{n}' for n in numbers)}</tr>"
 
 
-def _section(study: optuna.Study, number: int) -> str:
-    """A search's plots and the reasons of what failed."""
+def _section(study: optuna.Study, *, opened: bool) -> str:
+    """A search's plots, drawn once the section is opened, and the reasons of what failed."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     good = [t for t in trials if t.user_attrs["outcome"]["ms"] is not None]
     failed = Counter(
         t.user_attrs["outcome"]["reason"] for t in trials if t.user_attrs["outcome"]["ms"] is None
     )
     title, _, _ = study.study_name.partition(" #")
-    parts = [f"<section><h2>{_text(title)}</h2>"]
+    parts = [f"<details{' open' if opened else ''}><summary>{_text(title)}</summary>"]
     if good:
-        parts += [f"<h3>History</h3>{_plot(_history(good), f's{number}h')}"]
-        parts += ["<h3>Slices: ms by each knob's value</h3>", _slices(good, f"s{number}s")]
-        wide = f'<div style="min-width: 44rem">{_plot(_parallel(good), f"s{number}p")}</div>'
-        parts += [f'<h3>Parallel coordinates</h3><div class="table">{wide}</div>']
-        if len(good) > 3:
-            shares = _plot(_importance(study), f"s{number}i")
-            parts += [f"<h3>Importance of each knob: share of the variance of log ms</h3>{shares}"]
+        figures = [_history(good), _slices(good), _parallel(good)]
+        figures += [_importance(study)] if len(good) > 3 else []
+        parts += map(_plot, figures)
     rows = "".join(
         f"<tr><td>{_text(reason)}<td class=number>{count}" for reason, count in failed.most_common()
     )
-    parts.append(f"<h3>Failed</h3>{_table(rows)}" if rows else "<p>None failed.</p>")
-    return "".join(parts) + "</section>"
+    table = f'<div class="wide"><table><tr><th>failed<th>times</tr>{rows}</table></div>'
+    parts.append(table if rows else "<p>None failed.</p>")
+    return "".join(parts) + "</details>"
 
 
 def _ms(trial: FrozenTrial) -> float:
@@ -102,32 +106,29 @@ def _history(trials: list[FrozenTrial]):  # plotly is optional
     texts = [t.user_attrs["schedule"] for t in trials]
     points = go.Scatter(x=numbers, y=[_ms(t) for t in trials], text=texts, mode="markers")
     line = go.Scatter(x=numbers, y=best, mode="lines", line_shape="hv", name="best so far")
-    figure = go.Figure([points.update(name="measured"), line])
-    default = trials[0]
-    figure.add_hline(y=_ms(default), line_dash="dot", annotation_text="first (the default)")
-    figure.update_layout(xaxis_title="trial", yaxis_title="ms", yaxis_type="log")
-    figure.update_layout(legend={"orientation": "h", "y": 1.12})
+    first = go.Scatter(x=[numbers[0], numbers[-1]], y=[_ms(trials[0])] * 2, mode="lines")
+    first.update(name="first (the default)", line={"dash": "dot", "color": "#8a94a3"})
+    figure = go.Figure([points.update(name="measured"), line, first])
+    figure.update_layout(title="History", xaxis_title="trial", yaxis_title="ms", yaxis_type="log")
     return figure
 
 
-def _slices(trials: list[FrozenTrial], identity: str) -> str:
-    """A small plot a knob, as many beside each other as there is room for."""
+def _slices(trials: list[FrozenTrial]):
     import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
 
-    panels = []
-    texts = [t.user_attrs["schedule"] for t in trials]
-    for i, name in enumerate(trials[0].params):
+    names = list(trials[0].params)
+    figure = make_subplots(rows=1, cols=len(names), shared_yaxes=True, subplot_titles=names)
+    for column, name in enumerate(names, 1):
         values = [_shown(t, name) for t in trials]
-        known = sorted(set(values), key=lambda v: (len(v), v))
+        texts = [t.user_attrs["schedule"] for t in trials]
         points = go.Scatter(x=values, y=[_ms(t) for t in trials], text=texts, mode="markers")
-        figure = go.Figure(points.update(marker_color=ALGORITHM_HUES[i % len(ALGORITHM_HUES)]))
-        figure.update_xaxes(type="category", categoryorder="array", categoryarray=known)
-        figure.update_yaxes(type="log")
-        plot = _plot(figure, f"{identity}{i}", height=200)
-        panels.append(f"<figure><strong>{_text(name)}</strong>{plot}</figure>")
-    # auto-fill: each plot measures its panel when there are no others beside it yet.
-    columns = "grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr))"
-    return f'<div class="panels" style="{columns}">{"".join(panels)}</div>'
+        figure.add_trace(points, row=1, col=column)
+        order = sorted(set(values), key=_place)
+        figure.update_xaxes(type="category", categoryarray=order, row=1, col=column)
+    figure.update_yaxes(type="log")
+    figure.update_layout(title="Slices: ms by each knob's value", showlegend=False)
+    return figure
 
 
 def _parallel(trials: list[FrozenTrial]):
@@ -136,21 +137,29 @@ def _parallel(trials: list[FrozenTrial]):
     dimensions = []
     for name in trials[0].params:
         values = [_shown(t, name) for t in trials]
-        known = sorted(set(values), key=lambda v: (len(v), v))
+        known = sorted(set(values), key=_place)
         axis = {"label": name, "values": [known.index(v) for v in values]}
         dimensions.append({**axis, "tickvals": list(range(len(known))), "ticktext": known})
     times = [_ms(t) for t in trials]
     dimensions.append({"label": "ms", "values": times})
-    colours = [[0.0, ALGORITHM_HUES[1]], [1.0, ALGORITHM_HUES[-1]]]  # fast ones stand out
-    line = {"color": [math.log(ms) for ms in times], "colorscale": colours}
-    return go.Figure(go.Parcoords(line=line, dimensions=dimensions))
+    line = {"color": [math.log(ms) for ms in times], "colorscale": "Viridis", "reversescale": True}
+    figure = go.Figure(go.Parcoords(line=line, dimensions=dimensions))
+    figure.update_layout(title="Parallel coordinates", margin_l=150)
+    return figure
 
 
 def _importance(study: optuna.Study):
     import plotly.graph_objects as go
 
     found = get_param_importances(study)
-    return go.Figure(go.Bar(x=list(found.values()), y=list(found), orientation="h"))
+    figure = go.Figure(go.Bar(x=list(found.values()), y=list(found), orientation="h"))
+    figure.update_layout(title="Importance of each knob (share of the variance of log ms)")
+    return figure
+
+
+def _place(value: str) -> tuple[int, str]:
+    """Where a knob's value goes among others: numbers by size, then words."""
+    return (int(value), "") if value.lstrip("-").isdecimal() else (1 << 62, value)
 
 
 def _shown(trial: FrozenTrial, name: str) -> str:
@@ -162,20 +171,14 @@ def _shown(trial: FrozenTrial, name: str) -> str:
     return values.get(name, "-")
 
 
-def _plot(figure, identity: str, height: int = 320) -> str:
-    """A plot in the page's colours; its style sheet has those of text and lines."""
-    clear = "rgba(0, 0, 0, 0)"
-    figure.update_layout(template="none", paper_bgcolor=clear, plot_bgcolor=clear, height=height)
-    figure.update_layout(colorway=ALGORITHM_HUES, font_family="system-ui, DejaVu Sans, sans-serif")
-    parallel = figure.data[0].type == "parcoords"
-    figure.update_layout(
-        margin={"l": 64, "r": 48 if parallel else 16, "t": 40 if height > 200 else 10, "b": 40}
-    )
-    figure.update_xaxes(automargin=True)
+def _plot(figure) -> str:
+    figure.update_layout(template="none", margin={"r": 40, "t": 90, "b": 60})
     figure.update_yaxes(automargin=True)
-    shown = {"displayModeBar": False, "responsive": True}
-    made = figure.to_html(full_html=False, include_plotlyjs=False, div_id=identity, config=shown)
-    return f'<div class="plot">{made}</div>'
+    data = figure.to_json().replace("</", "<\\/")  # nothing in it may end the script
+    return (
+        '<div class="wide"><div class="plot"></div>'
+        f'<script type="application/json">{data}</script></div>'
+    )
 
 
 def _text(value: object) -> str:
