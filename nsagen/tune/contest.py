@@ -52,11 +52,18 @@ class Contest:
             return self._ended or "every schedule is measured"
         return self._ended
 
-    def ask(self, most: int) -> Candidate | None:
-        """A schedule to compile, while fewer than `most` are on their way."""
+    @property
+    def pending(self) -> int:
+        """How many schedules are compiling, or wait for the device."""
+        return len(self._pending)
+
+    def has_room(self, most: int) -> bool:
+        """Whether fewer than `most` schedules are pending and more may be asked for."""
         room = min(most, self._budget.trials - self.count - self.measuring)
-        if self._exhausted or len(self._pending) >= room or self._why():
-            return None
+        return not self._exhausted and len(self._pending) < room and not self._why()
+
+    def ask(self) -> Candidate | None:
+        """A schedule to compile; None when all have been asked for."""
         candidate = self.search.ask()
         if candidate is None:
             self._exhausted = True

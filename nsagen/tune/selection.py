@@ -38,6 +38,7 @@ class Selection:
         workloads = sorted({w for spec in specs for w in spec.workloads() if _has_template(w)})
         _check_known("--op", self.ops, {w.op for w in workloads})
         _check_known("--pass", self.passes, {w.pass_ for w in workloads})
+        _check_known("--param", list(self.params), {n for w in workloads for n, _ in w.params})
         for name, value in self.params.items():
             of_name = {str(dict(w.params)[name]) for w in workloads if name in dict(w.params)}
             _check_known(f"--param {name}", [value], of_name)

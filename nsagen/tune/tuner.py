@@ -38,6 +38,9 @@ NEIGHBOURS = 3
 EACH_AHEAD = 3
 """Schedules that each open search has compiling or waiting for the device."""
 
+ASKS_A_TURN = 2
+"""Schedules that are chosen between two looks at the device."""
+
 RESERVE = 0.1
 """Share of the time that is kept for the last comparisons."""
 
@@ -187,11 +190,16 @@ class Tuner:
         return self._settings.objective
 
     def _fill(self) -> None:
-        """Ask for schedules, and have them compiled, until enough are on their way."""
-        each = min(self._settings.ahead // max(1, self._searching()), self._width + 1)
+        """Ask for schedules, and have them compiled: first where fewest are on their way.
+
+        A few at a time, for the device must not wait while many are chosen.
+        """
         for contest in self._open:
             self._conclude(contest)
-            while contest.decision is None and (candidate := contest.ask(max(1, each))):
+        each = max(1, min(self._settings.ahead // max(1, self._searching()), self._width + 1))
+        hungry = [c for c in self._open if c.decision is None and c.has_room(each)]
+        for contest in sorted(hungry, key=lambda c: c.pending)[:ASKS_A_TURN]:
+            if candidate := contest.ask():
                 self._running[candidate.trial._trial_id] = candidate
                 self._evaluator.start(contest.task, candidate.schedule)
             self._conclude(contest)

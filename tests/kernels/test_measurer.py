@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 
 from nsagen.codegen.target import KNOWN_TARGETS
 from nsagen.codegen.template import kernel_name, render
+from nsagen.harness.base import Case
 from nsagen.harness.sizes import Sizes
 from nsagen.runtime.table import Bucket
+from nsagen.tune import measure
 from nsagen.tune.coding import valid_schedules
-from nsagen.tune.measure import GpuMeasurer
+from nsagen.tune.measure import KEPT, GpuMeasurer
 from nsagen.tune.task import Task
 from nsagen.tune.timing import WrongOutputError
 from nsagen.workload import Schedule, Workload
@@ -48,6 +51,17 @@ class Measurer(GpuMeasurer):
             call()
             times.append(1e3 * (time.perf_counter() - start))
         return times
+
+
+@dataclass
+class Harness:
+    """Gives one case for small sizes, and another for all others."""
+
+    small: Case
+    other: Case
+
+    def make_case(self, workload: Workload, sizes: Sizes, *rest: object) -> Case:
+        return self.small if sizes == TASK.checked else self.other
 
 
 @pytest.fixture
@@ -108,6 +122,49 @@ def test_a_kernel_that_is_wrong_at_the_timed_sizes_only(measurer: Measurer, tmp_
         measurer.measure(wrong, None)
     times = measurer.compare([right, wrong, write(tmp_path, SCHEDULES[2])], rounds=3)
     assert [len(rounds) for rounds in times] == [3, 0, 3]
+
+
+def test_the_reference_is_asked_once_a_task(
+    measurer: Measurer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    assert measurer._now is not None
+    case = measurer._now._inputs(TASK.checked, 0).case
+    counting = replace(case, expected=lambda: asked.append(1) or case.expected())
+    monkeypatch.setattr(measure, "harness_of", lambda _: Harness(counting, case))
+    for schedule in SCHEDULES:
+        measurer.measure(write(tmp_path, schedule), None)
+    assert len(asked) == 1
+
+
+def test_inputs_stay_while_searches_take_turns(measurer: Measurer) -> None:
+    other = replace(TASK, timed=Sizes((128,), 2))
+    first = measurer._now
+    measurer.open(other)
+    assert measurer._now is not first
+    measurer.open(TASK)
+    assert measurer._now is first
+    for tokens in range(64, 64 + 64 * KEPT, 64):
+        measurer.open(replace(TASK, timed=Sizes((tokens + 3,), 2)))
+    measurer.open(TASK)
+    assert measurer._now is not first
+
+
+def test_a_winner_that_is_wrong_at_small_sizes_only_is_not_certified(
+    measurer: Measurer, tmp_path: Path
+) -> None:
+    measurer.measure(write(tmp_path, SCHEDULES[0]), None)
+
+    def wrong_when_small(source: str) -> str:
+        return source + (
+            "\n\n_launch = launch\n\n\ndef launch(*args):\n    _launch(*args)\n"
+            "    if args[-1].shape[0] <= 32:\n        args[-1].mul_(1.001)\n"
+        )
+
+    wrong = write(tmp_path, SCHEDULES[1], wrong_when_small)
+    assert measurer.measure(wrong, None).ms > 0
+    with pytest.raises(WrongOutputError, match="relative error"):
+        measurer.certify(wrong)
 
 
 def test_what_breaks_a_process() -> None:

@@ -119,10 +119,11 @@ class World:
         """Tune the op."""
         budget = settings.pop("budget", Budget(trials=trials))
         settings.setdefault("sampler", "random")  # quick; most tests do not ask for more
+        settings.setdefault("ahead", 2)
         return session.tune(
             str(self.spec),
             Selection(seqlens=seqlens),
-            Settings(budget=budget, ahead=2, **settings),
+            Settings(budget=budget, **settings),
             Places(out=self.folder / "out", url=self.url, jobs=1),
             watcher or Silent(),
         )

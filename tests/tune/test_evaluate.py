@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nsagen.codegen.target import KNOWN_TARGETS
-from nsagen.tune.compiler import CompilePool
-from nsagen.tune.evaluate import OPEN_ATTEMPTS, TimedEvaluator
+from nsagen.tune.compiler import FIRST, Compiled, CompilePool
+from nsagen.tune.evaluate import OPEN_ATTEMPTS, TimedEvaluator, candidates_for
 from nsagen.tune.task import tasks_of
 from nsagen.tune.worker import Reply
-from nsagen.workload import Workload
+from nsagen.workload import Schedule, Workload
 from tests.tune.conftest import InlineWorker, World
 from tests.tune.fake import FakeCompiler, FakeMeasurer
 
@@ -58,3 +59,59 @@ def test_a_restarted_worker_gets_the_task_again(world: World, tmp_path: Path) ->
     assert evaluator.finish(task, second, None).ok
     assert worker.opened == [1024, 1024]
     evaluator.close()
+
+
+class OneKernel(FakeCompiler):
+    """Every schedule of the same block compiles to the same binary."""
+
+    def compile(self, path: Path, workload: Any, schedule: Schedule, *rest: Any) -> Compiled:
+        return replace(
+            super().compile(path, workload, schedule, *rest), identity=str(schedule.block)
+        )
+
+
+def test_schedules_that_are_one_are_measured_once(world: World, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    class Noting(InlineWorker):
+        def ask(self, method: str, *args: Any, limit_s: float) -> Reply:
+            asked.append(method)
+            return super().ask(method, *args, limit_s=limit_s)
+
+    pool = CompilePool(tmp_path, KNOWN_TARGETS["cuda:90"], [InlineWorker(OneKernel())])  # type: ignore[list-item]
+    evaluator = TimedEvaluator(pool, Noting(FakeMeasurer()))  # type: ignore[arg-type]
+    (task,) = tasks_of([WORKLOAD], seqlens=[1024])
+    by_block: dict[int, list[Schedule]] = {}
+    for schedule in evaluator.candidates(task).schedules:
+        by_block.setdefault(schedule.block, []).append(schedule)
+    (first, second, *_), (other, *_), *_ = (g for g in by_block.values() if len(g) > 1)
+    known, twin = (evaluator.finish(task, schedule, None) for schedule in (first, second))
+    assert (twin.ms, twin.repeats, twin.twin) == (known.ms, known.repeats, str(first))
+    assert not known.twin
+    assert not evaluator.finish(task, other, None).twin
+    assert asked.count("measure") == 2
+    evaluator.close()
+
+
+def test_small_sizes_are_compiled_for_the_first_ones_and_a_winner(
+    world: World, tmp_path: Path
+) -> None:
+    """The first meets the reference there; the others must agree with it at the timed sizes."""
+    compiled: list[int] = []
+
+    class Counting(FakeCompiler):
+        def compile(self, *args: Any) -> Compiled:
+            compiled.append(len(args[-1]))
+            return super().compile(*args)
+
+    pool = CompilePool(tmp_path, KNOWN_TARGETS["cuda:90"], [InlineWorker(Counting())])  # type: ignore[list-item]
+    (task,) = tasks_of([WORKLOAD], seqlens=[1024])
+    schedules = candidates_for(WORKLOAD, KNOWN_TARGETS["cuda:90"]).schedules[:5]
+    for schedule in schedules:
+        assert not pool.finish(task, schedule).reason
+    assert compiled == [2] * FIRST + [1] * (5 - FIRST)
+    assert not pool.last_done(task, schedules[4])
+    assert pool.finish_last(task, schedules[4]) == ""
+    assert pool.last_done(task, schedules[4])
+    assert compiled[-1] == 2
+    pool.close()

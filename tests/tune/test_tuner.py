@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import optuna
 import pytest
 from optuna.trial import TrialState
@@ -13,7 +15,7 @@ from nsagen.tune.search import Budget
 from nsagen.tune.storage import open_storage
 from nsagen.workload import Schedule
 from tests.tune.conftest import Silent, World
-from tests.tune.fake import fake_ms
+from tests.tune.fake import FakeCompiler, fake_ms
 
 
 def trials_of(world: World, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
@@ -132,6 +134,47 @@ def test_a_change_of_the_kernel_discards_its_times(world: World) -> None:
     watcher = Silent()
     world.tune(trials=12, watcher=watcher)
     assert len(watcher.steps) == 12
+
+
+def test_searches_take_turns_when_there_are_compilers_for_several(world: World) -> None:
+    """Neither waits for the other to end, and each gets as much of the device."""
+    watcher = Silent()
+    result = world.tune(trials=10, seqlens=(1024, 8192), watcher=watcher, ahead=6)
+    numbers = [step.number for step in watcher.steps]
+    assert len(result.records) == 2
+    assert sorted(numbers) == [1] * 10 + [2] * 10
+    assert numbers.index(2) < 6
+    assert 10 - numbers[:12].count(1) <= 6
+
+
+def test_of_what_is_compiled_the_healthiest_is_measured_first(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the static cost; the default goes before all others, and the worst is not forbidden."""
+    real = FakeCompiler.compile
+
+    def spilling(self: FakeCompiler, path, workload, schedule, *rest):
+        found = real(self, path, workload, schedule, *rest)
+        spill = 512 if schedule.num_warps == 1 else 0
+        kernels = tuple({**kernel, "spill_bytes": spill} for kernel in found.kernels)
+        return replace(found, kernels=kernels)
+
+    monkeypatch.setattr(FakeCompiler, "compile", spilling)
+    watcher = Silent()
+    (record,) = world.tune(trials=30, watcher=watcher, ahead=30).records
+    warps = [step.schedule.num_warps for step in watcher.steps]
+    assert record.default is not None
+    assert watcher.steps[0].schedule == record.default.schedule
+    assert warps[1:10].count(1) < warps.count(1) - 1
+    assert record.measured == 30
+
+
+def test_no_search_begins_when_the_time_is_up(world: World) -> None:
+    result = world.tune(trials=200, seqlens=(1024, 8192, 65536), seconds=0.02)
+    assert len(result.records) == 1
+    assert [line.rpartition(": ")[2] for line in result.failures] == (
+        ["not begun; the time is up"] * 2
+    )
 
 
 def final(ms: float, *, block: int = 0, noise: float = 0.0) -> Final:
