@@ -36,7 +36,8 @@ class Decision:
         self, search: Search, evaluator: Evaluator, device: Device, objective: Objective, ended: str
     ) -> None:
         self._search, self._evaluator = search, evaluator
-        self._device, self._objective, self._ended = device, objective, ended
+        self._device, self._ended = device, ended
+        self._objective: Objective = objective
         self._default = evaluator.candidates(search.task).default
         self._running: list[Final] = []
         self._winner: Final | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from importlib import resources
@@ -27,6 +28,21 @@ def test_the_page_is_whole_in_itself(world: World, tmp_path: Path) -> None:
     assert f"{record.default.ms:.4g}" in page
     assert "WrongOutputError: o: relative error 3.0e-01 (limit 1e-02)" in page
     assert "<script>alert(1)" not in page
+    for text in (
+        'name="viewport"',
+        "prefers-color-scheme: dark",
+        "<details open>",
+        "Plotly.react(",
+    ):
+        assert text in page
+    figures = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
+    titles = [json.loads(figure)["layout"]["title"]["text"].split(":")[0] for figure in figures]
+    assert titles[:3] == ["History", "Slices", "Parallel coordinates"]
+    slices = json.loads(figures[1])["layout"]
+    axes = [axis for name, axis in slices.items() if name.startswith("xaxis")]
+    blocks = [axis["categoryarray"] for axis in axes]
+    assert len(blocks) == 4  # algorithm, block, num_stages, num_warps
+    assert all(values == sorted(values, key=int) for values in blocks if values[0].isdecimal())
 
 
 def test_it_has_the_style_of_the_other_pages(world: World, tmp_path: Path) -> None:

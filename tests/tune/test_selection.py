@@ -25,7 +25,7 @@ def test_a_parameter_selects_among_the_workloads_that_have_it() -> None:
 def test_a_value_that_no_workload_has_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="--param gqa_ratio must be one of 16, 4; got '7'"):
         ratios(Selection(params={"gqa_ratio": "7"}))
-    with pytest.raises(InvalidInputError, match="--param must be one of .*gqa_ratio.*; got 'gqa'"):
+    with pytest.raises(InvalidInputError, match=r"--param must be one of .*gqa_ratio.*; got 'gqa'"):
         ratios(Selection(params={"gqa": "16"}))
 
 
