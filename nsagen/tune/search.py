@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ from nsagen.errors import NsagenError
 from nsagen.tune.coding import Coding
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.sampler import DEFAULT_SAMPLER, SpaceSampler, taken_schedules
-from nsagen.tune.storage import owner, release_dead_trials
+from nsagen.tune.storage import owner, owner_is_dead, release_dead_trials
 from nsagen.tune.task import Task
 from nsagen.workload import Param, Schedule
 
 _RETRIES = 20
+
+ANNOUNCEMENT_S = 1.0
+"""How long another process may take from asking for a trial to choosing its schedule."""
 _UNKNOWN_PENALTY = math.log(1e3)
 
 
@@ -99,7 +103,8 @@ class Search:
         for _ in range(_RETRIES):
             trial = self._ask()
             schedule = self.coding.schedule_of(trial.params)
-            others = self._taken(before=trial.number)
+            self._await_announcements(trial.number)
+            others = self._taken(before=trial.number) | self._announced()
             if schedule not in others:
                 trial.set_user_attr("schedule", str(schedule))
                 return Candidate(trial, schedule)
@@ -107,6 +112,31 @@ class Search:
             if len(others) >= len(self.coding):
                 return None
         return None
+
+    def _await_announcements(self, number: int) -> None:
+        """Let earlier trials of other processes say what they take: one of two must yield."""
+        end = time.monotonic() + ANNOUNCEMENT_S
+        while any(map(self._is_choosing, self._running(number))) and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def _running(self, before: int) -> list[FrozenTrial]:
+        trials = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [trial for trial in trials if trial.number < before]
+
+    def _is_choosing(self, trial: FrozenTrial) -> bool:
+        """Whether another process, which is alive as far as we know, has yet to name a schedule."""
+        who = trial.user_attrs.get("owner", "")
+        return (
+            "schedule" not in trial.user_attrs
+            and who not in ("", owner())
+            and not owner_is_dead(who)
+        )
+
+    def _announced(self) -> set[Schedule]:
+        """What any trial takes or has taken; one that waited in a queue has an early number."""
+        states = (TrialState.RUNNING, TrialState.COMPLETE)
+        trials = self.study.get_trials(deepcopy=False, states=states)
+        return {self.coding.schedule_of(t.params) for t in trials if "schedule" in t.user_attrs}
 
     def _ask(self) -> optuna.Trial:
         with warnings.catch_warnings():  # `heartbeats` sends the signs of life

@@ -96,7 +96,7 @@ def test_two_searches_of_one_task_at_once(world: World) -> None:
     """They share the trials, and leave one record."""
     assert forked([lambda: world.tune(TRIALS)] * 2) == [0, 0]
     trials = trials_of(world.url)
-    assert TRIALS <= len(trials) <= TRIALS + 2
+    assert TRIALS <= len(trials) <= TRIALS + 4  # what was begun when the last was found
     schedules = [tuple(sorted(trial.params.items())) for trial in trials.values()]
     assert len(set(schedules)) == len(schedules)  # nothing was measured twice
     assert len(load_records(world.records).records) == 1
@@ -147,10 +147,10 @@ def test_a_clock_that_jumps_back(world: World, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(module, "datetime", Backwards)
     (first,) = world.tune(4).records
     second = goes_on(world)
-    assert second.date < first.date
     assert next(asked) > 2
     (kept,) = load_records(world.records).records
-    assert kept == second
+    assert replace(kept, date="") == replace(second, date="")
+    assert kept.date > first.date  # the newest decides what a build takes
 
 
 def told(world: World) -> str:
