@@ -89,10 +89,10 @@ _HIDDEN = ("mlp_hidden",)
 OPTIONAL_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
     ("compress", "forward"): _HIDDEN,
     ("compress", "backward"): _HIDDEN,
-    ("cache_append", "decode"): ("v_compress_type", *_HIDDEN, "with_v_pe", "branch_kv"),
+    ("cache_append", "decode"): ("v_compress_type", *_HIDDEN, "v_with_pe", "branch_kv"),
 }
 """More static parameters, which a workload leaves out where they say nothing: `v_compress_type`
-where it is compress_type, `mlp_hidden` where no type is mlp, `with_v_pe` where it is false, and
+where it is compress_type, `mlp_hidden` where no type is mlp, `v_with_pe` where it is false, and
 `branch_kv` where it is "shared"."""
 
 _SHORT = {
@@ -119,7 +119,7 @@ def parameter_names(op: str, pass_: str) -> tuple[str, ...]:
 def _defaults(params: Mapping[str, Param]) -> dict[str, Param]:
     """What each parameter is where a workload of these leaves it out; no mlp is without a size."""
     kind = params.get("compress_type", "")
-    defaults: dict[str, Param] = {"v_compress_type": kind, "with_v_pe": False}
+    defaults: dict[str, Param] = {"v_compress_type": kind, "v_with_pe": False}
     defaults["branch_kv"] = BRANCH_KV[0]
     if "mlp" not in (kind, params.get("v_compress_type")):
         defaults["mlp_hidden"] = 0
@@ -193,7 +193,7 @@ class Workload:
         for name, value in self.params:
             if name == "v_head_dim" and value == values.get("head_dim"):
                 continue
-            if name in ("with_pe", "with_v_pe"):
+            if name in ("with_pe", "v_with_pe"):
                 parts += [name.removeprefix("with_").replace("_", "")] if value else []
             else:
                 parts.append(f"{_SHORT.get(name, '')}{value}")

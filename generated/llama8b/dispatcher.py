@@ -25,7 +25,7 @@ TABLE = {
             (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__3e15d44c"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__b2f110b3"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__56fd3b29"),
         ),
     },
     Workload(
@@ -47,7 +47,7 @@ TABLE = {
             (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__8ee52bb8"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__a15e1adf"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__144cac6c"),
         ),
     },
     Workload(
@@ -108,8 +108,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__09360aa1"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__09360aa1"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__52fb48d9"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__52fb48d9"),),
     },
     Workload(
         op="cache_append",
@@ -125,8 +125,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__ead19e41"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__ead19e41"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__2d6cb2ae"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__2d6cb2ae"),),
     },
     Workload(
         op="cache_append",
@@ -142,8 +142,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__9702a1e5"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__9702a1e5"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__261db3d4"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__261db3d4"),),
     },
     Workload(
         op="cache_append",
@@ -159,8 +159,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__17e8a254"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__17e8a254"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__3fc63fd5"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__3fc63fd5"),),
     },
     Workload(
         op="cache_append",
@@ -176,8 +176,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__c4ee19f3"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__c4ee19f3"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__40cbf216"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__40cbf216"),),
     },
     Workload(
         op="cache_append",
@@ -193,8 +193,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__0c0bc9d3"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__0c0bc9d3"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__48c6dc88"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__48c6dc88"),),
     },
     Workload(
         op="cache_append",
@@ -210,8 +210,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__7129a3b5"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__7129a3b5"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__b1a25fd0"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__b1a25fd0"),),
     },
     Workload(
         op="cache_append",
@@ -227,8 +227,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__a36e0a06"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__a36e0a06"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__91fbbd30"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__91fbbd30"),),
     },
     Workload(
         op="cache_append",
@@ -245,10 +245,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__c476cc09"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__68d45d60"),
         ),
         "cuda:90": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__c476cc09"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__68d45d60"),
         ),
     },
     Workload(
@@ -266,10 +266,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__c281b3f5"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__d179054a"),
         ),
         "cuda:90": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__c281b3f5"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__d179054a"),
         ),
     },
     Workload(
@@ -287,10 +287,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16__44327eb0"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16__1fb1d37b"),
         ),
         "cuda:90": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16__44327eb0"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16__1fb1d37b"),
         ),
     },
     Workload(
@@ -308,10 +308,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__7c907a73"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__94ff04bd"),
         ),
         "cuda:90": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__7c907a73"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__94ff04bd"),
         ),
     },
     Workload(
@@ -326,8 +326,11 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16__da059cbd"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16__da059cbd"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16__cbcd9c87"),),
+        "cuda:90": (
+            (Bucket(tokens=(None, 5792)), "compress_backward__bf16_avgpool_d128_l32_s16__a9e480f1"),
+            (Bucket(tokens=(5793, None)), "compress_backward__bf16_avgpool_d128_l32_s16__699e3aa8"),
+        ),
     },
     Workload(
         op="compress",
@@ -341,8 +344,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__313e7c09"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__313e7c09"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__35b41c36"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__35b41c36"),),
     },
     Workload(
         op="compress",
@@ -356,8 +359,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__9f67c0c0"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__9f67c0c0"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__49c8166d"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__49c8166d"),),
     },
     Workload(
         op="compress",
@@ -371,8 +374,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__3b038d06"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__3b038d06"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__c8d54e93"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__c8d54e93"),),
     },
     Workload(
         op="compress",
@@ -386,8 +389,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16__6ad53804"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16__6ad53804"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16__8501181b"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16__8501181b"),),
     },
     Workload(
         op="compress",
@@ -401,8 +404,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16_pe__78ba12a1"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16_pe__78ba12a1"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16_pe__c0cfda97"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16_pe__c0cfda97"),),
     },
     Workload(
         op="compress",
@@ -416,8 +419,11 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__29a98e69"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__29a98e69"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__feb05a4f"),),
+        "cuda:90": (
+            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_avgpool_d128_l32_s16__1f8cffcb"),
+            (Bucket(tokens=(5793, None)), "compress_forward__bf16_avgpool_d128_l32_s16__c57da6dc"),
+        ),
     },
     Workload(
         op="compress",
@@ -431,8 +437,17 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__88b19e22"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__88b19e22"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__5c04eb66"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5792)),
+                "compress_forward__bf16_avgpool_d128_l32_s16_pe__ec542471",
+            ),
+            (
+                Bucket(tokens=(5793, None)),
+                "compress_forward__bf16_avgpool_d128_l32_s16_pe__d996df8f",
+            ),
+        ),
     },
     Workload(
         op="compress",
@@ -446,8 +461,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__0fafdaf4"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__30bc532c"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__d2f3700a"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__5fd28ecb"),),
     },
     Workload(
         op="compress",
@@ -461,8 +476,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__0c89375e"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__6a7f815b"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__e3ebed31"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__c1275e54"),),
     },
     Workload(
         op="compress",
@@ -476,8 +491,17 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__c3460c0e"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__c3460c0e"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__bfa74340"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5792)),
+                "compress_forward__bf16_weightedpool_d128_l32_s16__79e65b12",
+            ),
+            (
+                Bucket(tokens=(5793, None)),
+                "compress_forward__bf16_weightedpool_d128_l32_s16__bfa74340",
+            ),
+        ),
     },
     Workload(
         op="compress",
@@ -491,8 +515,17 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__4656c10a"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__4656c10a"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__76b0396c"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5792)),
+                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__67644b46",
+            ),
+            (
+                Bucket(tokens=(5793, None)),
+                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__16037a89",
+            ),
+        ),
     },
     Workload(
         op="compressed_attention",
@@ -506,8 +539,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__832eb814"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__4711d086"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__7e189ca3"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__c585981e"),),
     },
     Workload(
         op="compressed_attention",
@@ -521,8 +554,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__d2c0c117"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__a79d959f"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__550d0f26"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__6aa4c4ac"),),
     },
     Workload(
         op="compressed_attention",
@@ -543,13 +576,13 @@ TABLE = {
         "cuda:80": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__707f8962",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__8a7f7854",
             ),
         ),
         "cuda:90": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__cba51f87",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__04d30532",
             ),
         ),
     },
@@ -570,10 +603,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__eeb926b1"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__5e943019"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__a78f3e08"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__13bad83b"),
         ),
     },
     Workload(
@@ -593,10 +626,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__47639015"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__b6ebaa98"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__962fc375"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__1ee1946a"),
         ),
     },
     Workload(
@@ -616,10 +649,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__61ca61fc"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__8f2b8087"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__faedd118"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__fc5adde4"),
         ),
     },
     Workload(
@@ -634,8 +667,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__c4e0a66b"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__826ad473"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__4cf4f846"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__15e892e3"),),
     },
     Workload(
         op="compressed_attention",
@@ -649,8 +682,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__82d229ba"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__a73d309e"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__07f23840"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__14fcec63"),),
     },
     Workload(
         op="gated_sum",
@@ -658,8 +691,8 @@ TABLE = {
         dtype="bfloat16",
         params=(("v_head_dim", 128),),
     ): {
-        "cuda:80": ((Bucket(), "gated_sum_backward__bf16_dv128__adf6775b"),),
-        "cuda:90": ((Bucket(), "gated_sum_backward__bf16_dv128__adf6775b"),),
+        "cuda:80": ((Bucket(), "gated_sum_backward__bf16_dv128__3fa3576d"),),
+        "cuda:90": ((Bucket(), "gated_sum_backward__bf16_dv128__3fa3576d"),),
     },
     Workload(
         op="gated_sum",
@@ -676,8 +709,8 @@ TABLE = {
         dtype="bfloat16",
         params=(),
     ): {
-        "cuda:80": ((Bucket(), "linear_decode__bf16__45d79b80"),),
-        "cuda:90": ((Bucket(), "linear_decode__bf16__467d9788"),),
+        "cuda:80": ((Bucket(), "linear_decode__bf16__5e55947f"),),
+        "cuda:90": ((Bucket(), "linear_decode__bf16__013c898d"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -693,10 +726,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__987b54f5"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__01655b19"),
         ),
         "cuda:90": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__6514e780"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__05474983"),
         ),
     },
     Workload(
@@ -713,10 +746,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__b86fd79e"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__b2d1b05c"),
         ),
         "cuda:90": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__6a0d07f3"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__a9ed12d3"),
         ),
     },
     Workload(
@@ -733,10 +766,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__981625b2"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__b0f7ff01"),
         ),
         "cuda:90": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__0d8c3a1a"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__0e85c49b"),
         ),
     },
     Workload(
@@ -753,10 +786,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__2d7d8ccb"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__a670f193"),
         ),
         "cuda:90": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__83213a7f"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__f36a90eb"),
         ),
     },
     Workload(
@@ -766,7 +799,10 @@ TABLE = {
         params=(("head_dim", 128),),
     ): {
         "cuda:80": ((Bucket(), "rope_forward__bf16_d128__b1a9d760"),),
-        "cuda:90": ((Bucket(), "rope_forward__bf16_d128__b1a9d760"),),
+        "cuda:90": (
+            (Bucket(tokens=(None, 5792)), "rope_forward__bf16_d128__0386a1fe"),
+            (Bucket(tokens=(5793, None)), "rope_forward__bf16_d128__26602a04"),
+        ),
     },
     Workload(
         op="selected_attention",
@@ -779,8 +815,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__50d2ed6b"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__50d2ed6b"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__056e1b63"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__056e1b63"),),
     },
     Workload(
         op="selected_attention",
@@ -793,8 +829,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__857043c6"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__f2b24c68"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__e8ffd887"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__b6c95cdb"),),
     },
     Workload(
         op="selected_attention",
@@ -807,8 +843,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__101210bc"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__101210bc"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__43db80ca"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__43db80ca"),),
     },
     Workload(
         op="selected_attention",
@@ -821,8 +857,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__b37987e8"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__b37987e8"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__b0222838"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__b0222838"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -835,8 +871,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__1b858494"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__f4aa157e"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__81653509"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__20363ef4"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -849,8 +885,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__c48a5007"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__ca639a03"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__2b66cb09"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__2ede9fd0"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -863,8 +899,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__9f5f4d92"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__df682951"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__9f8be951"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__3e1cb73e"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -877,8 +913,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__bcc8e9a7"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__60620c06"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__59fce970"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__8b438035"),),
     },
 }
 

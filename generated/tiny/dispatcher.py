@@ -152,8 +152,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__17366310"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__17366310"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__2696693d"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__2696693d"),),
     },
     Workload(
         op="cache_append",
@@ -169,8 +169,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__bef053cd"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__bef053cd"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__1d98ad41"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__1d98ad41"),),
     },
     Workload(
         op="cache_append",
@@ -186,8 +186,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__c24baa60"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__c24baa60"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__1fcb1052"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__1fcb1052"),),
     },
     Workload(
         op="cache_append",
@@ -203,8 +203,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__381602f0"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__381602f0"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__51b6ff5e"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__51b6ff5e"),),
     },
     Workload(
         op="cache_append",
@@ -220,8 +220,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__1883cca9"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__1883cca9"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__3de2cc2f"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__3de2cc2f"),),
     },
     Workload(
         op="cache_append",
@@ -237,8 +237,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__8ce1e7cb"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__8ce1e7cb"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__dc294a7c"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__dc294a7c"),),
     },
     Workload(
         op="cache_append",
@@ -254,8 +254,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__b97a4e8e"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__b97a4e8e"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__712a1d08"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__712a1d08"),),
     },
     Workload(
         op="cache_append",
@@ -271,8 +271,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__5b09c443"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__5b09c443"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__6e8ea71f"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__6e8ea71f"),),
     },
     Workload(
         op="cache_append",
@@ -288,8 +288,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__b96dbcee"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__b96dbcee"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__911a7ec9"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__911a7ec9"),),
     },
     Workload(
         op="cache_append",
@@ -305,8 +305,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__f941adff"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__f941adff"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__b08ae049"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__b08ae049"),),
     },
     Workload(
         op="cache_append",
@@ -322,8 +322,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__1c84d9b5"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__1c84d9b5"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__25b9caf4"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__25b9caf4"),),
     },
     Workload(
         op="cache_append",
@@ -339,8 +339,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__f7221ffd"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__f7221ffd"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__4b8ee4ea"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__4b8ee4ea"),),
     },
     Workload(
         op="cache_append",
@@ -356,8 +356,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__86845f84"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__86845f84"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__fb375b57"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__fb375b57"),),
     },
     Workload(
         op="cache_append",
@@ -373,8 +373,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__53e7a2a6"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__53e7a2a6"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__3c13f958"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__3c13f958"),),
     },
     Workload(
         op="cache_append",
@@ -390,8 +390,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__0d4d6df8"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__0d4d6df8"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__dd0ea5f0"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__dd0ea5f0"),),
     },
     Workload(
         op="cache_append",
@@ -407,8 +407,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__6bfd18ee"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__6bfd18ee"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__c9ba70c3"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__c9ba70c3"),),
     },
     Workload(
         op="cache_append",
@@ -424,8 +424,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__d6a9efd7"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__d6a9efd7"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__bd74f502"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__bd74f502"),),
     },
     Workload(
         op="cache_append",
@@ -441,8 +441,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__8439479c"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__8439479c"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__69e7818e"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__69e7818e"),),
     },
     Workload(
         op="compress",
@@ -456,8 +456,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__ca47b4db"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__ca47b4db"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__16a71108"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__16a71108"),),
     },
     Workload(
         op="compress",
@@ -471,8 +471,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__4ec77aa6"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__4ec77aa6"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__7e49ee09"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__7e49ee09"),),
     },
     Workload(
         op="compress",
@@ -486,8 +486,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__3b81b17a"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__3b81b17a"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__90f2d88e"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__90f2d88e"),),
     },
     Workload(
         op="compress",
@@ -501,8 +501,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__9e64e3b1"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__9e64e3b1"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__c5d05e25"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__c5d05e25"),),
     },
     Workload(
         op="compress",
@@ -516,8 +516,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__42c21a2d"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__42c21a2d"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__33a00622"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__33a00622"),),
     },
     Workload(
         op="compress",
@@ -531,8 +531,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__fc07fd8b"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__fc07fd8b"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__a6702b96"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__a6702b96"),),
     },
     Workload(
         op="compress",
@@ -546,8 +546,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__050e7db1"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__050e7db1"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__2e1492f5"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__2e1492f5"),),
     },
     Workload(
         op="compress",
@@ -561,8 +561,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__a6d3e872"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__a6d3e872"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__91ddec63"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__91ddec63"),),
     },
     Workload(
         op="compress",
@@ -576,8 +576,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__f2999458"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__f2999458"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__611c8803"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__611c8803"),),
     },
     Workload(
         op="compress",
@@ -591,8 +591,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__ee35093d"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__ee35093d"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__c2831513"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__c2831513"),),
     },
     Workload(
         op="compress",
@@ -606,8 +606,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__6b39ca27"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__6b39ca27"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__4ace854e"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__4ace854e"),),
     },
     Workload(
         op="compress",
@@ -621,8 +621,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__bf7c1e6f"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__bf7c1e6f"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__e5ef22d7"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__e5ef22d7"),),
     },
     Workload(
         op="compress",
@@ -636,8 +636,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__1f81ef2f"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__1f81ef2f"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__1703484b"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__1703484b"),),
     },
     Workload(
         op="compress",
@@ -651,8 +651,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__b1bb9c1d"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__b1bb9c1d"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__94efc841"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__94efc841"),),
     },
     Workload(
         op="compress",
@@ -666,8 +666,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__7a21b30f"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__87b7b990"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__f6074e98"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__f9569462"),),
     },
     Workload(
         op="compress",
@@ -681,8 +681,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__4ed056ff"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__e46572f4"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__a8075043"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__74aa090d"),),
     },
     Workload(
         op="compress",
@@ -696,8 +696,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__b5a87f76"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__b5a87f76"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__fb1e54f4"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__fb1e54f4"),),
     },
     Workload(
         op="compress",
@@ -711,8 +711,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__35e444fc"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__35e444fc"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__e1680871"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__e1680871"),),
     },
     Workload(
         op="compress",
@@ -726,8 +726,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__437f29a8"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__437f29a8"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__a1b4e6f3"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__a1b4e6f3"),),
     },
     Workload(
         op="compress",
@@ -741,8 +741,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__ae7292c5"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__ae7292c5"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__1418d8d9"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__1418d8d9"),),
     },
     Workload(
         op="compress",
@@ -756,8 +756,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__299ab092"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__299ab092"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__8b01492f"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__8b01492f"),),
     },
     Workload(
         op="compress",
@@ -771,8 +771,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__310c59c6"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__310c59c6"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__32c39777"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__32c39777"),),
     },
     Workload(
         op="compress",
@@ -786,8 +786,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__69967c73"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__69967c73"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__5cdaaca3"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__5cdaaca3"),),
     },
     Workload(
         op="compress",
@@ -801,8 +801,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__172f0b47"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__172f0b47"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__04acdceb"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__04acdceb"),),
     },
     Workload(
         op="compressed_attention",
@@ -816,8 +816,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__311aa8d7"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__5b00d057"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__8f121c6c"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__fbbf0ac3"),),
     },
     Workload(
         op="compressed_attention",
@@ -831,8 +831,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__7b895a0b"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__83af84ce"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__75a2985e"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__65bc5258"),),
     },
     Workload(
         op="compressed_attention",
@@ -846,8 +846,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__b2747746"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__31a0b9b4"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__88fab85f"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__ba1edbd3"),),
     },
     Workload(
         op="compressed_attention",
@@ -861,8 +861,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__48920b1d"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__48920b1d"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__57c1a53b"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__57c1a53b"),),
     },
     Workload(
         op="compressed_attention",
@@ -876,8 +876,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__4f2e2b44"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__4f2e2b44"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__30640046"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__30640046"),),
     },
     Workload(
         op="compressed_attention",
@@ -891,82 +891,13 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__49ffb8cc"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__49ffb8cc"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__b68d9c1b"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__b68d9c1b"),),
     },
     Workload(
         op="compressed_attention",
         pass_="decode",
         dtype="float16",
-        params=(
-            ("head_dim", 32),
-            ("v_head_dim", 32),
-            ("gqa_ratio", 1),
-            ("kernel_size", 8),
-            ("kernel_stride", 4),
-            ("block_size", 16),
-            ("topk", 4),
-            ("init_blocks", 1),
-            ("local_blocks", 2),
-        ),
-    ): {
-        "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__41904af7"),
-        ),
-        "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__fd2f0023"),
-        ),
-    },
-    Workload(
-        op="compressed_attention",
-        pass_="decode",
-        dtype="float16",
-        params=(
-            ("head_dim", 32),
-            ("v_head_dim", 32),
-            ("gqa_ratio", 2),
-            ("kernel_size", 8),
-            ("kernel_stride", 4),
-            ("block_size", 16),
-            ("topk", 4),
-            ("init_blocks", 1),
-            ("local_blocks", 2),
-        ),
-    ): {
-        "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__de49bb55"),
-        ),
-        "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__edc04a39"),
-        ),
-    },
-    Workload(
-        op="compressed_attention",
-        pass_="decode",
-        dtype="float16",
-        params=(
-            ("head_dim", 32),
-            ("v_head_dim", 32),
-            ("gqa_ratio", 4),
-            ("kernel_size", 8),
-            ("kernel_stride", 4),
-            ("block_size", 16),
-            ("topk", 4),
-            ("init_blocks", 1),
-            ("local_blocks", 2),
-        ),
-    ): {
-        "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__6ee52802"),
-        ),
-        "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__8bda06cb"),
-        ),
-    },
-    Workload(
-        op="compressed_attention",
-        pass_="decode",
-        dtype="float32",
         params=(
             ("head_dim", 32),
             ("v_head_dim", 32),
@@ -980,10 +911,79 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__fcb1cf2f"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__1a91a21f"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__7bf9ab4e"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__99ce8737"),
+        ),
+    },
+    Workload(
+        op="compressed_attention",
+        pass_="decode",
+        dtype="float16",
+        params=(
+            ("head_dim", 32),
+            ("v_head_dim", 32),
+            ("gqa_ratio", 2),
+            ("kernel_size", 8),
+            ("kernel_stride", 4),
+            ("block_size", 16),
+            ("topk", 4),
+            ("init_blocks", 1),
+            ("local_blocks", 2),
+        ),
+    ): {
+        "cuda:80": (
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__c99069fb"),
+        ),
+        "cuda:90": (
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__b4cec588"),
+        ),
+    },
+    Workload(
+        op="compressed_attention",
+        pass_="decode",
+        dtype="float16",
+        params=(
+            ("head_dim", 32),
+            ("v_head_dim", 32),
+            ("gqa_ratio", 4),
+            ("kernel_size", 8),
+            ("kernel_stride", 4),
+            ("block_size", 16),
+            ("topk", 4),
+            ("init_blocks", 1),
+            ("local_blocks", 2),
+        ),
+    ): {
+        "cuda:80": (
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__817bb1b5"),
+        ),
+        "cuda:90": (
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__04afb051"),
+        ),
+    },
+    Workload(
+        op="compressed_attention",
+        pass_="decode",
+        dtype="float32",
+        params=(
+            ("head_dim", 32),
+            ("v_head_dim", 32),
+            ("gqa_ratio", 1),
+            ("kernel_size", 8),
+            ("kernel_stride", 4),
+            ("block_size", 16),
+            ("topk", 4),
+            ("init_blocks", 1),
+            ("local_blocks", 2),
+        ),
+    ): {
+        "cuda:80": (
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__e8467a85"),
+        ),
+        "cuda:90": (
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__7a68f949"),
         ),
     },
     Workload(
@@ -1003,10 +1003,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__e6fdd9d5"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__dd821336"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__a5c00376"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__8225e196"),
         ),
     },
     Workload(
@@ -1026,10 +1026,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__4f9addc6"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__e868bc10"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__62356879"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__1a062d2c"),
         ),
     },
     Workload(
@@ -1044,8 +1044,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__e7492b34"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__bd3a1c41"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__fee8eb72"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__79a69a9a"),),
     },
     Workload(
         op="compressed_attention",
@@ -1059,8 +1059,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__465a79c7"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__4076a7e7"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__c3cc7b1a"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__6e5f55d9"),),
     },
     Workload(
         op="compressed_attention",
@@ -1074,8 +1074,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__e127f2e4"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__bc4c47f3"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__093f40f4"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__0ab8318a"),),
     },
     Workload(
         op="compressed_attention",
@@ -1089,8 +1089,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__5fe6db8c"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__5fe6db8c"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__8a4c2240"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__8a4c2240"),),
     },
     Workload(
         op="compressed_attention",
@@ -1104,8 +1104,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__9b3f9fef"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__9b3f9fef"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__ea590cd5"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__ea590cd5"),),
     },
     Workload(
         op="compressed_attention",
@@ -1119,8 +1119,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__caf40864"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__caf40864"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__2f77e935"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__2f77e935"),),
     },
     Workload(
         op="gated_sum",
@@ -1128,8 +1128,8 @@ TABLE = {
         dtype="float16",
         params=(("v_head_dim", 32),),
     ): {
-        "cuda:80": ((Bucket(), "gated_sum_backward__f16_dv32__f858c0be"),),
-        "cuda:90": ((Bucket(), "gated_sum_backward__f16_dv32__f858c0be"),),
+        "cuda:80": ((Bucket(), "gated_sum_backward__f16_dv32__b92a60cc"),),
+        "cuda:90": ((Bucket(), "gated_sum_backward__f16_dv32__b92a60cc"),),
     },
     Workload(
         op="gated_sum",
@@ -1137,8 +1137,8 @@ TABLE = {
         dtype="float32",
         params=(("v_head_dim", 32),),
     ): {
-        "cuda:80": ((Bucket(), "gated_sum_backward__f32_dv32__27deb86c"),),
-        "cuda:90": ((Bucket(), "gated_sum_backward__f32_dv32__27deb86c"),),
+        "cuda:80": ((Bucket(), "gated_sum_backward__f32_dv32__9d6df7d0"),),
+        "cuda:90": ((Bucket(), "gated_sum_backward__f32_dv32__9d6df7d0"),),
     },
     Workload(
         op="gated_sum",
@@ -1164,8 +1164,8 @@ TABLE = {
         dtype="float16",
         params=(),
     ): {
-        "cuda:80": ((Bucket(), "linear_decode__f16__beb57650"),),
-        "cuda:90": ((Bucket(), "linear_decode__f16__9cea2205"),),
+        "cuda:80": ((Bucket(), "linear_decode__f16__7f874ca2"),),
+        "cuda:90": ((Bucket(), "linear_decode__f16__e3b70f65"),),
     },
     Workload(
         op="linear",
@@ -1173,8 +1173,8 @@ TABLE = {
         dtype="float32",
         params=(),
     ): {
-        "cuda:80": ((Bucket(), "linear_decode__f32__66935f92"),),
-        "cuda:90": ((Bucket(), "linear_decode__f32__66935f92"),),
+        "cuda:80": ((Bucket(), "linear_decode__f32__4cbc3337"),),
+        "cuda:90": ((Bucket(), "linear_decode__f32__4cbc3337"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1189,8 +1189,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__6d9613e1"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__8ac4d89c"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__0f2301a0"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__19e94d4e"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1205,8 +1205,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__c84c1a8d"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__c1bd2c73"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__5cc8e1ae"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__7c67067b"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1221,8 +1221,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__4530658d"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__061842c3"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__f3f08c88"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__ed1eae93"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1237,8 +1237,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__e761e99a"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__5693a186"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__193166b9"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__514b4296"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1253,8 +1253,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__ec53c159"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__dc4f3483"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__a643d071"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__970504e9"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1269,8 +1269,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__c3458693"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__50826f8e"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__e9f380a1"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__10ef2966"),),
     },
     Workload(
         op="rope",
@@ -1301,8 +1301,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__2635481d"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__2635481d"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__914ce16a"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__914ce16a"),),
     },
     Workload(
         op="selected_attention",
@@ -1315,8 +1315,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__f95976bf"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__f95976bf"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__0700514e"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__0700514e"),),
     },
     Workload(
         op="selected_attention",
@@ -1329,8 +1329,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__830665d6"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__830665d6"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__f4ebd54b"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__f4ebd54b"),),
     },
     Workload(
         op="selected_attention",
@@ -1343,8 +1343,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__c60129c1"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__c60129c1"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__95c14511"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__95c14511"),),
     },
     Workload(
         op="selected_attention",
@@ -1357,8 +1357,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__f3afaefd"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__f3afaefd"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__c0ba02e6"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__c0ba02e6"),),
     },
     Workload(
         op="selected_attention",
@@ -1371,8 +1371,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__885df5f6"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__885df5f6"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__7a6ba9a1"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__7a6ba9a1"),),
     },
     Workload(
         op="selected_attention",
@@ -1385,8 +1385,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__8ce9a483"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__8ce9a483"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__4faeff43"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__4faeff43"),),
     },
     Workload(
         op="selected_attention",
@@ -1399,8 +1399,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__b2c1bb00"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__b2c1bb00"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__8303c6f4"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__8303c6f4"),),
     },
     Workload(
         op="selected_attention",
@@ -1413,8 +1413,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__0e250916"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__0e250916"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__fd19d631"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__fd19d631"),),
     },
     Workload(
         op="selected_attention",
@@ -1427,8 +1427,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__138c6d1a"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__138c6d1a"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__1ca05391"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__1ca05391"),),
     },
     Workload(
         op="selected_attention",
@@ -1441,8 +1441,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__f40254ee"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__f40254ee"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__b6964d3d"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__b6964d3d"),),
     },
     Workload(
         op="selected_attention",
@@ -1455,8 +1455,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__503eae33"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__503eae33"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__6f7818ec"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__6f7818ec"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1469,8 +1469,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__2a9a7219"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__7c81b442"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__2111d7fa"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__4e9f2a35"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1483,8 +1483,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__76da4b18"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__363ad1d6"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__74b59485"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__666925df"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1497,8 +1497,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__cf9ed777"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__5047aa6a"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__03ae71c0"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__47cfe36e"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1511,8 +1511,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__fdab757a"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__fdab757a"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__b2355915"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__b2355915"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1525,8 +1525,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__4c8738b6"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__4c8738b6"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__22abce81"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__22abce81"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1539,8 +1539,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__8181f059"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__8181f059"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__6afef4d7"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__6afef4d7"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1553,8 +1553,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__dcbefdf4"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__e8a72e0a"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__a3fa639f"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__8cf2a8e1"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1567,8 +1567,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__97a3b328"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__ace1d995"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__8f54dfa4"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__b26b0409"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1581,8 +1581,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__569bf773"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__1ec96715"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__8fa7907e"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__009d0b72"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1595,8 +1595,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__399c5f1d"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__399c5f1d"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__8f9a5efa"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__8f9a5efa"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1609,8 +1609,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__dec2d713"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__dec2d713"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__80821d3f"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__80821d3f"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1623,8 +1623,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__bd27c72a"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__bd27c72a"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__67201480"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__67201480"),),
     },
 }
 

@@ -78,4 +78,6 @@ def space(op: str, knobs: tuple[Choice, ...], defaults: dict[str, Param]) -> Sch
         default=default,
         supports=supports_gradients,
         runs_on=runs_on,
+        # With smaller groups the masks of more tokens a step spill.
+        preferred=lambda workload, target: int(workload.gqa_ratio) >= 8,
     )

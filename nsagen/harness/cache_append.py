@@ -105,7 +105,7 @@ def _weights(
     )
     pe, pe_v = (
         random.normal(kv_heads, size, dim) if params[name] else None
-        for name, dim in zip(("with_pe", "with_v_pe"), dims, strict=True)
+        for name, dim in zip(("with_pe", "v_with_pe"), dims, strict=True)
     )
     return w_k, w_v, pe, pe_v
 

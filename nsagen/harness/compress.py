@@ -36,8 +36,8 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     y = poisoned((sizes.tokens // stride, heads, columns), dtype, device)
 
     def expected() -> dict[str, torch.Tensor]:
-        given = [None if tensor is None else tensor.double() for tensor in (x, w, pe)]
-        return {"y": window_results(workload, *given, cu_seqlens)}
+        exact_w, exact_pe = (None if t is None else t.double() for t in (w, pe))
+        return {"y": window_results(workload, x.double(), exact_w, exact_pe, cu_seqlens)}
 
     products = {"linear": dim * columns, "mlp": dim * columns, "sigmoid_mul": dim}
     product = 2 * sum(counts) * heads * size * products.get(kind, 0)

@@ -132,10 +132,8 @@ SETTINGS = tuple(field.name for field in fields(Sparsity))
 
 def settings_of(source: Any) -> dict[str, Any]:
     """The settings that an object has as attributes: a `Sparsity`, or an `AttentionShape` of a
-    spec, whose kernels have an embedding of values `with_v_pe` and no MLP of size 0."""
+    spec, which has no MLP by a size of 0."""
     given = {name: getattr(source, name) for name in SETTINGS if hasattr(source, name)}
-    if hasattr(source, "with_v_pe"):
-        given["v_with_pe"] = source.with_v_pe
     return {n: v for n, v in given.items() if (n, v) != ("mlp_hidden", 0)}
 
 

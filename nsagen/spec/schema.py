@@ -156,7 +156,7 @@ class AttentionSection(_Strict):
     with_pe: Many[bool] = Field(
         default=(True,), description="whether compression adds a position embedding to keys"
     )
-    with_v_pe: Many[bool] = Field(
+    v_with_pe: Many[bool] = Field(
         default=(False,), description="whether compression adds a position embedding to values"
     )
     branch_kv: Many[BranchKV] = Field(
@@ -183,7 +183,7 @@ class ExcludeEntry(_Strict):
     local_blocks: Many[int] | None = None
     window_size: Many[int] | None = None
     with_pe: Many[bool] | None = None
-    with_v_pe: Many[bool] | None = None
+    v_with_pe: Many[bool] | None = None
     branch_kv: Many[BranchKV] | None = None
 
     @model_validator(mode="after")

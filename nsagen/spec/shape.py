@@ -41,7 +41,7 @@ class AttentionShape:
         v_compress_type: for values; "" becomes compress_type.
         mlp_hidden: elements between the layers of an mlp, of keys and of values alike; 0 becomes
             head_dim. Always 0 where neither is compressed by an mlp.
-        with_v_pe: whether compression adds a position embedding to values.
+        v_with_pe: whether compression adds a position embedding to values.
         branch_kv: "shared" where all branches read the same keys and values, or "separate".
     """
 
@@ -60,7 +60,7 @@ class AttentionShape:
     with_pe: bool
     v_compress_type: str = ""
     mlp_hidden: int = 0
-    with_v_pe: bool = False
+    v_with_pe: bool = False
     branch_kv: str = BRANCH_KV[0]
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class AttentionShape:
         one for keys and one for values."""
         on = set(branches) - (set() if self.window_size else {"sliding"})
         shape: dict[str, Param] = asdict(self._least(on))
-        of_values = shape | {"head_dim": self.v_head_dim, "with_pe": shape["with_v_pe"]}
+        of_values = shape | {"head_dim": self.v_head_dim, "with_pe": shape["v_with_pe"]}
         of_values["compress_type"] = shape["v_compress_type"]
         for op, pass_ in STATIC_PARAMS:
             names = parameter_names(op, pass_)
@@ -95,7 +95,7 @@ class AttentionShape:
         """As a model calls the ops: what compresses for a branch that is off is a plain mean."""
         if "compressed" in on:
             return self
-        values = replace(self, v_compress_type="avgpool", with_v_pe=False)
+        values = replace(self, v_compress_type="avgpool", v_with_pe=False)
         if "selected" in on:  # ranks blocks by compressed keys
             return values
         return replace(values, compress_type="avgpool", with_pe=False)

@@ -64,7 +64,7 @@ def attention_shapes(draw) -> AttentionShape:
         with_pe=draw(st.booleans()),
         v_compress_type=draw(st.sampled_from(("", *COMPRESS_TYPES))),
         mlp_hidden=draw(often((32, 128, 192), 8, 256, 8)),
-        with_v_pe=draw(st.booleans()),
+        v_with_pe=draw(st.booleans()),
         branch_kv=draw(st.sampled_from(BRANCH_KV)),
     )
     assert not list(violations(shape))

@@ -140,7 +140,7 @@ PAIRS = [("mlp", "avgpool"), ("weightedpool", "mlp"), ("sigmoid_mul", "linear"),
 )
 def test_values_of_another_type(kind: str, v_kind: str, branch_kv: str) -> None:
     """Keys and values of any two types, of any two sizes, with embeddings of their own."""
-    more = {"v_compress_type": v_kind, "with_v_pe": True, "branch_kv": branch_kv}
+    more = {"v_compress_type": v_kind, "v_with_pe": True, "branch_kv": branch_kv}
     check(workload(kind, v_head_dim=24, **more), (7, -1, 2, 11, 30))
 
 

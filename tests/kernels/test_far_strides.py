@@ -110,4 +110,4 @@ def test_rows_past_two_to_the_31(op, pass_):
 @pytest.mark.parametrize(("op", "pass_"), sorted(OPTIONAL_PARAMS))
 def test_rows_past_two_to_the_31_of_separate_branches(op, pass_, compress_type):
     more = {"compress_type": compress_type, "v_compress_type": "", "mlp_hidden": 24}
-    check(op, pass_, dataclasses.replace(SHAPE, **more, with_v_pe=True, branch_kv="separate"))
+    check(op, pass_, dataclasses.replace(SHAPE, **more, v_with_pe=True, branch_kv="separate"))

@@ -122,7 +122,7 @@ def test_a_shapes_workloads_are_the_models_calls(
         with_pe=True,
         v_compress_type=config.v_compress_type or "",
         mlp_hidden=config.mlp_hidden or 0,
-        with_v_pe=config.v_with_pe,
+        v_with_pe=config.v_with_pe,
         branch_kv=config.branch_kv,
     )
     expected = set(shape.workloads(("forward", "decode"), config.branches))

@@ -6,7 +6,7 @@
 # Workload:   rope forward
 #             dtype=bfloat16, head_dim=128
 # Schedule:   row_tiles(block_rows=32, num_warps=4)
-# Targets:    cuda:80, cuda:90
+# Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 """Rope, rotate-half convention: y = (a cos - b sin, b cos + a sin) with x = (a, b), in float32.
 
