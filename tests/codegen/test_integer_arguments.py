@@ -22,12 +22,24 @@ from nsagen.workload import STATIC_PARAMS, Schedule, Workload
 TARGET = KNOWN_TARGETS["cuda:90"]
 PAGED = Sizes((4095, 1000), kv_heads=4, capacity=8192, page_size=1024)
 
+GATES = Workload.of(
+    "compress",
+    "backward",
+    dtype="bfloat16",
+    compress_type="sigmoid_mul",
+    head_dim=128,
+    kernel_size=32,
+    kernel_stride=16,
+    with_pe=True,
+)
+"""A type that llama8b has not, with an algorithm of its own."""
+
 
 def variants() -> dict[str, tuple[Workload, Schedule]]:
     """The default schedule of each algorithm; of those that pool, the one with most inputs."""
     return {
         f"{work.op} {work.pass_} {space.algorithm}": (work, space.default_schedule(work, TARGET))
-        for work in representative(load_spec("llama8b"))
+        for work in [*representative(load_spec("llama8b")), GATES]
         for space in spaces_for(work, TARGET)
     }
 

@@ -16,7 +16,8 @@ BYTES_A_TOKEN = {
     ("compress", "backward"): 2,
     ("compressed_attention", "backward"): 256,  # delta: 4 bytes a query head
     ("selected_attention", "backward"): 8960,  # partial dk and dv, and which tokens chose a block
-    ("sliding_window_attention", "backward"): 256,  # delta: 4 bytes a query head
+    # lse in base 2 and delta, those of a key/value head together: 8 bytes a query head
+    ("sliding_window_attention", "backward"): 512,
 }
 """At 64 query heads over 4 of 128 and topk 16; 0 for the ops that are not here."""
 
