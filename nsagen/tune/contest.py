@@ -92,8 +92,7 @@ class Contest:
     def tell(self, candidate: Candidate, outcome: Outcome) -> None:
         """Take over what the device found."""
         self.measuring -= 1
-        self.search.tell(candidate, outcome)
-        self.count += 1
+        self.count += self.search.tell(candidate, outcome)
         if outcome.ms is not None:
             self.best_ms = outcome.ms if self.best_ms is None else min(self.best_ms, outcome.ms)
         self._ended = self.search.finished(self._budget)

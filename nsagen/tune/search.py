@@ -150,8 +150,12 @@ class Search:
                 trial.suggest_categorical(name, distribution.choices)
         return trial
 
-    def tell(self, candidate: Candidate, outcome: Outcome) -> None:
-        """Report an evaluation. A failure gets a finite value, for failed trials teach nothing."""
+    def tell(self, candidate: Candidate, outcome: Outcome) -> bool:
+        """Report an evaluation. A failure gets a finite value, for failed trials teach nothing.
+
+        Returns:
+            whether it counts: false where another trial has the same schedule by now.
+        """
         trial = candidate.trial
         value = self._penalty() if outcome.ms is None else math.log(max(outcome.ms, 1e-9))
         try:
@@ -160,25 +164,28 @@ class Search:
             self.study.tell(trial, value)
         except (UpdateFinishedTrialError, ValueError):
             # Another process took this one for dead: it slept, or a clock was set forward.
-            self._add(candidate, outcome, value)
+            return self._add(candidate, outcome, value)
+        return True
 
-    def _add(self, candidate: Candidate, outcome: Outcome, value: float) -> None:
+    def _add(self, candidate: Candidate, outcome: Outcome, value: float) -> bool:
         """Keep an evaluation whose trial was given up, unless another one made it meanwhile."""
-        if candidate.schedule not in self._taken():
-            attributes = {
-                **candidate.trial.user_attrs,
-                "owner": owner(),
-                "schedule": str(candidate.schedule),
-                "outcome": outcome.as_json(),
-            }
-            self.study.add_trial(
-                create_trial(
-                    params=self.coding.params_of(candidate.schedule),
-                    distributions=self.coding.distributions,
-                    value=value,
-                    user_attrs=attributes,
-                )
+        if candidate.schedule in self._taken():
+            return False
+        attributes = {
+            **candidate.trial.user_attrs,
+            "owner": owner(),
+            "schedule": str(candidate.schedule),
+            "outcome": outcome.as_json(),
+        }
+        self.study.add_trial(
+            create_trial(
+                params=self.coding.params_of(candidate.schedule),
+                distributions=self.coding.distributions,
+                value=value,
+                user_attrs=attributes,
             )
+        )
+        return True
 
     def give_up(self) -> None:
         """Leave what this process asked for and did not evaluate to a later search."""
