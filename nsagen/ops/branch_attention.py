@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from nsagen.branches import BRANCHES
-from nsagen.ops._launch import key_of
+from nsagen.ops._launch import key_of, on_kernels
 from nsagen.ops.compressed_attention import compressed_attention, compressed_attention_forward
 from nsagen.ops.gated_attention import gated_attention
 from nsagen.ops.gated_sum import gated_sum
@@ -59,7 +59,7 @@ def attend_branches(
     Returns:
         o [N, HQ, Dv].
     """
-    if save_memory:
+    if save_memory and on_kernels(q):
         assert windows is not None
         return gated_attention(
             *(q, *selected, *windows, gate, cu_seqlens, window_cu_seqlens),

@@ -14,21 +14,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsagen.ops._launch import key_of, launch, on_kernels, scale_of, with_contiguous_rows
+from nsagen.ops._launch import key_of, launch, scale_of, with_contiguous_rows
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.compressed_attention import (
-    compressed_attention,
     compressed_attention_backward,
     compressed_attention_forward,
 )
-from nsagen.ops.gated_sum import gated_sum, gated_sum_forward
+from nsagen.ops.gated_sum import gated_sum_forward
 from nsagen.ops.selected_attention import (
     selected_attention_backward,
     selected_attention_forward,
-    topk_sparse_attention,
 )
 from nsagen.ops.sliding_window_attention import (
-    sliding_window_attention,
     sliding_window_attention_backward,
     sliding_window_attention_forward,
 )
@@ -55,7 +52,7 @@ def gated_attention(
     softmax_scale: float | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
-    """The gated sum of compressed, selected and sliding-window attention.
+    """The gated sum of compressed, selected and sliding-window attention, by kernels.
 
     Args:
         q: [N, HQ, D]; k: [N, HK, D]; v: [N, HK, Dv]; q, k and ck after rope.
@@ -75,28 +72,11 @@ def gated_attention(
     Raises:
         InvalidInputError: a tensor or parameter breaks the contract above.
     """
-    scale, key = scale_of(softmax_scale, q), key_of(dispatcher)
+    key = key_of(dispatcher)
     selection = (block_size, topk, init_blocks, local_blocks)
-    if on_kernels(q):
-        statics = (kernel_size, kernel_stride, *selection, window_size, scale, key)
-        *outputs, _ = branches_forward(
-            q, k, v, ck, cv, gate, cu_seqlens, window_cu_seqlens, *statics
-        )
-        return sum_branches(*outputs, gate, key)
-    o_compressed, topk_idx = compressed_attention(
-        *(q, ck, cv, kernel_size, kernel_stride, block_size, topk, cu_seqlens, window_cu_seqlens),
-        sm_scale=scale,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        dispatcher=dispatcher,
-    )
-    o_selected = topk_sparse_attention(
-        q, k, v, topk_idx, block_size, cu_seqlens, scale, dispatcher=dispatcher
-    )
-    o_sliding = sliding_window_attention(
-        q, k, v, window_size, cu_seqlens, scale, dispatcher=dispatcher
-    )
-    return gated_sum(o_compressed, o_selected, o_sliding, gate, dispatcher=dispatcher)
+    statics = (kernel_size, kernel_stride, *selection, window_size, scale_of(softmax_scale, q), key)
+    *outputs, _ = branches_forward(q, k, v, ck, cv, gate, cu_seqlens, window_cu_seqlens, *statics)
+    return sum_branches(*outputs, gate, key)
 
 
 @torch.library.custom_op("nsagen::branches_forward", mutates_args=())

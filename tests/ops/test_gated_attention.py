@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from nsagen.branches import BRANCHES
 from nsagen.errors import InvalidInputError
 from nsagen.harness.base import THRESHOLDS, relative_error
 from nsagen.ops import native_sparse_attention, reference
+from nsagen.ops.branch_attention import attend_branches
 from nsagen.ops.gated_attention import gated_attention
 from nsagen.ops.layout import compressed_cu_seqlens
 
@@ -25,6 +27,19 @@ def inputs(dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
     cv = x.randn(windows, x.kv_heads, x.v_head_dim)
     keywords = {**STATICS, "window_size": 9}
     return [x.q, x.k, x.v, ck, cv, x.gate, x.cu_seqlens, offsets], keywords
+
+
+def by_switch(args: list[Any], keywords: dict[str, Any]) -> torch.Tensor:
+    q, k, v, ck, cv, gate, cu_seqlens, offsets = args
+    return attend_branches(
+        *(q, (ck, cv), (k, v), (k, v), gate),
+        cu_seqlens=cu_seqlens,
+        window_cu_seqlens=offsets,
+        branches=BRANCHES,
+        softmax_scale=q.shape[-1] ** -0.5,
+        save_memory=True,
+        **keywords,
+    )
 
 
 def by_reference(args: list[Any], keywords: dict[str, Any]) -> torch.Tensor:
@@ -45,7 +60,7 @@ def check(dtype: torch.dtype, only: slice = slice(None)) -> None:
     args, keywords = inputs(dtype)
     with torch.no_grad():
         args[5][::3, ::2] = 0.0
-    o, expected = gated_attention(*args, **keywords), by_reference(args, keywords)
+    o, expected = by_switch(args, keywords), by_reference(args, keywords)
     assert relative_error(o, expected) <= THRESHOLDS[dtype]
     gradient = torch.randn_like(o)
     leaves = args[:6][only]
