@@ -101,12 +101,17 @@ class SpaceSampler(BaseSampler):
         raise AssertionError(f"{param_name} was not sampled with the others")
 
 
-def taken_schedules(study: Study, coding: Coding, before: int | None = None) -> set[Schedule]:
-    """The schedules that a trial (with a number below `before`) has measured or is measuring."""
+def taken_schedules(study: Study, coding: Coding, asking: int | None = None) -> set[Schedule]:
+    """The schedules that trials have measured or are measuring.
+
+    Args:
+        asking: the number of a trial that is about to choose; of those after it count the ones that
+            have noted their schedule, for a trial that waited in the queue has an early number.
+    """
     states = (TrialState.COMPLETE, TrialState.RUNNING)
     return {
         coding.schedule_of(trial.params)
         for trial in study.get_trials(deepcopy=False, states=states)
         if trial.params.keys() == coding.distributions.keys()
-        and (before is None or trial.number < before)
+        and (asking is None or trial.number < asking or "schedule" in trial.user_attrs)
     }

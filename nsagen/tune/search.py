@@ -104,7 +104,7 @@ class Search:
             trial = self._ask()
             schedule = self.coding.schedule_of(trial.params)
             self._await_announcements(trial.number)
-            others = self._taken(before=trial.number) | self._announced()
+            others = self._taken(asking=trial.number)
             if schedule not in others:
                 trial.set_user_attr("schedule", str(schedule))
                 return Candidate(trial, schedule)
@@ -131,12 +131,6 @@ class Search:
             and who not in ("", owner())
             and not owner_is_dead(who)
         )
-
-    def _announced(self) -> set[Schedule]:
-        """What any trial takes or has taken; one that waited in a queue has an early number."""
-        states = (TrialState.RUNNING, TrialState.COMPLETE)
-        trials = self.study.get_trials(deepcopy=False, states=states)
-        return {self.coding.schedule_of(t.params) for t in trials if "schedule" in t.user_attrs}
 
     def _ask(self) -> optuna.Trial:
         with warnings.catch_warnings():  # `heartbeats` sends the signs of life
@@ -265,8 +259,8 @@ class Search:
             if schedule not in taken and params not in waiting:
                 self.study.enqueue_trial(params)
 
-    def _taken(self, before: int | None = None) -> set[Schedule]:
-        return taken_schedules(self.study, self.coding, before)
+    def _taken(self, asking: int | None = None) -> set[Schedule]:
+        return taken_schedules(self.study, self.coding, asking)
 
     def _complete(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
