@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nsagen.codegen.files import replace_file
 from nsagen.errors import TuneError
+from nsagen.picture.page import page
 from nsagen.tune.record import TuningRecord
 from nsagen.tune.session import Result
 
@@ -31,19 +32,12 @@ def write_report(path: Path, result: Result) -> None:
         ) from None
     names = {str(study.study_name): study for study in result.studies}
     sections = [_section(study, opened=len(names) == 1) for study in names.values()]
-    beside = Path(__file__).parent
-    style, script = ((beside / f"report.{end}").read_text("utf-8") for end in ("css", "js"))
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>nsagen tune: {_text(result.device)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{style}</style><script>{get_plotlyjs()}</script></head><body>
-<h1>Tuning on {_text(result.device)}</h1>
-{_summary(result)}
-{"".join(sections)}
-<script>{script}</script>
-</body></html>
-"""
-    replace_file(path, page)
+    style, script = (
+        Path(__file__).with_name(f"report.{end}").read_text("utf-8") for end in ("css", "js")
+    )
+    intro = f"<style>{style}</style><script>{get_plotlyjs()}</script>{_summary(result)}"
+    sections.append(f"<script>{script}</script>")
+    replace_file(path, page(f"Tuning on {result.device}", intro, *sections))
 
 
 def _summary(result: Result) -> str:
@@ -51,7 +45,7 @@ def _summary(result: Result) -> str:
     notes = "".join(f"<li>{_text(line)}</li>" for line in [*result.notes, *result.failures])
     head = "<th>workload<th>sizes<th>winner<th>ms<th>default ms<th>gain<th>runner-up ms<th>spread"
     head += "<th>tried"
-    table = f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>' if rows else ""
+    table = f'<div class="table"><table><tr>{head}</tr>{rows}</table></div>' if rows else ""
     return table + (f"<ul>{notes}</ul>" if notes else "")
 
 
@@ -66,7 +60,7 @@ def _record_row(record: TuningRecord) -> str:
     numbers = [f"{record.ms:.4g}", default, gain]
     numbers.append(f"{record.runner_up.ms:.4g}" if record.runner_up else "")
     numbers += [f"{100 * record.spread:.1f}%", f"{record.measured} of {record.of}"]
-    texts = "".join(f'<td class="text">{cell}' for cell in cells)
+    texts = "".join(f"<td>{cell}" for cell in cells)
     return f"<tr>{texts}{''.join(f'<td class=number>{n}' for n in numbers)}</tr>"
 
 
@@ -86,7 +80,7 @@ def _section(study: optuna.Study, *, opened: bool) -> str:
     rows = "".join(
         f"<tr><td>{_text(reason)}<td class=number>{count}" for reason, count in failed.most_common()
     )
-    table = f'<div class="wide"><table><tr><th>failed<th>times</tr>{rows}</table></div>'
+    table = f'<div class="table"><table><tr><th>failed<th>times</tr>{rows}</table></div>'
     parts.append(table if rows else "<p>None failed.</p>")
     return "".join(parts) + "</details>"
 
@@ -172,11 +166,14 @@ def _shown(trial: FrozenTrial, name: str) -> str:
 
 
 def _plot(figure) -> str:
-    figure.update_layout(template="none", margin={"r": 40, "t": 90, "b": 60})
+    """A place for a plot and what it shows, on the page's own ground."""
+    clear = "rgba(0, 0, 0, 0)"
+    figure.update_layout(template="none", paper_bgcolor=clear, plot_bgcolor=clear)
+    figure.update_layout(margin={"r": 40, "t": 90, "b": 60})
     figure.update_yaxes(automargin=True)
     data = figure.to_json().replace("</", "<\\/")  # nothing in it may end the script
     return (
-        '<div class="wide"><div class="plot"></div>'
+        '<div class="table"><div class="plot"></div>'
         f'<script type="application/json">{data}</script></div>'
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 from nsagen.tune.report import write_report
@@ -44,13 +45,17 @@ def test_the_page_is_whole_in_itself(world: World, tmp_path: Path) -> None:
     assert all(values == sorted(values, key=int) for values in blocks if values[0].isdecimal())
 
 
-def test_it_is_dark_where_the_screen_is_and_as_wide_as_a_phone(
-    world: World, tmp_path: Path
-) -> None:
+def test_it_has_the_style_of_the_other_pages(world: World, tmp_path: Path) -> None:
+    """Dark where the reader's screen is, as wide as a phone, and plots in the page's colours."""
     write_report(tmp_path / "page.html", world.tune(trials=6))
     page = (tmp_path / "page.html").read_text()
+    style = resources.files("nsagen.picture").joinpath("page.css").read_text()
+    assert style in page
     assert "prefers-color-scheme: dark" in page
     assert '<meta name="viewport" content="width=device-width' in page
+    plots = page.count('class="plot"')
+    assert plots == page.count('"paper_bgcolor":"rgba(0, 0, 0, 0)"') == 4
+    assert "responsive: true" in page
 
 
 def test_a_search_in_which_nothing_ran_has_a_page(world: World, tmp_path: Path) -> None:
