@@ -7,9 +7,11 @@ import hashlib
 import importlib.util
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 
 from nsagen.codegen.target import KNOWN_TARGETS
@@ -28,6 +30,15 @@ from tests.canaries import guarded
 def kernel_device() -> str:
     """Where kernels run in this process: a GPU, or the CPU through Triton's interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Keep PyTorch to one: a forked process has none of its parent's, and would wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def is_hopper() -> bool:

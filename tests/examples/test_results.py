@@ -39,3 +39,10 @@ def test_a_result_says_what_it_is_true_of(path: Path) -> None:
         assert run["losses"]
         assert run["validations"][-1]["step"] == len(run["losses"])
     assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("task", ["text", "recall"])
+def test_the_documentation_shows_the_committed_plots(task: str) -> None:
+    """Its pages can show only what lies below them, so that it has copies."""
+    shown = RESULTS.parents[1] / "docs" / "images" / f"train-{task}.png"
+    assert shown.read_bytes() == (RESULTS / "nvidia-h100/train_toy" / f"{task}.png").read_bytes()

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +22,11 @@ from examples.training.config import PRESETS, ModelKind, TrainConfig, config_of
 from examples.training.data import IGNORED, Corpus, RecallTask, Split, TextTask
 from examples.training.loop import History, Trainer
 from examples.training.parallel import World, join_world
+from tests.support import one_thread
+
+__all__ = ["one_thread"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
 ALONE = World(0, 1, torch.device("cpu"))
@@ -43,14 +47,6 @@ TINY = TrainConfig(
     window_size=16,
 )
 """Sequences of more blocks than are selected, 2 tokens of compression windows to each."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,11 @@ from examples.training.data import RecallTask
 from examples.training.loop import History, Trainer
 from examples.training.parallel import World
 from tests.faults.support import killed_after, killed_at
+from tests.support import one_thread
+
+__all__ = ["one_thread"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = TrainConfig(
     seq_len=48,
@@ -38,15 +42,6 @@ CALLS = ("mkdir", "fsync", "rename", "unlink", "rmdir")
 def train(folder: Path | None, kind: ModelKind = "nsa") -> History:
     task = RecallTask(CONFIG.seq_len, CONFIG.seed)
     return Trainer(kind, CONFIG, task, folder, World(0, 1, torch.device("cpu"))).run()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A forked process has none of its parent's threads, and would wait for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("kind", ["nsa", "dense"])
