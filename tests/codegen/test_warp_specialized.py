@@ -14,9 +14,11 @@ STATICS = {
 }
 
 
-def workload(op: str, group: int = 16, dtype: str = "bfloat16", dim: int = 128) -> Workload:
+def workload(
+    op: str, group: int = 16, dtype: str = "bfloat16", dim: int = 128, pass_: str = "forward"
+) -> Workload:
     params = {"head_dim": dim, "v_head_dim": dim, "gqa_ratio": group}
-    return Workload.of(op, "forward", dtype=dtype, **params, **STATICS[op])
+    return Workload.of(op, pass_, dtype=dtype, **params, **STATICS[op])
 
 
 def test_selection_compiles_to_warpgroup_products_without_a_gpu(tmp_path):
@@ -62,6 +64,15 @@ def test_what_it_does_not_cover_is_left_to_plain_triton(op, target, changes, cov
     spaces = spaces_for(workload(op, **changes), KNOWN_TARGETS[target])
     assert ("warp_specialized" in [s.algorithm for s in spaces]) == covered
     assert "row_tiles" in [s.algorithm for s in spaces]
+
+
+@pytest.mark.parametrize(("group", "covered"), [(1, False), (2, False), (4, True), (64, True)])
+@pytest.mark.parametrize("op", STATICS)
+def test_gradients_of_groups_whose_statistics_no_bulk_copy_can_read(op, group, covered):
+    """A copy that starts at a row of 4 or 8 bytes is an illegal instruction on a Hopper GPU."""
+    spaces = spaces_for(workload(op, group, pass_="backward"), SM90)
+    assert ("warp_specialized" in [s.algorithm for s in spaces]) == covered
+    assert "two_passes" in [s.algorithm for s in spaces]
 
 
 @pytest.mark.parametrize("op", [*STATICS, "selected_attention"])
