@@ -38,7 +38,7 @@ def inspection_page(spec: Spec, target: str | None = None) -> str:
             import_folder(spec.name, built).dispatcher, dispatch.read_manifest(built), target
         )
     counts = f"{len(spec.workloads())} workloads of {len(spec.shapes)} attention shapes"
-    parameters = ", ".join(f"{name} {value}" for name, value in vars(shape).items())
+    parameters = ", ".join(f"{name} {value}" for name, value in shape.said().items())
     intro = (
         f"<p>{escape(spec.description or 'An nsagen spec')}: {counts}.</p>"
         f'<p class="quiet">The sequence below has the shape {escape(parameters)}.</p>'

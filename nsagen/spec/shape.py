@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 
 from nsagen.branches import BRANCHES
 from nsagen.workload import BRANCH_KV, STATIC_PARAMS, Param, Workload, parameter_names
@@ -68,6 +68,13 @@ class AttentionShape:
         hidden = (self.mlp_hidden or self.head_dim) if "mlp" in types else 0
         object.__setattr__(self, "v_compress_type", types[1])
         object.__setattr__(self, "mlp_hidden", hidden)
+
+    def said(self) -> dict[str, Param]:
+        """The parameters, without optional ones that are as they would be if left out."""
+        optional = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        left_out = asdict(replace(self, **optional))
+        values = asdict(self).items()
+        return {n: v for n, v in values if n not in optional or v != left_out[n]}
 
     def workloads(
         self, passes: Iterable[str], branches: Iterable[str] = BRANCHES

@@ -47,6 +47,15 @@ def test_what_is_left_out_has_a_default(tmp_path: Path) -> None:
     assert spec.targets == ("cuda:80", "cuda:90")
 
 
+def test_a_shape_says_nothing_of_what_is_as_usual(tmp_path: Path) -> None:
+    (usual,) = spec_of(tmp_path, MINIMAL).attention_shapes()
+    assert not {"v_compress_type", "mlp_hidden", "v_with_pe", "branch_kv"} & usual.said().keys()
+    other = "  v_compress_type: mlp\n  branch_kv: separate\n"
+    (unusual,) = spec_of(tmp_path, MINIMAL + other).attention_shapes()
+    more = {"v_compress_type": "mlp", "mlp_hidden": 64, "branch_kv": "separate"}
+    assert unusual.said() == usual.said() | more
+
+
 def test_one_shape_asks_for_each_op_once_and_for_compression_of_keys_and_values(
     tmp_path: Path,
 ) -> None:
