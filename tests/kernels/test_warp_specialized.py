@@ -123,6 +123,14 @@ def test_selection_for_group_sizes(group, dtype):
 
 
 @on_hopper
+@pytest.mark.parametrize("knobs", [{"columns": 128}, {"num_stages": 2}], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_selection_for_schedules(dim, knobs):
+    w = selection(16, dim=dim)
+    check_case(load_kernel(w, schedule_of(w, **knobs)), case_of(w, (0, 3100, 31, 1, 1033, 7)))
+
+
+@on_hopper
 @pytest.mark.parametrize(
     "statics",
     [
