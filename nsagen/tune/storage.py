@@ -27,6 +27,12 @@ from nsagen.errors import InvalidInputError, TuneError
 HEARTBEAT_S = 20
 """Seconds between signs of life of a trial in a database that several machines share."""
 
+PROXY_PORT = 13000
+"""Of Optuna's gRPC proxy, where a URL names none."""
+
+PROXY_WAIT_S = 10.0
+"""Seconds that a proxy has to answer."""
+
 _EXAMPLES = "sqlite:///tune.db, postgresql+psycopg://user@host/name, grpc://host:13000"
 
 
@@ -50,8 +56,7 @@ def open_storage(url: str) -> BaseStorage:
         if scheme == "journal":
             return _journal(Path(rest))
         if scheme == "grpc":
-            host, _, port = rest.partition(":")
-            return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
+            return _proxy(rest)
         if scheme == "sqlite":
             path = Path(rest[1:])
             with locked(path.parent, path.name):  # two that make the tables get in each other's way
@@ -72,7 +77,7 @@ def storage_errors(url: str) -> Iterator[None]:
     """Let an error of the storage that `url` names, once open, end in a TuneError."""
     try:
         yield
-    except (StorageInternalError, SQLAlchemyError, OSError) as error:
+    except (StorageInternalError, SQLAlchemyError, OSError, *_proxy_errors()) as error:
         if isinstance(error, OSError) and not url.startswith("journal:"):
             raise  # of another file
         cause = error.__cause__ if isinstance(error, StorageInternalError) else error
@@ -81,6 +86,27 @@ def storage_errors(url: str) -> Iterator[None]:
             f"tune: --study {url}: must stay readable and writable; it said: {said}; "
             "mend that, and the same command goes on from what it kept"
         ) from error
+
+
+def _proxy(address: str) -> BaseStorage:
+    """Optuna's proxy at `host:port`, once it answers; what is behind it is the server's affair."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        host, port = address, str(PROXY_PORT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        proxy = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+    proxy.wait_server_ready(timeout=PROXY_WAIT_S)
+    return proxy
+
+
+def _proxy_errors() -> tuple[type[Exception], ...]:
+    """What a proxy that stopped answering raises, if its package is here at all."""
+    try:
+        import grpc
+    except ImportError:
+        return ()
+    return (grpc.RpcError,)
 
 
 def _shared_database(url: str) -> RDBStorage:
