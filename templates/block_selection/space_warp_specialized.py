@@ -6,8 +6,10 @@ from typing import Any
 
 from nsagen.codegen import warp_specialized
 from nsagen.codegen.space import Choice, ScheduleSpace
-from nsagen.codegen.target import Target
-from nsagen.workload import Param, Schedule, Workload
+from nsagen.workload import Schedule, Workload
+
+COLUMNS = 128
+"""Columns of a tile: tokens, each with all heads of a group."""
 
 
 def step(workload: Workload) -> int:
@@ -19,17 +21,17 @@ def supports(workload: Workload) -> bool:
     """What the pipeline takes, and blocks that 64 windows are a whole number of."""
     fits = workload.dtype != "float32" and workload.head_dim in (64, 128)
     group, windows = int(workload.gqa_ratio), step(workload)
-    return fits and group in (1, 2, 4, 8, 16, 32, 64) and 64 % windows == 0
+    return fits and COLUMNS % group == 0 and group <= 64 and 64 % windows == 0
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Windows and blocks in units of kernel_stride, and the tokens of a tile."""
     width = int(workload.kernel_size) // int(workload.kernel_stride)
     return {
-        "tile_tokens": int(schedule.columns) // int(workload.gqa_ratio),
+        "tile_tokens": COLUMNS // int(workload.gqa_ratio),
         "element": f"gl.{workload.dtype}",
         "step": step(workload),
-        "overlap": int(workload.gqa_ratio) >= 16 and schedule.columns == 128,
+        "overlap": int(workload.gqa_ratio) >= 16,
         "width": width,
         # The last window of a block starts at unit step - 1 and covers `width` units.
         "spill": (step(workload) + width - 2) // step(workload),
@@ -38,14 +40,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of two tiles of queries and of the keys on their way, and 1 KiB for barriers."""
-    rows = 2 * int(schedule.columns) + 128 * int(schedule.num_stages)
-    return 2 * rows * int(workload.head_dim) + 1024
-
-
-def default(workload: Workload, target: Target) -> dict[str, Param]:
-    """The widest tile whose sums leave no register to spill."""
-    wide = int(workload.gqa_ratio) >= 16
-    return {"columns": 256 if wide else 128, "num_stages": 3, "workspace": 256}
+    return 2 * COLUMNS * int(workload.head_dim) * (2 + int(schedule.num_stages)) + 1024
 
 
 SPACES = (
@@ -54,13 +49,12 @@ SPACES = (
         pass_="forward",
         algorithm="warp_specialized",
         knobs=(
-            Choice("columns", (128, 256), "reads of shared memory a product against registers"),
             Choice("num_stages", (2, 3, 4), "copies in flight against shared memory"),
             Choice("workspace", (32, 64, 128, 256, 512), "launches against memory, in MiB"),
         ),
         derive=derive,
         shared_memory=shared_memory,
-        default=default,
+        default=lambda workload, target: {"num_stages": 4, "workspace": 256},
         supports=supports,
         runs_on=warp_specialized.runs_on,
         # With fewer heads to sum, the sums themselves take the registers, and some of them spill.

@@ -123,7 +123,7 @@ def test_selection_for_group_sizes(group, dtype):
 
 
 @on_hopper
-@pytest.mark.parametrize("knobs", [{"columns": 128}, {"num_stages": 2}], ids=str)
+@pytest.mark.parametrize("knobs", [{"num_stages": 2}, {"num_stages": 3, "workspace": 32}], ids=str)
 @pytest.mark.parametrize("dim", [64, 128])
 def test_selection_for_schedules(dim, knobs):
     w = selection(16, dim=dim)
