@@ -15,6 +15,7 @@ from nsagen.model.cache import KVCache, KVLayerCache
 from nsagen.model.configs import InferenceConfig, ToyLlamaConfig, check_inference_config
 from nsagen.model.generation import Generation
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
+from nsagen.model.logits import logits_of
 from nsagen.model.packing import Packed, check_packed, host_lengths
 from nsagen.model.prefill import PrefillRows
 from nsagen.model.pretrained import Pretrained
@@ -140,7 +141,7 @@ class ToyLlama(Pretrained, Generation[KVCache]):
         cu_seqlens = check_packed("ToyLlama.forward", input_ids, cu_seqlens, limit)
         lengths = host_lengths("ToyLlama.forward", cu_seqlens, input_ids.shape[0], limit)
         packed = Packed.of(cu_seqlens, input_ids.shape[0], lengths)
-        return self.lm_head(self.model(input_ids, packed)).float()
+        return logits_of(self.model(input_ids, packed), self.lm_head)
 
     def new_cache(self) -> KVCache:
         assert self.inference_config is not None

@@ -15,6 +15,7 @@ from nsagen.model.cache import NSACache, NSALayerCache
 from nsagen.model.configs import InferenceConfig, ToyNSALlamaConfig, check_inference_config
 from nsagen.model.generation import Generation
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
+from nsagen.model.logits import logits_of
 from nsagen.model.nsa import NativeSparseAttention
 from nsagen.model.packing import Packed, check_packed
 from nsagen.model.prefill import PrefillRows
@@ -152,7 +153,7 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
         limit = self.config.max_position_embeddings
         cu_seqlens = check_packed("ToyNSALlama.forward", input_ids, cu_seqlens, limit)
         packed = Packed.of(cu_seqlens, input_ids.shape[0])
-        return self.lm_head(self.model(input_ids, packed)).float()
+        return logits_of(self.model(input_ids, packed), self.lm_head)
 
     def new_cache(self) -> NSACache:
         assert self.inference_config is not None

@@ -1,0 +1,59 @@
+"""Logits in float32, without another tensor of them in the weights' dtype.
+
+A vocabulary is large: of 10144 tokens over 128288 entries, converting 16-bit logits took about 4 ms
+on an H200, and rounding makes logits equal that are not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # torch 2.8 and newer
+
+
+def logits_of(x: Tensor, head: nn.Linear) -> Tensor:
+    """head(x) in float32.
+
+    Args:
+        x: [N, hidden_size].
+        head: the language model head, without bias.
+
+    Returns:
+        float32 [N, vocab_size]; differentiable in x and the head's weight.
+    """
+    if _rounds_needlessly(x, head):
+        return _Logits.apply(x, head.weight)
+    return head(x).float()
+
+
+def _rounds_needlessly(x: Tensor, head: nn.Linear) -> bool:
+    """Whether one product can write float32: not where somebody else has a hand in the layer."""
+    weight = head.weight
+    return (
+        _HAS_OUT_DTYPE
+        and x.is_cuda
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and type(weight) in (Tensor, nn.Parameter)  # no share of a weight, as of FSDP
+        and not (head._forward_hooks or head._forward_pre_hooks)
+        and not torch.compiler.is_compiling()  # which fuses the conversion itself
+    )
+
+
+class _Logits(torch.autograd.Function):
+    """x [N, D] @ weight [V, D].T in float32; gradients in x's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        gradient = gradients[0].to(x.dtype)
+        dx = gradient @ weight if ctx.needs_input_grad[0] else None
+        return dx, gradient.t() @ x if ctx.needs_input_grad[1] else None
