@@ -71,50 +71,50 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     return {"orientation": "rows", "block_n": block_n, "num_warps": warps, "num_stages": 3}
 
 
-def tile_rows(workload: Workload, schedule: Schedule) -> int:
-    """Rows of neighbouring tokens' groups, padded to a tile's side."""
-    rows = int(schedule.share_tokens) * int(workload.gqa_ratio)
-    return max(LEAST_TILE, next_power_of_2(rows))
-
-
 def derive_shared_blocks(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """What query_major derives, and sizes of a program for the blocks that neighbours share."""
-    block_size, rows = int(workload.block_size), tile_rows(workload, schedule)
-    share_n = 64 if block_size % 64 == 0 else whole_block(workload)
+    """Sizes of steps over each token's own blocks and over common ones: those are one token's size
+    times the tokens at most, so that they take no more shared memory.
+    """
+    group, block_size = int(workload.gqa_ratio), int(workload.block_size)
+    block_g, block_n = max(LEAST_TILE, next_power_of_2(group)), int(schedule.block_n)
+    most = min(64, block_n * int(schedule.share_tokens))
+    share_n = next((n for n in (64, 32, 16) if n <= most and block_size % n == 0), block_n)
     return {
-        **derive(workload, schedule),
-        "share_rows": rows,
-        "pad_share": rows != int(schedule.share_tokens) * int(workload.gqa_ratio),
+        **padded_heads(workload),
+        "block_g": block_g,
+        "pad_g": block_g != group,
+        "steps_per_block": -(-block_size // block_n),
         "share_n": share_n,
         "share_steps": -(-block_size // share_n),
     }
 
 
 def shared_blocks_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the larger of the two programs: a token's own, and a tile's."""
+    """Bytes of the key and value tiles that are on their way, and of the query tiles."""
     sizes = derive_shared_blocks(workload, schedule)
-    step = sizes["share_n"] * (sizes["block_d"] + sizes["block_dv"])
-    tile = int(schedule.share_stages) * step + sizes["share_rows"] * sizes["block_d"]
-    return max(shared_memory(workload, schedule), element_bytes(workload) * tile)
+    step = int(schedule.block_n) * (sizes["block_d"] + sizes["block_dv"])
+    buffers = max(1, int(schedule.num_stages) - 1)
+    token = buffers * step + sizes["block_g"] * sizes["block_d"]
+    return element_bytes(workload) * int(schedule.share_tokens) * token
 
 
 def shared_blocks_fit(workload: Workload, schedule: Schedule, target: Target) -> bool:
     """Scores and output of a tile take at most 256 registers a thread."""
     sizes = derive_shared_blocks(workload, schedule)
-    columns = sizes["share_n"] + sizes["block_dv"]
-    return sizes["share_rows"] * columns <= 256 * 32 * int(schedule.share_warps)
+    columns = max(sizes["share_n"], int(schedule.block_n)) + sizes["block_dv"]
+    rows = int(schedule.share_tokens) * sizes["block_g"]
+    return rows * columns <= 256 * 32 * int(schedule.num_warps)
 
 
 def default_shared_blocks(workload: Workload, target: Target) -> dict[str, Param]:
-    """As query_major, with tiles of about 64 rows; compiled only, not yet timed."""
-    exact = workload.dtype == "float32"
-    tokens = max(2, min(16, (16 if exact else 64) // next_power_of_2(int(workload.gqa_ratio))))
+    """query_major's programs, two tokens each; compiled only, not yet timed."""
+    knobs = default(workload, target)
     return {
-        **default(workload, target),
-        "share_tokens": tokens,
+        "block_n": knobs["block_n"],
+        "num_warps": min(8, 2 * int(knobs["num_warps"])),
+        "num_stages": knobs["num_stages"],
+        "share_tokens": 2,
         "sharers": 2,
-        "share_warps": 8 if tokens * int(workload.gqa_ratio) > 64 else 4,
-        "share_stages": 1,
     }
 
 
@@ -207,14 +207,13 @@ SPACES = (
         pass_="forward",
         algorithm="shared_blocks",
         knobs=(
-            Choice("orientation", ("rows", "columns"), "mma.sync on few rows against wgmma"),
-            PowerOfTwo("block_n", 16, 256, "keys a step: fewer steps against programs at a time"),
+            PowerOfTwo(
+                "block_n", 16, 256, "own keys a step and token: fewer steps against programs"
+            ),
             Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
             Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
-            Choice("share_tokens", (2, 4, 8, 16), "common blocks: more readers against registers"),
+            Choice("share_tokens", (2, 4, 8), "common blocks: more readers against waiting"),
             Choice("sharers", (2, 3, 4), "fewer reads against rows that are multiplied by zero"),
-            Choice("share_warps", (4, 8), "common blocks: threads for the same tile"),
-            Choice("share_stages", (1, 2, 3), "common blocks: steps that are loading"),
         ),
         rules=(
             Rule("steps of block_n tile block_size", tiles_block),
