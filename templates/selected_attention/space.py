@@ -7,6 +7,7 @@ from typing import Any
 from nsagen.codegen.sizes import LEAST_TILE, element_bytes, padded_heads
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
+from nsagen.codegen.warp_specialized import gluon_is_known
 from nsagen.workload import Param, Schedule, Workload
 
 
@@ -170,6 +171,28 @@ def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
     return knobs
 
 
+def supports_direct_loads(workload: Workload) -> bool:
+    """Groups that fill the rows of a product, heads that fill lanes of 16 bytes."""
+    return (
+        workload.dtype != "float32"
+        and int(workload.gqa_ratio) <= 16
+        and {int(workload.head_dim), int(workload.v_head_dim)} <= {64, 128}
+        and int(workload.block_size) % 16 == 0
+    )
+
+
+def derive_direct_loads(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """Which registers hold a step's values, and how many steps a block takes."""
+    v_head_dim = int(workload.v_head_dim)
+    registers = [[0, 1], [0, 2], [0, 4], [1, 0], [8, 0]]
+    return {
+        "steps_per_block": int(workload.block_size) // 16,
+        "pad_g": int(workload.gqa_ratio) < 16,
+        "value_groups": v_head_dim // 8,
+        "value_bases": registers + ([[0, 64]] if v_head_dim == 128 else []),
+    }
+
+
 SPACES = (
     ScheduleSpace(
         op="selected_attention",
@@ -186,6 +209,20 @@ SPACES = (
         shared_memory=key_major_memory,
         default=default_key_major,
         preferred=prefers_key_major,
+    ),
+    ScheduleSpace(
+        op="selected_attention",
+        pass_="forward",
+        algorithm="direct_loads",
+        knobs=(
+            Choice("interleave", (1, 8), "neighbours in the L1 cache against rounds to wait for"),
+            Choice("lazy", (False, True), "products' sums rescaled seldom against a branch"),
+        ),
+        derive=derive_direct_loads,
+        default=lambda workload, target: {"interleave": 1, "lazy": True},
+        supports=supports_direct_loads,
+        runs_on=lambda target: target.backend == "cuda" and gluon_is_known(),
+        preferred=lambda workload, target: False,
     ),
     ScheduleSpace(
         op="selected_attention",
