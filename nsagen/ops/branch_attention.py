@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from nsagen.branches import BRANCHES
@@ -13,6 +14,7 @@ from nsagen.ops.gated_attention import gated_attention
 from nsagen.ops.gated_sum import gated_sum
 from nsagen.ops.selected_attention import topk_sparse_attention
 from nsagen.ops.sliding_window_attention import sliding_window_attention
+from nsagen.ops.sliding_window_gated_sum import sliding_window_gated_sum
 from nsagen.runtime import Dispatcher
 
 Pair = tuple[Tensor, Tensor]
@@ -99,6 +101,13 @@ def attend_branches(
         rows = (cu_seqlens, window_cu_seqlens)
         o, _ = compressed_attention_forward(q, *windows, *rows, *sizes, q_start)
         outputs["compressed"] = o
+    if len(branches) == len(BRANCHES) and not _wants_gradients(
+        q, *outputs.values(), *sliding, gate
+    ):
+        return sliding_window_gated_sum(
+            *(q, *sliding, cu_seqlens, *outputs.values(), gate, window_size, softmax_scale),
+            *(key_of(dispatcher), cu_seqlens_k, q_start),
+        )
     if "sliding" in branches:
         outputs["sliding"] = sliding_window_attention(
             *(q, *sliding, window_size, cu_seqlens, softmax_scale),
@@ -109,3 +118,7 @@ def attend_branches(
     some = next(iter(outputs.values()))  # read, without weight, in place of one that is off
     compressed, of_blocks, of_window = (outputs.get(name, some) for name in BRANCHES)
     return gated_sum(compressed, of_blocks, of_window, gate, dispatcher=dispatcher)
+
+
+def _wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
