@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from nsagen import ops
+from nsagen.branches import BRANCHES
+from nsagen.ops.branch_attention import attend_branches
 from nsagen.ops.layout import compressed_cu_seqlens
 from nsagen.runtime import Dispatcher
 from nsagen.workload import STATIC_PARAMS, Workload
@@ -128,17 +130,21 @@ class Inputs:
 
     def attention(self) -> Tensor:
         """The three branches and their gated sum: o [N, HQ, Dv]."""
-        o_compressed, topk_idx = self.compressed()
-        o_selected = ops.topk_sparse_attention(
-            *(self.q, self.k, self.v, topk_idx, self.shape.block_size, self.cu_seqlens),
+        s, tokens = self.shape, (self.k, self.v)
+        return attend_branches(
+            *(self.q, (self.ck, self.cv), tokens, tokens, self.gate),
+            cu_seqlens=self.cu_seqlens,
+            window_cu_seqlens=self.window_cu_seqlens,
+            kernel_size=s.kernel_size,
+            kernel_stride=s.kernel_stride,
+            block_size=s.block_size,
+            topk=s.topk,
+            init_blocks=s.init_blocks,
+            local_blocks=s.local_blocks,
+            window_size=s.window_size,
+            branches=BRANCHES,
+            softmax_scale=s.head_dim**-0.5,
             dispatcher=self.dispatcher,
-        )
-        o_sliding = ops.sliding_window_attention(
-            *(self.q, self.k, self.v, self.shape.window_size, self.cu_seqlens),
-            dispatcher=self.dispatcher,
-        )
-        return ops.gated_sum(
-            o_compressed, o_selected, o_sliding, self.gate, dispatcher=self.dispatcher
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from nsagen.branches import BRANCHES
@@ -13,6 +14,7 @@ from nsagen.ops.gated_attention import gated_attention
 from nsagen.ops.gated_sum import gated_sum
 from nsagen.ops.selected_attention import topk_sparse_attention
 from nsagen.ops.sliding_window_attention import sliding_window_attention
+from nsagen.ops.sliding_window_gated_sum import sliding_window_gated_sum
 from nsagen.runtime import Dispatcher
 
 Pair = tuple[Tensor, Tensor]
@@ -36,7 +38,6 @@ def attend_branches(
     window_size: int,
     branches: Sequence[str],
     softmax_scale: float,
-    save_memory: bool = False,
     q_start: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
@@ -51,7 +52,6 @@ def attend_branches(
         gate: [N, HQ, 3], after the sigmoid, 0 for branches that are off.
         cu_seqlens: int32 [batch + 1], of the queries; window_cu_seqlens: of the windows.
         branches: those that are on, one at least.
-        save_memory: as in `native_sparse_attention`.
         q_start: int32 [batch], position of each sequence's first query; 0 by default.
         cu_seqlens_k: int32 [batch + 1], of keys where a sequence has more of them than queries.
         others: as in `native_sparse_attention`.
@@ -59,7 +59,12 @@ def attend_branches(
     Returns:
         o [N, HQ, Dv].
     """
-    if save_memory and on_kernels(q):
+    inputs = (q, *(windows or ()), *selected, *sliding, gate)
+    wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    all_on = len(branches) == len(BRANCHES)
+    shared = selected[0] is sliding[0] and selected[1] is sliding[1]
+    is_chunk = q_start is not None or cu_seqlens_k is not None
+    if wants_gradients and all_on and shared and not is_chunk and on_kernels(q):
         assert windows is not None
         return gated_attention(
             *(q, *selected, *windows, gate, cu_seqlens, window_cu_seqlens),
@@ -99,6 +104,11 @@ def attend_branches(
         rows = (cu_seqlens, window_cu_seqlens)
         o, _ = compressed_attention_forward(q, *windows, *rows, *sizes, q_start)
         outputs["compressed"] = o
+    if all_on and not wants_gradients:
+        return sliding_window_gated_sum(
+            *(q, *sliding, cu_seqlens, *outputs.values(), gate, window_size, softmax_scale),
+            *(key_of(dispatcher), cu_seqlens_k, q_start),
+        )
     if "sliding" in branches:
         outputs["sliding"] = sliding_window_attention(
             *(q, *sliding, window_size, cu_seqlens, softmax_scale),

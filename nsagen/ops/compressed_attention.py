@@ -157,20 +157,14 @@ def compressed_attention_backward(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    o: Tensor | None,
+    o: Tensor,
     lse: Tensor,
     kernel_size: int,
     kernel_stride: int,
     softmax_scale: float,
     dispatcher: str = "",
-    delta: Tensor | None = None,
-    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); on a CPU by differentiating the reference.
-
-    Kernels alone take these float32 [N, HQ]: delta, which is do . o of each row and stands for o
-    where it is given, and gate, by which o was multiplied before do came.
-    """
+    """(dq, dk, dv); on a CPU by differentiating the reference."""
     if not on_kernels(q):
 
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -191,22 +185,42 @@ def compressed_attention_backward(
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     gradients = _allocate_gradients(q, k, v)
     values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], kernel_size, kernel_stride)
-    args = (
-        with_contiguous_rows(do),
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        o,
-        lse,
-        *gradients,
-        softmax_scale,
-        delta,
-        gate,
-    )
+    kept = (q, k, v, cu_seqlens_q, cu_seqlens_k, o, lse)
+    args = (with_contiguous_rows(do), *kept, *gradients, softmax_scale)
     launch(dispatcher, _OP, "backward", values, args)
     return gradients
+
+
+def add_compressed_gradient(
+    dq: Tensor,
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    lse: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    softmax_scale: float,
+    dispatcher: str,
+    delta: Tensor,
+    gate: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Add a gated branch's gradient to dq, in place, and return (dk, dv); by kernels alone.
+
+    Args:
+        do: of the gated sum; delta: do . o of each row, gate: what o was multiplied by before do
+            came; both float32 [N, HQ].
+    """
+    if q.shape[0] == 0:
+        return k.new_zeros(k.shape), v.new_zeros(v.shape)
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], kernel_size, kernel_stride)
+    kept = (q, k, v, cu_seqlens_q, cu_seqlens_k, None, lse)
+    args = (with_contiguous_rows(do), *kept, dq, dk, dv, softmax_scale, delta, gate, True)
+    launch(dispatcher, _OP, "backward", values, args)
+    return dk, dv
 
 
 @compressed_attention_backward.register_fake
@@ -217,14 +231,12 @@ def _fake_backward(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    o: Tensor | None,
+    o: Tensor,
     lse: Tensor,
     kernel_size: int,
     kernel_stride: int,
     softmax_scale: float,
     dispatcher: str = "",
-    delta: Tensor | None = None,
-    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _allocate_gradients(q, k, v)
 

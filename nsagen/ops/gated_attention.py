@@ -17,7 +17,7 @@ from torch import Tensor
 from nsagen.ops._launch import key_of, launch, scale_of, with_contiguous_rows
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.compressed_attention import (
-    compressed_attention_backward,
+    add_compressed_gradient,
     compressed_attention_forward,
 )
 from nsagen.ops.gated_sum import gated_sum_forward
@@ -26,7 +26,7 @@ from nsagen.ops.selected_attention import (
     selected_attention_forward,
 )
 from nsagen.ops.sliding_window_attention import (
-    sliding_window_attention_backward,
+    add_sliding_window_gradients,
     sliding_window_attention_forward,
 )
 from nsagen.runtime import Dispatcher
@@ -170,23 +170,20 @@ def branches_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dck, dcv) from the gradient of the gated sum and delta of each branch.
 
-    One branch after the other, so that there are two dq at most: the sum so far and a branch's.
+    One branch after the other; the second and the third add theirs to what the first one wrote.
     """
     gates = [x.float().contiguous() for x in gate.unbind(-1)]
     last = (softmax_scale, dispatcher)
     dq, dk, dv = selected_attention_backward(
         do, q, k, v, topk_idx, cu_seqlens, None, lses[1], block_size, *last, deltas[1], gates[1]
     )
-    more = sliding_window_attention_backward(
-        do, q, k, v, cu_seqlens, None, lses[2], window_size, *last, deltas[2], gates[2]
+    factors = (deltas[2], gates[2])
+    add_sliding_window_gradients(
+        (dq, dk, dv), do, q, k, v, cu_seqlens, lses[2], window_size, *last, *factors
     )
-    for total, part in zip((dq, dk, dv), more, strict=True):
-        total += part
-    del more, part
-    windows = (cu_seqlens, window_cu_seqlens, None, lses[0], kernel_size, kernel_stride)
+    windows = (cu_seqlens, window_cu_seqlens, lses[0], kernel_size, kernel_stride)
     factors = (deltas[0], gates[0])
-    part, dck, dcv = compressed_attention_backward(do, q, ck, cv, *windows, *last, *factors)
-    dq += part
+    dck, dcv = add_compressed_gradient(dq, do, q, ck, cv, *windows, *last, *factors)
     return dq, dk, dv, dck, dcv
 
 

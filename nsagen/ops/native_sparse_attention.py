@@ -42,7 +42,6 @@ def native_sparse_attention(
     branches: Sequence[str] = BRANCHES,
     v_compress_type: str | None = None,
     pe_v: Tensor | None = None,
-    save_memory: bool = False,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """Gated sum of compressed, selected and sliding-window attention.
@@ -68,9 +67,6 @@ def native_sparse_attention(
         branches: those that are on; the gate's columns of the others are ignored.
         v_compress_type: how values are compressed, where it is not compress_type.
         pe_v: [HK, kernel_size, Dv], added to a window's values, or None.
-        save_memory: compute gradients without one of each branch's output (see
-            `nsagen.ops.gated_attention`): by count, 2 GiB instead of 6 beside inputs, output and
-            gradients for 65536 tokens of 64 heads of 128; not measured yet. Needs all branches.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
@@ -81,9 +77,6 @@ def native_sparse_attention(
     """
     on = branches_on("native_sparse_attention", branches, window_size)
     check_attention("native_sparse_attention", q, k, v)
-    if save_memory and len(on) < len(BRANCHES):
-        rule, got = "save_memory needs every branch", ", ".join(on)
-        fail("native_sparse_attention", rule, got, "turn them on, or leave save_memory out")
     sizes = {"kernel_size": kernel_size, "kernel_stride": kernel_stride, "dispatcher": dispatcher}
     ck, cv, ck_cu_seqlens = k, v, cu_seqlens
     needs_windows = "compressed" in on or "selected" in on  # selection ranks their scores
@@ -117,6 +110,5 @@ def native_sparse_attention(
         window_size=window_size,
         branches=on,
         softmax_scale=scale_of(softmax_scale, q),
-        save_memory=save_memory,
         dispatcher=dispatcher,
     )

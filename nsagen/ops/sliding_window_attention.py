@@ -78,17 +78,7 @@ def sliding_window_attention_forward(
     q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
-    check_attention(_OP, q, k, v)
-    if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
-        came = f"{q.shape[0]} and {k.shape[0]}"
-        fail(_OP, "q and k must have the same tokens", came, "pack one, or pass cu_seqlens_k")
-    check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, q)
-    check_q_start(_OP, cu_seqlens, q_start)
-    if cu_seqlens_k is not None:
-        check_indices(_OP, q, tuple(cu_seqlens.shape), cu_seqlens_k=cu_seqlens_k)
-        check_cu_seqlens(_OP, "cu_seqlens_k", cu_seqlens_k, k)
-    if window_size < 1:
-        fail(_OP, "window_size must be positive", window_size, "1 is the token itself")
+    check_sliding_window(q, k, v, cu_seqlens, window_size, cu_seqlens_k, q_start)
     if not on_kernels(q):
         return reference.sliding_window_attention_forward(
             q,
@@ -106,6 +96,29 @@ def sliding_window_attention_forward(
     chunk = () if cu_seqlens_k is None and q_start is None else (cu_seqlens_k, q_start)
     launch(dispatcher, _OP, "forward", values, args + chunk)
     return o, lse
+
+
+def check_sliding_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window_size: int,
+    cu_seqlens_k: Tensor | None,
+    q_start: Tensor | None,
+) -> None:
+    """The contract of `sliding_window_attention`."""
+    check_attention(_OP, q, k, v)
+    if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
+        came = f"{q.shape[0]} and {k.shape[0]}"
+        fail(_OP, "q and k must have the same tokens", came, "pack one, or pass cu_seqlens_k")
+    check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, q)
+    check_q_start(_OP, cu_seqlens, q_start)
+    if cu_seqlens_k is not None:
+        check_indices(_OP, q, tuple(cu_seqlens.shape), cu_seqlens_k=cu_seqlens_k)
+        check_cu_seqlens(_OP, "cu_seqlens_k", cu_seqlens_k, k)
+    if window_size < 1:
+        fail(_OP, "window_size must be positive", window_size, "1 is the token itself")
 
 
 @sliding_window_attention_forward.register_fake
@@ -130,19 +143,13 @@ def sliding_window_attention_backward(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
-    o: Tensor | None,
+    o: Tensor,
     lse: Tensor,
     window_size: int,
     softmax_scale: float,
     dispatcher: str = "",
-    delta: Tensor | None = None,
-    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); on a CPU by differentiating the reference.
-
-    Kernels alone take these float32 [N, HQ]: delta, which is do . o of each row and stands for o
-    where it is given, and gate, by which o was multiplied before do came.
-    """
+    """(dq, dk, dv); on a CPU by differentiating the reference."""
     if not on_kernels(q):
 
         def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -155,9 +162,35 @@ def sliding_window_attention_backward(
     gradients = _allocate_gradients(q, k, v)
     values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], window_size)
     kept = (q, k, v, cu_seqlens, o, lse)
-    args = (with_contiguous_rows(do), *kept, *gradients, softmax_scale, delta, gate)
+    args = (with_contiguous_rows(do), *kept, *gradients, softmax_scale)
     launch(dispatcher, _OP, "backward", values, args)
     return gradients
+
+
+def add_sliding_window_gradients(
+    gradients: tuple[Tensor, Tensor, Tensor],
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    lse: Tensor,
+    window_size: int,
+    softmax_scale: float,
+    dispatcher: str,
+    delta: Tensor,
+    gate: Tensor,
+) -> None:
+    """Add a gated branch's gradients to (dq, dk, dv), in place; by kernels alone.
+
+    Args:
+        do: of the gated sum; delta: do . o of each row, gate: what o was multiplied by before do
+            came; both float32 [N, HQ].
+    """
+    values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], window_size)
+    kept = (q, k, v, cu_seqlens, None, lse)
+    args = (with_contiguous_rows(do), *kept, *gradients, softmax_scale, delta, gate, True)
+    launch(dispatcher, _OP, "backward", values, args)
 
 
 @sliding_window_attention_backward.register_fake
@@ -167,13 +200,11 @@ def _fake_backward(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
-    o: Tensor | None,
+    o: Tensor,
     lse: Tensor,
     window_size: int,
     softmax_scale: float,
     dispatcher: str = "",
-    delta: Tensor | None = None,
-    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _allocate_gradients(q, k, v)
 

@@ -1,13 +1,21 @@
 """The Hopper pipelines compile anywhere, to warpgroup products and without spills to mention."""
 
-import pytest
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from nsagen.codegen.compile import compile_variant
+import pytest
+import torch
+
+from nsagen.codegen.compile import all_launches, compile_launch, compile_variant, first_calls
+from nsagen.codegen.resources import Resources, read_resources
 from nsagen.codegen.target import KNOWN_TARGETS
 from nsagen.codegen.template import kernel_name, render, spaces_for, spaces_of
+from nsagen.harness.base import Case, Sizes, harness_of
 from nsagen.workload import Workload
 
 SM90 = KNOWN_TARGETS["cuda:90"]
+Args = tuple[Any, ...]
 STATICS = {
     "compressed_attention": {"kernel_size": 32, "kernel_stride": 16},
     "sliding_window_attention": {"window_size": 512},
@@ -89,3 +97,48 @@ def test_gradients_compile_to_warpgroup_products_without_a_gpu(op, tmp_path):
     assert sum(one.matrix == "wgmma" for one in found) == (1 if op == "selected_attention" else 2)
     for one in found:
         assert not one.problems(SM90)
+
+
+def resources_of(w: Workload, folder: Path, changed: Callable[[Args], Args]) -> list[Resources]:
+    """Of the kernels that a launch calls with the harness's arguments as `changed` returns them."""
+    (space,) = (s for s in spaces_of(w.op, w.pass_) if s.algorithm == "warp_specialized")
+    schedule = space.default_schedule(w, SM90)
+    path = folder / f"{kernel_name(w, schedule)}.py"
+    path.write_text(render(w, schedule, "# test"))
+    case = harness_of(w).make_case(w, Sizes((4096,), 4), "meta")
+    case = Case(changed(case.args), case.outputs, case.expected, case.cost)
+    calls = first_calls(all_launches(path, case))
+    return [
+        read_resources(call.kernel.__name__, compile_launch(call, SM90, path.stem), SM90)
+        for call in calls
+    ]
+
+
+def with_branches(args: Args) -> Args:
+    o = args[4]
+    gate = torch.empty((*o.shape[:2], 3), dtype=o.dtype, device="meta")
+    return (*args, None, None, torch.empty_like(o), torch.empty_like(o), gate)
+
+
+@pytest.mark.parametrize("group", [4, 16])
+def test_the_gated_sum_in_the_epilogue_leaves_the_pipeline_as_it_is(group, tmp_path):
+    w = workload("sliding_window_attention", group)
+    (found,) = resources_of(w, tmp_path, with_branches)
+    assert found.matrix == "wgmma"
+    assert not found.problems(SM90)
+    assert found.spill_bytes <= 8  # a word that is read before and after the loop
+
+
+@pytest.mark.parametrize("op", STATICS)
+def test_adding_gradients_takes_no_more_spills(op, tmp_path):
+    params = {"head_dim": 128, "v_head_dim": 128, "gqa_ratio": 16}
+    w = Workload.of(op, "backward", dtype="bfloat16", **params, **STATICS[op])
+
+    def spills(add: bool) -> list[int]:
+        def with_delta(args: Args) -> Args:
+            *first, _, lse, dq, dk, dv, scale = args
+            return *first, None, lse, dq, dk, dv, scale, lse, torch.empty_like(lse), add
+
+        return [found.spill_bytes for found in resources_of(w, tmp_path, with_delta)]
+
+    assert spills(add=True) == spills(add=False)

@@ -116,6 +116,59 @@ def test_keys_that_end_before_their_queries():
     assert lse.isneginf().sum() == 5
 
 
+def with_branches(case: Case, gate_dtype: torch.dtype | None = None, more: tuple = (None, None)):
+    """The case whose o is the gated sum with two random branches; gates of both signs, and 0."""
+    o = case.outputs["o"]
+    torch.manual_seed(2)
+    branches = [torch.randn(o.shape).to(o) for _ in range(2)]
+    gate = torch.randn(*o.shape[:2], 3).to(o.device, gate_dtype or o.dtype)
+    gate[::3, ::2] = 0.0
+
+    def expected() -> dict[str, torch.Tensor]:
+        right = case.expected()
+        wide = [x.double() for x in (*branches, right["o"], gate)]
+        return {**right, "o": reference.gated_sum(*wide)}
+
+    args = (*case.args, *more, *branches, gate)
+    return Case(args, case.outputs, expected, case.cost)
+
+
+@pytest.mark.parametrize("loads", ["pointers", "descriptors"])
+@pytest.mark.parametrize("dtype", kernel_dtypes())
+@pytest.mark.parametrize(("dim", "v_dim", "group"), [(64, 64, 4), (24, 80, 3), (32, 16, 1)])
+def test_the_gated_sum_with_other_branches(loads, dtype, dim, v_dim, group):
+    w = workload(dtype, dim, v_dim, group)
+    kernel = load_kernel(w, schedule_of(block_m=32, block_n=16, loads=loads))
+    check_case(kernel, with_branches(case_of(w)))
+    check_case(kernel, with_branches(case_of(w), torch.float32))
+
+
+def test_the_gated_sum_where_no_key_is_seen():
+    """There the window's share is 0 and the others' stay."""
+    w = workload("float32", group=1, window=5)
+    case = case_of(w, (12,), kv_heads=1)
+    few = torch.tensor([0, 3], dtype=torch.int32, device=kernel_device())
+    *args, _, _, one, two, gate = with_branches(case).args
+    args[1], args[2] = (x[:3] for x in args[1:3])
+    row_tiles(w).launch(*args, few, None, one, two, gate)
+    rest = gate[7:, :, :1] * one[7:] + gate[7:, :, 1:2] * two[7:]
+    torch.testing.assert_close(case.outputs["o"][7:], rest)
+
+
+def test_branches_that_do_not_fit_are_refused():
+    w = workload()
+    *args, one, two, gate = with_branches(case_of(w)).args
+    launch = row_tiles(w).launch
+    with pytest.raises(ValueError, match="must come together; got 2 of 3"):
+        launch(*args, one, None, gate)
+    with pytest.raises(ValueError, match="as o is, and gate"):
+        launch(*args, one, two[1:], gate)
+    with pytest.raises(ValueError, match="as o is, and gate"):
+        launch(*args, one, two, gate[..., :2])
+    with pytest.raises(ValueError, match="gate must be contiguous"):
+        launch(*args, one, two.transpose(0, 1).contiguous().transpose(0, 1), gate)
+
+
 def test_descriptors_over_views_that_bulk_copies_cannot_read():
     """Keys at an odd address and with odd strides are copied first."""
     w = workload("float16")

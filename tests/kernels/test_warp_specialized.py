@@ -12,6 +12,8 @@ from nsagen.harness.base import Case, Sizes, harness_of
 from nsagen.workload import Schedule, Workload
 from tests.support import check_case, load_kernel
 
+from .test_sliding_window_attention import with_branches
+
 SM90 = KNOWN_TARGETS["cuda:90"]
 STATICS = {
     "compressed_attention": {"kernel_size": 8, "kernel_stride": 4},
@@ -99,6 +101,29 @@ def test_views_of_any_alignment(op):
 def test_the_same_bits_every_time(op):
     w = workload(op)
     case = case_of(w, (3000, 17))
+    module = load_kernel(w, schedule_of(w))
+    module.launch(*case.args)
+    first = case.outputs["o"].clone()
+    for _ in range(20):
+        module.launch(*case.args)
+        assert torch.equal(case.outputs["o"], first)
+
+
+@on_hopper
+@pytest.mark.parametrize("gate_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize(("dim", "v_dim"), [(128, 128), (128, 64), (64, 128)])
+@pytest.mark.parametrize("group", [1, 4, 16, 64])
+def test_the_gated_sum_with_other_branches(group, dim, v_dim, gate_dtype):
+    w = workload("sliding_window_attention", dim=dim, v_dim=v_dim, group=group)
+    for knobs in ({}, {"block_n": 128, "num_stages": 2}):
+        kernel = load_kernel(w, schedule_of(w, **knobs))
+        check_case(kernel, with_branches(case_of(w), gate_dtype))
+
+
+@on_hopper
+def test_the_gated_sum_has_the_same_bits_every_time():
+    w = workload("sliding_window_attention")
+    case = with_branches(case_of(w, (3000, 17)))
     module = load_kernel(w, schedule_of(w))
     module.launch(*case.args)
     first = case.outputs["o"].clone()

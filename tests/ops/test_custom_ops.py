@@ -22,6 +22,7 @@ from nsagen.ops.sliding_window_attention import (
     sliding_window_attention_backward,
     sliding_window_attention_forward,
 )
+from nsagen.ops.sliding_window_gated_sum import sliding_window_gated_sum
 
 from .inputs import STATICS, Cached, Packed
 
@@ -160,6 +161,23 @@ def test_chunks(name: str) -> None:
     o, _ = op(*args)  # type: ignore[misc]
     with pytest.raises(UnsupportedWorkloadError, match="gradients need whole sequences"):
         o.sum().backward()
+
+
+@pytest.mark.parametrize("chunk", [False, True], ids=["whole", "chunk"])
+def test_the_sliding_window_that_ends_in_the_gated_sum(chunk: bool) -> None:
+    _, (q, k, v, q_ends, *statics, ends, firsts) = chunk_calls()["sliding"]
+    if not chunk:
+        q_ends, k, v, ends, firsts = (
+            torch.tensor([0, 5, 32], dtype=torch.int32),
+            k[:32],
+            v[:32],
+            None,
+            None,
+        )
+    tensors = [x.detach() for x in (q, k, v)]
+    x = Packed()
+    args = (*tensors, q_ends, x.randn(32, 6, 24), x.randn(32, 6, 24), x.gate[:32], *statics)
+    torch.library.opcheck(sliding_window_gated_sum, (*args, ends, firsts))
 
 
 def test_decode_ops() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 
 from nsagen.branches import BRANCHES
-from nsagen.errors import InvalidInputError
 from nsagen.harness.base import THRESHOLDS, relative_error
 from nsagen.ops import native_sparse_attention, reference
 from nsagen.ops.branch_attention import attend_branches
@@ -29,7 +29,7 @@ def inputs(dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
     return [x.q, x.k, x.v, ck, cv, x.gate, x.cu_seqlens, offsets], keywords
 
 
-def by_switch(args: list[Any], keywords: dict[str, Any]) -> torch.Tensor:
+def by_ops(args: list[Any], keywords: dict[str, Any]) -> torch.Tensor:
     q, k, v, ck, cv, gate, cu_seqlens, offsets = args
     return attend_branches(
         *(q, (ck, cv), (k, v), (k, v), gate),
@@ -37,7 +37,6 @@ def by_switch(args: list[Any], keywords: dict[str, Any]) -> torch.Tensor:
         window_cu_seqlens=offsets,
         branches=BRANCHES,
         softmax_scale=q.shape[-1] ** -0.5,
-        save_memory=True,
         **keywords,
     )
 
@@ -60,7 +59,7 @@ def check(dtype: torch.dtype, only: slice = slice(None)) -> None:
     args, keywords = inputs(dtype)
     with torch.no_grad():
         args[5][::3, ::2] = 0.0
-    o, expected = by_switch(args, keywords), by_reference(args, keywords)
+    o, expected = by_ops(args, keywords), by_reference(args, keywords)
     assert relative_error(o, expected) <= THRESHOLDS[dtype]
     gradient = torch.randn_like(o)
     leaves = args[:6][only]
@@ -75,26 +74,16 @@ def test_without_kernels() -> None:
     check(torch.float32)
 
 
-def check_block(dtype: torch.dtype) -> None:
-    """The whole block, with and without the switch."""
-    args, keywords = Packed(dtype, requires_grad=True).block()
-    o = [native_sparse_attention(*args, **keywords, save_memory=on) for on in (True, False)]
-    assert relative_error(*o) <= THRESHOLDS[dtype]
-    gradient = torch.randn_like(o[0])
-    found, right = (torch.autograd.grad(x, args, gradient) for x in o)
+def check_block(run: Callable[..., torch.Tensor]) -> None:
+    """The whole block and its gradients."""
+    args, keywords = Packed(requires_grad=True).block()
+    o = run(*args, **keywords)
+    expected = reference.native_sparse_attention(*args, **keywords)
+    assert relative_error(o, expected) <= THRESHOLDS[o.dtype]
+    gradient = torch.randn_like(o)
+    found, right = (torch.autograd.grad(x, args, gradient) for x in (o, expected))
     for ours, theirs in zip(found, right, strict=True):
-        assert relative_error(ours, theirs) <= THRESHOLDS[dtype]
-
-
-def test_the_switch_changes_no_result() -> None:
-    check_block(torch.float32)
-
-
-def test_the_switch_needs_all_branches() -> None:
-    args, keywords = Packed().block()
-    keywords["branches"] = ("selected", "sliding")
-    with pytest.raises(InvalidInputError, match="needs every branch; got selected, sliding; turn"):
-        native_sparse_attention(*args, **keywords, save_memory=True)
+        assert relative_error(ours, theirs) <= THRESHOLDS[o.dtype]
 
 
 @pytest.fixture
@@ -112,8 +101,36 @@ def test_by_kernels(dtype: torch.dtype) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("cache")
-def test_the_switch_changes_no_result_of_kernels() -> None:
-    check_block(torch.float32)
+def test_it_compiles_to_one_graph() -> None:
+    check_block(torch.compile(native_sparse_attention, backend="aot_eager", fullgraph=True))
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("cache")
+def test_where_it_is_taken() -> None:
+    """By all branches with the same keys and values, where something is trained."""
+
+    def is_taken(args: list[Any], keywords: dict[str, Any], **changes: Any) -> bool:
+        q, k, v, ck, cv, gate, cu_seqlens, offsets = args
+        pairs = {"windows": (ck, cv), "selected": (k, v), "sliding": (k, v)}
+        o = attend_branches(
+            q,
+            gate=gate,
+            cu_seqlens=cu_seqlens,
+            window_cu_seqlens=offsets,
+            softmax_scale=0.25,
+            **{**pairs, "branches": BRANCHES, **keywords, **changes},
+        )
+        return "sum_branches" in str(o.grad_fn)
+
+    args, keywords = inputs(torch.float32)
+    assert is_taken(args, keywords)
+    assert not is_taken(args, keywords, sliding=(args[1].clone(), args[2]))
+    assert not is_taken(args, keywords, branches=("compressed", "selected"))
+    starts = torch.zeros(4, dtype=torch.int32)
+    assert not is_taken(args, keywords, q_start=starts)
+    with torch.no_grad():
+        assert not is_taken(args, keywords)
 
 
 @pytest.mark.interpreter
