@@ -4,7 +4,7 @@ import pytest
 
 from nsagen.codegen.compile import compile_variant
 from nsagen.codegen.target import KNOWN_TARGETS
-from nsagen.codegen.template import kernel_name, render, spaces_for, spaces_of
+from nsagen.codegen.template import default_schedule, kernel_name, render, spaces_for, spaces_of
 from nsagen.workload import Workload
 
 SM90 = KNOWN_TARGETS["cuda:90"]
@@ -64,14 +64,16 @@ def test_what_it_does_not_cover_is_left_to_plain_triton(op, target, changes, cov
     assert "row_tiles" in [s.algorithm for s in spaces]
 
 
+@pytest.mark.parametrize("group", [8, 16])
 @pytest.mark.parametrize("op", [*STATICS, "selected_attention"])
-def test_gradients_compile_to_warpgroup_products_without_a_gpu(op, tmp_path):
+def test_gradients_compile_to_warpgroup_products_without_a_gpu(op, group, tmp_path):
     statics = STATICS.get(op, {"block_size": 64})
     w = Workload.of(
-        *(op, "backward"), dtype="bfloat16", head_dim=128, v_head_dim=128, gqa_ratio=16, **statics
+        *(op, "backward"),
+        **{"dtype": "bfloat16", "head_dim": 128, "v_head_dim": 128, "gqa_ratio": group, **statics},
     )
-    (space,) = (s for s in spaces_of(op, "backward") if s.algorithm == "warp_specialized")
-    schedule = space.default_schedule(w, SM90)
+    schedule = default_schedule(w, SM90)
+    assert schedule.algorithm == "warp_specialized"
     path = tmp_path / f"{kernel_name(w, schedule)}.py"
     path.write_text(render(w, schedule, "# test"))
     found = compile_variant(path, w, SM90)
