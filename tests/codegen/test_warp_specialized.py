@@ -10,7 +10,7 @@ import torch
 from nsagen.codegen.compile import all_launches, compile_launch, compile_variant, first_calls
 from nsagen.codegen.resources import Resources, read_resources
 from nsagen.codegen.target import KNOWN_TARGETS
-from nsagen.codegen.template import kernel_name, render, spaces_for, spaces_of
+from nsagen.codegen.template import default_schedule, kernel_name, render, spaces_for, spaces_of
 from nsagen.harness.base import Case, Sizes, harness_of
 from nsagen.workload import Workload
 
@@ -83,14 +83,16 @@ def test_gradients_of_groups_whose_statistics_no_bulk_copy_can_read(op, group, c
     assert "two_passes" in [s.algorithm for s in spaces]
 
 
+@pytest.mark.parametrize("group", [8, 16])
 @pytest.mark.parametrize("op", [*STATICS, "selected_attention"])
-def test_gradients_compile_to_warpgroup_products_without_a_gpu(op, tmp_path):
+def test_gradients_compile_to_warpgroup_products_without_a_gpu(op, group, tmp_path):
     statics = STATICS.get(op, {"block_size": 64})
     w = Workload.of(
-        *(op, "backward"), dtype="bfloat16", head_dim=128, v_head_dim=128, gqa_ratio=16, **statics
+        *(op, "backward"),
+        **{"dtype": "bfloat16", "head_dim": 128, "v_head_dim": 128, "gqa_ratio": group, **statics},
     )
-    (space,) = (s for s in spaces_of(op, "backward") if s.algorithm == "warp_specialized")
-    schedule = space.default_schedule(w, SM90)
+    schedule = default_schedule(w, SM90)
+    assert schedule.algorithm == "warp_specialized"
     path = tmp_path / f"{kernel_name(w, schedule)}.py"
     path.write_text(render(w, schedule, "# test"))
     found = compile_variant(path, w, SM90)

@@ -72,6 +72,28 @@ def test_selected_schedules(dim: int, knobs: dict[str, int]) -> None:
     check_case(load_kernel(w, schedule_of(w, **knobs)), case_of(w, (3000, 77)))
 
 
+@pytest.mark.parametrize("part_tokens", [16, 64, 4096])
+def test_ranges_in_which_a_block_has_no_part_one_or_many(
+    part_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that no token selects, none of the first range, none of the last, and every token."""
+    w = workload("selected_attention")
+    token = torch.arange(1500)
+    own = token // 64
+    rare = torch.where((token > 700) & (token < 760), 3, -1)  # block 3 in the middle only
+    late = torch.where(token > 1400, 5, -1)
+    topk_idx = torch.stack([torch.zeros_like(token), torch.where(own > 9, own, -1), rare, late], 1)
+    case = harness_of(w).make_case(
+        w, Sizes((1500,), 1), "cuda", seed=1, topk_idx=topk_idx[None].contiguous()
+    )
+    module = load_kernel(w, schedule_of(w, part_tokens=part_tokens))
+    for limit in (1, 400 * 4 * 16 * 128 * 2, 1 << 30):  # tokens of one chunk, a quarter, all
+        monkeypatch.setattr(module, "SHARES_BYTES", limit)
+        for out in case.outputs.values():
+            out.fill_(float("nan"))
+        check_case(module, case)
+
+
 @pytest.mark.parametrize("window", [1, 2, 64, 127, 128, 129, 5000])
 def test_windows_of_any_size(window: int) -> None:
     w = workload("sliding_window_attention", group=4, window_size=window)
