@@ -171,8 +171,8 @@ def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
     return knobs
 
 
-def supports_direct_loads(workload: Workload) -> bool:
-    """Groups that fill the rows of a product, heads that fill lanes of 16 bytes."""
+def supports_registers(workload: Workload) -> bool:
+    """Groups that fill the rows of a product, heads whose rows are whole lines of shared memory."""
     return (
         workload.dtype != "float32"
         and int(workload.gqa_ratio) <= 16
@@ -181,16 +181,17 @@ def supports_direct_loads(workload: Workload) -> bool:
     )
 
 
-def derive_direct_loads(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """Which registers hold a step's values, and how many steps a block takes."""
-    v_head_dim = int(workload.v_head_dim)
-    registers = [[0, 1], [0, 2], [0, 4], [1, 0], [8, 0]]
+def derive_registers(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """How many steps a block takes, and whether a group leaves rows empty."""
     return {
         "steps_per_block": int(workload.block_size) // 16,
         "pad_g": int(workload.gqa_ratio) < 16,
-        "value_groups": v_head_dim // 8,
-        "value_bases": registers + ([[0, 64]] if v_head_dim == 128 else []),
     }
+
+
+def registers_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the ring."""
+    return 32 * int(schedule.num_stages) * (int(workload.head_dim) + int(workload.v_head_dim))
 
 
 SPACES = (
@@ -213,14 +214,15 @@ SPACES = (
     ScheduleSpace(
         op="selected_attention",
         pass_="forward",
-        algorithm="direct_loads",
+        algorithm="query_registers",
         knobs=(
-            Choice("interleave", (1, 8), "neighbours in the L1 cache against rounds to wait for"),
+            Choice("num_stages", (2, 3, 4), "copies in flight against programs at a time"),
             Choice("lazy", (False, True), "products' sums rescaled seldom against a branch"),
         ),
-        derive=derive_direct_loads,
-        default=lambda workload, target: {"interleave": 1, "lazy": True},
-        supports=supports_direct_loads,
+        derive=derive_registers,
+        shared_memory=registers_memory,
+        default=lambda workload, target: {"num_stages": 3, "lazy": True},
+        supports=supports_registers,
         runs_on=lambda target: target.backend == "cuda" and gluon_is_known(),
         preferred=lambda workload, target: False,
     ),
