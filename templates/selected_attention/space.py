@@ -7,7 +7,6 @@ from typing import Any
 from nsagen.codegen.sizes import LEAST_TILE, element_bytes, padded_heads
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
-from nsagen.codegen.warp_specialized import gluon_is_known
 from nsagen.workload import Param, Schedule, Workload
 
 
@@ -171,29 +170,6 @@ def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
     return knobs
 
 
-def supports_registers(workload: Workload) -> bool:
-    """Groups that fill the rows of a product, heads whose rows are whole lines of shared memory."""
-    return (
-        workload.dtype != "float32"
-        and int(workload.gqa_ratio) <= 16
-        and {int(workload.head_dim), int(workload.v_head_dim)} <= {64, 128}
-        and int(workload.block_size) % 16 == 0
-    )
-
-
-def derive_registers(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """How many steps a block takes, and whether a group leaves rows empty."""
-    return {
-        "steps_per_block": int(workload.block_size) // 16,
-        "pad_g": int(workload.gqa_ratio) < 16,
-    }
-
-
-def registers_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the ring."""
-    return 32 * int(schedule.num_stages) * (int(workload.head_dim) + int(workload.v_head_dim))
-
-
 SPACES = (
     ScheduleSpace(
         op="selected_attention",
@@ -210,21 +186,6 @@ SPACES = (
         shared_memory=key_major_memory,
         default=default_key_major,
         preferred=prefers_key_major,
-    ),
-    ScheduleSpace(
-        op="selected_attention",
-        pass_="forward",
-        algorithm="query_registers",
-        knobs=(
-            Choice("num_stages", (2, 3, 4), "copies in flight against programs at a time"),
-            Choice("lazy", (False, True), "products' sums rescaled seldom against a branch"),
-        ),
-        derive=derive_registers,
-        shared_memory=registers_memory,
-        default=lambda workload, target: {"num_stages": 3, "lazy": True},
-        supports=supports_registers,
-        runs_on=lambda target: target.backend == "cuda" and gluon_is_known(),
-        preferred=lambda workload, target: False,
     ),
     ScheduleSpace(
         op="selected_attention",
