@@ -170,6 +170,14 @@ def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
     return knobs
 
 
+TOKEN_KNOBS = (
+    Choice("orientation", ("rows", "columns"), "mma.sync on few rows against wgmma"),
+    PowerOfTwo("block_n", 16, 256, "keys a step: fewer steps against programs at a time"),
+    Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+    Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
+)
+"""Of a program for one token and its own blocks."""
+
 SPACES = (
     ScheduleSpace(
         op="selected_attention",
@@ -191,12 +199,7 @@ SPACES = (
         op="selected_attention",
         pass_="forward",
         algorithm="query_major",
-        knobs=(
-            Choice("orientation", ("rows", "columns"), "mma.sync on few rows against wgmma"),
-            PowerOfTwo("block_n", 16, 256, "keys a step: fewer steps against programs at a time"),
-            Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
-            Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
-        ),
+        knobs=TOKEN_KNOBS,
         rules=(Rule("steps of block_n tile block_size", tiles_block),),
         derive=derive,
         shared_memory=shared_memory,
@@ -207,10 +210,7 @@ SPACES = (
         pass_="forward",
         algorithm="shared_blocks",
         knobs=(
-            Choice("orientation", ("rows", "columns"), "mma.sync on few rows against wgmma"),
-            PowerOfTwo("block_n", 16, 256, "keys a step: fewer steps against programs at a time"),
-            Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
-            Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
+            *TOKEN_KNOBS,
             Choice("share_tokens", (2, 4, 8, 16), "common blocks: more readers against registers"),
             Choice("sharers", (2, 3, 4), "fewer reads against rows that are multiplied by zero"),
             Choice("share_warps", (4, 8), "common blocks: threads for the same tile"),
