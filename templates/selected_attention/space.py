@@ -170,6 +170,13 @@ def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
     return knobs
 
 
+STEP_KNOBS = (
+    PowerOfTwo("block_n", 16, 256, "keys a step: fewer steps against programs at a time"),
+    Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+    Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
+)
+"""Of steps over a token's own blocks."""
+
 SPACES = (
     ScheduleSpace(
         op="selected_attention",
@@ -193,9 +200,7 @@ SPACES = (
         algorithm="query_major",
         knobs=(
             Choice("orientation", ("rows", "columns"), "mma.sync on few rows against wgmma"),
-            PowerOfTwo("block_n", 16, 256, "keys a step: fewer steps against programs at a time"),
-            Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
-            Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
+            *STEP_KNOBS,
         ),
         rules=(Rule("steps of block_n tile block_size", tiles_block),),
         derive=derive,
@@ -207,11 +212,7 @@ SPACES = (
         pass_="forward",
         algorithm="shared_blocks",
         knobs=(
-            PowerOfTwo(
-                "block_n", 16, 256, "own keys a step and token: fewer steps against programs"
-            ),
-            Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
-            Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
+            *STEP_KNOBS,
             Choice("share_tokens", (2, 4, 8), "common blocks: more readers against waiting"),
             Choice("sharers", (2, 3, 4), "fewer reads against rows that are multiplied by zero"),
         ),

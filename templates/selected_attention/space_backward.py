@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from nsagen.codegen.sizes import LEAST_TILE, element_bytes, padded_heads
@@ -12,6 +13,9 @@ from nsagen.workload import Param, Schedule, Workload
 
 PIPELINE_ROWS = 64
 """Rows, tokens times heads, of a step of the pipeline."""
+
+WGMMA_ROWS = 64
+"""Rows of a warp group's product; with fewer, others are used."""
 
 
 def tiles_block(workload: Workload, schedule: Schedule, target: Target) -> bool:
@@ -59,16 +63,39 @@ def derive_two_pass(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def key_pass_memory(workload: Workload, schedule: Schedule) -> int:
+def key_pass_memory(workload: Workload, schedule: Schedule, *, shares: bool = False) -> int:
     """Bytes of a block's keys and values, of queries in work and on their way, and of p and ds.
 
-    Queries are found through a list that is loaded before them: one of three stages is the list's.
+    What was found by compiling for Ampere and Hopper, with the largest of it. Tiles with fewer rows
+    than a warp group's product are read in two layouts, and lie there in both.
+
+    Args:
+        shares: whether a step also has its share of dq, which goes through shared memory.
     """
-    sizes = derive_keys(workload, schedule)
-    both = sizes["block_d"] + sizes["block_dv"]
-    block_m, buffers = int(schedule.block_m), min(2, int(schedule.key_stages))
-    elements = sizes["block_b"] * (both + block_m) + buffers * block_m * both
-    return element_bytes(workload) * elements
+    sizes, width = derive_keys(workload, schedule), element_bytes(workload)
+    block_b, block_m = sizes["block_b"], int(schedule.block_m)
+    both, stages = sizes["block_d"] + sizes["block_dv"], int(schedule.key_stages)
+    by_key, exact = schedule.key_orientation == "keys", width == 4
+    small = not exact and min(block_b, block_m) < WGMMA_ROWS
+    if small:
+        buffers = 2
+    elif by_key and not shares:  # a step's products are in flight while the next one's begin
+        buffers = stages
+    else:  # queries are found through a list that is loaded before them: one stage is the list's
+        buffers = min(2, stages)
+    in_registers = by_key and not shares and not exact
+    turned = 0 if in_registers else block_b * block_m  # p and ds
+    copies = 0
+    if shares:
+        turned = max(turned, block_m * sizes["block_d"])
+        copies = block_b * sizes["block_d"] if small else 0  # keys, for the product with ds
+    elements = (block_b + buffers * block_m) * both + turned + copies
+    return width * elements + 6 * 4 * block_m  # lse, delta and tokens
+
+
+def key_major_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the key blocks' pass when it also makes shares of dq."""
+    return key_pass_memory(workload, schedule, shares=True)
 
 
 def query_pass_memory(workload: Workload, block_n: int, num_stages: int) -> int:
@@ -97,7 +124,10 @@ def wide_heads(workload: Workload) -> bool:
 
 
 def default_keys(
-    workload: Workload, target: Target, wanted: tuple[tuple[str, int, int, int], ...]
+    workload: Workload,
+    target: Target,
+    wanted: tuple[tuple[str, int, int, int], ...],
+    memory: Callable[[Workload, Schedule], int],
 ) -> dict[str, Param]:
     """The first (key_orientation, block_m, key_warps, key_stages) that fits the target."""
     if workload.dtype == "float32":  # no matrix instruction is exact: plain FMA
@@ -110,7 +140,7 @@ def default_keys(
             "key_stages": stages,
             "part_tokens": default_part_tokens(workload),
         }
-        if key_pass_memory(workload, Schedule.of("", knobs)) <= target.shared_memory:
+        if memory(workload, Schedule.of("", knobs)) <= target.shared_memory:
             break
     return knobs
 
@@ -139,11 +169,14 @@ def default_queries(workload: Workload, target: Target) -> dict[str, Param]:
 
 
 def default_two_pass(workload: Workload, target: Target) -> dict[str, Param]:
-    """For dk and dv, two programs a multiprocessor and no spills."""
+    """For dk and dv, no spills; where four warps can hold them, two programs a multiprocessor."""
     wanted = (("keys", 32, 4, 3),)
-    if target.has_wgmma and wide_heads(workload):
-        wanted = (("queries", 128, 8, 1), ("queries", 16, 8, 2))
-    return {**default_queries(workload, target), **default_keys(workload, target, wanted)}
+    if wide_heads(workload):  # of what eight warps hold without spills, on every target
+        wanted = (("queries", 32 if target.has_wgmma else 16, 8, 2),)
+    return {
+        **default_queries(workload, target),
+        **default_keys(workload, target, wanted, key_pass_memory),
+    }
 
 
 def derive_key_major(workload: Workload, schedule: Schedule) -> dict[str, Any]:
@@ -156,7 +189,7 @@ def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
     wanted = ()
     if target.has_wgmma and block_b(workload) >= 64:  # a block is the rows of dk and dv
         wanted = (("queries", 16 if wide_heads(workload) else 128, 8, 2),)
-    return default_keys(workload, target, wanted)
+    return default_keys(workload, target, wanted, key_major_memory)
 
 
 def prefers_key_major(workload: Workload, target: Target) -> bool:
@@ -166,7 +199,7 @@ def prefers_key_major(workload: Workload, target: Target) -> bool:
     must fit the target's shared memory.
     """
     schedule = Schedule.of("key_major", default_key_major(workload, target))
-    fits = key_pass_memory(workload, schedule) <= target.shared_memory
+    fits = key_major_memory(workload, schedule) <= target.shared_memory
     return int(workload.gqa_ratio) < 8 and fits
 
 
@@ -219,7 +252,7 @@ SPACES = (
         knobs=KEY_KNOBS,
         rules=(Rule("block_m holds a group of query heads", holds_group),),
         derive=derive_key_major,
-        shared_memory=key_pass_memory,
+        shared_memory=key_major_memory,
         default=default_key_major,
         preferred=prefers_key_major,
     ),
@@ -258,6 +291,6 @@ SPACES = (
         default=default_pipeline,
         supports=supports_pipeline,
         runs_on=runs_on,
-        # On an H200 (16 heads of 128 a group, 32768 tokens) 12.6 ms, where two_pass took 15.0.
+        # On an H200 (16 heads of 128 a group, 32768 tokens) 12.1 ms, where two_pass took 15.0.
     ),
 )
