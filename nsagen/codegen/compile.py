@@ -179,7 +179,8 @@ def compile_launch(call: RecordedLaunch, target: Target, variant: str) -> Any:
         with _compiling_for(target):
             return call.kernel.warmup(*args, grid=(1,), **call.options)
     except Exception as error:  # Triton raises many types here; each means the same to a build
+        said = str(error).strip() or type(error).__name__  # an assertion may have no text
         raise BuildError(
             f"{variant}: kernel {call.kernel.__name__} must compile for {target}; "
-            f"triton {triton.__version__} said: {str(error).strip().splitlines()[-1]}"
+            f"triton {triton.__version__} said: {said.splitlines()[-1]}"
         ) from error
