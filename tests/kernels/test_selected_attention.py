@@ -134,9 +134,8 @@ def test_neighbours_share_what_they_should():
         TOPK_PAD=4,
         BATCH_PAD=4,
     )
-    tile = 0
-    for begin, end in ((0, 54), (54, 71)):
-        for first in range(begin, end, 2):
+    for seq, begin, end in ((1, 0, 54), (2, 54, 71)):
+        for tile, first in enumerate(range(begin, end, 2), begin // 2 + seq):  # as find_tile counts
             seen = [
                 [b for b in topk_idx[0, t].tolist() if b <= (t - begin) // 16]
                 for t in range(first, min(first + 2, end))
@@ -147,7 +146,6 @@ def test_neighbours_share_what_they_should():
             assert shared[tile, : len(common)].tolist() == [[b, 3] for b in common]
             for t, blocks in enumerate(left, first):
                 assert rest[0, t].tolist() == blocks + [-1] * (topk - len(blocks))
-            tile += 1
 
 
 @pytest.mark.parametrize("group", [1, 3])
