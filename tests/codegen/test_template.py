@@ -25,7 +25,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     "edited",
     [
         "templates/compressed_attention/forward_warp_specialized.py.j2",
-        "templates/shared/tile_of_number.py.j2",  # included by what the template includes
+        "templates/shared/walk_to_sequence.py.j2",  # included by what the template includes
         "templates/compressed_attention/space.py",
         "codegen/warp_specialized.py",
         "codegen/attention_tiles.py",
