@@ -22,10 +22,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__3e15d44c"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__3495923c"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__56fd3b29"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__8edfc0bf"),
         ),
     },
     Workload(
@@ -44,10 +44,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__8ee52bb8"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__985774ee"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__144cac6c"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__d8f60a10"),
         ),
     },
     Workload(
@@ -66,10 +66,14 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__6f2fde2a"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__5f920f28"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__237e8acb"),
+            (
+                Bucket(tokens=(None, 5792)),
+                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__f5247132",
+            ),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__2a93ff05"),
         ),
     },
     Workload(
@@ -88,10 +92,14 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__7496d652"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__186302bb"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__8a2e8355"),
+            (
+                Bucket(tokens=(None, 5792)),
+                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__0232f1d6",
+            ),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__4cf7d799"),
         ),
     },
     Workload(
@@ -176,8 +184,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__40cbf216"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__40cbf216"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__c3a56a71"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__c3a56a71"),),
     },
     Workload(
         op="cache_append",
@@ -193,8 +201,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__48c6dc88"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__48c6dc88"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__9c4d29ab"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__9c4d29ab"),),
     },
     Workload(
         op="cache_append",
@@ -210,8 +218,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__b1a25fd0"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__b1a25fd0"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__85ab79f4"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__85ab79f4"),),
     },
     Workload(
         op="cache_append",
@@ -227,8 +235,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__91fbbd30"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__91fbbd30"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__5ebaa034"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__5ebaa034"),),
     },
     Workload(
         op="cache_append",
@@ -539,8 +547,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__7e189ca3"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__c585981e"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__643a6597"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__86a1b582"),),
     },
     Workload(
         op="compressed_attention",
@@ -554,8 +562,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__550d0f26"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__6aa4c4ac"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__28e292a5"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__1e5bbe20"),),
     },
     Workload(
         op="compressed_attention",
@@ -576,13 +584,13 @@ TABLE = {
         "cuda:80": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__8a7f7854",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__c7ca7bbf",
             ),
         ),
         "cuda:90": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__04d30532",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__b59ecc63",
             ),
         ),
     },
@@ -603,10 +611,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__5e943019"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__cd0c33cf"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__13bad83b"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__133d3886"),
         ),
     },
     Workload(
@@ -626,10 +634,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__b6ebaa98"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__4b0fbb43"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__1ee1946a"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__7f6cfdf0"),
         ),
     },
     Workload(
@@ -649,10 +657,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__8f2b8087"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__416aac94"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__fc5adde4"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__a1b14650"),
         ),
     },
     Workload(
@@ -667,8 +675,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__4cf4f846"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__15e892e3"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__184e9992"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__52421bf5"),),
     },
     Workload(
         op="compressed_attention",
@@ -682,8 +690,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__07f23840"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__14fcec63"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__79852d40"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__2e75b4bf"),),
     },
     Workload(
         op="gated_sum",
@@ -815,8 +823,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__056e1b63"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__056e1b63"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__cd6cc0d4"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__a7f97dd0"),),
     },
     Workload(
         op="selected_attention",
@@ -829,8 +837,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__e8ffd887"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__b6c95cdb"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__654299bb"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__d4db8410"),),
     },
     Workload(
         op="selected_attention",
@@ -843,8 +851,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__43db80ca"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__43db80ca"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__7d574212"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__7d574212"),),
     },
     Workload(
         op="selected_attention",
@@ -857,8 +865,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__b0222838"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__b0222838"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__59bcae6a"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__59bcae6a"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -871,8 +879,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__81653509"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__20363ef4"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__6405867a"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__d54b2056"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -885,8 +893,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__2b66cb09"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__2ede9fd0"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__c229df69"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__c3e9fd44"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -899,8 +907,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__9f8be951"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__3e1cb73e"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__eac34ada"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__19e5e759"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -913,8 +921,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__59fce970"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__8b438035"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__124ea744"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__38075c3d"),),
     },
 }
 

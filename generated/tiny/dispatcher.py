@@ -22,10 +22,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__8b585602"),
+            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__694ef0b3"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__650b27c3"),
+            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__29def20c"),
         ),
     },
     Workload(
@@ -44,10 +44,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__05338b7a"),
+            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__c09d4cb4"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__331bbe04"),
+            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__1437b060"),
         ),
     },
     Workload(
@@ -66,10 +66,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__2ed704b9"),
+            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__c71e1799"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__ac270882"),
+            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__57b7e4c4"),
         ),
     },
     Workload(
@@ -88,10 +88,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__d4f989c2"),
+            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__7f9d31e7"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__6cb7e8ab"),
+            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__6f55d6bb"),
         ),
     },
     Workload(
@@ -110,10 +110,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__a416ce7f"),
+            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__ac084211"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__e69ee0f6"),
+            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__371d23a0"),
         ),
     },
     Workload(
@@ -132,10 +132,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__1cbef082"),
+            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__230d4c3e"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__da80cee1"),
+            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__75c90e51"),
         ),
     },
     Workload(
@@ -203,8 +203,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__51b6ff5e"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__51b6ff5e"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__3ce1b49d"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__3ce1b49d"),),
     },
     Workload(
         op="cache_append",
@@ -220,8 +220,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__3de2cc2f"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__3de2cc2f"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__839cd13c"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__839cd13c"),),
     },
     Workload(
         op="cache_append",
@@ -237,8 +237,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__dc294a7c"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__dc294a7c"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__870bec96"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__870bec96"),),
     },
     Workload(
         op="cache_append",
@@ -356,8 +356,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__fb375b57"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__fb375b57"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__83b7ae6d"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__83b7ae6d"),),
     },
     Workload(
         op="cache_append",
@@ -373,8 +373,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__3c13f958"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__3c13f958"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__44af151d"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__44af151d"),),
     },
     Workload(
         op="cache_append",
@@ -390,8 +390,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__dd0ea5f0"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__dd0ea5f0"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__9773d82f"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__9773d82f"),),
     },
     Workload(
         op="cache_append",
@@ -816,8 +816,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__8f121c6c"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__fbbf0ac3"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__fd1a9005"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__8b406faf"),),
     },
     Workload(
         op="compressed_attention",
@@ -831,8 +831,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__75a2985e"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__65bc5258"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__dc230184"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__87a5619b"),),
     },
     Workload(
         op="compressed_attention",
@@ -846,8 +846,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__88fab85f"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__ba1edbd3"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__e9dba3ab"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__24c87393"),),
     },
     Workload(
         op="compressed_attention",
@@ -861,8 +861,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__57c1a53b"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__57c1a53b"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__eddf88fd"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__eddf88fd"),),
     },
     Workload(
         op="compressed_attention",
@@ -876,8 +876,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__30640046"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__30640046"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__0d046dd3"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__0d046dd3"),),
     },
     Workload(
         op="compressed_attention",
@@ -891,8 +891,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__b68d9c1b"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__b68d9c1b"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__50e04ff3"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__50e04ff3"),),
     },
     Workload(
         op="compressed_attention",
@@ -911,10 +911,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__1a91a21f"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__c9f099e9"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__99ce8737"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__ca4ccdf9"),
         ),
     },
     Workload(
@@ -934,10 +934,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__c99069fb"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__3f5dd27b"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__b4cec588"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__57ba4b92"),
         ),
     },
     Workload(
@@ -957,10 +957,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__817bb1b5"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__7b44c16f"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__04afb051"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__9d1b7cb3"),
         ),
     },
     Workload(
@@ -980,10 +980,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__e8467a85"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__781239eb"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__7a68f949"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__d4b3ea86"),
         ),
     },
     Workload(
@@ -1003,10 +1003,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__dd821336"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__801dfd1b"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__8225e196"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__62cc398c"),
         ),
     },
     Workload(
@@ -1026,10 +1026,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__e868bc10"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__108411ad"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__1a062d2c"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__1b93d0ac"),
         ),
     },
     Workload(
@@ -1044,8 +1044,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__fee8eb72"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__79a69a9a"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__1e3bb4ea"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__2ef47f48"),),
     },
     Workload(
         op="compressed_attention",
@@ -1059,8 +1059,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__c3cc7b1a"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__6e5f55d9"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__fdb3727c"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__26f17012"),),
     },
     Workload(
         op="compressed_attention",
@@ -1074,8 +1074,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__093f40f4"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__0ab8318a"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__765e3e7d"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__7e9613a3"),),
     },
     Workload(
         op="compressed_attention",
@@ -1089,8 +1089,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__8a4c2240"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__8a4c2240"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__1db8b22f"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__1db8b22f"),),
     },
     Workload(
         op="compressed_attention",
@@ -1104,8 +1104,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__ea590cd5"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__ea590cd5"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__939cfb30"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__939cfb30"),),
     },
     Workload(
         op="compressed_attention",
@@ -1119,8 +1119,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__2f77e935"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__2f77e935"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__57b89dc7"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__57b89dc7"),),
     },
     Workload(
         op="gated_sum",
@@ -1301,8 +1301,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__914ce16a"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__914ce16a"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__e595efa9"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__e595efa9"),),
     },
     Workload(
         op="selected_attention",
@@ -1315,8 +1315,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__0700514e"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__0700514e"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__14bb49a1"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__14bb49a1"),),
     },
     Workload(
         op="selected_attention",
@@ -1329,8 +1329,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__f4ebd54b"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__f4ebd54b"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__81d6ed3a"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__81d6ed3a"),),
     },
     Workload(
         op="selected_attention",
@@ -1343,8 +1343,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__95c14511"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__95c14511"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__95aa0470"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__95aa0470"),),
     },
     Workload(
         op="selected_attention",
@@ -1357,8 +1357,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__c0ba02e6"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__c0ba02e6"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__0434dbc1"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__0434dbc1"),),
     },
     Workload(
         op="selected_attention",
@@ -1371,8 +1371,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__7a6ba9a1"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__7a6ba9a1"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__c2e88cc4"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__c2e88cc4"),),
     },
     Workload(
         op="selected_attention",
@@ -1385,8 +1385,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__4faeff43"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__4faeff43"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__78018405"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__78018405"),),
     },
     Workload(
         op="selected_attention",
@@ -1399,8 +1399,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__8303c6f4"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__8303c6f4"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__135439a1"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__135439a1"),),
     },
     Workload(
         op="selected_attention",
@@ -1413,8 +1413,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__fd19d631"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__fd19d631"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__cca27858"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__cca27858"),),
     },
     Workload(
         op="selected_attention",
@@ -1427,8 +1427,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__1ca05391"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__1ca05391"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__28387a0a"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__28387a0a"),),
     },
     Workload(
         op="selected_attention",
@@ -1441,8 +1441,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__b6964d3d"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__b6964d3d"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__729047f6"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__729047f6"),),
     },
     Workload(
         op="selected_attention",
@@ -1455,8 +1455,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__6f7818ec"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__6f7818ec"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__1fe79a35"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__1fe79a35"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1469,8 +1469,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__2111d7fa"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__4e9f2a35"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__4d363c49"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__97636c03"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1483,8 +1483,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__74b59485"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__666925df"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__f3da9871"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__05b336dc"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1497,8 +1497,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__03ae71c0"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__47cfe36e"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__d2a0aaca"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__8b80d6ee"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1511,8 +1511,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__b2355915"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__b2355915"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__15f7581b"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__15f7581b"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1525,8 +1525,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__22abce81"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__22abce81"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__909c4300"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__909c4300"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1539,8 +1539,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__6afef4d7"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__6afef4d7"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__d4af14b7"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__d4af14b7"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1553,8 +1553,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__a3fa639f"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__8cf2a8e1"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__7fbd8582"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__3b8e70a2"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1567,8 +1567,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__8f54dfa4"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__b26b0409"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__ace17a7f"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__1868f49c"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1581,8 +1581,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__8fa7907e"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__009d0b72"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__6e3a7ae4"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__010dda8b"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1595,8 +1595,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__8f9a5efa"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__8f9a5efa"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__8bec33da"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__8bec33da"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1609,8 +1609,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__80821d3f"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__80821d3f"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__6a9754d6"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__6a9754d6"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1623,8 +1623,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__67201480"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__67201480"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__77b5d210"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__77b5d210"),),
     },
 }
 
