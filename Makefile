@@ -6,7 +6,7 @@
 #   make check      lint, formatting, types, tests, and that generated/ is up to date
 #   make test-shapes  kernels of shapes drawn anew, in BUDGET=600 seconds of computing
 #   make gpu-test   the tests for a GPU; PY=python3 uses an environment of yours
-#   make sanitize   some of them under compute-sanitizer: stray accesses and races
+#   make sanitize   some of them under compute-sanitizer: stray accesses and races; SANITIZE_JOBS=8
 #   make docs       build the documentation into site/, a folder of static pages
 #   make generate   regenerate what is committed: specs/spec.schema.json, generated/, parts of docs/
 #   make clean      remove .venv and caches
@@ -19,6 +19,7 @@ SPECS  := specs/llama8b.yaml specs/tiny.yaml
 STAMP  := .venv/.stamp
 
 SANITIZER ?= compute-sanitizer
+SANITIZE_JOBS ?= 8
 
 # One thread a test process: the processes already use every core.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
@@ -63,14 +64,8 @@ check: $(STAMP)
 gpu-test:
 	$(PY) -m pytest -q -m gpu
 
-# Each tensor has an allocation of its own and no rim, so that an access past it is one of no memory.
-sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
-sanitize: export NSAGEN_TEST_RIM := 0
 sanitize:
-	for tool in memcheck racecheck; do \
-	  $(SANITIZER) --tool $$tool --error-exitcode 1 --target-processes all \
-	    $(PY) -m pytest -q -x -p no:cacheprovider @tests/kernels/sanitize.txt || exit 1; \
-	done
+	$(PY) tests/sanitize.py --sanitizer $(SANITIZER) --jobs $(SANITIZE_JOBS)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
