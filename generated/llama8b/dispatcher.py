@@ -824,7 +824,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__cd6cc0d4"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__a7f97dd0"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__b311dd5c"),),
     },
     Workload(
         op="selected_attention",

@@ -2,7 +2,7 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/selected_attention/backward_warp_specialized.py.j2
-# Source:     sha256 11db966a5d33ca4551f11f72fc0201c5a15238c1eaa2e553582be9570c9558cd
+# Source:     sha256 0dca06e10494fd12e94d7a5dcadc09e0df0709ee80c6eb260d788285137b4d77
 # Workload:   selected_attention backward
 #             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, block_size=64
 # Schedule:   warp_specialized(part_tokens=1024, row_stages=3, shares=1024)
@@ -434,10 +434,12 @@ def entries_of(entries, at, end, layout: gl.constexpr):
 @gluon.jit
 def each_entry(entries, at, end):
     """The entries of a step, one scalar each; past the end, the last one."""
-    found = ()
-    for i in gl.static_range(STEP_TOKENS):
-        found = found + (gl.load(entries + gl.minimum(at + i, end - 1)),)
-    return found
+    return (
+        gl.load(entries + gl.minimum(at + 0, end - 1)),
+        gl.load(entries + gl.minimum(at + 1, end - 1)),
+        gl.load(entries + gl.minimum(at + 2, end - 1)),
+        gl.load(entries + gl.minimum(at + 3, end - 1)),
+    )
 
 
 @gluon.jit
@@ -706,7 +708,7 @@ def run_key_block(q, do, k, v, entries, statistics, shares, places, walk, output
 
 
 @gluon.jit
-def selected_attention_backward__bf16_d128_g16_b64__a7f97dd0(
+def selected_attention_backward__bf16_d128_g16_b64__b311dd5c(
     q,
     do,
     k,
@@ -978,7 +980,7 @@ def launch(
             end_token = min(end_chunk * index.chunk_tokens, tokens)
             walked = (first_head, first_chunk, end_chunk)
             parts = parts_of(index, kv_heads, PART_TOKENS.value, first_chunk, end_chunk)
-            selected_attention_backward__bf16_d128_g16_b64__a7f97dd0[(parts.shape[1], at_work)](
+            selected_attention_backward__bf16_d128_g16_b64__b311dd5c[(parts.shape[1], at_work)](
                 *descriptors,
                 cu_seqlens,
                 index.starts,
