@@ -7,11 +7,13 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nsagen.cli import main
+from nsagen.commands import generate
 from nsagen.commands.text import CHARACTERS, Stream, characters
 from nsagen.commands.verbosity import flags_first, is_quiet
 from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
@@ -58,6 +60,23 @@ class TestWithoutAModel:
         assert "random weights and the attention of specs/tiny.yaml" in err
         assert "on the CPU in float32" in err or "on a GPU in float16" in err
         assert "12 tokens after a prompt of 29" in err
+
+    def test_a_character_comes_as_soon_as_it_is_there(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each token's text is written before the next token is asked for."""
+        written: list[str] = []
+        tokens = generate._tokens
+
+        def watched(*arguments: Any) -> Iterator[int]:
+            for token in tokens(*arguments):
+                written.append(capsys.readouterr().out)
+                yield token
+
+        monkeypatch.setattr(generate, "_tokens", watched)
+        _, rest, _ = run(capsys, "generate", "--max-new-tokens", "6")
+        assert [len(text) for text in written] == [0, 1, 1, 1, 1, 1]
+        assert len(rest) == 2  # the last one, and the end of the line
 
     def test_json_is_all_there_is(self, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ("--json", "--max-new-tokens", "5", "--prompt", PROMPT)
