@@ -823,8 +823,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__cd6cc0d4"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__b311dd5c"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__fc4c7a90"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__fc4c7a90"),),
     },
     Workload(
         op="selected_attention",
@@ -837,8 +837,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__654299bb"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__d4db8410"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__67fe34d9"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__ef65ff87"),),
     },
     Workload(
         op="selected_attention",
@@ -851,8 +851,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__7d574212"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__7d574212"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__5ae47f70"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__5ae47f70"),),
     },
     Workload(
         op="selected_attention",
@@ -865,8 +865,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__59bcae6a"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__59bcae6a"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__376ca980"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__376ca980"),),
     },
     Workload(
         op="sliding_window_attention",

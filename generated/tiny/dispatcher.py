@@ -1301,8 +1301,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__e595efa9"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__e595efa9"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__3b6cb804"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__3b6cb804"),),
     },
     Workload(
         op="selected_attention",
@@ -1315,8 +1315,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__14bb49a1"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__14bb49a1"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__a07b8a6e"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__a07b8a6e"),),
     },
     Workload(
         op="selected_attention",
@@ -1329,8 +1329,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__81d6ed3a"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__81d6ed3a"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__25825090"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__25825090"),),
     },
     Workload(
         op="selected_attention",
@@ -1343,8 +1343,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__95aa0470"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__95aa0470"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__3d896e0a"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__3d896e0a"),),
     },
     Workload(
         op="selected_attention",
@@ -1357,8 +1357,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__0434dbc1"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__0434dbc1"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__029aaff4"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__029aaff4"),),
     },
     Workload(
         op="selected_attention",
@@ -1371,8 +1371,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__c2e88cc4"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__c2e88cc4"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__770bcba4"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__770bcba4"),),
     },
     Workload(
         op="selected_attention",
@@ -1385,8 +1385,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__78018405"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__78018405"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__01f8e089"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__01f8e089"),),
     },
     Workload(
         op="selected_attention",
@@ -1399,8 +1399,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__135439a1"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__135439a1"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__cbd35156"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__cbd35156"),),
     },
     Workload(
         op="selected_attention",
@@ -1413,8 +1413,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__cca27858"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__cca27858"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__dc35b3ef"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__dc35b3ef"),),
     },
     Workload(
         op="selected_attention",
@@ -1427,8 +1427,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__28387a0a"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__28387a0a"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__5b5d3843"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__5b5d3843"),),
     },
     Workload(
         op="selected_attention",
@@ -1441,8 +1441,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__729047f6"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__729047f6"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__ba691cbc"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__ba691cbc"),),
     },
     Workload(
         op="selected_attention",
@@ -1455,8 +1455,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__1fe79a35"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__1fe79a35"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__e6cb6e49"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__e6cb6e49"),),
     },
     Workload(
         op="sliding_window_attention",

@@ -87,7 +87,7 @@ def test_specs_cover_the_models_calls(
 ) -> None:
     make = ToyNSALlamaConfig if config else nsa_config
     found = asked(make(**config, compress_type=compress_type), dtype, monkeypatch)
-    assert len({workload.op for workload in found}) == 10
+    assert len({workload.op for workload in found}) == 9  # all but gated_sum, which training calls
     missing = found - set(load_spec(spec).workloads())
     assert not missing, f"specs/{spec}.yaml lacks: {', '.join(map(str, sorted(missing)))}"
 

@@ -2,7 +2,7 @@
 # Regenerate: nsagen build tiny
 # Spec:       tiny
 # Template:   templates/selected_attention/backward_key_major.py.j2
-# Source:     sha256 480bd4967b7e72ca4c729e0c73bcbfdb1c74331ead18b2ca0f1dc0fe276448ae
+# Source:     sha256 27afc9346466ee07a69a7790d2cf54aaba61e9769aace37d34dbe417ded3d0d4
 # Workload:   selected_attention backward
 #             dtype=float32, head_dim=32, v_head_dim=32, gqa_ratio=4, block_size=16
 # Schedule:   key_major(block_m=16, key_orientation=keys, key_stages=1, key_warps=8,
@@ -313,7 +313,7 @@ def row_deltas(do, o, delta, stride_do, stride_doh, rows, query_heads, ROWS: tl.
 
 
 @triton.jit
-def selected_attention_backward__f32_d32_g4_b16__c2e88cc4(
+def selected_attention_backward__f32_d32_g4_b16__770bcba4(
     do,
     q,
     k,
@@ -622,7 +622,7 @@ def launch(
     partial_dq = q.new_empty(heads * shares)
     for first_head in range(0, kv_heads, heads):
         launched = min(heads, kv_heads - first_head)
-        selected_attention_backward__f32_d32_g4_b16__c2e88cc4[(parts.shape[1], launched)](
+        selected_attention_backward__f32_d32_g4_b16__770bcba4[(parts.shape[1], launched)](
             do,
             q,
             k,
