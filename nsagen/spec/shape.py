@@ -81,7 +81,6 @@ class AttentionShape:
     ) -> Iterator[Workload]:
         """The workload of each op that the branches need with one of the passes; `compress` has
         one for keys and one for values."""
-        all_on = set(BRANCHES)
         on = set(branches) - (set() if self.window_size else {"sliding"})
         shape: dict[str, Param] = asdict(self._least(on))
         of_values = shape | {"head_dim": self.v_head_dim, "with_pe": shape["v_with_pe"]}
@@ -90,9 +89,6 @@ class AttentionShape:
             names = parameter_names(op, pass_)
             if pass_ not in passes or not on & _SERVES.get((op, pass_), on):
                 continue
-            is_sum = (op, pass_) == ("gated_sum", "forward")
-            if is_sum and on == all_on and "backward" not in passes:
-                continue  # the sliding window's kernel sums where nothing is trained
             used = shape
             if op == "native_sparse_attention":  # as the op calls it: the least of what is off
                 window = self.window_size if "sliding" in on else 1

@@ -108,7 +108,7 @@ def test_the_papers_spec_covers_the_papers_form(monkeypatch: pytest.MonkeyPatch)
 def test_a_shapes_workloads_are_the_models_calls(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of them, and no other: also of a model in which branches are off."""
+    """All of them but training's, and no other: also of a model in which branches are off."""
     config = nsa_config(**FORMS[form])
     names = ("compress_type", "kernel_size", "kernel_stride", "block_size", "topk", "init_blocks")
     shape = AttentionShape(
@@ -126,4 +126,6 @@ def test_a_shapes_workloads_are_the_models_calls(
         branch_kv=config.branch_kv,
     )
     expected = set(shape.workloads(("forward", "decode"), config.branches))
+    if len(config.branches) == 3:  # the sliding window's kernel sums where nothing is trained
+        expected = {workload for workload in expected if workload.op != "gated_sum"}
     assert asked(config, torch.float32, monkeypatch) == expected

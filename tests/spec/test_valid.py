@@ -67,26 +67,11 @@ def test_one_shape_asks_for_each_op_once_and_for_compression_of_keys_and_values(
 
 
 def test_values_have_their_own_head_size_and_no_position_embedding(tmp_path: Path) -> None:
-    text = MINIMAL.replace("head_dim: 64", "head_dim: 192\n  v_head_dim: 128")
-    spec = spec_of(tmp_path, text + "passes: [forward, backward]\n")
+    spec = spec_of(tmp_path, MINIMAL.replace("head_dim: 64", "head_dim: 192\n  v_head_dim: 128"))
     compressed = {(w.head_dim, w.with_pe) for w in of_op(spec, "compress")}
     assert compressed == {(192, True), (128, False)}
     assert [w.v_head_dim for w in of_op(spec, "gated_sum")] == [128]
     assert [w.head_dim for w in of_op(spec, "rope")] == [192]
-
-
-@pytest.mark.parametrize(
-    ("more", "separate"),
-    [
-        ("passes: [forward, decode]\n", False),
-        ("passes: [forward, backward]\n", True),
-        ("passes: [forward]\nbranches: [compressed, sliding]\n", True),
-    ],
-)
-def test_the_gated_sum_is_a_kernel_where_the_sliding_windows_does_not_sum(
-    tmp_path: Path, more: str, separate: bool
-) -> None:
-    assert bool(of_op(spec_of(tmp_path, MINIMAL + more), "gated_sum")) == separate
 
 
 def test_lists_multiply_and_an_op_has_only_the_parameters_that_it_uses(tmp_path: Path) -> None:
