@@ -126,6 +126,7 @@ def test_a_shapes_workloads_are_the_models_calls(
         branch_kv=config.branch_kv,
     )
     expected = set(shape.workloads(("forward", "decode"), config.branches))
-    if len(config.branches) == 3:  # the sliding window's kernel sums where nothing is trained
-        expected = {workload for workload in expected if workload.op != "gated_sum"}
-    assert asked(config, torch.float32, monkeypatch) == expected
+    found = asked(config, torch.float32, monkeypatch)
+    assert found <= expected
+    # Where nothing is trained and all branches are on, the sliding window's kernel sums.
+    assert {workload.op for workload in expected - found} <= {"gated_sum"}
