@@ -25,7 +25,7 @@ TABLE = {
             (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__3495923c"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__8edfc0bf"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__136281ae"),
         ),
     },
     Workload(
@@ -47,7 +47,7 @@ TABLE = {
             (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__985774ee"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__d8f60a10"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__44311586"),
         ),
     },
     Workload(
@@ -73,7 +73,7 @@ TABLE = {
                 Bucket(tokens=(None, 5792)),
                 "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__f5247132",
             ),
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__2a93ff05"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__b1a94a89"),
         ),
     },
     Workload(
@@ -99,7 +99,7 @@ TABLE = {
                 Bucket(tokens=(None, 5792)),
                 "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__0232f1d6",
             ),
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__4cf7d799"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__ed1162e2"),
         ),
     },
     Workload(
@@ -823,8 +823,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__fc4c7a90"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__fc4c7a90"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__29a690c9"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__29a690c9"),),
     },
     Workload(
         op="selected_attention",
@@ -837,8 +837,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__67fe34d9"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__ef65ff87"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__1e36b432"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__4fb6807e"),),
     },
     Workload(
         op="selected_attention",
@@ -851,8 +851,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__5ae47f70"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__5ae47f70"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__f728e076"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__f728e076"),),
     },
     Workload(
         op="selected_attention",
@@ -865,8 +865,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__376ca980"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__376ca980"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__285db342"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__285db342"),),
     },
     Workload(
         op="sliding_window_attention",

@@ -1301,8 +1301,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__3b6cb804"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__3b6cb804"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__60c6c9d1"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__60c6c9d1"),),
     },
     Workload(
         op="selected_attention",
@@ -1315,8 +1315,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__a07b8a6e"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__a07b8a6e"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__7f831d3d"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__7f831d3d"),),
     },
     Workload(
         op="selected_attention",
@@ -1329,8 +1329,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__25825090"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__25825090"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__1571376b"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__1571376b"),),
     },
     Workload(
         op="selected_attention",
@@ -1343,8 +1343,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__3d896e0a"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__3d896e0a"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__f3063267"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__f3063267"),),
     },
     Workload(
         op="selected_attention",
@@ -1357,8 +1357,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__029aaff4"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__029aaff4"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__75749c43"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__75749c43"),),
     },
     Workload(
         op="selected_attention",
@@ -1371,8 +1371,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__770bcba4"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__770bcba4"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__7ece962d"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__7ece962d"),),
     },
     Workload(
         op="selected_attention",
@@ -1385,8 +1385,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__01f8e089"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__01f8e089"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__cb2f6c76"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__cb2f6c76"),),
     },
     Workload(
         op="selected_attention",
@@ -1399,8 +1399,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__cbd35156"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__cbd35156"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__61a1e250"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__61a1e250"),),
     },
     Workload(
         op="selected_attention",
@@ -1413,8 +1413,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__dc35b3ef"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__dc35b3ef"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__cecc9df8"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__cecc9df8"),),
     },
     Workload(
         op="selected_attention",
@@ -1427,8 +1427,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__5b5d3843"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__5b5d3843"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__7fbce9fa"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__7fbce9fa"),),
     },
     Workload(
         op="selected_attention",
@@ -1441,8 +1441,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__ba691cbc"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__ba691cbc"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__c46ca035"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__c46ca035"),),
     },
     Workload(
         op="selected_attention",
@@ -1455,8 +1455,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__e6cb6e49"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__e6cb6e49"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__3793ca32"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__3793ca32"),),
     },
     Workload(
         op="sliding_window_attention",

@@ -107,7 +107,7 @@ def shared_blocks_fit(workload: Workload, schedule: Schedule, target: Target) ->
 
 
 def default_shared_blocks(workload: Workload, target: Target) -> dict[str, Param]:
-    """query_major's programs, two tokens each; compiled only, not yet timed."""
+    """query_major's programs, two tokens each: the fastest of those timed, and slower than it."""
     knobs = default(workload, target)
     return {
         "block_n": knobs["block_n"],

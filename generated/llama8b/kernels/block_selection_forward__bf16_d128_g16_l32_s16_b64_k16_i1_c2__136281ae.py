@@ -2,18 +2,18 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/block_selection/forward_warp_specialized.py.j2
-# Source:     sha256 be06b3f374a70d5ff50c06854898752b06db0fdbe39c5d74e7e014d1423160cf
+# Source:     sha256 4eb49b15c334812acf5ac827675ada67b90db9a7aef4a6703f31a0ec357e1a5d
 # Workload:   block_selection forward
 #             dtype=bfloat16, head_dim=128, gqa_ratio=16, kernel_size=32, kernel_stride=16,
-#             block_size=64, topk=8, init_blocks=1, local_blocks=2
+#             block_size=64, topk=16, init_blocks=1, local_blocks=2
 # Schedule:   warp_specialized(num_stages=4, workspace=256)
 # Targets:    cuda:90
 # Provenance: the architecture's default; not measured
-"""Block selection: the 8 blocks of 64 tokens that matter most to each query, per key/value head.
+"""Block selection: the 16 blocks of 64 tokens that matter most to each query, per key/value head.
 
 score[t, j] = sum over the group's heads h and windows i of p[h, t, i] overlap(i, j) / 16, with
 p = exp(softmax_scale q k - lse) and windows of 32 tokens. The first 1 and last 2 blocks are taken
-whatever they score. q [N, HQ, 128], k [sum M, HK, 128] -> topk_idx [HK, N, 8]; HQ = 16 HK.
+whatever they score. q [N, HQ, 128], k [sum M, HK, 128] -> topk_idx [HK, N, 16]; HQ = 16 HK.
 """
 
 import torch
@@ -41,7 +41,7 @@ GROUP = gl.constexpr(16)  # G: query heads of one key/value head
 KERNEL_SIZE = gl.constexpr(32)  # l: tokens of a window
 KERNEL_STRIDE = gl.constexpr(16)  # s: tokens between the starts of two windows
 BLOCK_SIZE = gl.constexpr(64)  # B: tokens of a block
-TOPK = gl.constexpr(8)
+TOPK = gl.constexpr(16)
 INIT_BLOCKS = gl.constexpr(1)
 LOCAL_BLOCKS = gl.constexpr(2)
 
@@ -331,7 +331,7 @@ def produce(
 
 
 @gluon.jit
-def block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__d8f60a10(
+def block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__136281ae(
     q,
     k,
     lse,
@@ -617,9 +617,9 @@ def launch(q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale, q_sta
             "block_selection: this kernel is for head_dim 128 and gqa_ratio 16; "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}; build one for them"
         )
-    if topk_idx.shape != (kv_heads, tokens, 8):
+    if topk_idx.shape != (kv_heads, tokens, 16):
         raise ValueError(
-            f"block_selection: topk_idx must be {(kv_heads, tokens, 8)}; "
+            f"block_selection: topk_idx must be {(kv_heads, tokens, 16)}; "
             f"got {tuple(topk_idx.shape)}; allocate it so"
         )
     if not (lse.is_contiguous() and topk_idx.is_contiguous()):
@@ -642,7 +642,7 @@ def launch(q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale, q_sta
     rivals = triton.cdiv(longest, 64) - 3
     for first_tile in range(0, all_tiles, tiles):
         count = min(tiles, all_tiles - first_tile)
-        block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__d8f60a10[
+        block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__136281ae[
             (min(processors(q), count * kv_heads),)
         ](
             describe_queries(q),
@@ -673,7 +673,7 @@ def launch(q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale, q_sta
             pitch,
             BLOCKS=min(2048, triton.next_power_of_2(max(32, rivals))),
             ALL=rivals <= 2048,
-            TOPK_PAD=triton.next_power_of_2(8),
+            TOPK_PAD=triton.next_power_of_2(16),
             BATCH_PAD=triton.next_power_of_2(batch),
             num_warps=1,
         )

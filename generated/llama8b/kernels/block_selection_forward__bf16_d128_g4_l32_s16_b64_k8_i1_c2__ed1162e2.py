@@ -2,18 +2,18 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/block_selection/forward_warp_specialized.py.j2
-# Source:     sha256 be06b3f374a70d5ff50c06854898752b06db0fdbe39c5d74e7e014d1423160cf
+# Source:     sha256 4eb49b15c334812acf5ac827675ada67b90db9a7aef4a6703f31a0ec357e1a5d
 # Workload:   block_selection forward
-#             dtype=bfloat16, head_dim=128, gqa_ratio=16, kernel_size=32, kernel_stride=16,
-#             block_size=64, topk=16, init_blocks=1, local_blocks=2
+#             dtype=bfloat16, head_dim=128, gqa_ratio=4, kernel_size=32, kernel_stride=16,
+#             block_size=64, topk=8, init_blocks=1, local_blocks=2
 # Schedule:   warp_specialized(num_stages=4, workspace=256)
 # Targets:    cuda:90
 # Provenance: the architecture's default; not measured
-"""Block selection: the 16 blocks of 64 tokens that matter most to each query, per key/value head.
+"""Block selection: the 8 blocks of 64 tokens that matter most to each query, per key/value head.
 
 score[t, j] = sum over the group's heads h and windows i of p[h, t, i] overlap(i, j) / 16, with
 p = exp(softmax_scale q k - lse) and windows of 32 tokens. The first 1 and last 2 blocks are taken
-whatever they score. q [N, HQ, 128], k [sum M, HK, 128] -> topk_idx [HK, N, 16]; HQ = 16 HK.
+whatever they score. q [N, HQ, 128], k [sum M, HK, 128] -> topk_idx [HK, N, 8]; HQ = 4 HK.
 """
 
 import torch
@@ -37,16 +37,16 @@ if not (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) 
 bulk_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed after 3.6
 
 HEAD_DIM = gl.constexpr(128)  # D
-GROUP = gl.constexpr(16)  # G: query heads of one key/value head
+GROUP = gl.constexpr(4)  # G: query heads of one key/value head
 KERNEL_SIZE = gl.constexpr(32)  # l: tokens of a window
 KERNEL_STRIDE = gl.constexpr(16)  # s: tokens between the starts of two windows
 BLOCK_SIZE = gl.constexpr(64)  # B: tokens of a block
-TOPK = gl.constexpr(16)
+TOPK = gl.constexpr(8)
 INIT_BLOCKS = gl.constexpr(1)
 LOCAL_BLOCKS = gl.constexpr(2)
 
 COLUMNS = gl.constexpr(128)  # of a tile; column c: head c // TILE_TOKENS, token c % TILE_TOKENS
-TILE_TOKENS = gl.constexpr(8)
+TILE_TOKENS = gl.constexpr(32)
 ROWS = gl.constexpr(64)  # windows of a step that a consumer takes
 STAGES = gl.constexpr(4)  # steps whose keys are on their way
 WORKSPACE = 256 << 20  # bytes
@@ -182,20 +182,13 @@ def consume(
             place = turn & 1
             q = q_tiles.index(place).reshape([COLUMNS, HEAD_DIM]).permute((1, 0))
             mbarrier.wait(q_full.index(place), turn // 2 & 1)
-            if steps > 0:
-                s = warpgroup_mma_wait(0, deps=[multiply(HALF, q, k_tiles, k_full, used)])
-                mbarrier.arrive(k_free.index(used % STAGES), count=1)
-                for step in range(1, steps):
-                    s_next = multiply(HALF, q, k_tiles, k_full, used + step)
-                    window = (step - 1) * (2 * ROWS) + HALF * ROWS
-                    store_scores(s, lse_tile, window, position, out, pitch, scale)
-                    s = warpgroup_mma_wait(0, deps=[s_next])
-                    mbarrier.arrive(k_free.index((used + step) % STAGES), count=1)
-                mbarrier.arrive(q_free.index(place), count=1)
-                window = (steps - 1) * (2 * ROWS) + HALF * ROWS
+            for step in range(steps):
+                s = warpgroup_mma_wait(0, deps=[multiply(HALF, q, k_tiles, k_full, used + step)])
+                mbarrier.arrive(k_free.index((used + step) % STAGES), count=1)
+                mbarrier.arrive(q_free.index(place), count=1, pred=step == steps - 1)
+                window = step * (2 * ROWS) + HALF * ROWS
                 store_scores(s, lse_tile, window, position, out, pitch, scale)
-            else:
-                mbarrier.arrive(q_free.index(place), count=1)
+            mbarrier.arrive(q_free.index(place), count=1, pred=steps == 0)
             used += steps
             turn += 1
 
@@ -331,7 +324,7 @@ def produce(
 
 
 @gluon.jit
-def block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__8edfc0bf(
+def block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__ed1162e2(
     q,
     k,
     lse,
@@ -612,14 +605,14 @@ def launch(q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale, q_sta
         ValueError: a tensor or the scale breaks this contract.
     """
     tokens, kv_heads = q.shape[0], k.shape[1]
-    if q.shape[2] != 128 or q.shape[1] != 16 * kv_heads:
+    if q.shape[2] != 128 or q.shape[1] != 4 * kv_heads:
         raise ValueError(
-            "block_selection: this kernel is for head_dim 128 and gqa_ratio 16; "
+            "block_selection: this kernel is for head_dim 128 and gqa_ratio 4; "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}; build one for them"
         )
-    if topk_idx.shape != (kv_heads, tokens, 16):
+    if topk_idx.shape != (kv_heads, tokens, 8):
         raise ValueError(
-            f"block_selection: topk_idx must be {(kv_heads, tokens, 16)}; "
+            f"block_selection: topk_idx must be {(kv_heads, tokens, 8)}; "
             f"got {tuple(topk_idx.shape)}; allocate it so"
         )
     if not (lse.is_contiguous() and topk_idx.is_contiguous()):
@@ -632,17 +625,17 @@ def launch(q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale, q_sta
     q = aligned(q)
     # A bulk copy cannot be described of no rows; without a window nothing is copied.
     k = aligned(k if k.shape[0] else k.new_empty(1, *k.shape[1:]))
-    all_tiles = triton.cdiv(tokens, 8) + batch  # one more a sequence: part empty
+    all_tiles = triton.cdiv(tokens, 32) + batch  # one more a sequence: part empty
     # A sequence has at most k's rows of windows; the last step is rounded up, and spills over.
     pitch = triton.cdiv(triton.cdiv(k.shape[0] + 128, 4) + 1, 32) * 32
-    row_bytes = kv_heads * 16 * pitch * 4
+    row_bytes = kv_heads * 64 * pitch * 4
     tiles = min(all_tiles, max(1, WORKSPACE // row_bytes))
     scores = torch.empty(tiles * row_bytes // 4, dtype=torch.float32, device=q.device)
     longest = k.shape[0] * 16 + 31  # what so many windows are made of, at most
     rivals = triton.cdiv(longest, 64) - 3
     for first_tile in range(0, all_tiles, tiles):
         count = min(tiles, all_tiles - first_tile)
-        block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__8edfc0bf[
+        block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__ed1162e2[
             (min(processors(q), count * kv_heads),)
         ](
             describe_queries(q),
@@ -661,7 +654,7 @@ def launch(q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale, q_sta
             pitch,
             num_warps=4,
         )
-        select_blocks[(count * 8, kv_heads)](
+        select_blocks[(count * 32, kv_heads)](
             scores,
             topk_idx,
             cu_seqlens_q,
@@ -673,7 +666,7 @@ def launch(q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale, q_sta
             pitch,
             BLOCKS=min(2048, triton.next_power_of_2(max(32, rivals))),
             ALL=rivals <= 2048,
-            TOPK_PAD=triton.next_power_of_2(16),
+            TOPK_PAD=triton.next_power_of_2(8),
             BATCH_PAD=triton.next_power_of_2(batch),
             num_warps=1,
         )

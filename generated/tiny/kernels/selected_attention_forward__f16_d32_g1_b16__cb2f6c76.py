@@ -2,7 +2,7 @@
 # Regenerate: nsagen build tiny
 # Spec:       tiny
 # Template:   templates/selected_attention/forward_key_major.py.j2
-# Source:     sha256 8557d0882df6461da0f7fca7422e0c6f1ae5c1f8ed7b2294bbfd947b51eb0a83
+# Source:     sha256 a05be065771897a548c3f680ac82bc56beb024a0b085672874deb0b2f73adee4
 # Workload:   selected_attention forward
 #             dtype=float16, head_dim=32, v_head_dim=32, gqa_ratio=1, block_size=16
 # Schedule:   key_major(block_m=64, num_stages=3, num_warps=4, part_tokens=4096)
@@ -314,7 +314,7 @@ def whole_softmax(peak, norm, AXIS: tl.constexpr):
 
 
 @triton.jit
-def selected_attention_forward__f16_d32_g1_b16__01f8e089(
+def selected_attention_forward__f16_d32_g1_b16__cb2f6c76(
     q,
     k,
     v,
@@ -557,7 +557,7 @@ def launch(q, k, v, topk_idx, cu_seqlens, o, lse, softmax_scale, cu_seqlens_k=No
         parts = parts_of(index, kv_heads, PART_TOKENS.value, first_chunk, end_chunk)
         for first_head in range(0, kv_heads, heads):
             launched = min(heads, kv_heads - first_head)
-            selected_attention_forward__f16_d32_g1_b16__01f8e089[(parts.shape[1], launched)](
+            selected_attention_forward__f16_d32_g1_b16__cb2f6c76[(parts.shape[1], launched)](
                 q,
                 k,
                 v,

@@ -2,10 +2,10 @@
 # Regenerate: nsagen build tiny
 # Spec:       tiny
 # Template:   templates/selected_attention/forward_key_major.py.j2
-# Source:     sha256 8557d0882df6461da0f7fca7422e0c6f1ae5c1f8ed7b2294bbfd947b51eb0a83
+# Source:     sha256 a05be065771897a548c3f680ac82bc56beb024a0b085672874deb0b2f73adee4
 # Workload:   selected_attention forward
-#             dtype=float32, head_dim=32, v_head_dim=32, gqa_ratio=4, block_size=16
-# Schedule:   key_major(block_m=32, num_stages=1, num_warps=4, part_tokens=1024)
+#             dtype=float32, head_dim=32, v_head_dim=32, gqa_ratio=1, block_size=16
+# Schedule:   key_major(block_m=32, num_stages=1, num_warps=4, part_tokens=4096)
 # Targets:    cuda:80, cuda:90
 # Provenance: the architecture's default; not measured
 """Selected attention, key-block-major: query t attends to the tokens u <= t of the blocks chosen for it.
@@ -14,7 +14,7 @@ o[t, h] = sum_u softmax_u(softmax_scale q[t, h] . k[u, h // G]) v[u, h // G], an
 over the tokens u <= t whose block u // 16 is in topk_idx[h // G, t].
 
 q [N, HQ, 32], k [T, HK, 32], v [T, HK, 32], topk_idx [HK, N, topk]
--> o [N, HQ, 32] and lse [N, HQ], with G = HQ / HK = 4 query heads a key/value head.
+-> o [N, HQ, 32] and lse [N, HQ], with G = HQ / HK = 1 query heads a key/value head.
 """
 
 from typing import NamedTuple
@@ -25,15 +25,15 @@ import triton.language as tl
 
 HEAD_DIM = tl.constexpr(32)  # D
 V_HEAD_DIM = tl.constexpr(32)  # Dv
-GROUP = tl.constexpr(4)  # G: query heads of one key/value head
+GROUP = tl.constexpr(1)  # G: query heads of one key/value head
 BLOCK_SIZE = tl.constexpr(16)  # B: tokens of a block
 
 BLOCK_D = tl.constexpr(32)
 BLOCK_DV = tl.constexpr(32)
 BLOCK_B = tl.constexpr(16)
 BLOCK_M = tl.constexpr(32)  # rows a step:
-TILE_TOKENS = tl.constexpr(8)  # this many groups
-PART_TOKENS = tl.constexpr(1024)  # tokens of a list that one program takes
+TILE_TOKENS = tl.constexpr(32)  # this many groups
+PART_TOKENS = tl.constexpr(4096)  # tokens of a list that one program takes
 PARTIALS_BYTES = 1 << 30  # of the partial results that are kept at once
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -314,7 +314,7 @@ def whole_softmax(peak, norm, AXIS: tl.constexpr):
 
 
 @triton.jit
-def selected_attention_forward__f32_d32_g4_b16__e6cb6e49(
+def selected_attention_forward__f32_d32_g1_b16__7fbce9fa(
     q,
     k,
     v,
@@ -484,10 +484,10 @@ def weigh_blocks(
 def check(q, k, v, topk_idx, cu_seqlens, o, lse, softmax_scale, cu_seqlens_k, q_start):
     """Raise ValueError unless the tensors are what this kernel is for."""
     tokens, query_heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
-    if q.shape[2] != 32 or v.shape[2] != 32 or query_heads != 4 * kv_heads:
+    if q.shape[2] != 32 or v.shape[2] != 32 or query_heads != 1 * kv_heads:
         raise ValueError(
             "selected_attention: this kernel needs head_dim 32, v_head_dim 32 "
-            f"and gqa_ratio 4; got q {tuple(q.shape)}, k {tuple(k.shape)} and "
+            f"and gqa_ratio 1; got q {tuple(q.shape)}, k {tuple(k.shape)} and "
             f"v {tuple(v.shape)}; build a kernel for these"
         )
     if q.stride(2) != 1 or k.stride(2) != 1 or v.stride(2) != 1:
@@ -557,7 +557,7 @@ def launch(q, k, v, topk_idx, cu_seqlens, o, lse, softmax_scale, cu_seqlens_k=No
         parts = parts_of(index, kv_heads, PART_TOKENS.value, first_chunk, end_chunk)
         for first_head in range(0, kv_heads, heads):
             launched = min(heads, kv_heads - first_head)
-            selected_attention_forward__f32_d32_g4_b16__e6cb6e49[(parts.shape[1], launched)](
+            selected_attention_forward__f32_d32_g1_b16__7fbce9fa[(parts.shape[1], launched)](
                 q,
                 k,
                 v,

@@ -2,7 +2,7 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/selected_attention/forward_query_major.py.j2
-# Source:     sha256 b1afb42388a2ecd25a12b80822f3d74e6de258e7c37a1fd894d90411d4bed857
+# Source:     sha256 9a5f2437e8ad257c78c26da59f082761d95fff95849bc48595b5631f40ced118
 # Workload:   selected_attention forward
 #             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, block_size=64
 # Schedule:   query_major(block_n=16, num_stages=3, num_warps=1, orientation=rows)
@@ -78,7 +78,7 @@ def own_block(position, keys):
 
 
 @triton.jit
-def selected_attention_forward__bf16_d128_g16_b64__5ae47f70(
+def selected_attention_forward__bf16_d128_g16_b64__f728e076(
     q,
     k,
     v,
@@ -238,7 +238,7 @@ def launch(q, k, v, topk_idx, cu_seqlens, o, lse, softmax_scale, cu_seqlens_k=No
     if tokens == 0:
         return
     topk, batch = topk_idx.shape[2], cu_seqlens.shape[0] - 1
-    selected_attention_forward__bf16_d128_g16_b64__5ae47f70[(tokens, kv_heads)](
+    selected_attention_forward__bf16_d128_g16_b64__f728e076[(tokens, kv_heads)](
         q,
         k,
         v,

@@ -2,9 +2,9 @@
 # Regenerate: nsagen build tiny
 # Spec:       tiny
 # Template:   templates/selected_attention/backward_key_major.py.j2
-# Source:     sha256 27afc9346466ee07a69a7790d2cf54aaba61e9769aace37d34dbe417ded3d0d4
+# Source:     sha256 b1a3eacc41ad069995e5a522a472fdb86192d84eae404ccd1d952a7f413ae611
 # Workload:   selected_attention backward
-#             dtype=float32, head_dim=32, v_head_dim=32, gqa_ratio=4, block_size=16
+#             dtype=float32, head_dim=32, v_head_dim=32, gqa_ratio=2, block_size=16
 # Schedule:   key_major(block_m=16, key_orientation=keys, key_stages=1, key_warps=8,
 #             part_tokens=4096)
 # Targets:    cuda:80, cuda:90
@@ -15,7 +15,7 @@ dv[u] = sum p[t, h, u] do[t, h]; ds = p (do . v - sum_d do o); dq = softmax_scal
 dk = softmax_scale ds q, where p[t, h, u] is the probability that query t of head h gives to token u.
 
 do [N, HQ, 32], q [N, HQ, 32], k [N, HK, 32], v [N, HK, 32], topk_idx [HK, N, topk],
-o and lse of the forward pass -> dq, dk, dv, with 4 query heads a key/value head.
+o and lse of the forward pass -> dq, dk, dv, with 2 query heads a key/value head.
 """
 
 from typing import NamedTuple
@@ -26,14 +26,14 @@ import triton.language as tl
 
 HEAD_DIM = tl.constexpr(32)  # D
 V_HEAD_DIM = tl.constexpr(32)  # Dv
-GROUP = tl.constexpr(4)  # G: query heads of one key/value head
+GROUP = tl.constexpr(2)  # G: query heads of one key/value head
 BLOCK_SIZE = tl.constexpr(16)  # B: tokens of a block
 
 BLOCK_D = tl.constexpr(32)
 BLOCK_DV = tl.constexpr(32)
 BLOCK_B = tl.constexpr(16)
 BLOCK_M = tl.constexpr(16)  # rows a step:
-TILE_TOKENS = tl.constexpr(4)  # this many groups
+TILE_TOKENS = tl.constexpr(8)  # this many groups
 PART_TOKENS = tl.constexpr(4096)  # tokens of a list that one program takes
 SHARES_BYTES = 1 << 30  # of the shares of dq that are kept at once
 
@@ -313,7 +313,7 @@ def row_deltas(do, o, delta, stride_do, stride_doh, rows, query_heads, ROWS: tl.
 
 
 @triton.jit
-def selected_attention_backward__f32_d32_g4_b16__770bcba4(
+def selected_attention_backward__f32_d32_g2_b16__75749c43(
     do,
     q,
     k,
@@ -543,10 +543,10 @@ def sum_shares(
 def check(do, q, k, v, topk_idx, o, lse, delta, gate, dq, dk, dv, softmax_scale):
     """Raise ValueError unless the tensors are what this kernel is for."""
     tokens, query_heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
-    if q.shape[2] != 32 or v.shape[2] != 32 or query_heads != 4 * kv_heads:
+    if q.shape[2] != 32 or v.shape[2] != 32 or query_heads != 2 * kv_heads:
         raise ValueError(
             "selected_attention: this kernel needs head_dim 32, v_head_dim 32 "
-            f"and gqa_ratio 4; got q {tuple(q.shape)}, k {tuple(k.shape)} and "
+            f"and gqa_ratio 2; got q {tuple(q.shape)}, k {tuple(k.shape)} and "
             f"v {tuple(v.shape)}; build a kernel for these"
         )
     if q.stride(2) != 1 or k.stride(2) != 1 or v.stride(2) != 1:
@@ -622,7 +622,7 @@ def launch(
     partial_dq = q.new_empty(heads * shares)
     for first_head in range(0, kv_heads, heads):
         launched = min(heads, kv_heads - first_head)
-        selected_attention_backward__f32_d32_g4_b16__770bcba4[(parts.shape[1], launched)](
+        selected_attention_backward__f32_d32_g2_b16__75749c43[(parts.shape[1], launched)](
             do,
             q,
             k,
