@@ -45,3 +45,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if item.get_closest_marker("interpreter") and not interpreting:
             item.add_marker(no_interpreter)
+
+
+def pytest_runtest_logfinish() -> None:
+    """End a parallel worker whose GPU is lost to it; the next tests get a new one.
+
+    After an illegal access every later call in the process fails, whatever it does.
+    """
+    if worker and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)

@@ -1,7 +1,7 @@
 """Runs tests under NVIDIA's compute-sanitizer, several lists at once: python tests/sanitize.py
 
-Each line of tests/kernels/sanitize.txt is a run of its own; a few of them share the GPU. What a
-failing run printed is shown, and a line sums up each tool.
+Each line of tests/kernels/sanitize.txt is a run of its own; a few of them share the GPU. A line
+says how each ended, after what it printed if it failed, and one sums up each tool.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,12 +30,14 @@ class Run(NamedTuple):
     Attributes:
         outcomes: how many tests had each of OUTCOMES.
         reported: errors, or hazards, that the tool counted.
+        seconds: how long it took.
     """
 
     tests: str
     ok: bool
     outcomes: dict[str, int]
     reported: int
+    seconds: float
     output: str
 
 
@@ -43,6 +45,7 @@ def run(sanitizer: str, tool: str, tests: str) -> Run:
     """Run one line of the list."""
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
     command += [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+    start = time.monotonic()
     done = subprocess.run(
         command, env=os.environ | ENVIRONMENT, text=True, capture_output=True, check=False
     )
@@ -51,23 +54,32 @@ def run(sanitizer: str, tool: str, tests: str) -> Run:
     counts = re.findall(rf"(\d+) ({'|'.join(OUTCOMES)})", last_lines)
     outcomes = {word: sum(int(n) for n, found in counts if found == word) for word in OUTCOMES}
     summaries = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+) ", output)
-    return Run(tests, done.returncode == 0, outcomes, sum(map(int, summaries)), output)
+    seconds = time.monotonic() - start
+    return Run(tests, done.returncode == 0, outcomes, sum(map(int, summaries)), seconds, output)
+
+
+def counted(runs: list[Run]) -> str:
+    """How many tests had which outcome, and what the tool reported."""
+    total = {word: sum(one.outcomes[word] for one in runs) for word in OUTCOMES}
+    tests = ", ".join(f"{n} {word}" for word, n in total.items() if n) or "no tests ran"
+    return f"{tests}; {sum(one.reported for one in runs)} errors reported"
 
 
 def check(sanitizer: str, tool: str, lines: list[str], jobs: int) -> bool:
-    """Run all lines under a tool; say what failed, and sum up."""
+    """Run all lines under a tool; say how each ended, and sum up."""
     start = time.monotonic()
+    runs = []
     with ThreadPoolExecutor(jobs) as pool:
-        runs = list(pool.map(lambda tests: run(sanitizer, tool, tests), lines))
-    for one in runs:
-        if not one.ok:
-            print(f"--- {tool}: {one.tests}\n{one.output}")
-    total = {word: sum(one.outcomes[word] for one in runs) for word in OUTCOMES}
-    counted = ", ".join(f"{n} {word}" for word, n in total.items() if n) or "no tests ran"
+        for done in as_completed(pool.submit(run, sanitizer, tool, tests) for tests in lines):
+            one = done.result()
+            runs.append(one)
+            if not one.ok:
+                print(f"--- {tool}: {one.tests}\n{one.output}")
+            print(f"{tool}: {one.tests}: {counted([one])}; {one.seconds:.0f} s", flush=True)
     failed = sum(not one.ok for one in runs)
+    seconds = time.monotonic() - start
     print(
-        f"{tool}: {counted}; {sum(one.reported for one in runs)} errors reported; "
-        f"{failed} of {len(runs)} lists failed; {time.monotonic() - start:.0f} s",
+        f"{tool}: {counted(runs)}; {failed} of {len(runs)} lists failed; {seconds:.0f} s",
         flush=True,
     )
     return failed == 0

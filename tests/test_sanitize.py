@@ -50,7 +50,10 @@ def test_each_tool_is_summed_up(tmp_path: Path, passing: str) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     summary = ": 4 passed; 0 errors reported; 0 of 2 lists failed; "
-    assert [line.partition(summary)[0] for line in lines] == ["memcheck", "racecheck"]
+    ends = [line.partition(summary)[0] for line in lines if summary in line]
+    assert ends == ["memcheck", "racecheck"]
+    each = [line for line in lines if f"{passing}: 2 passed; 0 errors reported; " in line]
+    assert len(each) == len(lines) - 2 == 4
 
 
 def test_a_failing_test_is_shown(tmp_path: Path, passing: str, failing: str) -> None:

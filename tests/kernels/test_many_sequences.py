@@ -1,0 +1,53 @@
+"""More sequences than a program looks at together: it searches for the one of its tile."""
+
+from __future__ import annotations
+
+import pytest
+
+from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.codegen.template import space_for, spaces_of
+from nsagen.harness.base import Sizes, harness_of
+from nsagen.workload import STATIC_PARAMS, Param, Workload
+from tests.support import check_case, is_hopper, kernel_device, load_kernel
+
+SHAPE: dict[str, Param] = {
+    **{"head_dim": 16, "v_head_dim": 16, "gqa_ratio": 2, "kernel_size": 4, "kernel_stride": 2},
+    **{"block_size": 4, "topk": 2, "init_blocks": 1, "local_blocks": 1, "window_size": 3},
+}
+FOR_HOPPER: dict[str, Param] = {
+    **{"head_dim": 64, "v_head_dim": 64, "gqa_ratio": 16, "kernel_size": 32, "kernel_stride": 16},
+    **{"block_size": 64, "topk": 4, "init_blocks": 1, "local_blocks": 2, "window_size": 100},
+}
+LENGTHS = tuple(length for n in range(33) for length in (n % 6, 0, 70 if n % 16 == 5 else 1))
+"""Some empty, most shorter than a tile, two longer than one; 99 of them."""
+
+
+def workload(op: str, pass_: str, shape: dict[str, Param], kind: str, dtype: str) -> Workload:
+    params = {"compress_type": kind, "with_pe": False, **shape}
+    return Workload.of(op, pass_, dtype=dtype, **{n: params[n] for n in STATIC_PARAMS[op, pass_]})
+
+
+def cases() -> list[tuple[Workload, str]]:
+    """Each algorithm that meets sequences, and one type of compression for each of compress's."""
+    found = {}
+    for op, pass_ in STATIC_PARAMS:
+        for space in spaces_of(op, pass_):
+            if pass_ == "decode" or op in ("rope", "gated_sum"):
+                continue
+            if not (space.general or is_hopper()):
+                continue
+            shape, dtype = (SHAPE, "float32") if space.general else (FOR_HOPPER, "float16")
+            for kind in ("avgpool", "linear", "sigmoid_mul"):
+                work = workload(op, pass_, shape, kind, dtype)
+                if space.supports(work):
+                    found.setdefault((op, pass_, space.algorithm), (work, space.algorithm))
+    return list(found.values())
+
+
+@pytest.mark.parametrize("batch", [63, 99])
+@pytest.mark.parametrize(("work", "algorithm"), cases(), ids=str)
+def test_many_sequences(work: Workload, algorithm: str, batch: int) -> None:
+    space = space_for(work, algorithm)
+    schedule = space.default_schedule(work, KNOWN_TARGETS["cuda:90"])
+    case = harness_of(work).make_case(work, Sizes(LENGTHS[-batch:], kv_heads=1), kernel_device())
+    check_case(load_kernel(work, schedule), case)
