@@ -1,15 +1,16 @@
 """Writes what the documentation takes from the code: python docs/generate.py [--check|--support]
 
 The whole of docs/spec.md, from the schema of specs; docs/support.md, from docs/support.json, which
---support measures first by compiling kernels, for minutes the first time; and the parts of other
-pages between `<!-- generated: ... -->` and `<!-- end -->`. `make generate` runs it; a test checks
-that nothing is out of date.
+--support measures first by compiling the kernels that changed, for hours if that is all of them
+(--jobs=N: in N processes, not one a core); and the parts of other pages between
+`<!-- generated: ... -->` and `<!-- end -->`. `make generate` runs it; a test checks that nothing is
+out of date.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
+import importlib.metadata
 import re
 import sys
 from collections.abc import Callable
@@ -20,10 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nsagen.bench.tables import markdown  # noqa: E402
-from nsagen.codegen import support  # noqa: E402
+from nsagen.codegen import support, support_page  # noqa: E402
 from nsagen.spec.schema import json_schema  # noqa: E402
 
 DOCS = ROOT / "docs"
+SUPPORT = DOCS / "support.json"
 
 HEAD = """\
 # Spec reference
@@ -178,8 +180,8 @@ PARTS = {
 
 def pages() -> dict[Path, str]:
     """Every generated page and what it should hold."""
-    rows = json.loads((DOCS / "support.json").read_text("utf-8"))
-    made = {DOCS / "spec.md": spec_reference(), DOCS / "support.md": support.page(rows)}
+    kernels = support_page.page(*support.read(SUPPORT))
+    made = {DOCS / "spec.md": spec_reference(), DOCS / "support.md": kernels}
     for (page, name), make in PARTS.items():
         path = ROOT / page
         text = made.get(path) or path.read_text(encoding="utf-8")
@@ -190,19 +192,22 @@ def pages() -> dict[Path, str]:
     return made
 
 
-def measure_support() -> None:
-    """Write docs/support.json; what did not change since is not compiled again."""
+def measure_support(jobs: int | None) -> None:
+    """Bring docs/support.json up to date; what it knows is not compiled again."""
 
     def report(what: str, done: int, total: int) -> None:
-        print(f"{done} of {total}: {what}")
+        print(f"{done} of {total}: {what}", flush=True)
 
-    rows = support.measure(support.documented(), progress=report)
-    (DOCS / "support.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    table, triton = support.read(SUPPORT)
+    known = table if triton == importlib.metadata.version("triton") else {}
+    wanted = support.variants(support.shipped())
+    support.write(SUPPORT, support.measure(wanted, known, jobs, report))
 
 
 def main() -> int:
     if "--support" in sys.argv:
-        measure_support()
+        jobs = [int(arg.partition("=")[2]) for arg in sys.argv if arg.startswith("--jobs=")]
+        measure_support(jobs[-1] if jobs else None)
     stale = [p for p, text in pages().items() if not p.exists() or p.read_text("utf-8") != text]
     for path in stale:
         if "--check" not in sys.argv:

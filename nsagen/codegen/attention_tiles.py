@@ -118,6 +118,8 @@ def row_tiles_default(workload: Workload, target: Target) -> dict[str, Param]:
         block_m, block_n, warps, stages = (32, 32, 4, 1) if widest <= 64 else (16, 16, 4, 1)
     elif target.has_wgmma:
         block_m, block_n, warps, stages = (128, 128, 8, 2) if widest <= 128 else (128, 64, 8, 2)
+        if padded_sizes(workload)[1] > 128:  # the output tile alone takes 128 registers a thread
+            block_m = 64
         loads = "descriptors"
     elif target.shared_memory < 96 * 1024:
         block_m, block_n, warps, stages = (64, 32, 4, 1) if widest <= 128 else (64, 16, 4, 1)
@@ -149,7 +151,7 @@ def two_passes_default(workload: Workload, target: Target) -> dict[str, Param]:
         dq = dkv = (32, 16)
     elif target.has_wgmma:
         # Steps of few tokens; finding the rows of many, or of parts of a token's heads, spills.
-        row_step = 64 if int(workload.gqa_ratio) in (4, 8, 16, 32, 64) else 32
+        row_step = 64 if int(workload.gqa_ratio) in (8, 16, 32, 64) else 32
         dq, dkv, dkv_warps = (64, 64), (128, row_step), 8
     else:
         dq = dkv = (64, 32)

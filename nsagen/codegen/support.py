@@ -1,50 +1,68 @@
-"""What nsagen's kernels use on each target, compiled without a GPU: the documentation's table.
+"""What nsagen's kernels use on each target, compiled without a GPU: docs/support.json.
 
-Measuring takes minutes, the first time; the page is made from what was measured.
+It holds the default schedules of every workload of every shipped spec, on every target, by kernel
+name. A name covers template and schedule, so what is missing or left over shows without compiling,
+and only what changed is compiled anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from nsagen.codegen.target import KNOWN_TARGETS
 from nsagen.codegen.template import default_schedule, kernel_name, render
-from nsagen.spec import Spec, load_spec
-from nsagen.workload import COMPRESS_TYPES, Workload
+from nsagen.spec import Spec, load_spec, shipped_specs
+from nsagen.workload import COMPRESS_TYPES, Schedule, Workload
 
-Row = dict[str, Any]
-"""op, pass, workload, target, schedule, and `kernels`: resources, or `error` in their place."""
 
-HEAD = """\
-# Kernels on every target
+class Usage(NamedTuple):
+    """What the hungriest of the kernels that a call launches uses, on one target.
 
-What the default schedules of `llama8b`'s largest workloads, and of each way to compress, compile
-to: on a CPU, by Triton's own compiler, with no GPU present. Registers and spills are of the
-hungriest kernel that a call launches, a thread; shared memory is what its programs need at most.
+    Attributes:
+        registers: of 32 bits, a thread.
+        spill_bytes: a thread.
+        shared_bytes: a program.
+        matrix: the matrix instructions used, apart by commas; "" if there are none.
+        error: why it does not compile; "" if it does.
+    """
 
-The schedules themselves, of every workload of these specs:
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    matrix: str
+    error: str = ""
 
-```sh
-{commands}
-```
 
-This page is made from `docs/support.json`, which `python docs/generate.py --support` measures.
-"""
+class Variant(NamedTuple):
+    """The default schedule of a workload on a target; `name` is its kernel's."""
 
+    workload: Workload
+    target: str
+    schedule: Schedule
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.workload} on {self.target}"
+
+
+Table = dict[tuple[str, str], Usage]
+"""(kernel name, target) -> what it uses."""
 
 SPECS = ("llama8b", "nsa_paper")
-"""The specs whose kernels the table shows; of the second one, those that compress."""
+"""The specs whose kernels the page lists; of the second one, those that compress."""
 
 
-def documented() -> tuple[Workload, ...]:
-    """The workloads of the table: the first spec's, and of others each way to compress."""
+def listed() -> tuple[Workload, ...]:
+    """The workloads that the page lists: the first spec's, and of others each way to compress."""
     usual, paper = (load_spec(name) for name in SPECS)
     found = [*representative(usual), *(w for w in representative(paper) if _compresses(w))]
     shape, passes = usual.shapes[-1], usual.passes
@@ -68,110 +86,110 @@ def representative(spec: Spec) -> tuple[Workload, ...]:
     return tuple(largest.values())
 
 
+def shipped() -> tuple[Workload, ...]:
+    """Every workload of every shipped spec, once, and the page's others."""
+    of_specs = (workload for name in shipped_specs() for workload in load_spec(name).workloads())
+    return tuple(dict.fromkeys([*of_specs, *listed()]))
+
+
+def variants(workloads: Iterable[Workload]) -> list[Variant]:
+    """The default schedules of workloads on every target.
+
+    Raises:
+        UnsupportedWorkloadError: no algorithm covers one on a target.
+    """
+    found = []
+    for workload in workloads:
+        for name, target in KNOWN_TARGETS.items():
+            schedule = default_schedule(workload, target)
+            found.append(Variant(workload, name, schedule, kernel_name(workload, schedule)))
+    return found
+
+
 def measure(
-    workloads: Iterable[Workload],
-    targets: Iterable[str] = tuple(KNOWN_TARGETS),
+    wanted: Iterable[Variant],
+    known: Mapping[tuple[str, str], Usage] | None = None,
     jobs: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-) -> list[Row]:
-    """Compile each workload's default schedule for each target, in worker processes.
-
-    Returns:
-        one row a workload and target, in their order.
-    """
-    targets = tuple(targets)
-    work = [(workload, target) for workload in workloads for target in targets]
+) -> Table:
+    """Compile variants in worker processes, but for those that are known; in the order of names."""
+    known = known or {}
+    wanted = sorted(wanted, key=lambda variant: (variant.name, variant.target))
+    table = {(v.name, v.target): known.get((v.name, v.target)) for v in wanted}
+    work = [variant for variant in wanted if table[variant.name, variant.target] is None]
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(measure_one, *item) for item in work]
-        rows = []
-        for done, (future, item) in enumerate(zip(futures, work, strict=True), 1):
-            rows.append(future.result())
+        for done, (variant, usage) in enumerate(
+            zip(work, pool.map(usage_of, work), strict=True), 1
+        ):
+            table[variant.name, variant.target] = usage
             if progress:
-                progress(f"{item[0]} for {item[1]}", done, len(work))
-    return rows
+                progress(str(variant), done, len(work))
+    return {key: usage for key, usage in table.items() if usage is not None}
 
 
-def measure_one(workload: Workload, target: str) -> Row:
-    """The row of one workload and target."""
+def usage_of(variant: Variant) -> Usage:
+    """Compile a variant, or look it up if the same code was compiled for the target before."""
     from nsagen.codegen.compiled import compiled_resources
     from nsagen.errors import NsagenError
 
-    row: Row = {"op": workload.op, "pass": workload.pass_, "workload": workload.label}
-    row["target"] = target
     try:
-        schedule = default_schedule(workload, KNOWN_TARGETS[target])
-        row["schedule"] = str(schedule)
         with tempfile.TemporaryDirectory(prefix="nsagen-support-") as folder:
-            path = Path(folder) / f"{kernel_name(workload, schedule)}.py"
-            path.write_text(render(workload, schedule, "# support"), encoding="utf-8")
-            found = compiled_resources(path, workload, KNOWN_TARGETS[target])
+            path = Path(folder) / f"{variant.name}.py"
+            source = render(variant.workload, variant.schedule, "# support")
+            path.write_text(source, encoding="utf-8")
+            found = compiled_resources(path, variant.workload, KNOWN_TARGETS[variant.target])
     except NsagenError as error:
-        return row | {"error": str(error)}
-    name = path.stem
-    kernels = [
-        dataclasses.asdict(one) | {"kernel": one.kernel.replace(name, workload.op)} for one in found
-    ]
-    return row | {"kernels": kernels}
+        return Usage(0, 0, 0, "", str(error))
+    return Usage(
+        registers=max(one.registers for one in found),
+        spill_bytes=max(one.spill_bytes for one in found),
+        shared_bytes=max(one.shared_bytes for one in found),
+        matrix=", ".join(sorted({one.matrix for one in found} - {"none"})),
+    )
 
 
-def spilling(rows: Iterable[Row]) -> Iterator[str]:
-    """Each kernel that spills, or does not compile or fit, in words."""
-    for row in rows:
-        where = f"{row['op']} {row['pass']} {row['workload']} on {row['target']}"
-        if "error" in row:
-            yield f"{where}: {row['error']}"
-            continue
-        limit = KNOWN_TARGETS[row["target"]].shared_memory
-        for kernel in row["kernels"]:
-            if kernel["spill_bytes"]:
-                spill = f"{kernel['kernel']} spills {kernel['spill_bytes']} bytes"
-                yield f"{where}: {spill}; {row['schedule']}"
-            if kernel["shared_bytes"] > limit:
-                yield f"{where}: {kernel['kernel']} needs {kernel['shared_bytes']} of {limit} bytes"
+def problems(table: Table, wanted: Iterable[Variant], most_spilled: int = 0) -> Iterator[str]:
+    """Each variant that does not compile or fit, or spills more than allowed, in words."""
+    for variant in wanted:
+        usage = table[variant.name, variant.target]
+        limit = KNOWN_TARGETS[variant.target].shared_memory
+        if usage.error:
+            yield f"{variant}: {usage.error}"
+        if usage.spill_bytes > most_spilled:
+            yield f"{variant}: spills {usage.spill_bytes} bytes; {variant.schedule}"
+        if usage.shared_bytes > limit:
+            yield f"{variant}: needs {usage.shared_bytes} of {limit} bytes; {variant.schedule}"
 
 
-def page(rows: list[Row]) -> str:
-    """docs/support.md."""
-    commands = "\n".join(f"nsagen inspect {name}" for name in SPECS)
-    targets = tuple(dict.fromkeys(row["target"] for row in rows))
-    parts = [HEAD.format(commands=commands), "## Targets\n", _summary(rows, targets)]
-    for target in targets:
-        parts += [f"## {target}\n", _table([row for row in rows if row["target"] == target])]
-    return "\n".join(parts)
+def lacking(table: Table, wanted: Iterable[Variant]) -> list[Variant]:
+    """The variants that a table does not have: their template or schedule changed since."""
+    return [variant for variant in wanted if (variant.name, variant.target) not in table]
 
 
-def _summary(rows: list[Row], targets: tuple[str, ...]) -> str:
-    lines = ["| target | variants | that spill | matrix instructions | most shared memory, of |"]
-    lines.append("| --- | --- | --- | --- | --- |")
-    for target in targets:
-        here = [row for row in rows if row["target"] == target]
-        kernels = [kernel for row in here for kernel in row["kernels"]]
-        spills = sum(any(k["spill_bytes"] for k in row["kernels"]) for row in here)
-        matrix = ", ".join(sorted({k["matrix"] for k in kernels} - {"none"}))
-        shared = max(k["shared_bytes"] for k in kernels)
-        limit = KNOWN_TARGETS[target].shared_memory
-        lines.append(
-            f"| `{target}` | {len(here)} | {spills or 'none'} | {matrix} "
-            f"| {_kib(shared)} of {_kib(limit)} |"
-        )
-    return "\n".join(lines) + "\n"
+def read(path: Path) -> tuple[Table, str]:
+    """A table from its file, and the version of Triton that it was compiled with."""
+    stored = json.loads(path.read_text("utf-8"))
+    table = {
+        (name, target): Usage(*usage)
+        for name, targets in stored["kernels"].items()
+        for target, usage in targets.items()
+    }
+    return table, stored["triton"]
 
 
-def _table(rows: list[Row]) -> str:
-    lines = ["| op | workload | algorithm | matrix | registers | spills | shared memory |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        kernels = row["kernels"]
-        matrix = ", ".join(sorted({k["matrix"] for k in kernels} - {"none"})) or "none"
-        spills = max(k["spill_bytes"] for k in kernels)
-        lines.append(
-            f"| {row['op']} {row['pass']} | `{row['workload']}` "
-            f"| `{row['schedule'].partition('(')[0]}` | {matrix} "
-            f"| {max(k['registers'] for k in kernels)} | {f'{spills} bytes' if spills else 'none'} "
-            f"| {_kib(max(k['shared_bytes'] for k in kernels))} |"
-        )
-    return "\n".join(lines) + "\n"
+def write(path: Path, table: Table) -> None:
+    """Write a table, a kernel a line."""
+    kernels: dict[str, dict[str, Usage]] = {}
+    for (name, target), usage in table.items():
+        kernels.setdefault(name, {})[target] = usage
+    lines = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps({t: _short(u) for t, u in targets.items()})}"
+        for name, targets in kernels.items()
+    )
+    version = json.dumps(importlib.metadata.version("triton"))
+    path.write_text(f'{{\n "triton": {version},\n "kernels": {{\n{lines}\n }}\n}}\n', "utf-8")
 
 
-def _kib(size: int) -> str:
-    return f"{size / 1024:.4g} KiB"
+def _short(usage: Usage) -> list[int | str]:
+    values: list[int | str] = [*usage]
+    return values if usage.error else values[:-1]

@@ -84,9 +84,11 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
     if group > 8:
         tokens = 8 if group > 16 else 16
         return {"tokens": tokens, "columns": 256, "windows": 64, "segment": 256}
+    if group > 4 and target.arch == "100":
+        return {"tokens": 16, "columns": 256, "windows": 64, "segment": 64, "num_warps": 8}
     if group > 2:
         return {"tokens": 32, "columns": 256, "windows": 64, "segment": 64}
-    return {"tokens": 64, "columns": 64, "windows": 128, "segment": 64, "num_warps": 8}
+    return {"tokens": 32, "columns": 64, "windows": 128, "segment": 64, "num_warps": 8}
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:

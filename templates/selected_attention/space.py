@@ -155,13 +155,14 @@ def key_major_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
-    """Steps of 64 rows, for wgmma; parts of about 4096 rows."""
+    """Steps of 64 rows, for wgmma; parts of about 4096 rows; more warps for a wide output tile."""
     group = int(workload.gqa_ratio)
+    sizes = padded_heads(workload)
     exact = workload.dtype == "float32"  # no matrix instruction is exact: plain FMA
     for block_m, stages in ((32 if exact else 64, 1 if exact else 3), (16, 1)):
         knobs: dict[str, Param] = {
             "block_m": max(block_m, next_power_of_2(group)),
-            "num_warps": 4,
+            "num_warps": 8 if max(sizes["block_d"], sizes["block_dv"]) > 128 else 4,
             "num_stages": stages,
             "part_tokens": min(4096, max(256, next_power_of_2(4096 // group))),
         }
