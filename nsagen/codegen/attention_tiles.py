@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nsagen.codegen.sizes import raw_peak
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.workload import Param, Schedule, Workload
@@ -44,10 +45,11 @@ def width(workload: Workload) -> int:
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """Head sizes padded to powers of two, and how exact tl.dot has to be."""
+    """Head sizes padded to powers of two, and how exact tl.dot and the softmax have to be."""
     block_d, block_dv = padded_sizes(workload)
     precision = ', input_precision="ieee"' if workload.dtype == "float32" else ""
-    return {"block_d": block_d, "block_dv": block_dv, "dot_precision": precision}
+    sizes = {"block_d": block_d, "block_dv": block_dv, "dot_precision": precision}
+    return {**sizes, "raw_peak": raw_peak(workload)}
 
 
 def derive_two_passes(workload: Workload, schedule: Schedule) -> dict[str, Any]:

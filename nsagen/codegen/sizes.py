@@ -16,6 +16,17 @@ def element_bytes(workload: Workload) -> int:
     return 4 if workload.dtype == "float32" else 2
 
 
+def raw_peak(workload: Workload) -> bool:
+    """Whether a softmax keeps its peak before the scale: p = exp2((s - peak) scale).
+
+    exp2(s scale - peak) is one instruction less a score, but a GPU fuses its product with the
+    subtraction, and so the largest score's exponent is what rounding took from peak = s scale. At
+    scores of 1e4 1e4 D that is up to 64 for heads of 128, which float16 cannot hold, and twice as
+    much for wider ones, which is past float32.
+    """
+    return workload.dtype == "float16" or int(workload.head_dim) > 128
+
+
 def padded_heads(workload: Workload) -> dict[str, Any]:
     """Head sizes padded to powers of two, and how exact tl.dot has to be."""
     dim, v_dim = int(workload.head_dim), int(workload.v_head_dim)

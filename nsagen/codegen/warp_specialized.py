@@ -9,6 +9,7 @@ from typing import Any
 
 import triton
 
+from nsagen.codegen.sizes import raw_peak
 from nsagen.codegen.space import Choice, PowerOfTwo, ScheduleSpace
 from nsagen.codegen.target import Target
 from nsagen.workload import Param, Schedule, Workload
@@ -40,10 +41,11 @@ def runs_on(target: Target) -> bool:
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """The tokens of a tile, and what Gluon calls the dtype."""
+    """The tokens of a tile, what Gluon calls the dtype, and how exact the softmax has to be."""
     return {
         "tile_tokens": TILE_ROWS // int(workload.gqa_ratio),
         "element": f"gl.{workload.dtype}",
+        "raw_peak": raw_peak(workload),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.sizes import LEAST_TILE, element_bytes, padded_heads
+from nsagen.codegen.sizes import LEAST_TILE, element_bytes, padded_heads, raw_peak
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.workload import Param, Schedule, Workload
@@ -28,6 +28,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     rows = schedule.orientation == "rows"
     return {
         **padded_heads(workload),
+        "raw_peak": raw_peak(workload),
         "block_g": block_g,
         "pad_g": block_g != group,
         "steps_per_block": -(-int(workload.block_size) // block_n),
@@ -81,6 +82,7 @@ def derive_shared_blocks(workload: Workload, schedule: Schedule) -> dict[str, An
     share_n = next((n for n in (64, 32, 16) if n <= most and block_size % n == 0), block_n)
     return {
         **padded_heads(workload),
+        "raw_peak": raw_peak(workload),
         "block_g": block_g,
         "pad_g": block_g != group,
         "steps_per_block": -(-block_size // block_n),

@@ -20,7 +20,7 @@ from nsagen.harness.selected_attention import make_inputs
 from nsagen.ops._gradients import reference_gradients
 from nsagen.workload import STATIC_PARAMS, Param, Schedule, Workload
 from tests.canaries import guarded
-from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
+from tests.support import check_case, is_hopper, kernel_device, kernel_dtypes, load_kernel
 
 SHAPE: dict[str, Param] = {
     **{"head_dim": 16, "v_head_dim": 16, "gqa_ratio": 2, "compress_type": "weightedpool"},
@@ -123,6 +123,50 @@ def test_each_kind_of_compression(
     case = adversarial(w, kind, monkeypatch)
     with guarded(case) as args:
         load_kernel(w).launch(*args)
+    for name, exact in case.expected().items():
+        check(name, case.outputs[name], exact, 0.0, huge=False)
+
+
+@pytest.mark.parametrize("both_signs", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", kernel_dtypes())
+@pytest.mark.parametrize(
+    ("op", "pass_", "algorithm"),
+    [
+        (*key, space.algorithm)
+        for key in PASSES
+        for space in spaces_of(*key)
+        if "attention" in key[0] and key[1] != "backward" and (space.general or is_hopper())
+    ],
+)
+def test_scores_at_which_rounding_takes_more_than_one(
+    op: str,
+    pass_: str,
+    algorithm: str,
+    dtype: str,
+    sign: int,
+    both_signs: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Heads of 128 and 256 full of 1e4. All keys weigh the same, or one has all the weight.
+
+    A GPU's fused s scale - peak is not 0 where peak is s scale, but what rounding took from it.
+    """
+    drawn = itertools.count()
+
+    def huge(x: Tensor) -> Tensor:
+        signs = torch.where(x < 0, -1.0, 1.0) if both_signs else torch.ones_like(x)
+        return (signs * 1e4 * (sign if next(drawn) == 1 else 1)).to(x.dtype)
+
+    dim = 128 if algorithm == "warp_specialized" else 256
+    w = workload(op, pass_, dtype, head_dim=dim, v_head_dim=64)
+    space = space_for(w, algorithm)
+    if not space.supports(w):
+        pytest.skip(f"{algorithm} is not for {w}")
+    monkeypatch.setitem(KINDS, "huge", huge)
+    case = adversarial(w, "huge", monkeypatch)
+    with guarded(case) as args:
+        load_kernel(w, space.default_schedule(w, KNOWN_TARGETS["cuda:90"])).launch(*args)
     for name, exact in case.expected().items():
         check(name, case.outputs[name], exact, 0.0, huge=False)
 
