@@ -60,7 +60,7 @@ def on_gpu(lengths: list[int]) -> tuple[Tensor, Tensor]:
 def near_ties_of_blocks() -> Iterator[list[Tensor]]:
     """Of each call of the reference's selection: bool [C], whether rounding may choose otherwise.
 
-    It may where the score of the last block that a token chose is within half a percent of another's.
+    It may where the last block that a token chose has a score within half a percent of another's.
     """
     module = importlib.import_module("nsagen.ops.reference.block_selection")
     select_blocks, found = module.select_blocks, []
