@@ -15,19 +15,23 @@ import subprocess, sys
 at = sys.argv.index({python!r})
 code = subprocess.run(sys.argv[at:]).returncode
 errors = {errors}
+print({races!r})
 print(f"========= ERROR SUMMARY: {{errors}} errors")
 sys.exit(code or min(errors, 1))
 """
 
 
-def sanitize(folder: Path, *tests: str, errors: int = 0) -> subprocess.CompletedProcess[str]:
+def sanitize(
+    folder: Path, *tests: str, errors: int = 0, races: str = ""
+) -> subprocess.CompletedProcess[str]:
     fake, names = folder / "sanitizer", folder / "list.txt"
-    fake.write_text(FAKE.format(python=sys.executable, errors=errors))
+    fake.write_text(FAKE.format(python=sys.executable, errors=errors, races=races))
     fake.chmod(0o755)
     names.write_text("\n".join(tests) + "\n")
-    command = [sys.executable, "tests/sanitize.py", "--sanitizer", str(fake), "--list", str(names)]
+    script = str(ROOT / "tests" / "sanitize.py")
+    command = [sys.executable, script, "--sanitizer", str(fake), "--list", str(names)]
     return subprocess.run(
-        [*command, "--jobs", "2"], cwd=ROOT, text=True, capture_output=True, check=False
+        [*command, "--jobs", "2"], cwd=folder, text=True, capture_output=True, check=False
     )
 
 
@@ -35,24 +39,24 @@ def sanitize(folder: Path, *tests: str, errors: int = 0) -> subprocess.Completed
 def passing(tmp_path: Path) -> str:
     path = tmp_path / "test_passing.py"
     path.write_text("def test_one(): pass\ndef test_two(): pass\n")
-    return str(path)
+    return path.name
 
 
 @pytest.fixture
 def failing(tmp_path: Path) -> str:
     path = tmp_path / "test_failing.py"
     path.write_text("def test_three(): assert 1 == 2\n")
-    return str(path)
+    return path.name
 
 
 def test_each_tool_is_summed_up(tmp_path: Path, passing: str) -> None:
-    done = sanitize(tmp_path, passing, passing)
+    done = sanitize(tmp_path, passing)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    summary = ": 4 passed; 0 errors reported; 0 of 2 lists failed; "
+    summary = ": 2 passed; 0 errors reported; 0 of 2 runs failed; "
     ends = [line.partition(summary)[0] for line in lines if summary in line]
     assert ends == ["memcheck", "racecheck"]
-    each = [line for line in lines if f"{passing}: 2 passed; 0 errors reported; " in line]
+    each = [line for line in lines if ": 1 passed; 0 errors reported; " in line]
     assert len(each) == len(lines) - 2 == 4
 
 
@@ -60,13 +64,45 @@ def test_a_failing_test_is_shown(tmp_path: Path, passing: str, failing: str) -> 
     done = sanitize(tmp_path, passing, failing)
     assert done.returncode == 1
     assert "assert 1 == 2" in done.stdout
-    assert "memcheck: 2 passed, 1 failed; 0 errors reported; 1 of 2 lists failed" in done.stdout
+    assert "memcheck: 2 passed, 1 failed; 0 errors reported; 1 of 3 runs failed" in done.stdout
 
 
 def test_what_the_sanitizer_reports_fails(tmp_path: Path, passing: str) -> None:
     done = sanitize(tmp_path, passing, errors=3)
     assert done.returncode == 1
-    assert "memcheck: 2 passed; 3 errors reported; 1 of 1 lists failed" in done.stdout
+    assert "memcheck: 2 passed; 6 errors reported; 2 of 2 runs failed" in done.stdout
+
+
+RACE = """\
+========= Error: Race reported between Read access at kernel+0x1b0 in {name}:{read}
+=========     and Write access at kernel+0x6810 in {name}:1 [248 hazards]
+=========     and Write access at kernel+0xb680 in {name}:2 [210 hazards]
+========= \n"""
+KERNEL = """\
+def kernel(x):
+    gl.warp_specialize(
+        [(produce, x)])
+"""
+
+
+@pytest.mark.parametrize(("read", "reported"), [(1, 0), (3, 1)])
+def test_races_of_what_starts_a_pipelines_warps_are_the_compilers(
+    read: int, reported: int, tmp_path: Path, passing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "nsagen-test-kernels").mkdir()
+    (tmp_path / "nsagen-test-kernels" / "pipeline.py").write_text(KERNEL)
+    done = sanitize(
+        tmp_path, f"{passing}::test_one", errors=1, races=RACE.format(name="pipeline.py", read=read)
+    )
+    assert done.returncode == reported, done.stdout
+    assert f"racecheck: 1 passed; {reported} errors reported;" in done.stdout
+
+
+def test_a_name_of_no_test_is_said(tmp_path: Path) -> None:
+    done = sanitize(tmp_path, "tests/kernels/test_nothing.py::test_at_all")
+    assert done.returncode == 1
+    assert "sanitize: some tests are not there" in done.stderr
 
 
 def test_every_line_of_the_list_is_there() -> None:
