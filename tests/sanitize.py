@@ -36,7 +36,7 @@ class Run(NamedTuple):
 
     Attributes:
         outcomes: how many tests had each of OUTCOMES.
-        reported: errors, or hazards, that the tool counted, but for the compiler's own.
+        reported: errors, or hazards, that the tool counted, but for harmless ones.
         seconds: how long it took.
     """
 
@@ -77,7 +77,7 @@ def run(sanitizer: str, tool: str, tests: list[str]) -> Run:
     counts = re.findall(rf"(\d+) ({'|'.join(OUTCOMES)})", last_lines)
     outcomes = {word: sum(int(n) for n, found in counts if found == word) for word in OUTCOMES}
     summaries = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+) ", output)
-    reported = sum(map(int, summaries)) - sum(map(of_the_compiler, races(output)))
+    reported = sum(map(int, summaries)) - sum(map(harmless, races(output)))
     name = tests[0].partition("[")[0] if len(tests) > 1 else tests[0]
     return Run(name, outcomes, reported, time.monotonic() - start, output)
 
@@ -89,16 +89,18 @@ def races(output: str) -> Iterator[list[tuple[str, int]]]:
         yield [(name, int(line)) for name, line in re.findall(r" in (\S+\.py):(\d+)", own)]
 
 
-def of_the_compiler(places: list[tuple[str, int]]) -> bool:
-    """Whether a race is between what Triton itself adds to start a pipeline's warps.
+def harmless(places: list[tuple[str, int]]) -> bool:
+    """Whether a race is one of two kinds that racecheck reports of pipelines and that do no harm.
 
-    They find what to do in a byte each of shared memory, between barriers of all threads, which
-    racecheck does not see. Its places are the kernel's first line and its call of warp_specialize.
+    Triton's warps find what to do in a byte each of shared memory, between barriers of all threads
+    that racecheck does not see: its places are the kernel's first line and the call of
+    warp_specialize. And consumers of the same tile clear its last rows (`clear_rows`), each before
+    it reads them: either stores what the other does.
     """
     return all(
         (KERNELS / name).exists()
         and re.match(
-            r"def |    gl\.warp_specialize\(",
+            r"def |    gl\.warp_specialize\(|        rows\.store\(",
             (KERNELS / name).read_text("utf-8").splitlines()[at - 1],
         )
         for name, at in places
