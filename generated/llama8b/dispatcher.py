@@ -22,10 +22,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__3495923c"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__53419a6c"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__136281ae"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__64e34cd6"),
         ),
     },
     Workload(
@@ -44,10 +44,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__985774ee"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__127ff5c3"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__44311586"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__e9178ff7"),
         ),
     },
     Workload(
@@ -66,14 +66,17 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__5f920f28"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__997b67a4"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__f5247132",
+                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__a74d152f",
             ),
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__b1a94a89"),
+            (
+                Bucket(tokens=(5793, None)),
+                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__5e20f7d5",
+            ),
         ),
     },
     Workload(
@@ -92,14 +95,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__186302bb"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__632e3e7f"),
         ),
         "cuda:90": (
-            (
-                Bucket(tokens=(None, 5792)),
-                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__0232f1d6",
-            ),
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__ed1162e2"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__372e2739"),
         ),
     },
     Workload(
@@ -117,7 +116,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__52fb48d9"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__52fb48d9"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5)),
+                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__b01085a2",
+            ),
+            (
+                Bucket(tokens=(6, None)),
+                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__f335a459",
+            ),
+        ),
     },
     Workload(
         op="cache_append",
@@ -134,7 +142,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__2d6cb2ae"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__2d6cb2ae"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5)),
+                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__2d6cb2ae",
+            ),
+            (
+                Bucket(tokens=(6, None)),
+                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__aa7c5878",
+            ),
+        ),
     },
     Workload(
         op="cache_append",
@@ -151,7 +168,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__261db3d4"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__261db3d4"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__f22ff82c"),),
     },
     Workload(
         op="cache_append",
@@ -168,7 +185,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__3fc63fd5"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__3fc63fd5"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5)),
+                "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__3fc63fd5",
+            ),
+            (
+                Bucket(tokens=(6, None)),
+                "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__cee7dd78",
+            ),
+        ),
     },
     Workload(
         op="cache_append",
@@ -185,7 +211,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__c3a56a71"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__c3a56a71"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5)),
+                "cache_append_decode__bf16_linear_d128_g16_l32_s16__c3a56a71",
+            ),
+            (
+                Bucket(tokens=(6, None)),
+                "cache_append_decode__bf16_linear_d128_g16_l32_s16__eddb5352",
+            ),
+        ),
     },
     Workload(
         op="cache_append",
@@ -202,7 +237,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__9c4d29ab"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__9c4d29ab"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__2743aa8b"),),
     },
     Workload(
         op="cache_append",
@@ -219,7 +254,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__85ab79f4"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__85ab79f4"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5)),
+                "cache_append_decode__bf16_linear_d128_g4_l32_s16__85ab79f4",
+            ),
+            (
+                Bucket(tokens=(6, None)),
+                "cache_append_decode__bf16_linear_d128_g4_l32_s16__cec69e9b",
+            ),
+        ),
     },
     Workload(
         op="cache_append",
@@ -236,7 +280,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__5ebaa034"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__5ebaa034"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__4447e36f"),),
     },
     Workload(
         op="cache_append",
@@ -256,7 +300,7 @@ TABLE = {
             (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__68d45d60"),
         ),
         "cuda:90": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__68d45d60"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__63a4f45a"),
         ),
     },
     Workload(
@@ -277,7 +321,7 @@ TABLE = {
             (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__d179054a"),
         ),
         "cuda:90": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__d179054a"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__c559347d"),
         ),
     },
     Workload(
@@ -319,7 +363,14 @@ TABLE = {
             (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__94ff04bd"),
         ),
         "cuda:90": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__94ff04bd"),
+            (
+                Bucket(tokens=(None, 5)),
+                "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__94ff04bd",
+            ),
+            (
+                Bucket(tokens=(6, None)),
+                "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__298cb3b2",
+            ),
         ),
     },
     Workload(
@@ -353,7 +404,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__35b41c36"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__35b41c36"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__6dc16213"),),
     },
     Workload(
         op="compress",
@@ -368,7 +419,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__49c8166d"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__49c8166d"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__c033fe06"),),
     },
     Workload(
         op="compress",
@@ -383,7 +434,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__c8d54e93"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__c8d54e93"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__c3b62c13"),),
     },
     Workload(
         op="compress",
@@ -398,7 +449,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16__8501181b"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16__8501181b"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5792)),
+                "compress_backward__bf16_weightedpool_d128_l32_s16__abae833c",
+            ),
+            (
+                Bucket(tokens=(5793, None)),
+                "compress_backward__bf16_weightedpool_d128_l32_s16__973a145c",
+            ),
+        ),
     },
     Workload(
         op="compress",
@@ -413,7 +473,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16_pe__c0cfda97"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16_pe__c0cfda97"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5792)),
+                "compress_backward__bf16_weightedpool_d128_l32_s16_pe__6de522d1",
+            ),
+            (
+                Bucket(tokens=(5793, None)),
+                "compress_backward__bf16_weightedpool_d128_l32_s16_pe__c0cfda97",
+            ),
+        ),
     },
     Workload(
         op="compress",
@@ -453,7 +522,7 @@ TABLE = {
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_avgpool_d128_l32_s16_pe__d996df8f",
+                "compress_forward__bf16_avgpool_d128_l32_s16_pe__a8fc16c2",
             ),
         ),
     },
@@ -470,7 +539,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__d2f3700a"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__5fd28ecb"),),
+        "cuda:90": (
+            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_linear_d128_l32_s16__19b2cc23"),
+            (Bucket(tokens=(5793, None)), "compress_forward__bf16_linear_d128_l32_s16__870caa11"),
+        ),
     },
     Workload(
         op="compress",
@@ -485,7 +557,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__e3ebed31"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__c1275e54"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5792)),
+                "compress_forward__bf16_linear_d128_l32_s16_pe__c1275e54",
+            ),
+            (
+                Bucket(tokens=(5793, None)),
+                "compress_forward__bf16_linear_d128_l32_s16_pe__afe68e5b",
+            ),
+        ),
     },
     Workload(
         op="compress",
@@ -507,7 +588,7 @@ TABLE = {
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16__bfa74340",
+                "compress_forward__bf16_weightedpool_d128_l32_s16__ff924d07",
             ),
         ),
     },
@@ -547,8 +628,17 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__643a6597"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__86a1b582"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__a7541597"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5792)),
+                "compressed_attention_backward__bf16_d128_g16_l32_s16__e6cc4084",
+            ),
+            (
+                Bucket(tokens=(5793, None)),
+                "compressed_attention_backward__bf16_d128_g16_l32_s16__cd1d0cfa",
+            ),
+        ),
     },
     Workload(
         op="compressed_attention",
@@ -562,8 +652,17 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__28e292a5"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__1e5bbe20"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__c434b834"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5792)),
+                "compressed_attention_backward__bf16_d128_g4_l32_s16__8fc97919",
+            ),
+            (
+                Bucket(tokens=(5793, None)),
+                "compressed_attention_backward__bf16_d128_g4_l32_s16__66f0de61",
+            ),
+        ),
     },
     Workload(
         op="compressed_attention",
@@ -584,13 +683,13 @@ TABLE = {
         "cuda:80": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__c7ca7bbf",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__ef7175e9",
             ),
         ),
         "cuda:90": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__b59ecc63",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__f54a03bb",
             ),
         ),
     },
@@ -611,10 +710,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__cd0c33cf"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__11fd053e"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__133d3886"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__dfdd89aa"),
         ),
     },
     Workload(
@@ -634,10 +733,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__4b0fbb43"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__d58b4a62"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__7f6cfdf0"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__e00382b9"),
         ),
     },
     Workload(
@@ -657,10 +756,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__416aac94"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__dbdcde92"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__a1b14650"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__f9a9e835"),
         ),
     },
     Workload(
@@ -675,8 +774,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__184e9992"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__52421bf5"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__5494b277"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__975eb8b7"),),
     },
     Workload(
         op="compressed_attention",
@@ -690,8 +789,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__79852d40"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__2e75b4bf"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__b1f7d664"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__6ed31cef"),),
     },
     Workload(
         op="gated_sum",
@@ -700,7 +799,10 @@ TABLE = {
         params=(("v_head_dim", 128),),
     ): {
         "cuda:80": ((Bucket(), "gated_sum_backward__bf16_dv128__3fa3576d"),),
-        "cuda:90": ((Bucket(), "gated_sum_backward__bf16_dv128__3fa3576d"),),
+        "cuda:90": (
+            (Bucket(tokens=(None, 5792)), "gated_sum_backward__bf16_dv128__710d0c8d"),
+            (Bucket(tokens=(5793, None)), "gated_sum_backward__bf16_dv128__3fa3576d"),
+        ),
     },
     Workload(
         op="gated_sum",
@@ -734,10 +836,17 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__01655b19"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__4eabeaaf"),
         ),
         "cuda:90": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__05474983"),
+            (
+                Bucket(tokens=(None, 5)),
+                "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__5b0e4cc9",
+            ),
+            (
+                Bucket(tokens=(6, None)),
+                "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__4be3a03c",
+            ),
         ),
     },
     Workload(
@@ -754,10 +863,17 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__b2d1b05c"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__5414fc6f"),
         ),
         "cuda:90": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__a9ed12d3"),
+            (
+                Bucket(tokens=(None, 5)),
+                "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__0a0ddb20",
+            ),
+            (
+                Bucket(tokens=(6, None)),
+                "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__bab382cb",
+            ),
         ),
     },
     Workload(
@@ -774,10 +890,17 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__b0f7ff01"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__79f67735"),
         ),
         "cuda:90": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__0e85c49b"),
+            (
+                Bucket(tokens=(None, 5)),
+                "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__cd28bf9b",
+            ),
+            (
+                Bucket(tokens=(6, None)),
+                "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__99e7e8bd",
+            ),
         ),
     },
     Workload(
@@ -794,10 +917,17 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__a670f193"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__169ec90d"),
         ),
         "cuda:90": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__f36a90eb"),
+            (
+                Bucket(tokens=(None, 5)),
+                "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__f427cb8d",
+            ),
+            (
+                Bucket(tokens=(6, None)),
+                "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__f6ebdbee",
+            ),
         ),
     },
     Workload(
@@ -823,8 +953,17 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__29a690c9"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__29a690c9"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__0fe47291"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5792)),
+                "selected_attention_backward__bf16_d128_g16_b64__70ec62de",
+            ),
+            (
+                Bucket(tokens=(5793, None)),
+                "selected_attention_backward__bf16_d128_g16_b64__99249d7d",
+            ),
+        ),
     },
     Workload(
         op="selected_attention",
@@ -837,8 +976,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__1e36b432"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__4fb6807e"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__83d984b0"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__a8013c97"),),
     },
     Workload(
         op="selected_attention",
@@ -851,8 +990,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__f728e076"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__f728e076"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__1e10b38f"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__1e10b38f"),),
     },
     Workload(
         op="selected_attention",
@@ -865,8 +1004,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__285db342"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__285db342"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__3d2105e4"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__3d2105e4"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -879,8 +1018,17 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__6405867a"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__d54b2056"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__26e126ce"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5792)),
+                "sliding_window_attention_backward__bf16_d128_g16_w512__f7655955",
+            ),
+            (
+                Bucket(tokens=(5793, None)),
+                "sliding_window_attention_backward__bf16_d128_g16_w512__32f0b42b",
+            ),
+        ),
     },
     Workload(
         op="sliding_window_attention",
@@ -893,8 +1041,17 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__c229df69"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__c3e9fd44"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__0f3755d7"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5792)),
+                "sliding_window_attention_backward__bf16_d128_g4_w512__33cc91d4",
+            ),
+            (
+                Bucket(tokens=(5793, None)),
+                "sliding_window_attention_backward__bf16_d128_g4_w512__46222acd",
+            ),
+        ),
     },
     Workload(
         op="sliding_window_attention",
@@ -907,8 +1064,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__eac34ada"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__19e5e759"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__f7694acf"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__d528eeec"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -921,8 +1078,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__124ea744"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__38075c3d"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__d7f9c301"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__fcd33926"),),
     },
 }
 

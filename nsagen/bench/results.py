@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -75,10 +76,12 @@ def table_text(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
 
 
 def _command() -> str:
+    """What was typed, but for where to write: that is no part of what was measured."""
+    given = re.sub(r" --out[ =]('[^']*'|\S+)", "", " " + shlex.join(sys.argv[1:])).lstrip()
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None and spec.name and spec.name != "nsagen.__main__":
-        return shlex.join(["python", "-m", spec.name, *sys.argv[1:]])
-    return shlex.join(["nsagen", *sys.argv[1:]])
+        return f"python -m {spec.name} {given}".rstrip()
+    return f"nsagen {given}".rstrip()
 
 
 def _driver_version() -> str:

@@ -1,6 +1,7 @@
 """Results carry their provenance, and tables and figures show what they hold."""
 
 import json
+import sys
 
 import pytest
 
@@ -21,6 +22,14 @@ def test_results_say_where_they_come_from(tmp_path, monkeypatch):
     assert path == tmp_path / "results" / "prefill.json"
     assert content["rows"] == ROWS
     assert content["provenance"].keys() >= {"device", "driver", "torch", "triton", "command"}
+
+
+@pytest.mark.parametrize("out", [["--out", "a folder"], ["--out=there"], []])
+def test_where_results_go_is_no_part_of_the_command(out, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["nsagen", "bench", *out, "--set", "kv_heads=2"])
+    monkeypatch.setitem(sys.modules, "__main__", None)
+    content = json.loads(write_results("prefill", ROWS, tmp_path).read_text())
+    assert content["provenance"]["command"] == "nsagen bench --set kv_heads=2"
 
 
 def test_a_table_lines_up_and_leaves_blank_what_a_row_lacks():

@@ -7,7 +7,7 @@
 #             dtype=bfloat16, compress_type=weightedpool, head_dim=128, v_head_dim=128,
 #             gqa_ratio=16, kernel_size=32, kernel_stride=16, with_pe=False
 # Schedule:   pool(block_heads=16, num_warps=4)
-# Targets:    cuda:80, cuda:90
+# Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 """One new token a row: rope, append to the caches, weightedpool of the window it completes.
 

@@ -7,7 +7,7 @@
 #             dtype=bfloat16, compress_type=weightedpool, head_dim=128, kernel_size=32,
 #             kernel_stride=16, with_pe=False
 # Schedule:   pool(block_j=8, block_tokens=16, block_windows=8, num_warps=4, part_windows=128)
-# Targets:    cuda:80, cuda:90
+# Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 """The gradients of compression by weightedpool, in float32.
 

@@ -7,8 +7,9 @@
 #             dtype=bfloat16, compress_type=linear, head_dim=128, kernel_size=32, kernel_stride=16,
 #             with_pe=True
 # Schedule:   matmul(block_k=64, block_m=64, block_n=128, num_stages=4, num_warps=4)
-# Targets:    cuda:90
-# Provenance: the architecture's default; not measured
+# Targets:    cuda:90 (tokens <= 5792)
+# Provenance: tuned on nvidia-h200: 0.02998 ms at 1 x 2048 tokens, 8 kv heads; the default,
+#             confirmed
 """Compression of windows of tokens by a linear map, accumulated in float32.
 
 y[i, h] = sum_j (x[i s + j, h] + pe[h, j]) @ w[h, j D : (j + 1) D], j = 0 .. l-1; l = 32, s = 16.

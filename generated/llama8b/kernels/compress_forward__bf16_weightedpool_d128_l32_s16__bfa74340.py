@@ -9,9 +9,6 @@
 # Schedule:   pool(block_units=16, num_warps=4, unroll=4)
 # Targets:    cuda:80
 # Provenance: the architecture's default; not measured
-# Targets:    cuda:90 (tokens >= 5793)
-# Provenance: tuned on nvidia-h200: 0.02006 ms at 1 x 16384 tokens, 8 kv heads; the default,
-#             confirmed
 """Compression of windows of tokens by weightedpool, in float32.
 
 y[i, h] = sum_j w[h, j] x[i s + j, h], j = 0 .. l-1; l = 32, s = 16.

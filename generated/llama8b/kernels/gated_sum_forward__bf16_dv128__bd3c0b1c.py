@@ -9,9 +9,10 @@
 # Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 # Targets:    cuda:90 (tokens <= 5792)
-# Provenance: tuned on nvidia-h200: 0.0092 ms at 1 x 2048 tokens, 8 kv heads; the default, confirmed
+# Provenance: tuned on nvidia-h200: 0.01022 ms at 1 x 2048 tokens, 8 kv heads; the default,
+#             confirmed
 # Targets:    cuda:90 (tokens >= 5793)
-# Provenance: tuned on nvidia-h200: 0.0379 ms at 1 x 16384 tokens, 8 kv heads; the default,
+# Provenance: tuned on nvidia-h200: 0.03922 ms at 1 x 16384 tokens, 8 kv heads; the default,
 #             confirmed
 """Gated sum of the three branches: o[t, h] = sum_i gate[t, h, i] branch_i[t, h], in float32.
 

@@ -7,7 +7,7 @@
 #             dtype=bfloat16, head_dim=128
 # Schedule:   row_tiles(block_rows=16, num_warps=2)
 # Targets:    cuda:90 (tokens >= 5793)
-# Provenance: tuned on nvidia-h200: 0.02341 ms at 1 x 16384 tokens, 8 kv heads; default 0.02416 ms
+# Provenance: tuned on nvidia-h200: 0.02454 ms at 1 x 16384 tokens, 8 kv heads; default 0.02501 ms
 """Rope, rotate-half convention: y = (a cos - b sin, b cos + a sin) with x = (a, b), in float32.
 
 x [N, H, 128], cos and sin [P, 64], positions [N] -> y [N, H, 128].
