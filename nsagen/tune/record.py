@@ -60,9 +60,13 @@ class TuningRecord:
     date: str
 
     @property
-    def key(self) -> tuple[Workload, Bucket, Objective]:
-        """What a file has one record of."""
-        return (self.workload, self.bucket, self.objective)
+    def key(self) -> tuple[Workload, Bucket, Objective, str]:
+        """What a file has one record of.
+
+        Sizes count: runs of one size each have the same bucket, of all calls, and a later one must
+        not discard what an earlier one measured.
+        """
+        return (self.workload, self.bucket, self.objective, self.sizes)
 
     def evidence(self, device: str) -> str:
         """Where and how fast, on one line, as generated files show it."""

@@ -140,14 +140,14 @@ def _no_older(record: TuningRecord, newest: str) -> TuningRecord:
 
 
 def records_text(device: str, target: str, records: Iterable[TuningRecord]) -> str:
-    """A file's text: one record a workload, bucket and objective, in a fixed order."""
+    """A file's text: one record a workload, bucket, objective and sizes, in a fixed order."""
     lines = [
         f"# Tuning records of {device}: written by nsagen tune, read by nsagen build.",
         f"device: {device}",
         f'target: "{target}"',
         "records:",
     ]
-    ordered = sorted(records, key=lambda r: (r.workload, _order(r.bucket), r.objective))
+    ordered = sorted(records, key=lambda r: (r.workload, _order(r.bucket), r.objective, r.sizes))
     if not ordered:
         lines[-1] += " []"
     for record in ordered:

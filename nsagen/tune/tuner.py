@@ -180,7 +180,8 @@ class Tuner:
             return
         contest.give_up(self._running)
         search = contest.search
-        known = self._known.get((search.task.workload, search.task.bucket, self._objective))
+        task = search.task
+        known = self._known.get((task.workload, task.bucket, self._objective, task.sizes_text))
         contest.decision = Decision(search, self._evaluator, self._device, self._objective, ended)
         if known and _still_holds(known, search):
             contest.decision.result = known

@@ -74,6 +74,25 @@ def test_saving_replaces_one_record_and_keeps_the_others(
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def another(record: TuningRecord) -> TuningRecord:
+    """The record with a schedule that is not its own."""
+    schedule = replace(record.schedule, knobs=(("block", 64), ("num_stages", 1), ("num_warps", 1)))
+    fingerprint = kernel_fingerprint(record.workload, schedule)
+    return replace(record, schedule=schedule, fingerprint=fingerprint)
+
+
+def test_a_run_of_another_size_discards_no_record_and_serves_all_calls(
+    world: World, record: TuningRecord
+) -> None:
+    """One size a run makes one bucket, of all calls: the newest run's schedule is used."""
+    other = replace(another(record), sizes="1 x 99 tokens, 8 kv heads", date="2098-01-01T00:00:00Z")
+    save_records(world.tuned, "nvidia-h200", "cuda:90", [other])
+    assert set(load_records(world.records).records) == {record, other}
+    spec = load_spec(world.spec)
+    (choice,) = tuned_choices(world.tuned, spec.workloads(), spec.targets).choices
+    assert (choice.bucket, choice.schedule) == (record.bucket, other.schedule)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -154,7 +173,6 @@ def test_outdated_records_are_named_and_not_used(world: World, record: TuningRec
 
 
 def test_measured_before_ranked_then_the_newest_device(world: World, record: TuningRecord) -> None:
-    other = replace(record.schedule, knobs=(("block", 64), ("num_stages", 1), ("num_warps", 1)))
     ranked = replace(record, objective="static", date="2099-01-01T00:00:00Z")
     save_records(world.tuned, "static-cuda-90", "cuda:90", [ranked])
     spec = load_spec(world.spec)
@@ -164,9 +182,9 @@ def test_measured_before_ranked_then_the_newest_device(world: World, record: Tun
         return choice.provenance.partition(":")[0]
 
     assert chosen() == "tuned on nvidia-h200"
-    newer = replace(record, schedule=other, date="2098-01-01T00:00:00Z", bucket=Bucket((1, None)))
+    newer = replace(another(record), date="2098-01-01T00:00:00Z", bucket=Bucket((1, None)))
     save_records(world.tuned, "nvidia-h100", "cuda:90", [newer])
-    assert chosen() == "tuned on nvidia-h200" or chosen() == "tuned on nvidia-h100"
+    assert chosen() == "tuned on nvidia-h100"
     world.records.unlink()
     (world.tuned / "nvidia-h100.yaml").unlink()
     assert chosen() == "ranked by compile-time resources for cuda-90; not run"
