@@ -173,6 +173,7 @@ def branches_backward(
     One branch after the other; the second and the third add theirs to what the first one wrote.
     """
     gates = [x.float().contiguous() for x in gate.unbind(-1)]
+    deltas = [x.contiguous() for x in deltas]
     last = (softmax_scale, dispatcher)
     dq, dk, dv = selected_attention_backward(
         do, q, k, v, topk_idx, cu_seqlens, None, lses[1], block_size, *last, deltas[1], gates[1]
@@ -299,7 +300,8 @@ def _setup_sum(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _sum_backward(ctx, do: Tensor):  # type: ignore[no-untyped-def]
     gate = ctx.saved_tensors[3]
     deltas = branch_deltas(do, *ctx.saved_tensors, ctx.dispatcher)
-    compressed, selected, sliding = (x.contiguous() for x in deltas.unbind(-1))
+    # Views: copies would be made while the branches' outputs are still held, which is the peak.
+    compressed, selected, sliding = deltas.unbind(-1)
     return do, compressed, do, selected, do, sliding, deltas.to(gate.dtype), None
 
 

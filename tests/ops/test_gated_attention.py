@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from nsagen.bench.shape import Inputs, Shape
+from nsagen.bench.train import peak_memory
 from nsagen.branches import BRANCHES
 from nsagen.harness.base import THRESHOLDS, relative_error
 from nsagen.ops import native_sparse_attention, reference
@@ -17,6 +20,9 @@ from nsagen.ops.gated_attention import gated_attention
 from nsagen.ops.layout import compressed_cu_seqlens
 
 from .inputs import STATICS, Packed
+
+# Below its function's name, which the package has too.
+gated_attention_module = importlib.import_module("nsagen.ops.gated_attention")
 
 
 def inputs(dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
@@ -152,3 +158,29 @@ def test_no_branch_is_kept_for_the_attention() -> None:
     assert not outputs
     q_like = [x for x in attention.saved_tensors if x.data_ptr() == args[0].data_ptr()]
     assert len(q_like) == 1
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("cache")
+def test_a_branchs_delta_is_not_copied_while_outputs_are_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The outputs are freed after the sum's gradient: until then every copy is one too many."""
+    branches_backward, handed = gated_attention_module.branches_backward, []
+
+    def watched(do: torch.Tensor, deltas: list[torch.Tensor], *rest: Any) -> Any:
+        handed.extend(deltas)
+        return branches_backward(do, deltas, *rest)
+
+    monkeypatch.setattr(gated_attention_module, "branches_backward", watched)
+    args, keywords = inputs(torch.float32)
+    by_ops(args, keywords).sum().backward()
+    assert len(handed) == 3
+    assert len({delta.untyped_storage().data_ptr() for delta in handed}) == 1
+
+
+@pytest.mark.gpu
+def test_memory_of_65536_tokens() -> None:
+    """Beside inputs, output and gradients, no more than the outputs of two branches."""
+    x = Inputs.random(Shape(), 65536, requires_grad=True)
+    assert peak_memory(x) <= 2.0
