@@ -22,10 +22,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__53419a6c"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__ce355477"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__64e34cd6"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__42f75bb2"),
         ),
     },
     Workload(
@@ -44,10 +44,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__127ff5c3"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__d888dd01"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__e9178ff7"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__6f86bd31"),
         ),
     },
     Workload(
@@ -66,16 +66,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__997b67a4"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__7ccc2e4c"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__a74d152f",
+                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__33e8147a",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__5e20f7d5",
+                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__b58a385c",
             ),
         ),
     },
@@ -95,10 +95,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__632e3e7f"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__b48a5869"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__372e2739"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__ff31516c"),
         ),
     },
     Workload(
@@ -628,15 +628,15 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__a7541597"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__b619385b"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compressed_attention_backward__bf16_d128_g16_l32_s16__e6cc4084",
+                "compressed_attention_backward__bf16_d128_g16_l32_s16__0b72d0cf",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compressed_attention_backward__bf16_d128_g16_l32_s16__cd1d0cfa",
+                "compressed_attention_backward__bf16_d128_g16_l32_s16__146e7709",
             ),
         ),
     },
@@ -652,15 +652,15 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__c434b834"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__df434d12"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compressed_attention_backward__bf16_d128_g4_l32_s16__8fc97919",
+                "compressed_attention_backward__bf16_d128_g4_l32_s16__d8efa718",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compressed_attention_backward__bf16_d128_g4_l32_s16__66f0de61",
+                "compressed_attention_backward__bf16_d128_g4_l32_s16__603c2dad",
             ),
         ),
     },
@@ -683,13 +683,13 @@ TABLE = {
         "cuda:80": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__ef7175e9",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__12a2f88f",
             ),
         ),
         "cuda:90": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__f54a03bb",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__8f1efa3d",
             ),
         ),
     },
@@ -710,10 +710,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__11fd053e"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__02f7018b"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__dfdd89aa"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__5a45b546"),
         ),
     },
     Workload(
@@ -733,10 +733,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__d58b4a62"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__9ce1ab9a"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__e00382b9"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__84d1df2e"),
         ),
     },
     Workload(
@@ -756,10 +756,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__dbdcde92"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__c3f1fc21"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__f9a9e835"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__f136e1e0"),
         ),
     },
     Workload(
@@ -774,8 +774,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__5494b277"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__975eb8b7"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__702a022c"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__fca41186"),),
     },
     Workload(
         op="compressed_attention",
@@ -789,8 +789,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__b1f7d664"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__6ed31cef"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__236f87b9"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__61431ae7"),),
     },
     Workload(
         op="gated_sum",
@@ -953,15 +953,15 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__0fe47291"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__d9c46402"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "selected_attention_backward__bf16_d128_g16_b64__70ec62de",
+                "selected_attention_backward__bf16_d128_g16_b64__2fc5b18e",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "selected_attention_backward__bf16_d128_g16_b64__99249d7d",
+                "selected_attention_backward__bf16_d128_g16_b64__8326fa40",
             ),
         ),
     },
@@ -976,8 +976,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__83d984b0"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__a8013c97"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__f0835b14"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__716fad6d"),),
     },
     Workload(
         op="selected_attention",
@@ -990,8 +990,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__1e10b38f"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__1e10b38f"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__74b5869c"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__74b5869c"),),
     },
     Workload(
         op="selected_attention",
@@ -1004,8 +1004,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__3d2105e4"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__3d2105e4"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__742e6934"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__742e6934"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1018,15 +1018,15 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__26e126ce"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__ab8de3a7"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "sliding_window_attention_backward__bf16_d128_g16_w512__f7655955",
+                "sliding_window_attention_backward__bf16_d128_g16_w512__9f839b8a",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "sliding_window_attention_backward__bf16_d128_g16_w512__32f0b42b",
+                "sliding_window_attention_backward__bf16_d128_g16_w512__f601ca4e",
             ),
         ),
     },
@@ -1041,15 +1041,15 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__0f3755d7"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__6d8362c5"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "sliding_window_attention_backward__bf16_d128_g4_w512__33cc91d4",
+                "sliding_window_attention_backward__bf16_d128_g4_w512__36ff028b",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "sliding_window_attention_backward__bf16_d128_g4_w512__46222acd",
+                "sliding_window_attention_backward__bf16_d128_g4_w512__941da408",
             ),
         ),
     },
@@ -1064,8 +1064,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__f7694acf"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__d528eeec"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__ab8d1834"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__22964185"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1078,8 +1078,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__d7f9c301"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__fcd33926"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__fcc596e0"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__6e515ab0"),),
     },
 }
 

@@ -148,12 +148,12 @@ def two_passes_default(workload: Workload, target: Target) -> dict[str, Param]:
         dq = dkv = (32, 32) if widest <= 64 else (16, 16)
         dq_warps = 8
     elif widest > 128 and roomy:
-        dq, dkv, dq_warps = (64, 32), (32, 32), 8
+        dq, dkv, dq_warps, dkv_warps = (64, 32), (32, 32), 8, 8
     elif widest > 128:
         dq = dkv = (32, 16)
     elif target.has_wgmma:
         # Steps of few tokens; finding the rows of many, or of parts of a token's heads, spills.
-        row_step = 64 if int(workload.gqa_ratio) in (8, 16, 32, 64) else 32
+        row_step = 64 if int(workload.gqa_ratio) in (16, 32, 64) else 32
         dq, dkv, dkv_warps = (64, 64), (128, row_step), 8
     else:
         dq = dkv = (64, 32)

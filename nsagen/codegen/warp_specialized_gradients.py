@@ -53,12 +53,16 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
     return max(2 * both * rows, 2 * both * (KEY_TILE + steps) + statistics) + 1024
 
 
-def space(op: str, knobs: tuple[Choice, ...], defaults: dict[str, Param]) -> ScheduleSpace:
+def space(
+    op: str, knobs: tuple[Choice, ...], defaults: dict[str, Param], *, least_group: int
+) -> ScheduleSpace:
     """The space of an op's backward pass.
 
     Args:
         knobs: beside those of the pipelines.
         defaults: values of all knobs where nothing was measured.
+        least_group: query heads a key/value head from which on it is the default; with fewer, the
+            masks of more tokens a step spill.
     """
 
     def default(workload: Workload, target: Target) -> dict[str, Param]:
@@ -86,6 +90,5 @@ def space(op: str, knobs: tuple[Choice, ...], defaults: dict[str, Param]) -> Sch
         default=default,
         supports=supports_gradients,
         runs_on=runs_on,
-        # With smaller groups the masks of more tokens a step spill.
-        preferred=lambda workload, target: int(workload.gqa_ratio) >= 8,
+        preferred=lambda workload, target: int(workload.gqa_ratio) >= least_group,
     )

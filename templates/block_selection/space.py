@@ -78,13 +78,17 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
     wide = int(workload.head_dim) > 128  # twice the addresses of keys on their way
     # Four warps spill on Blackwell, and on parts whose shared memory holds few tokens of a group.
     crowded = target.backend == "cuda" and target.shared_memory < 128 * 1024
+    odd = group != next_power_of_2(group)  # takes products of several sizes
     if group > 32 or (group > 8 and (wide or crowded or target.arch == "100")):
-        tokens = 8 if group > 16 or wide else 16
+        tokens = 8 if group > 16 or wide or (odd and not crowded) else 16
         return {"tokens": tokens, "columns": 256, "windows": 64, "segment": 256, "num_warps": 8}
+    if group > 8 and odd and target.backend == "cuda":
+        return {"tokens": 8, "columns": 256, "windows": 64, "segment": 256, "num_warps": 8}
     if group > 8:
         tokens = 8 if group > 16 else 16
-        return {"tokens": tokens, "columns": 256, "windows": 64, "segment": 256}
-    if group > 4 and target.arch == "100":
+        segment = 64 if int(workload.head_dim) <= 64 else 256
+        return {"tokens": tokens, "columns": 256, "windows": 64, "segment": segment}
+    if group > 4 and (target.arch == "100" or group < 8):
         return {"tokens": 16, "columns": 256, "windows": 64, "segment": 64, "num_warps": 8}
     if group > 2:
         return {"tokens": 32, "columns": 256, "windows": 64, "segment": 64}
@@ -115,6 +119,8 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
             knobs["windows"] = int(knobs["windows"]) // 2
         else:
             break  # one token's heads are too many: the space's own check says so
+    if int(knobs["tokens"]) <= 8 and int(knobs["windows"]) == 128:  # too few tokens for as many
+        knobs |= {"windows": max(64, step_pad(workload)), "num_warps": 4}
     return knobs
 
 

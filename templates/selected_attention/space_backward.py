@@ -34,12 +34,23 @@ def block_b(workload: Workload) -> int:
     return max(LEAST_TILE, next_power_of_2(int(workload.block_size)))
 
 
+FOUR_WARPS = 64 * 256
+"""Elements of a block's dk and dv that four warps hold, in half of their registers."""
+
+
+def gradient_elements(workload: Workload) -> int:
+    """Elements of a block's dk and dv, padded."""
+    sizes = padded_heads(workload)
+    return block_b(workload) * (sizes["block_d"] + sizes["block_dv"])
+
+
 def derive_keys(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Sizes of the key blocks' pass."""
     group, block_m = int(workload.gqa_ratio), int(schedule.block_m)
     return {
         **padded_heads(workload),
         "block_b": block_b(workload),
+        "sum_warps": 16 if gradient_elements(workload) > FOUR_WARPS else 4,
         "pad_b": block_b(workload) != int(workload.block_size),
         "tile_tokens": block_m // group,
         "pad_m": block_m % group != 0,
@@ -154,6 +165,8 @@ def default_queries(workload: Workload, target: Target) -> dict[str, Param]:
     sizes = padded_heads(workload)
     bytes_a_key = element_bytes(workload) * (sizes["block_d"] + sizes["block_dv"])
     keys = max(LEAST_TILE, (32 if exact else 8) * 1024 // bytes_a_key)
+    if target.arch == "120":  # one warp spills there with twice as many
+        keys = LEAST_TILE
     block_size = int(workload.block_size)
     steps = [n for n in (64, 32, 16) if n <= keys and block_size % n == 0]
     block_n = steps[0] if steps else block_b(workload)
@@ -173,6 +186,10 @@ def default_two_pass(workload: Workload, target: Target) -> dict[str, Param]:
     wanted = (("keys", 32, 4, 3),)
     if wide_heads(workload):  # of what eight warps hold without spills, on every target
         wanted = (("queries", 32 if target.has_wgmma else 16, 8, 2),)
+    elif gradient_elements(workload) > FOUR_WARPS:
+        wanted = (("keys", 16, 8, 2),)
+    elif target.arch == "120" and block_b(workload) > 64:
+        wanted = (("keys", 32, 8, 3),)
     return {
         **default_queries(workload, target),
         **default_keys(workload, target, wanted, key_pass_memory),
@@ -186,9 +203,14 @@ def derive_key_major(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
     """Steps that leave registers for dk, dv and a step's share of dq."""
-    wanted = ()
+    wanted: tuple[tuple[str, int, int, int], ...] = ()
+    group, held = int(workload.gqa_ratio), gradient_elements(workload)
+    crowded = wide_heads(workload) or held > FOUR_WARPS
     if target.has_wgmma and block_b(workload) >= 64:  # a block is the rows of dk and dv
-        wanted = (("queries", 16 if wide_heads(workload) else 128, 8, 2),)
+        odd = group != next_power_of_2(group) or block_b(workload) > 64
+        wanted = (("queries", 16 if crowded else 32 if odd else 128, 8, 2),)
+    elif held >= FOUR_WARPS:
+        wanted = (("keys", 16 if crowded else 32, 8, 2),)
     return default_keys(workload, target, wanted, key_major_memory)
 
 

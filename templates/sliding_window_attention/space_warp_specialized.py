@@ -10,5 +10,6 @@ SPACES = (
         "sliding_window_attention",
         (),
         {"block_n": 64, "num_stages": 3, "row_step": 64, "row_stages": 3},
+        least_group=8,
     ),
 )

@@ -32,23 +32,13 @@ def every() -> list[Variant]:
     return variants(shipped())
 
 
-def spills_knowingly(variant: Variant) -> bool:
-    """Kept all the same: Hopper's pipelines, which were measured, and selected gradients."""
-    key = (variant.workload.op, variant.workload.pass_)
-    return variant.schedule.algorithm == "warp_specialized" or key == (
-        "selected_attention",
-        "backward",
-    )
-
-
 def test_the_table_has_todays_kernels(every: list[Variant]) -> None:
     """A name covers its template and schedule. Else: python docs/generate.py --support."""
     assert set(TABLE) == {(variant.name, variant.target) for variant in every}
 
 
 def test_every_default_compiles_fits_and_does_not_spill(every: list[Variant]) -> None:
-    rest = [variant for variant in every if not spills_knowingly(variant)]
-    assert list(problems(TABLE, rest, SLIGHT_SPILL)) == []
+    assert list(problems(TABLE, every, SLIGHT_SPILL)) == []
 
 
 def test_what_does_not_compile_fit_or_spills_is_said(tmp_path: Path) -> None:

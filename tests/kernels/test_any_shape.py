@@ -1,6 +1,6 @@
 """Kernels of shapes drawn from all that a spec may say agree with the float64 reference.
 
-A few examples of each op and pass by default, always the same ones. `make test-shapes` draws new
+Two examples of each op and pass by default, always the same ones. `make test-shapes` draws new
 ones for as long as SHAPES_SECONDS says; a failure prints the line that runs its shape again.
 """
 
@@ -21,7 +21,7 @@ from nsagen.workload import BRANCH_KV, COMPRESS_TYPES, STATIC_PARAMS, Workload, 
 from tests.support import kernel_device, kernel_dtypes
 
 SECONDS = float(os.environ.get("SHAPES_SECONDS", "0"))
-SMALL = hypothesis.settings(max_examples=3, phases=[hypothesis.Phase.generate])
+SMALL = hypothesis.settings(max_examples=2, phases=[hypothesis.Phase.generate])
 NEW = hypothesis.settings(SMALL, max_examples=10, derandomize=False, database=None)
 HEAD_SIZES = (16, 64, 80, 96, 112, 128, 192, 256)
 GROUPS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 32, 48, 64)
