@@ -22,8 +22,11 @@ This page is made from `docs/support.json`, which `python docs/generate.py --sup
 ## Shipped specs
 
 How many kernels a spec has on each target, and of these, how many spill more than {slight} bytes a
-thread. All compile, and fit the target's shared memory. `nsagen inspect {example}` shows a spec's
-schedules.
+thread. All compile, and fit the target's shared memory. A spec's schedules:
+
+```sh
+nsagen inspect {example}
+```
 
 """
 
