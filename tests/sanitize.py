@@ -37,12 +37,14 @@ class Run(NamedTuple):
     Attributes:
         outcomes: how many tests had each of OUTCOMES.
         reported: errors, or hazards, that the tool counted, but for harmless ones.
+        ended_well: whether it said so itself, or harmless races alone kept it from that.
         seconds: how long it took.
     """
 
     tests: str
     outcomes: dict[str, int]
     reported: int
+    ended_well: bool
     seconds: float
     output: str
 
@@ -50,7 +52,7 @@ class Run(NamedTuple):
     def ok(self) -> bool:
         """Whether tests ran, and nothing failed or was reported."""
         wrong = self.outcomes["failed"] + self.outcomes["error"] + self.reported
-        return wrong == 0 and sum(self.outcomes.values()) > 0
+        return self.ended_well and wrong == 0 and sum(self.outcomes.values()) > 0
 
 
 def collected(names: list[str]) -> list[list[str]]:
@@ -77,9 +79,11 @@ def run(sanitizer: str, tool: str, tests: list[str]) -> Run:
     counts = re.findall(rf"(\d+) ({'|'.join(OUTCOMES)})", last_lines)
     outcomes = {word: sum(int(n) for n, found in counts if found == word) for word in OUTCOMES}
     summaries = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+) ", output)
-    reported = sum(map(int, summaries)) - sum(map(harmless, races(output)))
+    ignored = sum(map(harmless, races(output)))
+    reported = sum(map(int, summaries)) - ignored
+    ended_well = done.returncode == 0 or ignored > 0
     name = tests[0].partition("[")[0] if len(tests) > 1 else tests[0]
-    return Run(name, outcomes, reported, time.monotonic() - start, output)
+    return Run(name, outcomes, reported, ended_well, time.monotonic() - start, output)
 
 
 def races(output: str) -> Iterator[list[tuple[str, int]]]:
@@ -97,7 +101,7 @@ def harmless(places: list[tuple[str, int]]) -> bool:
     warp_specialize. And consumers of the same tile clear its last rows (`clear_rows`), each before
     it reads them: either stores what the other does.
     """
-    return all(
+    return len(places) > 0 and all(
         (KERNELS / name).exists()
         and re.match(
             r"def |    gl\.warp_specialize\(|        rows\.store\(",

@@ -17,15 +17,15 @@ code = subprocess.run(sys.argv[at:]).returncode
 errors = {errors}
 print({races!r})
 print(f"========= ERROR SUMMARY: {{errors}} errors")
-sys.exit(code or min(errors, 1))
+sys.exit(code or min(errors, 1) or {code})
 """
 
 
 def sanitize(
-    folder: Path, *tests: str, errors: int = 0, races: str = ""
+    folder: Path, *tests: str, errors: int = 0, races: str = "", code: int = 0
 ) -> subprocess.CompletedProcess[str]:
     fake, names = folder / "sanitizer", folder / "list.txt"
-    fake.write_text(FAKE.format(python=sys.executable, errors=errors, races=races))
+    fake.write_text(FAKE.format(python=sys.executable, errors=errors, races=races, code=code))
     fake.chmod(0o755)
     names.write_text("\n".join(tests) + "\n")
     script = str(ROOT / "tests" / "sanitize.py")
@@ -98,6 +98,19 @@ def test_races_of_what_starts_a_pipelines_warps_or_clears_a_tile_are_harmless(
     )
     assert done.returncode == reported, done.stdout
     assert f"racecheck: 1 passed; {reported} errors reported;" in done.stdout
+
+
+def test_a_race_at_no_place_is_none_to_leave_out(tmp_path: Path, passing: str) -> None:
+    race = "========= Error: Race reported between Read access at kernel+0x1b0\n========= \n"
+    done = sanitize(tmp_path, f"{passing}::test_one", errors=1, races=race)
+    assert done.returncode == 1
+    assert "racecheck: 1 passed; 1 errors reported; 1 of 1 runs failed" in done.stdout
+
+
+def test_a_sanitizer_that_fails_without_a_word_is_no_success(tmp_path: Path, passing: str) -> None:
+    done = sanitize(tmp_path, f"{passing}::test_one", code=3)
+    assert done.returncode == 1
+    assert "memcheck: 1 passed; 0 errors reported; 1 of 1 runs failed" in done.stdout
 
 
 def test_a_name_of_no_test_is_said(tmp_path: Path) -> None:
