@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -77,11 +77,13 @@ def table_text(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
 
 def _command() -> str:
     """What was typed, but for where to write: that is no part of what was measured."""
-    given = re.sub(r" --out[ =]('[^']*'|\S+)", "", " " + shlex.join(sys.argv[1:])).lstrip()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out")
+    _, given = parser.parse_known_args(sys.argv[1:])
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None and spec.name and spec.name != "nsagen.__main__":
-        return f"python -m {spec.name} {given}".rstrip()
-    return f"nsagen {given}".rstrip()
+        return shlex.join(["python", "-m", spec.name, *given])
+    return shlex.join(["nsagen", *given])
 
 
 def _driver_version() -> str:

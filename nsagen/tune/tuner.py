@@ -296,8 +296,6 @@ class Tuner:
 def _still_holds(known: TuningRecord, search: Search) -> bool:
     """Whether nothing was measured since a record was made of this very search."""
     task = search.task
-    return (
-        known.measured == len(search.measured())
-        and known.sizes == task.sizes_text
-        and known.fingerprint == fingerprint_or_none(task, known.schedule)
+    return known.measured == len(search.measured()) and known.fingerprint == fingerprint_or_none(
+        task, known.schedule
     )
