@@ -22,10 +22,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__ce355477"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__2955cdeb"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__42f75bb2"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__d04d1166"),
         ),
     },
     Workload(
@@ -44,10 +44,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__d888dd01"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__9f23efca"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__6f86bd31"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__e8740b20"),
         ),
     },
     Workload(
@@ -66,16 +66,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__7ccc2e4c"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__ee95103a"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__33e8147a",
+                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__2fe730e6",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__b58a385c",
+                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__543e053b",
             ),
         ),
     },
@@ -95,10 +95,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__b48a5869"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__52abc60c"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__ff31516c"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__8d06a4f4"),
         ),
     },
     Workload(
@@ -628,15 +628,15 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__b619385b"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__cf64548f"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compressed_attention_backward__bf16_d128_g16_l32_s16__0b72d0cf",
+                "compressed_attention_backward__bf16_d128_g16_l32_s16__b86164ca",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compressed_attention_backward__bf16_d128_g16_l32_s16__146e7709",
+                "compressed_attention_backward__bf16_d128_g16_l32_s16__6ae6e007",
             ),
         ),
     },
@@ -652,15 +652,15 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__df434d12"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__1f55bf8c"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compressed_attention_backward__bf16_d128_g4_l32_s16__d8efa718",
+                "compressed_attention_backward__bf16_d128_g4_l32_s16__5986cc27",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compressed_attention_backward__bf16_d128_g4_l32_s16__603c2dad",
+                "compressed_attention_backward__bf16_d128_g4_l32_s16__537da52b",
             ),
         ),
     },
@@ -683,13 +683,13 @@ TABLE = {
         "cuda:80": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__12a2f88f",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__e13d2856",
             ),
         ),
         "cuda:90": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__8f1efa3d",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__b4f1a3ee",
             ),
         ),
     },
@@ -710,10 +710,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__02f7018b"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__2d36f513"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__5a45b546"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__00fbbe05"),
         ),
     },
     Workload(
@@ -733,10 +733,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__9ce1ab9a"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__573b1017"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__84d1df2e"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__1e741695"),
         ),
     },
     Workload(
@@ -756,10 +756,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__c3f1fc21"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__865c88ff"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__f136e1e0"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__7a994a15"),
         ),
     },
     Workload(
@@ -774,8 +774,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__702a022c"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__fca41186"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__555f0ee8"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__cee18331"),),
     },
     Workload(
         op="compressed_attention",
@@ -789,8 +789,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__236f87b9"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__61431ae7"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__ef55c975"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__84a30b71"),),
     },
     Workload(
         op="gated_sum",
@@ -1018,15 +1018,15 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__ab8de3a7"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__5a014d3b"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "sliding_window_attention_backward__bf16_d128_g16_w512__9f839b8a",
+                "sliding_window_attention_backward__bf16_d128_g16_w512__93aeaaea",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "sliding_window_attention_backward__bf16_d128_g16_w512__f601ca4e",
+                "sliding_window_attention_backward__bf16_d128_g16_w512__fe653875",
             ),
         ),
     },
@@ -1041,15 +1041,15 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__6d8362c5"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__81ee13db"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "sliding_window_attention_backward__bf16_d128_g4_w512__36ff028b",
+                "sliding_window_attention_backward__bf16_d128_g4_w512__3951c5c6",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "sliding_window_attention_backward__bf16_d128_g4_w512__941da408",
+                "sliding_window_attention_backward__bf16_d128_g4_w512__d3190d84",
             ),
         ),
     },
@@ -1064,8 +1064,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__ab8d1834"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__22964185"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__d69850c7"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__4fe04431"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1078,8 +1078,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__fcc596e0"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__6e515ab0"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__7d5d9c49"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__989df8aa"),),
     },
 }
 

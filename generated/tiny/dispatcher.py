@@ -22,10 +22,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__cc6890d7"),
+            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__ce5a4497"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__b7a9216f"),
+            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__748ca947"),
         ),
     },
     Workload(
@@ -44,10 +44,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__dcc266f6"),
+            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__ecc63016"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__f977dd49"),
+            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__7aa0b3b5"),
         ),
     },
     Workload(
@@ -66,10 +66,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__26771c2b"),
+            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__1ac9e5c6"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__ed460d47"),
+            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__4c5d004c"),
         ),
     },
     Workload(
@@ -88,10 +88,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__afbecdbd"),
+            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__19f7ddd5"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__2fb96d22"),
+            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__4e548a57"),
         ),
     },
     Workload(
@@ -110,10 +110,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__6a39cc2e"),
+            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__d37989a2"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__2d282a6c"),
+            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__6d10b540"),
         ),
     },
     Workload(
@@ -132,10 +132,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__6d618338"),
+            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__b31ceeaa"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__61ddfc4a"),
+            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__7f66fcfd"),
         ),
     },
     Workload(
@@ -816,8 +816,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__2a46edc8"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__d489c426"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__c0f39322"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__9c9c5e16"),),
     },
     Workload(
         op="compressed_attention",
@@ -831,8 +831,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__c8bc625a"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__c52949db"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__171bd4ab"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__bc68ead8"),),
     },
     Workload(
         op="compressed_attention",
@@ -846,8 +846,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__9fb938ff"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__8742d627"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__11c91131"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__cb562352"),),
     },
     Workload(
         op="compressed_attention",
@@ -861,8 +861,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__9f4b5f77"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__9f4b5f77"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__25ed35cf"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__25ed35cf"),),
     },
     Workload(
         op="compressed_attention",
@@ -876,8 +876,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__6bb4ba25"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__6bb4ba25"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__e4da783f"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__e4da783f"),),
     },
     Workload(
         op="compressed_attention",
@@ -891,8 +891,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__48ef2cef"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__48ef2cef"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__22696659"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__22696659"),),
     },
     Workload(
         op="compressed_attention",
@@ -911,10 +911,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__27d9b924"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__48a86d7b"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__d2690668"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__22d4f275"),
         ),
     },
     Workload(
@@ -934,10 +934,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__2fc61723"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__90dd28b1"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__aa95c6fb"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__022aa4ea"),
         ),
     },
     Workload(
@@ -957,10 +957,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__88740201"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__c7fd7ea3"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__4d6a739d"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__b4be2806"),
         ),
     },
     Workload(
@@ -980,10 +980,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__56ae4f30"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__b05d1cf6"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__33aa3fb5"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__ca6ee62c"),
         ),
     },
     Workload(
@@ -1003,10 +1003,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__2c623999"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__c9c57de1"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__a52b73a6"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__1362eebb"),
         ),
     },
     Workload(
@@ -1026,10 +1026,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__b0bc6fff"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__13e18db3"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__5925ee45"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__7bf104c8"),
         ),
     },
     Workload(
@@ -1044,8 +1044,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__c2b5b190"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__b3aedf1d"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__d11efc58"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__11f7a352"),),
     },
     Workload(
         op="compressed_attention",
@@ -1059,8 +1059,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__92476ad4"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__6f990383"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__2337d8e6"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__082afe0f"),),
     },
     Workload(
         op="compressed_attention",
@@ -1074,8 +1074,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__4996e147"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__850d3db9"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__964cccac"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__56ea6f0f"),),
     },
     Workload(
         op="compressed_attention",
@@ -1089,8 +1089,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__c7f8f566"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__c7f8f566"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__5fad0362"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__5fad0362"),),
     },
     Workload(
         op="compressed_attention",
@@ -1104,8 +1104,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__a4979508"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__a4979508"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__1b2fc4f0"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__1b2fc4f0"),),
     },
     Workload(
         op="compressed_attention",
@@ -1119,8 +1119,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__b91a80aa"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__b91a80aa"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__faba9edd"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__faba9edd"),),
     },
     Workload(
         op="gated_sum",
@@ -1469,8 +1469,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__60da9745"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__95c07b1f"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__249354ae"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__b1f820ea"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1483,8 +1483,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__5a96b8cf"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__5dd34065"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__68931daa"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__b00b57ef"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1497,8 +1497,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__aa539d40"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__4c62eb35"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__5aa2ee2b"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__69fbde4c"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1511,8 +1511,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__b55fb313"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__b55fb313"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__d3587be8"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__d3587be8"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1525,8 +1525,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__faf940b1"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__faf940b1"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__1d466cd2"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__1d466cd2"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1539,8 +1539,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__5a929b68"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__5a929b68"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__ed7dd8f4"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__ed7dd8f4"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1553,8 +1553,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__9d1488b0"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__70a5c021"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__f0941ef4"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__459df533"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1567,8 +1567,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__830a2ef1"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__01f61e95"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__ff4044ff"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__62b7f91a"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1581,8 +1581,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__0947bc4e"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__8efad920"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__6b6b3757"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__500ffc82"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1595,8 +1595,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__f6e6872a"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__f6e6872a"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__735de494"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__735de494"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1609,8 +1609,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__11c030ba"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__11c030ba"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__86363690"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__86363690"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1623,8 +1623,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__1af62527"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__1af62527"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__94c38f63"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__94c38f63"),),
     },
 }
 

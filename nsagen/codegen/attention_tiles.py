@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.sizes import raw_peak
-from nsagen.codegen.space import Choice, PowerOfTwo, Rule, next_power_of_2
+from nsagen.codegen.sizes import element_bytes, padded_heads, raw_peak
+from nsagen.codegen.space import Choice, PowerOfTwo, Rule
 from nsagen.codegen.target import Target
 from nsagen.workload import Param, Schedule, Workload
 
@@ -36,20 +36,13 @@ TWO_PASSES_KNOBS = (
 
 def padded_sizes(workload: Workload) -> tuple[int, int]:
     """head_dim and v_head_dim, padded to powers of two."""
-    return next_power_of_2(int(workload.head_dim)), next_power_of_2(int(workload.v_head_dim))
-
-
-def width(workload: Workload) -> int:
-    """Bytes of an element."""
-    return 4 if workload.dtype == "float32" else 2
+    sizes = padded_heads(workload)
+    return sizes["block_d"], sizes["block_dv"]
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Head sizes padded to powers of two, and how exact tl.dot and the softmax have to be."""
-    block_d, block_dv = padded_sizes(workload)
-    precision = ', input_precision="ieee"' if workload.dtype == "float32" else ""
-    sizes = {"block_d": block_d, "block_dv": block_dv, "dot_precision": precision}
-    return {**sizes, "raw_peak": raw_peak(workload)}
+    return {**padded_heads(workload), "raw_peak": raw_peak(workload)}
 
 
 def derive_two_passes(workload: Workload, schedule: Schedule) -> dict[str, Any]:
@@ -63,7 +56,7 @@ def row_tiles_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the query tile and of the key and value tiles that are on their way."""
     block_d, block_dv = padded_sizes(workload)
     keys = int(schedule.num_stages) * int(schedule.block_n)
-    return width(workload) * (int(schedule.block_m) * block_d + keys * (block_d + block_dv))
+    return element_bytes(workload) * (int(schedule.block_m) * block_d + keys * (block_d + block_dv))
 
 
 def two_passes_memory(workload: Workload, schedule: Schedule) -> int:
@@ -72,7 +65,7 @@ def two_passes_memory(workload: Workload, schedule: Schedule) -> int:
         int(schedule.block_m) + int(schedule.num_stages) * int(schedule.block_n),
         int(schedule.key_tile) + int(schedule.dkv_stages) * int(schedule.row_step),
     )
-    return width(workload) * rows_of_tiles * sum(padded_sizes(workload))
+    return element_bytes(workload) * rows_of_tiles * sum(padded_sizes(workload))
 
 
 def row_tiles_registers(workload: Workload, schedule: Schedule) -> int:

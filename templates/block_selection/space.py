@@ -76,14 +76,14 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
         return {"tokens": 8 if group > 4 else 16, "columns": 32, "windows": 16, "segment": 256}
     wide = int(workload.head_dim) > 128  # twice the addresses of keys on their way
-    # Four warps spill on Blackwell, and on parts whose shared memory holds few tokens of a group.
+    # Four warps spill on Blackwell, on parts whose shared memory holds few tokens of a group, and
+    # with products of several sizes.
     crowded = target.backend == "cuda" and target.shared_memory < 128 * 1024
-    odd = group != next_power_of_2(group)  # takes products of several sizes
-    if group > 32 or (group > 8 and (wide or crowded or target.arch == "100")):
+    odd = group != next_power_of_2(group)
+    spills = crowded or target.arch == "100" or (odd and target.backend == "cuda")
+    if group > 32 or (group > 8 and (wide or spills)):
         tokens = 8 if group > 16 or wide or (odd and not crowded) else 16
         return {"tokens": tokens, "columns": 256, "windows": 64, "segment": 256, "num_warps": 8}
-    if group > 8 and odd and target.backend == "cuda":
-        return {"tokens": 8, "columns": 256, "windows": 64, "segment": 256, "num_warps": 8}
     if group > 8:
         tokens = 8 if group > 16 else 16
         segment = 64 if int(workload.head_dim) <= 64 else 256
