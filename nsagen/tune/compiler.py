@@ -18,6 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from nsagen.codegen.files import replace_file
 from nsagen.codegen.fingerprint import source_fingerprint
 from nsagen.codegen.target import Target, parse_target
 from nsagen.codegen.template import kernel_name, render
@@ -70,7 +71,8 @@ class Compiler:
         """Write the kernel file, and compile it. The first sizes count; others fill the cache."""
         target = parse_target(target_name)
         source = render(workload, schedule, header=f"# {workload}: {schedule}")
-        path.write_text(source, encoding="utf-8")
+        # A measurement may be reading it: tasks that differ in sizes alone share the file.
+        replace_file(path, source)
         found = self._compile(path, workload, target, all_sizes[0])
         for sizes in all_sizes[1:]:
             self._fill_cache(path, workload, target, sizes)

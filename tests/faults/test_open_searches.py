@@ -77,8 +77,8 @@ def test_two_at_once_on_one_study(world: World) -> None:
     world.behave({"": "slow 0.02"})
     both = [world.start(14, *SEVERAL) for _ in range(2)]
     for process in both:
-        _, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors
+        output, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, output + errors
     check_each_schedule_once(world)
     (file,) = (world.folder / "out").glob("one/*.yaml")
     records = load_records(file).records

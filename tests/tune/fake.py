@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from nsagen.codegen.files import replace_file
 from nsagen.codegen.fingerprint import source_fingerprint
 from nsagen.codegen.template import render
 from nsagen.tune.compiler import Compiled
@@ -110,7 +111,7 @@ class FakeCompiler:
         self, path: Path, workload: Workload, schedule: Schedule, target: str, sizes: object
     ) -> Compiled:
         source = render(workload, schedule, header=f"# {workload}: {schedule}")
-        path.write_text(source)
+        replace_file(path, source)
         text = source.splitlines()[0]
         _misbehave(text, "compile")
         kernel = {

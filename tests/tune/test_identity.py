@@ -45,6 +45,15 @@ def test_a_knob_that_changes_nothing_makes_no_other_schedule(compile_) -> None:
     assert len({first.identity, compile_(num_warps=8).identity}) == 2
 
 
+def test_a_file_is_not_written_again_while_it_may_be_read(compile_, tmp_path: Path) -> None:
+    """A search compiles its winner again; another one's measurement may read the same file."""
+    compile_()
+    (path,) = tmp_path.glob("*.py")
+    before = path.stat()
+    compile_()
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
 def test_names_comments_and_debugging_are_no_code() -> None:
     code = "\tadd.s32 %r1, %r2, 1;\n"
     noted = (
