@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.sizes import element_bytes, padded_heads, raw_peak
-from nsagen.codegen.space import Choice, PowerOfTwo, Rule
+from nsagen.codegen.space import Choice, PowerOfTwo, Rule, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.workload import Param, Schedule, Workload
 
@@ -112,7 +112,9 @@ def row_tiles_default(workload: Workload, target: Target) -> dict[str, Param]:
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
         block_m, block_n, warps, stages = (32, 32, 4, 1) if widest <= 64 else (16, 16, 4, 1)
     elif target.has_wgmma:
-        block_m, block_n, warps, stages = (128, 128, 8, 2) if widest <= 128 else (128, 64, 8, 2)
+        group = int(workload.gqa_ratio)
+        few = widest > 128 or group != next_power_of_2(group)  # or rows take many divisions
+        block_m, block_n, warps, stages = (128, 64 if few else 128, 8, 2)
         if padded_sizes(workload)[1] > 128:  # the output tile alone takes 128 registers a thread
             block_m = 64
         loads = "descriptors"
@@ -121,7 +123,12 @@ def row_tiles_default(workload: Workload, target: Target) -> dict[str, Param]:
     elif widest > 128 or target.shared_memory < 128 * 1024:
         block_m, block_n, warps, stages = (64, 32, 4 if widest <= 128 else 8, 2)
     else:
-        block_m, block_n, warps, stages = (128, 64, 8, 3)
+        block_m, block_n, warps, stages = (
+            128,
+            64 if widest > 32 else 32,
+            8,
+            3 if widest > 64 else 2,
+        )
     return {
         "block_m": block_m,
         "block_n": block_n,
@@ -152,9 +159,11 @@ def two_passes_default(workload: Workload, target: Target) -> dict[str, Param]:
         dq = dkv = (64, 32)
         if widest > 64 and target.backend == "cuda":  # four warps spill
             dkv_warps = 8
+    # On cuda:120 four warps spill without a second stage of rows.
+    dkv_stages = 2 if target.arch == "120" and dq_warps == dkv_warps == 4 else stages
     return {
         **dict(zip(("block_m", "block_n"), dq, strict=True)),
         **{"num_warps": dq_warps, "num_stages": stages},
         **dict(zip(("key_tile", "row_step"), dkv, strict=True)),
-        **{"dkv_warps": dkv_warps, "dkv_stages": stages},
+        **{"dkv_warps": dkv_warps, "dkv_stages": dkv_stages},
     }

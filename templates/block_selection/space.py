@@ -74,7 +74,9 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
     """Tokens, and what fits the registers with them: compiled for sm_80 to sm_120 and gfx942."""
     group = int(workload.gqa_ratio)
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
-        return {"tokens": 8 if group > 4 else 16, "columns": 32, "windows": 16, "segment": 256}
+        tokens, warps = (8, 4) if group > 4 else (16, 8)
+        knobs = {"tokens": tokens, "columns": 32, "windows": 16, "segment": 256}
+        return {**knobs, "num_warps": warps}
     wide = int(workload.head_dim) > 128  # twice the addresses of keys on their way
     # Four warps spill on Blackwell, on parts whose shared memory holds few tokens of a group, and
     # with products of several sizes.
@@ -83,16 +85,24 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
     spills = crowded or target.arch == "100" or (odd and target.backend == "cuda")
     if group > 32 or (group > 8 and (wide or spills)):
         tokens = 8 if group > 16 or wide or (odd and not crowded) else 16
-        return {"tokens": tokens, "columns": 256, "windows": 64, "segment": 256, "num_warps": 8}
+        windows = 32 if wide and crowded else 64
+        return {
+            "tokens": tokens,
+            "columns": 256,
+            "windows": windows,
+            "segment": 256,
+            "num_warps": 8,
+        }
     if group > 8:
         tokens = 8 if group > 16 else 16
         segment = 64 if int(workload.head_dim) <= 64 else 256
         return {"tokens": tokens, "columns": 256, "windows": 64, "segment": segment}
     if group > 4 and (target.arch == "100" or group < 8):
         return {"tokens": 16, "columns": 256, "windows": 64, "segment": 64, "num_warps": 8}
+    tokens = 16 if int(workload.head_dim) <= 32 else 32  # with heads of 32, as many spill
     if group > 2:
-        return {"tokens": 32, "columns": 256, "windows": 64, "segment": 64}
-    return {"tokens": 32, "columns": 64, "windows": 128, "segment": 64, "num_warps": 8}
+        return {"tokens": tokens, "columns": 256, "windows": 64, "segment": 64}
+    return {"tokens": tokens, "columns": 64, "windows": 128, "segment": 64, "num_warps": 8}
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:

@@ -58,9 +58,13 @@ def default_pool(workload: Workload, target: Target) -> dict[str, Param]:
     """Small tiles, for many programs, of which at least half of the units start a window."""
     units = max(least_rows(workload), 2 * next_power_of_2(units_of(workload)))
     sums = places_of(workload) * elements(workload, units, 4)
+    unroll = default_unroll(int(workload.kernel_stride))
+    gated = workload.compress_type == "sigmoid_mul"
+    if target.arch == "120" or (target.arch == "100" and gated):  # four tokens a step spill
+        unroll = min(unroll, 2)
     return {
         "block_units": units,
-        "unroll": default_unroll(int(workload.kernel_stride)),
+        "unroll": unroll,
         "num_warps": 4 if sums <= 64 else 8,
     }
 

@@ -50,7 +50,7 @@ def derive_keys(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     return {
         **padded_heads(workload),
         "block_b": block_b(workload),
-        "sum_warps": 16 if gradient_elements(workload) > FOUR_WARPS else 4,
+        "sum_warps": 16 if gradient_elements(workload) > FOUR_WARPS else 8,
         "pad_b": block_b(workload) != int(workload.block_size),
         "tile_tokens": block_m // group,
         "pad_m": block_m % group != 0,
@@ -171,7 +171,8 @@ def default_queries(workload: Workload, target: Target) -> dict[str, Param]:
     steps = [n for n in (64, 32, 16) if n <= keys and block_size % n == 0]
     block_n = steps[0] if steps else block_b(workload)
     rows = max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio)))
-    stages = (1,) if exact else (3, 2, 1)
+    narrow = sizes["block_d"] <= 64 and target.has_wgmma  # one warp spills there with three stages
+    stages = (1,) if exact else (2, 1) if narrow else (3, 2, 1)
     fitting = [n for n in stages if query_pass_memory(workload, block_n, n) <= target.shared_memory]
     return {
         "orientation": "rows",
@@ -183,7 +184,9 @@ def default_queries(workload: Workload, target: Target) -> dict[str, Param]:
 
 def default_two_pass(workload: Workload, target: Target) -> dict[str, Param]:
     """For dk and dv, no spills; where four warps can hold them, two programs a multiprocessor."""
-    wanted = (("keys", 32, 4, 3),)
+    # Where shared memory is small, a third stage of queries spills; with longer blocks, a second.
+    few = target.shared_memory < 128 * 1024 and block_b(workload) <= 64
+    wanted = (("keys", 32, 4, 2 if few else 3),)
     if wide_heads(workload):  # of what eight warps hold without spills, on every target
         wanted = (("queries", 32 if target.has_wgmma else 16, 8, 2),)
     elif gradient_elements(workload) > FOUR_WARPS:
@@ -206,9 +209,12 @@ def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
     wanted: tuple[tuple[str, int, int, int], ...] = ()
     group, held = int(workload.gqa_ratio), gradient_elements(workload)
     crowded = wide_heads(workload) or held > FOUR_WARPS
+    odd = group != next_power_of_2(group)
     if target.has_wgmma and block_b(workload) >= 64:  # a block is the rows of dk and dv
-        odd = group != next_power_of_2(group) or block_b(workload) > 64
-        wanted = (("queries", 16 if crowded else 32 if odd else 128, 8, 2),)
+        few = 32 if odd or block_b(workload) > 64 else 128
+        wanted = (("queries", 16 if crowded else few, 8, 2),)
+    elif crowded and odd:  # which spill by keys, where shared memory allows for the other
+        wanted = (("queries", 16, 8, 2), ("keys", 16, 8, 2))
     elif held >= FOUR_WARPS:
         wanted = (("keys", 16 if crowded else 32, 8, 2),)
     return default_keys(workload, target, wanted, key_major_memory)

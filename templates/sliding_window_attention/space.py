@@ -13,7 +13,9 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     multiprocessor hides where one begins and ends."""
     knobs = attention_tiles.row_tiles_default(workload, target)
     if target.has_wgmma and workload.dtype != "float32":
-        return {**knobs, "block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 3}
+        wide = attention_tiles.padded_sizes(workload)[1] > 128  # four warps spill
+        warps = 8 if wide else 4
+        return {**knobs, "block_m": 64, "block_n": 32, "num_warps": warps, "num_stages": 3}
     return {**knobs, "block_n": min(int(knobs["block_n"]), 32)}
 
 

@@ -18,7 +18,7 @@ from nsagen.codegen.support import (
     variants,
     write,
 )
-from nsagen.codegen.support_page import SLIGHT_SPILL, page
+from nsagen.codegen.support_page import page
 from nsagen.codegen.target import KNOWN_TARGETS
 from nsagen.spec import load_spec, shipped_specs
 
@@ -38,7 +38,7 @@ def test_the_table_has_todays_kernels(every: list[Variant]) -> None:
 
 
 def test_every_default_compiles_fits_and_does_not_spill(every: list[Variant]) -> None:
-    assert list(problems(TABLE, every, SLIGHT_SPILL)) == []
+    assert list(problems(TABLE, every)) == []
 
 
 def test_what_does_not_compile_fit_or_spills_is_said(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_what_does_not_compile_fit_or_spills_is_said(tmp_path: Path) -> None:
         (one.name, one.target): Usage(255, 40, 1 << 18, "wgmma"),
         (two.name, two.target): Usage(0, 0, 0, "", "no ptxas"),
     }
-    texts = list(problems(table, (one, two), SLIGHT_SPILL))
+    texts = list(problems(table, (one, two)))
     limit = KNOWN_TARGETS[one.target].shared_memory
     assert texts == [
         f"{one}: spills 40 bytes; {one.schedule}",
@@ -90,7 +90,7 @@ def test_some_compile(
         v for v in LISTED if (v.workload.op, v.workload.pass_, v.target) == (op, pass_, target)
     )
     usage = usage_of(variant)
-    assert list(problems({(variant.name, target): usage}, [variant], SLIGHT_SPILL)) == []
+    assert list(problems({(variant.name, target): usage}, [variant])) == []
 
 
 @pytest.mark.slow
