@@ -21,11 +21,27 @@ from typing import NamedTuple
 
 LIST = Path(__file__).parent / "kernels" / "sanitize.txt"
 KERNELS = Path(tempfile.gettempdir()) / "nsagen-test-kernels"  # as tests.support renders them
-TOGETHER = 8  # tests a process: a process starts in seconds, and a kernel compiles in as many
+TOGETHER = 4  # tests a process: a process starts in seconds, and a kernel compiles in as many
 TOOLS = ("memcheck", "racecheck")
 OUTCOMES = ("passed", "failed", "skipped", "error")
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir=.")
+
+HARMLESS = {
+    "start": r"def |    gl\.warp_specialize\(|    run_\w+\(",
+    "clear": r"        rows\.store\(",
+    "hand over": r"        (sums\.store\(|d[kv] \+= sums\.load\()",
+}
+"""Lines that take part in a race which racecheck reports of pipelines and which does no harm.
+
+start: Triton's warps find what to do in a byte each of shared memory, between barriers of all
+threads that racecheck does not see.
+clear: both consumers of a tile clear its last rows (`clear_rows`), each before it reads them, and
+store the same.
+hand over: a group of warps writes its sums, meets at a barrier of its own, and one of its threads
+arrives where the other group waits to read them. racecheck does not follow the order from one
+barrier to the next; tests/codegen/test_pipeline_barriers.py sees that both are there.
+"""
 
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "NSAGEN_TEST_RIM": "0"}
 """Each tensor has an allocation of its own and no rim: an access past it is one of no memory."""
@@ -94,21 +110,11 @@ def races(output: str) -> Iterator[list[tuple[str, int]]]:
 
 
 def harmless(places: list[tuple[str, int]]) -> bool:
-    """Whether a race is one of two kinds that racecheck reports of pipelines and that do no harm.
-
-    Triton's warps find what to do in a byte each of shared memory, between barriers of all threads
-    that racecheck does not see: its places are the kernel's first line and the call of
-    warp_specialize. And consumers of the same tile clear its last rows (`clear_rows`), each before
-    it reads them: either stores what the other does.
-    """
-    return len(places) > 0 and all(
-        (KERNELS / name).exists()
-        and re.match(
-            r"def |    gl\.warp_specialize\(|        rows\.store\(",
-            (KERNELS / name).read_text("utf-8").splitlines()[at - 1],
-        )
-        for name, at in places
-    )
+    """Whether all places of a race are lines of one kind of HARMLESS."""
+    if not places or not all((KERNELS / name).exists() for name, _ in places):
+        return False
+    lines = [(KERNELS / name).read_text("utf-8").splitlines()[at - 1] for name, at in places]
+    return any(all(re.match(kind, line) for line in lines) for kind in HARMLESS.values())
 
 
 def counted(runs: list[Run]) -> str:
