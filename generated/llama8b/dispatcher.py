@@ -22,10 +22,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__2955cdeb"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__1924c2c2"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__d04d1166"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__0a808562"),
         ),
     },
     Workload(
@@ -44,10 +44,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__9f23efca"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__536ad79b"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__e8740b20"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__85403269"),
         ),
     },
     Workload(
@@ -66,16 +66,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__ee95103a"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__94a3b38e"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__2fe730e6",
+                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__87c366b5",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__543e053b",
+                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__d66c99cd",
             ),
         ),
     },
@@ -95,10 +95,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__52abc60c"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__647bb8eb"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__8d06a4f4"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__6e17878d"),
         ),
     },
     Workload(
@@ -385,10 +385,10 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16__cbcd9c87"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16__7a473aa5"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "compress_backward__bf16_avgpool_d128_l32_s16__a9e480f1"),
-            (Bucket(tokens=(5793, None)), "compress_backward__bf16_avgpool_d128_l32_s16__699e3aa8"),
+            (Bucket(tokens=(None, 5792)), "compress_backward__bf16_avgpool_d128_l32_s16__98ce0269"),
+            (Bucket(tokens=(5793, None)), "compress_backward__bf16_avgpool_d128_l32_s16__092c99af"),
         ),
     },
     Workload(
@@ -403,8 +403,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__35b41c36"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__6dc16213"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__44fd2105"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__52524d24"),),
     },
     Workload(
         op="compress",
@@ -418,8 +418,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__49c8166d"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__c033fe06"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__b4294a93"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__752cd10f"),),
     },
     Workload(
         op="compress",
@@ -433,8 +433,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__c8d54e93"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__c3b62c13"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__bf551a98"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__e9853e63"),),
     },
     Workload(
         op="compress",
@@ -448,15 +448,15 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16__8501181b"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16__065c3795"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_backward__bf16_weightedpool_d128_l32_s16__abae833c",
+                "compress_backward__bf16_weightedpool_d128_l32_s16__0c10724b",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_backward__bf16_weightedpool_d128_l32_s16__973a145c",
+                "compress_backward__bf16_weightedpool_d128_l32_s16__065b86f7",
             ),
         ),
     },
@@ -472,15 +472,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16_pe__c0cfda97"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16_pe__10e21a26"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_backward__bf16_weightedpool_d128_l32_s16_pe__6de522d1",
+                "compress_backward__bf16_weightedpool_d128_l32_s16_pe__9b0fcb00",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_backward__bf16_weightedpool_d128_l32_s16_pe__c0cfda97",
+                "compress_backward__bf16_weightedpool_d128_l32_s16_pe__10e21a26",
             ),
         ),
     },
@@ -496,10 +496,10 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__feb05a4f"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__68e7c536"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_avgpool_d128_l32_s16__1f8cffcb"),
-            (Bucket(tokens=(5793, None)), "compress_forward__bf16_avgpool_d128_l32_s16__c57da6dc"),
+            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_avgpool_d128_l32_s16__4e6c5fe5"),
+            (Bucket(tokens=(5793, None)), "compress_forward__bf16_avgpool_d128_l32_s16__815e9630"),
         ),
     },
     Workload(
@@ -514,15 +514,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__5c04eb66"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__17e91b2b"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_avgpool_d128_l32_s16_pe__ec542471",
+                "compress_forward__bf16_avgpool_d128_l32_s16_pe__bfe9d095",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_avgpool_d128_l32_s16_pe__a8fc16c2",
+                "compress_forward__bf16_avgpool_d128_l32_s16_pe__f781e922",
             ),
         ),
     },
@@ -538,10 +538,10 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__d2f3700a"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__3ca4b788"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_linear_d128_l32_s16__19b2cc23"),
-            (Bucket(tokens=(5793, None)), "compress_forward__bf16_linear_d128_l32_s16__870caa11"),
+            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_linear_d128_l32_s16__5ed1d864"),
+            (Bucket(tokens=(5793, None)), "compress_forward__bf16_linear_d128_l32_s16__e36361e3"),
         ),
     },
     Workload(
@@ -556,15 +556,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__e3ebed31"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__797dd591"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_linear_d128_l32_s16_pe__c1275e54",
+                "compress_forward__bf16_linear_d128_l32_s16_pe__1e6c10c7",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_linear_d128_l32_s16_pe__afe68e5b",
+                "compress_forward__bf16_linear_d128_l32_s16_pe__16c76c87",
             ),
         ),
     },
@@ -580,15 +580,15 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__bfa74340"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__9bb7f717"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16__79e65b12",
+                "compress_forward__bf16_weightedpool_d128_l32_s16__5014ad9b",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16__ff924d07",
+                "compress_forward__bf16_weightedpool_d128_l32_s16__def291f4",
             ),
         ),
     },
@@ -604,15 +604,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__76b0396c"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__e7857296"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__67644b46",
+                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__b09d9f20",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__16037a89",
+                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__812e7652",
             ),
         ),
     },
@@ -628,15 +628,15 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__cf64548f"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__1ff22965"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compressed_attention_backward__bf16_d128_g16_l32_s16__b86164ca",
+                "compressed_attention_backward__bf16_d128_g16_l32_s16__c8fda5a5",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compressed_attention_backward__bf16_d128_g16_l32_s16__6ae6e007",
+                "compressed_attention_backward__bf16_d128_g16_l32_s16__f075cdf7",
             ),
         ),
     },
@@ -652,15 +652,15 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__1f55bf8c"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__f7e36db9"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compressed_attention_backward__bf16_d128_g4_l32_s16__5986cc27",
+                "compressed_attention_backward__bf16_d128_g4_l32_s16__7c00a0c1",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compressed_attention_backward__bf16_d128_g4_l32_s16__537da52b",
+                "compressed_attention_backward__bf16_d128_g4_l32_s16__c6203646",
             ),
         ),
     },
@@ -683,13 +683,13 @@ TABLE = {
         "cuda:80": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__e13d2856",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__602459ce",
             ),
         ),
         "cuda:90": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__b4f1a3ee",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__662395aa",
             ),
         ),
     },
@@ -710,10 +710,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__2d36f513"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__147071ab"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__00fbbe05"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__f4f8a4b7"),
         ),
     },
     Workload(
@@ -733,10 +733,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__573b1017"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__95554956"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__1e741695"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__6ecb4bee"),
         ),
     },
     Workload(
@@ -756,10 +756,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__865c88ff"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__33a4bebf"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__7a994a15"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__8a744ab3"),
         ),
     },
     Workload(
@@ -774,8 +774,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__555f0ee8"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__cee18331"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__bbed06a2"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__a0e42db7"),),
     },
     Workload(
         op="compressed_attention",
@@ -789,8 +789,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__ef55c975"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__84a30b71"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__1cc930e3"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__ddd946bd"),),
     },
     Workload(
         op="gated_sum",
@@ -819,8 +819,11 @@ TABLE = {
         dtype="bfloat16",
         params=(),
     ): {
-        "cuda:80": ((Bucket(), "linear_decode__bf16__5e55947f"),),
-        "cuda:90": ((Bucket(), "linear_decode__bf16__013c898d"),),
+        "cuda:80": ((Bucket(), "linear_decode__bf16__ab8452c7"),),
+        "cuda:90": (
+            (Bucket(tokens=(None, 5)), "linear_decode__bf16__d1dc10db"),
+            (Bucket(tokens=(6, None)), "linear_decode__bf16__2904a552"),
+        ),
     },
     Workload(
         op="native_sparse_attention",
@@ -953,15 +956,15 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__d9c46402"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__e301b91d"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "selected_attention_backward__bf16_d128_g16_b64__2fc5b18e",
+                "selected_attention_backward__bf16_d128_g16_b64__73605c32",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "selected_attention_backward__bf16_d128_g16_b64__8326fa40",
+                "selected_attention_backward__bf16_d128_g16_b64__cc246349",
             ),
         ),
     },
@@ -976,8 +979,17 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__f0835b14"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__716fad6d"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__8369d226"),),
+        "cuda:90": (
+            (
+                Bucket(tokens=(None, 5792)),
+                "selected_attention_backward__bf16_d128_g4_b64__ad8100aa",
+            ),
+            (
+                Bucket(tokens=(5793, None)),
+                "selected_attention_backward__bf16_d128_g4_b64__79656510",
+            ),
+        ),
     },
     Workload(
         op="selected_attention",
@@ -990,8 +1002,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__74b5869c"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__74b5869c"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__64a946e1"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__9e4435fb"),),
     },
     Workload(
         op="selected_attention",
@@ -1004,8 +1016,11 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__742e6934"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__742e6934"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__800a4834"),),
+        "cuda:90": (
+            (Bucket(tokens=(None, 5792)), "selected_attention_forward__bf16_d128_g4_b64__56cf5ba1"),
+            (Bucket(tokens=(5793, None)), "selected_attention_forward__bf16_d128_g4_b64__39c0386f"),
+        ),
     },
     Workload(
         op="sliding_window_attention",
@@ -1018,15 +1033,15 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__5a014d3b"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__acdf4846"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "sliding_window_attention_backward__bf16_d128_g16_w512__93aeaaea",
+                "sliding_window_attention_backward__bf16_d128_g16_w512__f20b46ef",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "sliding_window_attention_backward__bf16_d128_g16_w512__fe653875",
+                "sliding_window_attention_backward__bf16_d128_g16_w512__15d2d299",
             ),
         ),
     },
@@ -1041,15 +1056,15 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__81ee13db"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__dc6cea28"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "sliding_window_attention_backward__bf16_d128_g4_w512__3951c5c6",
+                "sliding_window_attention_backward__bf16_d128_g4_w512__89dbf432",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "sliding_window_attention_backward__bf16_d128_g4_w512__d3190d84",
+                "sliding_window_attention_backward__bf16_d128_g4_w512__806ef2ae",
             ),
         ),
     },
@@ -1064,8 +1079,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__d69850c7"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__4fe04431"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__7a19133a"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__ff8fa937"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1078,8 +1093,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__7d5d9c49"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__989df8aa"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__426aa8d4"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__49522046"),),
     },
 }
 

@@ -22,10 +22,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__ce5a4497"),
+            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__f857b045"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__748ca947"),
+            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__073b8f8d"),
         ),
     },
     Workload(
@@ -44,10 +44,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__ecc63016"),
+            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__9b198e3e"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__7aa0b3b5"),
+            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__f3fb038b"),
         ),
     },
     Workload(
@@ -66,10 +66,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__1ac9e5c6"),
+            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__ba96ef47"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__4c5d004c"),
+            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__0e12fc38"),
         ),
     },
     Workload(
@@ -88,10 +88,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__19f7ddd5"),
+            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__7195d6a4"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__4e548a57"),
+            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__6f575be8"),
         ),
     },
     Workload(
@@ -110,10 +110,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__d37989a2"),
+            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__1428ce28"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__6d10b540"),
+            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__4b2f11d1"),
         ),
     },
     Workload(
@@ -132,10 +132,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__b31ceeaa"),
+            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__5989e560"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__7f66fcfd"),
+            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__3ed36498"),
         ),
     },
     Workload(
@@ -456,8 +456,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__16a71108"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__16a71108"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__bcc77fb7"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__bcc77fb7"),),
     },
     Workload(
         op="compress",
@@ -471,8 +471,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__7e49ee09"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__7e49ee09"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__104c76f1"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__104c76f1"),),
     },
     Workload(
         op="compress",
@@ -486,8 +486,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__90f2d88e"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__90f2d88e"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__32de5eab"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__32de5eab"),),
     },
     Workload(
         op="compress",
@@ -501,8 +501,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__c5d05e25"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__c5d05e25"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__82d2f60f"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__82d2f60f"),),
     },
     Workload(
         op="compress",
@@ -516,8 +516,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__33a00622"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__33a00622"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__374de5c8"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__374de5c8"),),
     },
     Workload(
         op="compress",
@@ -531,8 +531,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__a6702b96"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__a6702b96"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__f1349cf8"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__f1349cf8"),),
     },
     Workload(
         op="compress",
@@ -546,8 +546,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__2e1492f5"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__2e1492f5"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__e9681766"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__e9681766"),),
     },
     Workload(
         op="compress",
@@ -561,8 +561,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__91ddec63"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__91ddec63"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__25e236f9"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__25e236f9"),),
     },
     Workload(
         op="compress",
@@ -576,8 +576,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__611c8803"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__611c8803"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__f872f59f"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__f872f59f"),),
     },
     Workload(
         op="compress",
@@ -591,8 +591,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__c2831513"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__c2831513"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__5d2e037f"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__5d2e037f"),),
     },
     Workload(
         op="compress",
@@ -606,8 +606,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__4ace854e"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__4ace854e"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__3f6e1789"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__3f6e1789"),),
     },
     Workload(
         op="compress",
@@ -621,8 +621,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__e5ef22d7"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__e5ef22d7"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__a0c2021c"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__a0c2021c"),),
     },
     Workload(
         op="compress",
@@ -636,8 +636,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__1703484b"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__1703484b"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__f9ecd14b"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__f9ecd14b"),),
     },
     Workload(
         op="compress",
@@ -651,8 +651,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__94efc841"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__94efc841"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__5fb1a0b9"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__5fb1a0b9"),),
     },
     Workload(
         op="compress",
@@ -666,8 +666,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__f6074e98"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__f9569462"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__4ad46137"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__ac1f8db1"),),
     },
     Workload(
         op="compress",
@@ -681,8 +681,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__a8075043"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__74aa090d"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__8d50d692"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__33cf0b43"),),
     },
     Workload(
         op="compress",
@@ -696,8 +696,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__fb1e54f4"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__fb1e54f4"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__614b6075"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__614b6075"),),
     },
     Workload(
         op="compress",
@@ -711,8 +711,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__e1680871"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__e1680871"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__ffa958d3"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__ffa958d3"),),
     },
     Workload(
         op="compress",
@@ -726,8 +726,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__a1b4e6f3"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__a1b4e6f3"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__bc4018e1"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__bc4018e1"),),
     },
     Workload(
         op="compress",
@@ -741,8 +741,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__1418d8d9"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__1418d8d9"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__835f1172"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__835f1172"),),
     },
     Workload(
         op="compress",
@@ -756,8 +756,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__8b01492f"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__8b01492f"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__ebf46c25"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__ebf46c25"),),
     },
     Workload(
         op="compress",
@@ -771,8 +771,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__32c39777"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__32c39777"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__9317260b"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__9317260b"),),
     },
     Workload(
         op="compress",
@@ -786,8 +786,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__5cdaaca3"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__5cdaaca3"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__b074b6e2"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__b074b6e2"),),
     },
     Workload(
         op="compress",
@@ -801,8 +801,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__04acdceb"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__04acdceb"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__c1a7fc3f"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__c1a7fc3f"),),
     },
     Workload(
         op="compressed_attention",
@@ -816,8 +816,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__c0f39322"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__9c9c5e16"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__c7359c1e"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__2e51eafa"),),
     },
     Workload(
         op="compressed_attention",
@@ -831,8 +831,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__171bd4ab"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__bc68ead8"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__84b790d2"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__8566347e"),),
     },
     Workload(
         op="compressed_attention",
@@ -846,8 +846,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__11c91131"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__cb562352"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__88917c53"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__82deef83"),),
     },
     Workload(
         op="compressed_attention",
@@ -861,8 +861,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__25ed35cf"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__25ed35cf"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__763186b5"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__763186b5"),),
     },
     Workload(
         op="compressed_attention",
@@ -876,8 +876,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__e4da783f"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__e4da783f"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__3a2922db"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__3a2922db"),),
     },
     Workload(
         op="compressed_attention",
@@ -891,8 +891,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__22696659"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__22696659"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__c836810a"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__c836810a"),),
     },
     Workload(
         op="compressed_attention",
@@ -911,10 +911,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__48a86d7b"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__01339f9a"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__22d4f275"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__eb1d58fb"),
         ),
     },
     Workload(
@@ -934,10 +934,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__90dd28b1"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__20d88725"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__022aa4ea"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__e3707487"),
         ),
     },
     Workload(
@@ -957,10 +957,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__c7fd7ea3"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__4ddec366"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__b4be2806"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__23163941"),
         ),
     },
     Workload(
@@ -980,10 +980,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__b05d1cf6"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__5dee0f76"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__ca6ee62c"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__29bba8cb"),
         ),
     },
     Workload(
@@ -1003,10 +1003,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__c9c57de1"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__94e6f4bf"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__1362eebb"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__49a0d860"),
         ),
     },
     Workload(
@@ -1026,10 +1026,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__13e18db3"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__ecbbb0e4"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__7bf104c8"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__154cf1b8"),
         ),
     },
     Workload(
@@ -1044,8 +1044,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__d11efc58"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__11f7a352"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__4cd631f9"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__03d2f872"),),
     },
     Workload(
         op="compressed_attention",
@@ -1059,8 +1059,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__2337d8e6"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__082afe0f"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__aee4704f"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__8c9fd0e4"),),
     },
     Workload(
         op="compressed_attention",
@@ -1074,8 +1074,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__964cccac"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__56ea6f0f"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__b9c126f3"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__87e4f08f"),),
     },
     Workload(
         op="compressed_attention",
@@ -1089,8 +1089,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__5fad0362"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__5fad0362"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__15d2d014"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__15d2d014"),),
     },
     Workload(
         op="compressed_attention",
@@ -1104,8 +1104,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__1b2fc4f0"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__1b2fc4f0"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__1327bf2a"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__1327bf2a"),),
     },
     Workload(
         op="compressed_attention",
@@ -1119,8 +1119,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__faba9edd"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__faba9edd"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__e40d1e0b"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__e40d1e0b"),),
     },
     Workload(
         op="gated_sum",
@@ -1164,8 +1164,8 @@ TABLE = {
         dtype="float16",
         params=(),
     ): {
-        "cuda:80": ((Bucket(), "linear_decode__f16__7f874ca2"),),
-        "cuda:90": ((Bucket(), "linear_decode__f16__e3b70f65"),),
+        "cuda:80": ((Bucket(), "linear_decode__f16__796e2d09"),),
+        "cuda:90": ((Bucket(), "linear_decode__f16__178d7fa4"),),
     },
     Workload(
         op="linear",
@@ -1173,8 +1173,8 @@ TABLE = {
         dtype="float32",
         params=(),
     ): {
-        "cuda:80": ((Bucket(), "linear_decode__f32__4cbc3337"),),
-        "cuda:90": ((Bucket(), "linear_decode__f32__4cbc3337"),),
+        "cuda:80": ((Bucket(), "linear_decode__f32__4640964a"),),
+        "cuda:90": ((Bucket(), "linear_decode__f32__4640964a"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1301,8 +1301,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__36ec46e1"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__36ec46e1"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__a8ec7912"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__a8ec7912"),),
     },
     Workload(
         op="selected_attention",
@@ -1315,8 +1315,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__7ea8c688"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__7ea8c688"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__5e042541"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__5e042541"),),
     },
     Workload(
         op="selected_attention",
@@ -1329,8 +1329,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__e2e94f08"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__e2e94f08"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__86d2160d"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__86d2160d"),),
     },
     Workload(
         op="selected_attention",
@@ -1343,8 +1343,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__6d650867"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__6d650867"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__1d418b21"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__1d418b21"),),
     },
     Workload(
         op="selected_attention",
@@ -1357,8 +1357,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__1c292cee"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__1c292cee"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__14060d6a"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__14060d6a"),),
     },
     Workload(
         op="selected_attention",
@@ -1371,8 +1371,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__39f89c3a"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__39f89c3a"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__6ee9a7af"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__6ee9a7af"),),
     },
     Workload(
         op="selected_attention",
@@ -1385,8 +1385,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__b01fe746"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__b01fe746"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__7ae0554c"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__7ae0554c"),),
     },
     Workload(
         op="selected_attention",
@@ -1399,8 +1399,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__4c4b7383"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__4c4b7383"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__db3964c6"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__db3964c6"),),
     },
     Workload(
         op="selected_attention",
@@ -1413,8 +1413,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__6c8c602f"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__6c8c602f"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__3ec3d30c"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__3ec3d30c"),),
     },
     Workload(
         op="selected_attention",
@@ -1427,8 +1427,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__58cddf59"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__58cddf59"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__36b1bcc7"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__36b1bcc7"),),
     },
     Workload(
         op="selected_attention",
@@ -1441,8 +1441,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__96e2649a"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__96e2649a"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__ab7467dd"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__ab7467dd"),),
     },
     Workload(
         op="selected_attention",
@@ -1455,8 +1455,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__830f7747"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__830f7747"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__08b920d4"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__08b920d4"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1469,8 +1469,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__249354ae"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__b1f820ea"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__c057934d"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__9b533fdf"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1483,8 +1483,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__68931daa"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__b00b57ef"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__fac3c79e"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__c4452f14"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1497,8 +1497,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__5aa2ee2b"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__69fbde4c"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__01b6d086"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__dde33aad"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1511,8 +1511,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__d3587be8"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__d3587be8"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__1e20186a"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__1e20186a"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1525,8 +1525,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__1d466cd2"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__1d466cd2"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__e5e90d54"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__e5e90d54"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1539,8 +1539,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__ed7dd8f4"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__ed7dd8f4"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__2a227bc0"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__2a227bc0"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1553,8 +1553,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__f0941ef4"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__459df533"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__db801aa4"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__96e4a690"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1567,8 +1567,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__ff4044ff"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__62b7f91a"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__41a5d676"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__b8bc19ed"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1581,8 +1581,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__6b6b3757"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__500ffc82"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__4c8d372d"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__d08318ff"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1595,8 +1595,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__735de494"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__735de494"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__ab3a2d2d"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__ab3a2d2d"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1609,8 +1609,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__86363690"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__86363690"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__4c12d8c0"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__4c12d8c0"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1623,8 +1623,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__94c38f63"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__94c38f63"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__e7a5797b"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__e7a5797b"),),
     },
 }
 
