@@ -1,14 +1,14 @@
-"""Writes what the documentation takes from the code: python docs/generate.py [--check|--support]
+"""Writes what the documentation takes from the code: python docs/generate.py
 
 The whole of docs/spec.md, from the schema of specs; docs/support.md, from docs/support.json, which
---support measures first by compiling the kernels that changed, for hours if that is all of them
-(--jobs=N: in N processes, not one a core); and the parts of other pages between
-`<!-- generated: ... -->` and `<!-- end -->`. `make generate` runs it; a test checks that nothing is
-out of date.
+--support measures first by compiling the kernels that changed, for an hour or two if that is all of
+them; and the parts of other pages between `<!-- generated: ... -->` and `<!-- end -->`. `make
+generate` runs it; a test checks that nothing is out of date.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib.metadata
 import re
@@ -205,15 +205,21 @@ def measure_support(jobs: int | None) -> None:
 
 
 def main() -> int:
-    if "--support" in sys.argv:
-        jobs = [int(arg.partition("=")[2]) for arg in sys.argv if arg.startswith("--jobs=")]
-        measure_support(jobs[-1] if jobs else None)
+    parser = argparse.ArgumentParser(description="What the documentation takes from the code.")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if a page is old"
+    )
+    parser.add_argument("--support", action="store_true", help="measure kernels that changed first")
+    parser.add_argument("--jobs", type=int, help="processes that compile; default: one a core")
+    given = parser.parse_args()
+    if given.support:
+        measure_support(given.jobs)
     stale = [p for p, text in pages().items() if not p.exists() or p.read_text("utf-8") != text]
     for path in stale:
-        if "--check" not in sys.argv:
+        if not given.check:
             path.write_text(pages()[path], encoding="utf-8")
-        print(f"{'out of date' if '--check' in sys.argv else 'wrote'}: {path.relative_to(ROOT)}")
-    return 1 if stale and "--check" in sys.argv else 0
+        print(f"{'out of date' if given.check else 'wrote'}: {path.relative_to(ROOT)}")
+    return 1 if stale and given.check else 0
 
 
 if __name__ == "__main__":

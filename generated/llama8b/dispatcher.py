@@ -22,10 +22,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__1924c2c2"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__7a3a86f3"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__0a808562"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__f8cbc314"),
         ),
     },
     Workload(
@@ -44,10 +44,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__536ad79b"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__6b4bcc3b"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__85403269"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__9f7b4154"),
         ),
     },
     Workload(
@@ -66,16 +66,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__94a3b38e"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__420e6170"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__87c366b5",
+                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__d3914c2b",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__d66c99cd",
+                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__ca5fdc4f",
             ),
         ),
     },
@@ -95,10 +95,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__647bb8eb"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__e3f95c00"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__6e17878d"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__155f1bd8"),
         ),
     },
     Workload(
@@ -115,15 +115,15 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__52fb48d9"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__fa5774bd"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__b01085a2",
+                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__41153ff4",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__f335a459",
+                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__7bcfd10b",
             ),
         ),
     },
@@ -141,15 +141,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__2d6cb2ae"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__a4eb2419"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__2d6cb2ae",
+                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__a4eb2419",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__aa7c5878",
+                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__ee1c457b",
             ),
         ),
     },
@@ -167,8 +167,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__261db3d4"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__f22ff82c"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__ed0e4981"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__60c0cd97"),),
     },
     Workload(
         op="cache_append",
@@ -184,15 +184,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__3fc63fd5"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__cdc645ae"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__3fc63fd5",
+                "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__cdc645ae",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__cee7dd78",
+                "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__5b68ea42",
             ),
         ),
     },
@@ -210,15 +210,15 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__c3a56a71"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__e249012d"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "cache_append_decode__bf16_linear_d128_g16_l32_s16__c3a56a71",
+                "cache_append_decode__bf16_linear_d128_g16_l32_s16__e249012d",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "cache_append_decode__bf16_linear_d128_g16_l32_s16__eddb5352",
+                "cache_append_decode__bf16_linear_d128_g16_l32_s16__3f881770",
             ),
         ),
     },
@@ -236,8 +236,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__9c4d29ab"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__2743aa8b"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__e30dd4d9"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__f4e99d8e"),),
     },
     Workload(
         op="cache_append",
@@ -253,15 +253,15 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__85ab79f4"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__f7b5754e"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "cache_append_decode__bf16_linear_d128_g4_l32_s16__85ab79f4",
+                "cache_append_decode__bf16_linear_d128_g4_l32_s16__f7b5754e",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "cache_append_decode__bf16_linear_d128_g4_l32_s16__cec69e9b",
+                "cache_append_decode__bf16_linear_d128_g4_l32_s16__6d0f39f5",
             ),
         ),
     },
@@ -279,8 +279,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__5ebaa034"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__4447e36f"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__bb4042c8"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__ab849a9b"),),
     },
     Workload(
         op="cache_append",
@@ -297,10 +297,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__68d45d60"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__d529712a"),
         ),
         "cuda:90": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__63a4f45a"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__f590a9f4"),
         ),
     },
     Workload(
@@ -318,10 +318,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__d179054a"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__debdf66f"),
         ),
         "cuda:90": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__c559347d"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__a7f52132"),
         ),
     },
     Workload(
@@ -339,10 +339,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16__1fb1d37b"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16__eec38c78"),
         ),
         "cuda:90": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16__1fb1d37b"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16__eec38c78"),
         ),
     },
     Workload(
@@ -360,16 +360,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__94ff04bd"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__167cdda3"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__94ff04bd",
+                "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__167cdda3",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__298cb3b2",
+                "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__622f5040",
             ),
         ),
     },
@@ -385,10 +385,10 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16__7a473aa5"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16__1220989d"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "compress_backward__bf16_avgpool_d128_l32_s16__98ce0269"),
-            (Bucket(tokens=(5793, None)), "compress_backward__bf16_avgpool_d128_l32_s16__092c99af"),
+            (Bucket(tokens=(None, 5792)), "compress_backward__bf16_avgpool_d128_l32_s16__57a0e059"),
+            (Bucket(tokens=(5793, None)), "compress_backward__bf16_avgpool_d128_l32_s16__4190497a"),
         ),
     },
     Workload(
@@ -403,8 +403,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__44fd2105"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__52524d24"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__3b6be36e"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__0e74e38f"),),
     },
     Workload(
         op="compress",
@@ -418,8 +418,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__b4294a93"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__752cd10f"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__cd38978d"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__5abead18"),),
     },
     Workload(
         op="compress",
@@ -433,8 +433,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__bf551a98"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__e9853e63"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__2cb594f1"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__3cafe703"),),
     },
     Workload(
         op="compress",
@@ -448,15 +448,15 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16__065c3795"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16__89c4f416"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_backward__bf16_weightedpool_d128_l32_s16__0c10724b",
+                "compress_backward__bf16_weightedpool_d128_l32_s16__72e2d834",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_backward__bf16_weightedpool_d128_l32_s16__065b86f7",
+                "compress_backward__bf16_weightedpool_d128_l32_s16__63ca05e8",
             ),
         ),
     },
@@ -472,15 +472,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16_pe__10e21a26"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16_pe__56a8a7f6"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_backward__bf16_weightedpool_d128_l32_s16_pe__9b0fcb00",
+                "compress_backward__bf16_weightedpool_d128_l32_s16_pe__3673d2f8",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_backward__bf16_weightedpool_d128_l32_s16_pe__10e21a26",
+                "compress_backward__bf16_weightedpool_d128_l32_s16_pe__56a8a7f6",
             ),
         ),
     },
@@ -496,10 +496,10 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__68e7c536"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__54f48e3e"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_avgpool_d128_l32_s16__4e6c5fe5"),
-            (Bucket(tokens=(5793, None)), "compress_forward__bf16_avgpool_d128_l32_s16__815e9630"),
+            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_avgpool_d128_l32_s16__d2382a87"),
+            (Bucket(tokens=(5793, None)), "compress_forward__bf16_avgpool_d128_l32_s16__31c69c65"),
         ),
     },
     Workload(
@@ -514,15 +514,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__17e91b2b"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__1bfa421f"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_avgpool_d128_l32_s16_pe__bfe9d095",
+                "compress_forward__bf16_avgpool_d128_l32_s16_pe__5711e10e",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_avgpool_d128_l32_s16_pe__f781e922",
+                "compress_forward__bf16_avgpool_d128_l32_s16_pe__97df47bf",
             ),
         ),
     },
@@ -538,10 +538,10 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__3ca4b788"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__632a2d52"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_linear_d128_l32_s16__5ed1d864"),
-            (Bucket(tokens=(5793, None)), "compress_forward__bf16_linear_d128_l32_s16__e36361e3"),
+            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_linear_d128_l32_s16__e7c407fd"),
+            (Bucket(tokens=(5793, None)), "compress_forward__bf16_linear_d128_l32_s16__a2eed49e"),
         ),
     },
     Workload(
@@ -556,15 +556,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__797dd591"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__5b2b0aae"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_linear_d128_l32_s16_pe__1e6c10c7",
+                "compress_forward__bf16_linear_d128_l32_s16_pe__0149db33",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_linear_d128_l32_s16_pe__16c76c87",
+                "compress_forward__bf16_linear_d128_l32_s16_pe__ca10a06e",
             ),
         ),
     },
@@ -580,15 +580,15 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__9bb7f717"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__d6e343d5"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16__5014ad9b",
+                "compress_forward__bf16_weightedpool_d128_l32_s16__fb9ea940",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16__def291f4",
+                "compress_forward__bf16_weightedpool_d128_l32_s16__101dc544",
             ),
         ),
     },
@@ -604,15 +604,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__e7857296"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__b6c1f27d"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__b09d9f20",
+                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__50ba622d",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__812e7652",
+                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__5b3d2853",
             ),
         ),
     },
@@ -628,15 +628,15 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__1ff22965"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__90a2dde3"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compressed_attention_backward__bf16_d128_g16_l32_s16__c8fda5a5",
+                "compressed_attention_backward__bf16_d128_g16_l32_s16__8bc10821",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compressed_attention_backward__bf16_d128_g16_l32_s16__f075cdf7",
+                "compressed_attention_backward__bf16_d128_g16_l32_s16__4759df6a",
             ),
         ),
     },
@@ -652,15 +652,15 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__f7e36db9"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__4335d0ea"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compressed_attention_backward__bf16_d128_g4_l32_s16__7c00a0c1",
+                "compressed_attention_backward__bf16_d128_g4_l32_s16__b8bdb81c",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compressed_attention_backward__bf16_d128_g4_l32_s16__c6203646",
+                "compressed_attention_backward__bf16_d128_g4_l32_s16__897f97eb",
             ),
         ),
     },
@@ -683,13 +683,13 @@ TABLE = {
         "cuda:80": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__602459ce",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__7b932e2f",
             ),
         ),
         "cuda:90": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__662395aa",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__0e6e0704",
             ),
         ),
     },
@@ -710,10 +710,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__147071ab"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__0ccf98da"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__f4f8a4b7"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__ee945f73"),
         ),
     },
     Workload(
@@ -733,10 +733,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__95554956"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__f85ae184"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__6ecb4bee"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__509785e5"),
         ),
     },
     Workload(
@@ -756,10 +756,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__33a4bebf"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__7a255194"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__8a744ab3"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__2344f7a1"),
         ),
     },
     Workload(
@@ -774,8 +774,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__bbed06a2"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__a0e42db7"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__c0965a1c"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__698520f3"),),
     },
     Workload(
         op="compressed_attention",
@@ -789,8 +789,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__1cc930e3"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__ddd946bd"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__23857a46"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__65a0a12e"),),
     },
     Workload(
         op="gated_sum",
@@ -819,10 +819,10 @@ TABLE = {
         dtype="bfloat16",
         params=(),
     ): {
-        "cuda:80": ((Bucket(), "linear_decode__bf16__ab8452c7"),),
+        "cuda:80": ((Bucket(), "linear_decode__bf16__20593a29"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5)), "linear_decode__bf16__d1dc10db"),
-            (Bucket(tokens=(6, None)), "linear_decode__bf16__2904a552"),
+            (Bucket(tokens=(None, 5)), "linear_decode__bf16__a4dcdb80"),
+            (Bucket(tokens=(6, None)), "linear_decode__bf16__5adc6532"),
         ),
     },
     Workload(
@@ -839,16 +839,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__4eabeaaf"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__8eab2f78"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__5b0e4cc9",
+                "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__00ee2956",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__4be3a03c",
+                "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__6c0a6e7a",
             ),
         ),
     },
@@ -866,16 +866,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__5414fc6f"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__a2509a59"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__0a0ddb20",
+                "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__8584e905",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__bab382cb",
+                "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__68c167d0",
             ),
         ),
     },
@@ -893,16 +893,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__79f67735"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__e7372367"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__cd28bf9b",
+                "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__93b67cb7",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__99e7e8bd",
+                "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__74fb3e6a",
             ),
         ),
     },
@@ -920,16 +920,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__169ec90d"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__f5352f43"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__f427cb8d",
+                "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__c1752e8f",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__f6ebdbee",
+                "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__f1582a6b",
             ),
         ),
     },
@@ -956,15 +956,15 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__e301b91d"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__27acf579"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "selected_attention_backward__bf16_d128_g16_b64__73605c32",
+                "selected_attention_backward__bf16_d128_g16_b64__1cdbf27b",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "selected_attention_backward__bf16_d128_g16_b64__cc246349",
+                "selected_attention_backward__bf16_d128_g16_b64__28e15daa",
             ),
         ),
     },
@@ -979,15 +979,15 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__8369d226"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__9171ab08"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "selected_attention_backward__bf16_d128_g4_b64__ad8100aa",
+                "selected_attention_backward__bf16_d128_g4_b64__d270d8d9",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "selected_attention_backward__bf16_d128_g4_b64__79656510",
+                "selected_attention_backward__bf16_d128_g4_b64__557a0757",
             ),
         ),
     },
@@ -1002,8 +1002,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__64a946e1"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__9e4435fb"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__5ee1b9c8"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__fd499897"),),
     },
     Workload(
         op="selected_attention",
@@ -1016,10 +1016,10 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__800a4834"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__8a411134"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "selected_attention_forward__bf16_d128_g4_b64__56cf5ba1"),
-            (Bucket(tokens=(5793, None)), "selected_attention_forward__bf16_d128_g4_b64__39c0386f"),
+            (Bucket(tokens=(None, 5792)), "selected_attention_forward__bf16_d128_g4_b64__a9c4dc7f"),
+            (Bucket(tokens=(5793, None)), "selected_attention_forward__bf16_d128_g4_b64__0be62d35"),
         ),
     },
     Workload(
@@ -1033,15 +1033,15 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__acdf4846"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__35a3db3f"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "sliding_window_attention_backward__bf16_d128_g16_w512__f20b46ef",
+                "sliding_window_attention_backward__bf16_d128_g16_w512__2b633be2",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "sliding_window_attention_backward__bf16_d128_g16_w512__15d2d299",
+                "sliding_window_attention_backward__bf16_d128_g16_w512__167195b2",
             ),
         ),
     },
@@ -1056,15 +1056,15 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__dc6cea28"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__e0710f03"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "sliding_window_attention_backward__bf16_d128_g4_w512__89dbf432",
+                "sliding_window_attention_backward__bf16_d128_g4_w512__d1f2cc26",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "sliding_window_attention_backward__bf16_d128_g4_w512__806ef2ae",
+                "sliding_window_attention_backward__bf16_d128_g4_w512__57922533",
             ),
         ),
     },
@@ -1079,8 +1079,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__7a19133a"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__ff8fa937"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__ba6abd21"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__b42c80ed"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1093,8 +1093,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__426aa8d4"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__49522046"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__2553b2aa"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__0e2b8062"),),
     },
 }
 

@@ -22,10 +22,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__f857b045"),
+            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__9691a318"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__073b8f8d"),
+            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__e5b5aa0a"),
         ),
     },
     Workload(
@@ -44,10 +44,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__9b198e3e"),
+            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__58ba99c7"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__f3fb038b"),
+            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__050c2cc3"),
         ),
     },
     Workload(
@@ -66,10 +66,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__ba96ef47"),
+            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__485c1a98"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__0e12fc38"),
+            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__18ee56f6"),
         ),
     },
     Workload(
@@ -88,10 +88,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__7195d6a4"),
+            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__162e6b3d"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__6f575be8"),
+            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__2b7cb533"),
         ),
     },
     Workload(
@@ -110,10 +110,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__1428ce28"),
+            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__e1115e75"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__4b2f11d1"),
+            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__1ecae2d0"),
         ),
     },
     Workload(
@@ -132,10 +132,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__5989e560"),
+            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__c001e218"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__3ed36498"),
+            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__f5e5666f"),
         ),
     },
     Workload(
@@ -152,8 +152,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__2696693d"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__2696693d"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__08734d35"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__08734d35"),),
     },
     Workload(
         op="cache_append",
@@ -169,8 +169,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__1d98ad41"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__1d98ad41"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__60959b65"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__60959b65"),),
     },
     Workload(
         op="cache_append",
@@ -186,8 +186,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__1fcb1052"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__1fcb1052"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__b75e768c"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__b75e768c"),),
     },
     Workload(
         op="cache_append",
@@ -203,8 +203,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__3ce1b49d"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__3ce1b49d"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__7733bb6a"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__7733bb6a"),),
     },
     Workload(
         op="cache_append",
@@ -220,8 +220,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__839cd13c"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__839cd13c"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__9cc80062"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__9cc80062"),),
     },
     Workload(
         op="cache_append",
@@ -237,8 +237,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__870bec96"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__870bec96"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__af0fa18d"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__af0fa18d"),),
     },
     Workload(
         op="cache_append",
@@ -254,8 +254,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__712a1d08"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__712a1d08"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__b21317bc"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__b21317bc"),),
     },
     Workload(
         op="cache_append",
@@ -271,8 +271,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__6e8ea71f"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__6e8ea71f"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__d7fc8f46"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__d7fc8f46"),),
     },
     Workload(
         op="cache_append",
@@ -288,8 +288,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__911a7ec9"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__911a7ec9"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__40021f09"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__40021f09"),),
     },
     Workload(
         op="cache_append",
@@ -305,8 +305,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__b08ae049"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__b08ae049"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__3fbce611"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__3fbce611"),),
     },
     Workload(
         op="cache_append",
@@ -322,8 +322,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__25b9caf4"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__25b9caf4"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__bb80a5b1"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__bb80a5b1"),),
     },
     Workload(
         op="cache_append",
@@ -339,8 +339,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__4b8ee4ea"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__4b8ee4ea"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__20f335cd"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__20f335cd"),),
     },
     Workload(
         op="cache_append",
@@ -356,8 +356,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__83b7ae6d"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__83b7ae6d"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__aa8b3704"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__aa8b3704"),),
     },
     Workload(
         op="cache_append",
@@ -373,8 +373,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__44af151d"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__44af151d"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__3fd595fe"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__3fd595fe"),),
     },
     Workload(
         op="cache_append",
@@ -390,8 +390,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__9773d82f"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__9773d82f"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__317b5738"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__317b5738"),),
     },
     Workload(
         op="cache_append",
@@ -407,8 +407,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__c9ba70c3"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__c9ba70c3"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__bc334e2e"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__bc334e2e"),),
     },
     Workload(
         op="cache_append",
@@ -424,8 +424,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__bd74f502"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__bd74f502"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__674e6ea0"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__674e6ea0"),),
     },
     Workload(
         op="cache_append",
@@ -441,8 +441,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__69e7818e"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__69e7818e"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__6eeb255d"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__6eeb255d"),),
     },
     Workload(
         op="compress",
@@ -456,8 +456,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__bcc77fb7"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__bcc77fb7"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__c56064ce"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__c56064ce"),),
     },
     Workload(
         op="compress",
@@ -471,8 +471,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__104c76f1"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__104c76f1"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__a0de1766"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__a0de1766"),),
     },
     Workload(
         op="compress",
@@ -486,8 +486,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__32de5eab"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__32de5eab"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__3c2a0fe4"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__3c2a0fe4"),),
     },
     Workload(
         op="compress",
@@ -501,8 +501,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__82d2f60f"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__82d2f60f"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__5b05b28f"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__5b05b28f"),),
     },
     Workload(
         op="compress",
@@ -516,8 +516,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__374de5c8"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__374de5c8"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__087dc6ea"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__087dc6ea"),),
     },
     Workload(
         op="compress",
@@ -531,8 +531,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__f1349cf8"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__f1349cf8"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__8bc331cb"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__8bc331cb"),),
     },
     Workload(
         op="compress",
@@ -546,8 +546,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__e9681766"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__e9681766"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__9aeee13d"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__9aeee13d"),),
     },
     Workload(
         op="compress",
@@ -561,8 +561,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__25e236f9"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__25e236f9"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__d082530c"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__d082530c"),),
     },
     Workload(
         op="compress",
@@ -576,8 +576,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__f872f59f"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__f872f59f"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__b9f3de97"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__b9f3de97"),),
     },
     Workload(
         op="compress",
@@ -591,8 +591,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__5d2e037f"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__5d2e037f"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__35aea8a0"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__35aea8a0"),),
     },
     Workload(
         op="compress",
@@ -606,8 +606,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__3f6e1789"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__3f6e1789"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__f38bbe5e"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__f38bbe5e"),),
     },
     Workload(
         op="compress",
@@ -621,8 +621,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__a0c2021c"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__a0c2021c"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__52a1657e"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__52a1657e"),),
     },
     Workload(
         op="compress",
@@ -636,8 +636,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__f9ecd14b"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__f9ecd14b"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__e5245af1"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__e5245af1"),),
     },
     Workload(
         op="compress",
@@ -651,8 +651,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__5fb1a0b9"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__5fb1a0b9"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__e2075171"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__e2075171"),),
     },
     Workload(
         op="compress",
@@ -666,8 +666,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__4ad46137"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__ac1f8db1"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__17177af8"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__5306a8c1"),),
     },
     Workload(
         op="compress",
@@ -681,8 +681,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__8d50d692"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__33cf0b43"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__ac2e78fb"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__c4e110c3"),),
     },
     Workload(
         op="compress",
@@ -696,8 +696,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__614b6075"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__614b6075"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__471ee298"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__471ee298"),),
     },
     Workload(
         op="compress",
@@ -711,8 +711,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__ffa958d3"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__ffa958d3"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__1ef816af"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__1ef816af"),),
     },
     Workload(
         op="compress",
@@ -726,8 +726,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__bc4018e1"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__bc4018e1"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__4296f712"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__4296f712"),),
     },
     Workload(
         op="compress",
@@ -741,8 +741,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__835f1172"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__835f1172"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__b6bf8504"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__b6bf8504"),),
     },
     Workload(
         op="compress",
@@ -756,8 +756,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__ebf46c25"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__ebf46c25"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__45fa61ff"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__45fa61ff"),),
     },
     Workload(
         op="compress",
@@ -771,8 +771,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__9317260b"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__9317260b"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__8e2a326c"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__8e2a326c"),),
     },
     Workload(
         op="compress",
@@ -786,8 +786,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__b074b6e2"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__b074b6e2"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__5f159b3b"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__5f159b3b"),),
     },
     Workload(
         op="compress",
@@ -801,8 +801,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__c1a7fc3f"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__c1a7fc3f"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__2bd9a28e"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__2bd9a28e"),),
     },
     Workload(
         op="compressed_attention",
@@ -816,8 +816,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__c7359c1e"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__2e51eafa"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__55e6cd79"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__66d01939"),),
     },
     Workload(
         op="compressed_attention",
@@ -831,8 +831,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__84b790d2"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__8566347e"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__75a54ae0"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__35d323dc"),),
     },
     Workload(
         op="compressed_attention",
@@ -846,8 +846,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__88917c53"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__82deef83"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__b7c861e7"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__8704c5e0"),),
     },
     Workload(
         op="compressed_attention",
@@ -861,8 +861,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__763186b5"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__763186b5"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__53fbae42"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__53fbae42"),),
     },
     Workload(
         op="compressed_attention",
@@ -876,8 +876,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__3a2922db"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__3a2922db"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__d27d7b28"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__d27d7b28"),),
     },
     Workload(
         op="compressed_attention",
@@ -891,8 +891,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__c836810a"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__c836810a"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__5a505965"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__5a505965"),),
     },
     Workload(
         op="compressed_attention",
@@ -911,10 +911,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__01339f9a"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__99969a18"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__eb1d58fb"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__b0f4e445"),
         ),
     },
     Workload(
@@ -934,10 +934,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__20d88725"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__37a1e325"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__e3707487"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__1c33a4a3"),
         ),
     },
     Workload(
@@ -957,10 +957,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__4ddec366"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__edcdaa0c"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__23163941"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__46a101ad"),
         ),
     },
     Workload(
@@ -980,10 +980,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__5dee0f76"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__044dc513"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__29bba8cb"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__2add7019"),
         ),
     },
     Workload(
@@ -1003,10 +1003,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__94e6f4bf"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__b284db74"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__49a0d860"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__aa94529b"),
         ),
     },
     Workload(
@@ -1026,10 +1026,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__ecbbb0e4"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__31431788"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__154cf1b8"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__3c179cde"),
         ),
     },
     Workload(
@@ -1044,8 +1044,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__4cd631f9"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__03d2f872"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__eb31edcd"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__91d9b45b"),),
     },
     Workload(
         op="compressed_attention",
@@ -1059,8 +1059,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__aee4704f"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__8c9fd0e4"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__73c5126f"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__c143e4eb"),),
     },
     Workload(
         op="compressed_attention",
@@ -1074,8 +1074,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__b9c126f3"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__87e4f08f"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__e0be76b1"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__7825dd69"),),
     },
     Workload(
         op="compressed_attention",
@@ -1089,8 +1089,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__15d2d014"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__15d2d014"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__bed0e06a"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__bed0e06a"),),
     },
     Workload(
         op="compressed_attention",
@@ -1104,8 +1104,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__1327bf2a"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__1327bf2a"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__0fac6f19"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__0fac6f19"),),
     },
     Workload(
         op="compressed_attention",
@@ -1119,8 +1119,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__e40d1e0b"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__e40d1e0b"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__5f49c0fe"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__5f49c0fe"),),
     },
     Workload(
         op="gated_sum",
@@ -1164,8 +1164,8 @@ TABLE = {
         dtype="float16",
         params=(),
     ): {
-        "cuda:80": ((Bucket(), "linear_decode__f16__796e2d09"),),
-        "cuda:90": ((Bucket(), "linear_decode__f16__178d7fa4"),),
+        "cuda:80": ((Bucket(), "linear_decode__f16__3ace12c4"),),
+        "cuda:90": ((Bucket(), "linear_decode__f16__f0ecd4e8"),),
     },
     Workload(
         op="linear",
@@ -1173,8 +1173,8 @@ TABLE = {
         dtype="float32",
         params=(),
     ): {
-        "cuda:80": ((Bucket(), "linear_decode__f32__4640964a"),),
-        "cuda:90": ((Bucket(), "linear_decode__f32__4640964a"),),
+        "cuda:80": ((Bucket(), "linear_decode__f32__647c09b1"),),
+        "cuda:90": ((Bucket(), "linear_decode__f32__647c09b1"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1189,8 +1189,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__57f4845c"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__df4c60f8"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__61ee3200"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__64a4cce5"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1205,8 +1205,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__5f1ae1cf"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__8c31667b"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__d29addf2"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__658850ee"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1221,8 +1221,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__bf774b10"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__d6c1dd7f"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__fab354d6"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__81100e1f"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1237,8 +1237,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__c748a9de"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__2563c561"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__aa816828"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__9b3efec0"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1253,8 +1253,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__11dfaa6d"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__151052df"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__3b06e99d"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__f1fe3ca2"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1269,8 +1269,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__46253560"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__56af727b"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__35666dd6"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__460e0dfe"),),
     },
     Workload(
         op="rope",
@@ -1301,8 +1301,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__a8ec7912"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__a8ec7912"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__97a1ce99"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__97a1ce99"),),
     },
     Workload(
         op="selected_attention",
@@ -1315,8 +1315,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__5e042541"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__5e042541"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__3f5f9178"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__3f5f9178"),),
     },
     Workload(
         op="selected_attention",
@@ -1329,8 +1329,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__86d2160d"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__86d2160d"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__5a15022c"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__5a15022c"),),
     },
     Workload(
         op="selected_attention",
@@ -1343,8 +1343,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__1d418b21"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__1d418b21"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__222a6e90"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__222a6e90"),),
     },
     Workload(
         op="selected_attention",
@@ -1357,8 +1357,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__14060d6a"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__14060d6a"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__5d3487ff"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__5d3487ff"),),
     },
     Workload(
         op="selected_attention",
@@ -1371,8 +1371,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__6ee9a7af"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__6ee9a7af"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__53a35678"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__53a35678"),),
     },
     Workload(
         op="selected_attention",
@@ -1385,8 +1385,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__7ae0554c"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__7ae0554c"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__f3322d0c"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__f3322d0c"),),
     },
     Workload(
         op="selected_attention",
@@ -1399,8 +1399,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__db3964c6"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__db3964c6"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__ab476c50"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__ab476c50"),),
     },
     Workload(
         op="selected_attention",
@@ -1413,8 +1413,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__3ec3d30c"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__3ec3d30c"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__4f6e21b5"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__4f6e21b5"),),
     },
     Workload(
         op="selected_attention",
@@ -1427,8 +1427,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__36b1bcc7"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__36b1bcc7"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__32bc62ac"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__32bc62ac"),),
     },
     Workload(
         op="selected_attention",
@@ -1441,8 +1441,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__ab7467dd"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__ab7467dd"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__1d720937"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__1d720937"),),
     },
     Workload(
         op="selected_attention",
@@ -1455,8 +1455,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__08b920d4"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__08b920d4"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__d2882d03"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__d2882d03"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1469,8 +1469,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__c057934d"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__9b533fdf"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__1370c74b"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__f6a16c8a"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1483,8 +1483,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__fac3c79e"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__c4452f14"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__7e698152"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__06d94171"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1497,8 +1497,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__01b6d086"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__dde33aad"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__7f0dbcb6"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__b85ca8f7"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1511,8 +1511,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__1e20186a"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__1e20186a"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__b4e24f25"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__b4e24f25"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1525,8 +1525,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__e5e90d54"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__e5e90d54"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__bd7c3bd1"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__bd7c3bd1"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1539,8 +1539,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__2a227bc0"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__2a227bc0"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__64edc635"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__64edc635"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1553,8 +1553,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__db801aa4"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__96e4a690"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__5aed9e88"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__f13c1152"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1567,8 +1567,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__41a5d676"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__b8bc19ed"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__f749a6fa"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__9230a71d"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1581,8 +1581,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__4c8d372d"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__d08318ff"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__4fc5e5f4"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__a676529e"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1595,8 +1595,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__ab3a2d2d"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__ab3a2d2d"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__f746b276"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__f746b276"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1609,8 +1609,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__4c12d8c0"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__4c12d8c0"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__3827a71b"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__3827a71b"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1623,8 +1623,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__e7a5797b"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__e7a5797b"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__c57a160e"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__c57a160e"),),
     },
 }
 

@@ -122,13 +122,10 @@ def row_tiles_default(workload: Workload, target: Target) -> dict[str, Param]:
         block_m, block_n, warps, stages = (64, 32, 4, 1) if widest <= 128 else (64, 16, 4, 1)
     elif widest > 128 or target.shared_memory < 128 * 1024:
         block_m, block_n, warps, stages = (64, 32, 4 if widest <= 128 else 8, 2)
-    else:
-        block_m, block_n, warps, stages = (
-            128,
-            64 if widest > 32 else 32,
-            8,
-            3 if widest > 64 else 2,
-        )
+    elif widest > 64:
+        block_m, block_n, warps, stages = (128, 64, 8, 3)
+    else:  # a third stage spills; with heads of 32, so do long steps
+        block_m, block_n, warps, stages = (128, 64 if widest > 32 else 32, 8, 2)
     return {
         "block_m": block_m,
         "block_n": block_n,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator
 
 from nsagen.codegen.template import kernel_name, render
 from nsagen.workload import Schedule, Workload
@@ -28,26 +27,27 @@ def kernel_fingerprint(workload: Workload, schedule: Schedule) -> str:
 
 def source_fingerprint(source: str, name: str) -> str:
     """16 hex digits over Python code, with `name` made anonymous; the same in every Python."""
-    text = "\n".join(_code(ast.parse(source.replace(name, "kernel"))))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    parts: list[str] = []
+    _note(ast.parse(source.replace(name, "kernel")), parts)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _code(node: object) -> Iterator[str]:
-    """The syntax tree as text, without what does not run and what only newer Pythons note."""
+def _note(node: object, parts: list[str]) -> None:
+    """Add the syntax tree as text, without what does not run and what only newer Pythons note."""
     if isinstance(node, ast.Raise) or _is_docstring(node):
         return
     if isinstance(node, list):
         for item in node:
-            yield from _code(item)
+            _note(item, parts)
     elif isinstance(node, ast.AST):
-        yield type(node).__name__
+        parts.append(type(node).__name__)
         for field, value in ast.iter_fields(node):
             if value is not None and value != [] and field not in ("ctx", "kind", "type_comment"):
-                yield f".{field}"
-                yield from _code(value)
-        yield "end"
+                parts.append(f".{field}")
+                _note(value, parts)
+        parts.append("end")
     else:
-        yield repr(node)
+        parts.append(repr(node))
 
 
 def _is_docstring(node: object) -> bool:

@@ -1,4 +1,4 @@
-"""Arithmetic that the schedule spaces of attention share."""
+"""Arithmetic that the schedule spaces share."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ LEAST_TILE = 16
 def element_bytes(workload: Workload) -> int:
     """Bytes of one element of the workload's dtype."""
     return 4 if workload.dtype == "float32" else 2
+
+
+def dot_precision(workload: Workload) -> str:
+    """The last argument of tl.dot: float32 products without the rounding to TF32."""
+    return ', input_precision="ieee"' if workload.dtype == "float32" else ""
 
 
 def raw_peak(workload: Workload) -> bool:
@@ -36,5 +41,5 @@ def padded_heads(workload: Workload) -> dict[str, Any]:
         "block_dv": block_dv,
         "pad_d": block_d != dim,
         "pad_dv": block_dv != v_dim,
-        "dot_precision": ', input_precision="ieee"' if workload.dtype == "float32" else "",
+        "dot_precision": dot_precision(workload),
     }

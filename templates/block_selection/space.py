@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nsagen.codegen.sizes import dot_precision, element_bytes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import KNOWN_TARGETS, Target
 from nsagen.workload import Param, Schedule, Workload
@@ -52,12 +53,8 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "spill": spill,
         "kept_rows": next_power_of_2(-(-int(workload.topk) // 32)),
         "beyonds": "tl.static_range" if spill <= 3 else "range",
-        "dot_precision": ', input_precision="ieee"' if workload.dtype == "float32" else "",
+        "dot_precision": dot_precision(workload),
     }
-
-
-def element_bytes(workload: Workload) -> int:
-    return 4 if workload.dtype == "float32" else 2
 
 
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
@@ -86,13 +83,8 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
     if group > 32 or (group > 8 and (wide or spills)):
         tokens = 8 if group > 16 or wide or (odd and not crowded) else 16
         windows = 32 if wide and crowded else 64
-        return {
-            "tokens": tokens,
-            "columns": 256,
-            "windows": windows,
-            "segment": 256,
-            "num_warps": 8,
-        }
+        knobs = {"tokens": tokens, "columns": 256, "windows": windows, "segment": 256}
+        return {**knobs, "num_warps": 8}
     if group > 8:
         tokens = 8 if group > 16 else 16
         segment = 64 if int(workload.head_dim) <= 64 else 256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nsagen.codegen.sizes import dot_precision, element_bytes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.codegen.windows import PRODUCTS
@@ -61,7 +62,7 @@ def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         **tiles,
         "block_d": next_power_of_2(int(workload.head_dim)),
         "block_h": max(16, min(128, next_power_of_2(int(workload.mlp_hidden or 1)))),
-        "dot_precision": ', input_precision="ieee"' if workload.dtype == "float32" else "",
+        "dot_precision": dot_precision(workload),
     }
 
 
@@ -99,7 +100,7 @@ def default_matmul(workload: Workload, target: Target) -> dict[str, Param]:
 
 def matmul_shared_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the tokens and weights that are on their way."""
-    width = 4 if workload.dtype == "float32" else 2
+    width = element_bytes(workload)
     wide = next_power_of_2(max(int(workload.head_dim), int(workload.v_head_dim)))
     step = wide * (int(schedule.block_rows) + int(schedule.columns))
     return width * int(schedule.num_stages) * step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nsagen.codegen.sizes import dot_precision, element_bytes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.codegen.windows import PRODUCTS, out_dim
@@ -149,13 +150,13 @@ def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "column_tiles": -(-columns // block_n),
         "pad_k": dim % block_k != 0,
         "pad_n": columns % block_n != 0,
-        "dot_precision": ', input_precision="ieee"' if workload.dtype == "float32" else "",
+        "dot_precision": dot_precision(workload),
     }
 
 
 def matmul_shared_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the tokens and weights that are on their way."""
-    width = 4 if workload.dtype == "float32" else 2
+    width = element_bytes(workload)
     step = int(schedule.block_k) * (int(schedule.block_m) + int(schedule.block_n))
     return width * int(schedule.num_stages) * step
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nsagen.codegen.sizes import dot_precision, element_bytes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.codegen.windows import PRODUCTS, out_dim
@@ -123,13 +124,13 @@ def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "pad_n": padded("block_n"),
         "pad_rows": padded("block_rows"),
         "pad_cols": padded("block_cols"),
-        "dot_precision": ', input_precision="ieee"' if workload.dtype == "float32" else "",
+        "dot_precision": dot_precision(workload),
     }
 
 
 def matmul_shared_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the tiles that are on their way in the larger of the two products."""
-    width = 4 if workload.dtype == "float32" else 2
+    width = element_bytes(workload)
     dx_step = int(schedule.block_k) * (int(schedule.block_units) + int(schedule.block_n))
     dw_step = int(schedule.block_windows) * (int(schedule.block_rows) + int(schedule.block_cols))
     return width * int(schedule.num_stages) * max(dx_step, dw_step)

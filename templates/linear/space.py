@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nsagen.codegen.sizes import dot_precision, element_bytes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace
 from nsagen.codegen.target import Target
 from nsagen.workload import Param, Schedule, Workload
@@ -12,7 +13,7 @@ from nsagen.workload import Param, Schedule, Workload
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """How exact tl.dot has to be."""
     return {
-        "dot_precision": ', input_precision="ieee"' if workload.dtype == "float32" else "",
+        "dot_precision": dot_precision(workload),
     }
 
 
@@ -21,10 +22,10 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
 
     The launch halves the step above 16 rows, and doubles the tile above 32.
     """
-    itemsize = 4 if workload.dtype == "float32" else 2
+    width = element_bytes(workload)
     block_n, block_k = int(schedule.block_n), int(schedule.block_k)
     most = max((block_n + 16) * block_k, (2 * block_n + 64) * block_k // 2)
-    return most * int(schedule.num_stages) * itemsize
+    return most * int(schedule.num_stages) * width
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:

@@ -1,0 +1,54 @@
+"""What the schedule spaces of decoding share: keys and values of a row split among programs.
+
+Beside the templates stand the spaces: templates/compressed_attention/space_decode.py and
+templates/native_sparse_attention/space.py.
+"""
+
+from __future__ import annotations
+
+from nsagen.codegen.sizes import element_bytes, padded_heads
+from nsagen.codegen.space import Choice, next_power_of_2
+from nsagen.workload import Schedule, Workload
+
+PROGRAMS = (132, 216, 264, 324, 396, 444, 528, 1056, 2112)
+"""Two and three a multiprocessor of the targets, and more."""
+
+KNOBS = (
+    Choice("programs", PROGRAMS, "a full GPU against combining"),
+    Choice("num_warps", (1, 2, 4, 8), "registers a thread against programs that fit"),
+    Choice("num_stages", (1, 2, 3, 4, 5), "loads in flight against shared memory"),
+    Choice("combine_warps", (1, 2, 4, 8), "lanes against barriers of the second kernel"),
+)
+
+STEP_BYTES = 32 * 1024
+"""Of the keys and values of a default schedule's step, at most."""
+
+
+def padded_group(workload: Workload) -> int:
+    """Query heads of a key/value head, padded to the rows of a tile."""
+    return max(16, next_power_of_2(int(workload.gqa_ratio)))
+
+
+def tile_bytes(workload: Workload, block_n: int) -> int:
+    """Bytes of the keys and values of a step."""
+    sizes = padded_heads(workload)
+    return block_n * (sizes["block_d"] + sizes["block_dv"]) * element_bytes(workload)
+
+
+def shared_memory(workload: Workload, schedule: Schedule) -> int:
+    """The steps in flight, of which the current one is in registers, queries and scores."""
+    group, block_n = padded_group(workload), int(schedule.block_n)
+    queries = group * padded_heads(workload)["block_d"] * element_bytes(workload)
+    scores = group * block_n * 4
+    steps = max(1, int(schedule.num_stages) - 1)
+    return steps * tile_bytes(workload, block_n) + queries + scores
+
+
+def default_step(workload: Workload) -> int:
+    """Keys a step: as many as STEP_BYTES allow, from 16 to 64."""
+    return next((n for n in (64, 32) if tile_bytes(workload, n) <= STEP_BYTES), 16)
+
+
+def default_warps(workload: Workload) -> int:
+    """Four; eight in float32, whose products hold their tiles in registers."""
+    return 8 if workload.dtype == "float32" else 4
