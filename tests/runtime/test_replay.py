@@ -55,8 +55,8 @@ class Driver:
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
         self.utils = SimpleNamespace(
-            load_binary=lambda *args: (object(), object(), 32, 0, 1024),
-            unload_module=lambda module: None,
+            # No module, for it would be unloaded when this driver is no longer there.
+            load_binary=lambda *args: (None, object(), 32, 0, 1024),
             get_device_properties=lambda device: {"max_shared_mem": 232448},
         )
 
