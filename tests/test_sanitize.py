@@ -24,7 +24,7 @@ sys.exit(code or min(errors, 1) or {code})
 
 
 def sanitize(
-    folder: Path, *tests: str, errors: int = 0, races: str = "", code: int = 0
+    folder: Path, *tests: str, tool: str = "", errors: int = 0, races: str = "", code: int = 0
 ) -> subprocess.CompletedProcess[str]:
     fake, names = folder / "sanitizer", folder / "list.txt"
     fake.write_text(FAKE.format(python=sys.executable, errors=errors, races=races, code=code))
@@ -33,7 +33,11 @@ def sanitize(
     script = str(ROOT / "tests" / "sanitize.py")
     command = [sys.executable, script, "--sanitizer", str(fake), "--list", str(names)]
     return subprocess.run(
-        [*command, "--jobs", "2"], cwd=folder, text=True, capture_output=True, check=False
+        [*command, "--jobs", "2", *(["--tool", tool] if tool else [])],
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        check=False,
     )
 
 
@@ -63,14 +67,14 @@ def test_each_tool_is_summed_up(tmp_path: Path, passing: str) -> None:
 
 
 def test_a_failing_test_is_shown(tmp_path: Path, passing: str, failing: str) -> None:
-    done = sanitize(tmp_path, passing, failing)
+    done = sanitize(tmp_path, passing, failing, tool="memcheck")
     assert done.returncode == 1
     assert "assert 1 == 2" in done.stdout
     assert "memcheck: 2 passed, 1 failed; 0 errors reported; 1 of 3 runs failed" in done.stdout
 
 
 def test_what_the_sanitizer_reports_fails(tmp_path: Path, passing: str) -> None:
-    done = sanitize(tmp_path, passing, errors=3)
+    done = sanitize(tmp_path, passing, tool="memcheck", errors=3)
     assert done.returncode == 1
     assert "memcheck: 2 passed; 6 errors reported; 2 of 2 runs failed" in done.stdout
 
@@ -120,20 +124,21 @@ def test_races_that_do_no_harm_are_left_out(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     (tmp_path / "nsagen-test-kernels").mkdir()
     (tmp_path / "nsagen-test-kernels" / "pipeline.py").write_text(KERNEL)
-    done = sanitize(tmp_path, f"{passing}::test_one", errors=1, races=RACE.format(read, 1, 2))
+    race = RACE.format(read, 1, 2)
+    done = sanitize(tmp_path, f"{passing}::test_one", tool="racecheck", errors=1, races=race)
     assert done.returncode == reported, done.stdout
     assert f"racecheck: 1 passed; {reported} errors reported;" in done.stdout
 
 
 def test_a_race_at_no_place_is_none_to_leave_out(tmp_path: Path, passing: str) -> None:
     race = "========= Error: Race reported between Read access at kernel+0x1b0\n========= \n"
-    done = sanitize(tmp_path, f"{passing}::test_one", errors=1, races=race)
+    done = sanitize(tmp_path, f"{passing}::test_one", tool="racecheck", errors=1, races=race)
     assert done.returncode == 1
     assert "racecheck: 1 passed; 1 errors reported; 1 of 1 runs failed" in done.stdout
 
 
 def test_a_sanitizer_that_fails_without_a_word_is_no_success(tmp_path: Path, passing: str) -> None:
-    done = sanitize(tmp_path, f"{passing}::test_one", code=3)
+    done = sanitize(tmp_path, f"{passing}::test_one", tool="memcheck", code=3)
     assert done.returncode == 1
     assert "memcheck: 1 passed; 0 errors reported; 1 of 1 runs failed" in done.stdout
 

@@ -18,9 +18,9 @@ from nsagen.codegen.template import kernel_name, render, space_for
 from nsagen.workload import STATIC_PARAMS, Param, Workload
 
 TARGET = KNOWN_TARGETS["cuda:90"]
-PARAMS: dict[str, Param] = {
-    **{"head_dim": 64, "v_head_dim": 64, "gqa_ratio": 16, "kernel_size": 32, "kernel_stride": 16},
-    **{"block_size": 64, "topk": 4, "init_blocks": 1, "local_blocks": 2, "window_size": 100},
+PARAMS: dict[str, Param] = {  # of test_warp_specialized.py's kernels, which it compiles as well
+    **{"head_dim": 128, "v_head_dim": 128, "gqa_ratio": 16, "kernel_size": 32, "kernel_stride": 16},
+    **{"block_size": 64, "topk": 16, "init_blocks": 1, "local_blocks": 2, "window_size": 512},
 }
 ARRIVAL = re.compile(r"mbarrier\.arrive\.shared")  # not a copy's, which begins after it
 ACCESS = re.compile(r"(?<!bulk\.)\b(?:(?:st|ld)\.shared|(?:st|ld)matrix)")
