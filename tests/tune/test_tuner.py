@@ -114,7 +114,7 @@ def test_a_small_space_is_measured_whole(world: World) -> None:
 
 
 def test_time_is_shared_among_the_tasks(world: World) -> None:
-    result = world.tune(trials=200, seqlens=(1024, 8192), seconds=1.0)
+    result = world.tune(trials=200, seqlens=(1024, 8192), seconds=4.0)
     assert [record.ended for record in result.records] == ["its time is up"] * 2
 
 
