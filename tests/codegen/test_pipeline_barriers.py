@@ -23,7 +23,7 @@ PARAMS: dict[str, Param] = {  # of test_warp_specialized.py's kernels, which it 
     **{"block_size": 64, "topk": 16, "init_blocks": 1, "local_blocks": 2, "window_size": 512},
 }
 ARRIVAL = re.compile(r"mbarrier\.arrive\.shared")  # not a copy's, which begins after it
-ACCESS = re.compile(r"(?<!bulk\.)\b(?:(?:st|ld)\.shared|(?:st|ld)matrix)")
+ACCESS = re.compile(r"\b(?:st|ld)(?:\.shared|matrix)")
 MEETING = re.compile(r"bar\.sync")
 
 
