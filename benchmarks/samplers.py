@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import optuna
+from score_samplers import Score, random_score, score
 
-from nsagen.tune.benchmark import Score, random_score, score
 from nsagen.tune.recording import load_recording
 
 CONTENDERS = ("gp", "optuna-gp", "optuna-gp/categorical", "tpe", "tpe/categorical")

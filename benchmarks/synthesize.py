@@ -17,12 +17,12 @@ from pathlib import Path
 
 from common import workload_of
 
-from nsagen.codegen.target import parse_target
+from nsagen.core.target import parse_target
+from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.evaluate import Candidates, Final, candidates_for, final_of
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.recording import record
 from nsagen.tune.task import Task, tasks_of
-from nsagen.workload import Schedule, Workload
 
 TARGET = parse_target("cuda:90")
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from nsagen.harness.base import Case
+from nsagen.cases.base import Case
 
 RIM = int(os.environ.get("NSAGEN_TEST_RIM", "64"))
 """Elements before and after; a multiple of what any load wants to be aligned to. 0 leaves what is

@@ -15,10 +15,10 @@ from types import ModuleType
 import pytest
 import torch
 
+from nsagen.cases.base import Case, Cost, Sizes, poisoned
 from nsagen.codegen import template
-from nsagen.harness.base import Case, Cost, Sizes, poisoned
-from nsagen.resources import templates_dir
-from nsagen.workload import STATIC_PARAMS, Workload
+from nsagen.core.paths import templates_dir
+from nsagen.core.workload import STATIC_PARAMS, Workload
 
 TEMPLATE = '''{# The gated sum, one element after another: a stand-in that any reader can check. #}
 {{ header }}
@@ -107,7 +107,7 @@ def one_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for key in list(STATIC_PARAMS):
         if key != ("gated_sum", "forward"):
             monkeypatch.delitem(STATIC_PARAMS, key)
-    harness = ModuleType("nsagen.harness.gated_sum")
+    harness = ModuleType("nsagen.cases.gated_sum")
     harness.make_case = make_case  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, harness.__name__, harness)
     monkeypatch.setattr(template, "templates_dir", lambda: templates)

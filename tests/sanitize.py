@@ -40,7 +40,7 @@ clear: both consumers of a tile clear its last rows (`clear_rows`), each before 
 store the same.
 hand over: a group of warps writes its sums, meets at a barrier of its own, and one of its threads
 arrives where the other group waits to read them. racecheck does not follow the order from one
-barrier to the next; tests/codegen/test_pipeline_barriers.py sees that both are there.
+barrier to the next; tests/aot/test_pipeline_barriers.py sees that both are there.
 """
 
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "NSAGEN_TEST_RIM": "0"}

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.cases.base import THRESHOLDS, Case, relative_error
 from nsagen.codegen.template import (
     default_schedule,
     kernel_name,
@@ -22,8 +22,8 @@ from nsagen.codegen.template import (
     space_for,
     spaces_for,
 )
-from nsagen.harness.base import THRESHOLDS, Case, relative_error
-from nsagen.workload import Schedule, Workload
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Schedule, Workload
 from tests.canaries import guarded
 
 

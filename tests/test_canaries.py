@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsagen.harness.base import Case, Cost, poisoned
+from nsagen.cases.base import Case, Cost, poisoned
 from tests.support import check_case
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nsagen import __version__
-from nsagen.resources import specs_dir, templates_dir
+from nsagen.core.paths import specs_dir, templates_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

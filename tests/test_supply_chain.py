@@ -96,7 +96,7 @@ LOAD = """
 import sys
 from pathlib import Path
 import torch
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 from nsagen.model import ToyLlama
 from tests.model.tiny import dense_config
 

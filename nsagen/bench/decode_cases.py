@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsagen import ops
-from nsagen.attention_work import keys_read
+from nsagen.core.workload import Workload
+from nsagen.estimate.attention import keys_read
 from nsagen.model import InferenceConfig, NSACache, ToyNSALlama, ToyNSALlamaConfig
 from nsagen.model.rope import rope_tables
 from nsagen.runtime import Dispatcher, registry
-from nsagen.workload import Workload
 
 
 class NoLaunch:

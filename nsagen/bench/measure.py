@@ -10,8 +10,8 @@ from typing import cast
 import torch
 import triton.testing
 
-from nsagen.errors import UnsupportedWorkloadError
-from nsagen.harness.base import Cost
+from nsagen.cases.base import Cost
+from nsagen.core.errors import UnsupportedWorkloadError
 
 WARMUP_MS, REPEAT_MS = 25, 150
 """For how long a call is repeated, unmeasured and then measured."""

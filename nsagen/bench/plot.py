@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from nsagen.picture.page import ALGORITHM_HUES
+from nsagen.reports.page import ALGORITHM_HUES
 
 PASSES = {"prefill": ("ms",), "train": ("forward_ms", "backward_ms")}
 """Which times of a result's rows are drawn."""

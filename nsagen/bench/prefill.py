@@ -17,7 +17,7 @@ from nsagen.bench.dense import DenseAttention
 from nsagen.bench.measure import Ceilings, measure_ceilings, milliseconds
 from nsagen.bench.public import public_calls
 from nsagen.bench.shape import Inputs, Shape
-from nsagen.harness.base import Cost, Sizes, harness_of
+from nsagen.cases.base import Cost, Sizes, harness_of
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.compressed_attention import compressed_attention_forward
 from nsagen.ops.layout import positions_in_sequence

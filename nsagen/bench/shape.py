@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from nsagen import ops
-from nsagen.branches import BRANCHES
+from nsagen.core.branches import BRANCHES
+from nsagen.core.workload import STATIC_PARAMS, Workload
 from nsagen.ops.branch_attention import attend_branches
 from nsagen.ops.layout import compressed_cu_seqlens
 from nsagen.runtime import Dispatcher
-from nsagen.workload import STATIC_PARAMS, Workload
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from nsagen.bench.dense import DenseAttention
 from nsagen.bench.measure import Ceilings, measure_ceilings, milliseconds
 from nsagen.bench.prefill import PARTS, cost_of
 from nsagen.bench.shape import Inputs, Shape
-from nsagen.harness.base import Cost
+from nsagen.cases.base import Cost
 from nsagen.runtime import Dispatcher
 
 SEQLENS = (4096, 8192, 16384, 32768, 65536)

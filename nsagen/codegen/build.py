@@ -12,17 +12,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from nsagen.codegen.files import locked, replace_file
 from nsagen.codegen.package import Origin, manifest_text, package_files, variant_header
 from nsagen.codegen.plan import DEFAULT_PROVENANCE, Use, Variant, plan_variants
-from nsagen.codegen.target import parse_target
 from nsagen.codegen.template import default_schedule, kernel_name, render
-from nsagen.errors import BuildError
-from nsagen.runtime.table import Bucket
-from nsagen.seal import sealed
+from nsagen.codegen.tuned import tuned_choices
+from nsagen.core.bucket import Bucket
+from nsagen.core.errors import BuildError
+from nsagen.core.files import locked, replace_file
+from nsagen.core.seal import sealed
+from nsagen.core.target import parse_target
+from nsagen.core.workload import Workload
 from nsagen.spec import Spec
-from nsagen.tune.choices import tuned_choices
-from nsagen.workload import Workload
 
 Progress = Callable[[str, int, int], None]
 """Called with (what was done, how many are done, how many in all)."""
@@ -183,7 +183,7 @@ def compile_variants(
 def _compile_one(
     path: Path, workload: Workload, target_name: str, measured: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    from nsagen.codegen.compiled import compiled_resources  # may import torch and triton
+    from nsagen.aot.cached import compiled_resources  # may import torch and triton
 
     target = parse_target(target_name)
     try:

@@ -11,7 +11,7 @@ import ast
 import hashlib
 
 from nsagen.codegen.template import kernel_name, render
-from nsagen.workload import Schedule, Workload
+from nsagen.core.workload import Schedule, Workload
 
 
 def kernel_fingerprint(workload: Workload, schedule: Schedule) -> str:

@@ -18,9 +18,9 @@ from jinja2 import TemplateError
 from nsagen import __version__
 from nsagen.codegen.plan import Variant
 from nsagen.codegen.template import environment, render
-from nsagen.errors import BuildError
-from nsagen.runtime.table import Bucket
-from nsagen.workload import Workload
+from nsagen.core.bucket import Bucket
+from nsagen.core.errors import BuildError
+from nsagen.core.workload import Workload
 
 _FORMAT = ("format", "--isolated", "--quiet", "--line-length", "100", "--target-version", "py311")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nsagen.codegen.target import Target, parse_target
 from nsagen.codegen.template import default_schedule, kernel_name, space_for, template_hash
-from nsagen.runtime.table import Bucket, covers_all
-from nsagen.workload import Schedule, Workload
+from nsagen.core.bucket import Bucket, covers_all
+from nsagen.core.target import Target, parse_target
+from nsagen.core.workload import Schedule, Workload
 
 DEFAULT_PROVENANCE = "the architecture's default; not measured"
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nsagen.codegen.target import Target
-from nsagen.errors import BuildError, UnsupportedWorkloadError
-from nsagen.workload import Param, Schedule, Workload
+from nsagen.core.errors import BuildError, UnsupportedWorkloadError
+from nsagen.core.target import Target
+from nsagen.core.workload import Param, Schedule, Workload
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import jinja2
 import jinja2.sandbox
 
 from nsagen.codegen.space import ScheduleSpace
-from nsagen.codegen.target import Target
-from nsagen.errors import BuildError, UnsupportedWorkloadError
-from nsagen.resources import templates_dir
-from nsagen.workload import STATIC_PARAMS, Schedule, Workload, variant_name
+from nsagen.core.errors import BuildError, UnsupportedWorkloadError
+from nsagen.core.paths import templates_dir
+from nsagen.core.target import Target
+from nsagen.core.workload import STATIC_PARAMS, Schedule, Workload, variant_name
 
 _CODEGEN = Path(__file__).parent
 _HELPER = re.compile(r"^from nsagen\.codegen(?:\.(\w+) import| import ([\w, ]+)$)", re.MULTILINE)

@@ -7,7 +7,7 @@
     model.generate(**inputs)
 
 `ToyLlama.from_pretrained` and `ToyNSALlama.from_pretrained` read Llama checkpoints without
-Transformers; see `nsagen.integrations.checkpoints`.
+Transformers; see `nsagen.model.checkpoints`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ except ImportError as error:
         f"got {error}; run: pip install 'nsagen[transformers]'"
     ) from error
 
-from nsagen.errors import InvalidInputError
-from nsagen.integrations.checkpoint_config import rope_settings
-from nsagen.integrations.initial import INITIAL_GATES, Gates
-from nsagen.integrations.safetensors_files import read_tensors, tensor_names
+from nsagen.core.errors import InvalidInputError
 from nsagen.integrations.transformers_attention import TransformersNSA
 from nsagen.integrations.transformers_layout import Layouts
+from nsagen.model.checkpoint_config import rope_settings
 from nsagen.model.checks import require
+from nsagen.model.initial import INITIAL_GATES, Gates
 from nsagen.model.rope import RopeConfig, RotaryEmbedding
+from nsagen.model.safetensors_files import read_tensors, tensor_names
 from nsagen.model.sparsity import SETTINGS, Sparsity, settings_of, stored_settings
 
 __all__ = ["INITIAL_GATES", "apply_nsa", "load_nsa"]

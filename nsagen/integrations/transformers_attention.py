@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsagen.errors import InvalidInputError
-from nsagen.integrations.initial import Gates, constant_gate
+from nsagen.core.errors import InvalidInputError
 from nsagen.integrations.transformers_cache import NSALayer, layer_of
 from nsagen.integrations.transformers_layout import Layouts
 from nsagen.model.heads import PROJECTIONS
+from nsagen.model.initial import Gates, constant_gate
 from nsagen.model.nsa_ops import NSAOps
 from nsagen.model.packing import Packed
 from nsagen.model.rope import RotaryEmbedding

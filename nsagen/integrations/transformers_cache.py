@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 from nsagen.integrations.transformers_layout import Layout
 from nsagen.model.layer_cache import NSALayerCache, Pair, layer_lengths
 from nsagen.model.sparsity import Sparsity

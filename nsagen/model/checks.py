@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 
 
 def require(holds: bool, where: str, rule: str, came: str, advice: str) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsagen.branches import BRANCHES
+from nsagen.core.branches import BRANCHES
 from nsagen.model.layers import linear, project
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nsagen.errors import CapacityError
+from nsagen.core.errors import CapacityError
 from nsagen.model.checks import require
 from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
 from nsagen.model.layers import project

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsagen.branches import BRANCHES
+from nsagen.core.branches import BRANCHES
 from nsagen.model.checks import require
 from nsagen.model.gate import after_first_layer, first_layer, new_gate
 from nsagen.model.heads import PROJECTIONS, Heads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nsagen.errors import CapacityError
+from nsagen.core.errors import CapacityError
 from nsagen.model.configs import InferenceConfig
 
 

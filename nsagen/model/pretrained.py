@@ -38,12 +38,12 @@ class Pretrained:
             device: where to put them.
             more: a ToyNSALlama also takes `dispatcher` and any setting of its attention, such as
                 `topk`; from a dense checkpoint its new parameters start as
-                `nsagen.integrations.initial` says.
+                `nsagen.model.initial` says.
 
         Raises:
             InvalidInputError: a file is missing or does not fit; the text names it.
         """
-        from nsagen.integrations.checkpoints import load
+        from nsagen.model.checkpoints import load
 
         dispatcher = more.pop("dispatcher", None)
         return load(  # type: ignore[return-value, type-var]
@@ -67,6 +67,6 @@ class Pretrained:
             folder: a ToyLlama's can be read by Transformers as a LlamaForCausalLM.
             max_shard_bytes: largest file; more weights go to several files and an index.
         """
-        from nsagen.integrations.checkpoints import save
+        from nsagen.model.checkpoints import save
 
         save(self, folder, max_shard_bytes)  # type: ignore[arg-type]

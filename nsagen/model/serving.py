@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsagen.errors import CapacityError
+from nsagen.core.errors import CapacityError
 from nsagen.model.checks import require
 from nsagen.model.prefill import Piece, PrefillRows
 from nsagen.model.requests import check_inference, check_length, check_tokens

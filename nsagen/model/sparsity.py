@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from nsagen.branches import BRANCHES, branches_on
+from nsagen.core.branches import BRANCHES, branches_on
+from nsagen.core.workload import BRANCH_KV, COMPRESS_TYPES
 from nsagen.model.checks import require, require_integers
-from nsagen.workload import BRANCH_KV, COMPRESS_TYPES
 
 GATE_TYPES = ("linear", "mlp")
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 from nsagen.ops.reference.compress import Weight, check_weights, tensors_of
 
 

@@ -8,11 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from nsagen.errors import InvalidInputError, UnsupportedWorkloadError
+from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
+from nsagen.core.workload import DTYPES, Param, Workload, parameter_names
 from nsagen.runtime import Dispatcher, registry
 from nsagen.runtime.device import interpreting
 from nsagen.runtime.dispatcher import Launch
-from nsagen.workload import DTYPES, Param, Workload, parameter_names
 
 
 def on_kernels(x: Tensor) -> bool:

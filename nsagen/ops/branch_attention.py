@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nsagen.branches import BRANCHES
+from nsagen.core.branches import BRANCHES
 from nsagen.ops._launch import key_of, on_kernels
 from nsagen.ops.compressed_attention import compressed_attention, compressed_attention_forward
 from nsagen.ops.gated_attention import gated_attention

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsagen.core.workload import BRANCH_KV
 from nsagen.ops import reference
 from nsagen.ops._cache_checks import CACHES, check, check_separate, hidden_size
 from nsagen.ops._calls import KnownCalls
@@ -17,7 +18,6 @@ from nsagen.ops._pages import capacity_of
 from nsagen.ops.reference.compress import Weight, tensors_of
 from nsagen.ops.separate import SeparateKV
 from nsagen.runtime import Dispatcher
-from nsagen.workload import BRANCH_KV
 
 _OP = "cache_append"
 _WRITTEN = (*CACHES, "v_raw", "k_window_cache", "v_window_cache")

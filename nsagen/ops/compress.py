@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nsagen.core.workload import Param
 from nsagen.ops import reference
 from nsagen.ops._checks import (
     check_compress_weights,
@@ -25,7 +26,6 @@ from nsagen.ops.layout import compressed_cu_seqlens
 from nsagen.ops.reference._checks import check_windows
 from nsagen.ops.reference.compress import Weight
 from nsagen.runtime import Dispatcher
-from nsagen.workload import Param
 
 _OP = "compress"
 
@@ -50,7 +50,7 @@ def compress(
             [HK, kernel_size * D, H] and [HK, H, D].
         pe: [HK, kernel_size, D], added to each window's tokens, or None.
         cu_seqlens: int32 [batch + 1].
-        compress_type: one of `nsagen.workload.COMPRESS_TYPES`.
+        compress_type: one of `nsagen.core.workload.COMPRESS_TYPES`.
         kernel_size: tokens of a window; kernel_stride: tokens between two windows' starts.
         dispatcher: the generated kernels to use; by default they are built when missing.
 

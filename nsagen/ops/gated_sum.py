@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nsagen.branches import BRANCHES
+from nsagen.core.branches import BRANCHES
 from nsagen.ops import reference
 from nsagen.ops._checks import check_like, check_rows, fail
 from nsagen.ops._launch import key_of, launch, on_kernels, with_contiguous_rows

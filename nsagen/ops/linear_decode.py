@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 from nsagen.ops import reference
 from nsagen.ops._calls import KnownCalls
 from nsagen.ops._checks import check_rows, fail

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nsagen.branches import BRANCHES, branches_on
+from nsagen.core.branches import BRANCHES, branches_on
 from nsagen.ops._checks import check_attention, fail
 from nsagen.ops._launch import scale_of
 from nsagen.ops.branch_attention import attend_branches
@@ -53,7 +53,7 @@ def native_sparse_attention(
         q: [N, HQ, D]; k: [N, HK, D]; v: [N, HK, Dv], all before rope.
         gate: [N, HQ, 3], after the sigmoid: compressed, selected, sliding.
         cu_seqlens: int32 [batch + 1].
-        compress_type: one of `nsagen.workload.COMPRESS_TYPES`.
+        compress_type: one of `nsagen.core.workload.COMPRESS_TYPES`.
         kernel_size: tokens of a window; kernel_stride: tokens between two windows' starts.
         block_size: tokens of a block.
         topk: blocks selected a token, with init_blocks at the start and local_blocks up to

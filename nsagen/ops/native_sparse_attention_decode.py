@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsagen.branches import BRANCHES, branches_on
+from nsagen.core.branches import BRANCHES, branches_on
 from nsagen.ops import reference
 from nsagen.ops._calls import KnownCalls
 from nsagen.ops._checks import check_like, check_rows, check_topk_idx, fail

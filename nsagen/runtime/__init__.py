@@ -3,8 +3,8 @@
 Importing it needs neither torch nor triton, so that generated tables load fast.
 """
 
+from nsagen.core.bucket import Bucket, Table
 from nsagen.runtime.dispatcher import Dispatcher
 from nsagen.runtime.package import load
-from nsagen.runtime.table import Bucket, Table
 
 __all__ = ["Bucket", "Dispatcher", "Table", "load"]

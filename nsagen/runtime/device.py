@@ -7,7 +7,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from nsagen.errors import UnsupportedWorkloadError
+from nsagen.core.errors import UnsupportedWorkloadError
 
 if TYPE_CHECKING:
     import torch

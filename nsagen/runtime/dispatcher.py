@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from nsagen.errors import BuildError, InvalidInputError, UnsupportedWorkloadError
+from nsagen.core.bucket import Bucket, Entries, Table
+from nsagen.core.errors import BuildError, InvalidInputError, UnsupportedWorkloadError
+from nsagen.core.workload import Workload
 from nsagen.runtime import registry
 from nsagen.runtime.device import INTERPRETED_TARGET, interpreting, target_of
 from nsagen.runtime.missing import unsupported
-from nsagen.runtime.table import Bucket, Entries, Table
-from nsagen.workload import Workload
 
 if TYPE_CHECKING:
     import torch
@@ -173,7 +173,7 @@ class Dispatcher:
                 sizes = "; ".join(str(bucket) for bucket, _ in covered)
                 reason = f"it covers only {sizes}, not {tokens} tokens, and {reason}"
             raise unsupported(workload, target, self.name, reason)
-        from nsagen.runtime.cache import cached_variant, load_kernel
+        from nsagen.runtime.user_cache import cached_variant, load_kernel
 
         path = cached_variant(workload, target, self.name)
         return _Choice(Bucket(), lambda: load_kernel(path).launch)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nsagen.errors import UnsupportedWorkloadError
-from nsagen.workload import Param, Workload
+from nsagen.core.errors import UnsupportedWorkloadError
+from nsagen.core.workload import Param, Workload
 
 
 def unsupported(

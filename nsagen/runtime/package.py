@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 from nsagen.runtime.dispatcher import Dispatcher, OnMissing
 
 _PREFIX = "_nsagen_generated_"
@@ -56,7 +56,7 @@ def _package(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name not in ("generated", qualified):
             raise
-    from nsagen.runtime.cache import cache_dir
+    from nsagen.runtime.user_cache import cache_dir
 
     folders = (Path.cwd() / "generated" / name, cache_dir() / "generated" / name)
     for folder in folders:

@@ -9,7 +9,7 @@ import functools
 import threading
 from typing import TYPE_CHECKING
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from nsagen.runtime.dispatcher import Dispatcher

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from nsagen.errors import SpecError
+from nsagen.core.errors import SpecError
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 8

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from nsagen.branches import BRANCHES
-from nsagen.errors import SpecError
-from nsagen.resources import specs_dir
+from nsagen.core.branches import BRANCHES
+from nsagen.core.errors import SpecError
+from nsagen.core.paths import specs_dir
+from nsagen.core.workload import Workload
 from nsagen.spec.combine import combine
 from nsagen.spec.document import is_file, parse, read_text, spec_error
 from nsagen.spec.explain import schema_problems
 from nsagen.spec.schema import SpecFile
 from nsagen.spec.shape import AttentionShape
-from nsagen.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Spec:
         name: of the generated package.
         description: free text; may be empty.
         passes: the passes to make kernels for, sorted.
-        targets: the GPU architectures to make kernels for, as in `nsagen.codegen.target`, sorted.
+        targets: the GPU architectures to make kernels for, as in `nsagen.core.target`, sorted.
         branches: those that kernels are made for, in the order of a gate's columns.
         shapes: the attention shapes, sorted.
         label: what to give `nsagen build` to read this spec again: the name of a shipped spec,

@@ -18,10 +18,10 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from nsagen.branches import BRANCHES
-from nsagen.codegen.target import KNOWN_TARGETS, parse_target
-from nsagen.errors import SpecError
-from nsagen.workload import STATIC_PARAMS
+from nsagen.core.branches import BRANCHES
+from nsagen.core.errors import SpecError
+from nsagen.core.target import KNOWN_TARGETS, parse_target
+from nsagen.core.workload import STATIC_PARAMS
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

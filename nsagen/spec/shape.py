@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 
-from nsagen.branches import BRANCHES
-from nsagen.workload import BRANCH_KV, STATIC_PARAMS, Param, Workload, parameter_names
+from nsagen.core.branches import BRANCHES
+from nsagen.core.workload import BRANCH_KV, STATIC_PARAMS, Param, Workload, parameter_names
 
 _SERVES = {
     ("compress", "forward"): {"compressed", "selected"},
@@ -31,7 +31,7 @@ class AttentionShape:
         head_dim: size D of a query and key head; v_head_dim: of a value head.
         gqa_ratio: query heads for one key/value head, G.
         dtype: of q, k, v and the outputs.
-        compress_type: one of `nsagen.workload.COMPRESS_TYPES`, for keys.
+        compress_type: one of `nsagen.core.workload.COMPRESS_TYPES`, for keys.
         kernel_size: tokens that one window compresses; kernel_stride: tokens between windows.
         block_size: tokens of a block that is selected as a whole.
         topk: blocks selected a token; init_blocks and local_blocks of them always are.

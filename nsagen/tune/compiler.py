@@ -18,15 +18,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from nsagen.codegen.files import replace_file
+from nsagen.cases.sizes import Sizes
 from nsagen.codegen.fingerprint import source_fingerprint
-from nsagen.codegen.target import Target, parse_target
 from nsagen.codegen.template import kernel_name, render
-from nsagen.harness.sizes import Sizes
+from nsagen.core.files import replace_file
+from nsagen.core.target import Target, parse_target
+from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.task import Task
 from nsagen.tune.worker import Worker
-from nsagen.workload import Schedule, Workload
 
 COMPILE_LIMIT_S = 90.0
 
@@ -53,7 +53,7 @@ class Compiler:
     """Runs in a worker: renders and compiles one variant for every size of its launches."""
 
     def __init__(self) -> None:
-        import nsagen.codegen.compile  # noqa: F401  # takes seconds: while others still start
+        import nsagen.aot.compile  # noqa: F401  # takes seconds: while others still start
 
         os.nice(5)  # the process that measures must never wait for a core
 
@@ -79,8 +79,8 @@ class Compiler:
         return found
 
     def _compile(self, path: Path, workload: Workload, target: Target, sizes: Sizes) -> Compiled:
-        from nsagen.codegen.compile import all_launches, compile_launch
-        from nsagen.codegen.resources import read_resources
+        from nsagen.aot.compile import all_launches, compile_launch
+        from nsagen.aot.resources import read_resources
         from nsagen.tune.identity import HostCalls, identity_of
 
         case = _meta_case(workload, sizes)
@@ -101,7 +101,7 @@ class Compiler:
         return Compiled(tuple(rows.values()), identity, fingerprint)
 
     def _fill_cache(self, path: Path, workload: Workload, target: Target, sizes: Sizes) -> None:
-        from nsagen.codegen.compile import all_launches, compile_launch, first_calls
+        from nsagen.aot.compile import all_launches, compile_launch, first_calls
 
         for call in first_calls(all_launches(path, _meta_case(workload, sizes))):
             compile_launch(call, target, path.stem)
@@ -110,7 +110,7 @@ class Compiler:
 @functools.lru_cache(maxsize=16)
 def _meta_case(workload: Workload, sizes: Sizes) -> Any:
     """A case without data: half a second for long sequences, and the same for all schedules."""
-    from nsagen.harness.base import harness_of
+    from nsagen.cases.base import harness_of
 
     return harness_of(workload).make_case(workload, sizes, "meta")
 
@@ -159,7 +159,7 @@ class CompilePool:
         """Begin to compile a schedule that is about to win for the sizes of its last check."""
         key = (task, schedule)
         if key not in self._last:
-            from nsagen.verify import sizes_for  # imports torch, which nothing needs before
+            from nsagen.cases.verify import sizes_for  # imports torch, which nothing needs before
 
             sizes = (sizes_for(task.workload), task.checked)
             self._last[key] = self._threads.submit(self._compile, task, schedule, sizes)

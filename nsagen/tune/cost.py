@@ -24,7 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nsagen.codegen.target import Target
+from nsagen.core.target import Target
 
 _REGISTERS = 64 * 1024
 _RESERVED_SHARED = 1024

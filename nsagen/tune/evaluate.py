@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from nsagen.codegen.target import Target
 from nsagen.codegen.template import default_schedule, space_for, template_hash
-from nsagen.tune.coding import valid_schedules
+from nsagen.core.target import Target
+from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.compiler import CompilePool
 from nsagen.tune.cost import static_cost
+from nsagen.tune.encoding import valid_schedules
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.task import Task
 from nsagen.tune.timing import Timing
 from nsagen.tune.worker import Reply, Worker
-from nsagen.workload import Schedule, Workload
 
 OPEN_LIMIT_S = 180.0
 MEASURE_LIMIT_S = 20.0

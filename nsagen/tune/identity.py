@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nsagen.codegen.compile import RecordedLaunch
+from nsagen.aot.compile import RecordedLaunch
 
 _NOT_CODE = re.compile(r"^\s*(?://|\.loc|\.file|\$L__tmp\d+:).*\n?|\s*//.*", re.MULTILINE)
 

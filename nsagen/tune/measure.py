@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import triton
 
-from nsagen.codegen.compile import load_module
-from nsagen.harness.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
+from nsagen.aot.compile import load_module
+from nsagen.cases.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
+from nsagen.cases.verify import sizes_for
 from nsagen.runtime.device import device_slug, target_of
 from nsagen.tune.task import Task
 from nsagen.tune.timing import Timing, WrongOutputError
-from nsagen.verify import sizes_for
 
 FLUSH_BYTES = 256 << 20
 """Written between timed runs: several times the largest L2 cache."""

@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from nsagen.errors import NsagenError, TuneError
-from nsagen.harness.sizes import Sizes
-from nsagen.runtime.table import Bucket
+from nsagen.cases.sizes import Sizes
+from nsagen.core.bucket import Bucket
+from nsagen.core.errors import NsagenError, TuneError
+from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.evaluate import Candidates, Evaluator
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.task import Task
-from nsagen.workload import Schedule, Workload
 
 FORMAT = 1
 REFINED = 10

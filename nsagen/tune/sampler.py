@@ -11,10 +11,10 @@ from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from nsagen.errors import InvalidInputError
-from nsagen.tune.coding import Coding
+from nsagen.core.errors import InvalidInputError
+from nsagen.core.workload import Schedule
+from nsagen.tune.encoding import Coding
 from nsagen.tune.surrogate import propose
-from nsagen.workload import Schedule
 
 STARTUP = 4
 """Evaluations before a model is trusted: the default, neighbours' winners, then random ones."""

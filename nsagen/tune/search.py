@@ -16,13 +16,13 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nsagen.codegen.fingerprint import kernel_fingerprint
-from nsagen.errors import NsagenError
-from nsagen.tune.coding import Coding
+from nsagen.core.errors import NsagenError
+from nsagen.core.workload import Param, Schedule
+from nsagen.tune.encoding import Coding
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.sampler import DEFAULT_SAMPLER, SpaceSampler, taken_schedules
 from nsagen.tune.storage import owner, owner_is_dead, release_dead_trials
 from nsagen.tune.task import Task
-from nsagen.workload import Param, Schedule
 
 _RETRIES = 20
 

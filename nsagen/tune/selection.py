@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nsagen.codegen.template import spaces_of
-from nsagen.errors import BuildError, InvalidInputError
+from nsagen.core.errors import BuildError, InvalidInputError
+from nsagen.core.workload import Workload
 from nsagen.spec import Spec, load_spec
 from nsagen.tune.task import Task, tasks_of
-from nsagen.workload import Workload
 
 
 @dataclass(frozen=True)

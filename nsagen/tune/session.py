@@ -12,26 +12,26 @@ from typing import Any, Protocol
 
 import optuna
 
-from nsagen.codegen.target import parse_target
-from nsagen.errors import InvalidInputError, TuneError
-from nsagen.runtime.cache import cache_dir
+from nsagen.core.errors import InvalidInputError, TuneError
+from nsagen.core.target import parse_target
+from nsagen.core.workload import Schedule
+from nsagen.records.files import load_records, save_records
+from nsagen.records.record import TuningRecord
 from nsagen.runtime.device import slug
+from nsagen.runtime.user_cache import cache_dir
 from nsagen.spec import Spec
 from nsagen.tune import recording
 from nsagen.tune.compiler import CompilePool, compile_workers
+from nsagen.tune.cost_model import StaticEvaluator
 from nsagen.tune.evaluate import Evaluator, TimedEvaluator
 from nsagen.tune.outcome import Outcome
-from nsagen.tune.record import TuningRecord
 from nsagen.tune.recording import load_recording
-from nsagen.tune.records import load_records, save_records
 from nsagen.tune.selection import Selection, specs_of
 from nsagen.tune.settings import Device, Settings, Step
 from nsagen.tune.simulate import ReplayEvaluator
-from nsagen.tune.static import StaticEvaluator
 from nsagen.tune.storage import open_storage, storage_errors
 from nsagen.tune.tuner import Tuner
 from nsagen.tune.worker import Worker
-from nsagen.workload import Schedule
 
 MEASURER = "nsagen.tune.measure:GpuMeasurer"
 COMPILER = "nsagen.tune.compiler:Compiler"

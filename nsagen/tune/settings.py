@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nsagen.codegen.target import Target
-from nsagen.tune.record import Objective
+from nsagen.core.target import Target
+from nsagen.core.workload import Schedule
+from nsagen.records.record import Objective
 from nsagen.tune.sampler import DEFAULT_SAMPLER
 from nsagen.tune.search import Budget
 from nsagen.tune.task import Task
-from nsagen.workload import Schedule
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+from nsagen.core.workload import Schedule
 from nsagen.tune.evaluate import Candidates, Final, final_of
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.recording import Recording
 from nsagen.tune.task import Task
-from nsagen.workload import Schedule
 
 
 class ReplayEvaluator:

@@ -21,8 +21,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
-from nsagen.codegen.files import locked
-from nsagen.errors import InvalidInputError, TuneError
+from nsagen.core.errors import InvalidInputError, TuneError
+from nsagen.core.files import locked
 
 HEARTBEAT_S = 20
 """Seconds between signs of life of a trial in a database that several machines share."""

@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nsagen.harness.sizes import Sizes
-from nsagen.runtime.table import Bucket, Range
-from nsagen.workload import Workload
+from nsagen.cases.sizes import Sizes
+from nsagen.core.bucket import Bucket, Range
+from nsagen.core.workload import Workload
 
 SEQLENS = (2048, 16384)
 """Query tokens that stand for short and long calls of the forward and backward passes."""

@@ -19,18 +19,18 @@ from typing import Any
 from optuna.storages import BaseStorage
 from optuna.study import Study
 
-from nsagen.tune.coding import Coding, combinations
-from nsagen.tune.contest import Contest
-from nsagen.tune.decide import Decision
+from nsagen.core.workload import Schedule
+from nsagen.records.record import TuningRecord
+from nsagen.tune.encoding import Coding, combinations
 from nsagen.tune.evaluate import Evaluator
+from nsagen.tune.final_round import Decision
+from nsagen.tune.open_search import Contest
 from nsagen.tune.outcome import Outcome
-from nsagen.tune.record import TuningRecord
 from nsagen.tune.search import Candidate, Search, fingerprint_or_none
 from nsagen.tune.settings import Device, Settings, Step
 from nsagen.tune.stop import Stoppable
 from nsagen.tune.storage import heartbeats
 from nsagen.tune.task import Task
-from nsagen.workload import Schedule
 
 NEIGHBOURS = 3
 """Winners of similar tasks that are tried right after the default."""

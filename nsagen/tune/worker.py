@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from nsagen.errors import TuneError
+from nsagen.core.errors import TuneError
 
 START_S = 180.0
 """Seconds that a worker may take to import what it needs and answer for the first time."""

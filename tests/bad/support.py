@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nsagen.cli import main
+from nsagen.cli.app import main
 
 FOLDER = Path(__file__).resolve().parent
 SECONDS = 2.0

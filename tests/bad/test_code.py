@@ -9,13 +9,13 @@ import pytest
 
 from nsagen.codegen.build import build
 from nsagen.codegen.fingerprint import kernel_fingerprint
-from nsagen.codegen.target import KNOWN_TARGETS
 from nsagen.codegen.template import default_schedule
-from nsagen.errors import BuildError, SpecError
-from nsagen.runtime.table import Bucket
+from nsagen.core.bucket import Bucket
+from nsagen.core.errors import BuildError, SpecError
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.records.files import save_records
+from nsagen.records.record import Timed, TuningRecord
 from nsagen.spec import load_spec
-from nsagen.tune.record import Timed, TuningRecord
-from nsagen.tune.records import save_records
 from tests.bad.support import FOLDER, contents
 from tests.one_op import TEMPLATE, one_op
 

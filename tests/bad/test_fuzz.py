@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsagen.errors import SpecError
-from nsagen.resources import specs_dir
+from nsagen.core.errors import SpecError
+from nsagen.core.paths import specs_dir
 from nsagen.spec import load_spec
 from nsagen.spec.document import MAX_BYTES
 from nsagen.spec.shape import PARAMETERS

@@ -5,9 +5,9 @@ import torch
 
 from nsagen.bench import measure, prefill, train
 from nsagen.bench.shape import Inputs, Shape, parse_changes
-from nsagen.harness.base import Cost
+from nsagen.cases.base import Cost
+from nsagen.core.workload import STATIC_PARAMS
 from nsagen.ops import native_sparse_attention
-from nsagen.workload import STATIC_PARAMS
 
 TINY = Shape(
     kv_heads=1,

@@ -2,10 +2,10 @@
 
 import pytest
 
-from nsagen.codegen.compile import compile_launch, compile_variant, recorded_launches
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.aot.compile import compile_launch, compile_variant, recorded_launches
 from nsagen.codegen.template import kernel_name, render, spaces_of
-from nsagen.workload import Workload
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Workload
 
 SM90 = KNOWN_TARGETS["cuda:90"]
 STATICS = {

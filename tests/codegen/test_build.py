@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from nsagen.aot import cached as compiled
+from nsagen.aot.resources import Resources
 from nsagen.codegen import build as building
-from nsagen.codegen import compiled
 from nsagen.codegen.build import build, check, compile_variants
-from nsagen.codegen.resources import Resources
-from nsagen.errors import BuildError
+from nsagen.core.errors import BuildError
 from nsagen.spec import load_spec
 
 

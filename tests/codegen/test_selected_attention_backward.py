@@ -2,11 +2,11 @@
 
 import pytest
 
-from nsagen.codegen.compile import compile_launch, recorded_launches
-from nsagen.codegen.resources import Resources, read_resources
-from nsagen.codegen.target import KNOWN_TARGETS, Target
+from nsagen.aot.compile import compile_launch, recorded_launches
+from nsagen.aot.resources import Resources, read_resources
 from nsagen.codegen.template import kernel_name, render, space_for
-from nsagen.workload import Schedule, Workload
+from nsagen.core.target import KNOWN_TARGETS, Target
+from nsagen.core.workload import Schedule, Workload
 
 
 def workload(dim: int, v_dim: int, group: int, block_size: int) -> Workload:

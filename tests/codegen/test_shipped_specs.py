@@ -4,11 +4,11 @@ import functools
 
 import pytest
 
-from nsagen.codegen.target import KNOWN_TARGETS
 from nsagen.codegen.template import default_schedule, render
-from nsagen.resources import specs_dir
+from nsagen.core.paths import specs_dir
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Schedule, Workload
 from nsagen.spec import load_spec, shipped_specs
-from nsagen.workload import Schedule, Workload
 
 
 @functools.cache

@@ -4,9 +4,9 @@ import pytest
 
 from nsagen.codegen import template
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.target import KNOWN_TARGETS, parse_target
-from nsagen.errors import BuildError, SpecError, UnsupportedWorkloadError
-from nsagen.workload import Schedule, Workload
+from nsagen.core.errors import BuildError, SpecError, UnsupportedWorkloadError
+from nsagen.core.target import KNOWN_TARGETS, parse_target
+from nsagen.core.workload import Schedule, Workload
 
 WORKLOAD = Workload.of("rope", "forward", dtype="float16", head_dim=64)
 SM90 = KNOWN_TARGETS["cuda:90"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nsagen.codegen import template
-from nsagen.resources import templates_dir
+from nsagen.core.paths import templates_dir
 
 
 @pytest.fixture

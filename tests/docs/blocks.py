@@ -18,7 +18,7 @@ import pytest
 import typer
 import yaml
 
-from nsagen.cli import app, main
+from nsagen.cli.app import app, main
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -20,8 +20,8 @@ import pytest
 
 from nsagen.codegen import build as building
 from nsagen.codegen.build import build, check
-from nsagen.errors import BuildError, InvalidInputError
-from nsagen.resources import specs_dir
+from nsagen.core.errors import BuildError, InvalidInputError
+from nsagen.core.paths import specs_dir
 from nsagen.runtime.package import load
 from nsagen.spec import load_spec
 from tests.bad.support import contents, run

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsagen.runtime import Dispatcher, cache
-from nsagen.seal import is_whole, sealed
-from nsagen.workload import Workload
+from nsagen.core.seal import is_whole, sealed
+from nsagen.core.workload import Workload
+from nsagen.runtime import Dispatcher
+from nsagen.runtime import user_cache as cache
 from tests.bad.support import contents
 from tests.faults.support import killed_at
 from tests.one_op import one_op

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 from nsagen.model import ToyLlama
 from tests.faults.support import killed_at
 from tests.model.tiny import dense_config

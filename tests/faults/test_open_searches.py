@@ -11,9 +11,9 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from nsagen.runtime.table import Bucket
-from nsagen.tune.record import TuningRecord
-from nsagen.tune.records import load_records, save_records
+from nsagen.core.bucket import Bucket
+from nsagen.records.files import load_records, save_records
+from nsagen.records.record import TuningRecord
 from nsagen.tune.storage import open_storage
 from tests.faults.support import killed_at
 from tests.one_op import one_op

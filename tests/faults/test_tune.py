@@ -19,11 +19,11 @@ from optuna.storages._rdb import storage as _optuna_storage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.orm import Session
 
-from nsagen.errors import NsagenError
-from nsagen.tune import decide
+from nsagen.core.errors import NsagenError
+from nsagen.records.files import load_records, save_records
+from nsagen.records.record import TuningRecord
+from nsagen.tune import final_round
 from nsagen.tune import storage as nsagen_storage
-from nsagen.tune.record import TuningRecord
-from nsagen.tune.records import load_records, save_records
 from nsagen.tune.storage import open_storage
 from tests.faults.support import forked, killed_at, small_disk
 from tests.tune.conftest import World, forget_templates, one_op, world
@@ -141,7 +141,7 @@ def test_a_clock_that_jumps_back(world: World, monkeypatch: pytest.MonkeyPatch) 
         def now(cls, tz: Any = None) -> datetime:
             return datetime(2030, 1, 1, tzinfo=tz) - timedelta(days=next(asked))
 
-    monkeypatch.setattr(decide, "datetime", Backwards)
+    monkeypatch.setattr(final_round, "datetime", Backwards)
     monkeypatch.setattr("time.time", lambda: 1.9e9 - 86400 * next(asked))
     for module in (_optuna_storage, nsagen_storage):
         monkeypatch.setattr(module, "datetime", Backwards)

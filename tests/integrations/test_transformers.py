@@ -13,7 +13,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from nsagen.errors import InvalidInputError  # noqa: E402
+from nsagen.core.errors import InvalidInputError  # noqa: E402
 from nsagen.integrations.transformers import apply_nsa, load_nsa  # noqa: E402
 from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlamaConfig  # noqa: E402
 

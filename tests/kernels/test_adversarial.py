@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.cases.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
+from nsagen.cases.selected_attention import make_inputs
 from nsagen.codegen.template import default_schedule, space_for, spaces_of
-from nsagen.harness.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
-from nsagen.harness.selected_attention import make_inputs
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import STATIC_PARAMS, Param, Schedule, Workload
 from nsagen.ops._gradients import reference_gradients
-from nsagen.workload import STATIC_PARAMS, Param, Schedule, Workload
 from tests.canaries import guarded
 from tests.support import check_case, is_hopper, kernel_device, kernel_dtypes, load_kernel
 

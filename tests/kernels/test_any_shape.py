@@ -11,13 +11,13 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.cases.base import Sizes
+from nsagen.cases.reproduce import Trial
 from nsagen.codegen.template import default_schedule, spaces_of
-from nsagen.errors import UnsupportedWorkloadError
-from nsagen.harness.base import Sizes
+from nsagen.core.errors import UnsupportedWorkloadError
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import BRANCH_KV, COMPRESS_TYPES, STATIC_PARAMS, Workload, parameter_names
 from nsagen.spec.shape import AttentionShape, violations
-from nsagen.trial import Trial
-from nsagen.workload import BRANCH_KV, COMPRESS_TYPES, STATIC_PARAMS, Workload, parameter_names
 from tests.support import kernel_device, kernel_dtypes
 
 SECONDS = float(os.environ.get("SHAPES_SECONDS", "0"))

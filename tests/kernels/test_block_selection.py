@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsagen.codegen.target import KNOWN_TARGETS
-from nsagen.codegen.template import space_for
-from nsagen.harness.base import Case, Sizes
-from nsagen.harness.block_selection import (
+from nsagen.cases.base import Case, Sizes
+from nsagen.cases.block_selection import (
     allow_near,
     expected_blocks,
     lse_of,
     make_case,
     rule_of,
 )
+from nsagen.codegen.template import space_for
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Schedule, Workload
 from nsagen.ops.reference.block_selection import select_blocks
-from nsagen.workload import Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 # Shorter than a window, exactly one, empty, one long sequence and many short ones.

@@ -8,12 +8,12 @@ import itertools
 import pytest
 import torch
 
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.cases.base import THRESHOLDS, Case, Sizes, relative_error
+from nsagen.cases.cache_append import make_case
 from nsagen.codegen.template import default_schedule
-from nsagen.harness.base import THRESHOLDS, Case, Sizes, relative_error
-from nsagen.harness.cache_append import make_case
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import BRANCH_KV, COMPRESS_TYPES, Param, Schedule, Workload
 from nsagen.ops import reference
-from nsagen.workload import BRANCH_KV, COMPRESS_TYPES, Param, Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 DTYPES = kernel_dtypes()

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.cases.base import Case, Sizes
+from nsagen.cases.compressed_attention_backward import make_case
 from nsagen.codegen.template import space_for
-from nsagen.harness.base import Case, Sizes
-from nsagen.harness.compressed_attention_backward import make_case
-from nsagen.workload import Schedule, Workload
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 # Shorter than a window, exactly one, empty, one long sequence and many short ones.

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.cases.base import Case, Sizes
+from nsagen.cases.compressed_attention_decode import make_case
 from nsagen.codegen.template import default_schedule
-from nsagen.harness.base import Case, Sizes
-from nsagen.harness.compressed_attention_decode import make_case
-from nsagen.workload import Param, Schedule, Workload
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Param, Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 DTYPES = kernel_dtypes()

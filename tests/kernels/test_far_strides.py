@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from nsagen.harness.base import Case, Sizes, harness_of
+from nsagen.cases.base import Case, Sizes, harness_of
+from nsagen.core.workload import OPTIONAL_PARAMS, STATIC_PARAMS, Workload, parameter_names
 from nsagen.spec.shape import AttentionShape
-from nsagen.workload import OPTIONAL_PARAMS, STATIC_PARAMS, Workload, parameter_names
 from tests.support import check_case, load_kernel
 
 pytestmark = pytest.mark.interpreter

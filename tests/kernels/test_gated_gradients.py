@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.cases.base import THRESHOLDS, Sizes, harness_of, relative_error
 from nsagen.codegen.template import spaces_of
-from nsagen.harness.base import THRESHOLDS, Sizes, harness_of, relative_error
-from nsagen.workload import Schedule, Workload
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Schedule, Workload
 from tests.support import is_hopper, kernel_device, kernel_dtypes, load_kernel
 
 SM90 = KNOWN_TARGETS["cuda:90"]

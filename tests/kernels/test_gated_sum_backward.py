@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from nsagen import ops
-from nsagen.harness.base import Case, Sizes
-from nsagen.harness.gated_sum_backward import make_case
+from nsagen.cases.base import Case, Sizes
+from nsagen.cases.gated_sum_backward import make_case
+from nsagen.core.workload import Schedule, Workload
 from nsagen.ops import reference
-from nsagen.workload import Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 

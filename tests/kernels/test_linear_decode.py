@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from nsagen.harness.base import Case
-from nsagen.harness.linear_decode import linear_case
-from nsagen.workload import Schedule, Workload
+from nsagen.cases.base import Case
+from nsagen.cases.linear_decode import linear_case
+from nsagen.core.workload import Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 pytestmark = pytest.mark.kernel

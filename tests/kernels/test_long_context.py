@@ -6,8 +6,8 @@ The last tokens' rows are compared with the reference, computed in float64 for t
 import pytest
 import torch
 
-from nsagen.harness.base import THRESHOLDS, Sizes, cu_seqlens_of, relative_error
-from nsagen.harness.selected_attention import random_blocks
+from nsagen.cases.base import THRESHOLDS, Sizes, cu_seqlens_of, relative_error
+from nsagen.cases.selected_attention import random_blocks
 from nsagen.ops import (
     compressed_attention,
     reference,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.cases.base import Sizes, harness_of
 from nsagen.codegen.template import space_for, spaces_of
-from nsagen.harness.base import Sizes, harness_of
-from nsagen.workload import STATIC_PARAMS, Param, Workload
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import STATIC_PARAMS, Param, Workload
 from tests.support import check_case, is_hopper, kernel_device, load_kernel
 
 SHAPE: dict[str, Param] = {

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.cases.base import Case
+from nsagen.cases.sizes import Sizes
 from nsagen.codegen.template import kernel_name, render
-from nsagen.harness.base import Case
-from nsagen.harness.sizes import Sizes
-from nsagen.runtime.table import Bucket
+from nsagen.core.bucket import Bucket
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Schedule, Workload
 from nsagen.tune import measure
-from nsagen.tune.coding import valid_schedules
+from nsagen.tune.encoding import valid_schedules
 from nsagen.tune.measure import KEPT, GpuMeasurer
 from nsagen.tune.task import Task
 from nsagen.tune.timing import WrongOutputError
-from nsagen.workload import Schedule, Workload
 from tests.support import kernel_device
 
 WORKLOAD = Workload.of("gated_sum", "forward", dtype="float32", v_head_dim=16)

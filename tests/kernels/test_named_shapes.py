@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pytest
 
-from nsagen.harness.base import Sizes, harness_of
+from nsagen.cases.base import Sizes, harness_of
+from nsagen.core.workload import STATIC_PARAMS, Workload
 from nsagen.spec.shape import AttentionShape, violations
-from nsagen.workload import STATIC_PARAMS, Workload
 from tests.support import check_case, kernel_device, load_kernel
 
 NAMES = (

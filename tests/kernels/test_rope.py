@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nsagen.harness.base import Case, Sizes
-from nsagen.harness.rope import make_case
-from nsagen.workload import Schedule, Workload
+from nsagen.cases.base import Case, Sizes
+from nsagen.cases.rope import make_case
+from nsagen.core.workload import Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 RAGGED = (0, 3, 40, 1, 17)

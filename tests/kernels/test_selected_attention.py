@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.cases.base import Case, Cost, Sizes
+from nsagen.cases.selected_attention import make_case, make_inputs
 from nsagen.codegen.template import spaces_of
-from nsagen.harness.base import Case, Cost, Sizes
-from nsagen.harness.selected_attention import make_case, make_inputs
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Schedule, Workload
 from nsagen.ops import reference
-from nsagen.workload import Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 RAGGED = (0, 3, 50, 1, 17)  # empty, shorter than a block, longer

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.cases.base import Case, Sizes
+from nsagen.cases.selected_attention_backward import make_case
 from nsagen.codegen.template import spaces_of
-from nsagen.harness.base import Case, Sizes
-from nsagen.harness.selected_attention_backward import make_case
-from nsagen.workload import Schedule, Workload
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 RAGGED = (0, 3, 40, 1)  # empty, shorter than a block, longer

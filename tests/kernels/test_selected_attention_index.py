@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nsagen.harness.base import cu_seqlens_of
-from nsagen.workload import Workload
+from nsagen.cases.base import cu_seqlens_of
+from nsagen.core.workload import Workload
 from tests.support import kernel_device, load_kernel
 
 WORKLOAD = Workload.of(

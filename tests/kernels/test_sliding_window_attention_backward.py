@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.cases.base import Case, Sizes
+from nsagen.cases.sliding_window_attention_backward import make_case
 from nsagen.codegen.template import space_for
-from nsagen.harness.base import Case, Sizes
-from nsagen.harness.sliding_window_attention_backward import make_case
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Schedule, Workload
 from nsagen.ops import reference
-from nsagen.workload import Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 RAGGED = (0, 3, 60, 1, 17)  # empty, shorter than the window, longer

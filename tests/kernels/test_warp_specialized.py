@@ -6,10 +6,10 @@ Gluon has no interpreter: these run on a Hopper GPU only.
 import pytest
 import torch
 
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.cases.base import Case, Sizes, harness_of
 from nsagen.codegen.template import spaces_of
-from nsagen.harness.base import Case, Sizes, harness_of
-from nsagen.workload import Schedule, Workload
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Schedule, Workload
 from tests.support import check_case, load_kernel
 
 from .test_sliding_window_attention import with_branches

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from nsagen.codegen.target import KNOWN_TARGETS
+from nsagen.cases.base import Case, Sizes, harness_of
 from nsagen.codegen.template import spaces_of
-from nsagen.harness.base import Case, Sizes, harness_of
-from nsagen.workload import Schedule, Workload
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Schedule, Workload
 from tests.support import check_case, is_hopper, load_kernel
 
 pytestmark = pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsagen.core.workload import COMPRESS_TYPES
 from nsagen.model import NativeSparseAttention
 from nsagen.model.compression import weights_of
 from nsagen.ops import reference
 from nsagen.ops.layout import positions_in_sequence
-from nsagen.workload import COMPRESS_TYPES
 
 PAPER: dict[str, Any] = {
     "branch_kv": "separate",

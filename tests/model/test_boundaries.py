@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
+from nsagen.core.workload import COMPRESS_TYPES
 from nsagen.model import InferenceConfig, ToyNSALlama
-from nsagen.workload import COMPRESS_TYPES
 from tests.model.tiny import SPARSITY, nsa_model, packed_batch
 
 STEPS = 5

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 from nsagen.model import InferenceConfig, RopeConfig, ToyLlamaConfig, ToyNSALlamaConfig
 from nsagen.model.cache import NSACache
 from tests.model.tiny import nsa_config

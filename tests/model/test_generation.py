@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nsagen.core.workload import COMPRESS_TYPES
 from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
 from nsagen.model.cache import NSACache
-from nsagen.workload import COMPRESS_TYPES
 from tests.model.tiny import dense_config, nsa_model, packed_batch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsagen.harness.base import relative_error
+from nsagen.cases.base import relative_error
+from nsagen.core.paths import templates_dir
+from nsagen.core.workload import COMPRESS_TYPES, STATIC_PARAMS
 from nsagen.model import ToyNSALlama
 from nsagen.model.packing import Packed
-from nsagen.resources import templates_dir
-from nsagen.workload import COMPRESS_TYPES, STATIC_PARAMS
 from tests.model.forms import EVERY
 from tests.model.tiny import nsa_model, packed_batch
 from tests.support import kernel_device, kernel_dtypes

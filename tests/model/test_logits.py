@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nsagen.harness.base import THRESHOLDS, relative_error
+from nsagen.cases.base import THRESHOLDS, relative_error
 from nsagen.model.layers import linear
 from nsagen.model.logits import logits_of
 

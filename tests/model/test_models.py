@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
+from nsagen.core.workload import COMPRESS_TYPES
 from nsagen.model import (
     InferenceConfig,
     NativeSparseAttention,
@@ -15,7 +16,6 @@ from nsagen.model import (
     ToyLlama,
     ToyNSALlama,
 )
-from nsagen.workload import COMPRESS_TYPES
 from tests.model.tiny import SPARSITY, dense_config, nsa_config, nsa_model, packed_batch
 
 LIMITS = InferenceConfig(max_batch_size=4, max_length=64, max_new_tokens=3)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from nsagen.errors import CapacityError, InvalidInputError
+from nsagen.core.errors import CapacityError, InvalidInputError
 from nsagen.model import InferenceConfig, NSACache, ToyLlama
 from nsagen.model.pages import PagePool
 from tests.model.tiny import dense_config, nsa_config, nsa_model, packed_batch

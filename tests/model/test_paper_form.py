@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 from nsagen.model import InferenceConfig, NSACache, ToyNSALlama
 from nsagen.model.compression import mean_weights
 from nsagen.model.step import DecodeStep

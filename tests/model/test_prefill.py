@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsagen.errors import CapacityError
+from nsagen.core.errors import CapacityError
+from nsagen.core.workload import COMPRESS_TYPES
 from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
 from nsagen.model.cache import NSACache
 from nsagen.model.prefill import Piece, PrefillRows
-from nsagen.workload import COMPRESS_TYPES
 from tests.model.tiny import dense_config, nsa_config, nsa_model, packed_batch
 
 LIMITS = InferenceConfig(max_batch_size=3, max_length=128)

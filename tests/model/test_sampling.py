@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 from nsagen.model import InferenceConfig, SamplingConfig
 from nsagen.model.sampling import SamplingRows, uniform
 from tests.model.tiny import nsa_model, packed_batch

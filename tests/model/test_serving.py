@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsagen.errors import CapacityError, InvalidInputError
+from nsagen.core.errors import CapacityError, InvalidInputError
 from nsagen.model import (
     ContinuousBatch,
     InferenceConfig,

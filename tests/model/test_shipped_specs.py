@@ -8,11 +8,11 @@ from typing import Any, cast
 import pytest
 import torch
 
+from nsagen.core.workload import Workload
 from nsagen.model import InferenceConfig, ToyNSALlama, ToyNSALlamaConfig
 from nsagen.model.sparsity import settings_of
 from nsagen.runtime import Dispatcher, registry
 from nsagen.spec import AttentionShape, load_spec
-from nsagen.workload import Workload
 from tests.model.forms import FORMS
 from tests.model.tiny import nsa_config, packed_batch
 

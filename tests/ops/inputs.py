@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nsagen.harness.compress import compress_weight
+from nsagen.cases.compress import compress_weight
 from nsagen.ops.reference.compress import Weight, tensors_of
 from nsagen.ops.separate import SeparateKV
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from nsagen import ops
+from nsagen.core.workload import COMPRESS_TYPES
 from nsagen.ops import reference
 from nsagen.ops.reference.compress import tensors_of
-from nsagen.workload import COMPRESS_TYPES
 
 from .inputs import STATICS, Cached, Packed
 

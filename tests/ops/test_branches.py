@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from nsagen import ops
-from nsagen.branches import BRANCHES, branches_on
-from nsagen.errors import InvalidInputError
-from nsagen.harness.base import THRESHOLDS, relative_error
+from nsagen.cases.base import THRESHOLDS, relative_error
+from nsagen.core.branches import BRANCHES, branches_on
+from nsagen.core.errors import InvalidInputError
 from nsagen.ops import reference
 
 from .inputs import Cached, Packed

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from nsagen import ops
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
+from nsagen.core.workload import COMPRESS_TYPES
 from nsagen.ops._checks import check_cu_seqlens
-from nsagen.workload import COMPRESS_TYPES
 
 from .inputs import STATICS, Cached, Packed
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsagen.errors import UnsupportedWorkloadError
+from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.compress import compress_backward, compress_forward
 from nsagen.ops.compressed_attention import (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nsagen import ops
-from nsagen.errors import InvalidInputError, UnsupportedWorkloadError
+from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
 from nsagen.ops._launch import no_backward
 
 from .inputs import STATICS, Cached, Packed

@@ -12,8 +12,8 @@ import torch
 
 from nsagen.bench.shape import Inputs, Shape
 from nsagen.bench.train import peak_memory
-from nsagen.branches import BRANCHES
-from nsagen.harness.base import THRESHOLDS, relative_error
+from nsagen.cases.base import THRESHOLDS, relative_error
+from nsagen.core.branches import BRANCHES
 from nsagen.ops import native_sparse_attention, reference
 from nsagen.ops.branch_attention import attend_branches
 from nsagen.ops.gated_attention import gated_attention

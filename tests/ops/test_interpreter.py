@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from nsagen import ops
-from nsagen.harness.base import THRESHOLDS, relative_error
-from nsagen.harness.compress import compress_weight
+from nsagen.cases.base import THRESHOLDS, relative_error
+from nsagen.cases.compress import compress_weight
+from nsagen.core.paths import templates_dir
+from nsagen.core.workload import COMPRESS_TYPES, STATIC_PARAMS
 from nsagen.ops import SeparateKV, reference
-from nsagen.resources import templates_dir
 from nsagen.runtime import Dispatcher
-from nsagen.workload import COMPRESS_TYPES, STATIC_PARAMS
 
 from .inputs import STATICS, Cached, Packed
 

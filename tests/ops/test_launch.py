@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nsagen import ops
-from nsagen.errors import InvalidInputError, UnsupportedWorkloadError
+from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
+from nsagen.core.workload import Workload
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.runtime import Dispatcher
-from nsagen.workload import Workload
 
 from .inputs import STATICS, Cached, Packed
 

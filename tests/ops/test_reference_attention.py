@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 from nsagen.ops import reference
 from nsagen.ops.reference import _attend
 from tests.ops import dense

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nsagen.errors import InvalidInputError
-from nsagen.harness.compress import compress_weight
+from nsagen.cases.compress import compress_weight
+from nsagen.core.errors import InvalidInputError
+from nsagen.core.workload import COMPRESS_TYPES
 from nsagen.ops import reference
 from nsagen.ops.reference.compress import Weight, tensors_of
-from nsagen.workload import COMPRESS_TYPES
 from tests.ops import dense
 from tests.ops.dense import PROPERTY, SEQLENS, offsets
 

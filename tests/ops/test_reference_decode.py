@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsagen.harness.compress import compress_weight
+from nsagen.cases.compress import compress_weight
+from nsagen.core.workload import COMPRESS_TYPES
 from nsagen.ops import reference
 from nsagen.ops.reference.compress import Weight
-from nsagen.workload import COMPRESS_TYPES
 from tests.ops.dense import offsets
 
 DIM, VALUE_DIM, HEADS, KV_HEADS = 8, 6, 4, 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsagen.harness.compress import compress_weight
+from nsagen.cases.compress import compress_weight
 from nsagen.ops import SeparateKV, reference
 from tests.ops.dense import offsets
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from nsagen import ops
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 from nsagen.ops import reference
 from nsagen.ops.selected_attention import selected_attention_forward
 

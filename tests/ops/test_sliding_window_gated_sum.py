@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsagen import ops
-from nsagen.branches import BRANCHES
-from nsagen.errors import InvalidInputError
-from nsagen.harness.base import THRESHOLDS, relative_error
+from nsagen.cases.base import THRESHOLDS, relative_error
+from nsagen.core.branches import BRANCHES
+from nsagen.core.errors import InvalidInputError
 from nsagen.ops import reference
 from nsagen.ops.sliding_window_gated_sum import sliding_window_gated_sum
 

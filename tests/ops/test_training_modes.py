@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nsagen import ops
+from nsagen.core.workload import COMPRESS_TYPES
 from nsagen.ops.reference.compress import tensors_of
-from nsagen.workload import COMPRESS_TYPES
 
 from .inputs import Packed
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nsagen.core.workload import Workload
 from nsagen.runtime import Bucket, Dispatcher
-from nsagen.workload import Workload
 
 KERNEL = "def launch(*args):\n    args[0].append(__name__.rpartition('.')[2])\n"
 
@@ -33,7 +33,7 @@ def package(folder: Path, name: str, modules: tuple[str, ...]) -> Path:
     (root / "__init__.py").write_text("from .dispatcher import dispatcher\n")
     (root / "dispatcher.py").write_text(
         "from nsagen.runtime import Bucket, Dispatcher\n"
-        "from nsagen.workload import Workload\n"
+        "from nsagen.core.workload import Workload\n"
         f"TABLE = {{{selected()!r}: {{'cuda:90': ((Bucket(), '{modules[0]}'),)}}}}\n"
         f"dispatcher = Dispatcher(name='{name}', package=f'{{__package__}}.kernels', table=TABLE)\n"
     )

@@ -34,8 +34,8 @@ def launch(x, cos, sin, positions, y):
 CALL = """
 import logging, sys
 from pathlib import Path
-import nsagen.resources
-nsagen.resources.templates_dir = lambda: Path(sys.argv[1])
+import nsagen.core.paths
+nsagen.core.paths.templates_dir = lambda: Path(sys.argv[1])
 logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 import torch
 from nsagen import ops

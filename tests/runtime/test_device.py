@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nsagen.errors import UnsupportedWorkloadError
+from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.runtime import device
 
 

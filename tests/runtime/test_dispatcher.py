@@ -5,7 +5,7 @@ import timeit
 import pytest
 import torch
 
-from nsagen.errors import InvalidInputError, UnsupportedWorkloadError
+from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
 from nsagen.runtime import Bucket, Dispatcher, registry
 
 from .conftest import selected
@@ -119,7 +119,7 @@ def test_a_lookup_takes_microseconds(dispatcher: Dispatcher) -> None:
 
 def test_importing_a_table_is_light() -> None:
     code = (
-        "import sys, nsagen, nsagen.runtime as r, nsagen.workload as w\n"
+        "import sys, nsagen, nsagen.runtime as r, nsagen.core.workload as w\n"
         "r.Dispatcher('light', 'x', {w.Workload.of('rope', 'forward', dtype='float16', "
         "head_dim=64): {'cuda:90': ((r.Bucket(), 'y'),)}})\n"
         "heavy = {'torch', 'triton', 'jinja2', 'yaml', 'pydantic', 'optuna'} & set(sys.modules)\n"

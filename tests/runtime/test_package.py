@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import nsagen
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 
 from .conftest import package
 

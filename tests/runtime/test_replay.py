@@ -24,10 +24,10 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from nsagen.codegen.compile import load_module  # noqa: E402
-from nsagen.harness.base import Sizes, harness_of  # noqa: E402
+from nsagen.aot.compile import load_module  # noqa: E402
+from nsagen.cases.base import Sizes, harness_of  # noqa: E402
+from nsagen.core.workload import Workload  # noqa: E402
 from nsagen.runtime.replay import ReplayedLaunch  # noqa: E402
-from nsagen.workload import Workload  # noqa: E402
 from tests.support import load_kernel  # noqa: E402
 
 SELECTION = {"block_size": 16, "topk": 4}

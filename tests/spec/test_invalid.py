@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nsagen.errors import SpecError
+from nsagen.core.errors import SpecError
 from nsagen.spec import load_spec
 from nsagen.spec.document import MAX_BYTES, MAX_PROBLEMS
 from tests.spec.test_valid import MINIMAL

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from nsagen.errors import SpecError
-from nsagen.resources import specs_dir
+from nsagen.core.errors import SpecError
+from nsagen.core.paths import specs_dir
+from nsagen.core.workload import STATIC_PARAMS, Workload
 from nsagen.spec import Spec, json_schema, load_spec, shipped_specs
-from nsagen.workload import STATIC_PARAMS, Workload
 
 MINIMAL = """
 name: mine

@@ -16,13 +16,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nsagen.codegen.files import replace_file
 from nsagen.codegen.fingerprint import source_fingerprint
 from nsagen.codegen.template import render
+from nsagen.core.files import replace_file
+from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.compiler import Compiled
 from nsagen.tune.task import Task
 from nsagen.tune.timing import Timing, WrongOutputError
-from nsagen.workload import Schedule, Workload
 
 FACTS = {
     "device": "nvidia-h200",

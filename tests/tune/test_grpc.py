@@ -12,7 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from nsagen.errors import TuneError
+from nsagen.core.errors import TuneError
 from nsagen.tune import storage
 from nsagen.tune.storage import open_storage, storage_errors
 from tests.tune.test_interruption import World

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from nsagen.cases.sizes import Sizes
 from nsagen.codegen.template import kernel_name
-from nsagen.harness.sizes import Sizes
+from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.compiler import Compiled, Compiler
 from nsagen.tune.identity import code_of
-from nsagen.workload import Schedule, Workload
 
 POOL = Workload.of(
     "compress",

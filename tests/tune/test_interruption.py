@@ -23,7 +23,7 @@ MAIN = """
 from nsagen.tune import session
 session.MEASURER = "tests.tune.fake:FakeMeasurer"
 session.COMPILER = "tests.tune.fake:FakeCompiler"
-from nsagen.cli import main
+from nsagen.cli.app import main
 main()
 """
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nsagen.errors import InvalidInputError
+from nsagen.cli.tune import params_of
+from nsagen.core.errors import InvalidInputError
 from nsagen.spec import load_spec
-from nsagen.tune.command import params_of
 from nsagen.tune.selection import Selection
 
 

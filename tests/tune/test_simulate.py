@@ -10,11 +10,12 @@ from pathlib import Path
 import optuna
 import pytest
 
-from nsagen.errors import TuneError
-from nsagen.harness.sizes import Sizes
-from nsagen.runtime.table import Bucket
+from benchmarks.score_samplers import random_score, score
+from nsagen.cases.sizes import Sizes
+from nsagen.core.bucket import Bucket
+from nsagen.core.errors import TuneError
+from nsagen.core.workload import Schedule, Workload
 from nsagen.tune import session
-from nsagen.tune.benchmark import random_score, score
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.recording import Recording, load_recording
 from nsagen.tune.sampler import DEFAULT_SAMPLER, SAMPLERS
@@ -23,7 +24,6 @@ from nsagen.tune.selection import Selection
 from nsagen.tune.session import Places
 from nsagen.tune.settings import Settings
 from nsagen.tune.task import Task
-from nsagen.workload import Schedule, Workload
 from tests.tune.conftest import Silent, World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +112,7 @@ def test_a_simulated_search_tells_how_good_its_choice_is(world: World, tmp_path:
     [pytest.param(s, marks=[pytest.mark.slow] if s == "optuna-gp" else []) for s in SAMPLERS],
 )
 def test_a_resumed_search_makes_the_choices_of_an_uninterrupted_one(sampler: str) -> None:
-    from nsagen.tune.coding import Coding
+    from nsagen.tune.encoding import Coding
     from nsagen.tune.search import Search
     from nsagen.tune.simulate import ReplayEvaluator
 

@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from nsagen.errors import InvalidInputError, TuneError
+from nsagen.core.errors import InvalidInputError, TuneError
 from nsagen.tune.storage import (
     open_storage,
     owner,

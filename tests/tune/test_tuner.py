@@ -8,12 +8,12 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from nsagen.tune.decide import decide
+from nsagen.core.workload import Schedule
+from nsagen.records.files import load_records
 from nsagen.tune.evaluate import Final
-from nsagen.tune.records import load_records
+from nsagen.tune.final_round import decide
 from nsagen.tune.search import Budget
 from nsagen.tune.storage import open_storage
-from nsagen.workload import Schedule
 from tests.tune.conftest import Silent, World
 from tests.tune.fake import FakeCompiler, fake_ms
 

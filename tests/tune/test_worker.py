@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nsagen.errors import TuneError
+from nsagen.core.errors import TuneError
 from nsagen.tune.worker import Worker
 
 SERVER = "tests.tune.test_worker:Naughty"

@@ -6,7 +6,7 @@ import itertools
 
 from torch import Tensor
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 
 
 def check_windows(where: str, kernel_size: int, kernel_stride: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 from nsagen.ops.reference._attend import chunks, scale_of, scores_of, upcast
 from nsagen.ops.reference._checks import check_heads, check_windows, sequence_bounds
 

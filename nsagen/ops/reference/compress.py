@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 from nsagen.ops.layout import compressed_cu_seqlens
 from nsagen.ops.reference._attend import contract, wide_dtype
 from nsagen.ops.reference._checks import check_windows, sequence_bounds
@@ -31,7 +31,7 @@ def pool_windows(windows: Tensor, w: Weight, pe: Tensor | None, compress_type: s
             sigmoid_mul; [HK, kernel_size * D, D] for linear, rows ordered token by token; for mlp
             (w1, w2), [HK, kernel_size * D, H] in the same order and [HK, H, D].
         pe: [HK, kernel_size, D] or None.
-        compress_type: one of `nsagen.workload.COMPRESS_TYPES`.
+        compress_type: one of `nsagen.core.workload.COMPRESS_TYPES`.
 
     Returns:
         [M, HK, D] in the dtype of `windows`.
@@ -132,7 +132,7 @@ def compress(
         w: see `pool_windows`.
         pe: [HK, kernel_size, D], added to each window's tokens, or None.
         cu_seqlens: int32 [batch + 1].
-        compress_type: one of `nsagen.workload.COMPRESS_TYPES`.
+        compress_type: one of `nsagen.core.workload.COMPRESS_TYPES`.
         kernel_size: tokens of a window.
         kernel_stride: tokens between the starts of two windows.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nsagen.branches import BRANCHES, branches_on
+from nsagen.core.branches import BRANCHES, branches_on
 from nsagen.ops.layout import positions_in_sequence
 from nsagen.ops.reference._attend import attend, scale_of, upcast
 from nsagen.ops.reference._checks import check_heads
@@ -56,7 +56,7 @@ def native_sparse_attention(
         v: [N, HK, Dv].
         gate: [N, HQ, 3], after the sigmoid: compressed, selected, sliding.
         cu_seqlens: int32 [batch + 1].
-        compress_type: one of `nsagen.workload.COMPRESS_TYPES`.
+        compress_type: one of `nsagen.core.workload.COMPRESS_TYPES`.
         w_k: weight that compresses the keys, as `pool_windows` takes it.
         w_v: weight that compresses the values.
         pe: [HK, l, D], added to the keys before compression, or None.

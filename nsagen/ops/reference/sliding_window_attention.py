@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nsagen.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError
 from nsagen.ops.reference._attend import Bounds, packed_attention, scale_of
 from nsagen.ops.reference._checks import check_heads, sequence_bounds
 

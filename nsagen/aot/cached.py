@@ -1,0 +1,85 @@
+"""Resources of compiled kernels, remembered on disk: what did not change is not compiled again.
+
+    <user cache>/compiled/<key>.json
+
+The key covers the kernel's code (without comments, and whatever its name), the target, the
+version of Triton, and the code that compiles and measures, so that nothing has to be thrown away.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nsagen.core.target import Target
+from nsagen.core.workload import Workload
+from nsagen.runtime.user_cache import cache_dir
+
+if TYPE_CHECKING:
+    from nsagen.aot.resources import Resources
+
+_NAME = "{kernel}"
+"""Stands for the kernel's own name, which carries a hash of its template."""
+
+
+def compiled_resources(path: Path, workload: Workload, target: Target) -> tuple[Resources, ...]:
+    """As `compile_variant`, from an earlier run if there was one for the same code.
+
+    Raises:
+        BuildError: Triton cannot compile a kernel for the target; this is not remembered.
+    """
+    from nsagen.aot.resources import Resources  # imports triton
+
+    memory = cache_dir() / "compiled" / f"{compile_key(path, workload, target)}.json"
+    try:
+        rows = json.loads(memory.read_text(encoding="utf-8"))
+        return tuple(Resources(**{**row, "kernel": _named(row, path)}) for row in rows)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass  # none, or one that something else wrote: compile
+    from nsagen.aot.compile import compile_variant
+
+    found = compile_variant(path, workload, target)
+    rows = [{**asdict(one), "kernel": one.kernel.replace(path.stem, _NAME)} for one in found]
+    _write(memory, json.dumps(rows, indent=1) + "\n")
+    return found
+
+
+def compile_key(path: Path, workload: Workload, target: Target) -> str:
+    """Hex digest over all that the resources of a kernel file on a target depend on."""
+    text = path.read_text(encoding="utf-8").replace(path.stem, _NAME)
+    code = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    triton = importlib.metadata.version("triton")
+    parts = (code, workload.op, workload.pass_, str(target), triton, _tools(workload.op))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _tools(op: str) -> str:
+    """Hash of the code that makes an op's example call, compiles it and reads what it uses."""
+    package = Path(__file__).resolve().parents[1]
+    files = [package / "aot" / f"{name}.py" for name in ("compile", "resources", "cubin", "cached")]
+    files += sorted((package / "cases").glob(f"{op}*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _named(row: dict[str, str], path: Path) -> str:
+    return row["kernel"].replace(_NAME, path.stem)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all; a folder that cannot be written to only means no memory."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError:
+        pass

@@ -1,0 +1,101 @@
+"""What every op's harness makes: example inputs, expected outputs and the work they cost.
+
+Tests, `verify`, tuning, benchmarks and ahead-of-time compilation all take their
+inputs from here, so that each op is exercised in one way only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from nsagen.cases.sizes import Sizes
+from nsagen.core.workload import Workload
+
+__all__ = [
+    "THRESHOLDS",
+    "Case",
+    "Cost",
+    "Sizes",
+    "cu_seqlens_of",
+    "harness_of",
+    "poisoned",
+    "relative_error",
+]
+
+THRESHOLDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Largest relative error ||out - ref|| / ||ref|| that an output of each dtype may have."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work that a call can be done with.
+
+    Attributes:
+        flops: multiplications and additions of its matrix products.
+        bytes: each input read once and each output written once.
+    """
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a kernel's `launch`.
+
+    Attributes:
+        args: inputs and outputs in the order of `launch`.
+        outputs: the output tensors by name; the same objects as in `args`, poisoned before.
+        expected: computes the same outputs by the float64 reference.
+        cost: the least work of the call.
+    """
+
+    args: tuple[object, ...]
+    outputs: dict[str, torch.Tensor]
+    expected: Callable[[], dict[str, torch.Tensor]]
+    cost: Cost
+
+
+def harness_of(workload: Workload) -> ModuleType:
+    """The harness module of a workload's op; it has `make_case(workload, sizes, device, seed)`."""
+    suffix = "" if workload.pass_ == "forward" else f"_{workload.pass_}"
+    stem = f"nsagen.cases.{workload.op}"
+    if suffix and importlib.util.find_spec(stem + suffix):
+        return importlib.import_module(stem + suffix)
+    return importlib.import_module(stem)
+
+
+def cu_seqlens_of(seqlens: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
+    """int32 [batch + 1] offsets of packed sequences."""
+    ends = torch.tensor((0, *seqlens), dtype=torch.int64).cumsum(0).to(torch.int32)
+    return ends.to(device)
+
+
+def poisoned(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """An output that shows every element which a kernel forgets to write."""
+    if dtype.is_floating_point:
+        return torch.full(shape, float("nan"), dtype=dtype, device=device)
+    return torch.full(shape, -(1 << 20), dtype=dtype, device=device)
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """||out - expected|| / ||expected|| in float64; infinities must agree in place and sign.
+
+    Computed where `out` is. Returns inf when a NaN or an infinity stands where the other has none.
+    """
+    out, expected = out.double(), expected.to(out.device).double()
+    finite = torch.isfinite(expected)
+    same = torch.equal(torch.isfinite(out), finite) and torch.equal(out[~finite], expected[~finite])
+    if not same or torch.isnan(expected).any():
+        return float("inf")
+    norm = expected[finite].norm().item()
+    error = (out[finite] - expected[finite]).norm().item()
+    return error / norm if norm > 0 else error

@@ -1,0 +1,134 @@
+"""Example calls of block selection's kernel, and what may differ in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsagen.cases.base import Case, Cost, Sizes, cu_seqlens_of, poisoned
+from nsagen.cases.compressed_attention import visible_pairs, windows_of
+from nsagen.core.workload import Workload
+from nsagen.ops import reference
+from nsagen.ops.reference.block_selection import BlockRule, scores_of_blocks, select_blocks
+
+NEAR = 1e-4
+"""Two scores this close, relatively, may rank either way: float32 exponents are no more exact."""
+
+LEAST = 1e-34
+"""Scores below this are sums of probabilities that float32 flushes to 0."""
+
+
+def rule_of(workload: Workload) -> BlockRule:
+    """The static parameters that selection itself depends on."""
+    names = (field for field in BlockRule.__dataclass_fields__)
+    return BlockRule(**{name: int(getattr(workload, name)) for name in names})
+
+
+def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
+    """Random q [N, HQ, D] and k [N // s, HK, D], and the lse that compressed attention gives.
+
+    Rows of k past the last window hold NaN: a kernel must not let them in.
+    """
+    dtype = getattr(torch, workload.dtype)
+    dim, heads = int(workload.head_dim), sizes.kv_heads * int(workload.gqa_ratio)
+    meta = torch.device(device).type == "meta"
+    random = None if meta else torch.Generator(device).manual_seed(seed)
+    windows = tuple(windows_of(workload, length) for length in sizes.seqlens)
+    capacity = sizes.tokens // int(workload.kernel_stride)
+    q = torch.randn(sizes.tokens, heads, dim, dtype=dtype, device=device, generator=random)
+    k = torch.randn(capacity, sizes.kv_heads, dim, dtype=dtype, device=device, generator=random)
+    k[sum(windows) :] = float("nan")
+    offsets = cu_seqlens_of(sizes.seqlens, device), cu_seqlens_of(windows, device)
+    topk_idx = poisoned((sizes.kv_heads, sizes.tokens, int(workload.topk)), torch.int32, device)
+    scale = dim**-0.5
+    lse = torch.empty(sizes.tokens, heads, device=device)
+    if not meta:
+        lse.copy_(lse_of(workload, q, k, *offsets, scale))
+    pairs = sum(visible_pairs(workload, length) for length in sizes.seqlens)
+    return Case(
+        args=(q, k, lse, *offsets, topk_idx, scale),
+        outputs={"topk_idx": topk_idx},
+        expected=lambda: {
+            "topk_idx": expected_blocks(rule_of(workload), q, k, lse, *offsets, topk_idx, scale)
+        },
+        cost=Cost(
+            flops=2 * pairs * heads * dim,
+            bytes=sum(x.nbytes for x in (q, k, lse, topk_idx)),
+        ),
+    )
+
+
+def lse_of(
+    workload: Workload,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+) -> Tensor:
+    """The compressed attention's log-sum-exp, float32 [N, HQ]."""
+    _, lse = reference.compressed_attention_forward(
+        q.float(),
+        k.float(),
+        k[..., :1].float(),  # nobody reads the output
+        cu_seqlens_q,
+        cu_seqlens_k,
+        kernel_size=int(workload.kernel_size),
+        kernel_stride=int(workload.kernel_stride),
+        softmax_scale=scale,
+    )
+    return lse
+
+
+def expected_blocks(
+    rule: BlockRule,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    came: Tensor,
+    scale: float,
+    q_start: Tensor | None = None,
+) -> Tensor:
+    """The float64 reference's choice, and the kernel's where float32 cannot tell them apart."""
+    expected = []
+    ends, key_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    firsts = [0] * (len(ends) - 1) if q_start is None else q_start.tolist()
+    for seq, first in enumerate(firsts):
+        keys = k[key_ends[seq] : key_ends[seq + 1]].double()
+        blocks = -(-(first + ends[seq + 1] - ends[seq]) // rule.block_size)
+        rows = max(1, (1 << 24) // (q.shape[1] * max(keys.shape[0], blocks, 1)))
+        for start in range(ends[seq], ends[seq + 1], rows):
+            part = slice(start, min(start + rows, ends[seq + 1]))
+            tokens = first - ends[seq] + torch.arange(part.start, part.stop, device=q.device)
+            query = q[part].double(), keys, lse[part].double()
+            scores = scores_of_blocks(*query, tokens, blocks, scale, rule)
+            expected.append(allow_near(came[:, part], scores, tokens, rule))
+    return torch.cat(expected, 1) if expected else torch.empty_like(came)
+
+
+def allow_near(came: Tensor, scores: Tensor, tokens: Tensor, rule: BlockRule) -> Tensor:
+    """The exact choice [HK, C, topk], but `came` in rows that only swap nearly equal blocks.
+
+    Such a row must hold as many different candidates in ascending order, among them all forced
+    blocks, and its scores, in order, must be as near the best ones. Scores that are equal in
+    float64 are equal in float32: there the lower index is right and nothing else.
+    """
+    chosen = select_blocks(scores, tokens, rule)
+    blocks, own = torch.arange(scores.shape[-1], device=scores.device), tokens // rule.block_size
+    forced = (blocks < rule.init_blocks) | (blocks > own[:, None] - rule.local_blocks)
+    ranked = scores.masked_fill(forced, float("inf"))
+
+    def sorted_scores(index: Tensor) -> Tensor:
+        inside = (index >= 0) & (index <= own[:, None])
+        found = ranked.gather(-1, index.clamp(0, scores.shape[-1] - 1).long())
+        return found.masked_fill(~inside, -1.0).sort(-1, descending=True).values
+
+    best, other = sorted_scores(chosen), sorted_scores(came)
+    near = (other - best).abs() <= NEAR * best + LEAST
+    near = (other == best) | (near & best.isfinite())
+    step = came.diff(dim=-1)
+    ordered = ((step > 0) | (came[..., 1:] == -1)).all(-1)
+    excused = near.all(-1) & ordered & (other != best).any(-1)
+    return torch.where(excused.unsqueeze(-1), came, chosen)

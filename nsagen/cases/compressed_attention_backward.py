@@ -1,0 +1,34 @@
+"""Example calls of compressed attention's backward kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nsagen.cases.attention_gradients import gradient_case
+from nsagen.cases.base import Case, Sizes
+from nsagen.cases.compressed_attention import make_case as make_forward_case
+from nsagen.core.workload import Workload
+from nsagen.ops import reference
+
+
+def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
+    """The forward case's q, k and v, random do, and o and lse of a float32 forward pass."""
+    forward_case = make_forward_case(workload, sizes, device, seed)
+    args: Any = forward_case.args
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *_, scale = args
+
+    def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return reference.compressed_attention_forward(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            kernel_size=int(workload.kernel_size),
+            kernel_stride=int(workload.kernel_stride),
+            softmax_scale=scale,
+        )
+
+    return gradient_case(forward_case, (q, k, v), (cu_seqlens_q, cu_seqlens_k), forward, seed)

@@ -1,0 +1,133 @@
+"""Example calls of selected attention's forward kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nsagen.cases.base import Case, Cost, Sizes, cu_seqlens_of, poisoned
+from nsagen.core.workload import Workload
+from nsagen.ops import reference
+
+TOPK, INIT_BLOCKS, LOCAL_BLOCKS = 16, 1, 2
+"""The choice of blocks in NSA's paper (arXiv 2502.11089, section 4.1)."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What both passes take."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    topk_idx: torch.Tensor
+    cu_seqlens: torch.Tensor
+    block_size: int
+    softmax_scale: float
+    pairs: int
+    """(query, key) pairs of one query head."""
+
+    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Poisoned o [N, HQ, Dv] and lse [N, HQ]."""
+        shape, device = (*self.q.shape[:2], self.v.shape[2]), self.q.device
+        return poisoned(shape, self.q.dtype, device), poisoned(shape[:2], torch.float32, device)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference's o and lse of these q, k and v."""
+        return reference.selected_attention(
+            q,
+            k,
+            v,
+            self.topk_idx,
+            self.cu_seqlens,
+            block_size=self.block_size,
+            softmax_scale=self.softmax_scale,
+        )
+
+
+def make_inputs(
+    workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0
+) -> Inputs:
+    """Random q [N, HQ, D], k [N, HK, D] and v [N, HK, Dv], and blocks as selection gives them."""
+    dtype = getattr(torch, workload.dtype)
+    dim, v_dim, block_size = (
+        int(n) for n in (workload.head_dim, workload.v_head_dim, workload.block_size)
+    )
+    kv_heads, query_heads = sizes.kv_heads, sizes.kv_heads * int(workload.gqa_ratio)
+    meta = torch.device(device).type == "meta"
+    random = None if meta else torch.Generator(device).manual_seed(seed)
+
+    def normal(heads: int, size: int) -> torch.Tensor:
+        shape = (sizes.tokens, heads, size)
+        return torch.randn(shape, dtype=dtype, device=device, generator=random)
+
+    return Inputs(
+        normal(query_heads, dim),
+        normal(kv_heads, dim),
+        normal(kv_heads, v_dim),
+        random_blocks(sizes, block_size, device, random),
+        cu_seqlens_of(sizes.seqlens, device),
+        block_size,
+        dim**-0.5,
+        sum(keys_seen(length, block_size) for length in sizes.seqlens),
+    )
+
+
+def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
+    """A call on random inputs."""
+    x = make_inputs(workload, sizes, device, seed)
+    o, lse = x.outputs()
+
+    def expected() -> dict[str, torch.Tensor]:
+        o, lse = x.attend(x.q.double(), x.k.double(), x.v.double())
+        return {"o": o, "lse": lse}
+
+    tensors = (x.q, x.k, x.v, x.topk_idx, o, lse)
+    return Case(
+        args=(x.q, x.k, x.v, x.topk_idx, x.cu_seqlens, o, lse, x.softmax_scale),
+        outputs={"o": o, "lse": lse},
+        expected=expected,
+        cost=Cost(
+            flops=2 * x.pairs * x.q.shape[1] * (x.q.shape[2] + x.v.shape[2]),
+            bytes=sum(tensor.nbytes for tensor in tensors),
+        ),
+    )
+
+
+def random_blocks(
+    sizes: Sizes, block_size: int, device: torch.device | str, random: torch.Generator | None
+) -> torch.Tensor:
+    """int32 [HK, N, TOPK]: initial and local blocks and random others; ascending, then -1."""
+    parts = [torch.empty((sizes.kv_heads, 0, TOPK), dtype=torch.int32, device=device)]
+    for length in sizes.seqlens:
+        for start in range(0, length, 4096):  # bounds the memory that the scores take
+            t = torch.arange(start, min(start + 4096, length), device=device)[:, None]
+            parts.append(_chosen(t, sizes.kv_heads, -(-length // block_size), block_size, random))
+    return torch.cat(parts, 1)
+
+
+def _chosen(
+    t: torch.Tensor, heads: int, blocks: int, block_size: int, random: torch.Generator | None
+) -> torch.Tensor:
+    own = t // block_size
+    block = torch.arange(max(blocks, TOPK), device=t.device)
+    scores = torch.rand((heads, t.shape[0], block.shape[0]), device=t.device, generator=random)
+    scores = scores.masked_fill((block < INIT_BLOCKS) | (block > own - LOCAL_BLOCKS), 2.0)
+    scores = scores.masked_fill(block > own, -1.0)
+    best = scores.topk(TOPK, dim=-1)
+    none = torch.iinfo(torch.int32).max
+    picked = best.indices.masked_fill(best.values < 0, none).sort(-1).values
+    return picked.masked_fill(picked == none, -1).to(torch.int32)
+
+
+def keys_seen(length: int, block_size: int) -> int:
+    """How many (query, key) pairs of one head a sequence of this length has."""
+    seen = 0
+    for own in range(-(-length // block_size)):
+        tokens = min(block_size, length - own * block_size)
+        whole = min(own, TOPK - 1) * block_size
+        seen += tokens * whole + tokens * (tokens + 1) // 2
+    return seen

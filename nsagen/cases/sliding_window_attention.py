@@ -1,0 +1,48 @@
+"""Example calls of sliding-window attention's forward kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from nsagen.cases.base import Case, Cost, Sizes, cu_seqlens_of, poisoned
+from nsagen.core.workload import Workload
+from nsagen.ops import reference
+
+
+def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
+    """Random q [N, HQ, D], k [N, HK, D] and v [N, HK, Dv]; o and lse poisoned."""
+    dtype = getattr(torch, workload.dtype)
+    dim, v_dim, window = (
+        int(n) for n in (workload.head_dim, workload.v_head_dim, workload.window_size)
+    )
+    kv_heads, query_heads = sizes.kv_heads, sizes.kv_heads * int(workload.gqa_ratio)
+    meta = torch.device(device).type == "meta"
+    random = None if meta else torch.Generator(device).manual_seed(seed)
+
+    def normal(heads: int, size: int) -> torch.Tensor:
+        shape = (sizes.tokens, heads, size)
+        return torch.randn(shape, dtype=dtype, device=device, generator=random)
+
+    q, k, v = normal(query_heads, dim), normal(kv_heads, dim), normal(kv_heads, v_dim)
+    cu_seqlens = cu_seqlens_of(sizes.seqlens, device)
+    o = poisoned((sizes.tokens, query_heads, v_dim), dtype, device)
+    lse = poisoned((sizes.tokens, query_heads), torch.float32, device)
+    scale = dim**-0.5
+
+    def expected() -> dict[str, torch.Tensor]:
+        o, lse = reference.sliding_window_attention_forward(
+            q.double(), k.double(), v.double(), cu_seqlens, window_size=window, softmax_scale=scale
+        )
+        return {"o": o, "lse": lse}
+
+    widths = [(length, min(length, window)) for length in sizes.seqlens]
+    seen = sum(width * (length - (width - 1) / 2) for length, width in widths)
+    return Case(
+        args=(q, k, v, cu_seqlens, o, lse, scale),
+        outputs={"o": o, "lse": lse},
+        expected=expected,
+        cost=Cost(
+            flops=2 * seen * query_heads * (dim + v_dim),
+            bytes=sum(x.nbytes for x in (q, k, v, o, lse)),
+        ),
+    )

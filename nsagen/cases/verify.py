@@ -1,0 +1,148 @@
+"""`nsagen verify`: run a spec's kernels and compare every output with the float64 reference."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nsagen.aot.compile import load_module
+from nsagen.cases.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
+from nsagen.codegen.build import build
+from nsagen.codegen.plan import Variant
+from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
+from nsagen.core.workload import Workload
+from nsagen.runtime.device import interpreting, target_of
+from nsagen.spec import Spec
+
+Row = dict[str, Any]
+"""op, pass, workload, variant, output, error, threshold, result (ok, failed, skipped), note."""
+
+
+def verify(
+    spec: Spec,
+    *,
+    ops: Sequence[str] | None = None,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Row]:
+    """Build the spec's kernels in a temporary folder, run those for this device, and compare.
+
+    Args:
+        ops: only these; all by default.
+        progress: called with (what was done, how many are done, how many in all).
+
+    Returns:
+        one row an output of each kernel, in the order of the kernels' names.
+
+    Raises:
+        InvalidInputError: an op that the spec does not have.
+        UnsupportedWorkloadError: no GPU and no interpreter, or a GPU that the spec leaves out.
+    """
+    known = sorted({workload.op for workload in spec.workloads()})
+    for op in ops or ():
+        if op not in known:
+            raise InvalidInputError(
+                f"verify: op must be one of {', '.join(known)}; got {op!r}; choose one of them"
+            )
+    device, target = _device(spec)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="nsagen-verify-") as folder:
+        result = build(spec, Path(folder))
+        chosen = [
+            v
+            for v in result.variants
+            if (not ops or v.workload.op in ops) and (target is None or target in v.targets)
+        ]
+        for done, variant in enumerate(chosen, 1):
+            path = result.folder / "kernels" / f"{variant.name}.py"
+            rows += _verified(variant, path, device, seed)
+            if progress:
+                progress(str(variant.workload), done, len(chosen))
+    return rows
+
+
+def _device(spec: Spec) -> tuple[torch.device, str | None]:
+    """Where kernels run, and whose variants; None for all of them, in the interpreter."""
+    if interpreting():
+        return torch.device("cpu"), None
+    if not torch.cuda.is_available():
+        raise UnsupportedWorkloadError(
+            "verify: needs a GPU or Triton's interpreter; found neither; "
+            "set TRITON_INTERPRET=1 to run on the CPU"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    target = target_of(device)
+    if target not in spec.targets:
+        raise UnsupportedWorkloadError(
+            f"verify: the spec must name this GPU's target; it has {', '.join(spec.targets)}, "
+            f"the GPU is {target}; add it to targets"
+        )
+    return device, target
+
+
+def _verified(variant: Variant, path: Path, device: torch.device, seed: int) -> Iterator[Row]:
+    workload = variant.workload
+    row: Row = {
+        "op": workload.op,
+        "pass": workload.pass_,
+        "workload": workload.label,
+        "variant": variant.name,
+        "output": "",
+        "error": None,
+        "threshold": None,
+        "result": "skipped",
+        "note": "",
+    }
+    if device.type == "cpu" and workload.dtype == "bfloat16":
+        yield row | {"note": "the interpreter computes bfloat16 wrongly; needs a GPU"}
+        return
+    try:
+        case: Case = harness_of(workload).make_case(workload, sizes_for(workload), device, seed)
+        load_module(path).launch(*case.args)
+        expected = case.expected()
+    except Exception as error:  # whatever a kernel fails with is a finding about that kernel
+        text = str(error).strip() or "no message"
+        yield row | {
+            "result": "failed",
+            "note": f"{type(error).__name__}: {text.splitlines()[-1]}",
+        }
+        return
+    for name, wanted in expected.items():
+        yield row | {"output": name} | _compared(case.outputs[name], wanted)
+
+
+def _compared(out: torch.Tensor, wanted: torch.Tensor) -> Row:
+    if out.shape != wanted.shape:
+        return {"result": "failed", "note": f"shape {tuple(out.shape)}, not {tuple(wanted.shape)}"}
+    if out.dtype.is_floating_point:
+        error, threshold = relative_error(out, wanted), THRESHOLDS[out.dtype]
+    else:  # indices: the share that differs, of which none may
+        differ = out.cpu() != wanted.cpu()
+        error, threshold = (differ.double().mean().item() if differ.numel() else 0.0), 0.0
+    return {
+        "error": error,
+        "threshold": threshold,
+        "result": "ok" if error <= threshold else "failed",
+    }
+
+
+def sizes_for(workload: Workload) -> Sizes:
+    """Run-time sizes that reach a workload's edges: empty and short sequences, and a long one.
+
+    The long one has more blocks than topk and more tokens than the window.
+    """
+    params = dict(workload.params)
+
+    def number(name: str, default: int) -> int:
+        return int(params.get(name, default))
+
+    block, window = number("block_size", 16), number("window_size", 16)
+    kernel = number("kernel_size", 8)
+    long = max(block * (number("topk", 4) + 2), window + block, 4 * kernel) + 5
+    if workload.pass_ == "decode":
+        return Sizes(seqlens=(0, kernel - 1, long), capacity=long + 1)
+    return Sizes(seqlens=(0, kernel - 1, long, 1, block + 1))

@@ -1,0 +1,273 @@
+"""The command line: parses, calls, prints. Exit codes: 0 done, 1 failed or stale, 2 wrong usage.
+
+Commands import what they need when they run, so that `nsagen --help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nsagen import __version__
+from nsagen.cli import generate, plan, verbosity
+from nsagen.cli import tune as tuning
+from nsagen.cli.bench import app as bench_app
+from nsagen.cli.options import Json, OptionalSpecName, OutDir, SpecName, SpecNames
+from nsagen.core.errors import InvalidInputError, NsagenError, SpecError
+
+if TYPE_CHECKING:
+    from nsagen.spec import Spec
+
+app = typer.Typer(
+    help="Generate, check and inspect Triton kernels for Native Sparse Attention.",
+    epilog="Start with: nsagen build tiny, then TRITON_INTERPRET=1 nsagen verify tiny",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.add_typer(bench_app, name="bench")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; always ends in SystemExit."""
+    try:
+        given = sys.argv[1:] if arguments is None else arguments
+        app(verbosity.flags_first(given), prog_name="nsagen")
+    except NsagenError as error:
+        # A spec's problems begin with file:line, which editors and terminals link.
+        print(error if isinstance(error, SpecError) else f"nsagen: {error}", file=sys.stderr)
+        usage = isinstance(error, (SpecError, InvalidInputError))
+        raise SystemExit(2 if usage else 1) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"nsagen: {where}must be there, readable and writable, with room; "
+            f"got {error.strerror or error}; mend that and run it again",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"nsagen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Results and errors only: no notes, no bars.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="All of nsagen's log, with times.")
+    ] = False,
+) -> None:
+    if quiet and verbose:
+        raise InvalidInputError("nsagen: got both --quiet and --verbose; give one at most")
+    verbosity.configure(quiet=quiet, verbose=verbose)
+
+
+@app.command(epilog="Example: nsagen build specs/llama8b.yaml specs/tiny.yaml --compile")
+def build(
+    specs: SpecNames,
+    out: OutDir = Path("generated"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit 1 if a file is not up to date.")
+    ] = False,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(help="Folder of tuning records of one spec; beside it if not given."),
+    ] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile each kernel for each target, without a GPU.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes that compile; all cores if not given.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the kernel package of each spec, or check that it is up to date."""
+    if tuned is not None and len(specs) > 1:
+        raise InvalidInputError(
+            f"build: --tuned is of one spec; got {len(specs)} specs; build them one by one"
+        )
+    if check and compile_:
+        raise InvalidInputError(
+            "build: --check writes nothing and --compile does; got both; give one"
+        )
+    loaded = _load_all(specs)
+    if check:
+        _check(loaded, out, tuned, as_json)
+        return
+    from nsagen.cli.console import console, progress_bar
+    from nsagen.codegen.build import build as build_package
+
+    rows = []
+    for spec in loaded:
+        with progress_bar(spec.name) as progress:
+            result = build_package(
+                spec, out, tuned=tuned, compile_targets=compile_, jobs=jobs, progress=progress
+            )
+        row: dict[str, Any] = {
+            "spec": spec.name,
+            "folder": str(result.folder),
+            "variants": len(result.variants),
+            "written": list(result.written),
+            "removed": list(result.removed),
+            "notes": list(result.notes),
+        }
+        for note in result.notes:
+            print(f"nsagen: build: {note}", file=sys.stderr)
+        rows.append(row)
+        if not as_json:
+            changed = f"{len(result.written)} files written, {len(result.removed)} removed"
+            console().print(
+                f"{spec.name}: {row['variants']} kernels in {row['folder']}; {changed}",
+                highlight=False,
+            )
+    if as_json:
+        print(json.dumps(rows, indent=1))
+
+
+def _check(specs: list[Spec], out: Path, tuned: Path | None, as_json: bool) -> None:
+    from nsagen.cli.console import console
+    from nsagen.codegen.build import check
+
+    rows = [
+        {"spec": spec.name, "path": str(out / spec.name / stale.path), "state": stale.state}
+        for spec in specs
+        for stale in check(spec, out, tuned=tuned)
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        for row in rows:
+            console().print(f"{row['state']}: {row['path']}", highlight=False, soft_wrap=True)
+        for spec in specs:
+            count = sum(row["spec"] == spec.name for row in rows)
+            remedy = f"{count} files not up to date; run: nsagen build {spec.label}"
+            console().print(f"{spec.name}: {remedy if count else 'up to date'}", highlight=False)
+    if rows:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: nsagen inspect tiny --json")
+def inspect(
+    spec: OptionalSpecName = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of spec files, for editors.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with pictures to this file.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Of the kernels on the page, e.g. cuda:90.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the workloads that a spec asks for, and the schedule each target starts from."""
+    from nsagen.spec import json_schema, load_spec
+
+    if schema:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    if spec is None:
+        raise InvalidInputError(
+            "inspect: needs a spec; got none; name one, such as: nsagen inspect tiny"
+        )
+    if html is not None and as_json:
+        raise InvalidInputError("inspect: got both --html and --json; give one at most")
+    if html is not None:
+        from nsagen.reports.inspection import inspection_page
+
+        html.write_text(inspection_page(load_spec(spec), target), encoding="utf-8")
+        print(f"wrote {html}; open it in a browser")
+        return
+    from nsagen.cli.console import inspection, print_inspection
+
+    content = inspection(load_spec(spec))
+    if as_json:
+        print(json.dumps(content, indent=1))
+    else:
+        print_inspection(content)
+
+
+@app.command(epilog="Example: TRITON_INTERPRET=1 nsagen verify tiny --op rope")
+def verify(
+    spec: SpecName,
+    ops: Annotated[
+        list[str] | None, typer.Option("--op", help="Only this op; may be given again.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Run a spec's kernels beside the float64 reference, on a GPU or in Triton's interpreter."""
+    from nsagen.cases.verify import verify as run
+    from nsagen.cli.console import print_verification, progress_bar
+    from nsagen.spec import load_spec
+
+    loaded = load_spec(spec)
+    with progress_bar(f"verify {loaded.name}") as progress:
+        rows = run(loaded, ops=ops or None, seed=seed, progress=progress)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print_verification(rows)
+    counts = Counter(row["result"] for row in rows)
+    if counts["failed"] or not counts["ok"]:
+        if not counts["failed"]:
+            print("nsagen: verify: nothing could be verified here", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+app.command(epilog=generate.EXAMPLE)(generate.generate)
+app.command(epilog=plan.EXAMPLE)(plan.plan)
+app.command(epilog=tuning.EXAMPLE)(tuning.tune)
+
+
+@app.command(epilog="Example: nsagen doctor --json")
+def doctor(out: OutDir = Path("generated"), as_json: Json = False) -> None:
+    """Show versions, GPUs and folders, find stale packages, and say what to do."""
+    from nsagen.cli.console import print_diagnosis
+    from nsagen.cli.doctor import examine
+
+    diagnosis = examine(out)
+    if as_json:
+        print(json.dumps(diagnosis, indent=1))
+    else:
+        print_diagnosis(diagnosis)
+    if diagnosis["problems"]:
+        raise typer.Exit(1)
+
+
+def _load_all(names: list[str]) -> list[Spec]:
+    """Load every spec before any is used, so that a bad one changes nothing."""
+    from nsagen.spec import load_spec
+
+    loaded: list[Spec] = []
+    errors = []
+    for name in names:
+        try:
+            loaded.append(load_spec(name))
+        except SpecError as error:
+            errors.append(str(error))
+    if errors:
+        raise SpecError("\n".join(errors))
+    counts = Counter(spec.name for spec in loaded)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise SpecError(
+            f"build: each spec needs a name of its own; got {twice[0]!r} twice; rename one"
+        )
+    return loaded

@@ -1,0 +1,122 @@
+"""The sub-commands of `nsagen bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Measure kernels on this GPU, beside dense attention and beside what is possible.",
+    no_args_is_help=True,
+)
+
+Seqlens = Annotated[list[int] | None, typer.Option("--seqlens", help="Tokens; may be given again.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PARAM=VALUE", help="Change the attention, e.g. kv_heads=8."),
+]
+Package = Annotated[
+    str | None, typer.Option("--package", help="Generated package; kernels it lacks are built.")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the results; benchmarks/results/<device>.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")]
+
+
+@app.command(epilog="Example: nsagen bench prefill --seqlens 8192 --seqlens 65536")
+def prefill(
+    seqlens: Seqlens = None,
+    changes: Changes = None,
+    package: Package = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Time the forward pass: each op, the whole attention, and dense attention."""
+    from nsagen.bench import prefill as bench
+
+    _run("prefill", bench, seqlens, changes, package, out, as_json)
+
+
+@app.command(epilog="Example: nsagen bench train --seqlens 32768 --set topk=8")
+def train(
+    seqlens: Seqlens = None,
+    changes: Changes = None,
+    package: Package = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Time forward and backward pass, and measure their memory."""
+    from nsagen.bench import train as bench
+
+    _run("train", bench, seqlens, changes, package, out, as_json)
+
+
+@app.command(epilog="Example: nsagen bench decode --batch 32 --context 32768")
+def decode(
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, help="Sequences; may be given again.")
+    ] = None,
+    context: Annotated[
+        list[int] | None, typer.Option("--context", min=1, help="Tokens; may be given again.")
+    ] = None,
+    attention_only: Annotated[
+        bool, typer.Option("--attention-only", help="Leave out layers and steps of a model.")
+    ] = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Time decoding: attention beside dense on the same cache, layers and steps of a model."""
+    from nsagen.bench import decode as bench
+    from nsagen.bench.measure import require_gpu
+    from nsagen.cli.console import progress_bar
+
+    require_gpu("decode")
+    with progress_bar("bench decode") as progress:
+        rows = bench.run(bench.plan_of(batch, context, attention_only), progress)
+    _show(bench.save(rows, out), rows, bench.COLUMNS, as_json)
+
+
+@app.command(epilog="Example: nsagen bench plot benchmarks/results/nvidia-h200/prefill.json")
+def plot(results: Annotated[Path, typer.Argument(help="JSON of a benchmark.")]) -> None:
+    """Draw results as a PNG beside them."""
+    from nsagen.bench.plot import plot as draw
+
+    print(draw(results))
+
+
+def _run(
+    name: str,
+    bench: Any,
+    seqlens: list[int] | None,
+    changes: list[str] | None,
+    package: str | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    import nsagen
+    from nsagen.bench.measure import require_gpu
+    from nsagen.bench.results import write_results
+    from nsagen.bench.shape import Shape, parse_changes
+    from nsagen.cli.console import progress_bar
+
+    shape = Shape(**parse_changes(changes or []))
+    require_gpu(name)
+    dispatcher = None if package is None else nsagen.load(package)
+    with progress_bar(f"bench {name}") as progress:
+        rows = bench.run(shape, tuple(seqlens or bench.SEQLENS), dispatcher, progress)
+    _show(write_results(name, rows, out), rows, bench.COLUMNS, as_json)
+
+
+def _show(path: Path, rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool) -> None:
+    """Print what was written to `path`."""
+    from nsagen.bench.results import table_text
+
+    if as_json:
+        print(json.dumps(json.loads(path.read_text()), indent=1))
+        return
+    print(f"written to {path}")
+    print(table_text(rows, columns))

@@ -1,0 +1,159 @@
+"""`nsagen doctor`: what is installed here, what is stale, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from nsagen import __version__
+from nsagen.core.errors import NsagenError
+from nsagen.runtime.user_cache import cache_dir, cache_folder
+
+
+def examine(out_dir: Path) -> dict[str, Any]:
+    """Facts about this machine, notes, and problems with their remedies.
+
+    Returns:
+        {"facts": name -> text, number or None, "notes": texts, "problems": texts}, all JSON.
+    """
+    notes: list[str] = []
+    problems: list[str] = []
+    gpus = _gpus(problems)
+    facts: dict[str, str | None] = {
+        "nsagen": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "torch": _version("torch"),
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "ruff": _version("ruff"),
+        "GPUs": ", ".join(gpus) or None,
+        "GPU driver": _driver(),
+        "optional": ", ".join(f"{name} {found}" for name, found in _optional().items()) or None,
+        "user cache": f"{cache_dir()} ({_cache_use(notes)})",
+        "interpreter": "on (TRITON_INTERPRET)" if os.environ.get("TRITON_INTERPRET") else "off",
+    }
+    if facts["torch"] is None:
+        problems.append("torch is missing; run: pip install torch")
+    if facts["triton"] is None:
+        problems.append("triton is missing, so kernels cannot run; run: pip install triton")
+    if facts["numpy"] is None:
+        notes.append("numpy is missing, which Triton's interpreter needs; run: pip install numpy")
+    if not gpus:
+        notes.append("no GPU here; TRITON_INTERPRET=1 runs kernels on the CPU, slowly")
+    if (facts["triton"] or "").startswith("3.6.") and _at_least(facts["numpy"], (2, 4)):
+        notes.append("triton 3.6's interpreter fails with numpy 2.4; run: pip install 'numpy<2.3'")
+    if facts["GPU driver"] and not gpus and _built_for_cpu():
+        problems.append(
+            "a GPU driver is here, but this torch is built for CPUs; run: pip install torch "
+            "--index-url https://download.pytorch.org/whl/cu130 (or the one of your driver)"
+        )
+    packages = _packages(out_dir, problems)
+    facts["packages"] = ", ".join(packages) or None
+    return {"facts": facts, "notes": notes, "problems": problems}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _optional() -> dict[str, str]:
+    """What is installed of what only some commands and integrations need."""
+    names = ("transformers", "tokenizers", "optuna", "matplotlib", "plotly", "mkdocs-material")
+    return {name: found for name in names if (found := _version(name))}
+
+
+def _built_for_cpu() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.version.cuda is None and torch.version.hip is None
+
+
+def _cache_use(notes: list[str]) -> str:
+    """Kernels in the user cache; those of other versions of nsagen become a note."""
+    root, current = cache_dir(), cache_folder().name
+    folders = [path for path in root.glob("*-????????") if path.is_dir()]
+    counts = {path: sum(1 for _ in path.rglob("*.py")) for path in folders}
+    old = [path for path in folders if path.name != current]
+    if old:
+        notes.append(
+            f"{sum(counts[path] for path in old)} kernels of other versions of nsagen or its "
+            f"templates are in the user cache; to free the room: rm -r {' '.join(map(str, old))}"
+        )
+    return f"{counts.get(root / current, 0)} kernels of this version"
+
+
+def _at_least(version: str | None, least: tuple[int, int]) -> bool:
+    numbers = (version or "").split(".")[:2]
+    return (
+        len(numbers) == 2
+        and all(n.isdigit() for n in numbers)
+        and tuple(map(int, numbers)) >= least
+    )
+
+
+def _gpus(problems: list[str]) -> list[str]:
+    try:
+        import torch
+    except ImportError:
+        return []
+    if not torch.cuda.is_available():
+        return []
+    from nsagen.core.target import parse_target
+    from nsagen.runtime.device import target_of
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        target = target_of(torch.device("cuda", index))
+        found.append(f"{torch.cuda.get_device_name(index)} ({target})")
+        try:
+            parse_target(target)
+        except NsagenError as error:
+            problems.append(f"GPU {index}: {error}")
+    return found
+
+
+def _driver() -> str | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout else None
+
+
+def _packages(out_dir: Path, problems: list[str]) -> list[str]:
+    """The generated packages below a folder; the stale ones become problems."""
+    from nsagen.codegen.build import check
+    from nsagen.spec import load_spec
+
+    found = []
+    for manifest in sorted(out_dir.glob("*/manifest.json")):
+        name = manifest.parent.name
+        found.append(name)
+        try:
+            spec = load_spec(name)
+            stale = check(spec, out_dir)
+        except NsagenError as error:
+            problems.append(f"{manifest.parent}: cannot be checked: {str(error).splitlines()[0]}")
+            continue
+        if stale:
+            problems.append(
+                f"{manifest.parent}: {len(stale)} files are not up to date, such as "
+                f"{stale[0].path} ({stale[0].state}); run: nsagen build {spec.label}"
+            )
+    return found

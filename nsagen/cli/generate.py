@@ -1,0 +1,229 @@
+"""`nsagen generate`: text in, text out, as it comes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nsagen.cli.options import Json
+from nsagen.core.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from nsagen.model import ToyLlama, ToyNSALlama
+
+EXAMPLE = 'Example: nsagen generate --model ./Llama-3.2-1B --prompt "Sparse attention is"'
+DEFAULT_PROMPT = "Native sparse attention reads"
+
+_log = logging.getLogger("nsagen.generate")
+
+
+def generate(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A Llama checkpoint: config.json, safetensors, tokenizer.json."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue; - reads it from stdin.")
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="nsa or dense; by default what the checkpoint has.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to make at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the most likely token; else sample.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling, and of random weights.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; by default a GPU if there is one.")
+    ] = None,
+    kernels: Annotated[
+        str | None, typer.Option(help="Generated package to use on a GPU, such as llama8b.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a text with a checkpoint or, without one, show a tiny random model at work."""
+    from nsagen.cli.text import characters, checkpoint_tokenizer
+
+    if attention not in (None, "nsa", "dense"):
+        raise InvalidInputError(
+            f"generate: --attention must be nsa or dense; got {attention!r}; choose one"
+        )
+    text = _prompt(prompt, model)
+    tokenizer = characters() if model is None else checkpoint_tokenizer(model)
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise InvalidInputError("generate: the prompt must have a token; got none; write some text")
+    where = _device(device)
+    length = len(ids) + max_new_tokens
+    if model is None:
+        made = _random_model(length, seed, where, attention, kernels)
+    else:
+        made = _checkpoint(model, length, where, attention, kernels)
+    start = time.perf_counter()
+    new: list[int] = []
+    stream = tokenizer.stream()
+    for token in _tokens(made, ids, max_new_tokens, temperature, seed):
+        if token in tokenizer.stop:
+            break
+        new.append(token)
+        if not as_json:
+            print(stream.add(token), end="", flush=True)
+    seconds = time.perf_counter() - start
+    if as_json:
+        result = {"prompt": text, "text": tokenizer.decode(new), "tokens": new}
+        print(json.dumps({**result, "prompt_tokens": len(ids), "seconds": seconds}))
+        return
+    print(stream.end())
+    rate = len(new) / seconds if seconds else 0.0
+    _log.info("%d tokens after a prompt of %d, %.1f a second", len(new), len(ids), rate)
+
+
+def _prompt(prompt: str | None, model: Path | None) -> str:
+    if prompt == "-" or (prompt is None and model is not None and not sys.stdin.isatty()):
+        return sys.stdin.read()
+    if prompt is None and model is not None:
+        raise InvalidInputError(
+            'generate: a checkpoint needs a prompt; got none; add --prompt "..."'
+        )
+    return DEFAULT_PROMPT if prompt is None else prompt
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidInputError(
+            f"generate: --device must be cuda or cpu; got {name!r}; choose one"
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInputError(
+            "generate: --device cuda needs a GPU that PyTorch sees; it sees none; "
+            "run nsagen doctor, or leave --device out"
+        )
+    return device
+
+
+def _random_model(
+    length: int, seed: int, device: torch.device, attention: str | None, kernels: str | None
+) -> ToyLlama | ToyNSALlama:
+    """Two small layers with the attention of specs/tiny.yaml."""
+    import torch
+
+    from nsagen.cli.text import CHARACTERS
+    from nsagen.model import InferenceConfig, ToyLlama, ToyLlamaConfig, ToyNSALlama
+    from nsagen.model.configs import ToyNSALlamaConfig
+    from nsagen.spec import load_spec
+
+    shape = next(s for s in load_spec("tiny").shapes if s.gqa_ratio == 2)
+    model: dict[str, Any] = {
+        "vocab_size": len(CHARACTERS),
+        "max_position_embeddings": max(2048, length),
+        "hidden_size": 4 * shape.head_dim,
+        "intermediate_size": 8 * shape.head_dim,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": shape.head_dim,
+        "initializer_range": 0.2,
+    }
+    names = ("kernel_size", "kernel_stride", "block_size", "topk", "window_size")
+    sparse = {name: getattr(shape, name) for name in names}
+    limits = InferenceConfig(1, length)
+    generator = torch.Generator().manual_seed(seed)
+    if attention == "dense":
+        made: Any = ToyLlama(ToyLlamaConfig(**model), limits, generator=generator)
+    else:
+        config = ToyNSALlamaConfig(**model, **sparse, compress_type=shape.compress_type)
+        made = ToyNSALlama(config, limits, _dispatcher(kernels), generator=generator)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    _log.info(
+        "no --model: a model of 2 layers with random weights and %s continues the prompt "
+        "letter by letter; the text means nothing. It runs %s.",
+        "dense attention" if attention == "dense" else "the attention of specs/tiny.yaml",
+        _how(device, dtype),
+    )
+    return made.to(device, dtype).requires_grad_(False)
+
+
+def _checkpoint(
+    folder: Path, length: int, device: torch.device, attention: str | None, kernels: str | None
+) -> ToyLlama | ToyNSALlama:
+    import torch
+
+    from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
+    from nsagen.model.checkpoint_config import config_dtype, read_config
+
+    raw = read_config(folder)
+    sparse = attention == "nsa" or (attention is None and "nsa" in raw)
+    dtype = torch.float32
+    if device.type == "cuda":
+        dtype = torch.float16 if config_dtype(raw) is torch.float16 else torch.bfloat16
+    limits = InferenceConfig(1, length)
+    common = {"dtype": dtype, "device": device}
+    _log.info(
+        "%s with %s attention, %s",
+        folder,
+        "native sparse" if sparse else "dense",
+        _how(device, dtype),
+    )
+    if sparse and "nsa" not in raw:
+        _log.warning(
+            "the checkpoint was trained with dense attention, and NSA starts untrained: "
+            "expect worse text beyond a short prompt"
+        )
+    if not sparse:
+        return ToyLlama.from_pretrained(folder, limits, **common).requires_grad_(False)
+    dispatcher = _dispatcher(kernels)
+    made = ToyNSALlama.from_pretrained(folder, limits, dispatcher=dispatcher, **common)
+    return made.requires_grad_(False)
+
+
+def _how(device: torch.device, dtype: torch.dtype) -> str:
+    from nsagen.runtime.device import interpreting
+
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        return f"on a GPU in {name}"
+    return f"on the CPU in {name}, in {'the interpreter' if interpreting() else 'plain PyTorch'}"
+
+
+def _dispatcher(name: str | None) -> Any:
+    import nsagen
+
+    return None if name is None else nsagen.load(name)
+
+
+def _tokens(model: Any, ids: list[int], count: int, temperature: float, seed: int) -> Iterator[int]:
+    """New tokens, each as soon as it is known."""
+    import torch
+
+    with torch.no_grad():
+        device = model.lm_head.weight.device
+        prompt = torch.tensor(ids, dtype=torch.int64, device=device)
+        ends = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
+        generator = torch.Generator(device).manual_seed(seed)
+        cache, slots = model.new_cache(), torch.zeros(1, dtype=torch.int32, device=device)
+        logits = model.prefill(prompt, ends, [len(ids)], cache)
+        for position in range(len(ids), len(ids) + count):
+            if temperature > 0:
+                chances = (logits / temperature).softmax(-1)
+                token = torch.multinomial(chances, 1, generator=generator)[:, 0]
+            else:
+                token = logits.argmax(-1)
+            yield int(token)
+            if position + 1 < len(ids) + count:
+                where = torch.full((1,), position, dtype=torch.int32, device=device)
+                logits = model.decode(token, where, slots, cache)

@@ -1,0 +1,36 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nsagen.core.paths import specs_dir
+
+
+def _spec_names(incomplete: str) -> list[str]:
+    """For shell completion: the names of ./specs and of the shipped specs."""
+    folders = (Path("specs"), specs_dir())
+    names = {path.stem for folder in folders for path in folder.glob("*.yaml")}
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+_ONE_SPEC = typer.Argument(
+    metavar="SPEC",
+    help="A spec's path, or the name of a shipped one.",
+    autocompletion=_spec_names,
+)
+SpecName = Annotated[str, _ONE_SPEC]
+OptionalSpecName = Annotated[str | None, _ONE_SPEC]
+SpecNames = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SPEC",
+        help="Paths of specs, or names of shipped ones.",
+        autocompletion=_spec_names,
+    ),
+]
+OutDir = Annotated[Path, typer.Option("--out", help="Folder that packages are written below.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]

@@ -1,0 +1,216 @@
+"""`nsagen plan`: what a model with a spec's attention needs, beside dense attention."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nsagen.cli.options import Json, SpecName
+from nsagen.core.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from nsagen.estimate.efficiency import Efficiency
+    from nsagen.estimate.model import Gpu, Needs
+    from nsagen.model import ToyLlamaConfig
+    from nsagen.spec import AttentionShape, Spec
+
+EXAMPLE = "Example: nsagen plan llama8b --gpu h200 --context 131072 --batch 32 --gpus 8"
+
+DEFAULT_MODEL: dict[str, Any] = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+}
+"""Llama 3.1 8B; its heads follow from the spec's head_dim and gqa_ratio."""
+
+HEADINGS = (
+    "weights",
+    "cache",
+    "workspace",
+    "prefill",
+    "decode step",
+    "largest batch",
+    "largest context",
+)
+
+
+def plan(
+    spec: SpecName,
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h200",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 131072,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once, on all GPUs.")] = 32,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of one host.")] = 1,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder with a Llama's config.json; else Llama 3.1 8B's sizes."),
+    ] = None,
+    prefill_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one prefill pass; a sequence if left out.")
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Folder of nsagen bench's results; benchmarks/results/nvidia-<gpu>."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what memory and time a model needs with a spec's attention, and with dense attention."""
+    from nsagen.estimate.efficiency import efficiencies
+    from nsagen.estimate.model import GPUS, USABLE, Load, needs
+    from nsagen.spec import load_spec
+
+    if gpu not in GPUS:
+        raise InvalidInputError(
+            f"plan: --gpu must be one of {', '.join(GPUS)}; got {gpu!r}; choose the nearest"
+        )
+    device, load = GPUS[gpu], Load(context, batch, gpus, prefill_tokens or context)
+    if results is not None and not results.is_dir():
+        raise InvalidInputError(
+            f"plan: --results must be a folder; got {results}; nsagen bench writes one"
+        )
+    folder = results or Path("benchmarks") / "results" / f"nvidia-{gpu}"
+    known = efficiencies(folder, device.flops, device.bandwidth)
+    rows = []
+    for label, config in _configs(load_spec(spec), model):
+        efficiency = _efficiency(config, known)
+        rows.append((label, config, needs(config, device, load, efficiency), efficiency.source))
+    if as_json:
+        content = {
+            "gpu": asdict(device),
+            "usable": USABLE,
+            "load": asdict(load),
+            "models": [
+                {"attention": label, "config": asdict(config), **asdict(found), "time": time}
+                for label, config, found, time in rows
+            ],
+        }
+        print(json.dumps(content, indent=1))
+        return
+    _print([(label, found, time) for label, _, found, time in rows], device, load, model)
+
+
+def _efficiency(config: ToyLlamaConfig, known: tuple[Efficiency, Efficiency]) -> Efficiency:
+    """What was measured of such an attention; the roofline where nothing was."""
+    from nsagen.estimate.attention import head_dims
+    from nsagen.estimate.efficiency import ROOFLINE, SHAPE, is_measured
+
+    nsa, dense = known
+    if set(head_dims(config)) != {SHAPE["head_dim"]}:
+        return ROOFLINE
+    if not hasattr(config, "topk"):
+        return dense
+    ratio = config.num_attention_heads // config.num_key_value_heads
+    return nsa if is_measured({**asdict(config), "gqa_ratio": ratio}) else ROOFLINE
+
+
+def _configs(spec: Spec, folder: Path | None) -> Iterator[tuple[str, ToyLlamaConfig]]:
+    """A model for each shape that differs in what memory and time depend on, and dense ones."""
+    from nsagen.model import ToyLlamaConfig, ToyNSALlamaConfig
+    from nsagen.model.sparsity import settings_of
+
+    shapes = spec.shapes
+    seen: set[tuple[Any, ...]] = set()
+    for ratio in dict.fromkeys(shape.gqa_ratio for shape in shapes):
+        like = [shape for shape in shapes if shape.gqa_ratio == ratio]
+        model = _model(like[0], folder)
+        if model is None:
+            continue
+        for shape in like:
+            settings = {
+                **settings_of(shape),
+                "branches": spec.branches,
+                "v_head_dim": shape.v_head_dim,
+            }
+            key = (ratio, *(v for n, v in settings.items() if not n.endswith("compress_type")))
+            if key not in seen:
+                seen.add(key)
+                yield (
+                    f"NSA, gqa_ratio {ratio}, topk {shape.topk}",
+                    ToyNSALlamaConfig(**model, **settings),
+                )
+        sizes = "" if like[0].v_head_dim == like[0].head_dim else f", head_dim {like[0].head_dim}"
+        yield f"dense, gqa_ratio {ratio}{sizes}", ToyLlamaConfig(**model)
+    if not seen:
+        ratios = ", ".join(str(r) for r in dict.fromkeys(shape.gqa_ratio for shape in shapes))
+        raise InvalidInputError(
+            f"plan: the spec must have a shape with the model's heads; it has gqa_ratio {ratios}; "
+            "give another --model, or add its gqa_ratio and head_dim to the spec"
+        )
+
+
+def _model(shape: AttentionShape, folder: Path | None) -> dict[str, Any] | None:
+    """Sizes for ToyLlamaConfig; None where the folder's heads are not the shape's."""
+    if folder is not None:
+        from nsagen.model.checkpoint_config import dense_config, read_config
+
+        sizes = asdict(dense_config(read_config(folder), folder))
+        ratio = sizes["num_attention_heads"] // sizes["num_key_value_heads"]
+        return sizes if (ratio, sizes["head_dim"]) == (shape.gqa_ratio, shape.head_dim) else None
+    heads = DEFAULT_MODEL["hidden_size"] // shape.head_dim // shape.gqa_ratio * shape.gqa_ratio
+    if heads == 0:
+        return None
+    return {
+        **DEFAULT_MODEL,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // shape.gqa_ratio,
+        "head_dim": shape.head_dim,
+    }
+
+
+def _print(rows: list[tuple[str, Needs, str]], gpu: Gpu, load: Any, model: Path | None) -> None:
+    from rich.table import Table
+
+    from nsagen.cli.console import console
+    from nsagen.estimate.model import USABLE
+
+    title = (
+        f"{load.gpus} x {gpu.name}, {load.batch} sequences of {load.context:,} tokens; "
+        f"{model or 'a model of Llama 3.1 8B size'}, 16-bit"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("attention", no_wrap=True)
+    table.add_column("split", no_wrap=True)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right")
+    table.add_column("time by")
+    for label, found, time in rows:
+        table.add_row(
+            label,
+            f"{found.split.tensor} x {found.split.data}",
+            _bytes(found.weights),
+            _bytes(found.cache),
+            _bytes(found.workspace),
+            _seconds(found.prefill),
+            _seconds(found.decode) if found.fits else f"{_seconds(found.decode)}, does not fit",
+            f"{found.largest_batch:,}",
+            f"{found.largest_context:,}",
+            time.partition(" ")[0],
+        )
+    out = console()
+    out.print(table)
+    for line in (
+        f"Bytes are of one GPU; {USABLE:.0%} of its {_bytes(gpu.memory)} may be used. Split: GPUs "
+        "that share the heads x groups that share the batch.",
+        f"Times by the roofline are floors, at {gpu.flops / 1e12:.0f} TFLOP/s, "
+        f"{gpu.bandwidth / 1e12:.2f} TB/s and links of {gpu.link / 1e9:.0f} GB/s "
+        f"({gpu.source}): prefill of one sequence; a step of the whole batch.",
+        *(
+            f"M{time[1:]}: attention is as near to the roofline as it came there at the nearest "
+            "sizes; the rest is the roofline."
+            for time in dict.fromkeys(time for *_, time in rows if time != "roofline")
+        ),
+    ):
+        out.print(line, highlight=False)
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _seconds(time: float) -> str:
+    return f"{time:.2f} s" if time >= 1 else f"{time * 1e3:.2f} ms"

@@ -1,0 +1,202 @@
+"""`nsagen tune`: parses, calls, prints. It imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from nsagen.core.errors import InvalidInputError
+
+EXAMPLE = "Example: nsagen tune llama8b --op selected_attention --time 10m"
+
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def tune(
+    spec: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SPEC]",
+            help="A spec's path or a shipped one's name; left out: what generated/ was built from.",
+        ),
+    ] = None,
+    ops: Annotated[
+        list[str] | None, typer.Option("--op", help="Only this op; may be given again.")
+    ] = None,
+    passes: Annotated[
+        list[str] | None, typer.Option("--pass", help="Only this pass; may be given again.")
+    ] = None,
+    seqlens: Annotated[
+        str, typer.Option(help="Tokens (decoding: of context) to tune for, such as 2048,16384.")
+    ] = "",
+    batches: Annotated[
+        str, typer.Option("--batch", help="Sequences (decoding: rows) to tune for, such as 1,32.")
+    ] = "",
+    params: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            metavar="NAME=VALUE",
+            help="Only workloads of this value, such as gqa_ratio=16; those without it stay.",
+        ),
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="Key/value heads; left out: as 32 query heads have.")
+    ] = None,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Schedules to try for a workload and size.")
+    ] = 200,
+    time: Annotated[
+        str, typer.Option(help="For everything: 90s, 10m or 1h, shared out evenly.")
+    ] = "",
+    study: Annotated[
+        str | None, typer.Option(help="URL of the studies' storage; left out: a local file.")
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(help="time: measured on the GPU. static: by compile-time resources.")
+    ] = "time",
+    target: Annotated[
+        str | None, typer.Option(help="With --objective static: an architecture, as cuda:100.")
+    ] = None,
+    simulate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Replay a recording; needs no GPU.")
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            "--record-exhaustive",
+            metavar="FILE",
+            help="Measure every schedule of one workload into FILE (.jsonl.gz).",
+        ),
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write an HTML page about the searches, too.")
+    ] = False,
+    sampler: Annotated[str, typer.Option(help="gp, tpe or random.")] = "gp",
+    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes that compile; all cores if left out.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of tuning records; left out: beside the spec.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")
+    ] = False,
+) -> None:
+    """Find the fastest schedule of each workload and size on this machine's GPU.
+
+    Stop it at any time: the same command goes on from there. For several GPUs, run it once a
+    GPU (CUDA_VISIBLE_DEVICES=0, 1, ...) with the same --study.
+    """
+    _check_choices(objective, sampler, target)
+    from nsagen.cli.tune_progress import Live, print_result, result_json
+    from nsagen.tune import session
+    from nsagen.tune.search import Budget
+    from nsagen.tune.selection import Selection
+    from nsagen.tune.settings import Settings
+    from nsagen.tune.tuner import EACH_AHEAD
+
+    cores = jobs or os.cpu_count() or 1
+    settings = Settings(
+        objective=objective,  # type: ignore[arg-type]  # checked above
+        budget=Budget(trials=trials),
+        seconds=seconds_of(time),
+        ahead=1 if simulate else EACH_AHEAD * cores,
+        sampler=sampler,
+        seed=seed,
+    )
+    sizes = sizes_of(seqlens), sizes_of(batches)
+    chosen = Selection(ops or (), passes or (), *sizes, kv_heads, params_of(params or ()))
+    places = session.Places(out=out, url=study, target=target, jobs=cores)
+    try:
+        with Live() as live:
+            if simulate is not None:
+                result = session.simulate(simulate, settings, places, live)
+            elif record is not None:
+                result = session.record(spec, chosen, record, settings, places, live)
+            else:
+                result = session.tune(spec, chosen, settings, places, live)
+    except KeyboardInterrupt:
+        print("nsagen: tune: stopped; the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if report:
+        from nsagen.reports.tuning import write_report
+
+        page = (out or Path()) / f"tune-{result.device}.html"
+        write_report(page, result)
+        result.files.append(page)
+    if as_json:
+        print(json.dumps(result_json(result), indent=1))
+    else:
+        print_result(result)
+    if result.failures:
+        raise typer.Exit(1)
+
+
+def _check_choices(objective: str, sampler: str, target: str | None) -> None:
+    from nsagen.records.record import Objective
+    from nsagen.tune.sampler import SAMPLERS
+
+    known = (("--objective", objective, get_args(Objective)), ("--sampler", sampler, SAMPLERS))
+    for option, got, allowed in known:
+        if got not in allowed:
+            names = ", ".join(allowed)
+            raise InvalidInputError(f"tune: {option} must be one of {names}; got {got!r}")
+    if target is not None and objective != "static":
+        raise InvalidInputError(
+            f"tune: --target goes with --objective static; got {target!r} with {objective}; "
+            "a measurement is always of the GPU that is there"
+        )
+
+
+def seconds_of(text: str) -> float | None:
+    """Seconds of `90s`, `10m`, `1.5h` or `90`; None of an empty text.
+
+    Raises:
+        InvalidInputError: not such a text.
+    """
+    if not text:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if not found or not float(found[1]):
+        raise InvalidInputError(
+            f"tune: --time must be a number with s, m or h; got {text!r}; such as 90s or 10m"
+        )
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def params_of(texts: Sequence[str]) -> dict[str, str]:
+    """Names and values of `gqa_ratio=16`.
+
+    Raises:
+        InvalidInputError: not such a text.
+    """
+    pairs = [text.partition("=") for text in texts]
+    for text, (name, sign, value) in zip(texts, pairs, strict=True):
+        if not (name and sign and value):
+            raise InvalidInputError(
+                f"tune: --param must be NAME=VALUE; got {text!r}; such as gqa_ratio=16"
+            )
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def sizes_of(text: str) -> tuple[int, ...]:
+    """The numbers of `2048,16384`.
+
+    Raises:
+        InvalidInputError: one is no positive whole number.
+    """
+    parts = [part for part in re.split(r"[\s,]+", text) if part]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InvalidInputError(
+            f"tune: sizes must be positive whole numbers; got {text!r}; such as 2048,16384"
+        )
+    return tuple(map(int, parts))

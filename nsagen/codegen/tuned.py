@@ -1,0 +1,93 @@
+"""From files of tuning records to what a build uses of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nsagen.codegen.plan import TunedChoice
+from nsagen.core.bucket import Bucket
+from nsagen.core.target import parse_target
+from nsagen.core.workload import Workload
+from nsagen.records.files import DeviceRecords, load_folder
+from nsagen.records.record import TuningRecord, outdated
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What the tuning records of a spec come to.
+
+    Attributes:
+        choices: the schedules to use.
+        hashes: name of a records' file -> its SHA-256.
+        notes: what a user must know: records that a change outdated, and why.
+    """
+
+    choices: tuple[TunedChoice, ...] = ()
+    hashes: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def tuned_choices(folder: Path, workloads: Sequence[Workload], targets: Sequence[str]) -> Tuned:
+    """What a build uses of the records in a folder.
+
+    For a workload, target and bucket, a measured record goes before a ranked one, and the newer
+    one before the older. A target's buckets come from one device and one run's sizes, so that
+    ranges of different runs do not overlap: the newest record decides which.
+
+    Raises:
+        SpecError: a file is not one of tuning records.
+    """
+    files = load_folder(folder)
+    wanted, notes = set(workloads), []
+    found: dict[tuple[Workload, str], list[tuple[str, TuningRecord]]] = {}
+    for file in files:
+        if file.target not in targets:
+            continue
+        stale = {}
+        for record in file.records:
+            if record.workload not in wanted:
+                continue
+            if reason := outdated(record, parse_target(file.target)):
+                stale.setdefault(reason, []).append(record)
+                continue
+            found.setdefault((record.workload, file.target), []).append((file.device, record))
+        notes += _stale_notes(file, stale)
+    choices = [
+        TunedChoice(
+            workload, target, r.bucket, r.schedule, r.evidence(device), r.objective == "time"
+        )
+        for (workload, target), records in found.items()
+        for device, r in _preferred(records)
+    ]
+    hashes = tuple((file.path.name, file.sha256) for file in files)
+    return Tuned(tuple(choices), hashes, tuple(notes))
+
+
+def _preferred(records: list[tuple[str, TuningRecord]]) -> list[tuple[str, TuningRecord]]:
+    """The records to use of a workload and target: of one device, disjoint, the newest first."""
+    measured = [pair for pair in records if pair[1].objective == "time"]
+    newest = sorted(measured or records, key=lambda pair: (pair[1].date, pair[0]), reverse=True)
+    chosen: list[tuple[str, TuningRecord]] = []
+    for device, record in newest:
+        same_device = not chosen or chosen[0][0] == device
+        if same_device and not any(_overlap(record.bucket, other.bucket) for _, other in chosen):
+            chosen.append((device, record))
+    return chosen
+
+
+def _overlap(a: Bucket, b: Bucket) -> bool:
+    return all(
+        (low[0] or 0) <= (float("inf") if high[1] is None else high[1])
+        for one, two in ((a.tokens, b.tokens), (a.context, b.context))
+        for low, high in ((one, two), (two, one))
+    )
+
+
+def _stale_notes(file: DeviceRecords, stale: dict[str, list[TuningRecord]]) -> list[str]:
+    return [
+        f"{file.path.name}: {len(records)} records are outdated and not used, such as "
+        f"{records[0].workload}, {records[0].bucket}: {reason}; run nsagen tune on {file.device}"
+        for reason, records in stale.items()
+    ]

@@ -1,0 +1,118 @@
+"""How near attention came to its roofline on a GPU: read from results of `nsagen bench`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from nsagen.core.errors import InvalidInputError
+
+SHAPE = {
+    **{"gqa_ratio": 16, "head_dim": 128, "kernel_size": 32, "kernel_stride": 16},
+    **{"block_size": 64, "topk": 16, "window_size": 512},
+}
+"""Of the NSA that benchmarks run unless they are told otherwise."""
+
+Points = tuple[tuple[float, float], ...]
+"""(size, share of the roofline), by size."""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Shares of the roofline that attention reaches; the roofline itself without points.
+
+    Attributes:
+        source: where they are from.
+        prefill: by tokens of a sequence.
+        decode: by bytes that a step reads of a layer's cache.
+    """
+
+    source: str = "roofline"
+    prefill: Points = ()
+    decode: Points = ()
+
+    def of_prefill(self, tokens: int) -> float:
+        """Of one sequence's forward pass."""
+        return between(self.prefill, tokens)
+
+    def of_decode(self, cache_bytes: float) -> float:
+        """Of one layer of a decoding step."""
+        return between(self.decode, cache_bytes)
+
+
+ROOFLINE = Efficiency()
+
+
+def between(points: Points, size: float) -> float:
+    """The share at a size, on a line over the logarithm of sizes; the nearest one beyond them."""
+    if not points:
+        return 1.0
+    if size <= points[0][0]:
+        return points[0][1]
+    for (low, share), (high, next_share) in pairwise(points):
+        if size <= high:
+            part = math.log(size / low) / math.log(high / low)
+            return share + part * (next_share - share)
+    return points[-1][1]
+
+
+def efficiencies(folder: Path, flops: float, bandwidth: float) -> tuple[Efficiency, Efficiency]:
+    """NSA's, of `SHAPE`, and dense attention's; the roofline where a folder has no such results.
+
+    Args:
+        folder: of a device's results, with prefill.json and decode.json or one of them.
+        flops: operations a second that the roofline has.
+        bandwidth: bytes a second that it has.
+
+    Raises:
+        InvalidInputError: a file is there that no benchmark wrote.
+    """
+    prefill, device = _rows(folder / "prefill.json")
+    decode, other = _rows(folder / "decode.json")
+    if not prefill and not decode:
+        return ROOFLINE, ROOFLINE
+    decode = [row for row in decode if row["what"] == "attention"]
+    source = f"measured on {device or other}: {folder}"
+    found = []
+    for name, ms, read in (("attention", "ms", "bytes"), ("dense", "torch_ms", "dense_bytes")):
+        found.append(
+            Efficiency(
+                source,
+                tuple(
+                    (float(row["tokens"]), 1e12 * row["tflops"] / flops)
+                    for row in sorted(prefill, key=lambda row: row["tokens"])
+                    if row["what"].startswith(name)
+                ),
+                tuple(
+                    sorted((float(r[read]), r[read] / bandwidth / (1e-3 * r[ms])) for r in decode)
+                ),
+            )
+        )
+    return found[0], found[1]
+
+
+def is_measured(parameters: Mapping[str, Any]) -> bool:
+    """Whether an attention with these static parameters is the one that benchmarks run."""
+    return all(parameters[name] == value for name, value in SHAPE.items())
+
+
+def _rows(path: Path) -> tuple[Sequence[Mapping[str, Any]], str]:
+    """Rows and device of a result; none where there is no file, or other shapes were measured."""
+    if not path.is_file():
+        return [], ""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        about = content["provenance"]
+        if "--set" in about["command"] or "heads" in about["command"]:
+            return [], ""
+        return content["rows"], about["device"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidInputError(
+            f"{path}: must be what nsagen bench wrote; got {type(error).__name__}: {error}; "
+            "measure it again, or remove it"
+        ) from None

@@ -1,0 +1,97 @@
+"""A tuning record: the best schedule known of a workload and bucket, with its evidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nsagen.codegen.fingerprint import kernel_fingerprint
+from nsagen.codegen.template import space_for
+from nsagen.core.bucket import Bucket
+from nsagen.core.errors import NsagenError
+from nsagen.core.target import Target
+from nsagen.core.workload import Schedule, Workload
+
+Objective = Literal["time", "static"]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A schedule and its time in milliseconds (objective time) or cost (objective static)."""
+
+    schedule: Schedule
+    ms: float
+
+
+@dataclass(frozen=True)
+class TuningRecord:
+    """The best schedule known of a workload and bucket on a device.
+
+    Attributes:
+        objective: "time": measured; "static": ranked by compile-time resources, never run.
+        sizes: that were timed, as text.
+        fingerprint: of the winner's kernel; see `nsagen.codegen.fingerprint`.
+        ms: time in milliseconds, or cost without a unit.
+        spread: (slowest - fastest round) / median of the winner, in the final comparison.
+        default: the architecture's default, timed beside the winner; None if it cannot run.
+        runner_up: the best schedule but the winner, if any.
+        measured, failed, of: evaluations, how many gave no time, and how many schedules are valid.
+        ended: why the search ended.
+        date: when, in UTC, as YYYY-MM-DDTHH:MM:SSZ.
+    """
+
+    workload: Workload
+    bucket: Bucket
+    objective: Objective
+    sizes: str
+    schedule: Schedule
+    fingerprint: str
+    ms: float
+    spread: float
+    default: Timed | None
+    runner_up: Timed | None
+    measured: int
+    failed: int
+    of: int
+    ended: str
+    triton: str
+    driver: str
+    nsagen: str
+    date: str
+
+    @property
+    def key(self) -> tuple[Workload, Bucket, Objective, str]:
+        """What a file has one record of.
+
+        Sizes count: runs of one size each have the same bucket, of all calls, and a later one must
+        not discard what an earlier one measured.
+        """
+        return (self.workload, self.bucket, self.objective, self.sizes)
+
+    def evidence(self, device: str) -> str:
+        """Where and how fast, on one line, as generated files show it."""
+        if self.objective == "static":
+            return f"ranked by compile-time resources for {device.removeprefix('static-')}; not run"
+        beside = "the default cannot run"
+        if self.default is not None:
+            beside = f"default {self.default.ms:.4g} ms"
+        if self.default is not None and self.default.schedule == self.schedule:
+            beside = "the default, confirmed"
+        return f"tuned on {device}: {self.ms:.4g} ms at {self.sizes}; {beside}"
+
+
+def outdated(record: TuningRecord, target: Target) -> str:
+    """Why a record no longer holds; empty while it does.
+
+    It does while the winner's kernel renders to the code that was measured.
+    """
+    workload, schedule = record.workload, record.schedule
+    try:
+        space = space_for(workload, schedule.algorithm)
+        if wrong := space.violations(workload, schedule, target):
+            return f"its schedule is no longer valid: {wrong[0]}"
+        if kernel_fingerprint(workload, schedule) != record.fingerprint:
+            return "its template changed"
+    except NsagenError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,107 @@
+"""docs/support.md, from what docs/support.json says of the kernels."""
+
+from __future__ import annotations
+
+from nsagen.core.errors import BuildError
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.reports.target_support import (
+    SPECS,
+    Table,
+    Usage,
+    Variant,
+    lacking,
+    listed,
+    shipped,
+    variants,
+)
+from nsagen.spec import load_spec, shipped_specs
+
+HEAD = """\
+# Kernels on every target
+
+What the default schedules of every workload of every shipped spec compile to: on a CPU, by the
+compiler of Triton {triton}, with no GPU present. Registers and spills are of the hungriest kernel
+that a call launches, a thread; shared memory is what its programs need at most.
+
+This page is made from `docs/support.json`, which `python docs/generate.py --support` measures.
+
+## Shipped specs
+
+How many kernels a spec has on each target. All compile, fit the target's shared memory, and spill
+no register. A spec's schedules:
+
+```sh
+nsagen inspect {example}
+```
+
+"""
+
+
+def page(table: Table, triton: str) -> str:
+    """The whole page.
+
+    Raises:
+        BuildError: the table lacks a kernel.
+    """
+    if missing := lacking(table, variants(shipped())):
+        raise BuildError(
+            f"docs/support.json: must have every shipped kernel; lacks {len(missing)}, the first "
+            f"for {missing[0]}; run: python docs/generate.py --support"
+        )
+    head = HEAD.format(triton=triton, example=SPECS[0])
+    shown = variants(listed())
+    parts = [head + _specs(table), "## Targets\n", _summary(table, shown)]
+    for target in KNOWN_TARGETS:
+        here = [variant for variant in shown if variant.target == target]
+        parts += [f"## {target}\n", _list(table, here)]
+    return "\n".join(parts)
+
+
+def _specs(table: Table) -> str:
+    lines = ["| spec | " + " | ".join(f"`{target}`" for target in KNOWN_TARGETS) + " |"]
+    lines.append("| --- " * (len(KNOWN_TARGETS) + 1) + "|")
+    for name in shipped_specs():
+        cells = {target: [0, 0] for target in KNOWN_TARGETS}
+        for variant in variants(load_spec(name).workloads()):
+            cells[variant.target][0] += 1
+            cells[variant.target][1] += table[variant.name, variant.target].spill_bytes > 0
+        shown = (f"{all_}, {spill} spill" if spill else str(all_) for all_, spill in cells.values())
+        lines.append(f"| `{name}` | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _summary(table: Table, shown: list[Variant]) -> str:
+    text = f"The largest workloads of `{SPECS[0]}`, and each way to compress:\n"
+    lines = [
+        text,
+        "| target | variants | that spill | matrix instructions | most shared memory, of |",
+    ]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for target, known in KNOWN_TARGETS.items():
+        here = [table[v.name, v.target] for v in shown if v.target == target]
+        spills = sum(usage.spill_bytes > 0 for usage in here)
+        matrix = ", ".join(sorted({m for usage in here for m in usage.matrix.split(", ") if m}))
+        shared = max(usage.shared_bytes for usage in here)
+        lines.append(
+            f"| `{target}` | {len(here)} | {spills or 'none'} | {matrix} "
+            f"| {_kib(shared)} of {_kib(known.shared_memory)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _list(table: Table, here: list[Variant]) -> str:
+    lines = ["| op | workload | algorithm | matrix | registers | spills | shared memory |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for variant in here:
+        usage: Usage = table[variant.name, variant.target]
+        spills = f"{usage.spill_bytes} bytes" if usage.spill_bytes else "none"
+        lines.append(
+            f"| {variant.workload.op} {variant.workload.pass_} | `{variant.workload.label}` "
+            f"| `{variant.schedule.algorithm}` | {usage.matrix or 'none'} | {usage.registers} "
+            f"| {spills} | {_kib(usage.shared_bytes)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:.4g} KiB"

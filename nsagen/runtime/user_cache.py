@@ -1,0 +1,141 @@
+"""The user cache: kernels that no package had, built when a call needed them.
+
+    <root>/<nsagen version>-<hash of the templates>/<target>/<variant>.py
+
+Files appear whole or not at all and are never changed afterwards, so processes share the
+folder without locks. A new version or an edited template starts a new folder. A file that a
+crash or an edit damaged is built again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+from nsagen import __version__
+from nsagen.core.errors import BuildError, NsagenError, UnsupportedWorkloadError
+from nsagen.core.paths import templates_dir
+from nsagen.core.seal import is_whole
+from nsagen.core.workload import DTYPES, Workload
+from nsagen.runtime.missing import unsupported
+
+_log = logging.getLogger("nsagen.runtime")
+
+
+def cache_dir() -> Path:
+    """$NSAGEN_CACHE_DIR, or the platform's folder for caches of users."""
+    chosen = os.environ.get("NSAGEN_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    try:
+        from platformdirs import user_cache_path
+    except ImportError:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsagen"
+    return user_cache_path("nsagen")
+
+
+def cache_folder() -> Path:
+    """The folder of this version's kernels, with these templates; it may not exist yet."""
+    return cache_dir() / f"{__version__}-{_templates_hash()}"
+
+
+def cached_variant(workload: Workload, target: str, who: str) -> Path:
+    """The kernel file of a workload with the target's default schedule, built if need be.
+
+    Logs one line when it builds; a hit imports nothing of the generating side.
+
+    Args:
+        target: as devices name it; one that has no limits on record takes its predecessor's.
+        who: the dispatcher's name, for the texts.
+
+    Raises:
+        UnsupportedWorkloadError: no template covers the workload, or it cannot be built here.
+    """
+    built_for = _known_target(workload, target, who)
+    folder = cache_folder() / target.replace(":", "-")
+    label = f"{workload.op}_{workload.pass_}__{workload.label}__"
+    for path in sorted(folder.glob(f"{label}*.py")):
+        if len(path.stem) == len(label) + 8:  # the rest of a variant's name is its hash
+            if is_whole(path):
+                return path
+            _log.warning("%s: %s is damaged and will be built again", who, path)
+    start = time.perf_counter()
+    try:
+        from nsagen.codegen.build import build_variant
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = build_variant(workload, built_for, folder)
+    except (ImportError, OSError, NsagenError) as error:
+        raise unsupported(workload, target, who, f"building it failed: {error}") from error
+    _log.warning(
+        "%s: %s for %s was in no package; built %s in %.1f s with a default, untuned schedule",
+        who,
+        workload,
+        target,
+        path,
+        time.perf_counter() - start,
+    )
+    return path
+
+
+def load_kernel(path: Path) -> ModuleType:
+    """Import a kernel file from the cache.
+
+    Raises:
+        BuildError: the file is no kernel.
+    """
+    name = f"nsagen_cached_{path.parent.name.replace('-', '_')}_{path.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    if module_spec is None or module_spec.loader is None:
+        raise BuildError(f"{path}: must be a Python file; it cannot be imported; delete it")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@functools.cache
+def _templates_hash() -> str:
+    """8 hex digits over every template and schedule space."""
+    digest = hashlib.sha256()
+    root = templates_dir()
+    for path in sorted([*root.rglob("*.j2"), *root.rglob("*.py")]):
+        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def _known_target(workload: Workload, target: str, who: str) -> str:
+    """The target itself or, for a newer GPU than any on record, the nearest older one."""
+    from nsagen.core.target import KNOWN_TARGETS
+
+    if workload.dtype not in DTYPES:
+        raise unsupported(workload, target, who, f"dtypes are {', '.join(DTYPES)}")
+    if target in KNOWN_TARGETS:
+        return target
+    backend, _, arch = target.partition(":")
+    if arch.isdigit():
+        older = [
+            int(known.arch)
+            for known in KNOWN_TARGETS.values()
+            if known.backend == backend and known.arch.isdigit() and int(known.arch) < int(arch)
+        ]
+        if older:
+            return f"{backend}:{max(older)}"
+    raise UnsupportedWorkloadError(
+        f"dispatcher {who}: {workload} needs a known target; got {target}; "
+        f"known: {', '.join(KNOWN_TARGETS)}"
+    )

@@ -1,0 +1,105 @@
+"""A search under way: what of it is compiling, how far it is, and when it is over."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from nsagen.tune.evaluate import Evaluator
+from nsagen.tune.final_round import Decision
+from nsagen.tune.outcome import Outcome
+from nsagen.tune.search import Budget, Candidate, Search
+
+
+class Contest:
+    """A search that is open.
+
+    Attributes:
+        number: the task's place, from 1.
+        count: evaluations so far, earlier runs' included.
+        best_ms: the least time that this run measured.
+        spent: seconds of the device that this run gave to it.
+        measuring: candidates that are with the device.
+        decision: once the search is over.
+    """
+
+    def __init__(self, search: Search, budget: Budget, number: int, deadline: float | None) -> None:
+        self.search = search
+        self.task = search.task
+        self.number = number
+        self.count = self._first = len(search.measured())
+        self.best_ms: float | None = None
+        self.spent = 0.0
+        self.measuring = 0
+        self.decision: Decision | None = None
+        self._budget, self._deadline = budget, deadline
+        self._pending: deque[Candidate] = deque()
+        self._ended = search.finished(budget)
+        self._exhausted = False
+        self._begun = False
+
+    def over(self) -> str:
+        """Why the search is over and nothing of it is with the device; empty otherwise."""
+        return "" if self.measuring else self._why()
+
+    def _why(self) -> str:
+        """Why no more is to be measured; empty otherwise."""
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        if not self._ended and late and self.count > self._first:
+            self._ended = "its time is up"
+        if self._exhausted and not self._pending:
+            return self._ended or "every schedule is measured"
+        return self._ended
+
+    @property
+    def pending(self) -> int:
+        """How many schedules are compiling, or wait for the device."""
+        return len(self._pending)
+
+    def has_room(self, most: int) -> bool:
+        """Whether fewer than `most` schedules are pending and more may be asked for."""
+        room = min(most, self._budget.trials - self.count - self.measuring)
+        return not self._exhausted and len(self._pending) < room and not self._why()
+
+    def ask(self) -> Candidate | None:
+        """A schedule to compile; None when all have been asked for."""
+        candidate = self.search.ask()
+        if candidate is None:
+            self._exhausted = True
+        else:
+            self._pending.append(candidate)
+        return candidate
+
+    def next(self, evaluator: Evaluator) -> Candidate | None:
+        """The most promising schedule that is compiled; it is with the device from now on.
+
+        The very first is the first that was asked for: all others' outputs must agree with its.
+        """
+        if self._why():
+            return None
+        ready = [c for c in self._pending if evaluator.ready(self.task, c.schedule)]
+        if not self._begun:
+            ready = [c for c in ready if c is self._pending[0]]
+        if not ready:
+            return None
+        chosen = min(ready, key=lambda c: evaluator.promise(self.task, c.schedule))
+        self._pending.remove(chosen)
+        self._begun = True
+        self.measuring += 1
+        return chosen
+
+    def tell(self, candidate: Candidate, outcome: Outcome) -> None:
+        """Take over what the device found."""
+        self.measuring -= 1
+        self.count += self.search.tell(candidate, outcome)
+        if outcome.ms is not None:
+            self.best_ms = outcome.ms if self.best_ms is None else min(self.best_ms, outcome.ms)
+        self._ended = self.search.finished(self._budget)
+
+    def give_up(self, running: dict[int, Any]) -> None:
+        """Leave what was asked for and not measured to a later search."""
+        for candidate in self._pending:
+            running.pop(candidate.trial._trial_id, None)
+        self._pending.clear()
+        self.search.give_up()

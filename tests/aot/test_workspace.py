@@ -1,0 +1,45 @@
+"""What kernels allocate for a million tokens: bounded, and in proportion to the tokens."""
+
+import pytest
+
+from nsagen.aot.workspace import workspace_bytes
+from nsagen.cases.base import Sizes
+from nsagen.codegen.template import default_schedule, kernel_name, render
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.reports.target_support import representative
+from nsagen.spec import load_spec
+
+MILLION = 1 << 20
+MIB = 1 << 20
+
+BYTES_A_TOKEN = {
+    ("compress", "backward"): 2,
+    ("compressed_attention", "backward"): 256,  # delta: 4 bytes a query head
+    ("selected_attention", "backward"): 8960,  # partial dk and dv, and which tokens chose a block
+    # lse in base 2 and delta, those of a key/value head together: 8 bytes a query head
+    ("sliding_window_attention", "backward"): 512,
+}
+"""At 64 query heads over 4 of 128 and topk 16; 0 for the ops that are not here."""
+
+CONSTANT = {
+    ("block_selection", "forward"): 512 * MIB,  # scores of the tiles in work
+    ("compress", "backward"): 32 * MIB,
+    ("compressed_attention", "backward"): 512 * MIB,  # partial dk and dv
+    ("compressed_attention", "decode"): 40 * MIB,  # scores of 4 rows
+    ("native_sparse_attention", "decode"): 40 * MIB,
+    ("cache_append", "decode"): MIB,
+}
+"""Whatever the tokens; in decode at 4 rows."""
+
+
+@pytest.mark.parametrize("workload", representative(load_spec("llama8b")), ids=str)
+def test_workspace_of_a_million_tokens(workload, tmp_path):
+    decode = workload.pass_ == "decode"
+    seqlens = (MILLION - 1,) * 4 if decode else (MILLION,)
+    sizes = Sizes(seqlens, kv_heads=4, capacity=MILLION)
+    schedule = default_schedule(workload, KNOWN_TARGETS["cuda:90"])
+    path = tmp_path / f"{kernel_name(workload, schedule)}.py"
+    path.write_text(render(workload, schedule, "# test"))
+    key = (workload.op, workload.pass_)
+    limit = CONSTANT.get(key, 0) + BYTES_A_TOKEN.get(key, 0) * MILLION
+    assert workspace_bytes(path, workload, sizes) <= limit

@@ -1,0 +1,325 @@
+"""The command line: what goes to stdout and stderr, and the exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from nsagen.cli.app import app, main
+from nsagen.cli.console import print_verification
+from nsagen.runtime.user_cache import cache_folder
+from nsagen.spec import json_schema, load_spec
+from tests.one_op import SPEC, one_op
+
+ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["one_op"]  # a fixture
+
+COMMANDS = ("build", "doctor", "generate", "inspect", "plan", "tune", "verify")
+
+
+@pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output goes to a pipe of no width, whatever the tests themselves run in."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+class Ran:
+    """What a run of the command line in this process left."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> None:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        self.code = end.value.code or 0
+        self.out, self.err = capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_help_shows_an_example(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Example:" in result.output
+    assert "--json" in result.output
+
+
+def test_help_lists_the_commands_that_exist() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert all(command in result.output for command in (*COMMANDS, "bench"))
+
+
+def test_benchmarks_are_a_group_whose_help_shows_an_example() -> None:
+    assert "decode" in CliRunner().invoke(app, ["bench", "--help"]).output
+    result = CliRunner().invoke(app, ["bench", "decode", "--help"])
+    assert result.exit_code == 0
+    assert "Example: nsagen bench decode" in result.output
+    assert CliRunner().invoke(app, ["bench", "decode", "--batch", "0"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bild"],
+        ["build"],
+        ["build", "tiny", "--cheque"],
+        ["build", "tiny", "--jobs", "0"],
+        ["build", "tiny", "--check", "--compile"],
+        ["build", "tiny", "tiny"],
+        ["build", "no_such_spec"],
+        ["inspect"],
+        ["inspect", "no_such.yaml"],
+        ["tune", "tiny", "--op", "ropes"],
+        ["tune", "tiny", "--pass", "sideways"],
+        ["tune", "tiny", "--time", "soon"],
+        ["tune", "tiny", "--seqlens", "2048,-1"],
+        ["tune", "tiny", "--objective", "hope"],
+        ["tune", "tiny", "--sampler", "oracle"],
+        ["tune", "tiny", "--target", "cuda:90"],
+        ["tune", "tiny", "--study", "file.db", "--objective", "static"],
+        ["tune", "tiny", "--record-exhaustive", "x.jsonl.gz"],
+        ["verify", "tinny"],
+    ],
+)
+def test_wrong_usage_exits_2_with_words_on_stderr_only(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    ran = Ran(capsys, *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.strip()
+    assert "Traceback" not in ran.err
+
+
+def test_a_bad_spec_prints_file_and_line_first(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    bad, worse = tmp_path / "bad.yaml", tmp_path / "worse.yaml"
+    bad.write_text("name: bad\n")
+    worse.write_text("- 1\n")
+    ran = Ran(capsys, "build", str(bad), str(worse))
+    first, second = ran.err.splitlines()
+    assert first.startswith(f"{bad}:1: attention: this key is required")
+    assert second.startswith(f"{worse}:1: must be a mapping")
+
+
+class TestInspect:
+    def test_json_lists_every_workload(self, capsys: pytest.CaptureFixture[str]) -> None:
+        ran = Ran(capsys, "inspect", "llama8b", "--json")
+        content = json.loads(ran.out)
+        assert ran.code == 0
+        workloads = load_spec("llama8b").workloads()
+        assert [w["label"] for w in content["workloads"]] == [w.label for w in workloads]
+        assert {tuple(w["schedules"]) for w in content["workloads"]} == {("cuda:80", "cuda:90")}
+
+    def test_the_table_names_every_workload_uncut(self, capsys: pytest.CaptureFixture[str]) -> None:
+        ran = Ran(capsys, "inspect", "llama8b")
+        assert all(w.label in ran.out for w in load_spec("llama8b").workloads())
+
+    def test_schema(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert json.loads(Ran(capsys, "inspect", "--schema").out) == json_schema()
+
+
+class TestBuild:
+    def test_it_writes_a_package_and_then_nothing_more(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
+    ) -> None:
+        built = Ran(capsys, "build", "few.yaml", "--json")
+        (row,) = json.loads(built.out)
+        assert (built.code, row["folder"], row["variants"]) == (0, "generated/few", 4)
+        assert {"__init__.py", "dispatcher.py", "manifest.json"} <= set(row["written"])
+        (again,) = json.loads(Ran(capsys, "build", "few.yaml", "--json").out)
+        assert (again["written"], again["removed"]) == ([], [])
+
+    def test_the_summary_is_one_line_a_spec(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
+    ) -> None:
+        ran = Ran(capsys, "build", "few.yaml", "--out", "elsewhere")
+        assert ran.out == "few: 4 kernels in elsewhere/few; 8 files written, 0 removed\n"
+
+    @pytest.mark.parametrize("state", ["edited", "missing", "orphaned"])
+    def test_check_names_each_file_that_is_not_up_to_date(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path, state: str
+    ) -> None:
+        Ran(capsys, "build", "few.yaml")
+        path = next(Path("generated/few/kernels").glob("gated_sum_*.py"))
+        if state == "edited":
+            path.write_text(path.read_text() + "# mine\n")
+        elif state == "missing":
+            path.unlink()
+        else:
+            path = path.with_name("gated_sum_of_old.py")
+            path.touch()
+        told = Ran(capsys, "build", "few.yaml", "--check")
+        assert told.code == 1
+        assert told.out.splitlines()[0] == f"{state}: {path}"
+        assert "run: nsagen build few.yaml" in told.out
+        as_json = Ran(capsys, "build", "few.yaml", "--check", "--json")
+        assert json.loads(as_json.out) == [{"spec": "few", "path": str(path), "state": state}]
+        assert Ran(capsys, "build", "few.yaml").code == 0
+        assert Ran(capsys, "build", "few.yaml", "--check").out == "few: up to date\n"
+
+    def test_a_bad_spec_beside_a_good_one_builds_nothing(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
+    ) -> None:
+        assert Ran(capsys, "build", "few.yaml", "tinny").code == 2
+        assert not Path("generated").exists()
+
+    def test_a_template_that_fails_exits_1_with_one_line(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
+    ) -> None:
+        path = one_op / "templates" / "gated_sum" / "forward_elementwise.py.j2"
+        path.write_text(path.read_text().replace("v_head_dim", "head_dim"))
+        ran = Ran(capsys, "build", "few.yaml")
+        assert (ran.code, ran.out) == (1, "")
+        assert ran.err.startswith("nsagen: templates/gated_sum/forward_elementwise.py.j2")
+
+    def test_doctor_finds_a_stale_package(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
+    ) -> None:
+        Path("specs").mkdir()
+        Path("few.yaml").rename("specs/few.yaml")
+        Ran(capsys, "build", "few")
+        Path("generated/few/__init__.py").unlink()
+        ran = Ran(capsys, "doctor", "--json")
+        (problem,) = json.loads(ran.out)["problems"]
+        assert ran.code == 1
+        assert problem.startswith("generated/few: 1 files are not up to date, such as __init__.py")
+
+
+class TestVerify:
+    @pytest.mark.interpreter
+    def test_it_compares_every_output_of_every_kernel(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
+    ) -> None:
+        ran = Ran(capsys, "verify", "few.yaml", "--json")
+        rows = json.loads(ran.out)
+        assert ran.code == 0
+        assert len({row["variant"] for row in rows}) == 4
+        assert {(row["op"], row["output"], row["result"]) for row in rows} == {
+            ("gated_sum", "o", "ok")
+        }
+        assert all(row["error"] <= row["threshold"] == 1e-5 for row in rows)
+        assert "1.0e-05" in Ran(capsys, "verify", "few.yaml").out
+
+    @pytest.mark.interpreter
+    @pytest.mark.parametrize(
+        ("mistake", "note"), [(" * 1.001", ""), (" / nothing", "NameError"), (" / 0", "")]
+    )
+    def test_a_wrong_kernel_fails(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path, mistake: str, note: str
+    ) -> None:
+        path = one_op / "templates" / "gated_sum" / "space.py"
+        path.write_text(path.read_text().replace('"mistake": ""', f'"mistake": "{mistake}"'))
+        ran = Ran(capsys, "verify", "few.yaml", "--json")
+        rows = json.loads(ran.out)
+        assert ran.code == 1
+        assert {row["result"] for row in rows} == {"failed"}
+        assert all(note in row["note"] for row in rows)
+
+    @pytest.mark.interpreter
+    def test_verifying_nothing_is_a_failure(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
+    ) -> None:
+        Path("few.yaml").write_text(SPEC.replace("DTYPE", "bfloat16"))
+        ran = Ran(capsys, "verify", "few.yaml")
+        assert ran.code == 1
+        assert "skipped: the interpreter computes bfloat16 wrongly" in ran.out
+        assert "nothing could be verified" in ran.err
+
+    def test_it_needs_a_gpu_or_the_interpreter(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        ran = Ran(capsys, "verify", "tiny")
+        assert (ran.code, ran.out) == (1, "")
+        assert "set TRITON_INTERPRET=1" in ran.err
+
+    def test_it_refuses_an_op_that_the_spec_lacks(self, capsys: pytest.CaptureFixture[str]) -> None:
+        ran = Ran(capsys, "verify", "tiny", "--op", "ropes")
+        assert ran.code == 2
+        assert "got 'ropes'" in ran.err
+
+
+def test_doctor_reads_as_json_and_as_text(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    facts = json.loads(Ran(capsys, "doctor", "--out", str(tmp_path), "--json").out)["facts"]
+    text = Ran(capsys, "doctor", "--out", str(tmp_path)).out
+    assert {"nsagen", "python", "torch", "triton", "GPUs", "user cache"} <= facts.keys()
+    assert all(name in text for name in facts)
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_no_color_is_honoured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_color: bool
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    words = dict.fromkeys(("op", "pass", "workload", "output", "note"), "x")
+    print_verification([words | {"error": 1e-7, "threshold": 1e-5, "result": "ok"}])
+    green = "\x1b[32m"
+    assert (green in capsys.readouterr().out) is not no_color
+
+
+def test_python_m_nsagen_is_the_command_line() -> None:
+    command = [sys.executable, "-m", "nsagen", "build", "tinny"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("spec: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_shell_completes_commands_and_the_names_of_specs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_NSAGEN_COMPLETE", "complete_bash")
+    for typed, expected in (("nsagen ins", "inspect"), ("nsagen build ti", "tiny")):
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+        assert Ran(capsys).out.split() == [expected]
+
+
+def test_doctor_knows_the_kernels_of_other_versions(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NSAGEN_CACHE_DIR", str(tmp_path))
+    for folder in (cache_folder(), tmp_path / "0.0.1-01234567"):
+        (folder / "cuda-90").mkdir(parents=True)
+        (folder / "cuda-90" / "kernel.py").touch()
+    diagnosis = json.loads(Ran(capsys, "doctor", "--out", str(tmp_path), "--json").out)
+    assert diagnosis["facts"]["user cache"] == f"{tmp_path} (1 kernels of this version)"
+    (note,) = [text for text in diagnosis["notes"] if "other versions" in text]
+    assert note.endswith(f"rm -r {tmp_path / '0.0.1-01234567'}")
+
+
+def test_doctor_tells_a_torch_for_cpus_on_a_machine_with_a_gpu(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nsagen.cli.doctor._driver", lambda: "580.1")
+    monkeypatch.setattr("nsagen.cli.doctor._gpus", lambda problems: [])
+    monkeypatch.setattr("nsagen.cli.doctor._built_for_cpu", lambda: True)
+    ran = Ran(capsys, "doctor", "--out", str(tmp_path), "--json")
+    (problem,) = json.loads(ran.out)["problems"]
+    assert ran.code == 1
+    assert problem.startswith("a GPU driver is here, but this torch is built for CPUs")
+
+
+def test_help_and_a_bad_spec_load_nothing_heavy() -> None:
+    code = (
+        "import sys; from nsagen.cli.app import main\n"
+        "try: main({})\n"
+        "except SystemExit: pass\n"
+        "sys.exit(' '.join({{'torch', 'triton', 'jinja2'}} & sys.modules.keys()) or 0)"
+    )
+    for arguments in (["--help"], ["build", "--help"], ["build", "no_such_spec"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(arguments)], capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,195 @@
+"""`nsagen generate`, and --quiet and --verbose by its notes."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nsagen.cli import generate
+from nsagen.cli.app import main
+from nsagen.cli.text import CHARACTERS, Stream, characters
+from nsagen.cli.verbosity import flags_first, is_quiet
+from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
+from tests.model.tiny import SPARSITY, dense_config, nsa_config
+
+PROMPT = "the quick brown fox"
+
+
+@pytest.fixture(autouse=True)
+def _same_logging() -> Iterator[None]:
+    """Each run of the command line sets the level of `nsagen`; later tests find it as it was."""
+    logger = logging.getLogger("nsagen")
+    before, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers, logger.level = before, level
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    return (int(end.value.code or 0), *capsys.readouterr())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint whose tokenizer knows a few words."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["<unk>", "<end>", *PROMPT.split()])}
+    words |= {f"word{i}": i for i in range(len(words), 512)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    model = ToyLlama(dense_config(), generator=torch.Generator().manual_seed(1))
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+class TestWithoutAModel:
+    def test_it_says_what_it_is_doing(self, capsys: pytest.CaptureFixture[str]) -> None:
+        code, out, err = run(capsys, "generate", "--max-new-tokens", "12")
+        assert code == 0
+        assert len(out) == 13
+        assert "random weights and the attention of specs/tiny.yaml" in err
+        assert "on the CPU in float32" in err or "on a GPU in float16" in err
+        assert "12 tokens after a prompt of 29" in err
+
+    def test_a_character_comes_as_soon_as_it_is_there(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each token's text is written before the next token is asked for."""
+        written: list[str] = []
+        tokens = generate._tokens
+
+        def watched(*arguments: Any) -> Iterator[int]:
+            for token in tokens(*arguments):
+                written.append(capsys.readouterr().out)
+                yield token
+
+        monkeypatch.setattr(generate, "_tokens", watched)
+        _, rest, _ = run(capsys, "generate", "--max-new-tokens", "6")
+        assert [len(text) for text in written] == [0, 1, 1, 1, 1, 1]
+        assert len(rest) == 2  # the last one, and the end of the line
+
+    def test_json_is_all_there_is(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ("--json", "--max-new-tokens", "5", "--prompt", PROMPT)
+        _, out, _ = run(capsys, "generate", *arguments)
+        content = json.loads(out)
+        assert (content["prompt"], len(content["tokens"])) == (PROMPT, 5)
+        assert content["text"] == "".join(CHARACTERS[t] for t in content["tokens"])
+
+    def test_a_seed_repeats(self, capsys: pytest.CaptureFixture[str]) -> None:
+        sampled = ("generate", "--max-new-tokens", "30", "--temperature", "1", "--seed")
+        first, again, other = (run(capsys, *sampled, seed)[1] for seed in ("1", "1", "2"))
+        assert first == again != other
+
+    @pytest.mark.parametrize("flag", ["-q", "--quiet"])
+    def test_quiet_leaves_the_text(self, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+        for arguments in ((flag, "generate"), ("generate", flag)):
+            _, out, err = run(capsys, *arguments, "--max-new-tokens", "2")
+            assert (len(out), err) == (3, "")
+        assert is_quiet()
+
+    def test_verbose_names_the_logger(self, capsys: pytest.CaptureFixture[str]) -> None:
+        _, _, err = run(capsys, "generate", "-v", "--max-new-tokens", "2")
+        assert " INFO nsagen.generate: no --model" in err
+        code, _, err = run(capsys, "generate", "-v", "-q")
+        assert code == 2
+        assert "give one at most" in err
+
+
+class TestCheckpoint:
+    def test_it_continues_as_the_model_does(
+        self, capsys: pytest.CaptureFixture[str], folder: Path
+    ) -> None:
+        arguments = ("--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "6")
+        code, out, err = run(capsys, "generate", *arguments)
+        assert code == 0
+        assert f"{folder} with dense attention" in err
+        model = ToyLlama.from_pretrained(folder, InferenceConfig(1, 16))
+        ids, ends = torch.arange(2, 6), torch.tensor([0, 4], dtype=torch.int32)
+        tokens = model.generate(ids, ends, 6)[0].tolist()
+        words = ["<unk>", "<end>", *PROMPT.split()]
+        assert out.split() == [words[t] if t < 6 else f"word{t}" for t in tokens]
+
+    def test_its_end_token_ends_the_text(
+        self, capsys: pytest.CaptureFixture[str], folder: Path
+    ) -> None:
+        arguments = ("--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "6", "--json")
+        whole = json.loads(run(capsys, "generate", *arguments)[1])["tokens"]
+        stop = json.dumps({"eos_token_id": [whole[2], 511]})
+        (folder / "generation_config.json").write_text(stop)
+        cut = json.loads(run(capsys, "generate", *arguments)[1])["tokens"]
+        assert cut == whole[: whole.index(whole[2])]
+
+    def test_dense_weights_may_run_sparse(
+        self, capsys: pytest.CaptureFixture[str], folder: Path
+    ) -> None:
+        arguments = ("--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "6")
+        dense = run(capsys, "generate", *arguments)[1]
+        _, sparse, err = run(capsys, "generate", *arguments, "--attention", "nsa")
+        assert sparse == dense  # all of so short a text is in the window and the blocks
+        assert "starts untrained" in err
+
+    def test_a_sparse_checkpoint_runs_sparse(
+        self, capsys: pytest.CaptureFixture[str], folder: Path
+    ) -> None:
+        ToyNSALlama(nsa_config(**SPARSITY)).save_pretrained(folder)
+        arguments = ("--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "2")
+        _, _, err = run(capsys, "generate", *arguments)
+        assert "native sparse attention" in err
+        assert "untrained" not in err
+
+    def test_a_prompt_may_come_from_stdin(
+        self,
+        capsys: pytest.CaptureFixture[str],
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+        arguments = ("--model", str(folder), "--prompt", "-", "--max-new-tokens", "2", "--json")
+        assert json.loads(run(capsys, "generate", *arguments)[1])["prompt"] == PROMPT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--attention", "flash"], "must be nsa or dense; got 'flash'"),
+        (["--prompt", ""], "the prompt must have a token"),
+        (["--device", "tpu9"], "must be cuda or cpu; got 'tpu9'"),
+        (["--kernels", "never_built"], "run: nsagen build specs/never_built.yaml"),
+        (["--model", "no/such/folder", "--prompt", "x"], "needs the checkpoint's tokenizer.json"),
+    ],
+)
+def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], text: str) -> None:
+    code, out, err = run(capsys, "generate", *arguments)
+    assert (code, out) == (2, "")
+    assert text in err
+
+
+def test_a_character_of_several_tokens_comes_whole() -> None:
+    """Tokens are bytes here; a broken character decodes to a replacement character."""
+    text = "a€é→b"
+    stream = Stream(lambda tokens: bytes(tokens).decode("utf-8", "replace"))
+    parts = [stream.add(byte) for byte in text.encode()]
+    assert "".join(parts) + stream.end() == text
+    assert parts[1:4] == ["", "", "€"]
+    cut = Stream(lambda tokens: bytes(tokens).decode("utf-8", "replace"))
+    assert cut.add("€".encode()[0]) + cut.end() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_characters_that_are_unknown_become_question_marks() -> None:
+    tokenizer = characters()
+    assert tokenizer.decode(tokenizer.encode("naïve\ttext\n")) == "na?ve?text\n"
+
+
+def test_flags_may_stand_anywhere_before_a_double_dash() -> None:
+    assert flags_first(["build", "-q", "tiny"]) == ["-q", "build", "tiny"]
+    assert flags_first(["build", "--", "-q"]) == ["build", "--", "-q"]
