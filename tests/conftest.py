@@ -21,6 +21,12 @@ hypothesis.settings.load_profile("nsagen")
 # Parallel workers inherit a terminal's width, which would fold what commands print.
 os.environ.pop("COLUMNS", None)
 
+QUICK = pytest.MonkeyPatch()
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.quick_interpreter import quicken
+
+    quicken(QUICK)
+
 # A machine that only runs kernels may lack what reads specs; its tests are not for there.
 collect_ignore = []
 if importlib.util.find_spec("pydantic") is None:
