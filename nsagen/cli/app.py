@@ -6,7 +6,9 @@ Commands import what they need when they run, so that `nsagen --help` is quick.
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +39,7 @@ app.add_typer(bench_app, name="bench")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; always ends in SystemExit."""
+    _end_in_order()
     try:
         given = sys.argv[1:] if arguments is None else arguments
         app(verbosity.flags_first(given), prog_name="nsagen")
@@ -53,6 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(1) from None
+
+
+def _end_in_order() -> None:
+    """Have a request to end raise SystemExit: temporary folders go, trials and workers end.
+
+    A second request ends the process at once.
+    """
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, end)
 
 
 def _version(wanted: bool) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +87,8 @@ def build(
         resources = _kept_resources(folder, variants)
         written = [path for path in _write_order(files) if replace_file(folder / path, files[path])]
         if compile_targets:
+            from nsagen.aot.variants import compile_variants
+
             resources = compile_variants(folder / "kernels", variants, jobs, progress)
         manifest = manifest_text(variants, plan.origin, files, resources)
         if replace_file(folder / "manifest.json", manifest):
@@ -145,57 +144,6 @@ def _render(spec: Spec, folder: Path | None) -> _Plan:
     variants = plan_variants(workloads, spec.targets, tuned.choices)
     origin = Origin(spec.name, spec.label, spec.sha256, tuned.hashes)
     return _Plan(variants, origin, package_files(variants, origin), tuned.notes)
-
-
-def compile_variants(
-    kernels: Path,
-    variants: tuple[Variant, ...],
-    jobs: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, list[dict[str, Any]]]:
-    """Compile every variant for each of its targets in worker processes, unless it is unchanged.
-
-    Raises:
-        BuildError: names each variant that fails, spills badly or exceeds shared memory.
-    """
-    work = [(v, target) for v in variants for target in v.targets]
-    resources: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
-    problems: list[str] = []
-    workers = jobs or os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs_ = [
-            pool.submit(
-                _compile_one, kernels / f"{v.name}.py", v.workload, target, v.measured(target)
-            )
-            for v, target in work
-        ]
-        for done, ((variant, target), job) in enumerate(zip(work, jobs_, strict=True), 1):
-            rows, wrong = job.result()
-            resources[variant.name] += rows
-            problems += wrong
-            if progress:
-                progress(f"{variant.name} for {target}", done, len(work))
-    if problems:
-        raise BuildError("build: every variant must compile and fit:\n  " + "\n  ".join(problems))
-    return resources
-
-
-def _compile_one(
-    path: Path, workload: Workload, target_name: str, measured: bool
-) -> tuple[list[dict[str, Any]], list[str]]:
-    from nsagen.aot.cached import compiled_resources  # may import torch and triton
-
-    target = parse_target(target_name)
-    try:
-        kernels = compiled_resources(path, workload, target)
-    except BuildError as error:
-        return [], [str(error)]
-    problems = [
-        f"{path.stem}: kernel {kernel.kernel} on {target}: {problem}"
-        for kernel in kernels
-        for problem in kernel.problems(target, measured=measured)
-    ]
-    return [asdict(kernel) for kernel in kernels], problems
 
 
 def _kept_resources(folder: Path, variants: tuple[Variant, ...]) -> dict[str, list[dict[str, Any]]]:

@@ -24,6 +24,10 @@ class TuneError(NsagenError):
     """Searching for schedules failed: no device answers, or a study or recording is unusable."""
 
 
+class WorkerError(BuildError, TuneError):
+    """A process that compiles or measures cannot be started, or failed at what it was asked."""
+
+
 class UnsupportedWorkloadError(NsagenError, LookupError):
     """No variant covers a call, and building a missing one is turned off or impossible."""
 

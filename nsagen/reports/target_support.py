@@ -13,13 +13,14 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
+from nsagen.aot.variants import COMPILE_LIMIT_S
 from nsagen.codegen.template import default_schedule, kernel_name, render
 from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.worker import map_in_workers
 from nsagen.core.workload import COMPRESS_TYPES, Schedule, Workload
 from nsagen.spec import Spec, load_spec, shipped_specs
 
@@ -117,10 +118,10 @@ def measure(
     wanted = sorted(wanted, key=lambda variant: (variant.name, variant.target))
     table = {(v.name, v.target): known.get((v.name, v.target)) for v in wanted}
     work = [variant for variant in wanted if table[variant.name, variant.target] is None]
-    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        for done, (variant, usage) in enumerate(
-            zip(work, pool.map(usage_of, work), strict=True), 1
-        ):
+    calls = [(variant,) for variant in work]
+    compiled = map_in_workers(usage_of, calls, jobs or os.cpu_count() or 1, COMPILE_LIMIT_S)
+    with closing(compiled) as found:
+        for done, (variant, usage) in enumerate(zip(work, found, strict=True), 1):
             table[variant.name, variant.target] = usage
             if progress:
                 progress(str(variant), done, len(work))

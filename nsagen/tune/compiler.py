@@ -12,10 +12,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from nsagen.cases.sizes import Sizes
@@ -23,10 +22,10 @@ from nsagen.codegen.fingerprint import source_fingerprint
 from nsagen.codegen.template import kernel_name, render
 from nsagen.core.files import replace_file
 from nsagen.core.target import Target, parse_target
+from nsagen.core.worker import Worker, WorkerPool
 from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.task import Task
-from nsagen.tune.worker import Worker
 
 COMPILE_LIMIT_S = 90.0
 
@@ -120,7 +119,7 @@ class CompilePool:
 
     Args:
         folder: where kernel files are put.
-        workers: that compile; see `compile_workers`.
+        workers: that compile; see `nsagen.core.worker.compile_workers`.
     """
 
     def __init__(
@@ -131,12 +130,7 @@ class CompilePool:
     ) -> None:
         self._folder = folder
         self.target = target
-        self._threads = ThreadPoolExecutor(len(workers), thread_name_prefix="compile")
-        self._workers = tuple(workers)
-        self._idle: SimpleQueue[Worker] = SimpleQueue()
-        for worker in workers:
-            self._idle.put(worker)
-        self._open = True
+        self._pool = WorkerPool(workers)
         self._futures: dict[tuple[Task, Schedule], Future[Outcome]] = {}
         self._last: dict[tuple[Task, Schedule], Future[Outcome]] = {}
         self._begun: Counter[Task] = Counter()
@@ -153,7 +147,7 @@ class CompilePool:
             few = self._begun[task] < FIRST
             self._begun[task] += 1
             sizes = (task.timed, task.checked) if few else (task.timed,)
-            self._futures[key] = self._threads.submit(self._compile, task, schedule, sizes)
+            self._futures[key] = self._submit(task, schedule, sizes)
 
     def start_last(self, task: Task, schedule: Schedule) -> None:
         """Begin to compile a schedule that is about to win for the sizes of its last check."""
@@ -162,7 +156,7 @@ class CompilePool:
             from nsagen.cases.verify import sizes_for  # imports torch, which nothing needs before
 
             sizes = (sizes_for(task.workload), task.checked)
-            self._last[key] = self._threads.submit(self._compile, task, schedule, sizes)
+            self._last[key] = self._submit(task, schedule, sizes)
 
     def last_done(self, task: Task, schedule: Schedule) -> bool:
         """Whether `finish_last` would not wait."""
@@ -186,30 +180,24 @@ class CompilePool:
 
     def close(self) -> None:
         """Drop what is waiting, and kill what is compiling."""
-        self._open = False
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        for worker in self._workers:
-            worker.close()
-        self._threads.shutdown(wait=True)
+        self._pool.close()
 
-    def _compile(self, task: Task, schedule: Schedule, sizes: tuple[Sizes, ...]) -> Outcome:
+    def _submit(self, task: Task, schedule: Schedule, sizes: tuple[Sizes, ...]) -> Future[Outcome]:
+        return self._pool.submit(lambda worker: self._compile(worker, task, schedule, sizes))
+
+    def _compile(
+        self, worker: Worker, task: Task, schedule: Schedule, sizes: tuple[Sizes, ...]
+    ) -> Outcome:
         start = time.monotonic()
-        path = self.path_of(task, schedule)
-        if not self._open:
-            raise RuntimeError("the pool is closed")
-        worker = self._idle.get()
-        try:
-            reply = worker.ask(
-                "compile",
-                path,
-                task.workload,
-                schedule,
-                str(self.target),
-                sizes,
-                limit_s=COMPILE_LIMIT_S,
-            )
-        finally:
-            self._idle.put(worker)
+        reply = worker.ask(
+            "compile",
+            self.path_of(task, schedule),
+            task.workload,
+            schedule,
+            str(self.target),
+            sizes,
+            limit_s=COMPILE_LIMIT_S,
+        )
         seconds = time.monotonic() - start
         if reply.reason:
             return Outcome(reason=f"compile: {reply.reason}", compile_s=seconds)
@@ -221,15 +209,6 @@ class CompilePool:
             fingerprint=compiled.fingerprint,
             identity=compiled.identity,
         )
-
-
-def compile_workers(count: int, server: str) -> list[Worker]:
-    """Workers that begin to start now. They see no GPU: there is nothing there for them."""
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": ""}
-    workers = [Worker(server, hidden) for _ in range(count)]
-    for worker in workers:
-        worker.spawn()
-    return workers
 
 
 def _too_much_shared_memory(kernels: Sequence[dict[str, Any]], target: Target) -> str:

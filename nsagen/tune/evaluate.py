@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from nsagen.codegen.template import default_schedule, space_for, template_hash
 from nsagen.core.target import Target
+from nsagen.core.worker import Reply, Worker
 from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.compiler import CompilePool
 from nsagen.tune.cost import static_cost
@@ -17,7 +18,6 @@ from nsagen.tune.encoding import valid_schedules
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.task import Task
 from nsagen.tune.timing import Timing
-from nsagen.tune.worker import Reply, Worker
 
 OPEN_LIMIT_S = 180.0
 MEASURE_LIMIT_S = 20.0

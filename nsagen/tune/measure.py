@@ -1,6 +1,6 @@
 """Measuring on a GPU: checked outputs first, then medians with a cold L2 and warm clocks.
 
-Runs in a worker process (see `nsagen.tune.worker`), which holds one task's inputs at a time.
+Runs in a worker process (see `nsagen.core.worker`), which holds one task's inputs at a time.
 """
 
 from __future__ import annotations

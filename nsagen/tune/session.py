@@ -14,6 +14,7 @@ import optuna
 
 from nsagen.core.errors import InvalidInputError, TuneError
 from nsagen.core.target import parse_target
+from nsagen.core.worker import Worker, compile_workers
 from nsagen.core.workload import Schedule
 from nsagen.records.files import load_records, save_records
 from nsagen.records.record import TuningRecord
@@ -21,7 +22,7 @@ from nsagen.runtime.device import slug
 from nsagen.runtime.user_cache import cache_dir
 from nsagen.spec import Spec
 from nsagen.tune import recording
-from nsagen.tune.compiler import CompilePool, compile_workers
+from nsagen.tune.compiler import CompilePool
 from nsagen.tune.cost_model import StaticEvaluator
 from nsagen.tune.evaluate import Evaluator, TimedEvaluator
 from nsagen.tune.outcome import Outcome
@@ -31,7 +32,6 @@ from nsagen.tune.settings import Device, Settings, Step
 from nsagen.tune.simulate import ReplayEvaluator
 from nsagen.tune.storage import open_storage, storage_errors
 from nsagen.tune.tuner import Tuner
-from nsagen.tune.worker import Worker
 
 MEASURER = "nsagen.tune.measure:GpuMeasurer"
 COMPILER = "nsagen.tune.compiler:Compiler"

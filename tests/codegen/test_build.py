@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 
 from nsagen.aot import cached as compiled
+from nsagen.aot import variants as compiling
 from nsagen.aot.resources import Resources
-from nsagen.codegen import build as building
-from nsagen.codegen.build import build, check, compile_variants
+from nsagen.aot.variants import compile_variants
+from nsagen.codegen.build import build, check
 from nsagen.core.errors import BuildError
 from nsagen.spec import load_spec
 
@@ -55,7 +57,7 @@ def test_what_must_not_ship_fails_by_name(
     variant = build(load_spec("tiny"), tmp_path).variants[0]
     target = variant.targets[0]
     good = Resources("k", target, 32, 0, 1024, "none")
-    monkeypatch.setattr(building, "ProcessPoolExecutor", _Here)
+    monkeypatch.setattr(compiling, "map_in_workers", _here)
     monkeypatch.setattr(compiled, "compiled_resources", lambda *_: (good,))
     assert compile_variants(tmp_path, (variant,))[variant.name]
     monkeypatch.setattr(compiled, "compiled_resources", lambda *_: (replace(good, **changes),))
@@ -63,16 +65,7 @@ def test_what_must_not_ship_fails_by_name(
         compile_variants(tmp_path, (variant,))
 
 
-class _Here:
-    """A pool whose only process is this one."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __enter__(self) -> _Here:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-
-    def submit(self, function: Any, *args: Any) -> Any:
-        value = function(*args)
-        return type("Done", (), {"result": lambda self: value})()
+def _here(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], *_: Any) -> Iterator[Any]:
+    """Stands in for `map_in_workers`, in this process."""
+    for arguments in calls:
+        yield function(*arguments)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from nsagen.codegen import template
+from nsagen.core.worker import Reply
 from nsagen.tune import evaluate, session
 from nsagen.tune.search import Budget
 from nsagen.tune.selection import Selection
 from nsagen.tune.session import Places, Result
 from nsagen.tune.settings import Settings, Step
-from nsagen.tune.worker import Reply
 from tests.one_op import SPEC, one_op
 from tests.tune.fake import FakeCompiler, FakeMeasurer
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.worker import Reply
 from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.compiler import FIRST, Compiled, CompilePool
 from nsagen.tune.evaluate import OPEN_ATTEMPTS, TimedEvaluator, candidates_for
 from nsagen.tune.task import tasks_of
-from nsagen.tune.worker import Reply
 from tests.tune.conftest import InlineWorker, World
 from tests.tune.fake import FakeCompiler, FakeMeasurer
 

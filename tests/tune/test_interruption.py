@@ -56,6 +56,7 @@ class World:
         command += ["--out", str(self.folder / "out"), *more]
         fake, cache = self.folder / "fake.json", self.folder / "cache"
         env = {"FAKE": str(fake), "NSAGEN_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+        env["TMPDIR"] = str(self.folder)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(command, text=True, env={**os.environ, **env}, **pipes)
 
@@ -94,7 +95,7 @@ def wait_for(world: World, complete: int) -> None:
     raise AssertionError(f"{complete} trials were not completed in time")
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_search_goes_on(world: World, sign: signal.Signals) -> None:
     world.behave({"": "slow 0.1"})
     process = world.start(trials=500)
@@ -109,6 +110,12 @@ def test_a_stopped_search_goes_on(world: World, sign: signal.Signals) -> None:
         assert TrialState.RUNNING not in states(world)
         assert not _children_named(world.folder)
         return  # going on is the same as below
+    if sign == signal.SIGTERM:
+        assert (process.returncode, errors) == (128 + sign, "")
+        assert TrialState.RUNNING not in states(world)
+        assert not _children_named(world.folder)
+        assert not list(world.folder.glob("nsagen-tune-*"))
+        return
     assert not _children_named(world.folder)
     done = states(world).count(TrialState.COMPLETE)
     assert done >= 3
@@ -148,6 +155,6 @@ def _children_named(folder: Path) -> list[str]:
             line = (path / "cmdline").read_bytes().decode().replace("\0", " ")
         except OSError:
             continue
-        if str(folder).encode() in environment and "nsagen.tune.worker" in line:
+        if str(folder).encode() in environment and "nsagen.core.worker" in line:
             found.append(line)
     return found
