@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -14,9 +16,16 @@ from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
 from nsagen.model.layers import project
 from nsagen.model.packing import check_packed, host_lengths
 from nsagen.model.prefill import Piece, PrefillRows
-from nsagen.model.requests import check_inference, check_length, check_tokens
+from nsagen.model.requests import (
+    Request,
+    check_inference,
+    check_length,
+    check_samplings,
+    check_stop_tokens,
+    check_tokens,
+)
 from nsagen.model.sampling import SamplingConfig
-from nsagen.model.sequences import NewToken
+from nsagen.model.sequences import NO_TOKEN, NewToken
 from nsagen.model.serving import ContinuousBatch
 
 if TYPE_CHECKING:
@@ -26,23 +35,27 @@ if TYPE_CHECKING:
 else:
     Cache = TypeVar("Cache")
 
-NO_TOKEN = -1
-"""Stands in `generate`'s result after a sequence's end."""
-
 
 class Generation(nn.Module, Generic[Cache]):
-    """Gives a model `generate`. The model brings `new_cache` and its parts."""
+    """Gives a model `generate`. The model brings `new_cache` and its parts.
+
+    Nothing of a call is kept on the model but an idle batch, whose cache the next call takes; a
+    call that comes while another runs makes its own.
+    """
 
     config: ToyLlamaConfig
     inference_config: InferenceConfig | None
     model: Any
     lm_head: nn.Linear
     dispatcher: Any = None
-    _batch: ContinuousBatch | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._idle_batches: deque[ContinuousBatch] = deque(maxlen=1)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have no cache, nor steps captured for another model's weights."""
-        return {name: value for name, value in self.__dict__.items() if name != "_batch"}
+        return {**self.__dict__, "_idle_batches": deque(maxlen=1)}
 
     def new_cache(self) -> Cache:
         """Allocate a cache as large as `inference_config` says, where the weights are."""
@@ -103,18 +116,20 @@ class Generation(nn.Module, Generic[Cache]):
     def _weight(self) -> Tensor:
         return next(self.parameters())
 
-    def _own_batch(self) -> ContinuousBatch:
-        """The batch kept between calls with its cache, made anew when the weights have moved."""
+    def _take_batch(self) -> ContinuousBatch:
+        """An empty batch for one call alone: the idle one, or a new one where there is none, or
+        where it is for other weights or limits."""
         weight = self._weight()
         wanted = (weight.device, weight.dtype, self.inference_config)
-        kept = self._batch
-        if kept is not None:
-            cache = kept.cache
-            if (cache.device, cache.dtype, cache.limits) == wanted:
-                return kept
-        kept = self._batch = None  # frees the old cache before the new one is allocated
-        self._batch = made = ContinuousBatch(self)
-        return made
+        try:
+            idle = self._idle_batches.pop()
+        except IndexError:
+            return ContinuousBatch(self)
+        cache = idle.cache
+        if (cache.device, cache.dtype, cache.limits) == wanted:
+            return idle
+        del idle, cache  # frees the old cache before the new one is allocated
+        return ContinuousBatch(self)
 
     @torch.no_grad()
     def generate(
@@ -130,8 +145,9 @@ class Generation(nn.Module, Generic[Cache]):
     ) -> Tensor:
         """Continue each prompt of a packed batch.
 
-        All limits are checked before any work. The prompts' lengths are read back from the device;
-        tokens follow a step late, so that the device never waits for it.
+        All is checked before any work. The prompts' lengths are read back from the device;
+        tokens follow a step late, so that the device never waits for it. Calls may overlap, from
+        threads or from `stream`: each has a cache of its own, allocated while the others run.
 
         Args:
             input_ids: int64 [N], the prompts concatenated, none of them empty.
@@ -151,48 +167,67 @@ class Generation(nn.Module, Generic[Cache]):
             InvalidInputError: names the sequence and the limit that it breaks.
             CapacityError: the pages of the cache do not suffice; names the first sequence that
                 finds too few.
+            Exception: what `stream` or a step raised; the model is ready for the next call.
         """
-        cu_seqlens = check_packed("generate", input_ids, cu_seqlens, input_ids.shape[0])
+        limits = check_inference("generate", self)
+        cu_seqlens = check_packed("generate", input_ids, cu_seqlens, None)
         lengths = host_lengths("generate", cu_seqlens, input_ids.shape[0], input_ids.shape[0])
-        steps = self._check_limits(lengths, max_new_tokens)
-        check_tokens("generate", input_ids, self._weight(), self.config.vocab_size)
-        samplings = _one_each(sampling, len(lengths))
+        steps = self._check_limits(limits, lengths, max_new_tokens)
+        require(
+            input_ids.device == self._weight().device,
+            "generate",
+            "input_ids must be where the weights are",
+            f"{input_ids.device} and {self._weight().device}",
+            "move one of them",
+        )
+        check_tokens("generate", input_ids, self.config.vocab_size)
+        samplings = check_samplings("generate", sampling, len(lengths))
+        stops = check_stop_tokens("generate", stop_tokens)
+        _check_switches(stream, cuda_graph)
         tokens: list[list[int]] = [[] for _ in lengths]
         if steps > 0 and lengths:
-            prompts = input_ids.to(torch.int64).split(lengths)
-            self._run(prompts, steps, samplings, stop_tokens, stream, cuda_graph, tokens)
+            prompts = input_ids.to(torch.int64, copy=True).split(lengths)
+            requests = [
+                Request(prompt, steps, stops, one)
+                for prompt, one in zip(prompts, samplings, strict=True)
+            ]
+            self._run(
+                requests, stream, limits.cuda_graph if cuda_graph is None else cuda_graph, tokens
+            )
         rows = [row + [NO_TOKEN] * (steps - len(row)) for row in tokens]
         output = torch.tensor(rows, dtype=torch.int64, device=input_ids.device)
         return output.reshape(len(lengths), steps)
 
     def _run(
         self,
-        prompts: Sequence[Tensor],
-        limit: int,
-        samplings: Sequence[SamplingConfig],
-        stop_tokens: Iterable[int],
+        requests: Sequence[Request],
         stream: Callable[[NewToken], None] | None,
-        cuda_graph: bool | None,
+        cuda_graph: bool,
         tokens: list[list[int]],
     ) -> None:
         """Generate into `tokens`; whatever happens, the batch is empty afterwards."""
-        batch = self._own_batch()
-        assert self.inference_config is not None
-        batch.cuda_graph = self.inference_config.cuda_graph if cuda_graph is None else cuda_graph
-        stops = frozenset(stop_tokens)
+        batch = self._take_batch()
+        batch.cuda_graph = cuda_graph
         try:
-            for index, (prompt, one) in enumerate(zip(prompts, samplings, strict=True)):
-                batch.admit(f"generate: sequence {index}", prompt, limit, stops, one)
+            numbers = [
+                batch.admit(f"generate: sequence {i}", request)
+                for i, request in enumerate(requests)
+            ]
             for new in batch.run(prompts_first=True):
-                tokens[new.sequence].append(new.token)
+                if new.error is not None:
+                    raise new.error
+                index = new.sequence - numbers[0]
+                tokens[index].append(new.token)
                 if stream is not None:
-                    stream(new)
+                    stream(replace(new, sequence=index))
         finally:
             batch.clear()
+            self._idle_batches.append(batch)
 
-    def _check_limits(self, lengths: Sequence[int], max_new_tokens: int) -> int:
+    def _check_limits(
+        self, limits: InferenceConfig, lengths: Sequence[int], max_new_tokens: int
+    ) -> int:
         """Check everything about a call that can be too large; returns the number of steps."""
-        limits = check_inference("generate", self)
         require(
             len(lengths) <= limits.max_batch_size,
             "generate",
@@ -207,17 +242,18 @@ class Generation(nn.Module, Generic[Cache]):
         return steps
 
 
-def _one_each(
-    sampling: SamplingConfig | Sequence[SamplingConfig] | None, batch: int
-) -> Sequence[SamplingConfig]:
-    """The settings of each sequence."""
-    if sampling is None or isinstance(sampling, SamplingConfig):
-        return [sampling or SamplingConfig()] * batch
+def _check_switches(stream: Any, cuda_graph: Any) -> None:
     require(
-        len(sampling) == batch,
+        stream is None or callable(stream),
         "generate",
-        f"sampling must be one SamplingConfig, or one for each of the {batch} sequences",
-        str(len(sampling)),
-        "pass as many as cu_seqlens has sequences",
+        "stream must be a function of a NewToken, or None",
+        repr(stream),
+        "pass one, such as print",
     )
-    return sampling
+    require(
+        cuda_graph in (None, True, False),
+        "generate",
+        "cuda_graph must be True, False or None",
+        repr(cuda_graph),
+        "leave it out for InferenceConfig.cuda_graph",
+    )

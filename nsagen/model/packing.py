@@ -14,6 +14,13 @@ from nsagen.ops._checks import values_are_read
 from nsagen.ops.layout import positions_in_sequence
 
 
+def to_device(
+    values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Values of the host on a device, for which the host does not wait."""
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Packed:
     """The layout of a packed batch; nothing in it needs the host to know a length.
@@ -42,16 +49,26 @@ class Packed:
         return cls(cu_seqlens, sequence, positions, known)
 
 
-def check_packed(where: str, input_ids: Tensor, cu_seqlens: Tensor, max_positions: int) -> Tensor:
+def check_packed(
+    where: str, input_ids: Tensor, cu_seqlens: Tensor, max_positions: int | None
+) -> Tensor:
     """Check a packed batch as far as that is free; returns cu_seqlens as int32.
 
     Only a batch on the CPU, or one so large that a sequence may pass `max_positions`, has its
-    lengths read.
+    lengths read; none where that is None.
 
     Raises:
         InvalidInputError: wrong shapes, dtypes or devices; cu_seqlens that does not run from 0
             to N without decreasing; a sequence longer than the model has positions.
     """
+    for name, tensor in (("input_ids", input_ids), ("cu_seqlens", cu_seqlens)):
+        require(
+            isinstance(tensor, Tensor),
+            where,
+            f"{name} must be a tensor",
+            type(tensor).__name__,
+            "make it one with torch.tensor",
+        )
     require(
         input_ids.dim() == 1,
         where,
@@ -82,8 +99,9 @@ def check_packed(where: str, input_ids: Tensor, cu_seqlens: Tensor, max_position
         "move one of them",
     )
     cu_seqlens = cu_seqlens.to(torch.int32)
-    readable = values_are_read(cu_seqlens) or input_ids.shape[0] > max_positions
-    if readable and not torch.compiler.is_compiling():
+    if max_positions is None or torch.compiler.is_compiling():
+        return cu_seqlens
+    if values_are_read(cu_seqlens) or input_ids.shape[0] > max_positions:
         host_lengths(where, cu_seqlens, input_ids.shape[0], max_positions)
     return cu_seqlens
 

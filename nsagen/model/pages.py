@@ -61,10 +61,11 @@ class PagePool:
                 f"{len(self._free)} of {self.limits.total_pages}; wait until other sequences "
                 "end, or raise InferenceConfig.num_pages"
             )
-        new = [self._free.pop() for _ in range(needed)]
-        self._taken[slot] = taken + new
+        new = self._free[: -needed - 1 : -1]
         places = slice(len(taken), len(taken) + needed)
         self.table[slot, places] = torch.tensor(new, dtype=torch.int32, device=self.table.device)
+        self._taken[slot] = taken + new  # last, so that a failure before it takes nothing
+        del self._free[-needed:]
 
     def release(self, slot: int) -> None:
         """Take a slot's pages back; their content stays until they are written again."""

@@ -1,32 +1,61 @@
-"""What generation accepts: checks of a request that come before any work."""
+"""What generation accepts: a request is checked whole, and copied, before any work."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nsagen.core.errors import InvalidInputError
 from nsagen.model.checks import require
 from nsagen.model.configs import InferenceConfig
+from nsagen.model.sampling import SamplingConfig
+
+PROMPT_DTYPES = (torch.int64, torch.int32)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a sequence is asked for, checked.
+
+    Attributes:
+        prompt: int64 [L] where the weights are; nobody else's memory.
+        limit: new tokens at most.
+        stop_tokens: tokens that end the sequence.
+        sampling: how tokens are chosen.
+    """
+
+    prompt: Tensor
+    limit: int
+    stop_tokens: frozenset[int]
+    sampling: SamplingConfig
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the cache must have room for."""
+        return self.prompt.shape[0] + self.limit
 
 
 def check_inference(where: str, model: Any) -> InferenceConfig:
     """Check that the model can generate at all; returns its limits.
 
     Raises:
-        InvalidInputError: no InferenceConfig, or weights that no kernel takes.
+        InvalidInputError: no InferenceConfig, weights that no kernel takes or that are not there,
+            or autocast to another dtype.
     """
     limits = model.inference_config
     name = type(model).__name__
     require(
-        limits is not None,
+        isinstance(limits, InferenceConfig),
         where,
         "the model needs an InferenceConfig, which sizes its cache",
-        "None",
+        repr(limits),
         f"build it with {name}(config, InferenceConfig(...))",
     )
-    assert limits is not None
     weight = next(model.parameters())
     require(
         weight.device.type != "cuda" or weight.dtype in (torch.bfloat16, torch.float16),
@@ -35,6 +64,23 @@ def check_inference(where: str, model: Any) -> InferenceConfig:
         str(weight.dtype),
         "call model.to(torch.bfloat16), or model.cpu() to run in float32",
     )
+    device = weight.device.type
+    require(
+        device != "meta",
+        where,
+        "the weights must be in memory",
+        "weights on the meta device",
+        "load them first, as from_pretrained does",
+    )
+    if torch.is_autocast_enabled(device):
+        cast = torch.get_autocast_dtype(device)
+        require(
+            cast == weight.dtype,
+            where,
+            "caches and kernels have the weights' dtype, so autocast must be off or have it too",
+            f"autocast to {cast} with weights of {weight.dtype}",
+            f"call model.to({cast}), or leave the autocast block",
+        )
     return limits
 
 
@@ -45,13 +91,13 @@ def check_length(where: str, limits: InferenceConfig, length: int, max_new_token
         InvalidInputError: names `where` and the limit.
     """
     require(
-        isinstance(max_new_tokens, int) and max_new_tokens >= -1,
+        is_integer(max_new_tokens) and max_new_tokens >= -1,
         where,
         "max_new_tokens must be -1 or at least 0",
         repr(max_new_tokens),
         f"-1 stands for InferenceConfig.max_new_tokens={limits.max_new_tokens}",
     )
-    steps = limits.max_new_tokens if max_new_tokens == -1 else max_new_tokens
+    steps = limits.max_new_tokens if max_new_tokens == -1 else operator.index(max_new_tokens)
     require(
         length > 0,
         where,
@@ -80,18 +126,39 @@ def check_length(where: str, limits: InferenceConfig, length: int, max_new_token
     return steps
 
 
-def check_tokens(where: str, input_ids: Tensor, weight: Tensor, vocab_size: int) -> None:
-    """Check that tokens are where the weights are, and in the vocabulary.
+def check_prompt(where: str, prompt: Any) -> Tensor:
+    """A prompt's tokens as a tensor [L], int64 or int32, where they are.
 
     Raises:
-        InvalidInputError: names both devices, or the values' range.
+        InvalidInputError: names the dtype and shape, or what cannot be a tensor.
+    """
+    rule = "a prompt must be integers with shape [L], int64 or int32"
+    if not isinstance(prompt, Tensor):
+        try:
+            empty = len(prompt) == 0
+            prompt = torch.tensor(prompt, dtype=torch.int64 if empty else None, device="cpu")
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            shown = repr(prompt)
+            shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+            raise InvalidInputError(f"{where}: {rule}, got {shown}; pass token numbers") from None
+    require(
+        prompt.dim() == 1 and prompt.dtype in PROMPT_DTYPES and prompt.layout is torch.strided,
+        where,
+        rule,
+        f"{prompt.dtype} with shape {list(prompt.shape)}",
+        "pass token numbers",
+    )
+    return prompt
+
+
+def check_tokens(where: str, input_ids: Tensor, vocab_size: int) -> None:
+    """Check that all tokens are in the vocabulary, wherever they are.
+
+    Raises:
+        InvalidInputError: names the values' range.
     """
     require(
-        input_ids.device == weight.device,
-        where,
-        "input_ids must be where the weights are",
-        f"{input_ids.device} and {weight.device}",
-        "move one of them",
+        not input_ids.is_meta, where, "tokens must have values", "a meta tensor", "move it first"
     )
     if input_ids.shape[0] == 0:
         return
@@ -103,3 +170,66 @@ def check_tokens(where: str, input_ids: Tensor, weight: Tensor, vocab_size: int)
         f"values from {low} to {high}",
         "check that the tokenizer belongs to the model",
     )
+
+
+def check_stop_tokens(where: str, stop_tokens: Iterable[int]) -> frozenset[int]:
+    """The stop tokens as a set; an iterator is read once.
+
+    Raises:
+        InvalidInputError: not an iterable of integers; names the first that is not one.
+    """
+    advice = "pass token numbers such as [2], or leave it out"
+    rule = "stop_tokens must be integers in a list or another iterable"
+    if isinstance(stop_tokens, Tensor):
+        stop_tokens = stop_tokens.tolist()
+    if isinstance(stop_tokens, str | bytes) or not isinstance(stop_tokens, Iterable):
+        raise InvalidInputError(f"{where}: {rule}, got {stop_tokens!r}; {advice}")
+    stops = list(stop_tokens)
+    for token in stops:
+        require(is_integer(token), where, rule, f"{token!r} among them", advice)
+    return frozenset(operator.index(token) for token in stops)
+
+
+def check_sampling(where: str, sampling: Any) -> SamplingConfig:
+    """The settings, or the default ones for None.
+
+    Raises:
+        InvalidInputError: something else.
+    """
+    require(
+        sampling is None or isinstance(sampling, SamplingConfig),
+        where,
+        "sampling must be a SamplingConfig or None",
+        repr(sampling),
+        "build one, such as SamplingConfig(temperature=0.7)",
+    )
+    return sampling or SamplingConfig()
+
+
+def check_samplings(where: str, sampling: Any, batch: int) -> Sequence[SamplingConfig]:
+    """The settings of each of `batch` sequences, from one for all or one for each.
+
+    Raises:
+        InvalidInputError: not as many as sequences, or something else among them.
+    """
+    if sampling is None or isinstance(sampling, SamplingConfig):
+        return [check_sampling(where, sampling)] * batch
+    require(
+        isinstance(sampling, Sequence) and len(sampling) == batch,
+        where,
+        f"sampling must be one SamplingConfig, or one for each of the {batch} sequences",
+        str(len(sampling)) if isinstance(sampling, Sequence) else repr(sampling),
+        "pass as many as cu_seqlens has sequences",
+    )
+    return [check_sampling(f"{where}: sequence {i}", one) for i, one in enumerate(sampling)]
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer of Python, NumPy or a tensor without dimensions; no bool."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool):
+        return False
+    try:
+        operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True

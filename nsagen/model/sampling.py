@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nsagen.model.checks import require, require_integers
+from nsagen.model.packing import to_device
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
@@ -44,19 +46,20 @@ class SamplingConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             fits = number and (value > 0 or (value == 0 and high is None))
             require(
-                fits and value <= (high or float("inf")) and value != float("inf"),
+                fits and value <= (high or sys.float_info.max),
                 "SamplingConfig",
                 f"{name} must be a number {low}" + (" and at most 1" if high else ""),
                 repr(value),
                 "0.7 and 0.95 are usual for temperature and top_p",
             )
-        require(
-            self.seed < 1 << 63,
-            "SamplingConfig",
-            "seed must be below 2^63",
-            str(self.seed),
-            "use a smaller number",
-        )
+        for name in ("top_k", "seed"):
+            require(
+                getattr(self, name) < 1 << 63,
+                "SamplingConfig",
+                f"{name} must be below 2^63",
+                str(getattr(self, name)),
+                "use a smaller number",
+            )
 
 
 class SamplingRows:
@@ -85,7 +88,9 @@ class SamplingRows:
         for name in ("temperature", "top_p", "top_k", "seed"):
             buffer = getattr(self, name)
             values = [getattr(config, name) for config in configs]
-            buffer[: len(values), 0] = torch.tensor(values, dtype=buffer.dtype).to(buffer.device)
+            if name == "temperature":
+                values = [_in_float32(value) for value in values]
+            buffer[: len(values), 0] = to_device(values, buffer.dtype, buffer.device)
 
     def sample(self, logits: Tensor, positions: Tensor) -> Tensor:
         """Choose a token for each of the first rows.
@@ -116,6 +121,11 @@ class SamplingRows:
         last = (mass > 0).sum(-1, keepdim=True) - 1  # rounding must not lead past the choices
         place = torch.minimum(place, last).clamp(min=0)
         return order.gather(-1, place.masked_fill(temperature <= 0, 0)).squeeze(-1)
+
+
+def _in_float32(temperature: float) -> float:
+    """A temperature by which float32 logits can be divided; beyond it, choices are the same."""
+    return min(max(temperature, 1e-30), 1e30) if temperature > 0 else 0.0
 
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:

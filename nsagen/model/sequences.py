@@ -8,9 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nsagen.model.sampling import SamplingConfig
+from nsagen.model.requests import Request
 
-Finished = Literal["", "stop", "length"]
+Finished = Literal["", "stop", "length", "error"]
+
+NO_TOKEN = -1
+"""Stands where there is no token: after a sequence's end, and beside an error."""
 
 DROPPED = -1
 """In place of a count of received tokens: what else arrives is not for anyone to see."""
@@ -18,46 +21,20 @@ DROPPED = -1
 
 @dataclass(frozen=True)
 class NewToken:
-    """A token that a sequence got.
+    """A token that a sequence got, or the error that ended it.
 
     Attributes:
         sequence: which one, as `add` numbered it.
-        token: the token.
+        token: the token; -1 beside an error.
         finished: "" while the sequence goes on; "stop" after one of its stop tokens, "length"
-            after its last allowed one.
+            after its last allowed one, "error" where its part of a step failed.
+        error: what failed; None but for "error".
     """
 
     sequence: int
     token: int
     finished: Finished
-
-
-@dataclass(eq=False)
-class RunningSequence:
-    """A sequence in the batch.
-
-    Attributes:
-        computed: tokens of the prompt that the cache holds.
-        chosen: new tokens that the device has been asked for.
-        received: new tokens that the host has seen.
-        ended: whether it has left the batch.
-    """
-
-    number: int
-    slot: int
-    prompt: Tensor
-    limit: int
-    stop_tokens: frozenset[int]
-    sampling: SamplingConfig
-    computed: int = 0
-    chosen: int = 0
-    received: int = 0
-    ended: bool = False
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt."""
-        return self.prompt.shape[0]
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -67,3 +44,43 @@ class Readout:
     sequences: tuple[RunningSequence, ...]
     tokens: Tensor
     arrived: torch.cuda.Event | None
+
+    def on_host(self) -> list[int]:
+        """The tokens, as soon as they have arrived."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tokens.tolist()
+
+
+@dataclass(eq=False)
+class RunningSequence:
+    """A sequence in the batch.
+
+    Attributes:
+        computed: tokens of the prompt that the cache holds.
+        alone: whether its prompt runs in passes of its own, since one with others failed.
+        chosen: new tokens that the device has been asked for.
+        received: new tokens that the host has seen.
+        newest: the readout of its newest token and its place there.
+        ended: whether it has left the batch.
+    """
+
+    number: int
+    slot: int
+    request: Request
+    computed: int = 0
+    alone: bool = False
+    chosen: int = 0
+    received: int = 0
+    newest: tuple[Readout, int] | None = None
+    ended: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return self.request.prompt.shape[0]
+
+    @property
+    def left(self) -> int:
+        """Tokens of the prompt that the cache does not hold yet."""
+        return self.length - self.computed

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsagen.core.errors import CapacityError
+from nsagen.core.errors import CapacityError, InvalidInputError
 from nsagen.model.checks import require
+from nsagen.model.packing import to_device
 from nsagen.model.prefill import Piece, PrefillRows
-from nsagen.model.requests import check_inference, check_length, check_tokens
+from nsagen.model.requests import (
+    Request,
+    check_inference,
+    check_length,
+    check_prompt,
+    check_sampling,
+    check_stop_tokens,
+    check_tokens,
+)
 from nsagen.model.sampling import SamplingConfig, SamplingRows
-from nsagen.model.sequences import DROPPED, Finished, NewToken, Readout, RunningSequence
+from nsagen.model.sequences import (
+    DROPPED,
+    NO_TOKEN,
+    Finished,
+    NewToken,
+    Readout,
+    RunningSequence,
+)
 from nsagen.model.step import DecodeStep, Row
+
+_log = logging.getLogger("nsagen.serving")
 
 
 @dataclass
@@ -34,6 +56,14 @@ class ContinuousBatch:
         for new in batch.run():
             print(new.sequence, new.token, new.finished)
 
+    Results wait for their reader: leaving the loop loses none, and the next `run` or `step` goes
+    on with them. Where a pass or a step fails, its sequences run again one by one; those that
+    fail alone end with a `NewToken` that has the error, and the others go on. If several run and
+    each fails, the step raises, and all of them stay as they were.
+
+    Threads may share a batch: each method waits until the one before it is done. All that belongs
+    to a call is in the batch; several batches of one model know nothing of each other.
+
     Args:
         model: a `ToyNSALlama` or `ToyLlama` with an InferenceConfig.
         cuda_graph: replay captured steps; `InferenceConfig.cuda_graph` unless given.
@@ -44,16 +74,22 @@ class ContinuousBatch:
     _count: int = field(default=0, init=False)
     _waiting: list[RunningSequence] = field(default_factory=list, init=False)
     _running: list[RunningSequence] = field(default_factory=list, init=False)
-    _rows: list[RunningSequence] = field(default_factory=list, init=False)
+    _rows: list[RunningSequence] | None = field(default_factory=list, init=False)
     _readouts: deque[Readout] = field(default_factory=deque, init=False)
+    _results: deque[NewToken] = field(default_factory=deque, init=False)
+    _unread: dict[int, RunningSequence] = field(default_factory=dict, init=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
+    _at_work: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.limits = check_inference("ContinuousBatch", self.model)
         if self.cuda_graph is None:
             self.cuda_graph = self.limits.cuda_graph
-        self.cache = self.model.new_cache()
-        self._step = DecodeStep(self.model, self.cache)
-        self._free_slots = list(range(self.limits.max_batch_size))[::-1]
+        # Tensors made in inference mode could not be written outside of it later.
+        with torch.inference_mode(False):
+            self.cache = self.model.new_cache()
+            self._step = DecodeStep(self.model, self.cache)
+        self._free_slots = self._all_slots()
 
     @property
     def waiting(self) -> int:
@@ -67,8 +103,8 @@ class ContinuousBatch:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left to do."""
-        return not (self._waiting or self._running or self._readouts)
+        """Whether nothing is left to do or to read."""
+        return not (self._waiting or self._running or self._readouts or self._results)
 
     def add(
         self,
@@ -80,82 +116,83 @@ class ContinuousBatch:
     ) -> int:
         """Let a sequence into the batch; its first token comes from a later step.
 
+        All is checked before anything is taken, so a refused request costs nothing.
+
         Args:
-            prompt: int64 [L], not empty.
+            prompt: int64 or int32 [L], not empty, on any device; copied.
             max_new_tokens: tokens to make; -1 for `InferenceConfig.max_new_tokens`.
             stop_tokens: tokens that end the sequence; the one that does is its last.
             sampling: how tokens are chosen; the most likely ones by default.
 
         Returns:
-            the sequence's number: 0, 1, 2, ... in the order of calls.
+            the sequence's number: 0, 1, 2, ... in the order of calls; none comes twice.
 
         Raises:
             InvalidInputError: a prompt or limit that the cache can never take.
             CapacityError: no slot or too few pages are free now; the batch is as it was.
         """
-        where = f"ContinuousBatch: sequence {self._count}"
-        device = self.cache.device
-        if not isinstance(prompt, Tensor):
-            prompt = torch.tensor(prompt) if len(prompt) else torch.empty(0, dtype=torch.int64)
-        tokens = prompt.to(device)
-        require(
-            tokens.dim() == 1 and not (tokens.is_floating_point() or tokens.dtype is torch.bool),
-            where,
-            "a prompt must be integers with shape [L]",
-            f"{tokens.dtype} with shape {list(tokens.shape)}",
-            "pass token numbers",
-        )
-        limit = check_length(where, self.limits, tokens.shape[0], max_new_tokens)
-        require(limit > 0, where, "max_new_tokens must be positive", "0", "leave it out instead")
-        check_tokens(where, tokens, self.model.lm_head.weight, self.model.config.vocab_size)
-        return self.admit(where, tokens.to(torch.int64), limit, stop_tokens, sampling)
+        with self._lock:
+            where = f"ContinuousBatch: sequence {self._count}"
+            tokens = check_prompt(where, prompt)
+            limit = check_length(where, self.limits, tokens.shape[0], max_new_tokens)
+            require(limit > 0, where, "max_new_tokens must be positive", "0", "leave it out")
+            check_tokens(where, tokens, self.model.config.vocab_size)
+            stops = check_stop_tokens(where, stop_tokens)
+            sampling = check_sampling(where, sampling)
+            copied = tokens.to(self.cache.device, torch.int64, copy=True)
+            return self.admit(where, Request(copied, limit, stops, sampling))
 
-    def admit(
-        self,
-        where: str,
-        prompt: Tensor,
-        limit: int,
-        stop_tokens: Iterable[int],
-        sampling: SamplingConfig | None,
-    ) -> int:
+    def admit(self, where: str, request: Request) -> int:
         """`add` what is checked already."""
-        if not self._free_slots:
-            raise CapacityError(
-                f"{where}: a sequence needs a free slot, got none of "
-                f"InferenceConfig.max_batch_size={self.limits.max_batch_size}; "
-                "wait until other sequences end, or raise max_batch_size"
-            )
-        slot = self._free_slots[-1]
-        self.cache.reserve(slot, prompt.shape[0] + limit, where)
-        self._free_slots.pop()
-        stops = frozenset(int(token) for token in stop_tokens)
-        sampling = sampling or SamplingConfig()
-        self._waiting.append(RunningSequence(self._count, slot, prompt, limit, stops, sampling))
-        self._count += 1
-        return self._count - 1
+        with self._lock:
+            if not self._free_slots:
+                raise CapacityError(
+                    f"{where}: a sequence needs a free slot, got none of "
+                    f"InferenceConfig.max_batch_size={self.limits.max_batch_size}; "
+                    "wait until other sequences end, or raise max_batch_size"
+                )
+            one = RunningSequence(self._count, self._free_slots[-1], request)
+            self.cache.reserve(one.slot, request.tokens, where)
+            self._free_slots.pop()
+            self._waiting.append(one)
+            self._unread[one.number] = one
+            self._count += 1
+            return one.number
 
     def cancel(self, sequence: int) -> None:
-        """Take a sequence out of the batch, if it is still in it."""
-        for one in (*self._waiting, *self._running):
-            if one.number == sequence:
+        """Take a sequence out of the batch, if it is still in it: no more of it is seen.
+
+        What has been computed for it, but not been read, is dropped.
+        """
+        with self._lock:
+            unread = [new for new in self._results if new.sequence != sequence]
+            self._results = deque(unread)
+            one = self._unread.pop(sequence, None)
+            if one is not None:
                 one.received = DROPPED
                 self._end(one)
 
     def clear(self) -> None:
-        """Take all sequences out of the batch, and number the next one 0."""
-        for one in (*self._waiting, *self._running):
-            self._end(one)
-        self._readouts.clear()
-        self._count = 0
+        """Take all sequences out of the batch, and drop what has not been read of them."""
+        with self._lock:
+            for one in self._unread.values():
+                one.received, one.ended = DROPPED, True
+            self._unread, self._results, self._readouts = {}, deque(), deque()
+            self._waiting, self._running, self._rows = [], [], []
+            for slot in self._all_slots():
+                self.cache.release(slot)
+            self._free_slots = self._all_slots()
 
-    @torch.no_grad()
     def step(self) -> list[NewToken]:
-        """Run a pass over waiting prompts and a step of running sequences; the tokens so far."""
-        if self._waiting:
-            self._prefill()
-        if self._running:
-            self._decode()
-        return self._receive(in_flight=bool(self._running))
+        """Run a pass over waiting prompts and a step of running sequences; the tokens so far.
+
+        Raises:
+            InvalidInputError: called while a step of this batch runs, as from a hook.
+        """
+        with self._working():
+            self._advance()
+            results, self._results = self._results, deque()
+            return list(results)
 
     def run(self, prompts_first: bool = False) -> Iterator[NewToken]:
         """Step until nothing is left to do; sequences may be added meanwhile.
@@ -164,96 +201,220 @@ class ContinuousBatch:
             prompts_first: compute all waiting prompts before the next step.
         """
         while not self.idle:
-            while prompts_first and self._waiting:
-                self.prefill()
-            yield from self.step()
+            if not self._results:
+                with self._working():
+                    while prompts_first and self._waiting:
+                        self._prefill()
+                    self._advance()
+            with self._lock:
+                new = self._results.popleft() if self._results else None
+            if new is not None:
+                yield new
 
-    @torch.no_grad()
     def prefill(self) -> None:
-        """Run one pass over waiting prompts; running sequences wait."""
+        """Run one pass over waiting prompts, if there are any; running sequences wait."""
+        with self._working():
+            self._prefill()
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """One step at a time, whatever thread or hook asks for it; without gradients."""
+        with self._lock:
+            if self._at_work:
+                raise InvalidInputError(
+                    "ContinuousBatch: one step runs at a time, got a call from within a step; "
+                    "call it after the step, or use a batch of its own"
+                )
+            self._at_work = True
+            try:
+                with torch.no_grad():
+                    yield
+            finally:
+                self._at_work = False
+
+    def _advance(self) -> None:
         self._prefill()
+        if self._running:
+            self._decode()
+        self._receive(in_flight=bool(self._running))
 
     def _prefill(self) -> None:
-        budget = self.limits.prefill_chunk_size or sum(one.length for one in self._waiting)
-        chosen, pieces = [], []
+        chosen = self._next_pieces()
+        if not chosen:
+            return
+        try:
+            ready = self._run_pieces(chosen)
+        except BaseException as error:
+            # The cache may hold a part of the pass: these prompts begin anew, each by itself.
+            for one, _ in chosen:
+                one.computed, one.alone = 0, True
+            if not isinstance(error, Exception):
+                raise
+            _free_frames(error)
+            if len(chosen) == 1:
+                self._fail(chosen[0][0], error)
+            else:
+                _log.warning(
+                    "a pass over %d prompts failed (%r): each runs alone", len(chosen), error
+                )
+            return
+        for one, piece in chosen:
+            one.computed = piece.end
+        if ready is not None:
+            done, first, host = ready
+            self._waiting = [one for one in self._waiting if one not in done]
+            self._running += [one for one in done if not one.ended]  # a hook may cancel
+            self._requested(done, first, host)
+
+    def _next_pieces(self) -> list[tuple[RunningSequence, Piece]]:
+        """What the next pass computes of which waiting prompts."""
+        chosen: list[tuple[RunningSequence, Piece]] = []
+        budget = self.limits.prefill_chunk_size or sum(one.left for one in self._waiting)
         for one in self._waiting:
-            length = min(one.length - one.computed, budget)
-            if length == 0:
+            length = min(one.left, budget)
+            if length == 0 or (chosen and (one.alone or chosen[0][0].alone)):
                 break
-            chosen.append(one)
-            pieces.append(Piece(one.slot, one.computed, length))
+            chosen.append((one, Piece(one.slot, one.computed, length)))
             budget -= length
-        tokens = [one.prompt[p.start : p.end] for one, p in zip(chosen, pieces, strict=True)]
+        return chosen
+
+    def _run_pieces(
+        self, chosen: Sequence[tuple[RunningSequence, Piece]]
+    ) -> tuple[list[RunningSequence], Tensor, Tensor] | None:
+        """Run a pass: the sequences whose prompts are done, their first tokens, and where on the
+        host these go; None where no prompt is done."""
+        pieces = [piece for _, piece in chosen]
+        tokens = [one.request.prompt[piece.start : piece.end] for one, piece in chosen]
         rows = PrefillRows.of(pieces, self.cache)
         hidden = self.model.model.prefill(torch.cat(tokens), rows, self.cache)
-        for one, piece in zip(chosen, pieces, strict=True):
-            one.computed = piece.end
-        done = [i for i, one in enumerate(chosen) if one.computed == one.length]
+        done = [i for i, (one, piece) in enumerate(chosen) if piece.end == one.length]
         if not done:
-            return
-        device = self.cache.device
+            return None
+        ready = [chosen[i][0] for i in done]
+        host = self._host_memory(len(ready))
         logits = self.model.head(hidden[rows.cu_seqlens[1:][done] - 1])
-        ready = [chosen[i] for i in done]
         first = self._choose_first(ready, logits)
-        slots = torch.tensor([one.slot for one in ready]).to(device)
+        slots = self._to_device([one.slot for one in ready])
         self._step.newest[slots] = first
-        self._waiting = [one for one in self._waiting if one not in ready]
-        self._running += ready
-        self._requested(ready, first)
+        return ready, first, host
 
     def _choose_first(self, ready: list[RunningSequence], logits: Tensor) -> Tensor:
-        if all(one.sampling.temperature == 0 for one in ready):
+        configs = [one.request.sampling for one in ready]
+        if all(config.temperature == 0 for config in configs):
             return logits.argmax(-1)
-        positions = torch.tensor([one.length for one in ready]).to(logits.device)
-        configs = [one.sampling for one in ready]
+        positions = self._to_device([one.length for one in ready])
         return SamplingRows.of(configs, logits.device).sample(logits, positions)
 
     def _decode(self) -> None:
-        if self._rows != self._running:
-            rows = [
-                Row(one.slot, one.length + one.chosen - 1, one.sampling) for one in self._running
-            ]
-            kept = [i for i, one in enumerate(self._rows) if one in self._running]
-            self._step.fill(rows, kept)
-            self._rows = list(self._running)
-        # A few sizes, not all: each is captured once. Rows past the last sequence are idle.
-        count = min(1 << (len(self._rows) - 1).bit_length(), self.limits.max_batch_size)
-        tokens = self._step.run(count, cuda_graph=bool(self.cuda_graph))
-        self._requested(self._rows, tokens[: len(self._rows)])
+        together = list(self._running)
+        try:
+            self._run_rows(together)
+        except Exception as error:
+            _free_frames(error)
+            if len(together) == 1:
+                self._fail(together[0], error)
+                return
+            _log.warning(
+                "a step of %d sequences failed (%r): each runs alone", len(together), error
+            )
+            failed = self._run_apart(together)
+            if len(failed) == len(together):
+                raise  # no sequence's own fault, as far as this can tell
+            for one, own in failed.items():
+                self._fail(one, own)
 
-    def _requested(self, sequences: list[RunningSequence], tokens: Tensor) -> None:
+    def _run_apart(self, sequences: Sequence[RunningSequence]) -> dict[RunningSequence, Exception]:
+        """A step of each sequence by itself; those that fail, and how."""
+        failed = {}
+        for one in sequences:
+            try:
+                self._run_rows([one])
+            except Exception as error:
+                _free_frames(error)
+                failed[one] = error
+        return failed
+
+    def _run_rows(self, sequences: list[RunningSequence]) -> None:
+        """A step of these sequences; where it fails, they are as they were."""
+        try:
+            self._seat(sequences)
+            host = self._host_memory(len(sequences))
+            # A few sizes, not all: each is captured once. Rows past the last sequence are idle.
+            count = min(1 << (len(sequences) - 1).bit_length(), self.limits.max_batch_size)
+            tokens = self._step.run(count, cuda_graph=bool(self.cuda_graph))
+        except BaseException:
+            self._rows = None  # what the device holds of them is not known
+            raise
+        self._requested(sequences, tokens[: len(sequences)], host)
+
+    def _seat(self, sequences: list[RunningSequence]) -> None:
+        """Give the step's rows to these sequences."""
+        if self._rows == sequences:
+            return
+        if self._rows is None:
+            self._restore_newest()
+        old = self._rows or []
+        rows = [
+            Row(one.slot, one.length + one.chosen - 1, one.request.sampling) for one in sequences
+        ]
+        self._step.fill(rows, [i for i, one in enumerate(old) if one in self._running])
+        self._rows = list(sequences)
+
+    def _restore_newest(self) -> None:
+        """After a failure: the newest tokens as the host has them."""
+        known = [(one.slot, *one.newest) for one in self._running if one.newest is not None]
+        slots = self._to_device([slot for slot, *_ in known])
+        self._step.newest[slots] = self._to_device([r.on_host()[place] for _, r, place in known])
+
+    def _host_memory(self, count: int) -> Tensor:
+        """Where new tokens go on the host. Allocated before a step, which then cannot fail."""
+        pinned = self.cache.device.type == "cuda"
+        return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=pinned)
+
+    def _requested(self, sequences: list[RunningSequence], tokens: Tensor, host: Tensor) -> None:
         """Send new tokens on their way to the host, and end sequences that need no more."""
+        host.copy_(tokens, non_blocking=True)
         arrived = None
         if tokens.is_cuda:
-            host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            host.copy_(tokens, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        else:
-            host = tokens.clone()
-        self._readouts.append(Readout(tuple(sequences), host, arrived))
-        for one in sequences:
+        readout = Readout(tuple(sequences), host, arrived)
+        self._readouts.append(readout)
+        for place, one in enumerate(sequences):
             one.chosen += 1
-            if one.chosen == one.limit:
+            one.newest = (readout, place)
+            if one.chosen == one.request.limit:
                 self._end(one)
 
-    def _receive(self, in_flight: bool) -> list[NewToken]:
-        """The tokens that have arrived; the newest ones may stay in flight."""
-        received = []
+    def _receive(self, in_flight: bool) -> None:
+        """Take in the tokens that have arrived; the newest ones may stay in flight."""
         while len(self._readouts) > int(in_flight):
-            readout = self._readouts.popleft()
-            if readout.arrived is not None:
-                readout.arrived.synchronize()
-            for one, token in zip(readout.sequences, readout.tokens.tolist(), strict=True):
-                if one.received == DROPPED:
-                    continue
-                one.received += 1
-                finished: Finished = "length" if one.received == one.limit else ""
-                if token in one.stop_tokens:
-                    finished, one.received = "stop", DROPPED
-                    self._end(one)
-                received.append(NewToken(one.number, token, finished))
-        return received
+            readout = self._readouts[0]
+            tokens = readout.on_host()
+            self._readouts.popleft()
+            for one, token in zip(readout.sequences, tokens, strict=True):
+                if one.received != DROPPED:
+                    self._received(one, token)
+
+    def _received(self, one: RunningSequence, token: int) -> None:
+        one.received += 1
+        finished: Finished = "length" if one.received == one.request.limit else ""
+        if token in one.request.stop_tokens:
+            finished, one.received = "stop", DROPPED
+        self._results.append(NewToken(one.number, token, finished))
+        if finished:
+            del self._unread[one.number]
+            self._end(one)
+
+    def _fail(self, one: RunningSequence, error: Exception) -> None:
+        """End a sequence by an error, which comes after the tokens that it has."""
+        self._receive(in_flight=False)
+        if one.number not in self._unread:
+            return
+        self._results.append(NewToken(one.number, NO_TOKEN, "error", error))
+        one.received = DROPPED
+        del self._unread[one.number]
+        self._end(one)
 
     def _end(self, one: RunningSequence) -> None:
         """Free a sequence's slot. Work in flight comes before that of its next sequence."""
@@ -264,3 +425,14 @@ class ContinuousBatch:
         self._running = [other for other in self._running if other is not one]
         self.cache.release(one.slot)
         self._free_slots.append(one.slot)
+
+    def _to_device(self, values: list[int]) -> Tensor:
+        return to_device(values, torch.int64, self.cache.device)
+
+    def _all_slots(self) -> list[int]:
+        return list(range(self.limits.max_batch_size))[::-1]
+
+
+def _free_frames(error: Exception) -> None:
+    """Let go of the tensors of a failed pass, which the error's traceback holds."""
+    traceback.clear_frames(error.__traceback__)

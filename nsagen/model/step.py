@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,7 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from nsagen.model.packing import to_device
 from nsagen.model.sampling import SamplingConfig, SamplingRows
+
+_ONE_CAPTURE = threading.Lock()
+"""Beginning a capture waits for the device, which another thread's capture forbids."""
 
 
 class Decoder(Protocol):
@@ -108,16 +113,22 @@ class DecodeStep:
         """What `run` does, launch by launch."""
         tokens, positions = self.tokens[:count], self.positions[:count]
         logits = self.model.step_logits(tokens, positions, self.slots[:count], self.cache)
-        if sampled:
-            tokens.copy_(self.sampling.sample(logits, positions + 1))
-        else:
-            tokens.copy_(logits.argmax(-1))
+        chosen = self.sampling.sample(logits, positions + 1) if sampled else logits.argmax(-1)
+        tokens.copy_(chosen)
         positions.add_(positions >= 0)
         return tokens
 
     def _capture(self, count: int, sampled: bool) -> torch.cuda.CUDAGraph:
         tokens, positions = self.tokens.clone(), self.positions.clone()
         self.positions.fill_(-1)  # idle rows change no cache: warming up leaves no trace
+        try:
+            with _ONE_CAPTURE:
+                return self._captured(count, sampled)
+        finally:
+            self.tokens.copy_(tokens)
+            self.positions.copy_(positions)
+
+    def _captured(self, count: int, sampled: bool) -> torch.cuda.CUDAGraph:
         side = torch.cuda.Stream(self.cache.device)
         side.wait_stream(torch.cuda.current_stream(self.cache.device))
         with torch.cuda.stream(side):  # loads kernels and workspaces, which a capture may not
@@ -127,10 +138,9 @@ class DecodeStep:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may launch and allocate meanwhile: that does not touch this capture.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self.compute(count, sampled)
-        self.tokens.copy_(tokens)
-        self.positions.copy_(positions)
         return graph
 
     def _current_addresses(self) -> tuple[int, ...]:
@@ -140,4 +150,4 @@ class DecodeStep:
         return tuple(tensor.data_ptr() for tensor in tensors)
 
     def _to_device(self, values: list[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(self.cache.device, non_blocking=True)
+        return to_device(values, dtype, self.cache.device)

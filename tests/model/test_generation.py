@@ -115,8 +115,8 @@ def test_a_cast_model_gets_a_new_cache() -> None:
     model.generate(*packed_batch([9]), max_new_tokens=2)
     model = model.to(torch.float64)
     model.generate(*packed_batch([9]), max_new_tokens=2)
-    assert model._batch is not None
-    assert model._batch.cache.dtype == torch.float64
+    (idle,) = model._idle_batches
+    assert idle.cache.dtype == torch.float64
 
 
 @pytest.mark.parametrize("compress_type", COMPRESS_TYPES)

@@ -82,8 +82,8 @@ def test_a_loaded_checkpoint_reaches_generation(assign: bool) -> None:
 def test_copies_and_casts_do_not_share() -> None:
     model = joined_model()
     twin = copy.deepcopy(model)
-    assert model._batch is not None
-    assert twin._batch is None, "a copy starts without a cache"
+    assert model._idle_batches
+    assert not twin._idle_batches, "a copy starts without a cache"
     with torch.no_grad():
         twin.model.layers[0].mlp.gate_proj.weight.zero_()
     check(model)

@@ -158,7 +158,7 @@ def test_generate_refuses_before_it_works(
     for model in (nsa_model(LIMITS), ToyLlama(dense_config(), LIMITS)):
         with pytest.raises(InvalidInputError, match=text):
             model.generate(*packed_batch(lengths), **changes)
-        assert model._batch is None, "nothing may be allocated before the checks"
+        assert not model._idle_batches, "nothing may be allocated before the checks"
 
 
 def test_generate_at_the_limit_and_with_nothing_to_do() -> None:

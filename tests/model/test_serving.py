@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 
 import pytest
@@ -147,12 +148,200 @@ def test_cancelling_frees_the_slot_and_silences_the_sequence() -> None:
     batch.step()
     batch.cancel(0)
     batch.cancel(2)  # still waiting
-    batch.cancel(17)  # nobody
+    batch.cancel(17)  # no such sequence
     assert batch.add(prompts[3]) == 3
     tokens = collect(batch)
     assert set(tokens) == {1, 3}
     assert tokens[1] == alone(model, prompts[1], 8)
     assert tokens[3] == alone(model, prompts[3], 8)
+
+
+def test_leaving_the_loop_loses_nothing() -> None:
+    model = nsa_model(LIMITS)
+    prompts = prompts_of([12, 30, 7])
+    batch = ContinuousBatch(model)
+    for prompt in prompts:
+        batch.add(prompt)
+    tokens: dict[int, list[int]] = defaultdict(list)
+    ended = set()
+    while not batch.idle:
+        for new in batch.run():
+            tokens[new.sequence].append(new.token)
+            ended |= {new.sequence} if new.finished else set()
+            break
+        if len(tokens[0]) == 3:  # another reader takes what is there, and what comes
+            for new in batch.step():
+                tokens[new.sequence].append(new.token)
+                ended |= {new.sequence} if new.finished else set()
+    assert ended == {0, 1, 2}
+    assert tokens == {i: alone(model, prompt, 8) for i, prompt in enumerate(prompts)}
+
+
+def test_a_cancelled_sequence_is_silent_wherever_its_tokens_are() -> None:
+    """Waiting, running, in flight after its last step, and computed but not read."""
+    model = nsa_model(InferenceConfig(3, 96, 8))
+    prompts = prompts_of([12, 10, 7])
+    expected = alone(model, prompts[1], 3)
+    for seen in range(9):  # so many tokens are read before two of three are cancelled
+        batch = ContinuousBatch(model)
+        for prompt in prompts:
+            batch.add(prompt, max_new_tokens=3)
+        tokens: dict[int, list[int]] = defaultdict(list)
+        cancelled = False
+        while not batch.idle:
+            if sum(map(len, tokens.values())) == seen:
+                batch.cancel(0)
+                batch.cancel(2)
+                cancelled = True
+            for new in batch.run():
+                assert not (cancelled and new.sequence != 1)
+                tokens[new.sequence].append(new.token)
+                break
+        assert tokens[1] == expected
+        assert len(batch._free_slots) == 3
+        assert not batch._unread
+
+
+def test_a_number_is_given_once() -> None:
+    """A reader that outlives `clear` cannot take a new sequence for its own."""
+    batch = ContinuousBatch(nsa_model(LIMITS))
+    assert batch.add([1, 2]) == 0
+    batch.clear()
+    assert batch.idle
+    assert batch.add([1, 2]) == 1
+    batch.cancel(0)
+    assert {new.sequence for new in batch.run()} == {1}
+
+
+def poison(
+    model: ToyNSALlama | ToyLlama, token: int, error: type[BaseException] = RuntimeError
+) -> None:
+    """Any pass over the token raises."""
+
+    def check(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        if (args[0] == token).any():
+            raise error("poisoned")
+
+    model.model.embed_tokens.register_forward_pre_hook(check)
+
+
+def unused(*texts: list[int] | Tensor) -> int:
+    """A token that is in none of the texts."""
+    used = {int(token) for text in texts for token in text}
+    return next(token for token in range(512) if token not in used)
+
+
+@pytest.mark.parametrize("limits", [LIMITS, PAGED, InferenceConfig(3, 96, 8)], ids=str)
+def test_a_failing_prompt_ends_alone(limits: InferenceConfig) -> None:
+    model = nsa_model(limits)
+    prompts = prompts_of([12, 30, 7])
+    texts = {i: alone(model, prompts[i], 8) for i in (0, 2)}
+    prompts[1][20] = unused(*prompts, *texts.values())
+    poison(model, int(prompts[1][20]))
+    batch = ContinuousBatch(model)
+    for prompt in prompts:
+        batch.add(prompt)
+    tokens, errors = defaultdict(list), {}
+    for new in batch.run():
+        if new.finished == "error":
+            errors[new.sequence] = repr(new.error)
+            assert new.token == -1
+        else:
+            tokens[new.sequence].append(new.token)
+    assert errors == {1: "RuntimeError('poisoned')"}
+    assert tokens == texts
+    assert len(batch._free_slots) == 3
+    assert batch.cache.pages is None or batch.cache.pages.free_pages == 10
+
+
+@pytest.mark.parametrize("limits", [LIMITS, PAGED], ids=["contiguous", "in pages"])
+def test_a_sequence_that_fails_while_it_decodes_ends_alone(limits: InferenceConfig) -> None:
+    model = nsa_model(limits)
+    prompts = prompts_of([12, 30, 7], seed=2)
+    texts = [alone(model, prompt, 8) for prompt in prompts]
+    poison(model, texts[1][2])
+    first = [*map(int, torch.cat(prompts)), *texts[0], *texts[2], *texts[1][:2]]
+    assert texts[1][2] not in first, "the third new token is nowhere else"
+    batch = ContinuousBatch(model)
+    for prompt in prompts:
+        batch.add(prompt)
+    got: dict[int, list[int]] = defaultdict(list)
+    ends = {}
+    for new in batch.run():
+        assert new.sequence not in ends
+        got[new.sequence].append(new.token)
+        if new.finished:
+            ends[new.sequence] = new.finished
+    assert ends == {0: "length", 1: "error", 2: "length"}
+    assert got == {0: texts[0], 1: [*texts[1][:3], -1], 2: texts[2]}
+    assert len(batch._free_slots) == 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_fault_of_no_sequence_leaves_all_as_they_were(error: type[BaseException]) -> None:
+    """Each of several fails, or the user interrupts: the step raises, and goes on when called."""
+    model = nsa_model(PAGED)
+    prompts = prompts_of([12, 30, 7])
+    texts = [alone(model, prompt, 8) for prompt in prompts]
+    broken: list[bool] = []
+
+    def fail(*args: object) -> None:
+        if broken:
+            raise error("broken")
+
+    model.model.layers[1].input_layernorm.register_forward_pre_hook(fail)
+    model.model.norm.register_forward_pre_hook(fail)
+    model.lm_head.register_forward_pre_hook(fail)
+    batch = ContinuousBatch(model)
+    for prompt in prompts:
+        batch.add(prompt)
+    got: dict[int, list[int]] = defaultdict(list)
+    faults = 0
+    while not batch.idle:
+        broken[:] = [True] if batch.running == 3 and faults % 2 == 0 else []
+        faults += batch.running == 3
+        try:
+            for new in batch.step():
+                got[new.sequence].append(new.token)
+        except error:
+            continue
+    assert faults > 4
+    assert got == dict(enumerate(texts))
+
+
+def test_an_error_holds_no_tensors() -> None:
+    model = nsa_model(LIMITS)
+    alive = []
+
+    def fail(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        big = torch.zeros(1000)
+        alive.append(weakref.ref(big))
+        raise RuntimeError(f"failed with {big.shape}")
+
+    model.model.embed_tokens.register_forward_pre_hook(fail)
+    batch = ContinuousBatch(model)
+    batch.add([1, 2, 3])
+    (new,) = batch.run()
+    assert repr(new.error) == "RuntimeError('failed with torch.Size([1000])')"
+    assert alive[0]() is None
+
+
+def test_generate_raises_what_a_step_raised() -> None:
+    model = nsa_model(LIMITS)
+    batch = packed_batch([12, 30])
+    expected = model.generate(*batch)
+    token = unused(batch[0], expected.flatten())
+    poison(model, token, ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError, match="poisoned"):
+        model.generate(batch[0].clone().index_fill(0, torch.tensor([20]), token), batch[1])
+    assert torch.equal(model.generate(*batch), expected)
+
+
+def test_a_prefill_with_nothing_to_do() -> None:
+    batch = ContinuousBatch(nsa_model(LIMITS))
+    batch.prefill()
+    assert batch.step() == []
+    assert list(batch.run()) == []
 
 
 def test_a_dense_model_serves_as_well() -> None:
@@ -173,7 +362,7 @@ def test_refusals_name_the_sequence() -> None:
         ([1] * 90, {}, r"sequence 0: .*max_length=96, got 90 \+ 8 = 98"),
         ([600], {}, "sequence 0: input_ids must be from 0 to vocab_size-1=511"),
         ([[1]], {}, r"sequence 0: a prompt must be integers with shape \[L\]"),
-        ([0.5], {}, r"sequence 0: a prompt must be integers with shape \[L\], got torch.float32"),
+        ([0.5], {}, r"sequence 0: a prompt must be integers with shape \[L\], .*got torch.float32"),
         ([1], {"max_new_tokens": 0}, "sequence 0: max_new_tokens must be positive"),
     ):
         with pytest.raises(InvalidInputError, match=text):

@@ -154,8 +154,7 @@ def compressed_attention_decode(
     check_heads("compressed_attention decode", q, ck_cache[0], cv_cache[0])
     scale = scale_of(softmax_scale, q.shape[-1])
     o = q.new_zeros(*q.shape[:2], cv_cache.shape[-1])
-    topk_idx = torch.full((ck_cache.shape[2], q.shape[0], topk), -1, dtype=torch.int32)
-    topk_idx = topk_idx.to(q.device)
+    topk_idx = positions.new_full((ck_cache.shape[2], q.shape[0], topk), -1, dtype=torch.int32)
     for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
         if position < 0:
             continue

@@ -1,0 +1,231 @@
+"""Requests are checked whole, and copied, before anything is taken for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nsagen.core.errors import CapacityError, InvalidInputError
+from nsagen.model import ContinuousBatch, InferenceConfig, SamplingConfig, ToyNSALlama
+from tests.model.tiny import nsa_model, packed_batch
+
+LIMITS = InferenceConfig(2, 64, 4, paged=True, page_size=16)
+PROMPT = [3, 1, 4, 1, 5]
+
+
+@pytest.fixture
+def model() -> ToyNSALlama:
+    return nsa_model(LIMITS)
+
+
+def room(batch: ContinuousBatch) -> tuple[int, int]:
+    """Free slots and pages."""
+    assert batch.cache.pages is not None
+    return len(batch._free_slots), batch.cache.pages.free_pages
+
+
+BAD_STOPS: list[tuple[Any, str]] = [
+    (None, "stop_tokens must be integers .*got None; pass token numbers such as"),
+    ([None], "got None among them"),
+    (2, "got 2; pass"),
+    ("</s>", "got '</s>'; pass"),
+    (["</s>"], "got '</s>' among them"),
+    ([1, 2.0], "got 2.0 among them"),
+    ([True], "got True among them"),
+    (torch.tensor([0.5]), "got 0.5 among them"),
+]
+
+BAD_PROMPTS: list[tuple[Any, str]] = [
+    ([0.5], "got torch.float32"),
+    ([True, False], "got torch.bool"),
+    (torch.zeros(3, dtype=torch.uint8), "got torch.uint8"),
+    (torch.zeros(1, 3, dtype=torch.int64), r"with shape \[1, 3\]"),
+    ([[1, 2]], r"with shape \[1, 2\]"),
+    ([[1], [2, 3]], r"got \[\[1\], \[2, 3\]\]"),
+    ("text", "got 'text'"),
+    (None, "got None"),
+    (7, "got 7"),
+    ([2**70], "got "),
+    ([-1], "values from -1 to -1"),
+    ([512], "values from 512 to 512; check that the tokenizer belongs"),
+    (torch.zeros(3, dtype=torch.int64, device="meta"), "tokens must have values"),
+]
+
+BAD_REST: list[tuple[dict[str, Any], str]] = [
+    ({"max_new_tokens": True}, "max_new_tokens must be -1 or at least 0, got True"),
+    ({"max_new_tokens": 2.0}, "got 2.0"),
+    ({"max_new_tokens": "3"}, "got '3'"),
+    ({"max_new_tokens": None}, "got None"),
+    ({"max_new_tokens": 60}, "max_length=64, got 5 . 60"),
+    ({"sampling": 0.7}, "sampling must be a SamplingConfig or None, got 0.7"),
+    ({"sampling": {"temperature": 1.0}}, "sampling must be a SamplingConfig or None, got {"),
+]
+
+
+@pytest.mark.parametrize(
+    ("request_", "text"),
+    [((PROMPT, {"stop_tokens": stops}), text) for stops, text in BAD_STOPS]
+    + [((prompt, {}), text) for prompt, text in BAD_PROMPTS]
+    + [((PROMPT, settings), text) for settings, text in BAD_REST],
+    ids=repr,
+)
+def test_a_refused_request_costs_nothing(
+    model: ToyNSALlama, request_: tuple[Any, dict[str, Any]], text: str
+) -> None:
+    batch = ContinuousBatch(model)
+    before = room(batch)
+    prompt, settings = request_
+    with pytest.raises(InvalidInputError, match=rf"ContinuousBatch: sequence 0: .*{text}"):
+        batch.add(prompt, **settings)
+    assert room(batch) == before
+    assert batch.idle
+    assert batch.add(PROMPT) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [({"stop_tokens": stops}, text) for stops, text in BAD_STOPS]
+    + BAD_REST[:5]
+    + [
+        ({"sampling": 0.7}, "sampling must be one SamplingConfig, or one for each .*got 0.7"),
+        ({"sampling": [None, 3]}, "sequence 1: sampling must be a SamplingConfig or None, got 3"),
+        ({"stream": 3}, "stream must be a function of a NewToken, or None, got 3"),
+        ({"cuda_graph": "yes"}, "cuda_graph must be True, False or None, got 'yes'"),
+    ],
+    ids=repr,
+)
+def test_generate_refuses_before_it_takes_a_cache(
+    model: ToyNSALlama, settings: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=f"generate: .*{text}"):
+        model.generate(*packed_batch([5, 5]), **settings)
+    assert not model._idle_batches, "nothing may be allocated before the checks"
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3], np.array([1, 2, 3])], ids=["list", "array"])
+def test_generate_takes_tensors_alone(model: ToyNSALlama, ids: Any) -> None:
+    with pytest.raises(InvalidInputError, match="generate: input_ids must be a tensor, got"):
+        model.generate(ids, torch.tensor([0, 3]))
+    with pytest.raises(InvalidInputError, match="generate: cu_seqlens must be a tensor, got"):
+        model.generate(torch.tensor([1, 2, 3]), ids)
+
+
+def test_prompts_and_stops_of_every_kind_that_holds_integers(model: ToyNSALlama) -> None:
+    batch, tokens = ContinuousBatch(model), []
+    for prompt in (PROMPT, tuple(PROMPT), np.array(PROMPT), torch.tensor(PROMPT).int()):
+        number = batch.add(prompt, stop_tokens=np.array([600, -1]))
+        tokens.append([new.token for new in batch.run() if new.sequence == number])
+    assert all(same == tokens[0] for same in tokens)
+    stop = tokens[0][0]
+    for stops in (
+        {stop},
+        iter([stop]),
+        torch.tensor([stop]),
+        [np.int32(stop)],
+        range(stop, stop + 1),
+    ):
+        batch.add(PROMPT, stop_tokens=stops)
+        assert [new.finished for new in batch.run()] == ["stop"]
+
+
+def test_what_cannot_be_reserved_is_not_taken(
+    model: ToyNSALlama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure while pages are written down, as for want of memory on the device."""
+    batch = ContinuousBatch(model)
+    before = room(batch)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", _out_of_memory)
+        with pytest.raises(MemoryError):
+            batch.add(torch.zeros(5, dtype=torch.int64))
+    assert room(batch) == before
+    assert batch.add(PROMPT) == 0
+
+
+def _out_of_memory(*args: Any, **kwargs: Any) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_prompt_is_copied(chunk: int | None) -> None:
+    model = nsa_model(InferenceConfig(3, 64, 4, prefill_chunk_size=chunk))
+    batch, buffer = ContinuousBatch(model), torch.empty(9, dtype=torch.int64)
+    prompts = packed_batch([9, 9, 9])[0].split(9)
+    for prompt in prompts:
+        batch.add(buffer.copy_(prompt))
+    buffer.fill_(10**6)
+    tokens: list[list[int]] = [[], [], []]
+    for new in batch.run():
+        tokens[new.sequence].append(new.token)
+    for prompt, got in zip(prompts, tokens, strict=True):
+        assert model.generate(prompt, torch.tensor([0, 9])).tolist() == [got]
+
+
+def test_a_prompt_may_change_while_generate_streams(model: ToyNSALlama) -> None:
+    ids, cu_seqlens = packed_batch([20, 9])
+    expected = model.generate(ids, cu_seqlens)
+    given = ids.clone()
+    assert torch.equal(model.generate(given, cu_seqlens, stream=lambda _: given.fill_(0)), expected)
+
+
+def test_a_failed_admission_gives_back_what_the_others_took(model: ToyNSALlama) -> None:
+    model.inference_config = InferenceConfig(3, 64, 4, paged=True, page_size=16, num_pages=5)
+    with pytest.raises(CapacityError, match="generate: sequence 2"):
+        model.generate(*packed_batch([20, 30, 20]))
+    (idle,) = model._idle_batches
+    assert room(idle) == (3, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_to_another_dtype_is_refused(dtype: torch.dtype) -> None:
+    model = nsa_model(LIMITS, dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(InvalidInputError, match=r"autocast to torch.bfloat16 with weights of"):
+            model.generate(*packed_batch([5]))
+        model.to(torch.bfloat16).generate(*packed_batch([5]))
+
+
+def test_weights_without_memory_are_refused() -> None:
+    model = nsa_model(LIMITS).to("meta")
+    with pytest.raises(InvalidInputError, match="got weights on the meta device; load them"):
+        model.generate(*packed_batch([5]))
+
+
+@pytest.fixture
+def _elsewhere() -> Iterator[None]:
+    """A default device that has no values, and another default dtype."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    with torch.device("meta"):
+        yield
+    torch.set_default_dtype(dtype)
+
+
+def test_defaults_of_the_program_change_nothing(
+    model: ToyNSALlama, request: pytest.FixtureRequest
+) -> None:
+    sampling = SamplingConfig(0.8, 20, 0.9, seed=5)
+    batch = packed_batch([5, 20])
+    expected = model.generate(*batch, sampling=sampling)
+    fresh = nsa_model(LIMITS)
+    request.getfixturevalue("_elsewhere")
+    assert fresh.generate(*batch, sampling=sampling).tolist() == expected.tolist()
+    serving = ContinuousBatch(fresh)
+    serving.add(PROMPT)
+    assert len(list(serving.run())) == 4
+
+
+def test_inference_mode_and_its_end() -> None:
+    """What is kept between calls must not belong to inference mode."""
+    model, batch = nsa_model(LIMITS), packed_batch([5, 20])
+    with torch.inference_mode():
+        first = model.generate(*batch)
+    assert torch.equal(model.generate(*batch), first)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(*batch), first)
+    loss = model(*batch).sum()
+    loss.backward()
