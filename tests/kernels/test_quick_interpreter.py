@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from nsagen.codegen.support import representative
-from nsagen.harness.base import Sizes, harness_of
+from nsagen.cases.base import harness_of
+from nsagen.cases.sizes import Sizes
+from nsagen.reports.target_support import representative
 from nsagen.spec import load_spec
 from nsagen.workload import Workload
 from tests.conftest import QUICK
