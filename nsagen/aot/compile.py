@@ -8,7 +8,6 @@ here is what a launch of the same sizes finds in Triton's cache on disk.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from triton.runtime import driver
 from nsagen.aot.resources import Resources, read_resources
 from nsagen.cases.base import Case, Sizes, harness_of
 from nsagen.core.errors import BuildError
+from nsagen.core.importing import import_file
 from nsagen.core.target import Target
 from nsagen.core.workload import Workload
 
@@ -76,16 +76,6 @@ def recording(module: ModuleType) -> Iterator[list[RecordedLaunch]]:
             setattr(module, name, kernel)
 
 
-def load_module(path: Path) -> ModuleType:
-    """Import a generated kernel file from its path."""
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    if module_spec is None or module_spec.loader is None:
-        raise BuildError(f"{path}: must be a Python file; it cannot be imported")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
-
-
 @dataclass(frozen=True)
 class _NamedTarget:
     """The part of a Triton driver that compiling needs: which target it is for."""
@@ -135,7 +125,7 @@ def all_launches(path: Path, case: Case) -> list[RecordedLaunch]:
     Raises:
         BuildError: `launch` calls no kernel.
     """
-    module = load_module(path)
+    module = import_file(path)
     with recording(module) as calls:
         module.launch(*case.args)
     if not calls:

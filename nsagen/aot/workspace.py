@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nsagen.aot.compile import load_module, recording
+from nsagen.aot.compile import recording
 from nsagen.cases.base import Sizes, harness_of
+from nsagen.core.importing import import_file
 from nsagen.core.workload import Workload
 
 
@@ -49,7 +50,7 @@ def workspace_bytes(path: Path, workload: Workload, sizes: Sizes) -> int:
         path: of the kernel file.
         sizes: of the call, which runs on the device "meta": no size is too large.
     """
-    module = load_module(path)
+    module = import_file(path)
     case = harness_of(workload).make_case(workload, sizes, "meta")
     allocations = _Allocations()
     allocations.knows(*case.args)

@@ -19,10 +19,10 @@ from typing import cast
 
 import torch
 
-from nsagen.aot.compile import load_module
 from nsagen.cases.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
 from nsagen.codegen.template import default_schedule, kernel_name, render, space_for
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.importing import import_file
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -79,7 +79,7 @@ class Trial:
         with tempfile.TemporaryDirectory(prefix="nsagen-trial-") as folder:
             path = Path(folder) / f"{kernel_name(self.workload, schedule)}.py"
             path.write_text(source, encoding="utf-8")
-            load_module(path).launch(*case.args)
+            import_file(path).launch(*case.args)
         expected = case.expected()
         found = (_difference(name, case.outputs[name], right) for name, right in expected.items())
         return [text for text in found if text]

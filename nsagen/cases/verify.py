@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from nsagen.aot.compile import load_module
 from nsagen.cases.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
 from nsagen.codegen.build import build
 from nsagen.codegen.plan import Variant
 from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
+from nsagen.core.importing import import_file
 from nsagen.core.workload import Workload
 from nsagen.runtime.device import interpreting, target_of
 from nsagen.spec import Spec
@@ -102,7 +102,7 @@ def _verified(variant: Variant, path: Path, device: torch.device, seed: int) -> 
         return
     try:
         case: Case = harness_of(workload).make_case(workload, sizes_for(workload), device, seed)
-        load_module(path).launch(*case.args)
+        import_file(path).launch(*case.args)
         expected = case.expected()
     except Exception as error:  # whatever a kernel fails with is a finding about that kernel
         text = str(error).strip() or "no message"

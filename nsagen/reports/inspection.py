@@ -35,7 +35,7 @@ def inspection_page(spec: Spec, target: str | None = None) -> str:
     with tempfile.TemporaryDirectory() as folder:
         built = build(spec, Path(folder)).folder
         table = dispatch.section(
-            import_folder(spec.name, built).dispatcher, dispatch.read_manifest(built), target
+            import_folder(built).dispatcher, dispatch.read_manifest(built), target
         )
     counts = f"{len(spec.workloads())} workloads of {len(spec.shapes)} attention shapes"
     parameters = ", ".join(f"{name} {value}" for name, value in shape.said().items())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nsagen.core.bucket import Bucket, Entries, Table
 from nsagen.core.errors import BuildError, InvalidInputError, UnsupportedWorkloadError
+from nsagen.core.importing import LOCK
 from nsagen.core.workload import Workload
 from nsagen.runtime import registry
 from nsagen.runtime.device import INTERPRETED_TARGET, interpreting, target_of
@@ -119,10 +120,11 @@ class Dispatcher:
         """This dispatcher, or one on the same table that treats a miss in the other way."""
         if on_missing == self.on_missing:
             return self
-        if self._other is None:
-            self._other = Dispatcher(self.name, self.package, self._table, on_missing)
-            self._other._other = self
-        return self._other
+        with LOCK:
+            if self._other is None:
+                other = Dispatcher(self.name, self.package, self._table, on_missing)
+                self._other, other._other = other, self
+            return self._other
 
     def __repr__(self) -> str:
         targets = sorted({target for entry in self._table.values() for target in entry})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.importing import import_once
 from nsagen.runtime.dispatcher import Dispatcher, OnMissing
 
 _PREFIX = "_nsagen_generated_"
@@ -38,7 +38,7 @@ def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:
     try:
         dispatcher = getattr(_package(name), "dispatcher", None)
     except ModuleNotFoundError as error:
-        if error.name not in (f"generated.{name}.dispatcher", f"{_PREFIX}{name}.dispatcher"):
+        if not re.fullmatch(rf"(generated\.|{_PREFIX}\w+_){name}\.dispatcher", error.name or ""):
             raise
         dispatcher = None
     if not isinstance(dispatcher, Dispatcher):  # a build that was cut short wrote only kernels
@@ -51,17 +51,23 @@ def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:
 
 def _package(name: str) -> ModuleType:
     qualified = f"generated.{name}"
+    found = _on_path(name)
     try:
-        return importlib.import_module(qualified)
+        module = importlib.import_module(qualified)
     except ModuleNotFoundError as error:
         if error.name not in ("generated", qualified):
             raise
+    else:
+        # One of the same name may have been imported from a folder that was on the path then.
+        if found is not None and not _is_of(module, found):
+            return import_folder(found)
+        return module
     from nsagen.runtime.user_cache import cache_dir
 
     folders = (Path.cwd() / "generated" / name, cache_dir() / "generated" / name)
     for folder in folders:
         if (folder / "__init__.py").is_file():
-            return import_folder(name, folder)
+            return import_folder(folder)
     places = ", ".join(str(folder) for folder in folders)
     raise InvalidInputError(
         f"nsagen.load: a spec's package must be built first; found no package {qualified} "
@@ -69,25 +75,19 @@ def _package(name: str) -> ModuleType:
     )
 
 
-def import_folder(name: str, folder: Path) -> ModuleType:
-    """Import a package from a folder whose parent is not on `sys.path`."""
-    qualified = f"{_PREFIX}{name}"
-    known = sys.modules.get(qualified)
-    if known is not None and Path(known.__file__ or "").parent == folder:
-        return known
-    module_spec = importlib.util.spec_from_file_location(
-        qualified, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    stale = [m for m in sys.modules if m == qualified or m.startswith(f"{qualified}.")]
-    for module_name in stale:
-        del sys.modules[module_name]
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[qualified] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[qualified]
-        raise
-    return module
+def _on_path(name: str) -> Path | None:
+    """The folder of a package on `sys.path`, where the working folder may be a part of that."""
+    for entry in sys.path:
+        folder = Path(entry, "generated", name)
+        if (folder / "__init__.py").is_file():
+            return folder
+    return None
+
+
+def _is_of(module: ModuleType, folder: Path) -> bool:
+    return Path(module.__file__ or "").resolve().parent == folder.resolve()
+
+
+def import_folder(folder: Path) -> ModuleType:
+    """Import a package from a folder whose parent is not on `sys.path`, once a process."""
+    return import_once(folder / "__init__.py", _PREFIX)

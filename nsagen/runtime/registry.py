@@ -6,10 +6,10 @@ The registry only grows: a compiled graph may hold a key for as long as the proc
 from __future__ import annotations
 
 import functools
-import threading
 from typing import TYPE_CHECKING
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.importing import LOCK
 
 if TYPE_CHECKING:
     from nsagen.runtime.dispatcher import Dispatcher
@@ -18,7 +18,6 @@ DEFAULT = ""
 """The key of the default dispatcher: an empty table that builds whatever a call needs."""
 
 _dispatchers: dict[str, Dispatcher] = {}
-_lock = threading.Lock()
 
 
 def register(dispatcher: Dispatcher, key: str) -> str:
@@ -27,7 +26,7 @@ def register(dispatcher: Dispatcher, key: str) -> str:
     The key of a process's first dispatcher of a name is the name alone, and so the same in
     every process: exported graphs rely on it.
     """
-    with _lock:
+    with LOCK:
         free, number = key, 1
         while free in _dispatchers or free == DEFAULT:
             number += 1
@@ -55,9 +54,14 @@ def lookup(key: str) -> Dispatcher:
     )
 
 
-@functools.cache
 def default_dispatcher() -> Dispatcher:
     """The dispatcher of calls that name none."""
+    with LOCK:
+        return _default()
+
+
+@functools.cache
+def _default() -> Dispatcher:
     from nsagen.runtime.dispatcher import Dispatcher
 
     return Dispatcher(name="default", package="", table={})

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import logging
 import os
-import sys
 import time
 from pathlib import Path
 from types import ModuleType
 
 from nsagen import __version__
-from nsagen.core.errors import BuildError, NsagenError, UnsupportedWorkloadError
+from nsagen.core.errors import NsagenError, UnsupportedWorkloadError
+from nsagen.core.importing import LOCK, import_once
 from nsagen.core.paths import templates_dir
 from nsagen.core.seal import is_whole
 from nsagen.core.workload import DTYPES, Workload
@@ -58,6 +57,11 @@ def cached_variant(workload: Workload, target: str, who: str) -> Path:
     Raises:
         UnsupportedWorkloadError: no template covers the workload, or it cannot be built here.
     """
+    with LOCK:  # of several threads that miss one kernel, one builds it
+        return _cached_variant(workload, target, who)
+
+
+def _cached_variant(workload: Workload, target: str, who: str) -> Path:
     built_for = _known_target(workload, target, who)
     folder = cache_folder() / target.replace(":", "-")
     label = f"{workload.op}_{workload.pass_}__{workload.label}__"
@@ -91,20 +95,7 @@ def load_kernel(path: Path) -> ModuleType:
     Raises:
         BuildError: the file is no kernel.
     """
-    name = f"nsagen_cached_{path.parent.name.replace('-', '_')}_{path.stem}"
-    if name in sys.modules:
-        return sys.modules[name]
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    if module_spec is None or module_spec.loader is None:
-        raise BuildError(f"{path}: must be a Python file; it cannot be imported; delete it")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return import_once(path, f"nsagen_cached_{path.parent.name.replace('-', '_')}_")
 
 
 @functools.cache

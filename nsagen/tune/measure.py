@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import triton
 
-from nsagen.aot.compile import load_module
 from nsagen.cases.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
 from nsagen.cases.verify import sizes_for
+from nsagen.core.importing import import_file
 from nsagen.runtime.device import device_slug, target_of
 from nsagen.tune.task import Task
 from nsagen.tune.timing import Timing, WrongOutputError
@@ -90,7 +90,7 @@ class _Opened:
     def load(self, path: Path) -> ModuleType:
         """A schedule's kernel file, loaded once."""
         if path not in self.modules:
-            self.modules[path] = load_module(path)
+            self.modules[path] = import_file(path)
         return self.modules[path]
 
     @cached_property

@@ -3,13 +3,18 @@
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from nsagen.core.workload import Workload
 from nsagen.runtime import Bucket, Dispatcher
+
+T = TypeVar("T")
 
 KERNEL = "def launch(*args):\n    args[0].append(__name__.rpartition('.')[2])\n"
 
@@ -21,6 +26,18 @@ def selected(**changes: int | str) -> Workload:
     params = {"head_dim": 64, "v_head_dim": 64, "gqa_ratio": 4, "block_size": 64, **changes}
     dtype = str(params.pop("dtype", "float16"))
     return Workload.of("selected_attention", "forward", dtype=dtype, **params)
+
+
+def at_once(count: int, call: Callable[[], T]) -> list[T]:
+    """The results of a call that several threads begin at the same moment."""
+    gate = threading.Barrier(count)
+
+    def go(_: int) -> T:
+        gate.wait()
+        return call()
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(go, range(count)))
 
 
 def package(folder: Path, name: str, modules: tuple[str, ...]) -> Path:

@@ -6,7 +6,7 @@ import pytest
 import nsagen
 from nsagen.core.errors import InvalidInputError
 
-from .conftest import package
+from .conftest import at_once, package, selected
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +41,6 @@ def test_a_package_is_found_in_the_user_cache(tmp_path: Path) -> None:
 def test_its_kernels_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from .conftest import selected
-
     package(tmp_path, "kerneled", ("one",))
     monkeypatch.setattr("nsagen.runtime.dispatcher.target_of", lambda device: "cuda:90")
     log: list[str] = []
@@ -66,3 +64,35 @@ def test_errors_inside_a_package_are_not_hidden(tmp_path: Path) -> None:
     (root / "dispatcher.py").write_text("import module_that_is_not_there\n")
     with pytest.raises(ModuleNotFoundError, match="module_that_is_not_there"):
         nsagen.load("broken")
+
+
+def test_two_folders_with_packages_of_one_name_keep_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where an entry of `sys.path` is the working folder, whichever that is."""
+    import torch
+
+    monkeypatch.setattr("nsagen.runtime.dispatcher.target_of", lambda device: "cuda:90")
+    for on_path in (False, True):
+        if on_path:
+            monkeypatch.syspath_prepend("")
+        found = []
+        for folder in ("a", "b"):
+            if not on_path:
+                package(tmp_path / folder, "shared", (f"of_{folder}",))
+            monkeypatch.chdir(tmp_path / folder)
+            found.append(nsagen.load("shared"))
+        for dispatcher, expected in zip(found, ("of_a", "of_b"), strict=True):
+            log: list[str] = []
+            dispatcher.launcher(selected(), torch.device("cuda", 0), 1)(log)
+            assert log == [expected]
+
+
+def test_threads_that_load_a_package_at_once_get_it_whole(tmp_path: Path) -> None:
+    root = package(tmp_path, "slow", ("kernel",))
+    text = (root / "dispatcher.py").read_text()
+    (root / "dispatcher.py").write_text(f"import time\ntime.sleep(0.1)\n{text}")
+    found = at_once(8, lambda: nsagen.load("slow"))
+    assert found == [found[0]] * 8
+    strict = at_once(8, lambda: nsagen.load("slow", on_missing="error"))
+    assert strict == [strict[0]] * 8

@@ -24,8 +24,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from nsagen.aot.compile import load_module  # noqa: E402
 from nsagen.cases.base import Sizes, harness_of  # noqa: E402
+from nsagen.core.importing import import_file  # noqa: E402
 from nsagen.core.workload import Workload  # noqa: E402
 from nsagen.runtime.replay import ReplayedLaunch  # noqa: E402
 from tests.support import load_kernel  # noqa: E402
@@ -177,7 +177,7 @@ def edited(old: str, new: str) -> ModuleType:
     assert old in source
     changed = path.with_name(f"{path.stem}_edited.py")
     changed.write_text(source.replace(old, new))
-    return load_module(changed)
+    return import_file(changed)
 
 
 @pytest.mark.parametrize("line", ["x = x + 0", "x = x[:, 8:]"], ids=["a sum", "a view of an input"])

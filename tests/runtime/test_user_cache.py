@@ -13,7 +13,7 @@ from nsagen.core.workload import Workload
 from nsagen.runtime import Dispatcher
 from nsagen.runtime import user_cache as cache
 
-from .conftest import KERNEL, selected
+from .conftest import KERNEL, at_once, selected
 
 GPU = torch.device("cuda", 0)
 
@@ -61,6 +61,18 @@ def test_another_process_finds_it_built(
     for _ in range(2):  # a new dispatcher knows nothing of what an earlier one built
         Dispatcher("again", "", {}).launcher(selected(), GPU, 7)
     assert len(builds) == len(caplog.records) == 1
+
+
+def test_threads_that_miss_a_kernel_at_once_build_it_once_and_get_it_whole(
+    builds: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "tests.runtime.test_user_cache.KERNEL", f"import time\ntime.sleep(0.1)\n{KERNEL}"
+    )
+    dispatcher = Dispatcher("threads", "", {})
+    found = at_once(8, lambda: dispatcher.launcher(selected(), GPU, 7))
+    assert found == [found[0]] * 8
+    assert len(builds) == 1
 
 
 def test_labels_that_begin_alike_are_not_confused(builds: list[tuple[str, str]]) -> None:

@@ -1,0 +1,69 @@
+"""Importing Python files from their paths."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+
+from nsagen.core.errors import BuildError
+
+LOCK = threading.RLock()
+"""Held while a package, a kernel or a dispatcher is looked up and, if need be, made.
+
+One lock for all of them, since each may need another: a package's module makes a dispatcher.
+"""
+
+
+def import_file(path: Path) -> ModuleType:
+    """A module made from a file, a new one each time; `sys.modules` does not get it.
+
+    Raises:
+        BuildError: not a Python file.
+    """
+    return _executed(path, path.stem)
+
+
+def import_once(path: Path, prefix: str) -> ModuleType:
+    """The module of a file, or the package of an `__init__.py`, made once a process.
+
+    Threads that come meanwhile wait until it is whole.
+
+    Args:
+        prefix: of its name in `sys.modules`; a hash of the path follows, as several folders may
+            have files of one name.
+
+    Raises:
+        BuildError: not a Python file.
+    """
+    path = path.absolute()
+    is_package = path.name == "__init__.py"
+    stem = path.parent.name if is_package else path.stem
+    place = hashlib.sha256(str(path.resolve()).encode(errors="surrogateescape")).hexdigest()[:8]
+    name = f"{prefix}{place}_{stem}"
+    with LOCK:
+        known = sys.modules.get(name)
+        return _executed(path, name, register=True) if known is None else known
+
+
+def _executed(path: Path, name: str, *, register: bool = False) -> ModuleType:
+    folders = [str(path.parent)] if path.name == "__init__.py" else None
+    module_spec = importlib.util.spec_from_file_location(
+        name, path, submodule_search_locations=folders
+    )
+    if module_spec is None or module_spec.loader is None:
+        raise BuildError(f"{path}: must be a Python file; it cannot be imported; delete it")
+    module = importlib.util.module_from_spec(module_spec)
+    if register:
+        sys.modules[name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        if register:  # with the modules of a package that it had imported
+            for one in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
+                del sys.modules[one]
+        raise
+    return module
