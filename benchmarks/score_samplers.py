@@ -84,7 +84,6 @@ def _search(
         coding,
         optuna.storages.InMemoryStorage(),
         scope="benchmark",
-        version="",
         first=[recording.default, *recording.others],
         sampler=sampler,
         seed=seed,

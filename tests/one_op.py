@@ -89,11 +89,6 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device, seed: int 
     return Case((*branches, gate, out), {"o": out}, expected, Cost(0, 0))
 
 
-def _clear_caches() -> None:
-    for cached in (template.environment, template.spaces_of, template.template_hash):
-        cached.cache_clear()
-
-
 @pytest.fixture
 def one_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with `few.yaml` and `templates/`; nsagen knows `gated_sum` and nothing else."""
@@ -112,6 +107,6 @@ def one_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setitem(sys.modules, harness.__name__, harness)
     monkeypatch.setattr(template, "templates_dir", lambda: templates)
     monkeypatch.chdir(tmp_path)
-    _clear_caches()
+    template.forget()
     yield tmp_path
-    _clear_caches()
+    template.forget()

@@ -22,10 +22,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__7a3a86f3"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__4bf8d2e5"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__f8cbc314"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__0d794cf8"),
         ),
     },
     Workload(
@@ -44,10 +44,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__6b4bcc3b"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__edb76830"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__9f7b4154"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__da0d8cc7"),
         ),
     },
     Workload(
@@ -66,16 +66,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__420e6170"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__4ad78e4c"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__d3914c2b",
+                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__3612b7c7",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__ca5fdc4f",
+                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__3e5dfbe5",
             ),
         ),
     },
@@ -95,10 +95,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__e3f95c00"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__04891fe4"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__155f1bd8"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__cd9bdbf9"),
         ),
     },
     Workload(
@@ -115,15 +115,15 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__fa5774bd"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__7afbfcf2"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__41153ff4",
+                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__d161eb4b",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__7bcfd10b",
+                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16__f72c803a",
             ),
         ),
     },
@@ -141,15 +141,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__a4eb2419"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__2a138225"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__a4eb2419",
+                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__2a138225",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__ee1c457b",
+                "cache_append_decode__bf16_avgpool_d128_g16_l32_s16_pe__63b5a5fc",
             ),
         ),
     },
@@ -167,8 +167,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__ed0e4981"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__60c0cd97"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__21153cd1"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16__4cb756e8"),),
     },
     Workload(
         op="cache_append",
@@ -184,15 +184,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__cdc645ae"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__41a7168c"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__cdc645ae",
+                "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__41a7168c",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__5b68ea42",
+                "cache_append_decode__bf16_avgpool_d128_g4_l32_s16_pe__cae3183b",
             ),
         ),
     },
@@ -210,15 +210,15 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__e249012d"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__32c6ea60"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "cache_append_decode__bf16_linear_d128_g16_l32_s16__e249012d",
+                "cache_append_decode__bf16_linear_d128_g16_l32_s16__32c6ea60",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "cache_append_decode__bf16_linear_d128_g16_l32_s16__3f881770",
+                "cache_append_decode__bf16_linear_d128_g16_l32_s16__dce7754c",
             ),
         ),
     },
@@ -236,8 +236,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__e30dd4d9"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__f4e99d8e"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__c28d412d"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__6af9dc75"),),
     },
     Workload(
         op="cache_append",
@@ -253,15 +253,15 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__f7b5754e"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__4a241523"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "cache_append_decode__bf16_linear_d128_g4_l32_s16__f7b5754e",
+                "cache_append_decode__bf16_linear_d128_g4_l32_s16__4a241523",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "cache_append_decode__bf16_linear_d128_g4_l32_s16__6d0f39f5",
+                "cache_append_decode__bf16_linear_d128_g4_l32_s16__3f924f6c",
             ),
         ),
     },
@@ -279,8 +279,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__bb4042c8"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__ab849a9b"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__e7f90b09"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__ce101ed8"),),
     },
     Workload(
         op="cache_append",
@@ -297,10 +297,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__d529712a"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__137acfda"),
         ),
         "cuda:90": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__f590a9f4"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16__aa16400c"),
         ),
     },
     Workload(
@@ -318,10 +318,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__debdf66f"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__1ca446c0"),
         ),
         "cuda:90": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__a7f52132"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g16_l32_s16_pe__55a977f7"),
         ),
     },
     Workload(
@@ -339,10 +339,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16__eec38c78"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16__48e4aa81"),
         ),
         "cuda:90": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16__eec38c78"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16__48e4aa81"),
         ),
     },
     Workload(
@@ -360,16 +360,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__167cdda3"),
+            (Bucket(), "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__3b7d5b8f"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__167cdda3",
+                "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__3b7d5b8f",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__622f5040",
+                "cache_append_decode__bf16_weightedpool_d128_g4_l32_s16_pe__65d792ff",
             ),
         ),
     },
@@ -385,10 +385,10 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16__1220989d"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16__f8447d3e"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "compress_backward__bf16_avgpool_d128_l32_s16__57a0e059"),
-            (Bucket(tokens=(5793, None)), "compress_backward__bf16_avgpool_d128_l32_s16__4190497a"),
+            (Bucket(tokens=(None, 5792)), "compress_backward__bf16_avgpool_d128_l32_s16__b243eb61"),
+            (Bucket(tokens=(5793, None)), "compress_backward__bf16_avgpool_d128_l32_s16__296e68c8"),
         ),
     },
     Workload(
@@ -403,8 +403,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__3b6be36e"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__0e74e38f"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__bb34c488"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__e99e19e7"),),
     },
     Workload(
         op="compress",
@@ -418,8 +418,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__cd38978d"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__5abead18"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__b9765db3"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__33ed1d4c"),),
     },
     Workload(
         op="compress",
@@ -433,8 +433,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__2cb594f1"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__3cafe703"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__7db83552"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__2514b0cc"),),
     },
     Workload(
         op="compress",
@@ -448,15 +448,15 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16__89c4f416"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16__76cbc135"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_backward__bf16_weightedpool_d128_l32_s16__72e2d834",
+                "compress_backward__bf16_weightedpool_d128_l32_s16__df50fde2",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_backward__bf16_weightedpool_d128_l32_s16__63ca05e8",
+                "compress_backward__bf16_weightedpool_d128_l32_s16__cd62d0fc",
             ),
         ),
     },
@@ -472,15 +472,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16_pe__56a8a7f6"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16_pe__94550c22"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_backward__bf16_weightedpool_d128_l32_s16_pe__3673d2f8",
+                "compress_backward__bf16_weightedpool_d128_l32_s16_pe__4a2d8d26",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_backward__bf16_weightedpool_d128_l32_s16_pe__56a8a7f6",
+                "compress_backward__bf16_weightedpool_d128_l32_s16_pe__94550c22",
             ),
         ),
     },
@@ -496,10 +496,10 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__54f48e3e"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__fd9c804f"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_avgpool_d128_l32_s16__d2382a87"),
-            (Bucket(tokens=(5793, None)), "compress_forward__bf16_avgpool_d128_l32_s16__31c69c65"),
+            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_avgpool_d128_l32_s16__3552d450"),
+            (Bucket(tokens=(5793, None)), "compress_forward__bf16_avgpool_d128_l32_s16__a976960c"),
         ),
     },
     Workload(
@@ -514,15 +514,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__1bfa421f"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__90966e97"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_avgpool_d128_l32_s16_pe__5711e10e",
+                "compress_forward__bf16_avgpool_d128_l32_s16_pe__3128cc9a",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_avgpool_d128_l32_s16_pe__97df47bf",
+                "compress_forward__bf16_avgpool_d128_l32_s16_pe__09fd04e4",
             ),
         ),
     },
@@ -538,10 +538,10 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__632a2d52"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__a0768d71"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_linear_d128_l32_s16__e7c407fd"),
-            (Bucket(tokens=(5793, None)), "compress_forward__bf16_linear_d128_l32_s16__a2eed49e"),
+            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_linear_d128_l32_s16__11d0b5e2"),
+            (Bucket(tokens=(5793, None)), "compress_forward__bf16_linear_d128_l32_s16__57600ee0"),
         ),
     },
     Workload(
@@ -556,15 +556,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__5b2b0aae"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__007cb27b"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_linear_d128_l32_s16_pe__0149db33",
+                "compress_forward__bf16_linear_d128_l32_s16_pe__26374075",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_linear_d128_l32_s16_pe__ca10a06e",
+                "compress_forward__bf16_linear_d128_l32_s16_pe__0bf7a163",
             ),
         ),
     },
@@ -580,15 +580,15 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__d6e343d5"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__e75925d2"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16__fb9ea940",
+                "compress_forward__bf16_weightedpool_d128_l32_s16__600ca0e9",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16__101dc544",
+                "compress_forward__bf16_weightedpool_d128_l32_s16__0422efbc",
             ),
         ),
     },
@@ -604,15 +604,15 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__b6c1f27d"),),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__5d13d32c"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__50ba622d",
+                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__eec2e0be",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__5b3d2853",
+                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__95325851",
             ),
         ),
     },
@@ -628,15 +628,15 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__90a2dde3"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__be2b2806"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compressed_attention_backward__bf16_d128_g16_l32_s16__8bc10821",
+                "compressed_attention_backward__bf16_d128_g16_l32_s16__69556f76",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compressed_attention_backward__bf16_d128_g16_l32_s16__4759df6a",
+                "compressed_attention_backward__bf16_d128_g16_l32_s16__9fcb90f7",
             ),
         ),
     },
@@ -652,15 +652,15 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__4335d0ea"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__f228b0a7"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "compressed_attention_backward__bf16_d128_g4_l32_s16__b8bdb81c",
+                "compressed_attention_backward__bf16_d128_g4_l32_s16__27a0b9db",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "compressed_attention_backward__bf16_d128_g4_l32_s16__897f97eb",
+                "compressed_attention_backward__bf16_d128_g4_l32_s16__f3d9699e",
             ),
         ),
     },
@@ -683,13 +683,13 @@ TABLE = {
         "cuda:80": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__7b932e2f",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__22bf32a8",
             ),
         ),
         "cuda:90": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__0e6e0704",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__dd22b035",
             ),
         ),
     },
@@ -710,10 +710,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__0ccf98da"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__a3ce75ea"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__ee945f73"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__3f9818d0"),
         ),
     },
     Workload(
@@ -733,10 +733,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__f85ae184"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__7c10c13c"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__509785e5"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__715c9bac"),
         ),
     },
     Workload(
@@ -756,10 +756,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__7a255194"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__fc883049"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__2344f7a1"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__6d59f1ec"),
         ),
     },
     Workload(
@@ -774,8 +774,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__c0965a1c"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__698520f3"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__1905ace7"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__a0d0c0ca"),),
     },
     Workload(
         op="compressed_attention",
@@ -789,8 +789,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__23857a46"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__65a0a12e"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__4152f4a1"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__52507322"),),
     },
     Workload(
         op="gated_sum",
@@ -798,10 +798,10 @@ TABLE = {
         dtype="bfloat16",
         params=(("v_head_dim", 128),),
     ): {
-        "cuda:80": ((Bucket(), "gated_sum_backward__bf16_dv128__3fa3576d"),),
+        "cuda:80": ((Bucket(), "gated_sum_backward__bf16_dv128__03324ff0"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "gated_sum_backward__bf16_dv128__710d0c8d"),
-            (Bucket(tokens=(5793, None)), "gated_sum_backward__bf16_dv128__3fa3576d"),
+            (Bucket(tokens=(None, 5792)), "gated_sum_backward__bf16_dv128__f82ebcab"),
+            (Bucket(tokens=(5793, None)), "gated_sum_backward__bf16_dv128__03324ff0"),
         ),
     },
     Workload(
@@ -810,8 +810,8 @@ TABLE = {
         dtype="bfloat16",
         params=(("v_head_dim", 128),),
     ): {
-        "cuda:80": ((Bucket(), "gated_sum_forward__bf16_dv128__bd3c0b1c"),),
-        "cuda:90": ((Bucket(), "gated_sum_forward__bf16_dv128__bd3c0b1c"),),
+        "cuda:80": ((Bucket(), "gated_sum_forward__bf16_dv128__32bc7d9b"),),
+        "cuda:90": ((Bucket(), "gated_sum_forward__bf16_dv128__32bc7d9b"),),
     },
     Workload(
         op="linear",
@@ -819,10 +819,10 @@ TABLE = {
         dtype="bfloat16",
         params=(),
     ): {
-        "cuda:80": ((Bucket(), "linear_decode__bf16__20593a29"),),
+        "cuda:80": ((Bucket(), "linear_decode__bf16__6e3c4ec3"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5)), "linear_decode__bf16__a4dcdb80"),
-            (Bucket(tokens=(6, None)), "linear_decode__bf16__5adc6532"),
+            (Bucket(tokens=(None, 5)), "linear_decode__bf16__f8bd5828"),
+            (Bucket(tokens=(6, None)), "linear_decode__bf16__e006eb1d"),
         ),
     },
     Workload(
@@ -839,16 +839,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__8eab2f78"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__af5f62ec"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__00ee2956",
+                "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__2c5feb71",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__6c0a6e7a",
+                "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__081f2ef6",
             ),
         ),
     },
@@ -866,16 +866,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__a2509a59"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__2725b8ec"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__8584e905",
+                "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__b4e3b362",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__68c167d0",
+                "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__cb7b7ceb",
             ),
         ),
     },
@@ -893,16 +893,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__e7372367"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__5de232ff"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__93b67cb7",
+                "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__285d710f",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__74fb3e6a",
+                "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__2ba13a62",
             ),
         ),
     },
@@ -920,16 +920,16 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__f5352f43"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__12a184e7"),
         ),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5)),
-                "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__c1752e8f",
+                "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__4062fec1",
             ),
             (
                 Bucket(tokens=(6, None)),
-                "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__f1582a6b",
+                "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__423da386",
             ),
         ),
     },
@@ -939,10 +939,10 @@ TABLE = {
         dtype="bfloat16",
         params=(("head_dim", 128),),
     ): {
-        "cuda:80": ((Bucket(), "rope_forward__bf16_d128__b1a9d760"),),
+        "cuda:80": ((Bucket(), "rope_forward__bf16_d128__92b16aa9"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "rope_forward__bf16_d128__0386a1fe"),
-            (Bucket(tokens=(5793, None)), "rope_forward__bf16_d128__26602a04"),
+            (Bucket(tokens=(None, 5792)), "rope_forward__bf16_d128__7b09452c"),
+            (Bucket(tokens=(5793, None)), "rope_forward__bf16_d128__dc9ed755"),
         ),
     },
     Workload(
@@ -956,15 +956,15 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__27acf579"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__9d3947f6"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "selected_attention_backward__bf16_d128_g16_b64__1cdbf27b",
+                "selected_attention_backward__bf16_d128_g16_b64__5cb12ae4",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "selected_attention_backward__bf16_d128_g16_b64__28e15daa",
+                "selected_attention_backward__bf16_d128_g16_b64__63210653",
             ),
         ),
     },
@@ -979,15 +979,15 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__9171ab08"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__03a9e356"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "selected_attention_backward__bf16_d128_g4_b64__d270d8d9",
+                "selected_attention_backward__bf16_d128_g4_b64__8d6d2159",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "selected_attention_backward__bf16_d128_g4_b64__557a0757",
+                "selected_attention_backward__bf16_d128_g4_b64__52ce8711",
             ),
         ),
     },
@@ -1002,8 +1002,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__5ee1b9c8"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__fd499897"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__7344d92d"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__a70c4d0c"),),
     },
     Workload(
         op="selected_attention",
@@ -1016,10 +1016,10 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__8a411134"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__9194f317"),),
         "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "selected_attention_forward__bf16_d128_g4_b64__a9c4dc7f"),
-            (Bucket(tokens=(5793, None)), "selected_attention_forward__bf16_d128_g4_b64__0be62d35"),
+            (Bucket(tokens=(None, 5792)), "selected_attention_forward__bf16_d128_g4_b64__fd35b4aa"),
+            (Bucket(tokens=(5793, None)), "selected_attention_forward__bf16_d128_g4_b64__7ea24d1e"),
         ),
     },
     Workload(
@@ -1033,15 +1033,15 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__35a3db3f"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__1e2b0900"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "sliding_window_attention_backward__bf16_d128_g16_w512__2b633be2",
+                "sliding_window_attention_backward__bf16_d128_g16_w512__73838469",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "sliding_window_attention_backward__bf16_d128_g16_w512__167195b2",
+                "sliding_window_attention_backward__bf16_d128_g16_w512__b0126a46",
             ),
         ),
     },
@@ -1056,15 +1056,15 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__e0710f03"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__faf4da28"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
-                "sliding_window_attention_backward__bf16_d128_g4_w512__d1f2cc26",
+                "sliding_window_attention_backward__bf16_d128_g4_w512__b106f7b6",
             ),
             (
                 Bucket(tokens=(5793, None)),
-                "sliding_window_attention_backward__bf16_d128_g4_w512__57922533",
+                "sliding_window_attention_backward__bf16_d128_g4_w512__9e74ea57",
             ),
         ),
     },
@@ -1079,8 +1079,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__ba6abd21"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__b42c80ed"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__9675d6ff"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__ebd7fc18"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1093,8 +1093,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__2553b2aa"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__0e2b8062"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__8677ce0e"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__7e2ae3d4"),),
     },
 }
 

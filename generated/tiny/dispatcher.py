@@ -22,10 +22,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__9691a318"),
+            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__299dddea"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__e5b5aa0a"),
+            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__cfd84bd6"),
         ),
     },
     Workload(
@@ -44,10 +44,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__58ba99c7"),
+            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__d506418b"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__050c2cc3"),
+            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__8c628fd4"),
         ),
     },
     Workload(
@@ -66,10 +66,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__485c1a98"),
+            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__a16bb157"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__18ee56f6"),
+            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__c400318e"),
         ),
     },
     Workload(
@@ -88,10 +88,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__162e6b3d"),
+            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__e47080a3"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__2b7cb533"),
+            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__cb15fd71"),
         ),
     },
     Workload(
@@ -110,10 +110,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__e1115e75"),
+            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__e9830475"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__1ecae2d0"),
+            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__255def74"),
         ),
     },
     Workload(
@@ -132,10 +132,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__c001e218"),
+            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__550ceadd"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__f5e5666f"),
+            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__45251ffb"),
         ),
     },
     Workload(
@@ -152,8 +152,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__08734d35"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__08734d35"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__52b207ae"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__52b207ae"),),
     },
     Workload(
         op="cache_append",
@@ -169,8 +169,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__60959b65"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__60959b65"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__5dca72e0"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__5dca72e0"),),
     },
     Workload(
         op="cache_append",
@@ -186,8 +186,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__b75e768c"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__b75e768c"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__25e3c2b7"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__25e3c2b7"),),
     },
     Workload(
         op="cache_append",
@@ -203,8 +203,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__7733bb6a"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__7733bb6a"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__27026f78"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__27026f78"),),
     },
     Workload(
         op="cache_append",
@@ -220,8 +220,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__9cc80062"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__9cc80062"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__2d67e98a"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__2d67e98a"),),
     },
     Workload(
         op="cache_append",
@@ -237,8 +237,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__af0fa18d"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__af0fa18d"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__22852ce2"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__22852ce2"),),
     },
     Workload(
         op="cache_append",
@@ -254,8 +254,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__b21317bc"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__b21317bc"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__00a50750"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__00a50750"),),
     },
     Workload(
         op="cache_append",
@@ -271,8 +271,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__d7fc8f46"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__d7fc8f46"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__1f06b41f"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__1f06b41f"),),
     },
     Workload(
         op="cache_append",
@@ -288,8 +288,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__40021f09"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__40021f09"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__1aba9c10"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__1aba9c10"),),
     },
     Workload(
         op="cache_append",
@@ -305,8 +305,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__3fbce611"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__3fbce611"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__7cbc36db"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__7cbc36db"),),
     },
     Workload(
         op="cache_append",
@@ -322,8 +322,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__bb80a5b1"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__bb80a5b1"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__2b8b705b"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__2b8b705b"),),
     },
     Workload(
         op="cache_append",
@@ -339,8 +339,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__20f335cd"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__20f335cd"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__a562dd2a"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__a562dd2a"),),
     },
     Workload(
         op="cache_append",
@@ -356,8 +356,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__aa8b3704"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__aa8b3704"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__62da5678"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__62da5678"),),
     },
     Workload(
         op="cache_append",
@@ -373,8 +373,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__3fd595fe"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__3fd595fe"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__22eb20f3"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__22eb20f3"),),
     },
     Workload(
         op="cache_append",
@@ -390,8 +390,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__317b5738"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__317b5738"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__13b1696e"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__13b1696e"),),
     },
     Workload(
         op="cache_append",
@@ -407,8 +407,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__bc334e2e"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__bc334e2e"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__494329cc"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__494329cc"),),
     },
     Workload(
         op="cache_append",
@@ -424,8 +424,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__674e6ea0"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__674e6ea0"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__42b03056"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__42b03056"),),
     },
     Workload(
         op="cache_append",
@@ -441,8 +441,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__6eeb255d"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__6eeb255d"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__8f5096b0"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__8f5096b0"),),
     },
     Workload(
         op="compress",
@@ -456,8 +456,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__c56064ce"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__c56064ce"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__989fb0cb"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__989fb0cb"),),
     },
     Workload(
         op="compress",
@@ -471,8 +471,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__a0de1766"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__a0de1766"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__1c54f67f"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__1c54f67f"),),
     },
     Workload(
         op="compress",
@@ -486,8 +486,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__3c2a0fe4"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__3c2a0fe4"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__663682ed"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__663682ed"),),
     },
     Workload(
         op="compress",
@@ -501,8 +501,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__5b05b28f"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__5b05b28f"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__bdbd7f35"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__bdbd7f35"),),
     },
     Workload(
         op="compress",
@@ -516,8 +516,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__087dc6ea"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__087dc6ea"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__b3a7b70e"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__b3a7b70e"),),
     },
     Workload(
         op="compress",
@@ -531,8 +531,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__8bc331cb"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__8bc331cb"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__6694ecc1"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__6694ecc1"),),
     },
     Workload(
         op="compress",
@@ -546,8 +546,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__9aeee13d"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__9aeee13d"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__c74b04e6"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__c74b04e6"),),
     },
     Workload(
         op="compress",
@@ -561,8 +561,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__d082530c"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__d082530c"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__dc247bba"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__dc247bba"),),
     },
     Workload(
         op="compress",
@@ -576,8 +576,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__b9f3de97"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__b9f3de97"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__c0c9ce2f"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__c0c9ce2f"),),
     },
     Workload(
         op="compress",
@@ -591,8 +591,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__35aea8a0"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__35aea8a0"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__dbb24396"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__dbb24396"),),
     },
     Workload(
         op="compress",
@@ -606,8 +606,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__f38bbe5e"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__f38bbe5e"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__4c2ae4b2"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__4c2ae4b2"),),
     },
     Workload(
         op="compress",
@@ -621,8 +621,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__52a1657e"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__52a1657e"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__77c3700d"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__77c3700d"),),
     },
     Workload(
         op="compress",
@@ -636,8 +636,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__e5245af1"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__e5245af1"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__657ab9e2"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__657ab9e2"),),
     },
     Workload(
         op="compress",
@@ -651,8 +651,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__e2075171"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__e2075171"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__d0c1c0dd"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__d0c1c0dd"),),
     },
     Workload(
         op="compress",
@@ -666,8 +666,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__17177af8"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__5306a8c1"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__02bb6597"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__1497bbc7"),),
     },
     Workload(
         op="compress",
@@ -681,8 +681,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__ac2e78fb"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__c4e110c3"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__8fb63cfc"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__28d06971"),),
     },
     Workload(
         op="compress",
@@ -696,8 +696,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__471ee298"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__471ee298"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__6f0317f3"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__6f0317f3"),),
     },
     Workload(
         op="compress",
@@ -711,8 +711,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__1ef816af"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__1ef816af"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__01cafa9c"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__01cafa9c"),),
     },
     Workload(
         op="compress",
@@ -726,8 +726,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__4296f712"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__4296f712"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__580f4226"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__580f4226"),),
     },
     Workload(
         op="compress",
@@ -741,8 +741,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__b6bf8504"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__b6bf8504"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__a4be6d56"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__a4be6d56"),),
     },
     Workload(
         op="compress",
@@ -756,8 +756,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__45fa61ff"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__45fa61ff"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__aad36f34"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__aad36f34"),),
     },
     Workload(
         op="compress",
@@ -771,8 +771,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__8e2a326c"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__8e2a326c"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__1f9d92a0"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__1f9d92a0"),),
     },
     Workload(
         op="compress",
@@ -786,8 +786,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__5f159b3b"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__5f159b3b"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__c9b7759e"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__c9b7759e"),),
     },
     Workload(
         op="compress",
@@ -801,8 +801,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__2bd9a28e"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__2bd9a28e"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__3f085186"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__3f085186"),),
     },
     Workload(
         op="compressed_attention",
@@ -816,8 +816,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__55e6cd79"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__66d01939"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__50a602b5"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__d265a023"),),
     },
     Workload(
         op="compressed_attention",
@@ -831,8 +831,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__75a54ae0"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__35d323dc"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__696d27e4"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__678c7d0a"),),
     },
     Workload(
         op="compressed_attention",
@@ -846,8 +846,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__b7c861e7"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__8704c5e0"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__d07f38b7"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__50bfb7f9"),),
     },
     Workload(
         op="compressed_attention",
@@ -861,8 +861,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__53fbae42"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__53fbae42"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__8f8c2a81"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__8f8c2a81"),),
     },
     Workload(
         op="compressed_attention",
@@ -876,8 +876,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__d27d7b28"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__d27d7b28"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__abbb3f27"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__abbb3f27"),),
     },
     Workload(
         op="compressed_attention",
@@ -891,8 +891,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__5a505965"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__5a505965"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__d550b161"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__d550b161"),),
     },
     Workload(
         op="compressed_attention",
@@ -911,10 +911,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__99969a18"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__d92b990f"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__b0f4e445"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__b99a6f00"),
         ),
     },
     Workload(
@@ -934,10 +934,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__37a1e325"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__f53f4f41"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__1c33a4a3"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__c7a2b584"),
         ),
     },
     Workload(
@@ -957,10 +957,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__edcdaa0c"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__75e08b99"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__46a101ad"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__5b640682"),
         ),
     },
     Workload(
@@ -980,10 +980,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__044dc513"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__d02e941f"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__2add7019"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__566d9e06"),
         ),
     },
     Workload(
@@ -1003,10 +1003,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__b284db74"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__4583516f"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__aa94529b"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__3b596a9e"),
         ),
     },
     Workload(
@@ -1026,10 +1026,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__31431788"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__3cc1c4ab"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__3c179cde"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__24aa4d0e"),
         ),
     },
     Workload(
@@ -1044,8 +1044,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__eb31edcd"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__91d9b45b"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__c5bf7dfe"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__f2c62d23"),),
     },
     Workload(
         op="compressed_attention",
@@ -1059,8 +1059,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__73c5126f"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__c143e4eb"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__19ac04b5"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__3e9498e9"),),
     },
     Workload(
         op="compressed_attention",
@@ -1074,8 +1074,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__e0be76b1"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__7825dd69"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__995901f1"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__783943da"),),
     },
     Workload(
         op="compressed_attention",
@@ -1089,8 +1089,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__bed0e06a"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__bed0e06a"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__c36e82d1"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__c36e82d1"),),
     },
     Workload(
         op="compressed_attention",
@@ -1104,8 +1104,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__0fac6f19"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__0fac6f19"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__3370fe94"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__3370fe94"),),
     },
     Workload(
         op="compressed_attention",
@@ -1119,8 +1119,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__5f49c0fe"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__5f49c0fe"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__9fd53106"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__9fd53106"),),
     },
     Workload(
         op="gated_sum",
@@ -1128,8 +1128,8 @@ TABLE = {
         dtype="float16",
         params=(("v_head_dim", 32),),
     ): {
-        "cuda:80": ((Bucket(), "gated_sum_backward__f16_dv32__b92a60cc"),),
-        "cuda:90": ((Bucket(), "gated_sum_backward__f16_dv32__b92a60cc"),),
+        "cuda:80": ((Bucket(), "gated_sum_backward__f16_dv32__8aa3d1bf"),),
+        "cuda:90": ((Bucket(), "gated_sum_backward__f16_dv32__8aa3d1bf"),),
     },
     Workload(
         op="gated_sum",
@@ -1137,8 +1137,8 @@ TABLE = {
         dtype="float32",
         params=(("v_head_dim", 32),),
     ): {
-        "cuda:80": ((Bucket(), "gated_sum_backward__f32_dv32__9d6df7d0"),),
-        "cuda:90": ((Bucket(), "gated_sum_backward__f32_dv32__9d6df7d0"),),
+        "cuda:80": ((Bucket(), "gated_sum_backward__f32_dv32__4ec43fee"),),
+        "cuda:90": ((Bucket(), "gated_sum_backward__f32_dv32__4ec43fee"),),
     },
     Workload(
         op="gated_sum",
@@ -1146,8 +1146,8 @@ TABLE = {
         dtype="float16",
         params=(("v_head_dim", 32),),
     ): {
-        "cuda:80": ((Bucket(), "gated_sum_forward__f16_dv32__6d2251a0"),),
-        "cuda:90": ((Bucket(), "gated_sum_forward__f16_dv32__6d2251a0"),),
+        "cuda:80": ((Bucket(), "gated_sum_forward__f16_dv32__9e9a80c9"),),
+        "cuda:90": ((Bucket(), "gated_sum_forward__f16_dv32__9e9a80c9"),),
     },
     Workload(
         op="gated_sum",
@@ -1155,8 +1155,8 @@ TABLE = {
         dtype="float32",
         params=(("v_head_dim", 32),),
     ): {
-        "cuda:80": ((Bucket(), "gated_sum_forward__f32_dv32__768d0729"),),
-        "cuda:90": ((Bucket(), "gated_sum_forward__f32_dv32__768d0729"),),
+        "cuda:80": ((Bucket(), "gated_sum_forward__f32_dv32__ae11f48f"),),
+        "cuda:90": ((Bucket(), "gated_sum_forward__f32_dv32__ae11f48f"),),
     },
     Workload(
         op="linear",
@@ -1164,8 +1164,8 @@ TABLE = {
         dtype="float16",
         params=(),
     ): {
-        "cuda:80": ((Bucket(), "linear_decode__f16__3ace12c4"),),
-        "cuda:90": ((Bucket(), "linear_decode__f16__f0ecd4e8"),),
+        "cuda:80": ((Bucket(), "linear_decode__f16__fd81d252"),),
+        "cuda:90": ((Bucket(), "linear_decode__f16__5cf2bc77"),),
     },
     Workload(
         op="linear",
@@ -1173,8 +1173,8 @@ TABLE = {
         dtype="float32",
         params=(),
     ): {
-        "cuda:80": ((Bucket(), "linear_decode__f32__647c09b1"),),
-        "cuda:90": ((Bucket(), "linear_decode__f32__647c09b1"),),
+        "cuda:80": ((Bucket(), "linear_decode__f32__f2485297"),),
+        "cuda:90": ((Bucket(), "linear_decode__f32__f2485297"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1189,8 +1189,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__61ee3200"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__64a4cce5"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__2d29f8e4"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__a1f58304"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1205,8 +1205,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__d29addf2"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__658850ee"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__8ee90931"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__55829e73"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1221,8 +1221,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__fab354d6"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__81100e1f"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__18b0a50d"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__d018dbdf"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1237,8 +1237,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__aa816828"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__9b3efec0"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__45b76732"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__5d0cfe7f"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1253,8 +1253,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__3b06e99d"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__f1fe3ca2"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__30e51e10"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__8620dd73"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1269,8 +1269,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__35666dd6"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__460e0dfe"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__dd9b9322"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__39e2ceae"),),
     },
     Workload(
         op="rope",
@@ -1278,8 +1278,8 @@ TABLE = {
         dtype="float16",
         params=(("head_dim", 32),),
     ): {
-        "cuda:80": ((Bucket(), "rope_forward__f16_d32__88ce13f6"),),
-        "cuda:90": ((Bucket(), "rope_forward__f16_d32__88ce13f6"),),
+        "cuda:80": ((Bucket(), "rope_forward__f16_d32__f58718c4"),),
+        "cuda:90": ((Bucket(), "rope_forward__f16_d32__f58718c4"),),
     },
     Workload(
         op="rope",
@@ -1287,8 +1287,8 @@ TABLE = {
         dtype="float32",
         params=(("head_dim", 32),),
     ): {
-        "cuda:80": ((Bucket(), "rope_forward__f32_d32__a9ca0466"),),
-        "cuda:90": ((Bucket(), "rope_forward__f32_d32__a9ca0466"),),
+        "cuda:80": ((Bucket(), "rope_forward__f32_d32__db5e6c73"),),
+        "cuda:90": ((Bucket(), "rope_forward__f32_d32__db5e6c73"),),
     },
     Workload(
         op="selected_attention",
@@ -1301,8 +1301,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__97a1ce99"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__97a1ce99"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__e7b88c8e"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__e7b88c8e"),),
     },
     Workload(
         op="selected_attention",
@@ -1315,8 +1315,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__3f5f9178"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__3f5f9178"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__ad446d62"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__ad446d62"),),
     },
     Workload(
         op="selected_attention",
@@ -1329,8 +1329,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__5a15022c"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__5a15022c"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__5c366fce"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__5c366fce"),),
     },
     Workload(
         op="selected_attention",
@@ -1343,8 +1343,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__222a6e90"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__222a6e90"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__817f7538"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__817f7538"),),
     },
     Workload(
         op="selected_attention",
@@ -1357,8 +1357,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__5d3487ff"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__5d3487ff"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__e1e00164"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__e1e00164"),),
     },
     Workload(
         op="selected_attention",
@@ -1371,8 +1371,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__53a35678"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__53a35678"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__2dec27d2"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__2dec27d2"),),
     },
     Workload(
         op="selected_attention",
@@ -1385,8 +1385,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__f3322d0c"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__f3322d0c"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__a427bb9d"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__a427bb9d"),),
     },
     Workload(
         op="selected_attention",
@@ -1399,8 +1399,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__ab476c50"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__ab476c50"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__151ebf46"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__151ebf46"),),
     },
     Workload(
         op="selected_attention",
@@ -1413,8 +1413,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__4f6e21b5"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__4f6e21b5"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__37325d8a"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__37325d8a"),),
     },
     Workload(
         op="selected_attention",
@@ -1427,8 +1427,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__32bc62ac"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__32bc62ac"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__de57970a"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__de57970a"),),
     },
     Workload(
         op="selected_attention",
@@ -1441,8 +1441,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__1d720937"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__1d720937"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__d02f0c52"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__d02f0c52"),),
     },
     Workload(
         op="selected_attention",
@@ -1455,8 +1455,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__d2882d03"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__d2882d03"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__957daec6"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__957daec6"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1469,8 +1469,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__1370c74b"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__f6a16c8a"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__8bd22c19"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__34a63133"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1483,8 +1483,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__7e698152"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__06d94171"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__8c977045"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__e0a551a4"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1497,8 +1497,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__7f0dbcb6"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__b85ca8f7"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__48b51747"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__8fb8e1e8"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1511,8 +1511,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__b4e24f25"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__b4e24f25"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__a63f5047"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__a63f5047"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1525,8 +1525,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__bd7c3bd1"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__bd7c3bd1"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__2ba4c773"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__2ba4c773"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1539,8 +1539,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__64edc635"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__64edc635"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__33ff373c"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__33ff373c"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1553,8 +1553,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__5aed9e88"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__f13c1152"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__d757874e"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__d4b9bbe8"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1567,8 +1567,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__f749a6fa"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__9230a71d"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__68d55547"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__fb0414ea"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1581,8 +1581,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__4fc5e5f4"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__a676529e"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__8ae5d731"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__7438157b"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1595,8 +1595,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__f746b276"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__f746b276"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__72287b7a"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__72287b7a"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1609,8 +1609,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__3827a71b"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__3827a71b"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__2a46f4a6"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__2a46f4a6"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1623,8 +1623,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__c57a160e"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__c57a160e"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__01dfee81"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__01dfee81"),),
     },
 }
 

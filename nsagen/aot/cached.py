@@ -2,8 +2,8 @@
 
     <user cache>/compiled/<key>.json
 
-The key covers the kernel's code (without comments, and whatever its name), the target, the
-version of Triton, and the code that compiles and measures, so that nothing has to be thrown away.
+The key covers the kernel's fingerprint, the target, the version of Triton, and the code that
+compiles and measures, so that nothing has to be thrown away.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nsagen.codegen.fingerprint import code_fingerprint, source_fingerprint
 from nsagen.core.target import Target
 from nsagen.core.workload import Workload
 from nsagen.runtime.user_cache import cache_dir
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from nsagen.aot.resources import Resources
 
 _NAME = "{kernel}"
-"""Stands for the kernel's own name, which carries a hash of its template."""
+"""Stands for the kernel's own name."""
 
 
 def compiled_resources(path: Path, workload: Workload, target: Target) -> tuple[Resources, ...]:
@@ -53,20 +54,22 @@ def compiled_resources(path: Path, workload: Workload, target: Target) -> tuple[
 
 def compile_key(path: Path, workload: Workload, target: Target) -> str:
     """Hex digest over all that the resources of a kernel file on a target depend on."""
-    text = path.read_text(encoding="utf-8").replace(path.stem, _NAME)
-    code = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    fingerprint = source_fingerprint(path.read_text(encoding="utf-8"), path.stem)
     triton = importlib.metadata.version("triton")
-    parts = (code, workload.op, workload.pass_, str(target), triton, _tools(workload.op))
+    parts = (fingerprint, workload.op, workload.pass_, str(target), triton, _tools(workload.op))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 @functools.cache
 def _tools(op: str) -> str:
-    """Hash of the code that makes an op's example call, compiles it and reads what it uses."""
+    """Fingerprints of what makes an op's example call, compiles it and reads what it uses."""
     package = Path(__file__).resolve().parents[1]
     files = [package / "aot" / f"{name}.py" for name in ("compile", "resources", "cubin", "cached")]
     files += sorted((package / "cases").glob(f"{op}*.py"))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
+    files = [package / "aot" / f"{name}.py" for name in ("compile", "resources", "cubin", "cached")]
+    files += sorted((package / "cases").glob(f"{op}*.py"))
+    return " ".join(code_fingerprint(file.read_text(encoding="utf-8")) for file in files)
 
 
 def _named(row: dict[str, str], path: Path) -> str:

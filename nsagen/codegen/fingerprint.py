@@ -1,35 +1,54 @@
 """A kernel's fingerprint: what of its source can change its speed or its results.
 
-A measured time stays true as long as the kernel's code stays the same, whatever else happens
-to the template, the schedule space beside it, or a knob's values. So comments, docstrings,
-error texts and the kernel's own name (which carries a hash of the template) are left out.
+A kernel's name, its tuning records and what is known of it compiled all stay true as long as its
+code stays the same, whatever else happens to the template, the schedule space beside it, or a
+knob's values. So comments, docstrings, error texts and the kernel's own name are left out.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
+import re
+from collections.abc import Iterable
 
-from nsagen.codegen.template import kernel_name, render
-from nsagen.core.workload import Schedule, Workload
-
-
-def kernel_fingerprint(workload: Workload, schedule: Schedule) -> str:
-    """16 hex digits over the code that the workload and schedule render to.
-
-    Raises:
-        BuildError: the template cannot be rendered.
-        UnsupportedWorkloadError: no algorithm of the schedule's name covers the workload.
-    """
-    source = render(workload, schedule, header="")
-    return source_fingerprint(source, kernel_name(workload, schedule))
+_BETWEEN_STATEMENTS = re.compile(r"\n\n\n(?=\S)")
+"""Two blank lines, as templates have them around functions."""
 
 
 def source_fingerprint(source: str, name: str) -> str:
-    """16 hex digits over Python code, with `name` made anonymous; the same in every Python."""
+    """16 hex digits over Python code, with `name` made anonymous; the same in every Python.
+
+    Raises:
+        SyntaxError: the source is not Python.
+    """
+    anonymous = source.replace(name, "kernel")
+    try:
+        parts = [_code(part) for part in _BETWEEN_STATEMENTS.split(anonymous)]
+    except SyntaxError:  # a text may have blank lines, too
+        parts = [_code(anonymous)]
+    return _digest(("Module", ".body", *filter(None, parts), "end"))
+
+
+def code_fingerprint(source: str) -> str:
+    """16 hex digits over a module's code, wherever what it imports lies."""
     parts: list[str] = []
-    _note(ast.parse(source.replace(name, "kernel")), parts)
+    body = ast.parse(source).body
+    _note([node for node in body if not isinstance(node, ast.Import | ast.ImportFrom)], parts)
+    return _digest(parts)
+
+
+def _digest(parts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=512)  # most kernels of a template share most of their functions
+def _code(source: str) -> str:
+    """The statements of a source as text that says what they do."""
+    parts: list[str] = []
+    _note(ast.parse(source).body, parts)
+    return "\n".join(parts)
 
 
 def _note(node: object, parts: list[str]) -> None:

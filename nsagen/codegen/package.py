@@ -53,7 +53,7 @@ def variant_header(variant: Variant, origin: Origin) -> str:
         "Regenerate": origin.command,
         "Spec": origin.spec_name,
         "Template": f"templates/{variant.template}",
-        "Source": f"sha256 {variant.template_sha256}",
+        "Source": f"fingerprint {variant.fingerprint}",
         "Workload": f"{variant.workload.op} {variant.workload.pass_}",
         "": ", ".join(f"{name}={value}" for name, value in params),
         "Schedule": str(variant.schedule),
@@ -154,7 +154,7 @@ def manifest_text(
                     for use in variant.uses
                 ],
                 "template": variant.template,
-                "template_sha256": variant.template_sha256,
+                "fingerprint": variant.fingerprint,
                 "resources": resources.get(variant.name, []),
             }
             for variant in variants

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nsagen.codegen.template import default_schedule, kernel_name, space_for, template_hash
+from nsagen.codegen.template import (
+    default_schedule,
+    kernel_fingerprint,
+    kernel_name,
+    space_for,
+)
 from nsagen.core.bucket import Bucket, covers_all
 from nsagen.core.target import Target, parse_target
 from nsagen.core.workload import Schedule, Workload
@@ -62,8 +67,8 @@ class Variant:
         return space_for(self.workload, self.schedule.algorithm).template
 
     @property
-    def template_sha256(self) -> str:
-        return template_hash(self.template)
+    def fingerprint(self) -> str:
+        return kernel_fingerprint(self.workload, self.schedule)
 
 
 def plan_variants(

@@ -1,27 +1,22 @@
-"""Templates: finding schedule spaces, and rendering one variant to Python source."""
+"""Templates: finding schedule spaces, rendering a variant to Python source, and naming it."""
 
 from __future__ import annotations
 
-import ast
 import functools
-import hashlib
 import importlib.util
-import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.sandbox
 
+from nsagen.codegen.fingerprint import source_fingerprint
 from nsagen.codegen.space import ScheduleSpace
 from nsagen.core.errors import BuildError, UnsupportedWorkloadError
 from nsagen.core.paths import templates_dir
 from nsagen.core.target import Target
 from nsagen.core.workload import STATIC_PARAMS, Schedule, Workload, variant_name
-
-_CODEGEN = Path(__file__).parent
-_HELPER = re.compile(r"^from nsagen\.codegen(?:\.(\w+) import| import ([\w, ]+)$)", re.MULTILINE)
-_INCLUDE = re.compile(r"""{%-?\s*(?:include|import|from)\s+["']([^"']+)["']""")
 
 
 @functools.cache
@@ -119,50 +114,35 @@ def default_schedule(workload: Workload, target: Target) -> Schedule:
     raise UnsupportedWorkloadError("\n".join(reasons))
 
 
-@functools.cache
-def template_hash(template: str) -> str:
-    """SHA-256 over a template, what it includes, and the spaces beside it with their helpers."""
-    digest = hashlib.sha256()
-    pending, seen = [template], set[str]()
-    while pending:
-        name = pending.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        try:
-            text = (templates_dir() / name).read_text(encoding="utf-8")
-        except OSError as error:
-            raise BuildError(
-                f"templates/{name}: a template must be readable; got {error.strerror}; "
-                "restore it, or install nsagen again"
-            ) from None
-        digest.update(f"{name}\0{text}\0".encode())
-        pending += sorted(_INCLUDE.findall(text))
-    helpers = set[str]()
-    for path in sorted((templates_dir() / template).parent.glob("space*.py")):
-        text = path.read_text(encoding="utf-8")
-        digest.update(text.encode())
-        for one, several in _HELPER.findall(text):
-            helpers.update([one] if one else re.findall(r"\w+", several))
-    for name in sorted(helpers - {"space", "target"}):  # those two hold no arithmetic of a kernel
-        digest.update((_CODEGEN / f"{name}.py").read_bytes())
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class Kernel:
+    """A rendered variant, which lacks only its header.
+
+    Attributes:
+        name: of the variant's file and main kernel.
+        fingerprint: of its code; see `nsagen.codegen.fingerprint`.
+    """
+
+    name: str
+    fingerprint: str
+    _source: str
+
+    def text(self, header: str) -> str:
+        """The Python source, unformatted, with comment lines for the file's top."""
+        return self._source.replace(_NAME, self.name).replace(_HEADER, header)
 
 
-def kernel_name(workload: Workload, schedule: Schedule) -> str:
-    """The name of the variant's file and main kernel."""
-    space = space_for(workload, schedule.algorithm)
-    return variant_name(workload, schedule, template_hash(space.template))
+_NAME = "name_of_the_kernel"
+_HEADER = "# The header comes here."
 
 
-def render(workload: Workload, schedule: Schedule, header: str) -> str:
-    """The Python source of one variant, unformatted.
-
-    Args:
-        header: comment lines for the file's top.
+@functools.lru_cache(maxsize=1024)  # more than a package has; a search of schedules has no end
+def rendered(workload: Workload, schedule: Schedule) -> Kernel:
+    """A variant's code, and the name that follows from it.
 
     Raises:
         BuildError: the template uses an undefined name, or makes invalid Python.
+        UnsupportedWorkloadError: no algorithm of the schedule's name covers the workload.
     """
     space = space_for(workload, schedule.algorithm)
     context: dict[str, Any] = {
@@ -170,12 +150,22 @@ def render(workload: Workload, schedule: Schedule, header: str) -> str:
         **dict(schedule.knobs),
         **space.derive(workload, schedule),
         "dtype": workload.dtype,
-        "kernel_name": kernel_name(workload, schedule),
-        "header": header,
+        "kernel_name": _NAME,
+        "header": _HEADER,
     }
     try:
         source = environment().get_template(space.template).render(context)
-        ast.parse(source)
+        fingerprint = source_fingerprint(source, _NAME)
+    except (jinja2.TemplateNotFound, OSError) as error:
+        name, said = space.template, "No such file"
+        if isinstance(error, jinja2.TemplateNotFound):
+            name = error.name
+        else:
+            said = error.strerror
+        raise BuildError(
+            f"templates/{name}: a template must be readable; got {said}; "
+            "restore it, or install nsagen again"
+        ) from error
     except jinja2.TemplateError as error:
         line = getattr(error, "lineno", None)
         where = f"templates/{space.template}" + (f":{line}" if line else "")
@@ -185,4 +175,29 @@ def render(workload: Workload, schedule: Schedule, header: str) -> str:
             f"templates/{space.template}: must render to valid Python; "
             f"line {error.lineno} of the output: {error.msg}: {(error.text or '').strip()}"
         ) from error
-    return source
+    return Kernel(variant_name(workload, schedule, fingerprint), fingerprint, source)
+
+
+def kernel_name(workload: Workload, schedule: Schedule) -> str:
+    """The name of the variant's file and main kernel; raises as `rendered` does."""
+    return rendered(workload, schedule).name
+
+
+def kernel_fingerprint(workload: Workload, schedule: Schedule) -> str:
+    """16 hex digits over the code of the variant; raises as `rendered` does."""
+    return rendered(workload, schedule).fingerprint
+
+
+def render(workload: Workload, schedule: Schedule, header: str) -> str:
+    """The Python source of one variant, unformatted; raises as `rendered` does.
+
+    Args:
+        header: comment lines for the file's top.
+    """
+    return rendered(workload, schedule).text(header)
+
+
+def forget() -> None:
+    """Read templates and spaces anew: they were edited, or lie elsewhere now."""
+    for cached in (environment, spaces_of, rendered):
+        cached.cache_clear()

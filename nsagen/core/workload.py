@@ -227,11 +227,11 @@ class Schedule:
         return f"{self.algorithm}(" + ", ".join(f"{k}={v}" for k, v in self.knobs) + ")"
 
 
-def variant_name(workload: Workload, schedule: Schedule, template_hash: str) -> str:
+def variant_name(workload: Workload, schedule: Schedule, fingerprint: str) -> str:
     """Name of a kernel file and of the kernel in it.
 
-    `<op>_<pass>__<label>__<hash8>`; the hash covers workload, schedule and template text.
+    `<op>_<pass>__<label>__<hash8>`; the hash covers workload, schedule and the code's fingerprint.
     """
-    text = json.dumps([list(workload.params), workload.dtype, str(schedule), template_hash])
+    text = json.dumps([list(workload.params), workload.dtype, str(schedule), fingerprint])
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{workload.op}_{workload.pass_}__{workload.label}__{digest}"

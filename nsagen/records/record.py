@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nsagen.codegen.fingerprint import kernel_fingerprint
-from nsagen.codegen.template import space_for
+from nsagen.codegen.template import kernel_fingerprint, space_for
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import NsagenError
 from nsagen.core.target import Target

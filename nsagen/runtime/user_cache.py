@@ -1,10 +1,10 @@
 """The user cache: kernels that no package had, built when a call needed them.
 
-    <root>/<nsagen version>-<hash of the templates>/<target>/<variant>.py
+    <root>/<nsagen version>-<hash of what generates>/<target>/<variant>.py
 
 Files appear whole or not at all and are never changed afterwards, so processes share the
-folder without locks. A new version or an edited template starts a new folder. A file that a
-crash or an edit damaged is built again.
+folder without locks. A new version, or an edit of what generates, starts a new folder. A file
+that a crash or an edit damaged is built again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from nsagen.core.seal import is_whole
 from nsagen.core.workload import DTYPES, Workload
 from nsagen.runtime.missing import unsupported
 
+_CODEGEN = Path(__file__).parents[1] / "codegen"
+
 _log = logging.getLogger("nsagen.runtime")
 
 
@@ -41,8 +43,8 @@ def cache_dir() -> Path:
 
 
 def cache_folder() -> Path:
-    """The folder of this version's kernels, with these templates; it may not exist yet."""
-    return cache_dir() / f"{__version__}-{_templates_hash()}"
+    """The folder of the kernels that this version generates; it may not exist yet."""
+    return cache_dir() / f"{__version__}-{_generator_hash()}"
 
 
 def cached_variant(workload: Workload, target: str, who: str) -> Path:
@@ -99,13 +101,16 @@ def load_kernel(path: Path) -> ModuleType:
 
 
 @functools.cache
-def _templates_hash() -> str:
-    """8 hex digits over every template and schedule space."""
+def _generator_hash() -> str:
+    """8 hex digits over every template and schedule space, and the code that renders them.
+
+    Text, unlike a kernel's fingerprint: a hit must not have to render anything.
+    """
     digest = hashlib.sha256()
-    root = templates_dir()
-    for path in sorted([*root.rglob("*.j2"), *root.rglob("*.py")]):
-        digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
-        digest.update(path.read_bytes())
+    for root in (templates_dir(), _CODEGEN):
+        for path in sorted([*root.rglob("*.j2"), *root.rglob("*.py")]):
+            digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:8]
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from nsagen.cases.sizes import Sizes
 from nsagen.codegen.fingerprint import source_fingerprint
-from nsagen.codegen.template import kernel_name, render
+from nsagen.codegen.template import kernel_name, render, rendered
+from nsagen.core.errors import NsagenError
 from nsagen.core.files import replace_file
 from nsagen.core.target import Target, parse_target
 from nsagen.core.worker import Worker, WorkerPool
@@ -189,9 +190,13 @@ class CompilePool:
         self, worker: Worker, task: Task, schedule: Schedule, sizes: tuple[Sizes, ...]
     ) -> Outcome:
         start = time.monotonic()
+        try:
+            kernel = rendered(task.workload, schedule)
+        except NsagenError as error:
+            return Outcome(reason=f"compile: {error}")
         reply = worker.ask(
             "compile",
-            self.path_of(task, schedule),
+            self._folder / f"{kernel.name}.py",
             task.workload,
             schedule,
             str(self.target),
@@ -200,7 +205,11 @@ class CompilePool:
         )
         seconds = time.monotonic() - start
         if reply.reason:
-            return Outcome(reason=f"compile: {reply.reason}", compile_s=seconds)
+            return Outcome(
+                reason=f"compile: {reply.reason}",
+                compile_s=seconds,
+                fingerprint=kernel.fingerprint,
+            )
         compiled: Compiled = reply.value
         return Outcome(
             reason=_too_much_shared_memory(compiled.kernels, self.target),

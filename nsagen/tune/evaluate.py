@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from nsagen.codegen.template import default_schedule, space_for, template_hash
+from nsagen.codegen.template import default_schedule, space_for
 from nsagen.core.target import Target
 from nsagen.core.worker import Reply, Worker
 from nsagen.core.workload import Schedule, Workload
@@ -54,14 +54,12 @@ class Candidates:
         schedules: every valid schedule.
         default: the one to use where nothing is known.
         others: the defaults of the other algorithms, which no search should reach by chance alone.
-        version: of the templates that they render from.
         allows: whether a schedule that may not be listed is valid.
     """
 
     schedules: tuple[Schedule, ...]
     default: Schedule
     others: tuple[Schedule, ...]
-    version: str
     allows: Callable[[Schedule], bool]
 
 
@@ -70,8 +68,6 @@ def candidates_for(workload: Workload, target: Target) -> Candidates:
     """What the schedule spaces of a workload offer on a target."""
     schedules = valid_schedules(workload, target)
     algorithms = sorted({schedule.algorithm for schedule in schedules})
-    templates = (space_for(workload, algorithm).template for algorithm in algorithms)
-    version = "-".join(template_hash(template)[:8] for template in templates)
 
     def allows(schedule: Schedule) -> bool:
         if schedule.algorithm not in algorithms:
@@ -85,7 +81,7 @@ def candidates_for(workload: Workload, target: Target) -> Candidates:
         for algorithm in algorithms
         if algorithm != default.algorithm
     )
-    return Candidates(schedules, default, tuple(filter(allows, others)), version, allows)
+    return Candidates(schedules, default, tuple(filter(allows, others)), allows)
 
 
 class Evaluator(Protocol):

@@ -9,8 +9,9 @@ from nsagen import __version__
 from nsagen.core.workload import Schedule
 from nsagen.records.record import Objective, Timed, TuningRecord
 from nsagen.tune.evaluate import Evaluator, Final
-from nsagen.tune.search import Measured, Search, fingerprint_or_none
+from nsagen.tune.search import Measured, Search
 from nsagen.tune.settings import Device
+from nsagen.tune.task import fingerprint_or_none
 
 FINALISTS = 4
 """Schedules that are compared in turn with the default in the end."""

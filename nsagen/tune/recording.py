@@ -23,7 +23,7 @@ from nsagen.core.errors import NsagenError, TuneError
 from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.evaluate import Candidates, Evaluator
 from nsagen.tune.outcome import Outcome
-from nsagen.tune.task import Task
+from nsagen.tune.task import Task, fingerprint_or_none
 
 FORMAT = 1
 REFINED = 10
@@ -88,7 +88,7 @@ def record(
     candidates = evaluator.candidates(task)
     plain = path.with_suffix("") if path.suffix == ".gz" else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = _resume(plain, candidates.version)
+    known = _resume(plain, task)
     order = [s for s in candidates.schedules if s != candidates.default]
     random.Random(0).shuffle(order)
     rest = [s for s in (candidates.default, *order) if s not in known]
@@ -162,19 +162,22 @@ def load_recording(path: Path) -> Recording:
         ) from None
 
 
-def _resume(plain: Path, version: str) -> dict[Schedule, Outcome]:
-    """What an unfinished recording of the same templates has; a torn last line is cut off."""
+def _resume(plain: Path, task: Task) -> dict[Schedule, Outcome]:
+    """What an unfinished recording has of kernels as they are now, without a torn last line."""
     if not plain.is_file():
         return {}
     lines = plain.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]
     rows = [json.loads(line) for line in whole]
-    if not rows or rows[0].get("version") != version:
-        plain.unlink()
-        return {}
-    rows = [row for row in rows if "refined" not in row]
-    plain.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return {_schedule_of(row): _outcome_of(row) for row in rows[1:]}
+    head, found = rows[:1], {}
+    for row in rows[1:]:
+        if "refined" not in row:
+            schedule, outcome = _schedule_of(row), _outcome_of(row)
+            if (outcome.fingerprint or None) == fingerprint_or_none(task, schedule):
+                head.append(row)
+                found[schedule] = outcome
+    plain.write_text("".join(json.dumps(row) + "\n" for row in head), encoding="utf-8")
+    return found
 
 
 def _write_line(file: TextIO, row: Mapping[str, Any]) -> None:
@@ -188,7 +191,6 @@ def _header(
     return {
         "format": FORMAT,
         "synthetic": synthetic,
-        "version": candidates.version,
         "workload": asdict(task.workload),
         "bucket": asdict(task.bucket),
         "timed": asdict(task.timed),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import optuna
@@ -15,14 +16,12 @@ from optuna.pruners import NopPruner
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from nsagen.codegen.fingerprint import kernel_fingerprint
-from nsagen.core.errors import NsagenError
 from nsagen.core.workload import Param, Schedule
 from nsagen.tune.encoding import Coding
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.sampler import DEFAULT_SAMPLER, SpaceSampler, taken_schedules
 from nsagen.tune.storage import owner, owner_is_dead, release_dead_trials
-from nsagen.tune.task import Task
+from nsagen.tune.task import Task, fingerprint_or_none
 
 _RETRIES = 20
 
@@ -72,7 +71,6 @@ class Search:
         storage: BaseStorage,
         *,
         scope: str,
-        version: str,
         first: Iterable[Schedule],
         sampler: str = DEFAULT_SAMPLER,
         seed: int = 0,
@@ -81,21 +79,21 @@ class Search:
 
         Args:
             scope: what is measured and where, e.g. "time on nvidia-h200".
-            version: of what the outcomes are of; another one makes another study.
             first: schedules to try before any other: the default, then neighbours' winners.
         """
         self.task = task
         self.coding = coding
         stem = f"{scope}: {task} ({task.sizes_text})"
+        studies = [n for n in optuna.get_all_study_names(storage) if n.startswith(f"{stem} #")]
         self.study = optuna.create_study(
             storage=storage,
-            study_name=f"{stem} #{coding.sha256[:8]}-{version}",
+            study_name=self._name(storage, studies, f"{stem} #{coding.sha256[:8]}"),
             sampler=SpaceSampler(sampler, coding, seed),
             pruner=NopPruner(),
             load_if_exists=True,
         )
         release_dead_trials(self.study)
-        self._take_over(storage, stem)
+        self._take_over(storage, studies)
         self.line_up(first)
 
     def ask(self) -> Candidate | None:
@@ -217,25 +215,36 @@ class Search:
             return f"nothing better in {since} schedules"
         return ""
 
-    def _take_over(self, storage: BaseStorage, stem: str) -> None:
+    def _name(self, storage: BaseStorage, studies: Collection[str], stem: str) -> str:
+        """Of the study to go on with: the first whose kernels are all the same, or a new one."""
+        for number in itertools.count(1):
+            name = f"{stem}-{number}"
+            if name not in studies or all(map(self._holds, _complete_trials(name, storage))):
+                return name
+        raise AssertionError
+
+    def _holds(self, trial: FrozenTrial) -> bool:
+        """Whether a schedule's kernel is still the one that was evaluated."""
+        schedule = schedule_from_text(trial.user_attrs["schedule"])
+        outcome = Outcome.of_json(trial.user_attrs["outcome"])
+        return (outcome.fingerprint or None) == fingerprint_or_none(self.task, schedule)
+
+    def _take_over(self, storage: BaseStorage, studies: Iterable[str]) -> None:
         """Add earlier studies' measurements of kernels whose code is still the same.
 
         So neither a new value of a knob nor an edit of the template discards what it does not
         concern.
         """
-        for name in optuna.get_all_study_names(storage):
-            if name == self.study.study_name or not name.startswith(f"{stem} #"):
-                continue
-            earlier = optuna.load_study(study_name=name, storage=storage)
-            for trial in earlier.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-                self._take_over_trial(trial)
+        for name in studies:
+            if name != self.study.study_name:
+                for trial in _complete_trials(name, storage):
+                    self._take_over_trial(trial)
 
     def _take_over_trial(self, trial: FrozenTrial) -> None:
-        outcome = Outcome.of_json(trial.user_attrs["outcome"])
         schedule = schedule_from_text(trial.user_attrs["schedule"])
         if not self.coding.expresses(schedule) or schedule in self._taken():
             return
-        if outcome.fingerprint != fingerprint_or_none(self.task, schedule):
+        if not self._holds(trial):
             return
         self.study.add_trial(
             create_trial(
@@ -288,9 +297,6 @@ def _knob_value(text: str) -> Param:
     return int(text) if text.lstrip("-").isdecimal() else text
 
 
-def fingerprint_or_none(task: Task, schedule: Schedule) -> str | None:
-    """The fingerprint of a schedule's kernel; None where it renders to nothing."""
-    try:
-        return kernel_fingerprint(task.workload, schedule)
-    except NsagenError:
-        return None
+def _complete_trials(study: str, storage: BaseStorage) -> list[FrozenTrial]:
+    found = optuna.load_study(study_name=study, storage=storage)
+    return found.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

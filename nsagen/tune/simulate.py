@@ -27,7 +27,7 @@ class ReplayEvaluator:
     def candidates(self, task: Task) -> Candidates:
         outcomes = self._recording.outcomes
         default, others = self._recording.default, self._recording.others
-        return Candidates(tuple(outcomes), default, others, "replay", outcomes.__contains__)
+        return Candidates(tuple(outcomes), default, others, outcomes.__contains__)
 
     def start(self, task: Task, schedule: Schedule) -> None:
         pass

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nsagen.cases.sizes import Sizes
+from nsagen.codegen.template import kernel_fingerprint
 from nsagen.core.bucket import Bucket, Range
-from nsagen.core.workload import Workload
+from nsagen.core.errors import NsagenError
+from nsagen.core.workload import Schedule, Workload
 
 SEQLENS = (2048, 16384)
 """Query tokens that stand for short and long calls of the forward and backward passes."""
@@ -130,3 +132,11 @@ def _few_tokens(workload: Workload) -> int:
     least = max(block * (number("topk", 16) + 2), window + block, kernel * number("kernel_size", 8))
     unit = 16 * number("kernel_stride", 1)
     return -(-least // unit) * unit
+
+
+def fingerprint_or_none(task: Task, schedule: Schedule) -> str | None:
+    """The fingerprint of a schedule's kernel; None where it renders to nothing."""
+    try:
+        return kernel_fingerprint(task.workload, schedule)
+    except NsagenError:
+        return None

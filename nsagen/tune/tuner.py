@@ -26,11 +26,11 @@ from nsagen.tune.evaluate import Evaluator
 from nsagen.tune.final_round import Decision
 from nsagen.tune.open_search import Contest
 from nsagen.tune.outcome import Outcome
-from nsagen.tune.search import Candidate, Search, fingerprint_or_none
+from nsagen.tune.search import Candidate, Search
 from nsagen.tune.settings import Device, Settings, Step
 from nsagen.tune.stop import Stoppable
 from nsagen.tune.storage import heartbeats
-from nsagen.tune.task import Task
+from nsagen.tune.task import Task, fingerprint_or_none
 
 NEIGHBOURS = 3
 """Winners of similar tasks that are tried right after the default."""
@@ -152,7 +152,6 @@ class Tuner:
                 Coding(candidates.schedules),
                 self._storage,
                 scope=f"{self._settings.objective} on {self._device.slug}",
-                version=candidates.version,
                 first=[candidates.default, *self._neighbours(task), *candidates.others],
                 sampler=self._settings.sampler,
                 seed=self._settings.seed,

@@ -46,12 +46,9 @@ def own_templates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """A copy of the templates in the working folder, as in a checkout."""
     shutil.copytree(ROOT / "templates", folder / "templates")
     monkeypatch.setattr(template, "templates_dir", lambda: folder / "templates")
-    cached = (template.environment, template.spaces_of, template.template_hash)
-    for function in cached:
-        function.cache_clear()
+    template.forget()
     yield
-    for function in cached:
-        function.cache_clear()
+    template.forget()
 
 
 @pytest.mark.parametrize("page", sorted({*PAGES} - {"templates.md", "transformers.md"}))

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from nsagen.codegen.build import build, check
-from nsagen.codegen.fingerprint import kernel_fingerprint
-from nsagen.codegen.template import default_schedule
+from nsagen.codegen.template import default_schedule, kernel_fingerprint
 from nsagen.codegen.tuned import tuned_choices
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import SpecError

@@ -83,16 +83,18 @@ def test_labels_that_begin_alike_are_not_confused(builds: list[tuple[str, str]])
     assert len(builds) == 2
 
 
-def test_an_edited_template_starts_a_new_folder(
-    builds: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("edited", ["templates/x.py.j2", "codegen/spaces/x.py"])
+def test_an_edit_of_what_generates_starts_a_new_folder(
+    edited: str, builds: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "templates_dir", lambda: tmp_path / "templates")
-    (tmp_path / "templates").mkdir()
+    monkeypatch.setattr(cache, "_CODEGEN", tmp_path / "codegen")
+    (tmp_path / edited).parent.mkdir(parents=True)
     for text in ("a", "b"):
-        (tmp_path / "templates" / "x.py.j2").write_text(text)
-        cache._templates_hash.cache_clear()
+        (tmp_path / edited).write_text(text)
+        cache._generator_hash.cache_clear()
         cache.cached_variant(selected(), "cuda:90", "test")
-    cache._templates_hash.cache_clear()
+    cache._generator_hash.cache_clear()
     assert len(builds) == 2
 
 

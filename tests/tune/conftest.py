@@ -130,9 +130,8 @@ class World:
 
 
 def forget_templates() -> None:
-    caches = (template.environment, template.spaces_of, template.template_hash)
-    for cached in (*caches, evaluate.candidates_for):
-        cached.cache_clear()
+    template.forget()
+    evaluate.candidates_for.cache_clear()
 
 
 @pytest.fixture

@@ -123,9 +123,7 @@ def test_a_resumed_search_makes_the_choices_of_an_uninterrupted_one(sampler: str
         for part in parts:
             coding = Coding(tuple(recording.outcomes))
             first = [recording.default]
-            search = Search(
-                recording.task, coding, storage, scope="", version="", first=first, sampler=sampler
-            )
+            search = Search(recording.task, coding, storage, scope="", first=first, sampler=sampler)
             evaluator = ReplayEvaluator(recording)
             for _ in range(part):
                 candidate = search.ask()
