@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nsagen.codegen import template
+from nsagen.core import worker
 from nsagen.core.worker import Reply
 from nsagen.tune import evaluate, session
 from nsagen.tune.search import Budget
@@ -147,7 +148,7 @@ def world(one_op: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setenv("FAKE", str(one_op / "fake.json"))
     monkeypatch.setenv("NSAGEN_CACHE_DIR", str(one_op / "cache"))
     servers = {session.MEASURER: FakeMeasurer, session.COMPILER: FakeCompiler}
-    for module in (session, __import__("nsagen.tune.compiler", fromlist=["Worker"])):
+    for module in (session, worker):
         monkeypatch.setattr(
             module, "Worker", lambda name, environment=None: InlineWorker(servers[name]())
         )
