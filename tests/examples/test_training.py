@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from examples.training.config import PRESETS, ModelKind, TrainConfig, config_of
 from examples.training.data import IGNORED, Corpus, RecallTask, Split, TextTask
 from examples.training.loop import History, Trainer
 from examples.training.parallel import World, join_world
+from tests.faults.support import exit_code, free_port, start_child
 from tests.support import one_thread
 
 __all__ = ["one_thread"]  # a fixture
@@ -87,8 +89,16 @@ def command(config: TrainConfig, out: Path, *more: str) -> list[str]:
     return [script, *options]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def started(arguments: list[str], **environ: object) -> int:
+    """Start a command line in a fork of this process, which has imported torch; its id."""
+
+    def main() -> object:
+        os.environ.update({name: str(value) for name, value in environ.items()})
+        sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).parent))
+        return runpy.run_path(arguments[0])["main"]()
+
+    return start_child(main)
 
 
 def losses_in(out: Path) -> list[float]:
@@ -97,21 +107,20 @@ def losses_in(out: Path) -> list[float]:
 
 def test_a_killed_run_goes_on_bit_for_bit(corpus: Corpus, tmp_path: Path) -> None:
     config = replace(TINY, steps=40)
-    run = [sys.executable, *command(config, tmp_path)]
-    process = subprocess.Popen(run, env=environment(), stdout=subprocess.DEVNULL)
+    process = started(command(config, tmp_path))
     checkpoints = tmp_path / "checkpoints" / "text-nsa"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("step-*")):
-        assert process.poll() is None
+        assert os.waitpid(process, os.WNOHANG) == (0, 0)
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    os.kill(process, signal.SIGKILL)
+    assert exit_code(process) == -signal.SIGKILL
     assert not (tmp_path / "text.json").exists()
     resumed_from = checkpoint.load_latest(checkpoints)
     assert resumed_from
     assert 0 < resumed_from.step < config.steps
-    subprocess.run(run, env=environment(), stdout=subprocess.DEVNULL, check=True)
+    assert exit_code(started(command(config, tmp_path))) == 0
     unbroken = train(corpus, config)
     last = checkpoint.load_latest(checkpoints)
     assert last
@@ -180,10 +189,16 @@ def test_two_processes_train_as_one_does(corpus: Corpus, parallel: str, tmp_path
     for file in newest.iterdir():
         file.unlink()
     newest.rmdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    config = replace(TINY, accumulate=2)
-    run = [sys.executable, *launcher, *command(config, tmp_path, f"--parallel={parallel}")]
-    subprocess.run(run, env=environment(), stdout=subprocess.DEVNULL, check=True)
+    run = command(replace(TINY, accumulate=2), tmp_path, f"--parallel={parallel}")
+    if parallel == "ddp":
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        launched = [sys.executable, *launcher, *run]
+        subprocess.run(launched, env=environment, stdout=subprocess.DEVNULL, check=True)
+    else:  # as the launcher starts them, without three more imports of torch
+        world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        ranks = [started(run, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(2)]
+        assert [exit_code(rank) for rank in ranks] == [0, 0]
     assert losses_in(tmp_path) == pytest.approx(train(corpus, TINY).losses, abs=2e-5)
     assert (tmp_path / "text.png").stat().st_size > 0  # no process ended before the first had drawn
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -89,6 +90,13 @@ def killed_at(
     code = in_child(run)
     assert code in (0, -signal.SIGKILL)
     return code != 0
+
+
+def free_port() -> int:
+    """A port on which no process listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @contextmanager

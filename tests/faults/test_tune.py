@@ -55,14 +55,14 @@ def held(url: str) -> int:
     return sum(t.state == TrialState.RUNNING and "owner" in t.user_attrs for t in trials)
 
 
-def goes_on(world: World) -> TuningRecord:
+def goes_on(world: World, trials: int = TRIALS) -> TuningRecord:
     """The same command again: it keeps every finished trial and makes the ones that are missing."""
     before = trials_of(world.url) if (world.folder / "study.db").exists() else {}
-    (record,) = world.tune(TRIALS).records
+    (record,) = world.tune(trials).records
     after = trials_of(world.url)
     assert before.keys() <= after.keys()
     assert all(after[key].values == before[key].values for key in before)
-    assert len(after) == TRIALS
+    assert len(after) == trials
     assert held(world.url) == 0
     assert [r.key for r in load_records(world.records).records] == [record.key]
     return record
@@ -81,11 +81,11 @@ def start_anew(world: World) -> None:
 def test_killed_before_each(world: World, owner: object, name: str, every: int) -> None:
     """Before a file of records is put in place, a measurement, or a commit to the study."""
     for step in itertools.count(0, every):
-        killed = killed_at(step, lambda: world.tune(TRIALS), (name,), owner)
+        killed = killed_at(step, lambda: world.tune(trials=4), (name,), owner)
         assert not list(world.folder.rglob("*.tmp.yaml"))
         if world.records.exists():
             assert load_records(world.records).records
-        goes_on(world)
+        goes_on(world, trials=4)
         start_anew(world)
         if not killed:
             break

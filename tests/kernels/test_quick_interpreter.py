@@ -14,9 +14,9 @@ from triton.runtime import interpreter
 
 from nsagen.cases.base import harness_of
 from nsagen.cases.sizes import Sizes
+from nsagen.core.workload import Workload
 from nsagen.reports.target_support import representative
 from nsagen.spec import load_spec
-from nsagen.workload import Workload
 from tests.conftest import QUICK
 from tests.quick_interpreter import quicken
 from tests.support import load_kernel

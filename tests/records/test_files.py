@@ -24,9 +24,21 @@ __all__ = ["one_op", "world"]  # fixtures
 H100 = KNOWN_TARGETS["cuda:90"]
 
 
+@pytest.fixture(scope="module")
+def searched() -> list[tuple[TuningRecord, str]]:
+    """The record and the file of one search, which all tests share, once it has ended."""
+    return []
+
+
 @pytest.fixture
-def record(world: World) -> TuningRecord:
-    return world.tune(trials=12).records[0]
+def record(world: World, searched: list[tuple[TuningRecord, str]]) -> TuningRecord:
+    """The record of a search, whose file is in the test's folder."""
+    if not searched:
+        searched.append((world.tune(trials=12).records[0], world.records.read_text()))
+    found, text = searched[0]
+    world.tuned.mkdir(parents=True, exist_ok=True)
+    world.records.write_text(text)
+    return found
 
 
 def kernels(world: World) -> dict[str, str]:

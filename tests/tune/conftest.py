@@ -97,7 +97,7 @@ class World:
 
     def change_template(self, old: str, new: str) -> None:
         """Edit the op's template or its space."""
-        for path in (self.folder / "templates" / "gated_sum").iterdir():
+        for path in (self.folder / "templates" / "gated_sum").glob("*.*"):
             path.write_text(path.read_text().replace(old, new))
         forget_templates()
 

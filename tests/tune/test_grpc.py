@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 from nsagen.core.errors import TuneError
 from nsagen.tune import storage
 from nsagen.tune.storage import open_storage, storage_errors
+from tests.faults.support import free_port
 from tests.tune.test_interruption import World
 from tests.tune.two_workers import check_two_workers
 
@@ -26,12 +26,6 @@ from optuna.storages import run_grpc_proxy_server
 from nsagen.tune.storage import open_storage
 run_grpc_proxy_server(open_storage(sys.argv[1]), host="127.0.0.1", port=int(sys.argv[2]))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager
