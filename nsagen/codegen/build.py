@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nsagen.codegen.owned import MANIFEST, check_free, own_files, python_files, read_manifest
 from nsagen.codegen.package import Origin, manifest_text, package_files, variant_header
 from nsagen.codegen.plan import DEFAULT_PROVENANCE, Use, Variant, plan_variants
 from nsagen.codegen.template import default_schedule, kernel_name, render
 from nsagen.codegen.tuned import tuned_choices
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import BuildError
-from nsagen.core.files import locked, replace_file
+from nsagen.core.files import TEMPORARY, locked, replace_file
 from nsagen.core.seal import sealed
 from nsagen.core.target import parse_target
 from nsagen.core.workload import Workload
@@ -83,7 +83,10 @@ def build(
     plan = _render(spec, tuned)
     variants, files = plan.variants, plan.files
     folder = out_dir / spec.name
+    with _writing(folder):
+        check_free(folder, files)  # before a lock's file is written
     with _writing(folder), locked(out_dir, spec.name):
+        check_free(folder, files)
         resources = _kept_resources(folder, variants)
         written = [path for path in _write_order(files) if replace_file(folder / path, files[path])]
         if compile_targets:
@@ -91,12 +94,13 @@ def build(
 
             resources = compile_variants(folder / "kernels", variants, jobs, progress)
         manifest = manifest_text(variants, plan.origin, files, resources)
-        if replace_file(folder / "manifest.json", manifest):
-            written.append("manifest.json")
+        if replace_file(folder / MANIFEST, manifest):
+            written.append(MANIFEST)
         removed = _orphans(folder, files) + _left_by_a_kill(folder)
         for path in removed:
             (folder / path).unlink()
-    return BuildResult(folder, variants, tuple(written), tuple(removed), resources, plan.notes)
+        notes = (*plan.notes, *_left_alone(folder, files))
+    return BuildResult(folder, variants, tuple(written), tuple(removed), resources, notes)
 
 
 def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale]:
@@ -106,7 +110,7 @@ def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale
     kept = _kept_resources(folder, plan.variants)
     manifest = manifest_text(plan.variants, plan.origin, files, kept)
     stale = []
-    for path, text in sorted({**files, "manifest.json": manifest}.items()):
+    for path, text in sorted({**files, MANIFEST: manifest}.items()):
         if not (folder / path).is_file():
             stale.append(Stale(path, "missing"))
         elif (folder / path).read_bytes() != text.encode():
@@ -148,12 +152,15 @@ def _render(spec: Spec, folder: Path | None) -> _Plan:
 
 def _kept_resources(folder: Path, variants: tuple[Variant, ...]) -> dict[str, list[dict[str, Any]]]:
     """What an earlier build measured for variants that are still the same (by name)."""
-    try:
-        known = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["variants"]
-        found = {v: known[v.name]["resources"] for v in variants if v.name in known}
-        return {v.name: rows for v, rows in found.items() if _are_resources(rows, v)}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
+    manifest = read_manifest(folder)
+    known = {} if manifest is None else manifest["variants"]
+    kept = {}
+    for variant in variants:
+        entry = known.get(variant.name)
+        rows = entry.get("resources") if isinstance(entry, dict) else None
+        if _are_resources(rows, variant):
+            kept[variant.name] = rows
+    return kept
 
 
 def _are_resources(rows: Any, variant: Variant) -> bool:
@@ -172,13 +179,20 @@ def _write_order(files: dict[str, str]) -> list[str]:
 
 
 def _orphans(folder: Path, files: dict[str, str]) -> list[str]:
-    present = (p.relative_to(folder).as_posix() for p in folder.rglob("*.py"))
-    return sorted(path for path in present if path not in files)
+    """Files that an earlier build wrote and this one does not."""
+    return sorted(own_files(folder) - files.keys() - {MANIFEST})
 
 
 def _left_by_a_kill(folder: Path) -> list[str]:
     """Temporary files of builds that were killed; nobody writes while the lock is held."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.tmp"))
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob(TEMPORARY))
+
+
+def _left_alone(folder: Path, files: dict[str, str]) -> list[str]:
+    """A note on Python files of the package's folder that are the user's."""
+    others = sorted(set(python_files(folder)) - files.keys())
+    shown = f"{folder}: left {', '.join(others)} alone, which nsagen did not write"
+    return [shown] if others else []
 
 
 @contextmanager

@@ -22,7 +22,16 @@ from nsagen.core.bucket import Bucket
 from nsagen.core.errors import BuildError
 from nsagen.core.workload import Workload
 
-_FORMAT = ("format", "--isolated", "--quiet", "--line-length", "100", "--target-version", "py311")
+_FORMAT = (
+    "format",
+    "--isolated",
+    "--no-cache",
+    "--quiet",
+    "--line-length",
+    "100",
+    "--target-version",
+    "py311",
+)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
+import importlib.util
+import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+TEMPORARY = ".nsagen-*.tmp"
+"""Pattern of the names of files that are being written; a process that is killed leaves one."""
+
+_log = logging.getLogger("nsagen.files")
 
 
 def replace_file(path: Path, text: str) -> bool:
@@ -16,35 +26,75 @@ def replace_file(path: Path, text: str) -> bool:
     if path.is_file() and path.read_bytes() == data:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    before, _, after = TEMPORARY.partition("*")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=before, suffix=after)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(temporary, 0o644)
+        with contextlib.suppress(OSError):  # some file systems have no modes
+            os.chmod(temporary, 0o644)
         _forget_bytecode(path)
-        os.replace(temporary, path)
-        _forget_bytecode(path)  # of whoever imported the old file in between
+        _put(temporary, path)
+        _forget_bytecode(path)  # of a process that imported the old file in between
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     return True
 
 
+def _put(temporary: str, path: Path) -> None:
+    """Rename a file over another, or in two steps where the file system cannot."""
+    try:
+        os.replace(temporary, path)
+    except (FileExistsError, PermissionError):
+        if not path.is_file():
+            raise
+        path.unlink()
+        shutil.move(temporary, path)
+
+
 def _forget_bytecode(path: Path) -> None:
-    """Remove what Python keeps of a module.
+    """Remove what Python keeps of a module, beside it or where PYTHONPYCACHEPREFIX says.
 
     It tells versions apart by size and by the second of their time: another of the same size, made
     within a second or after the clock was set back, would not be read.
     """
-    if path.suffix == ".py":
-        for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
-            compiled.unlink(missing_ok=True)
+    if path.suffix != ".py":
+        return
+    folders = {path.parent / "__pycache__"}
+    with contextlib.suppress(NotImplementedError):  # this Python keeps none
+        folders.add(Path(importlib.util.cache_from_source(str(path.absolute()))).parent)
+    for folder in folders:
+        for compiled in folder.glob(f"{path.stem}.*.pyc"):
+            with contextlib.suppress(OSError):
+                compiled.unlink()
 
 
 @contextmanager
 def locked(folder: Path, name: str) -> Iterator[None]:
-    """Let one process at a time do what `name` stands for in a folder; a second one waits."""
+    """Let one process at a time do what `name` stands for in a folder; a second one waits.
+
+    On file systems that have no locks it goes on without.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = _open_lock(folder / f".{name}.lock")
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.warning("waiting for another process that writes %s", folder / name)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EBADF, errno.ENOSYS):
+                raise
         yield
+    finally:
+        os.close(lock)
+
+
+def _open_lock(path: Path) -> int:
+    """Open a lock's file, for writing where that is allowed: it may be another user's."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

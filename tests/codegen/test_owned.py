@@ -1,0 +1,126 @@
+"""A build changes what nsagen wrote and nothing else, whatever lies in its folder."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from nsagen.codegen import build as building
+from nsagen.codegen.build import build, check
+from nsagen.core.errors import BuildError
+from nsagen.spec import load_spec
+from tests.bad.support import contents
+from tests.one_op import SPEC, one_op
+
+__all__ = ["one_op"]  # a fixture
+
+PACKAGE = Path("few")
+OUT = Path()
+
+
+@pytest.fixture(autouse=True)
+def _rendered_once(one_op: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "package_files", functools.cache(building.package_files))
+    (one_op / "other.yaml").write_text(SPEC.replace("DTYPE", "float16"))
+
+
+def make(spec: str = "few.yaml") -> building.BuildResult:
+    return build(load_spec(spec), OUT)
+
+
+def write(name: str, text: str = "# by hand\n") -> Path:
+    path = PACKAGE / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train.py",
+        "layers/attention.py",
+        "__init__.py",
+        "dispatcher.py",
+        "kernels/__init__.py",
+        "manifest.json",
+        "kernels",
+        "notes.txt",
+        "draft.tmp",
+    ],
+)
+def test_a_folder_of_the_users_is_refused_before_a_byte_is_written(one_op: Path, name: str) -> None:
+    write(name)
+    before = contents(one_op)
+    with pytest.raises(BuildError, match=rf"got {name.partition('/')[0]}, which it did not write"):
+        make()
+    assert contents(one_op) == before
+
+
+@pytest.mark.parametrize("name", ["__init__.py", "manifest.json", "kernels/__init__.py"])
+def test_a_file_of_the_users_in_place_of_a_new_one_is_refused(one_op: Path, name: str) -> None:
+    """In a package whose manifest does not list it, as after a build that was killed."""
+    make()
+    (PACKAGE / "manifest.json").unlink()
+    write(name, json.dumps({"mine": True}))
+    if name == "manifest.json":
+        for path in PACKAGE.rglob("*.py"):
+            path.unlink()
+    before = contents(one_op)
+    with pytest.raises(BuildError, match=f"got {name}, which it did not write"):
+        make()
+    assert contents(one_op) == before
+
+
+@pytest.mark.parametrize("name", ["__init__.py", "kernels"])
+def test_a_link_is_refused(one_op: Path, name: str) -> None:
+    """Writing through it, or over it, would change what somebody else made."""
+    make()
+    path = PACKAGE / name
+    elsewhere = one_op / f"elsewhere-{name}"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    before = contents(one_op)
+    with pytest.raises(BuildError, match=f"got .*{name}"):
+        make("other.yaml")
+    assert contents(one_op) == before
+
+
+def test_files_beside_a_package_stay(one_op: Path) -> None:
+    make()
+    mine = [write(name) for name in ("kernels/mine.py", "README.md", "data.tmp", "sub/x.py")]
+    hidden = [write(name) for name in (".DS_Store", ".#__init__.py", ".copies/dispatcher.py")]
+    (PACKAGE / "kernels" / ".#lock.py").symlink_to("me@host.1234:1")
+    result = make("other.yaml")
+    assert {path.read_text() for path in (*mine, *hidden)} == {"# by hand\n"}
+    assert result.removed
+    (note,) = result.notes
+    assert note.endswith("left kernels/mine.py, sub/x.py alone, which nsagen did not write")
+    assert check(load_spec("other.yaml"), OUT) == []
+
+
+def test_a_link_to_the_packages_folder_is_followed(one_op: Path) -> None:
+    (one_op / "disk").mkdir()
+    PACKAGE.symlink_to(one_op / "disk")
+    make()
+    assert (one_op / "disk" / "manifest.json").is_file()
+    assert make().written == ()
+
+
+def test_what_a_killed_build_left_is_removed(one_op: Path) -> None:
+    make()
+    left = write("kernels/.nsagen-abc.tmp")
+    assert make().removed == ("kernels/.nsagen-abc.tmp",)
+    assert not left.exists()
+
+
+def test_the_lock_of_another_user_or_name_is_not_emptied(one_op: Path) -> None:
+    lock = one_op / ".few.lock"
+    lock.write_text("mine")
+    os.chmod(lock, 0o444)
+    make()
+    assert lock.read_text() == "mine"
