@@ -5,6 +5,7 @@
 
     model = apply_nsa(AutoModelForCausalLM.from_pretrained(folder), attention={"topk": 16})
     model.generate(**inputs)
+    model.save_pretrained(swapped)  # AutoModelForCausalLM reads it where this module is imported
 
 `ToyLlama.from_pretrained` and `ToyNSALlama.from_pretrained` read Llama checkpoints without
 Transformers; see `nsagen.model.checkpoints`.
@@ -17,35 +18,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 try:
-    from transformers import AutoModelForCausalLM
-    from transformers.masking_utils import AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface, PreTrainedModel
-    from transformers.models.llama.modeling_llama import LlamaAttention
-    from transformers.models.mistral.modeling_mistral import MistralAttention
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_utils import PreTrainedModel
 except ImportError as error:
     raise ImportError(
         "nsagen.integrations.transformers: Transformers 5 must be installed; "
         f"got {error}; run: pip install 'nsagen[transformers]'"
     ) from error
 
-from nsagen.core.errors import InvalidInputError
-from nsagen.integrations.transformers_attention import TransformersNSA
-from nsagen.integrations.transformers_layout import Layouts
-from nsagen.model.checkpoint_config import rope_settings
+from nsagen.integrations.transformers_classes import check_config, swapped_class, swapped_config
+from nsagen.integrations.transformers_swap import sparsity_of, swap, swapped_modules
 from nsagen.model.checks import require
 from nsagen.model.initial import INITIAL_GATES, Gates
-from nsagen.model.rope import RopeConfig, RotaryEmbedding
 from nsagen.model.safetensors_files import read_tensors, tensor_names
-from nsagen.model.sparsity import SETTINGS, Sparsity, settings_of, stored_settings
+from nsagen.model.sparsity import stored_settings
 
 __all__ = ["INITIAL_GATES", "apply_nsa", "load_nsa"]
-
-_ATTENTION = (LlamaAttention, MistralAttention, Qwen3Attention)
-_IMPLEMENTATION = "nsa"
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -57,16 +47,18 @@ def apply_nsa(
     dispatcher: Any = None,
     gates: Gates = INITIAL_GATES,
 ) -> Model:
-    """Replace every attention module of a Llama, Mistral or Qwen3 model by NSA, in place.
+    """Replace the attention modules of a model by NSA, in place.
 
-    The projections and norms stay the model's own; branches with their own keys and values start
-    with copies of them. The gates start as the constants `gates`, compression as the mean (an
+    The models are those of `nsagen.integrations.transformers_models.MODELS`, with any head or
+    none. The projections and norms stay the model's own; branches with their own keys and values
+    start with copies of them. The gates start as the constants `gates`, compression as the mean (an
     "mlp" near it) and the position embedding at 0, so that, with the default gates,
     the model starts close to the dense one: all but the same where a token sees at most
     min(window_size, topk * block_size) tokens, and beyond that as close as the selected blocks
     hold the mass of the attention. `docs/transformers.md` has measured distances.
 
-    A sliding window of the model's own (Mistral, Qwen3) no longer applies.
+    Where some layers attend within a sliding window and others to everything (Gemma 3), the
+    sliding ones stay dense. Where all do (the first Mistral), all are replaced, and see more.
 
     Args:
         model: with any head, or none.
@@ -77,48 +69,38 @@ def apply_nsa(
         gates: initial shares of the compressed, selected and sliding branch.
 
     Returns:
-        The model. `save_pretrained` saves it with its settings, in `config.nsa`; `load_nsa`
-        reads it back.
+        The model, its class and config now those of a swapped one. `save_pretrained` saves it
+        with its settings, in `config.nsa`, and `AutoModelForCausalLM` reads it back.
 
     Raises:
         InvalidInputError: another kind of model, rope or setting; NSA is there already.
     """
     require(
-        not any(isinstance(module, TransformersNSA) for module in model.modules()),
+        not swapped_modules(model),
         "apply_nsa",
         "a model may be swapped once",
         "one that has NSA already",
         "load it anew",
     )
-    places = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) in _ATTENTION
-    ]
-    known = ", ".join(kind.__name__.removesuffix("Attention") for kind in _ATTENTION)
-    require(
-        bool(places),
-        "apply_nsa",
-        f"the model must be a {known}",
-        type(model).__name__,
-        "use NativeSparseAttention in your own code; see docs/integrate.md",
-    )
-    sparsity = _sparsity(attention)
-    rope = _rope(model, places[0][2])
-    layouts = Layouts()
-    for parent, name, child in places:
-        swapped = TransformersNSA(child, sparsity, rope, layouts, dispatcher, gates)
-        setattr(parent, name, swapped.train(child.training))
-    AttentionMaskInterface.register(_IMPLEMENTATION, _padding_mask)
-    AttentionInterface.register(_IMPLEMENTATION, _never_called)
-    model.set_attn_implementation(_IMPLEMENTATION)
-    model.config.nsa = stored_settings(sparsity)
+    sparsity = sparsity_of(attention)
+    check_config(model.config)
+    swap(model, sparsity, dispatcher, gates)
+    old = model.config
+    config = swapped_config(old, stored_settings(sparsity))
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = config
+        if isinstance(module, PreTrainedModel):
+            module.__class__ = swapped_class(type(module))
+            module.name_or_path = ""
     return model
 
 
 def load_nsa(folder: str | Path, *, dispatcher: Any = None, **kwargs: Any) -> PreTrainedModel:
-    """A model that `apply_nsa` made and `save_pretrained` wrote.
+    """A model that `apply_nsa` made and `save_pretrained` wrote, with a head for text.
+
+    It reads folders that nsagen saved as dense models with a key `nsa`, before swapped models had
+    a model_type, too: saving such a model converts it.
 
     Args:
         folder: with config.json and safetensors.
@@ -126,10 +108,9 @@ def load_nsa(folder: str | Path, *, dispatcher: Any = None, **kwargs: Any) -> Pr
         kwargs: for `AutoModelForCausalLM.from_pretrained`, such as dtype.
 
     Raises:
-        InvalidInputError: the folder's config.json has no `nsa`.
+        InvalidInputError: the folder's config.json has no `nsa`, or the weights do not fit it.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    settings = getattr(model.config, "nsa", None)
+    settings = getattr(AutoConfig.from_pretrained(folder), "nsa", None)
     require(
         settings is not None,
         f"{folder}/config.json",
@@ -137,66 +118,33 @@ def load_nsa(folder: str | Path, *, dispatcher: Any = None, **kwargs: Any) -> Pr
         "none",
         "call apply_nsa on the dense model instead",
     )
+    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    if swapped_modules(model):
+        for module in swapped_modules(model):
+            module.dispatcher = dispatcher
+        return model
+    delattr(model.config, "nsa")
     apply_nsa(model, settings, dispatcher=dispatcher)
-    swapped = {n: m for n, m in model.named_modules() if isinstance(m, TransformersNSA)}
-    parameters = {
-        f"{name}.{own}": parameter
-        for name, module in swapped.items()
-        for own, parameter in module.named_parameters()
-    }
-    stored = tensor_names(Path(folder))
-    with torch.no_grad():
-        for path in sorted(set(stored.values())):
-            names = [n for n in parameters if stored.get(n) == path]
-            for name, tensor in read_tensors(path, names):
-                parameters[name].copy_(tensor)
+    _read_old_names(model, Path(folder))
     return model
 
 
-def _sparsity(attention: Any) -> Sparsity:
-    """The settings with their defaults, checked."""
-    if attention is None or isinstance(attention, Mapping):
-        given = dict(attention or {})
-    else:
-        given = settings_of(attention)
-    unknown = sorted(set(given) - set(SETTINGS))
-    require(
-        not unknown,
-        "apply_nsa: attention",
-        f"the settings are {', '.join(SETTINGS)}",
-        ", ".join(map(str, unknown)),
-        "correct the name; the head sizes are the model's own",
-    )
-    return Sparsity(**given)
-
-
-def _rope(model: PreTrainedModel, attention: Any) -> RotaryEmbedding:
-    """Tables for all layers, on their device."""
-    config: Any = attention.config
-    raw = {
-        "rope_theta": getattr(config, "rope_theta", None),
-        "rope_parameters": getattr(config, "rope_parameters", None),
-        "rope_scaling": getattr(config, "rope_scaling", None),
+def _read_old_names(model: PreTrainedModel, folder: Path) -> None:
+    """Read NSA's parameters, those of compression under the names that they had as no modules."""
+    parameters = {
+        f"{name}.{own}": parameter
+        for name, module in model.named_modules()
+        if module in swapped_modules(model)
+        for own, parameter in module.named_parameters()
     }
-    theta, scaling = rope_settings(raw)
-    partial = (scaling or raw["rope_parameters"] or {}).get("partial_rotary_factor", 1.0)
+    stored = tensor_names(folder)
+    names = {name if name in stored else name.removesuffix(".weight"): name for name in parameters}
+    missing = sorted(old for old in names if old not in stored)
     require(
-        partial == 1.0,
-        "apply_nsa",
-        "rope must turn whole heads",
-        f"partial_rotary_factor={partial}",
-        "such a model cannot be swapped yet",
+        not missing, str(folder), "must have NSA's weights", f"no {missing[:3]}", "save it anew"
     )
-    rope_config = RopeConfig(config.max_position_embeddings, attention.head_dim, theta, scaling)
-    return RotaryEmbedding(rope_config).to(model.device)
-
-
-def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """What layers get as their mask: the caller's own, [batch, tokens]; nothing N by N."""
-    return attention_mask
-
-
-def _never_called(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    raise InvalidInputError(
-        "apply_nsa: every attention module must be swapped; one of another kind was called"
-    )
+    with torch.no_grad():
+        for path in sorted(set(stored.values())):
+            here = [name for name in names if stored.get(name) == path]
+            for name, tensor in read_tensors(path, here):
+                parameters[names[name]].copy_(tensor)

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nsagen.core.errors import InvalidInputError
 from nsagen.integrations.transformers_cache import NSALayer, layer_of
-from nsagen.integrations.transformers_layout import Layouts
-from nsagen.model.heads import PROJECTIONS
+from nsagen.integrations.transformers_layout import Call, refuse
+from nsagen.integrations.transformers_models import Facts
+from nsagen.integrations.transformers_rope import arranged
+from nsagen.model.compression import Holder, PlainWeights, Weights
+from nsagen.model.heads import KV, PROJECTIONS, Branches, Heads
 from nsagen.model.initial import Gates, constant_gate
 from nsagen.model.nsa_ops import NSAOps
-from nsagen.model.packing import Packed
-from nsagen.model.rope import RotaryEmbedding
+from nsagen.model.prefill import Context, PrefillRows
 from nsagen.model.sparsity import Sparsity
 
 
 class TransformersNSA(NSAOps):
-    """Takes what an attention module of Llama, Mistral or Qwen3 takes.
+    """Takes what an attention module of a supported model takes, and `nsa_call`.
 
-    Its q_proj, k_proj, v_proj, o_proj and, for Qwen3, q_norm and k_norm are the replaced
-    module's own; its other parameters have the names and shapes of `NativeSparseAttention`'s,
-    but that the gate has a bias.
+    Its projections and norms are the replaced module's own, under their names; its other
+    parameters have the names and shapes of `NativeSparseAttention`'s, but that the gate has a bias
+    and that each part of compression is a module of its own, which adapters can name:
+    `compress_key.weight`, `intra_block_pe.weight`.
 
     Args:
         dense: the module to replace.
+        facts: of its model.
         sparsity: the settings.
-        rope: tables that all layers share.
-        layouts: the layouts that all layers share.
+        turned: components of a head that rope turns.
         dispatcher: generated kernels to use on a GPU; None for nsagen's own choice.
         gates: what the gates start as.
     """
@@ -38,91 +41,225 @@ class TransformersNSA(NSAOps):
     def __init__(
         self,
         dense: Any,
+        facts: Facts,
         sparsity: Sparsity,
-        rope: RotaryEmbedding,
-        layouts: Layouts,
+        turned: int,
         dispatcher: Any,
         gates: Gates,
     ) -> None:
         super().__init__()
         config, head_dim = dense.config, dense.head_dim
-        self.layer_idx, self.layouts, self.dispatcher = dense.layer_idx, layouts, dispatcher
-        self.sparsity, self.softmax_scale = sparsity, dense.scaling
+        self.config, self.scaling, self.layer_idx = config, dense.scaling, dense.layer_idx
+        self.dispatcher, self.facts = dispatcher, facts
+        self.sparsity, self.softmax_scale, self.turned_dim = sparsity, dense.scaling, turned
         self.num_q_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = self.v_head_dim = head_dim
-        self.rotary_emb = rope
-        self.q_proj, self.k_proj, self.v_proj = dense.q_proj, dense.k_proj, dense.v_proj
+        self.initial_gates = gates
+        for name in facts.projections:
+            setattr(self, name, getattr(dense, name))
         self.o_proj = dense.o_proj
-        for branch in sparsity.kv_branches[1:]:
-            for name, own in zip(PROJECTIONS[branch], PROJECTIONS["selected"], strict=True):
-                setattr(self, name, copy.deepcopy(getattr(dense, own)))
         self.q_norm, self.k_norm = getattr(dense, "q_norm", None), getattr(dense, "k_norm", None)
+        if sparsity.kv_branches[1:]:
+            own = self._own_projections()
+            for branch in sparsity.kv_branches[1:]:
+                for name, layer in zip(PROJECTIONS[branch], own, strict=True):
+                    setattr(self, name, copy.deepcopy(layer))
         like = dense.o_proj.weight
         where = {
             "device": like.device,
             "dtype": like.dtype if like.is_floating_point() else torch.get_default_dtype(),
         }
-        units = sparsity.gate_units(head_dim)
-        gate = constant_gate(config.hidden_size, self.num_q_heads, gates, sparsity.on, units)
-        self.gate = gate.to(**where)
+        self.gate = self._new_gate(config.hidden_size).to(**where)
         self.add_compression(**where)
+        for part in self._parts():
+            for module in part.modules():
+                # Else Transformers would start a linear layer in its own way.
+                vars(module)["is_part_of_nsa"] = True
+
+    def _new_gate(self, hidden_size: int) -> Any:
+        units = self.sparsity.gate_units(self.head_dim)
+        return constant_gate(
+            hidden_size, self.num_q_heads, self.initial_gates, self.sparsity.on, units
+        )
+
+    def _parts(self) -> list[nn.Module]:
+        """What NSA adds to the dense module."""
+        names = ("compress_key", "compress_value", "intra_block_pe", "intra_block_pe_value")
+        own = [name for branch in self.sparsity.kv_branches[1:] for name in PROJECTIONS[branch]]
+        parts = [getattr(self, name) for name in ("gate", *names, *own)]
+        return [part for part in parts if part is not None]
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Set what NSA adds to what it starts as, but for what a checkpoint has filled."""
+        fresh = TransformersNSA(
+            self, self.facts, self.sparsity, self.turned_dim, None, self.initial_gates
+        )
+        for part, new in zip(self._parts(), fresh._parts(), strict=True):
+            for parameter, value in zip(part.parameters(), new.parameters(), strict=True):
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    parameter.copy_(value)
+
+    def held(self, weights: Weights, **where: Any) -> Holder:
+        held = super().held(weights, **where)
+        return PlainWeights(held.data) if isinstance(held, nn.Parameter) else held
+
+    def _sizes(self) -> list[int]:
+        """Outputs of the projections of queries, keys and values."""
+        kv = self.num_kv_heads * self.head_dim
+        return [self.num_q_heads * self.head_dim, kv, kv]
+
+    def _own_projections(self) -> list[nn.Module]:
+        """Those of keys and values; parts of the joined one, where the model has one."""
+        if len(self.facts.projections) == 3:
+            return [getattr(self, name) for name in self.facts.projections[1:]]
+        joined = getattr(self, self.facts.projections[0])
+        weights = joined.weight.detach().split(self._sizes())[1:]
+        biases = (
+            [None] * 2 if joined.bias is None else joined.bias.detach().split(self._sizes())[1:]
+        )
+        layers = []
+        for weight, bias in zip(weights, biases, strict=True):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+            layer.weight = nn.Parameter(weight.clone())
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.clone())
+            layers.append(layer)
+        return layers
+
+    def heads(self, x: Tensor) -> Heads:
+        parts = [getattr(self, name)(x) for name in self.facts.projections]
+        if len(parts) == 1:
+            parts = list(parts[0].split(self._sizes(), -1))
+        for branch in self.sparsity.kv_branches[1:]:
+            parts += [getattr(self, name)(x) for name in PROJECTIONS[branch]]
+        return self.split(parts)
+
+    def query(self, q: Tensor) -> Tensor:
+        return self._normed(q, self.q_norm, self.num_q_heads)
+
+    def key(self, k: Tensor) -> Tensor:
+        return self._normed(k, self.k_norm, self.num_kv_heads)
+
+    def _normed(self, x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
+        dtype = x.dtype  # under autocast norms return another one than the values have
+        if norm is not None and self.facts.norm == "all heads":
+            x = norm(x)
+        x = x.unflatten(-1, (heads, -1))
+        if norm is not None and self.facts.norm == "each head":
+            x = norm(x)
+        return arranged(x.to(dtype), self.turned_dim)
 
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: Any = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         cache: Any = None,
         past_key_values: Any = None,
-        cu_seq_lens_q: Tensor | None = None,
+        nsa_call: Call | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Attend within each row of a batch.
+        """Attend within each row of a batch, or each document of a packed one.
 
         Args:
             hidden_states: [B, T, hidden].
-            position_embeddings: not used: rope has float32 tables of its own in any dtype.
-            attention_mask: [B, T or more], 0 at padding, or None.
             cache: Transformers' `Cache`; its older versions call it past_key_values.
-            cu_seq_lens_q: int32 [sequences + 1], for sequences packed into one row.
+            nsa_call: the layout, made from the model's inputs, which were checked there.
+            others: what it was made from, and `position_embeddings`: rope has float32 tables of
+                its own in any dtype.
 
         Returns:
             [B, T, hidden], and None for the attention weights, which NSA never forms.
         """
-        x, cache = hidden_states, cache if cache is not None else past_key_values
-        if cu_seq_lens_q is not None:
-            if cache is not None or x.shape[0] != 1:
-                raise InvalidInputError(
-                    "apply_nsa: packed sequences must be one row without a cache; got "
-                    f"{x.shape[0]} rows, {'no' if cache is None else 'a'} cache; use_cache=False"
-                )
-            packed = Packed.of(cu_seq_lens_q.to(torch.int32), x.shape[1])
-            seen = self.branches(self.heads(x[0]), packed)
-            return self.o_proj(self.attend(seen, self.gates(x[0])))[None], None
-        layer = None
-        if cache is not None:
-            layer = layer_of(cache, self.layer_idx, self.sparsity)
-            if layer.seen:
-                return self._continue(x, layer), None
-        layout = self.layouts.of(x, attention_mask)
-        rows, packed = layout.pack(x), Packed(layout.cu_seqlens, layout.row, layout.positions)
+        if nsa_call is None:
+            advice = "call the model, or its base model, in place of forward or single layers"
+            refuse(
+                "a layer", "needs what its base model makes of the inputs", "a call alone", advice
+            )
+        x, call = hidden_states, nsa_call.to(hidden_states.device)
+        cache = cache if cache is not None else past_key_values
+        layer = None if cache is None else layer_of(cache, self.layer_idx, self.sparsity)
+        if layer is None and call.behind:
+            refuse(
+                "cache", "must reach every layer", "a layer without it", "see docs/transformers.md"
+            )
+        if layer is not None and call.after is None:
+            refuse("cache", "must be the model's input", "one of a layer", "pass it to the model")
+        rows = call.pack(x)
         heads = self.heads(rows)
-        seen = self.branches(heads, packed)
+        gate = self.gates(rows).to(heads.q.dtype)
+        if layer is None:
+            assert call.packed is not None
+            o = self.attend(self.branches(heads, call.packed, call.rope.tables), gate)
+        elif call.positions is not None:
+            o = self._step(heads, gate, layer, call)
+        else:
+            o = self._pass(heads, gate, layer, call)
         if layer is not None:
-            layer.fill(layout, seen.selected, seen.sliding, heads.compressed, seen.windows)
-        return layout.unpack(self.o_proj(self.attend(seen, self.gates(rows)))), None
+            layer.state = call.after
+        return call.unpack(self.o_proj(o)), None
 
-    def _continue(self, x: Tensor, layer: NSALayer) -> Tensor:
-        """New tokens of each row behind cached ones, one after another: [B, T, hidden]."""
-        outputs = [self._decode(x[:, token], layer) for token in range(x.shape[1])]
-        return torch.stack(outputs, 1)
+    def _step(self, heads: Heads, gate: Tensor, layer: NSALayer, call: Call) -> Tensor:
+        """One new token of each row."""
+        assert call.positions is not None
+        slots = torch.arange(call.batch, dtype=torch.int32, device=gate.device)
+        store, layer.trail = layer.reserve(call, heads), None
+        return self.decode_heads(heads, gate, call.positions, slots, store, call.rope.tables)
 
-    @torch.no_grad()
-    def _decode(self, x: Tensor, layer: NSALayer) -> Tensor:
-        """One new token of each row: [B, hidden] to the same."""
-        batch, heads = x.shape[0], self.heads(x)
-        store = layer.reserve(batch, layer.seen + 1, heads.selected)
-        slots = torch.arange(batch, dtype=torch.int32, device=x.device)
-        o = self.decode_heads(heads, self.gates(x), layer.lengths, slots, store)
-        layer.lengths, layer.seen = layer.lengths + 1, layer.seen + 1
-        return self.o_proj(o)
+    def _pass(self, heads: Heads, gate: Tensor, layer: NSALayer, call: Call) -> Tensor:
+        """Several new tokens of each row, behind none or some that the cache holds."""
+        pieces = call.pieces
+        assert pieces is not None
+        store = layer.reserve(call, heads)
+        layer.remember(call, heads.compressed)
+        seen = self.append(heads, pieces, store, call.rope.tables)
+        if pieces.context is None:
+            return self.attend(seen, gate)
+        whole = self.with_context(seen, pieces, store)
+        if not call.recording:
+            return self.attend(whole, gate)
+        return self._recorded(seen, whole, gate, pieces)
+
+    def _recorded(
+        self, new: Branches, whole: Branches, gate: Tensor, pieces: PrefillRows
+    ) -> Tensor:
+        """`attend`, with gradients that end at what the cache held.
+
+        Backward passes take whole sequences: so the tokens in the cache have queries of 0 and
+        gates of 0 here, and no part in the result. The new tokens' own keys and values, which the
+        cache holds without their history, are put in again.
+        """
+        assert pieces.context is not None
+        assert pieces.windows is not None
+        here = _places_in(pieces.context, pieces.index)
+
+        def among(held: KV, own: KV, at: Tensor) -> KV:
+            return KV(*(h.detach().index_copy(0, at, o) for h, o in zip(held, own, strict=True)))
+
+        windows = whole.windows
+        if windows is not None and new.windows is not None:
+            assert pieces.windows.context is not None
+            made = _places_in(pieces.windows.context, pieces.windows.index)
+            windows = among(windows, new.windows, made)
+        selected = among(whole.selected, new.selected, here)
+        shared = whole.sliding is whole.selected
+        tokens = selected.k.shape[0]
+        wide = replace(
+            whole,
+            q=new.q.new_zeros(tokens, *new.q.shape[1:]).index_copy(0, here, new.q),
+            windows=windows,
+            selected=selected,
+            sliding=selected if shared else among(whole.sliding, new.sliding, here),
+            cu_seqlens=pieces.context.cu_seqlens,
+            q_start=None,
+            cu_seqlens_k=None,
+        )
+        gates = gate.new_zeros(tokens, *gate.shape[1:]).index_copy(0, here, gate)
+        return self.attend(wide, gates)[here]
+
+
+def _places_in(context: Context, index: tuple[Tensor, Tensor]) -> Tensor:
+    """int64: where rows and positions of a cache lie among what a context packs of it."""
+    row, position = index
+    return context.cu_seqlens[:-1].to(torch.int64)[row] + position

@@ -1,75 +1,93 @@
-"""How the padded batches of Transformers pack into sequences one after another."""
+"""Where the tokens of one call of a Transformers model belong: what its NSA layers share.
+
+`transformers_inputs` makes a `Call` from a model's inputs, and the model hands it to its layers.
+Nothing of it stays on a module.
+"""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.ops.layout import compressed_cu_seqlens, positions_in_sequence
+from nsagen.integrations.transformers_rope import Rope
+from nsagen.model.packing import Packed
+from nsagen.model.prefill import Index, Piece, PrefillRows
+from nsagen.model.sparsity import Sparsity
 
 
 @dataclass(frozen=True)
-class Windows:
-    """The compression windows of a packed batch.
+class State:
+    """What the NSA layers of a cache hold.
 
     Attributes:
-        row: int64 [sum M], the row of each window.
-        index: int64 [sum M], its index within the row.
+        lengths: int32 [rows], tokens of each row, padding not counted.
+        seen: tokens that went through the model, padding included: Transformers counts these.
+        real: bool [rows, seen], which of them were tokens; None: all.
+        shift: int64 [rows], how far position_ids are ahead of positions in the row; None: 0.
+        given: whether the caller gave them.
+        recorded: whether autograd recorded what made them.
+        rope: the tables that turned the keys.
     """
 
-    row: Tensor
-    index: Tensor
+    lengths: Tensor
+    seen: int
+    real: Tensor | None
+    shift: Tensor | None
+    given: bool
+    recorded: bool
+    rope: Rope
+
+    def rows(self, index: Tensor) -> State:
+        """These rows, in this order."""
+        kept = {
+            name: None if tensor is None else tensor.index_select(0, index)
+            for name, tensor in (("real", self.real), ("shift", self.shift))
+        }
+        return replace(self, lengths=self.lengths.index_select(0, index), **kept)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A padded batch [B, T], packed into [N]. Made once a forward and shared by all layers.
+class Call:
+    """A batch [B, T], padded or packed, and where its tokens go.
 
     Attributes:
         batch, tokens: B and T.
-        lengths: tokens of each row, without padding.
-        cu_seqlens: int32 [B + 1], where each row starts when packed.
-        row: int64 [N], the row of each packed token.
-        positions: int32 [N], its position in the row, padding not counted.
-        places: int64 [N], its place in the flattened batch; None: all tokens, in order.
+        packed: the tokens without padding, as sequences one after another.
+        places: int64 [N], place of each of them in the flattened batch; None: all, in order.
+        rope: the tables.
+        recording: whether autograd records.
+        behind: tokens that the cache holds already, padding included.
+        after: the state of a cache after the call; None: the call may have no cache.
+        pieces: how the tokens go into a cache; None without one, and for one token a row.
+        positions: int32 [B], for one token a row behind a cache: where it goes, -1 at padding.
     """
 
     batch: int
     tokens: int
-    lengths: tuple[int, ...]
-    cu_seqlens: Tensor
-    row: Tensor
-    positions: Tensor
-    places: Tensor | None
+    packed: Packed | None
+    rope: Rope
+    recording: bool
+    places: Tensor | None = None
+    behind: int = 0
+    after: State | None = None
+    pieces: PrefillRows | None = None
+    positions: Tensor | None = None
+    _elsewhere: dict[torch.device, Call] = field(default_factory=dict, compare=False, repr=False)
 
-    @classmethod
-    def of(cls, batch: int, tokens: int, device: torch.device, mask: Tensor | None) -> Layout:
-        """From the padding mask [B, >= T], not 0 at tokens; or None, which no device waits for."""
-        if mask is None:
-            ends = torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
-            return cls._packed(tokens, (tokens,) * batch, ends, None)
-        real = mask[:, -tokens:] != 0
-        counts = real.sum(1)
-        ends = functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-        places = real.flatten().nonzero().squeeze(1)
-        return cls._packed(tokens, counts.tolist(), ends, places)
-
-    @classmethod
-    def _packed(
-        cls, tokens: int, lengths: Sequence[int], cu_seqlens: Tensor, places: Tensor | None
-    ) -> Layout:
-        count = sum(lengths)
-        packed = torch.arange(count, dtype=torch.int32, device=cu_seqlens.device)
-        row = torch.searchsorted(cu_seqlens[1:], packed, right=True)
-        positions = positions_in_sequence(cu_seqlens, count)
-        return cls(len(lengths), tokens, tuple(lengths), cu_seqlens, row, positions, places)
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Call:
+        """The same on another device, for models whose layers lie on several."""
+        del non_blocking
+        device = torch.device(device)
+        if device == self.rope.tables.cos.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = replace(moved(self, device), _elsewhere={})
+        return self._elsewhere[device]
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, hidden] to [N, hidden]."""
@@ -84,50 +102,58 @@ class Layout:
         flat = packed.new_zeros(shape).flatten(0, 1)
         return flat.index_copy(0, self.places, packed).view(shape)
 
-    def windows(self, kernel_size: int, kernel_stride: int) -> Windows:
-        """The windows of all rows, one after another."""
-        ends = compressed_cu_seqlens(self.cu_seqlens, kernel_size, kernel_stride)
-        total = sum(max(0, (n - kernel_size) // kernel_stride + 1) for n in self.lengths)
-        every = torch.arange(total, dtype=torch.int32, device=ends.device)
-        row = torch.searchsorted(ends[1:], every, right=True)
-        return Windows(row, (every - ends[row]).to(torch.int64))
 
-    def last_tokens(self, count: int) -> Tensor:
-        """int64 [B, count]: at j, the packed row of the last token t with t % count == j.
+@dataclass
+class RowPlaces:
+    """An NSA cache layer's places, for `PrefillRows`: row and position are the index."""
 
-        A row with no such token has some other token there, which nothing may read.
-        """
-        last = self.cu_seqlens.diff()[:, None] - 1
-        back = torch.arange(count, dtype=torch.int32, device=last.device)
-        token = (last - (last - back) % count).clamp(min=0) + self.cu_seqlens[:-1, None]
-        return token.clamp(max=max(0, sum(self.lengths) - 1)).to(torch.int64)
+    device: torch.device
+    windows: tuple[int, int] | None
+    paged: bool = False
+
+    def token_index(self, slot: Tensor, position: Tensor) -> Index:
+        return slot, position
+
+    def window_index(self, slot: Tensor, window: Tensor) -> Index:
+        return slot, window
 
 
-class Layouts:
-    """The layout of the forward in progress: all layers are given the same mask."""
+def moved(part: Any, device: torch.device) -> Any:
+    """A structure of dataclasses and tuples with its tensors on a device."""
+    if isinstance(part, Tensor):
+        return part.to(device)
+    if isinstance(part, tuple):
+        parts = [moved(one, device) for one in part]
+        return type(part)(*parts) if hasattr(part, "_fields") else type(part)(parts)
+    if is_dataclass(part) and not isinstance(part, type):
+        return replace(part, **{f.name: moved(getattr(part, f.name), device) for f in fields(part)})
+    return part
 
-    def __init__(self) -> None:
-        self._known: tuple[Any, ...] | None = None
-        self._layout: Layout | None = None
 
-    def of(self, x: Tensor, mask: Tensor | None) -> Layout:
-        """The layout of x [B, T, hidden] under a padding mask.
+def pieces_of(
+    starts: Sequence[int], lengths: Sequence[int], sparsity: Sparsity, device: torch.device
+) -> PrefillRows:
+    """How new tokens of each row, behind `starts` older ones, go into a cache."""
+    sizes = (sparsity.kernel_size, sparsity.kernel_stride)
+    rows = [Piece(i, *row) for i, row in enumerate(zip(starts, lengths, strict=True))]
+    return PrefillRows.of(rows, RowPlaces(device, sizes))
 
-        Raises:
-            InvalidInputError: the mask is none of padding.
-        """
-        batch, tokens = x.shape[:2]
-        if mask is None:
-            return Layout.of(batch, tokens, x.device, None)
-        if mask.dim() != 2:
-            raise InvalidInputError(
-                "apply_nsa: attention_mask must be [batch, tokens], 1 for a token and 0 for "
-                f"padding; got {list(mask.shape)}; NSA chooses what a token sees itself"
-            )
-        if self._known is not None and self._layout is not None:
-            known, *rest = self._known
-            if known() is mask and rest == [mask._version, tokens]:
-                return self._layout
-        self._known = (weakref.ref(mask), mask._version, tokens)
-        self._layout = Layout.of(batch, tokens, x.device, mask)
-        return self._layout
+
+def refuse(what: str, rule: str, came: str, advice: str) -> NoReturn:
+    """Raise InvalidInputError about an input of a swapped model."""
+    raise InvalidInputError(f"NSA model: {what}: {rule}; got {came}; {advice}")
+
+
+def refuse_unless(
+    holds: Tensor, what: str, rule: str, came: str, advice: str, *, wait: bool = True
+) -> None:
+    """Check what a device computed: a bool tensor of one element.
+
+    Args:
+        wait: False where the host should not wait for a GPU, as in a decoding step: then the GPU
+            asserts. So it does in compiled code.
+    """
+    if torch.compiler.is_compiling() or (holds.is_cuda and not wait):
+        torch.ops.aten._assert_async.msg(holds, f"NSA model: {what}: {rule}; {advice}")
+    elif not bool(holds):
+        refuse(what, rule, came, advice)

@@ -20,6 +20,18 @@ MLP_INPUT = 0.25
 m * (1 + tanh(MLP_INPUT * m / 2)). Smaller is nearer to the mean, and slower to train."""
 
 
+class PlainWeights(nn.Module):
+    """One tensor as a module of its own, so that adapters can name it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, like: Tensor) -> Tensor:
+        """The weights in the dtype of `like`."""
+        return self.weight.to(like.dtype)
+
+
 class MLPWeights(nn.Module):
     """The two layers of "mlp" compression: silu(x @ up) @ down for each head.
 
@@ -32,8 +44,12 @@ class MLPWeights(nn.Module):
         super().__init__()
         self.up, self.down = nn.Parameter(up), nn.Parameter(down)
 
+    def forward(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights in the dtype of `like`."""
+        return self.up.to(like.dtype), self.down.to(like.dtype)
 
-Holder = nn.Parameter | MLPWeights | None
+
+Holder = nn.Parameter | nn.Module | None
 """What a module keeps of one compression."""
 
 
@@ -90,13 +106,11 @@ def holder_of(weights: Weights, **where: Any) -> Holder:
     return None if weights is None else nn.Parameter(weights.to(**where))
 
 
-def weights_of(holder: Holder) -> Weights:
-    """The weights as an op takes them."""
-    return (holder.up, holder.down) if isinstance(holder, MLPWeights) else holder
+def weights_of(holder: Holder, like: Tensor) -> Weights:
+    """The weights as an op takes them, in the dtype of `like`.
 
-
-def in_dtype(weights: Any, dtype: torch.dtype) -> Any:
-    """Weights, or none, in another dtype."""
-    if isinstance(weights, tuple):
-        return tuple(tensor.to(dtype) for tensor in weights)
-    return None if weights is None else weights.to(dtype)
+    A module is called, not read: adapters may have wrapped it.
+    """
+    if isinstance(holder, nn.Module):
+        return holder(like)
+    return None if holder is None else holder.to(like.dtype)

@@ -83,7 +83,9 @@ def start_from_dense(attention: NativeSparseAttention, std: float) -> None:
     attention.add_compression(device=like.device, dtype=like.dtype)
     values = attention.compress_value
     if attention.sparsity.value_type != "sigmoid_mul" and values is not None:
-        (values.down if isinstance(values, MLPWeights) else values).zero_()
+        weights = values.down if isinstance(values, MLPWeights) else values
+        assert isinstance(weights, nn.Parameter)
+        weights.zero_()
     for branch in attention.sparsity.kv_branches:
         for name, source in zip(PROJECTIONS[branch], PROJECTIONS["selected"], strict=True):
             getattr(attention, name).weight.copy_(getattr(attention, source).weight)

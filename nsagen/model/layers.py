@@ -136,7 +136,8 @@ def project(
             sigmoid_from=sigmoid_from,
             dispatcher=dispatcher,
         )
-    y = F.linear(x if norm is None else norm(x), weight)
+    # Under autocast a product has another dtype than the cache and the residual stream.
+    y = F.linear(x if norm is None else norm(x), weight).to(x.dtype)
     if swiglu:
         gate, up = y.chunk(2, -1)
         y = F.silu(gate) * up

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
-from nsagen.model.heads import KV, Branches
 from nsagen.model.layer_cache import NSALayerCache
 from nsagen.model.layers import RMSNorm, project
 from nsagen.model.nsa_parts import NSAParts
@@ -69,7 +66,8 @@ class NativeSparseAttention(NSAParts):
             [N, hidden_size], in x's dtype.
         """
         packed = packed or Packed.of(cu_seqlens, x.shape[0])
-        return self.o_proj(self.attend(self.branches(self.heads(x), packed), self.gates(x)))
+        seen = self.branches(self.heads(x), packed, self.rotary_emb.tables)
+        return self.o_proj(self.attend(seen, self.gates(x)))
 
     def prefill(
         self,
@@ -93,15 +91,8 @@ class NativeSparseAttention(NSAParts):
             [N, hidden_size].
         """
         heads, gate = self.fused_heads(x, norm)
-        made = None
-        if self.sparsity.needs_windows:
-            made = self._new_windows(heads.compressed, rows, cache)
-        q, selected, sliding = self.turned(heads, rows.positions)
-        cache.fill(rows, selected, sliding, heads.compressed, made)
-        assert rows.windows is not None
-        seen = Branches(q, made, selected, sliding, rows.cu_seqlens, rows.windows.ends)
-        if rows.context is not None:
-            seen = self._with_context(seen, rows, cache)
+        seen = self.append(heads, rows, cache, self.rotary_emb.tables)
+        seen = self.with_context(seen, rows, cache)
         o = self.attend(seen, gate)
         return project(o, self.o_proj.weight, residual=residual, dispatcher=self.dispatcher)
 
@@ -128,33 +119,7 @@ class NativeSparseAttention(NSAParts):
         Returns:
             [R, hidden_size]; idle rows hold nothing of use.
         """
-        o = self.decode_heads(*self.fused_heads(x, norm), positions, slots, cache)
+        heads, gate = self.fused_heads(x, norm)
+        tables = self.rotary_emb.tables
+        o = self.decode_heads(heads, gate, positions, slots, cache, tables)
         return project(o, self.o_proj.weight, residual=residual, dispatcher=self.dispatcher)
-
-    def _new_windows(self, tokens: KV, rows: PrefillRows, cache: NSALayerCache) -> KV:
-        """The windows that the tokens complete, keys after rope."""
-        windows = rows.windows
-        assert windows is not None
-        raw = KV(*cache.tokens_before(windows, *tokens))
-        (ck, cv), _ = self.compress(raw, windows.cu_seqlens)
-        made = windows.positions.shape[0]
-        return KV(self.rope(ck[:made], windows.positions), cv[:made])
-
-    def _with_context(self, seen: Branches, rows: PrefillRows, cache: NSALayerCache) -> Branches:
-        """All keys and values that the queries see, from the cache, which holds the new ones."""
-        assert rows.context is not None
-        assert rows.windows is not None
-        assert rows.windows.context is not None
-        selected, sliding = cache.of_tokens
-        of_tokens = KV(*map(rows.context.of, selected))
-        windows = seen.windows
-        if windows is not None:
-            windows = KV(*map(rows.windows.context.of, (cache.ck, cache.cv)))
-        return replace(
-            seen,
-            windows=windows,
-            selected=of_tokens,
-            sliding=of_tokens if sliding is selected else KV(*map(rows.context.of, sliding)),
-            q_start=rows.q_start,
-            cu_seqlens_k=rows.context.cu_seqlens,
-        )

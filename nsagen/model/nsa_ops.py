@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nsagen import ops
-from nsagen.model.compression import (
-    Holder,
-    Weights,
-    holder_of,
-    in_dtype,
-    mean_weights,
-    weights_of,
-)
+from nsagen.model.compression import Holder, Weights, holder_of, mean_weights, weights_of
 from nsagen.model.gate import Gate, in_columns
 from nsagen.model.heads import KV, PROJECTIONS, Branches, Heads
 from nsagen.model.layer_cache import NSALayerCache
 from nsagen.model.packing import Packed
-from nsagen.model.rope import RotaryEmbedding
+from nsagen.model.prefill import PrefillRows
+from nsagen.model.rope import Tables
 from nsagen.model.sparsity import Sparsity
 from nsagen.ops.branch_attention import attend_branches
 from nsagen.ops.layout import positions_in_sequence
@@ -38,17 +33,14 @@ class NSAOps(nn.Module):
     v_head_dim: int
     softmax_scale: float
     dispatcher: Any
-    rotary_emb: RotaryEmbedding
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
-    q_norm: nn.Module | None
-    k_norm: nn.Module | None
     gate: Gate
     compress_key: Holder
     compress_value: Holder
-    intra_block_pe: nn.Parameter | None
-    intra_block_pe_value: nn.Parameter | None
+    intra_block_pe: Holder
+    intra_block_pe_value: Holder
 
     def add_compression(self, generator: torch.Generator | None = None, **where: Any) -> None:
         """Make the parameters of compression, as they start.
@@ -64,16 +56,20 @@ class NSAOps(nn.Module):
         k_dim, v_dim = self.head_dim, self.v_head_dim
         w_k = mean_weights(s.key_type, *shape, k_dim, hidden, generator)
         w_v = mean_weights(s.value_type, *shape, v_dim, hidden, generator)
-        self.compress_key, self.compress_value = (holder_of(w, **where) for w in (w_k, w_v))
+        self.compress_key, self.compress_value = (self.held(w, **where) for w in (w_k, w_v))
         self.intra_block_pe = self.intra_block_pe_value = None
         if s.needs_windows:
-            self.intra_block_pe = nn.Parameter(torch.zeros(*shape, k_dim, **where))
+            self.intra_block_pe = self.held(torch.zeros(*shape, k_dim), **where)
         if s.embeds_values:
-            self.intra_block_pe_value = nn.Parameter(torch.zeros(*shape, v_dim, **where))
+            self.intra_block_pe_value = self.held(torch.zeros(*shape, v_dim), **where)
         if "compressed" not in s.on:
             for made in (self.compress_key, self.intra_block_pe):
                 if made is not None:
                     made.requires_grad_(False)
+
+    def held(self, weights: Weights, **where: Any) -> Holder:
+        """What the module keeps of weights of compression."""
+        return holder_of(weights, **where)
 
     def projections(self) -> list[nn.Linear]:
         """Those of queries, then of keys and values of each branch that has its own."""
@@ -89,19 +85,23 @@ class NSAOps(nn.Module):
     def split(self, projected: Sequence[Tensor]) -> Heads:
         """The heads in what each of `projections` made."""
         q, *rest = projected
-        q, rows = q.unflatten(-1, (self.num_q_heads, -1)), (self.num_kv_heads, -1)
         pairs = [
-            KV(self._key(k.unflatten(-1, rows)), v.unflatten(-1, rows))
+            KV(self.key(k), v.unflatten(-1, (self.num_kv_heads, -1)))
             for k, v in zip(rest[::2], rest[1::2], strict=True)
         ]
-        q = q if self.q_norm is None else self.q_norm(q)
+        q = self.query(q)
         if len(pairs) == 1:
             return Heads(q, pairs[0], pairs[0], pairs[0])
         selected, compressed, *own = pairs
         return Heads(q, compressed, selected, own[0] if own else selected)
 
-    def _key(self, k: Tensor) -> Tensor:
-        return k if self.k_norm is None else self.k_norm(k)
+    def query(self, q: Tensor) -> Tensor:
+        """[N, HQ, D] before rope from what the projection made."""
+        return q.unflatten(-1, (self.num_q_heads, -1))
+
+    def key(self, k: Tensor) -> Tensor:
+        """[N, HK, D] before rope from what the projection made."""
+        return k.unflatten(-1, (self.num_kv_heads, -1))
 
     def gates(self, x: Tensor) -> Tensor:
         """[N, HQ, 3]: compressed, selected, sliding; 0 where a branch is off."""
@@ -111,42 +111,86 @@ class NSAOps(nn.Module):
         """`gates` from [N, HQ * branches that are on]."""
         return in_columns(gate.unflatten(-1, (self.num_q_heads, -1)), self.sparsity.on)
 
-    def rope(self, x: Tensor, positions: Tensor) -> Tensor:
-        tables = (self.rotary_emb.cos, self.rotary_emb.sin)
+    def rope(self, x: Tensor, positions: Tensor, tables: Tables) -> Tensor:
         return ops.rope(x, *tables, positions, dispatcher=self.dispatcher)
 
-    def turned(self, heads: Heads, positions: Tensor) -> tuple[Tensor, KV, KV]:
+    def turned(self, heads: Heads, positions: Tensor, tables: Tables) -> tuple[Tensor, KV, KV]:
         """q and the selected and the sliding branch's keys after rope."""
-        q, selected = self.rope(heads.q, positions), heads.selected
-        selected = KV(self.rope(selected.k, positions), selected.v)
+        q, selected = self.rope(heads.q, positions, tables), heads.selected
+        selected = KV(self.rope(selected.k, positions, tables), selected.v)
         if heads.sliding is heads.selected:
             return q, selected, selected
-        return q, selected, KV(self.rope(heads.sliding.k, positions), heads.sliding.v)
+        return q, selected, KV(self.rope(heads.sliding.k, positions, tables), heads.sliding.v)
 
     def compress(self, tokens: KV, cu_seqlens: Tensor) -> tuple[KV, Tensor]:
         """Windows of keys and values before rope, and where each sequence's start."""
         (k, v), s = tokens, self.sparsity
-        # Under autocast the tokens have another dtype than the parameters.
-        w_k, w_v, pe, pe_v = (in_dtype(weights, k.dtype) for weights in self._compression())
+        w_k, w_v, pe, pe_v = self._compression(k)
         sizes = {"dispatcher": self.dispatcher, **s.window_sizes}
         ck, ends = ops.compress(k, w_k, pe, cu_seqlens, compress_type=s.key_type, **sizes)
         cv, _ = ops.compress(v, w_v, pe_v, cu_seqlens, compress_type=s.value_type, **sizes)
         return KV(ck, cv), ends
 
-    def _compression(self) -> tuple[Weights, Weights, Tensor | None, Tensor | None]:
-        """Weights and position embeddings of keys and of values."""
-        w_k, w_v = weights_of(self.compress_key), weights_of(self.compress_value)
-        return w_k, w_v, self.intra_block_pe, self.intra_block_pe_value
+    def _compression(self, like: Tensor) -> tuple[Any, ...]:
+        """Weights and position embeddings of keys and of values, in the dtype of the tokens: under
+        autocast the parameters have another one."""
+        holders = (self.compress_key, self.compress_value)
+        holders += (self.intra_block_pe, self.intra_block_pe_value)
+        return tuple(weights_of(holder, like) for holder in holders)
 
-    def branches(self, heads: Heads, packed: Packed) -> Branches:
+    def branches(self, heads: Heads, packed: Packed, tables: Tables) -> Branches:
         """What the branches read of whole sequences."""
-        q, selected, sliding = self.turned(heads, packed.positions)
+        q, selected, sliding = self.turned(heads, packed.positions, tables)
         windows, ends = None, packed.cu_seqlens
         if self.sparsity.needs_windows:
             (ck, cv), ends = self.compress(heads.compressed, packed.cu_seqlens)
             starts = positions_in_sequence(ends, ck.shape[0]) * self.sparsity.kernel_stride
-            windows = KV(self.rope(ck, starts), cv)
+            windows = KV(self.rope(ck, starts, tables), cv)
         return Branches(q, windows, selected, sliding, packed.cu_seqlens, ends)
+
+    def append(
+        self, heads: Heads, rows: PrefillRows, cache: NSALayerCache, tables: Tables
+    ) -> Branches:
+        """Write pieces of sequences to the cache; what the branches read of these pieces alone."""
+        made = None
+        if self.sparsity.needs_windows:
+            made = self._new_windows(heads.compressed, rows, cache, tables)
+        q, selected, sliding = self.turned(heads, rows.positions, tables)
+        with torch.no_grad():
+            cache.fill(rows, selected, sliding, heads.compressed, made)
+        assert rows.windows is not None
+        return Branches(q, made, selected, sliding, rows.cu_seqlens, rows.windows.ends)
+
+    def _new_windows(
+        self, tokens: KV, rows: PrefillRows, cache: NSALayerCache, tables: Tables
+    ) -> KV:
+        """The windows that the tokens complete, keys after rope."""
+        windows = rows.windows
+        assert windows is not None
+        raw = KV(*cache.tokens_before(windows, *tokens))
+        (ck, cv), _ = self.compress(raw, windows.cu_seqlens)
+        made = windows.positions.shape[0]
+        return KV(self.rope(ck[:made], windows.positions, tables), cv[:made])
+
+    def with_context(self, seen: Branches, rows: PrefillRows, cache: NSALayerCache) -> Branches:
+        """All keys and values that the queries see, from the cache, which holds the new ones."""
+        if rows.context is None:
+            return seen
+        assert rows.windows is not None
+        assert rows.windows.context is not None
+        selected, sliding = cache.of_tokens
+        of_tokens = KV(*map(rows.context.of, selected))
+        windows = seen.windows
+        if windows is not None:
+            windows = KV(*map(rows.windows.context.of, (cache.ck, cache.cv)))
+        return replace(
+            seen,
+            windows=windows,
+            selected=of_tokens,
+            sliding=of_tokens if sliding is selected else KV(*map(rows.context.of, sliding)),
+            q_start=rows.q_start,
+            cu_seqlens_k=rows.context.cu_seqlens,
+        )
 
     def attend(self, b: Branches, gate: Tensor) -> Tensor:
         """The gated sum of the branches that are on: [N, HQ * Dv]."""
@@ -166,15 +210,21 @@ class NSAOps(nn.Module):
         return o.flatten(1)
 
     def decode_heads(
-        self, heads: Heads, gate: Tensor, positions: Tensor, slots: Tensor, cache: NSALayerCache
+        self,
+        heads: Heads,
+        gate: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        cache: NSALayerCache,
+        tables: Tables,
     ) -> Tensor:
         """Append one token of each sequence to the cache and attend with it: [R, HQ * Dv]."""
         rows, s = (positions, slots), self.sparsity
         common = {"block_table": cache.block_table, "dispatcher": self.dispatcher}
-        w_k, w_v, pe, pe_v = self._compression()
+        w_k, w_v, pe, pe_v = self._compression(heads.compressed.k)
         q = ops.cache_append(
             *(heads.q, heads.selected.k, heads.selected.v),
-            *(self.rotary_emb.cos, self.rotary_emb.sin),
+            *tables,
             *(w_k, w_v, pe),
             *rows,
             *(cache.k, cache.v, cache.ck, cache.cv, cache.k_raw),

@@ -20,6 +20,8 @@ from nsagen.model.sparsity import Sparsity
 class NSAParts(NSAOps):
     """The parameters of `NativeSparseAttention`, which documents them."""
 
+    rotary_emb: RotaryEmbedding
+
     def __init__(
         self,
         compress_type: str,
@@ -78,7 +80,6 @@ class NSAParts(NSAOps):
         self.v_head_dim = head_dim if v_head_dim is None else v_head_dim
         self.softmax_scale, self.dispatcher = head_dim**-0.5, dispatcher
         self.rotary_emb = rope or RotaryEmbedding(rope_config or RopeConfig(head_dim=head_dim))
-        self.q_norm = self.k_norm = None
         std = initializer_range
         self.q_proj = linear(hidden_size, num_q_heads * head_dim, std, generator)
         for branch in self.sparsity.kv_branches:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +149,13 @@ def rope_tables(config: RopeConfig) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
+class Tables(NamedTuple):
+    """Rope tables: float32 [P, D/2] each."""
+
+    cos: Tensor
+    sin: Tensor
+
+
 class RotaryEmbedding(nn.Module):
     """Holds the rope tables of a model; all its layers share one.
 
@@ -167,6 +174,10 @@ class RotaryEmbedding(nn.Module):
         device = torch.get_default_device()
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
+
+    @property
+    def tables(self) -> Tables:
+        return Tables(self.cos, self.sin)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         exact = (self.cos, self.sin)

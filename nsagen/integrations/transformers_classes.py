@@ -1,0 +1,130 @@
+"""Configs and models with NSA, as Transformers' Auto classes know them.
+
+A swapped model has a config of its own, `Nsagen<model>Config` with the model_type
+`nsagen_<model>`: a Transformers without nsagen refuses such a folder in place of reading it as a
+dense model. The classes are made from `MODELS`: each is the dense one with its attention replaced.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+
+from nsagen.integrations.transformers_attention import TransformersNSA
+from nsagen.integrations.transformers_models import HEADS, MODELS, Facts
+from nsagen.integrations.transformers_swap import sparsity_of, swap, swapped_modules
+from nsagen.model.checks import require
+
+PREFIX = "Nsagen"
+
+
+class SwappedModel:
+    """What the classes add to a dense model's."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # pyright: ignore
+        settings = getattr(config, "nsa", None)
+        require(
+            settings is not None,
+            type(self).__name__,
+            "its config must have nsa, the settings of the attention",
+            "none",
+            "call apply_nsa on a dense model instead",
+        )
+        if not swapped_modules(self):  # type: ignore[arg-type]
+            swap(self, sparsity_of(settings))  # type: ignore[arg-type]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, TransformersNSA):
+            module.start()
+        elif not getattr(module, "is_part_of_nsa", False):
+            super()._init_weights(module)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            *args, output_loading_info=True, **kwargs
+        )
+        names = [f"{kind}: {name}" for kind, names in info.items() for name in names]
+        strange = sorted(str(name) for name in names if ".self_attn." in str(name))
+        require(
+            not strange,
+            f"{cls.__name__}.from_pretrained",
+            "the folder must have the attention's weights, no more and no less",
+            ", ".join(strange[:5]),
+            "save the swapped model again",
+        )
+        return (model, info) if output_loading_info else model
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Check that there is a swapped model's config for a dense one's.
+
+    Raises:
+        InvalidInputError: there is none, as for models that see images too.
+    """
+    known = ", ".join(kind.__name__ for kind in _configs)
+    advice = "swap its text model alone, or use NativeSparseAttention in your own code"
+    came = type(config).__name__
+    require(type(config) in _configs, "apply_nsa", f"the config must be a {known}", came, advice)
+
+
+def swapped_config(config: PreTrainedConfig, settings: dict[str, Any]) -> Any:
+    """A copy of a dense model's config, with the settings and the type of the swapped one."""
+    made = copy.deepcopy(config)
+    made.__class__ = _configs[type(config)]
+    made.nsa = settings
+    made._name_or_path = ""  # an adapter's base is not the dense model's folder
+    return made
+
+
+def swapped_class(kind: type) -> type:
+    """The class of a swapped model; a class that Transformers does not have stays."""
+    return _models.get(kind, kind)
+
+
+def _made(name: str, base: type, *bases: type, **content: Any) -> type:
+    """A class of this module, where pickle finds it."""
+    made = type(name, (*bases, base), {"__module__": __name__, "__qualname__": name, **content})
+    globals()[name] = made
+    return made
+
+
+def _make_config(facts: Facts) -> type:
+    dense = facts.config_class
+    plan = getattr(dense, "base_model_tp_plan", None) or {}
+    return _made(
+        f"{PREFIX}{facts.name}Config",
+        dense,
+        __doc__=f"A {facts.name}'s config with `nsa`, the settings of its attention.",
+        __annotations__={"nsa": dict | None},
+        nsa=None,
+        model_type=f"nsagen_{facts.module}",
+        # Ranks would have some of the heads, and gates and compression of all.
+        base_model_tp_plan={n: how for n, how in plan.items() if "self_attn" not in n},
+    )
+
+
+def _make_models(facts: Facts, config: type) -> None:
+    for auto, suffixes in HEADS.items():
+        dense = next((k for k in map(facts.kind, suffixes) if k is not None), None)
+        if dense is None:
+            continue
+        name = f"{PREFIX}{dense.__name__}"
+        made = _made(name, dense, SwappedModel, config_class=config)
+        made.__annotations__ = {"config": config}
+        _models[dense] = made
+        getattr(transformers, auto).register(config, made)
+
+
+_configs: dict[type, type] = {}
+_models: dict[type, type] = {}
+for _facts in MODELS:
+    _config = _make_config(_facts)
+    _configs[_facts.config_class] = _config
+    transformers.AutoConfig.register(_config.model_type, _config)  # type: ignore[attr-defined]
+    _make_models(_facts, _config)

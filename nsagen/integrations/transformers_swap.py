@@ -1,0 +1,124 @@
+"""NSA put in the place of a model's attention modules."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+
+from nsagen.integrations.transformers_attention import TransformersNSA
+from nsagen.integrations.transformers_inputs import Inputs
+from nsagen.integrations.transformers_layout import refuse
+from nsagen.integrations.transformers_models import MODELS, facts_of
+from nsagen.integrations.transformers_rope import rope_source
+from nsagen.model.checks import require
+from nsagen.model.initial import INITIAL_GATES, Gates
+from nsagen.model.sparsity import SETTINGS, Sparsity, settings_of
+
+IMPLEMENTATION = "nsa"
+SLIDING = "sliding_attention"
+
+
+def sparsity_of(attention: Mapping[str, Any] | Any) -> Sparsity:
+    """The settings with their defaults, checked."""
+    if attention is None or isinstance(attention, Mapping):
+        given = dict(attention or {})
+    else:
+        given = settings_of(attention)
+    unknown = sorted(set(given) - set(SETTINGS))
+    require(
+        not unknown,
+        "apply_nsa: attention",
+        f"the settings are {', '.join(SETTINGS)}",
+        ", ".join(map(str, unknown)),
+        "correct the name; the head sizes are the model's own",
+    )
+    return Sparsity(**given)
+
+
+def swapped_modules(model: nn.Module) -> list[TransformersNSA]:
+    return [module for module in model.modules() if isinstance(module, TransformersNSA)]
+
+
+def swap(
+    model: PreTrainedModel,
+    sparsity: Sparsity,
+    dispatcher: Any = None,
+    gates: Gates = INITIAL_GATES,
+) -> None:
+    """Replace the attention of each layer, but for sliding layers among others.
+
+    Raises:
+        InvalidInputError: no part of the model is one that NSA fits into.
+    """
+    known = ", ".join(facts.name for facts in MODELS)
+    bases = [module for module in model.modules() if _is_base(module)]
+    require(
+        bool(bases),
+        "apply_nsa",
+        f"the model must be a {known}",
+        type(model).__name__,
+        "use NativeSparseAttention in your own code; see docs/integrate.md",
+    )
+    for base in bases:
+        _swap_layers(base, sparsity, dispatcher, gates)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    AttentionInterface.register(IMPLEMENTATION, _attention_of_sliding_layers)
+    model.set_attn_implementation(IMPLEMENTATION)
+
+
+def keeps_sliding_layers(config: Any) -> bool:
+    """Whether some layers attend within a window and others to everything: the former stay."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return SLIDING in kinds and len(kinds) > 1
+
+
+def _is_base(module: Any) -> bool:
+    """Whether a module has layers whose attention can be replaced."""
+    layers = getattr(module, "layers", None)
+    attention = [getattr(layer, "self_attn", None) for layer in layers or ()]
+    return any(facts_of(one) is not None for one in attention)
+
+
+def _swap_layers(base: Any, sparsity: Sparsity, dispatcher: Any, gates: Gates) -> None:
+    config, swapped, kind = base.config, [], None
+    keeps = keeps_sliding_layers(config)
+    for index, layer in enumerate(base.layers):
+        dense = layer.self_attn
+        facts = facts_of(dense)
+        kind = getattr(dense, "layer_type", None)
+        if facts is None or (keeps and kind == SLIDING):
+            continue
+        if not swapped:
+            rope = rope_source(base.rotary_emb, kind, dense.head_dim)
+            turned = 2 * rope.frequencies()[0].shape[0]
+        module = TransformersNSA(dense, facts, sparsity, turned, dispatcher, gates)
+        layer.self_attn = module.train(dense.training)
+        swapped.append(index)
+    names = tuple(inspect.signature(base.forward).parameters)
+    hook = Inputs(names, tuple(swapped), sparsity, rope)
+    base.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    """What layers get as their mask: nothing N by N, but for sliding layers that stay dense."""
+    config, window = kwargs.get("config"), kwargs.get("local_size")
+    if window is not None and keeps_sliding_layers(config):
+        return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return attention_mask
+
+
+def _attention_of_sliding_layers(module: Any, *args: Any, **kwargs: Any) -> Any:
+    if getattr(module, "sliding_window", None) is None:
+        refuse(
+            "a layer",
+            "must have NSA, unless it attends within a window",
+            type(module).__name__,
+            "call apply_nsa on the whole model",
+        )
+    return sdpa_attention_forward(module, *args, **kwargs)
