@@ -28,7 +28,7 @@ except ImportError as error:
         f"got {error}; run: pip install 'nsagen[transformers]'"
     ) from error
 
-from nsagen.integrations.transformers_classes import check_config, swapped_class, swapped_config
+from nsagen.integrations.transformers_classes import become_swapped, check_config, swapped_config
 from nsagen.integrations.transformers_swap import sparsity_of, swap, swapped_modules
 from nsagen.model.checks import require
 from nsagen.model.initial import INITIAL_GATES, Gates
@@ -91,8 +91,7 @@ def apply_nsa(
         if getattr(module, "config", None) is old:
             module.config = config
         if isinstance(module, PreTrainedModel):
-            module.__class__ = swapped_class(type(module))
-            module.name_or_path = ""
+            become_swapped(module)
     return model
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
 from nsagen.integrations.transformers_attention import TransformersNSA
 from nsagen.integrations.transformers_models import HEADS, MODELS, Facts
@@ -82,9 +83,14 @@ def swapped_config(config: PreTrainedConfig, settings: dict[str, Any]) -> Any:
     return made
 
 
-def swapped_class(kind: type) -> type:
-    """The class of a swapped model; a class that Transformers does not have stays."""
-    return _models.get(kind, kind)
+def become_swapped(model: PreTrainedModel) -> None:
+    """Give a model the class of a swapped one; a class that Transformers does not have stays."""
+    kind = _models.get(type(model))
+    if kind is not None:
+        model.__class__ = kind
+        # Transformers learns what to record of a class (hidden states) when it makes one.
+        PreTrainedModel.__init__(kind.__new__(kind), model.config)
+    model.name_or_path = ""
 
 
 def _made(name: str, base: type, *bases: type, **content: Any) -> type:
@@ -122,7 +128,7 @@ def _make_models(facts: Facts, config: type) -> None:
 
 
 _configs: dict[type, type] = {}
-_models: dict[type, type] = {}
+_models: dict[type, Any] = {}
 for _facts in MODELS:
     _config = _make_config(_facts)
     _configs[_facts.config_class] = _config

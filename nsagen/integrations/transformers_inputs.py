@@ -108,12 +108,15 @@ class Inputs:
         """Refuse what would change attention, wherever it is said."""
         config = model.config
         advice = "leave it out, or use the dense model"
-        for name, wrong in (("output_attentions", True), ("is_causal", False)):
+        for name, wrong, why in (
+            ("output_attentions", True, "NSA never forms the weights"),
+            ("is_causal", False, "NSA looks back alone"),
+        ):
             value = kwargs.get(name)
             if value is None:
                 value = getattr(config, name, None)
             if value is wrong:
-                refuse(name, f"must not be {wrong}", str(wrong), advice)
+                refuse(name, f"must not be {wrong}: {why}", str(wrong), advice)
         if getattr(config, "use_bidirectional_attention", False):
             refuse("config.use_bidirectional_attention", "must be False", "True", advice)
         dropout = getattr(config, "attention_dropout", 0.0)
@@ -132,7 +135,7 @@ class Inputs:
             cache = kwargs.get("past_key_values")
         caches = kwargs.get("use_cache")
         caches = bool(model.config.use_cache if caches is None else caches) or cache is not None
-        state = self._state(cache, batch)
+        state = self._state(cache, batch, model.config.num_hidden_layers)
         if graded and model.training and _checkpoints(model.layers):
             if state is not None:
                 rule = "must be empty under gradient checkpointing, which takes it from layers"
@@ -174,22 +177,24 @@ class Inputs:
             refuse_unless((position == expected).all(), *what, wait=length > 1)
         return given
 
-    def _state(self, cache: Any, batch: int) -> State | None:
-        """What a cache holds; None for one that is empty or not there."""
+    def _state(self, cache: Any, batch: int, count: int) -> State | None:
+        """What a cache holds for the first `count` layers; None if it is empty or not there."""
         if cache is None:
             return None
-        if type(cache) not in (Cache, DynamicCache, StaticCache) or cache.offloading:
-            kind = f"a {type(cache).__name__}{' that offloads' if cache.offloading else ''}"
+        offloads = getattr(cache, "offloading", False)
+        if type(cache) not in (Cache, DynamicCache, StaticCache) or offloads:
+            kind = f"a {type(cache).__name__}{' that offloads' if offloads else ''}"
             advice = "leave out cache_implementation, or say static"
             refuse("cache", "must be a DynamicCache or a StaticCache", kind, advice)
-        layers = [cache.layers[i] for i in self.layers if i < len(cache.layers)]
+        used = [i for i in self.layers if i < count]
+        layers = [cache.layers[i] for i in used if i < len(cache.layers)]
         for layer in layers:
             check_replaceable(layer)
         states = [layer.state if isinstance(layer, NSALayer) else None for layer in layers]
         if not states or all(state is None for state in states):
             return None
         seen = {0 if state is None else state.seen for state in states}
-        if len(seen) > 1 or len(states) < len(self.layers):
+        if len(seen) > 1 or len(states) < len(used):
             rule = "must hold as many tokens in every layer; a call that failed leaves it uneven"
             refuse("cache", rule, f"{sorted(seen)}", "start from an empty one")
         state = states[0]
