@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nsagen.cases.base import Case, Cost, Sizes, poisoned
 from nsagen.cases.caches import Pages, RandomCaches
+from nsagen.cases.selected_attention import in_any_order
 from nsagen.core.workload import Workload
 from nsagen.ops import reference
 
@@ -47,6 +48,8 @@ def make_case(
     k_cache, v_cache, *own = caches
     table = pages.table.to(device) if pages else None
     topk_idx = _random_blocks(sizes, params["block_size"], params["topk"], seed)
+    if sizes.any_order:
+        topk_idx = in_any_order(topk_idx, seed)
     positions = torch.tensor(sizes.seqlens, dtype=torch.int32)
     o_compressed = random.normal(rows, heads, v_dim)
     gate = torch.sigmoid(random.normal(rows, heads, 3))

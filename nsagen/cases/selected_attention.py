@@ -64,11 +64,12 @@ def make_inputs(
         shape = (sizes.tokens, heads, size)
         return torch.randn(shape, dtype=dtype, device=device, generator=random)
 
+    topk_idx = random_blocks(sizes, block_size, device, random)
     return Inputs(
         normal(query_heads, dim),
         normal(kv_heads, dim),
         normal(kv_heads, v_dim),
-        random_blocks(sizes, block_size, device, random),
+        in_any_order(topk_idx, seed) if sizes.any_order else topk_idx,
         cu_seqlens_of(sizes.seqlens, device),
         block_size,
         dim**-0.5,
@@ -121,6 +122,24 @@ def _chosen(
     none = torch.iinfo(torch.int32).max
     picked = best.indices.masked_fill(best.values < 0, none).sort(-1).values
     return picked.masked_fill(picked == none, -1).to(torch.int32)
+
+
+def in_any_order(topk_idx: torch.Tensor, seed: int) -> torch.Tensor:
+    """Block indices rewritten as callers may write them.
+
+    A quarter of the entries repeat another one of their row, a tenth name no block (-1, negative
+    or past any sequence), and each row is shuffled.
+    """
+    random = torch.Generator().manual_seed(seed)
+    shape, entries = topk_idx.shape, topk_idx.cpu()
+    drawn = torch.rand(shape, generator=random)
+    other = torch.randint(shape[-1], shape, generator=random)
+    entries = torch.where(drawn < 0.25, entries.gather(-1, other), entries)
+    strays = torch.tensor([-1, -7, -(2**31), 2**27, 2**31 - 1], dtype=entries.dtype)
+    stray = strays[torch.randint(len(strays), shape, generator=random)]
+    entries = torch.where(drawn > 0.9, stray, entries)
+    order = torch.rand(shape, generator=random).argsort(-1)
+    return entries.gather(-1, order).to(topk_idx.device)
 
 
 def keys_seen(length: int, block_size: int) -> int:

@@ -14,12 +14,15 @@ class Sizes:
         kv_heads: key/value heads HK.
         capacity: decode only: tokens that the cache can hold for each sequence.
         page_size: decode only: tokens of a cache page; None where a sequence's tokens adjoin.
+        any_order: whether block indices are written in every way that their contract allows: in
+            any order, repeated, between entries that name no block.
     """
 
     seqlens: tuple[int, ...]
     kv_heads: int = 2
     capacity: int = 256
     page_size: int | None = None
+    any_order: bool = False
 
     @property
     def tokens(self) -> int:

@@ -133,7 +133,8 @@ def _compared(out: torch.Tensor, wanted: torch.Tensor) -> Row:
 def sizes_for(workload: Workload) -> Sizes:
     """Run-time sizes that reach a workload's edges: empty and short sequences, and a long one.
 
-    The long one has more blocks than topk and more tokens than the window.
+    The long one has more blocks than topk and more tokens than the window. Block indices are
+    written in every way that callers may write them.
     """
     params = dict(workload.params)
 
@@ -144,5 +145,5 @@ def sizes_for(workload: Workload) -> Sizes:
     kernel = number("kernel_size", 8)
     long = max(block * (number("topk", 4) + 2), window + block, 4 * kernel) + 5
     if workload.pass_ == "decode":
-        return Sizes(seqlens=(0, kernel - 1, long), capacity=long + 1)
-    return Sizes(seqlens=(0, kernel - 1, long, 1, block + 1))
+        return Sizes(seqlens=(0, kernel - 1, long), capacity=long + 1, any_order=True)
+    return Sizes(seqlens=(0, kernel - 1, long, 1, block + 1), any_order=True)

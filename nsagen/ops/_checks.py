@@ -13,6 +13,10 @@ from nsagen.core.errors import InvalidInputError
 from nsagen.ops.reference.compress import Weight, check_weights, tensors_of
 
 
+MOST_HEADS = 65535
+"""Of keys and values: what a GPU takes along the second axis of a grid."""
+
+
 def values_are_read(x: Tensor) -> bool:
     """Whether a call looks at the numbers of offsets, positions and slots before it uses them.
 
@@ -65,7 +69,13 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_keys(op: str, q: Tensor, k: Tensor) -> None:
-    """The last two dimensions of q and k: HQ, D and HK, D with HQ a multiple of HK."""
+    """The last two dimensions of q and k: HQ, D and HK, D with HQ a multiple of HK.
+
+    Key/value heads are the second axis of most grids, which has MOST_HEADS places.
+    """
+    if k.shape[-2] > MOST_HEADS:
+        rule = f"there must be at most {MOST_HEADS} key/value heads"
+        fail(op, rule, k.shape[-2], "call it with some of the heads at a time")
     if q.shape[-1] != k.shape[-1]:
         came = shapes({"q": q, "k": k})
         fail(op, "q and k must agree in head_dim, their last size", came, "slice or project one")

@@ -47,7 +47,9 @@ def native_sparse_attention_decode(
         q: [R, HQ, D], after rope.
         k_cache: [slots, max_length, HK, D], after rope, the new token among them.
         v_cache: [slots, max_length, HK, Dv].
-        topk_idx: int32 [HK, R, topk], from `compressed_attention_decode`.
+        topk_idx: int32 [HK, R, topk], contiguous, from `compressed_attention_decode` or any other
+            set of blocks a row: as in `topk_sparse_attention`, repeats count once, and entries that
+            name no block up to the token's own are ignored.
         positions: int32 [R], position of each new token; -1: an idle row.
         slots: int32 [R], each row's place in the caches.
         o_compressed: [R, HQ, Dv], from `compressed_attention_decode`.

@@ -39,11 +39,17 @@ def topk_sparse_attention(
 ) -> Tensor:
     """Attention of each query to the blocks of keys that were selected for it.
 
+    q, k and v may have any strides of tokens and heads, 0 among them, and share memory; their last
+    dimension is contiguous. Sequences may be of any length, 0 among them. On a CPU, and on a GPU
+    where the variable NSAGEN_CHECK_VALUES is 1, offsets are checked before anything is computed.
+
     Args:
         q: [N, HQ, D], after rope, as is k.
         k: [T, HK, D].
         v: [T, HK, Dv].
-        topk_idx: int32 [HK, N, topk], block indices within the sequence; -1 is none.
+        topk_idx: int32 [HK, N, topk], contiguous: block indices within the sequence. They are a
+            set: any order, and a repeat counts once. An entry that names no block up to the
+            query's own (-1 or any other number) is ignored, wherever it stands.
         block_size: tokens of a block.
         cu_seqlens: int32 [batch + 1].
         softmax_scale: of the scores; 1/sqrt(D) by default.

@@ -26,8 +26,9 @@ def lists_of(topk_idx, seqlens):
         begin = 0
         for seq, length in enumerate(seqlens):
             for token in range(begin, begin + length):
-                for place, block in enumerate(topk_idx[head, token].tolist()):
-                    if 0 <= block <= (token - begin) // 16:
+                blocks = topk_idx[head, token].tolist()
+                for place, block in enumerate(blocks):
+                    if 0 <= block <= (token - begin) // 16 and block not in blocks[:place]:
                         key = (head, begin // 16 + seq + block)
                         found.setdefault(key, []).append(token * topk + place)
             begin += length
