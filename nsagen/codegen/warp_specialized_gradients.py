@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nsagen.codegen.sizes import raw_peak
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace
 from nsagen.codegen.target import Target
 from nsagen.codegen.warp_specialized import TILE_ROWS, runs_on, supports
@@ -41,6 +42,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "step_tokens": step // group,
         "least_chunk": max(1, LEAST_STEPS * step // group),
         "element": f"gl.{workload.dtype}",
+        "raw_peak": raw_peak(workload),
     }
 
 

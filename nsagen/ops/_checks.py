@@ -12,7 +12,6 @@ from torch import Tensor
 from nsagen.core.errors import InvalidInputError
 from nsagen.ops.reference.compress import Weight, check_weights, tensors_of
 
-
 MOST_HEADS = 65535
 """Of keys and values: what a GPU takes along the second axis of a grid."""
 

@@ -141,6 +141,7 @@ def derive_key_major(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     group, block_m = int(workload.gqa_ratio), int(schedule.block_m)
     return {
         **padded_heads(workload),
+        "raw_peak": raw_peak(workload),
         "block_b": whole_block(workload),
         "pad_b": whole_block(workload) != int(workload.block_size),
         "tile_tokens": block_m // group,

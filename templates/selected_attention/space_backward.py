@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nsagen.codegen.sizes import LEAST_TILE, element_bytes, padded_heads
+from nsagen.codegen.sizes import LEAST_TILE, element_bytes, padded_heads, raw_peak
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.codegen.warp_specialized import runs_on
@@ -49,6 +49,7 @@ def derive_keys(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     group, block_m = int(workload.gqa_ratio), int(schedule.block_m)
     return {
         **padded_heads(workload),
+        "raw_peak": raw_peak(workload),
         "block_b": block_b(workload),
         "sum_warps": 16 if gradient_elements(workload) > FOUR_WARPS else 8,
         "pad_b": block_b(workload) != int(workload.block_size),
@@ -95,13 +96,14 @@ def key_pass_memory(workload: Workload, schedule: Schedule, *, shares: bool = Fa
     else:  # queries are found through a list that is loaded before them: one stage is the list's
         buffers = min(2, stages)
     in_registers = by_key and not shares and not exact
-    turned = 0 if in_registers else block_b * block_m  # p and ds
+    turned = 0 if in_registers else width * block_b * block_m  # p and ds
     copies = 0
     if shares:
-        turned = max(turned, block_m * sizes["block_d"])
+        share_bytes = 2 if share_dtype(workload) == "bfloat16" else 4
+        turned = max(turned, share_bytes * block_m * sizes["block_d"])
         copies = block_b * sizes["block_d"] if small else 0  # keys, for the product with ds
-    elements = (block_b + buffers * block_m) * both + turned + copies
-    return width * elements + 6 * 4 * block_m  # lse, delta and tokens
+    elements = (block_b + buffers * block_m) * both + copies
+    return width * elements + turned + 6 * 4 * block_m  # lse, delta and tokens
 
 
 def key_major_memory(workload: Workload, schedule: Schedule) -> int:
@@ -199,9 +201,15 @@ def default_two_pass(workload: Workload, target: Target) -> dict[str, Param]:
     }
 
 
+def share_dtype(workload: Workload) -> str:
+    """What a key block's share of dq is kept in: bfloat16 has float32's range, float16 has not."""
+    return "bfloat16" if workload.dtype == "bfloat16" else "float32"
+
+
 def derive_key_major(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Sizes of the one pass."""
-    return {**derive_keys(workload, schedule), "dq_partials": True}
+    shares = {"dq_partials": True, "share_dtype": share_dtype(workload)}
+    return {**derive_keys(workload, schedule), **shares}
 
 
 def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
@@ -232,14 +240,16 @@ def prefers_key_major(workload: Workload, target: Target) -> bool:
 
 
 def supports_pipeline(workload: Workload) -> bool:
-    """16-bit heads, and groups and blocks that fill a warp group's products exactly.
+    """bfloat16 heads, and groups and blocks that fill a warp group's products exactly.
+
+    Shares of dq leave in the inputs' dtype: those of float16 could overflow where dq does not.
 
     Two tokens a step or more: on an H200, groups of 64, of one, mostly end in an illegal access,
     for a reason that was not found (benchmarks/NOTES.md, "What is left").
     """
     group, dim = int(workload.gqa_ratio), int(workload.head_dim)
     return (
-        workload.dtype != "float32"
+        workload.dtype == "bfloat16"
         and dim in (64, 128)
         and dim == int(workload.v_head_dim)
         and group in (8, 16, 32)
@@ -253,6 +263,7 @@ def derive_pipeline(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "row_step": PIPELINE_ROWS,
         "step_tokens": PIPELINE_ROWS // int(workload.gqa_ratio),
         "element": f"gl.{workload.dtype}",
+        "raw_peak": raw_peak(workload),
     }
 
 

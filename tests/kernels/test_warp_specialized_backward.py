@@ -50,8 +50,8 @@ def case_of(w: Workload, seqlens: tuple[int, ...] = RAGGED, kv_heads: int = 2) -
 @pytest.mark.parametrize("group", [4, 8, 16, 32, 64])
 @each_op
 def test_group_sizes(op: str, group: int, dtype: str) -> None:
-    if op == "selected_attention" and group not in (8, 16, 32):
-        pytest.skip("other groups take plain kernels")
+    if op == "selected_attention" and (group not in (8, 16, 32) or dtype == "float16"):
+        pytest.skip("other groups, and float16, take plain kernels")
     w = workload(op, dtype, group=group)
     check_case(load_kernel(w, schedule_of(w)), case_of(w))
 
