@@ -20,7 +20,7 @@ from nsagen import __version__
 from nsagen.cli import generate, plan, verbosity
 from nsagen.cli import tune as tuning
 from nsagen.cli.bench import app as bench_app
-from nsagen.cli.options import Json, OptionalSpecName, OutDir, SpecName, SpecNames
+from nsagen.cli.options import Json, OptionalSpecName, OutDir, SpecNames
 from nsagen.core.errors import InvalidInputError, NsagenError, SpecError
 
 if TYPE_CHECKING:
@@ -226,14 +226,41 @@ def inspect(
 
 @app.command(epilog="Example: TRITON_INTERPRET=1 nsagen verify tiny --op rope")
 def verify(
-    spec: SpecName,
+    spec: OptionalSpecName = None,
     ops: Annotated[
-        list[str] | None, typer.Option("--op", help="Only this op; may be given again.")
+        list[str] | None,
+        typer.Option("--op", help="Only this op; may be given again. Of an implementation: its."),
+    ] = None,
+    implementation: Annotated[
+        str | None,
+        typer.Option(help="Another package's function, module:function, instead of a spec."),
+    ] = None,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option("--size", help="With --implementation: NAME=VALUE, such as gqa_ratio=4."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Run a spec's kernels beside the float64 reference, on a GPU or in Triton's interpreter."""
+    """Run a spec's kernels beside the float64 reference, on a GPU or in Triton's interpreter.
+
+    With --implementation, put another package's function through the cases of --op.
+    """
+    if implementation is not None:
+        if spec is not None:
+            raise InvalidInputError(
+                f"verify: got spec {spec} and --implementation; give one of them"
+            )
+        _verify_implementation(implementation, ops or [], sizes or [], seed, as_json)
+        return
+    if sizes:
+        raise InvalidInputError(
+            f"verify: --size is for --implementation; got --size {sizes[0]}; a spec has its sizes"
+        )
+    if spec is None:
+        raise InvalidInputError(
+            "verify: needs a spec or --implementation; got neither; name one: nsagen verify tiny"
+        )
     from nsagen.cases.verify import verify as run
     from nsagen.cli.console import print_verification, progress_bar
     from nsagen.spec import load_spec
@@ -249,6 +276,30 @@ def verify(
     if counts["failed"] or not counts["ok"]:
         if not counts["failed"]:
             print("nsagen: verify: nothing could be verified here", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _verify_implementation(
+    text: str, ops: list[str], sizes: list[str], seed: int, as_json: bool
+) -> None:
+    from nsagen.cases.implementation import (
+        default_device,
+        load_implementation,
+        setting_of,
+        verify_implementation,
+    )
+    from nsagen.cli.console import print_implementation
+
+    function = load_implementation(text)
+    name = text.rpartition(":")[2].rpartition(".")[2]
+    op = ops[0] if len(ops) == 1 else "" if ops else name
+    setting, device = setting_of(sizes, seed), default_device()
+    rows = list(verify_implementation(function, op, setting, device))
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print_implementation(text, setting, device, rows)
+    if not {row["result"] for row in rows} <= {"ok", "skipped"}:
         raise typer.Exit(1)
 
 

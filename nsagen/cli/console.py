@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -131,6 +132,28 @@ def print_verification(rows: list[dict[str, Any]]) -> None:
         name = f"{row['op']} {row['pass']}"
         table.add_row(name, row["workload"], row["output"], error, threshold, result)
     console().print(table)
+
+
+def print_implementation(name: str, setting: Any, device: Any, rows: list[dict[str, Any]]) -> None:
+    """One line an output of each case that an implementation was put through."""
+    sizes = ", ".join(f"{key} {value}" for key, value in vars(setting).items())
+    table = Table(title=escape(f"{name} on {device}: {sizes}"), title_justify="left")
+    for heading in ("case", "output"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("error", "threshold"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("result", overflow="fold")
+    styles = {"ok": "green", "failed": "bold red", "refused": "red", "skipped": "yellow"}
+    for row in rows:
+        error, threshold = (
+            "" if row[key] is None else f"{row[key]:.1e}" for key in ("error", "threshold")
+        )
+        note = f": {escape(row['note'])}" if row["note"] else ""
+        result = f"[{styles[row['result']]}]{row['result']}[/]{note}"
+        table.add_row(row["case"], row["output"], error, threshold, result)
+    console().print(table)
+    counts = Counter(row["result"] for row in rows)
+    console().print(", ".join(f"{count} {result}" for result, count in sorted(counts.items())))
 
 
 def print_diagnosis(diagnosis: dict[str, Any]) -> None:

@@ -1,0 +1,114 @@
+"""The suite for foreign implementations passes ours and finds the usual mistakes of others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsagen import ops
+from nsagen.cases.implementation import Setting, setting_of, verify_implementation
+from nsagen.cli.app import main
+from nsagen.core.errors import InvalidInputError
+
+SMALL = Setting("float32", 16, 2, 2, 8, 4, 8, 4, 9)
+SIZES = ("head_dim=16", "gqa_ratio=2", "block_size=8", "topk=4")
+SIZES += ("kernel_size=8", "kernel_stride=4", "window_size=9", "dtype=float32")
+
+
+def results(function: Callable[..., Any], op: str, setting: Setting = SMALL) -> dict[str, set[str]]:
+    """The results that each case had."""
+    found: dict[str, set[str]] = {}
+    for row in verify_implementation(function, op, setting, "cpu"):
+        found.setdefault(row["case"], set()).add(row["result"])
+    return found
+
+
+def wrong(function: Callable[..., Any], op: str, setting: Setting = SMALL) -> list[str]:
+    """The cases with anything but ok and skipped."""
+    found = results(function, op, setting)
+    return [case for case, had in found.items() if not had <= {"ok", "skipped"}]
+
+
+@pytest.mark.parametrize(
+    "op", ["topk_sparse_attention", "sliding_window_attention", "compressed_attention"]
+)
+def test_our_ops_pass(op: str) -> None:
+    assert wrong(getattr(ops, op), op) == []
+    assert "ok" in results(getattr(ops, op), op)["one sequence"]
+
+
+def test_a_repeated_block_that_counts_twice() -> None:
+    def adds_repeats(q: Tensor, k: Tensor, v: Tensor, topk_idx: Tensor, *rest: Any) -> Tensor:
+        block_size, cu_seqlens, scale = rest
+        o = ops.topk_sparse_attention(q, k, v, topk_idx, *rest)
+        ordered = topk_idx.sort(-1).values
+        repeats = ((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)).any(-1)  # [HK, N]
+        return o * torch.where(repeats, 1.5, 1.0).T.repeat_interleave(2, 1)[..., None]
+
+    assert wrong(adds_repeats, "topk_sparse_attention") == ["blocks in any order"]
+
+
+def test_a_window_of_one_key_more() -> None:
+    def counts_the_query_twice(q, k, v, window_size, cu_seqlens, scale):  # type: ignore[no-untyped-def]
+        return ops.sliding_window_attention(q, k, v, window_size + 1, cu_seqlens, scale)
+
+    assert "one sequence" in wrong(counts_the_query_twice, "sliding_window_attention")
+
+
+def test_blocks_that_are_not_the_best() -> None:
+    def takes_the_second_best(*args: Any) -> tuple[Tensor, Tensor]:
+        o, topk_idx = ops.compressed_attention(*args)
+        return o, torch.where(topk_idx == 1, 2, topk_idx)
+
+    assert wrong(takes_the_second_best, "compressed_attention") == ["the best blocks"]
+
+
+def test_padding_that_reaches_a_row() -> None:
+    def multiplies_by_zero(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        o = ops.topk_sparse_attention(q, k, v, *rest)
+        return o + 0 * v.sum()
+
+    assert wrong(multiplies_by_zero, "topk_sparse_attention") == ["poisoned memory"]
+
+
+def test_changed_inputs_and_changing_bits() -> None:
+    noise = iter(range(1, 1000))
+
+    def writes(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+        o = ops.topk_sparse_attention(q, k, *rest) * (1 + next(noise) * 1e-7)
+        k.detach()[0, 0, 0] += 1e-7
+        return o
+
+    assert {"inputs left alone", "same bits twice"} <= set(wrong(writes, "topk_sparse_attention"))
+
+
+def test_a_refusal_is_no_pass() -> None:
+    def only_long(q: Tensor, *rest: Any) -> Tensor:
+        if len(q) < 30:
+            raise ValueError("needs 30 tokens")
+        return ops.topk_sparse_attention(q, *rest)
+
+    assert results(only_long, "topk_sparse_attention")["short tails"] <= {"refused", "ok"}
+    assert results(only_long, "topk_sparse_attention")["empty sequences"] == {"refused"}
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [text for size in SIZES for text in ("--size", size)]
+    command = ["verify", "--implementation", "nsagen.ops:sliding_window_attention", "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, *sizes])
+    assert not ended.value.code
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["result"] for row in rows} == {"ok", "skipped"}
+    assert {row["case"] for row in rows} >= {"short tails", "poisoned memory", "replayed CUDA graph"}
+
+
+@pytest.mark.parametrize("text", ["gqa_ratio=two", "rows=3", "head_dim"])
+def test_a_wrong_size_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInputError, match="--size must be NAME=VALUE"):
+        setting_of([text], 0)
