@@ -22,10 +22,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__4bf8d2e5"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__62918239"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__0d794cf8"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__1da3fb87"),
         ),
     },
     Workload(
@@ -44,10 +44,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__edb76830"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__bbdf6f33"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__da0d8cc7"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__05bf2b67"),
         ),
     },
     Workload(
@@ -66,17 +66,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__4ad78e4c"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__45c91092"),
         ),
         "cuda:90": (
-            (
-                Bucket(tokens=(None, 5792)),
-                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__3612b7c7",
-            ),
-            (
-                Bucket(tokens=(5793, None)),
-                "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__3e5dfbe5",
-            ),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__27cf4438"),
         ),
     },
     Workload(
@@ -95,10 +88,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__04891fe4"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__435caddd"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__cd9bdbf9"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__c0e5b6f2"),
         ),
     },
     Workload(
@@ -210,17 +203,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__32c6ea60"),),
-        "cuda:90": (
-            (
-                Bucket(tokens=(None, 5)),
-                "cache_append_decode__bf16_linear_d128_g16_l32_s16__32c6ea60",
-            ),
-            (
-                Bucket(tokens=(6, None)),
-                "cache_append_decode__bf16_linear_d128_g16_l32_s16__dce7754c",
-            ),
-        ),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__12bc74de"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__12bc74de"),),
     },
     Workload(
         op="cache_append",
@@ -236,8 +220,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__c28d412d"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__6af9dc75"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__7c383f26"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__7c383f26"),),
     },
     Workload(
         op="cache_append",
@@ -253,17 +237,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__4a241523"),),
-        "cuda:90": (
-            (
-                Bucket(tokens=(None, 5)),
-                "cache_append_decode__bf16_linear_d128_g4_l32_s16__4a241523",
-            ),
-            (
-                Bucket(tokens=(6, None)),
-                "cache_append_decode__bf16_linear_d128_g4_l32_s16__3f924f6c",
-            ),
-        ),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__6f3f4d18"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__6f3f4d18"),),
     },
     Workload(
         op="cache_append",
@@ -279,8 +254,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__e7f90b09"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__ce101ed8"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__f1f39ce9"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__f1f39ce9"),),
     },
     Workload(
         op="cache_append",
@@ -418,8 +393,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__b9765db3"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__33ed1d4c"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__4334bdb6"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__4334bdb6"),),
     },
     Workload(
         op="compress",
@@ -433,8 +408,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__7db83552"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__2514b0cc"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__93908dc6"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__93908dc6"),),
     },
     Workload(
         op="compress",
@@ -496,11 +471,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__fd9c804f"),),
-        "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_avgpool_d128_l32_s16__3552d450"),
-            (Bucket(tokens=(5793, None)), "compress_forward__bf16_avgpool_d128_l32_s16__a976960c"),
-        ),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__61e6b3fd"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__61e6b3fd"),),
     },
     Workload(
         op="compress",
@@ -514,17 +486,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__90966e97"),),
-        "cuda:90": (
-            (
-                Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_avgpool_d128_l32_s16_pe__3128cc9a",
-            ),
-            (
-                Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_avgpool_d128_l32_s16_pe__09fd04e4",
-            ),
-        ),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__30957916"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__30957916"),),
     },
     Workload(
         op="compress",
@@ -538,11 +501,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__a0768d71"),),
-        "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "compress_forward__bf16_linear_d128_l32_s16__11d0b5e2"),
-            (Bucket(tokens=(5793, None)), "compress_forward__bf16_linear_d128_l32_s16__57600ee0"),
-        ),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__b3c06235"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__1b323bfa"),),
     },
     Workload(
         op="compress",
@@ -556,17 +516,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__007cb27b"),),
-        "cuda:90": (
-            (
-                Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_linear_d128_l32_s16_pe__26374075",
-            ),
-            (
-                Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_linear_d128_l32_s16_pe__0bf7a163",
-            ),
-        ),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__0585b4cc"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__c2dc67d6"),),
     },
     Workload(
         op="compress",
@@ -580,17 +531,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__e75925d2"),),
-        "cuda:90": (
-            (
-                Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16__600ca0e9",
-            ),
-            (
-                Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16__0422efbc",
-            ),
-        ),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__c67be67a"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__c67be67a"),),
     },
     Workload(
         op="compress",
@@ -604,17 +546,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__5d13d32c"),),
-        "cuda:90": (
-            (
-                Bucket(tokens=(None, 5792)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__eec2e0be",
-            ),
-            (
-                Bucket(tokens=(5793, None)),
-                "compress_forward__bf16_weightedpool_d128_l32_s16_pe__95325851",
-            ),
-        ),
+        "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__2998057d"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__2998057d"),),
     },
     Workload(
         op="compressed_attention",
@@ -628,17 +561,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__be2b2806"),),
-        "cuda:90": (
-            (
-                Bucket(tokens=(None, 5792)),
-                "compressed_attention_backward__bf16_d128_g16_l32_s16__69556f76",
-            ),
-            (
-                Bucket(tokens=(5793, None)),
-                "compressed_attention_backward__bf16_d128_g16_l32_s16__9fcb90f7",
-            ),
-        ),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__1e2c7bf3"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__674841bd"),),
     },
     Workload(
         op="compressed_attention",
@@ -652,17 +576,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__f228b0a7"),),
-        "cuda:90": (
-            (
-                Bucket(tokens=(None, 5792)),
-                "compressed_attention_backward__bf16_d128_g4_l32_s16__27a0b9db",
-            ),
-            (
-                Bucket(tokens=(5793, None)),
-                "compressed_attention_backward__bf16_d128_g4_l32_s16__f3d9699e",
-            ),
-        ),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__5984aa0e"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__ea8a06b5"),),
     },
     Workload(
         op="compressed_attention",
@@ -683,13 +598,13 @@ TABLE = {
         "cuda:80": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__22bf32a8",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__59f74354",
             ),
         ),
         "cuda:90": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__dd22b035",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__d6264705",
             ),
         ),
     },
@@ -710,10 +625,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__a3ce75ea"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__2dde971b"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__3f9818d0"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__c125360f"),
         ),
     },
     Workload(
@@ -733,10 +648,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__7c10c13c"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__cb650425"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__715c9bac"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__2cd8fb2f"),
         ),
     },
     Workload(
@@ -756,10 +671,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__fc883049"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__04cec42c"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__6d59f1ec"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__5c847653"),
         ),
     },
     Workload(
@@ -774,8 +689,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__1905ace7"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__a0d0c0ca"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__c78922e8"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__54f81bf4"),),
     },
     Workload(
         op="compressed_attention",
@@ -789,8 +704,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__4152f4a1"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__52507322"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__9b70be28"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__f8e30162"),),
     },
     Workload(
         op="gated_sum",
@@ -839,17 +754,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__af5f62ec"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__37650d2b"),
         ),
         "cuda:90": (
-            (
-                Bucket(tokens=(None, 5)),
-                "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__2c5feb71",
-            ),
-            (
-                Bucket(tokens=(6, None)),
-                "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__081f2ef6",
-            ),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k16_w512__4c9f16ad"),
         ),
     },
     Workload(
@@ -866,17 +774,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__2725b8ec"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__95fb5f38"),
         ),
         "cuda:90": (
-            (
-                Bucket(tokens=(None, 5)),
-                "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__b4e3b362",
-            ),
-            (
-                Bucket(tokens=(6, None)),
-                "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__cb7b7ceb",
-            ),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g16_b64_k8_w512__3e6628bb"),
         ),
     },
     Workload(
@@ -893,17 +794,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__5de232ff"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__a361f6cc"),
         ),
         "cuda:90": (
-            (
-                Bucket(tokens=(None, 5)),
-                "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__285d710f",
-            ),
-            (
-                Bucket(tokens=(6, None)),
-                "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__2ba13a62",
-            ),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k16_w512__947dfbf8"),
         ),
     },
     Workload(
@@ -920,17 +814,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__12a184e7"),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__8940aab5"),
         ),
         "cuda:90": (
-            (
-                Bucket(tokens=(None, 5)),
-                "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__4062fec1",
-            ),
-            (
-                Bucket(tokens=(6, None)),
-                "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__423da386",
-            ),
+            (Bucket(), "native_sparse_attention_decode__bf16_d128_g4_b64_k8_w512__c18946d1"),
         ),
     },
     Workload(
@@ -956,17 +843,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__9d3947f6"),),
-        "cuda:90": (
-            (
-                Bucket(tokens=(None, 5792)),
-                "selected_attention_backward__bf16_d128_g16_b64__5cb12ae4",
-            ),
-            (
-                Bucket(tokens=(5793, None)),
-                "selected_attention_backward__bf16_d128_g16_b64__63210653",
-            ),
-        ),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__58189c47"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__58189c47"),),
     },
     Workload(
         op="selected_attention",
@@ -979,17 +857,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__03a9e356"),),
-        "cuda:90": (
-            (
-                Bucket(tokens=(None, 5792)),
-                "selected_attention_backward__bf16_d128_g4_b64__8d6d2159",
-            ),
-            (
-                Bucket(tokens=(5793, None)),
-                "selected_attention_backward__bf16_d128_g4_b64__52ce8711",
-            ),
-        ),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__19b6b764"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__c01d68a1"),),
     },
     Workload(
         op="selected_attention",
@@ -1002,8 +871,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__7344d92d"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__a70c4d0c"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__02e4047c"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__02e4047c"),),
     },
     Workload(
         op="selected_attention",
@@ -1016,11 +885,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__9194f317"),),
-        "cuda:90": (
-            (Bucket(tokens=(None, 5792)), "selected_attention_forward__bf16_d128_g4_b64__fd35b4aa"),
-            (Bucket(tokens=(5793, None)), "selected_attention_forward__bf16_d128_g4_b64__7ea24d1e"),
-        ),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__3b8fc707"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__3b8fc707"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1033,17 +899,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__1e2b0900"),),
-        "cuda:90": (
-            (
-                Bucket(tokens=(None, 5792)),
-                "sliding_window_attention_backward__bf16_d128_g16_w512__73838469",
-            ),
-            (
-                Bucket(tokens=(5793, None)),
-                "sliding_window_attention_backward__bf16_d128_g16_w512__b0126a46",
-            ),
-        ),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__b0bbe4df"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__913daf67"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1056,17 +913,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__faf4da28"),),
-        "cuda:90": (
-            (
-                Bucket(tokens=(None, 5792)),
-                "sliding_window_attention_backward__bf16_d128_g4_w512__b106f7b6",
-            ),
-            (
-                Bucket(tokens=(5793, None)),
-                "sliding_window_attention_backward__bf16_d128_g4_w512__9e74ea57",
-            ),
-        ),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__ad5b3914"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__9fa33ae2"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1079,8 +927,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__9675d6ff"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__ebd7fc18"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__397da97e"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__cc264aaf"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1093,8 +941,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__8677ce0e"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__7e2ae3d4"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__fdfd7367"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__ae64ed63"),),
     },
 }
 

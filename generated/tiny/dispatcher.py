@@ -22,10 +22,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__299dddea"),
+            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__c05acee9"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__cfd84bd6"),
+            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__d53c2008"),
         ),
     },
     Workload(
@@ -44,10 +44,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__d506418b"),
+            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__4b0f2b1b"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__8c628fd4"),
+            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__c538ced7"),
         ),
     },
     Workload(
@@ -66,10 +66,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__a16bb157"),
+            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__d5e3d621"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__c400318e"),
+            (Bucket(), "block_selection_forward__f16_d32_g4_l8_s4_b16_k4_i1_c2__b2292a81"),
         ),
     },
     Workload(
@@ -88,10 +88,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__e47080a3"),
+            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__c62d2115"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__cb15fd71"),
+            (Bucket(), "block_selection_forward__f32_d32_g1_l8_s4_b16_k4_i1_c2__1f6a2fdf"),
         ),
     },
     Workload(
@@ -110,10 +110,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__e9830475"),
+            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__d61417c0"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__255def74"),
+            (Bucket(), "block_selection_forward__f32_d32_g2_l8_s4_b16_k4_i1_c2__a870ed7c"),
         ),
     },
     Workload(
@@ -132,10 +132,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__550ceadd"),
+            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__1f4a3523"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__45251ffb"),
+            (Bucket(), "block_selection_forward__f32_d32_g4_l8_s4_b16_k4_i1_c2__cd10b033"),
         ),
     },
     Workload(
@@ -203,8 +203,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__27026f78"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__27026f78"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__9309573d"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__9309573d"),),
     },
     Workload(
         op="cache_append",
@@ -220,8 +220,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__2d67e98a"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__2d67e98a"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__f503af76"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__f503af76"),),
     },
     Workload(
         op="cache_append",
@@ -237,8 +237,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__22852ce2"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__22852ce2"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__63c5e652"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__63c5e652"),),
     },
     Workload(
         op="cache_append",
@@ -356,8 +356,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__62da5678"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__62da5678"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__45b63b55"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g1_l8_s4_pe__45b63b55"),),
     },
     Workload(
         op="cache_append",
@@ -373,8 +373,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__22eb20f3"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__22eb20f3"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__4e42db5f"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g2_l8_s4_pe__4e42db5f"),),
     },
     Workload(
         op="cache_append",
@@ -390,8 +390,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__13b1696e"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__13b1696e"),),
+        "cuda:80": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__ef4087e6"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_linear_d32_g4_l8_s4_pe__ef4087e6"),),
     },
     Workload(
         op="cache_append",
@@ -486,8 +486,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__663682ed"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__663682ed"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__44c234a1"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__44c234a1"),),
     },
     Workload(
         op="compress",
@@ -501,8 +501,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__bdbd7f35"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__bdbd7f35"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__5e601896"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__5e601896"),),
     },
     Workload(
         op="compress",
@@ -576,8 +576,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__c0c9ce2f"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__c0c9ce2f"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__ad746940"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4__ad746940"),),
     },
     Workload(
         op="compress",
@@ -591,8 +591,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__dbb24396"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__dbb24396"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__4b0f3f72"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_linear_d32_l8_s4_pe__4b0f3f72"),),
     },
     Workload(
         op="compress",
@@ -636,8 +636,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__657ab9e2"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__657ab9e2"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__4df5f7df"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__4df5f7df"),),
     },
     Workload(
         op="compress",
@@ -651,8 +651,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__d0c1c0dd"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__d0c1c0dd"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__138e1da1"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__138e1da1"),),
     },
     Workload(
         op="compress",
@@ -666,8 +666,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__02bb6597"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__1497bbc7"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__c36aeb73"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__4b10a46a"),),
     },
     Workload(
         op="compress",
@@ -681,8 +681,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__8fb63cfc"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__28d06971"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__61d58c23"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__a0703291"),),
     },
     Workload(
         op="compress",
@@ -696,8 +696,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__6f0317f3"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__6f0317f3"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__68c0511e"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__68c0511e"),),
     },
     Workload(
         op="compress",
@@ -711,8 +711,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__01cafa9c"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__01cafa9c"),),
+        "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__1ecf5ba7"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__1ecf5ba7"),),
     },
     Workload(
         op="compress",
@@ -726,8 +726,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__580f4226"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__580f4226"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__b8d8b935"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__b8d8b935"),),
     },
     Workload(
         op="compress",
@@ -741,8 +741,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__a4be6d56"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__a4be6d56"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__39527cc7"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__39527cc7"),),
     },
     Workload(
         op="compress",
@@ -756,8 +756,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__aad36f34"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__aad36f34"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__8db874e2"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4__8db874e2"),),
     },
     Workload(
         op="compress",
@@ -771,8 +771,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__1f9d92a0"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__1f9d92a0"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__35a9b2ae"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_linear_d32_l8_s4_pe__35a9b2ae"),),
     },
     Workload(
         op="compress",
@@ -786,8 +786,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__c9b7759e"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__c9b7759e"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__0cf1d7af"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__0cf1d7af"),),
     },
     Workload(
         op="compress",
@@ -801,8 +801,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__3f085186"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__3f085186"),),
+        "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__7d66ddf2"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__7d66ddf2"),),
     },
     Workload(
         op="compressed_attention",
@@ -816,8 +816,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__50a602b5"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__d265a023"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__9e946681"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__3350c87c"),),
     },
     Workload(
         op="compressed_attention",
@@ -831,8 +831,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__696d27e4"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__678c7d0a"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__379e83de"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__5f923602"),),
     },
     Workload(
         op="compressed_attention",
@@ -846,8 +846,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__d07f38b7"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__50bfb7f9"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__bda0f32a"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__d4444494"),),
     },
     Workload(
         op="compressed_attention",
@@ -861,8 +861,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__8f8c2a81"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__8f8c2a81"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__4f3d0b7c"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__4f3d0b7c"),),
     },
     Workload(
         op="compressed_attention",
@@ -876,8 +876,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__abbb3f27"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__abbb3f27"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__93dabf9e"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__93dabf9e"),),
     },
     Workload(
         op="compressed_attention",
@@ -891,8 +891,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__d550b161"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__d550b161"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__2e239102"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__2e239102"),),
     },
     Workload(
         op="compressed_attention",
@@ -911,10 +911,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__d92b990f"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__e6d3d6ac"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__b99a6f00"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__15131420"),
         ),
     },
     Workload(
@@ -934,10 +934,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__f53f4f41"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__532bf39c"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__c7a2b584"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__f27797e5"),
         ),
     },
     Workload(
@@ -957,10 +957,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__75e08b99"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__e63a4be3"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__5b640682"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__2f1bd212"),
         ),
     },
     Workload(
@@ -980,10 +980,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__d02e941f"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__abc2729a"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__566d9e06"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__3a1fad58"),
         ),
     },
     Workload(
@@ -1003,10 +1003,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__4583516f"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__392821c5"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__3b596a9e"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__58767947"),
         ),
     },
     Workload(
@@ -1026,10 +1026,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__3cc1c4ab"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__93eb99b5"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__24aa4d0e"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__ed8372e7"),
         ),
     },
     Workload(
@@ -1044,8 +1044,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__c5bf7dfe"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__f2c62d23"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__660b5148"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g1_l8_s4__756fc77f"),),
     },
     Workload(
         op="compressed_attention",
@@ -1059,8 +1059,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__19ac04b5"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__3e9498e9"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__ff68c3cc"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g2_l8_s4__11a039a9"),),
     },
     Workload(
         op="compressed_attention",
@@ -1074,8 +1074,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__995901f1"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__783943da"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__9efd6380"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f16_d32_g4_l8_s4__b36a112d"),),
     },
     Workload(
         op="compressed_attention",
@@ -1089,8 +1089,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__c36e82d1"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__c36e82d1"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__4261bc89"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g1_l8_s4__4261bc89"),),
     },
     Workload(
         op="compressed_attention",
@@ -1104,8 +1104,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__3370fe94"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__3370fe94"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__1f095ced"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g2_l8_s4__1f095ced"),),
     },
     Workload(
         op="compressed_attention",
@@ -1119,8 +1119,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__9fd53106"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__9fd53106"),),
+        "cuda:80": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__483e31fb"),),
+        "cuda:90": ((Bucket(), "compressed_attention_forward__f32_d32_g4_l8_s4__483e31fb"),),
     },
     Workload(
         op="gated_sum",
@@ -1189,8 +1189,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__2d29f8e4"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__a1f58304"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__1df4ab09"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g1_b16_k4_w32__d1833143"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1205,8 +1205,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__8ee90931"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__55829e73"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__d4abf5e1"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g2_b16_k4_w32__e812f34b"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1221,8 +1221,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__18b0a50d"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__d018dbdf"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__7abca748"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f16_d32_g4_b16_k4_w32__9ceb49e4"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1237,8 +1237,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__45b76732"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__5d0cfe7f"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__54963089"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g1_b16_k4_w32__5187ec28"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1253,8 +1253,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__30e51e10"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__8620dd73"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__e78d481e"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g2_b16_k4_w32__d31fefeb"),),
     },
     Workload(
         op="native_sparse_attention",
@@ -1269,8 +1269,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__dd9b9322"),),
-        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__39e2ceae"),),
+        "cuda:80": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__4017705d"),),
+        "cuda:90": ((Bucket(), "native_sparse_attention_decode__f32_d32_g4_b16_k4_w32__d39fcda2"),),
     },
     Workload(
         op="rope",
@@ -1301,8 +1301,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__e7b88c8e"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__e7b88c8e"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__99c3b12c"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__99c3b12c"),),
     },
     Workload(
         op="selected_attention",
@@ -1315,8 +1315,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__ad446d62"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__ad446d62"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__f99fcdb5"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__f99fcdb5"),),
     },
     Workload(
         op="selected_attention",
@@ -1329,8 +1329,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__5c366fce"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__5c366fce"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__509c2a53"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__509c2a53"),),
     },
     Workload(
         op="selected_attention",
@@ -1343,8 +1343,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__817f7538"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__817f7538"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__a4912418"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__a4912418"),),
     },
     Workload(
         op="selected_attention",
@@ -1357,8 +1357,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__e1e00164"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__e1e00164"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__04608267"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__04608267"),),
     },
     Workload(
         op="selected_attention",
@@ -1371,8 +1371,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__2dec27d2"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__2dec27d2"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__a3238191"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__a3238191"),),
     },
     Workload(
         op="selected_attention",
@@ -1385,8 +1385,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__a427bb9d"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__a427bb9d"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__934dec39"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__934dec39"),),
     },
     Workload(
         op="selected_attention",
@@ -1399,8 +1399,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__151ebf46"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__151ebf46"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__89fe530e"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__89fe530e"),),
     },
     Workload(
         op="selected_attention",
@@ -1413,8 +1413,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__37325d8a"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__37325d8a"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__0f49a529"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__0f49a529"),),
     },
     Workload(
         op="selected_attention",
@@ -1427,8 +1427,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__de57970a"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__de57970a"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__ef0dff12"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__ef0dff12"),),
     },
     Workload(
         op="selected_attention",
@@ -1441,8 +1441,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__d02f0c52"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__d02f0c52"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__1defcc59"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__1defcc59"),),
     },
     Workload(
         op="selected_attention",
@@ -1455,8 +1455,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__957daec6"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__957daec6"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__8a942f3e"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__8a942f3e"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1469,8 +1469,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__8bd22c19"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__34a63133"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__71c9f453"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__59284ed1"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1483,8 +1483,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__8c977045"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__e0a551a4"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__315eab55"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__27411192"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1497,8 +1497,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__48b51747"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__8fb8e1e8"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__67a41a55"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__b0577703"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1511,8 +1511,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__a63f5047"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__a63f5047"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__5bd06461"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__5bd06461"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1525,8 +1525,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__2ba4c773"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__2ba4c773"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__b05efff2"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__b05efff2"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1539,8 +1539,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__33ff373c"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__33ff373c"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__501b82e4"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__501b82e4"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1553,8 +1553,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__d757874e"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__d4b9bbe8"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__56fe8431"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g1_w32__9bbd14ad"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1567,8 +1567,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__68d55547"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__fb0414ea"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__1af72d05"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g2_w32__35b4e9d5"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1581,8 +1581,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__8ae5d731"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__7438157b"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__b02ec857"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f16_d32_g4_w32__d9d229ec"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1595,8 +1595,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__72287b7a"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__72287b7a"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__1f061e7b"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g1_w32__1f061e7b"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1609,8 +1609,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__2a46f4a6"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__2a46f4a6"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__5fadeb1a"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g2_w32__5fadeb1a"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1623,8 +1623,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__01dfee81"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__01dfee81"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__56e89938"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_forward__f32_d32_g4_w32__56e89938"),),
     },
 }
 
