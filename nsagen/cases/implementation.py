@@ -129,7 +129,8 @@ def setting_of(texts: Sequence[str], seed: int) -> Setting:
         changed[name] = kinds[name](value)
     if changed.get("dtype", "float16") not in DTYPES:
         raise InvalidInputError(
-            f"verify: dtype must be one of {', '.join(DTYPES)}; got {changed['dtype']!r}; choose one"
+            f"verify: dtype must be one of {', '.join(DTYPES)}; got {changed['dtype']!r}; "
+            "choose one"
         )
     return Setting(**changed)
 
@@ -226,10 +227,10 @@ class _Run:
         windows = [max(0, (n - s.kernel_size) // s.kernel_stride + 1) for n in lengths]
         keys = tuple(windows) if compressed else lengths
         heads, tokens = s.kv_heads * s.gqa_ratio, sum(lengths)
-        kv = (self.normal(sum(keys), s.kv_heads, s.head_dim) for _ in range(2))
         return Call(
             self.normal(tokens, heads, s.head_dim),
-            *kv,
+            self.normal(sum(keys), s.kv_heads, s.head_dim),
+            self.normal(sum(keys), s.kv_heads, s.head_dim),
             cu_seqlens_of(lengths, self.device),
             cu_seqlens_of(keys, self.device),
             self.blocks(lengths).to(self.device),
@@ -327,15 +328,18 @@ def _selection(run: _Run) -> Iterator[Row]:
     s = run.setting
     call = run.call((s.long, s.block_size + 1, 0, 5))
     _, came = run.contract.apply(run.function, call)
-    statics = {"kernel_size": s.kernel_size, "kernel_stride": s.kernel_stride}
     _, lse = reference.compressed_attention_forward(
-        *(x.double() for x in (call.q, call.k, call.v)),
+        call.q.double(),
+        call.k.double(),
+        call.v.double(),
         call.cu_seqlens,
         call.key_cu_seqlens,
-        **statics,
+        kernel_size=s.kernel_size,
+        kernel_stride=s.kernel_stride,
         softmax_scale=call.scale,
     )
-    rule = BlockRule(*statics.values(), s.block_size, s.topk, s.init_blocks, s.local_blocks)
+    blocks = (s.block_size, s.topk, s.init_blocks, s.local_blocks)
+    rule = BlockRule(s.kernel_size, s.kernel_stride, *blocks)
     offsets = (call.cu_seqlens, call.key_cu_seqlens)
     wanted = expected_blocks(rule, call.q, call.k, lse, *offsets, came.to(torch.int32), call.scale)
     rows = (came != wanted).any(-1).sum().item() if came.shape == wanted.shape else -1
@@ -435,7 +439,9 @@ def _offset_keys(run: _Run) -> Iterator[Row]:
     for name, x, wanted in zip(("o", "dq", "dk", "dv"), found, expected, strict=True):
         fits = wanted.abs().max() < torch.finfo(x.dtype).max
         finite = bool(x.isfinite().all()) or not fits
-        yield _said(name, finite, f"not finite, where the largest value is {wanted.abs().max():.0f}")
+        yield _said(
+            name, finite, f"not finite, where the largest value is {wanted.abs().max():.0f}"
+        )
 
 
 def _replay(run: _Run) -> Iterator[Row]:

@@ -44,7 +44,6 @@ def test_our_ops_pass(op: str) -> None:
 
 def test_a_repeated_block_that_counts_twice() -> None:
     def adds_repeats(q: Tensor, k: Tensor, v: Tensor, topk_idx: Tensor, *rest: Any) -> Tensor:
-        block_size, cu_seqlens, scale = rest
         o = ops.topk_sparse_attention(q, k, v, topk_idx, *rest)
         ordered = topk_idx.sort(-1).values
         repeats = ((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)).any(-1)  # [HK, N]
@@ -105,7 +104,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert not ended.value.code
     rows = json.loads(capsys.readouterr().out)
     assert {row["result"] for row in rows} == {"ok", "skipped"}
-    assert {row["case"] for row in rows} >= {"short tails", "poisoned memory", "replayed CUDA graph"}
+    assert {row["case"] for row in rows} >= {
+        "short tails",
+        "poisoned memory",
+        "replayed CUDA graph",
+    }
 
 
 @pytest.mark.parametrize("text", ["gqa_ratio=two", "rows=3", "head_dim"])

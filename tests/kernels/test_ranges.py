@@ -35,7 +35,9 @@ def general(op: str, pass_: str) -> list[str]:
     return [space.algorithm for space in spaces_of(op, pass_) if space.general]
 
 
-PAIRS = [(op, a, b) for op in STATICS for a in general(op, "forward") for b in general(op, "backward")]
+PAIRS = [
+    (op, a, b) for op in STATICS for a in general(op, "forward") for b in general(op, "backward")
+]
 
 
 def offsets_of(op: str, keys: int) -> tuple[Tensor, ...]:
