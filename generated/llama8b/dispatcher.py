@@ -2,7 +2,7 @@
 # Regenerate: nsagen build llama8b
 """Dispatch table of llama8b: which kernel serves which workload, target and bucket."""
 
-from nsagen.runtime import Bucket, Dispatcher
+from nsagen.runtime import Bucket, Dispatcher, Releases
 from nsagen.workload import Workload
 
 TABLE = {
@@ -26,6 +26,7 @@ TABLE = {
         ),
         "cuda:90": (
             (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__1da3fb87"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__11ce8255"),
         ),
     },
     Workload(
@@ -48,6 +49,7 @@ TABLE = {
         ),
         "cuda:90": (
             (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__05bf2b67"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__0b03a26f"),
         ),
     },
     Workload(
@@ -70,6 +72,7 @@ TABLE = {
         ),
         "cuda:90": (
             (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__27cf4438"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__1254bd0f"),
         ),
     },
     Workload(
@@ -92,6 +95,7 @@ TABLE = {
         ),
         "cuda:90": (
             (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__c0e5b6f2"),
+            (Bucket(), "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__bf78968d"),
         ),
     },
     Workload(
@@ -562,7 +566,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__1e2c7bf3"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__674841bd"),),
+        "cuda:90": (
+            (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__674841bd"),
+            (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__4d24c99d"),
+        ),
     },
     Workload(
         op="compressed_attention",
@@ -690,7 +697,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__c78922e8"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__54f81bf4"),),
+        "cuda:90": (
+            (Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__54f81bf4"),
+            (Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__a2b446ba"),
+        ),
     },
     Workload(
         op="compressed_attention",
@@ -705,7 +715,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__9b70be28"),),
-        "cuda:90": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__f8e30162"),),
+        "cuda:90": (
+            (Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__f8e30162"),
+            (Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__4eb1f2d5"),
+        ),
     },
     Workload(
         op="gated_sum",
@@ -900,7 +913,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__b0bbe4df"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__913daf67"),),
+        "cuda:90": (
+            (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__913daf67"),
+            (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__c3a38a56"),
+        ),
     },
     Workload(
         op="sliding_window_attention",
@@ -928,7 +944,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__397da97e"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__cc264aaf"),),
+        "cuda:90": (
+            (Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__cc264aaf"),
+            (Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__964928e6"),
+        ),
     },
     Workload(
         op="sliding_window_attention",
@@ -942,8 +961,34 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__fdfd7367"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__ae64ed63"),),
+        "cuda:90": (
+            (Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__ae64ed63"),
+            (Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__f79c7cce"),
+        ),
     },
 }
 
-dispatcher = Dispatcher(name="llama8b", package=f"{__package__}.kernels", table=TABLE)
+TRITON = {
+    "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__1da3fb87": Releases(
+        (3, 6), (3, 9)
+    ),
+    "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__05bf2b67": Releases(
+        (3, 6), (3, 9)
+    ),
+    "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__27cf4438": Releases(
+        (3, 6), (3, 9)
+    ),
+    "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__c0e5b6f2": Releases(
+        (3, 6), (3, 9)
+    ),
+    "compressed_attention_backward__bf16_d128_g16_l32_s16__674841bd": Releases((3, 6), (3, 9)),
+    "compressed_attention_forward__bf16_d128_g16_l32_s16__54f81bf4": Releases((3, 6), (3, 9)),
+    "compressed_attention_forward__bf16_d128_g4_l32_s16__f8e30162": Releases((3, 6), (3, 9)),
+    "sliding_window_attention_backward__bf16_d128_g16_w512__913daf67": Releases((3, 6), (3, 9)),
+    "sliding_window_attention_forward__bf16_d128_g16_w512__cc264aaf": Releases((3, 6), (3, 9)),
+    "sliding_window_attention_forward__bf16_d128_g4_w512__ae64ed63": Releases((3, 6), (3, 9)),
+}
+
+dispatcher = Dispatcher(
+    name="llama8b", package=f"{__package__}.kernels", table=TABLE, triton=TRITON
+)

@@ -11,6 +11,7 @@ from typing import Any
 from nsagen.codegen.build import Progress
 from nsagen.codegen.plan import Variant
 from nsagen.core.errors import BuildError
+from nsagen.core.releases import installed_release
 from nsagen.core.target import parse_target
 from nsagen.core.worker import map_in_workers
 from nsagen.core.workload import Workload
@@ -27,9 +28,13 @@ def compile_variants(
 ) -> dict[str, list[dict[str, Any]]]:
     """Compile every variant for each of its targets in worker processes, unless it is unchanged.
 
+    Those that do not run with the installed Triton are left out.
+
     Raises:
         BuildError: names each variant that fails, spills badly or exceeds shared memory.
     """
+    release = installed_release()
+    variants = tuple(v for v in variants if v.runs_with(release))
     work = [(v, target) for v in variants for target in v.targets]
     calls = [
         (kernels / f"{v.name}.py", v.workload, target, v.measured(target)) for v, target in work

@@ -23,6 +23,7 @@ from nsagen.cases.base import THRESHOLDS, Case, Sizes, harness_of, relative_erro
 from nsagen.codegen.template import default_schedule, kernel_name, render, space_for
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.importing import import_file
+from nsagen.core.releases import installed_release
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -65,7 +66,7 @@ class Trial:
         """
         target = KNOWN_TARGETS[self.target]
         if self.algorithm is None:
-            return default_schedule(self.workload, target)
+            return default_schedule(self.workload, target, installed_release())
         space = space_for(self.workload, self.algorithm)
         return space.default_schedule(self.workload, target)
 

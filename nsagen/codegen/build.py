@@ -16,6 +16,7 @@ from nsagen.codegen.tuned import tuned_choices
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import BuildError
 from nsagen.core.files import TEMPORARY, locked, replace_file
+from nsagen.core.releases import installed_release
 from nsagen.core.seal import sealed
 from nsagen.core.target import parse_target
 from nsagen.core.workload import Workload
@@ -92,7 +93,7 @@ def build(
         if compile_targets:
             from nsagen.aot.variants import compile_variants
 
-            resources = compile_variants(folder / "kernels", variants, jobs, progress)
+            resources |= compile_variants(folder / "kernels", variants, jobs, progress)
         manifest = manifest_text(variants, plan.origin, files, resources)
         if replace_file(folder / MANIFEST, manifest):
             written.append(MANIFEST)
@@ -121,9 +122,11 @@ def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale
 def build_variant(workload: Workload, target: str, out_dir: Path) -> Path:
     """Render one workload with its target's default schedule to `out_dir/<name>.py`.
 
+    It is for this machine: the default of the algorithms that the installed Triton runs.
+
     Safe under concurrent calls: the file appears whole or not at all.
     """
-    schedule = default_schedule(workload, parse_target(target))
+    schedule = default_schedule(workload, parse_target(target), installed_release())
     use = Use(target, Bucket(), DEFAULT_PROVENANCE)
     variant = Variant(kernel_name(workload, schedule), workload, schedule, (use,))
     path = out_dir / f"{variant.name}.py"

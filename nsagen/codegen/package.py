@@ -97,6 +97,7 @@ def package_files(variants: tuple[Variant, ...], origin: Origin) -> dict[str, st
         f"# Regenerate: {origin.command}"
     )
     names = {"header": header, "spec_name": origin.spec_name, "table": _table(variants)}
+    names["triton"] = {v.name: v.triton for v in variants if v.triton}
     for file, template in (("__init__.py", "init"), ("dispatcher.py", "dispatcher")):
         try:
             files[file] = environment().get_template(f"package/{template}.py.j2").render(names)
@@ -110,9 +111,12 @@ _Entries = list[tuple[Bucket, str]]
 
 
 def _table(variants: tuple[Variant, ...]) -> list[tuple[Workload, list[tuple[str, _Entries]]]]:
-    """(workload, [(target, [(bucket, variant)])]); the bucket of any size comes last."""
+    """(workload, [(target, [(bucket, variant)])]); the bucket of any size comes last.
+
+    Of kernels for the same sizes, the one for particular releases of Triton comes first.
+    """
     table: dict[Workload, dict[str, _Entries]] = {}
-    for variant in variants:
+    for variant in sorted(variants, key=lambda variant: variant.triton is None):
         for use in variant.uses:
             targets = table.setdefault(variant.workload, {})
             targets.setdefault(use.target, []).append((use.bucket, variant.name))

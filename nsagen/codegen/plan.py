@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from nsagen.codegen.template import (
     default_schedule,
+    fallback_schedule,
     kernel_fingerprint,
     kernel_name,
     space_for,
 )
 from nsagen.core.bucket import Bucket, covers_all
+from nsagen.core.errors import UnsupportedWorkloadError
+from nsagen.core.releases import Release, Releases
 from nsagen.core.target import Target, parse_target
 from nsagen.core.workload import Schedule, Workload
 
+FALLBACK_PROVENANCE = "for Triton outside {}; not measured"
 DEFAULT_PROVENANCE = "the architecture's default; not measured"
 
 
@@ -67,6 +72,15 @@ class Variant:
         return space_for(self.workload, self.schedule.algorithm).template
 
     @property
+    def triton(self) -> Releases | None:
+        """The releases of Triton that it runs with; None is every one."""
+        return space_for(self.workload, self.schedule.algorithm).triton
+
+    def runs_with(self, release: Release | None) -> bool:
+        """Whether it runs with a release of Triton, if that is known."""
+        return self.triton is None or release is None or release in self.triton
+
+    @property
     def fingerprint(self) -> str:
         return kernel_fingerprint(self.workload, self.schedule)
 
@@ -102,7 +116,7 @@ def plan_variants(
 def _uses(
     workload: Workload, target: Target, tuned: Sequence[TunedChoice]
 ) -> list[tuple[Schedule, Use]]:
-    """What serves a workload on a target: tuned buckets first, then whatever they leave."""
+    """What serves a workload on a target: tuned buckets, what they leave, and another Triton."""
     name = str(target)
     found = [
         (choice.schedule, Use(name, choice.bucket, choice.provenance, choice.measured))
@@ -110,4 +124,9 @@ def _uses(
     ]
     if not covers_all([choice.bucket for choice in tuned]):
         found.append((default_schedule(workload, target), Use(name, Bucket(), DEFAULT_PROVENANCE)))
+    releases = {space_for(workload, schedule.algorithm).triton for schedule, _ in found}
+    if needed := next(filter(None, releases), None):
+        other = Use(name, Bucket(), FALLBACK_PROVENANCE.format(needed))
+        with suppress(UnsupportedWorkloadError):  # the dispatcher says then what it needs
+            found.append((fallback_schedule(workload, target), other))
     return found

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nsagen.core.errors import BuildError, UnsupportedWorkloadError
+from nsagen.core.releases import Release, Releases
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -71,6 +72,7 @@ class ScheduleSpace:
         default: knob values to use where nothing was measured.
         supports: whether the algorithm covers a workload at all.
         runs_on: whether it compiles for a target; not every one has what it is built on.
+        triton: the releases of Triton that it runs with; None is all that nsagen supports.
         preferred: whether to use it, where nothing was measured, before those that are not. Of
             preferred ones, those for particular targets come first.
     """
@@ -85,12 +87,17 @@ class ScheduleSpace:
     shared_memory: Callable[[Workload, Schedule], int] = _no_shared_memory
     supports: Callable[[Workload], bool] = _any_workload
     runs_on: Callable[[Target], bool] = _any_target
+    triton: Releases | None = None
     preferred: Callable[[Workload, Target], bool] = _always
 
     @property
     def general(self) -> bool:
         """Whether the algorithm runs on every target."""
         return self.runs_on is _any_target
+
+    def runs_with(self, release: Release | None) -> bool:
+        """Whether it runs with a release of Triton; None stands for one that it does run with."""
+        return self.triton is None or release is None or release in self.triton
 
     @property
     def template(self) -> str:

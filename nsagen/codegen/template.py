@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from nsagen.codegen.fingerprint import source_fingerprint
 from nsagen.codegen.space import ScheduleSpace
 from nsagen.core.errors import BuildError, UnsupportedWorkloadError
 from nsagen.core.paths import templates_dir
+from nsagen.core.releases import Release
 from nsagen.core.target import Target
 from nsagen.core.workload import STATIC_PARAMS, Schedule, Workload, variant_name
 
@@ -78,8 +80,13 @@ def space_for(workload: Workload, algorithm: str | None = None) -> ScheduleSpace
     )
 
 
-def spaces_for(workload: Workload, target: Target) -> tuple[ScheduleSpace, ...]:
+def spaces_for(
+    workload: Workload, target: Target, release: Release | None = None
+) -> tuple[ScheduleSpace, ...]:
     """Every space that covers a workload on a target, the one to use by default first.
+
+    Args:
+        release: of Triton; None where the kernels may meet any.
 
     Raises:
         UnsupportedWorkloadError: none does.
@@ -87,7 +94,7 @@ def spaces_for(workload: Workload, target: Target) -> tuple[ScheduleSpace, ...]:
     spaces = [
         space
         for space in spaces_of(workload.op, workload.pass_)
-        if space.supports(workload) and space.runs_on(target)
+        if space.supports(workload) and space.runs_on(target) and space.runs_with(release)
     ]
     if not spaces:
         raise UnsupportedWorkloadError(
@@ -99,19 +106,38 @@ def spaces_for(workload: Workload, target: Target) -> tuple[ScheduleSpace, ...]:
     )
 
 
-def default_schedule(workload: Workload, target: Target) -> Schedule:
+def default_schedule(
+    workload: Workload, target: Target, release: Release | None = None
+) -> Schedule:
     """The schedule to use where nothing was measured: of the first algorithm that has a valid one.
+
+    Args:
+        release: of Triton; None where the kernel may meet any, for which `fallback_schedule` is
+            there.
 
     Raises:
         UnsupportedWorkloadError: no algorithm covers the workload, or none fits the target.
     """
+    return _first_valid(spaces_for(workload, target, release), workload, target)
+
+
+def fallback_schedule(workload: Workload, target: Target) -> Schedule:
+    """As `default_schedule`, of the algorithms that run with every Triton."""
+    every = [space for space in spaces_for(workload, target) if space.triton is None]
+    return _first_valid(every, workload, target)
+
+
+def _first_valid(spaces: Iterable[ScheduleSpace], workload: Workload, target: Target) -> Schedule:
     reasons = []
-    for space in spaces_for(workload, target):
+    for space in spaces:
         try:
             return space.default_schedule(workload, target)
         except UnsupportedWorkloadError as error:
             reasons.append(str(error))
-    raise UnsupportedWorkloadError("\n".join(reasons))
+    raise UnsupportedWorkloadError(
+        "\n".join(reasons)
+        or f"{workload}: needs an algorithm that covers it on {target} with every Triton"
+    )
 
 
 @dataclass(frozen=True)
@@ -150,6 +176,7 @@ def rendered(workload: Workload, schedule: Schedule) -> Kernel:
         **dict(schedule.knobs),
         **space.derive(workload, schedule),
         "dtype": workload.dtype,
+        "triton_releases": space.triton,
         "kernel_name": _NAME,
         "header": _HEADER,
     }

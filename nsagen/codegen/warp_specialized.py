@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
-
 from nsagen.codegen.sizes import raw_peak
 from nsagen.codegen.space import Choice, PowerOfTwo, ScheduleSpace
 from nsagen.codegen.target import Target
+from nsagen.core.releases import Releases
 from nsagen.workload import Param, Schedule, Workload
 
 TILE_ROWS = 128
 """Query rows of a tile: 64 for each of two groups of four warps."""
 
 
-def gluon_is_known() -> bool:
-    """Whether this is a Triton whose experimental Gluon the template was written and run for."""
-    return (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+GLUON = Releases((3, 6), (3, 9))
+"""Whose Gluon, an experimental interface, the templates were written and run for."""
 
 
 def supports(workload: Workload) -> bool:
@@ -37,7 +35,7 @@ def supports(workload: Workload) -> bool:
 
 def runs_on(target: Target) -> bool:
     """Warpgroup products are Hopper's."""
-    return target.has_wgmma and gluon_is_known()
+    return target.has_wgmma
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
@@ -82,5 +80,6 @@ def space(op: str, block_n: int, *, preferred: bool) -> ScheduleSpace:
         default=default,
         supports=supports,
         runs_on=runs_on,
+        triton=GLUON,
         preferred=lambda workload, target: preferred,
     )

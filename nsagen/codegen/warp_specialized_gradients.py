@@ -10,7 +10,7 @@ from typing import Any
 from nsagen.codegen.sizes import raw_peak
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace
 from nsagen.codegen.target import Target
-from nsagen.codegen.warp_specialized import TILE_ROWS, runs_on, supports
+from nsagen.codegen.warp_specialized import GLUON, TILE_ROWS, runs_on, supports
 from nsagen.workload import Param, Schedule, Workload
 
 KEY_TILE = 128
@@ -92,5 +92,6 @@ def space(
         default=default,
         supports=supports_gradients,
         runs_on=runs_on,
+        triton=GLUON,
         preferred=lambda workload, target: int(workload.gqa_ratio) >= least_group,
     )

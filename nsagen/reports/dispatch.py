@@ -51,9 +51,13 @@ def _row(choices: list[dict[str, Any]], variants: Mapping[str, Any], hues: dict[
         spans.append(
             f'<span style="flex-grow:{_width(choice["tokens"], choice["context"]):.3g};'
             f'--algorithm:{hues[variant["algorithm"]]}" title="{escape(facts)}">'
-            f"<b>{escape(choice['sizes'])}</b> <i>{escape(schedule)}</i></span>"
+            f"<b>{escape(_served(choice))}</b> <i>{escape(schedule)}</i></span>"
         )
     return f'<div class="row"><code>{label}</code><div class="track">{"".join(spans)}</div></div>'
+
+
+def _served(choice: dict[str, Any]) -> str:
+    return choice["sizes"] + (f", Triton {choice['triton']}" if choice["triton"] else "")
 
 
 def _provenance(variant: Mapping[str, Any], choice: Mapping[str, Any]) -> str:

@@ -4,7 +4,8 @@ Importing it needs neither torch nor triton, so that generated tables load fast.
 """
 
 from nsagen.core.bucket import Bucket, Table
+from nsagen.core.releases import Releases
 from nsagen.runtime.dispatcher import Dispatcher
 from nsagen.runtime.package import load
 
-__all__ = ["Bucket", "Dispatcher", "Table", "load"]
+__all__ = ["Bucket", "Dispatcher", "Releases", "Table", "load"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from nsagen.core.bucket import Bucket, Entries, Table
 from nsagen.core.errors import BuildError, InvalidInputError, UnsupportedWorkloadError
 from nsagen.core.importing import LOCK
+from nsagen.core.releases import Releases, installed_release
 from nsagen.core.workload import Workload
 from nsagen.runtime import registry
 from nsagen.runtime.device import INTERPRETED_TARGET, interpreting, target_of
@@ -43,6 +44,8 @@ class Dispatcher:
         name: of the spec that the package was generated from.
         package: import name of the folder with the kernels, e.g. "generated.llama8b.kernels".
         table: workload -> target -> ((bucket, module name), ...).
+        triton: module name -> the releases of Triton that the kernel needs, where it needs
+            particular ones. With another, calls go to what the table has for every Triton.
         on_missing: "build" builds a variant that the table lacks with its target's default
             schedule and logs one line; "error" raises `UnsupportedWorkloadError`.
 
@@ -51,7 +54,12 @@ class Dispatcher:
     """
 
     def __init__(
-        self, name: str, package: str, table: Table, on_missing: OnMissing = "build"
+        self,
+        name: str,
+        package: str,
+        table: Table,
+        on_missing: OnMissing = "build",
+        triton: Mapping[str, Releases] | None = None,
     ) -> None:
         if on_missing not in ("build", "error"):
             raise InvalidInputError(
@@ -61,6 +69,7 @@ class Dispatcher:
         self.package = package
         self.on_missing: OnMissing = on_missing
         self._table = table
+        self._triton = triton or {}
         self._choices: dict[tuple[Workload, torch.device], list[_Choice]] = {}
         self._other: Dispatcher | None = None
         self.key = registry.register(self, name if on_missing == "build" else f"{name}:error")
@@ -110,6 +119,7 @@ class Dispatcher:
                 "tokens": bucket.tokens,
                 "context": bucket.context,
                 "variant": module,
+                "triton": str(self._triton.get(module, "")),
             }
             for workload, targets in self._table.items()
             for target, entries in targets.items()
@@ -122,7 +132,7 @@ class Dispatcher:
             return self
         with LOCK:
             if self._other is None:
-                other = Dispatcher(self.name, self.package, self._table, on_missing)
+                other = Dispatcher(self.name, self.package, self._table, on_missing, self._triton)
                 self._other, other._other = other, self
             return self._other
 
@@ -136,8 +146,16 @@ class Dispatcher:
     def _resolve(self, workload: Workload, device: torch.device) -> list[_Choice]:
         target = self._target(workload, device)
         entries: Entries = self._table.get(workload, {}).get(target, ())
-        choices = [_Choice(bucket, self._loader(module)) for bucket, module in entries]
+        choices = [
+            _Choice(bucket, self._loader(module))
+            for bucket, module in entries
+            if self._runs_here(module)
+        ]
         return self._choices.setdefault((workload, device), choices)
+
+    def _runs_here(self, module: str) -> bool:
+        needed = self._triton.get(module)
+        return needed is None or (release := installed_release()) is None or release in needed
 
     def _target(self, workload: Workload, device: torch.device) -> str:
         if interpreting() and workload.dtype == "bfloat16":
@@ -171,7 +189,10 @@ class Dispatcher:
         if self.on_missing == "error":
             covered = self._table.get(workload, {}).get(target, ())
             reason = 'on_missing is "error"'
-            if covered:
+            needed = sorted({str(r) for _, m in covered if (r := self._triton.get(m))})
+            if covered and not any(self._runs_here(module) for _, module in covered):
+                reason = f"its kernels need Triton {' or '.join(needed)}, and {reason}"
+            elif covered:
                 sizes = "; ".join(str(bucket) for bucket, _ in covered)
                 reason = f"it covers only {sizes}, not {tokens} tokens, and {reason}"
             raise unsupported(workload, target, self.name, reason)

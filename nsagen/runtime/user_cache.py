@@ -1,6 +1,6 @@
 """The user cache: kernels that no package had, built when a call needed them.
 
-    <root>/<nsagen version>-<hash of what generates>/<target>/<variant>.py
+    <root>/<nsagen version>-<hash of what generates>/<target>-triton-<release>/<variant>.py
 
 Files appear whole or not at all and are never changed afterwards, so processes share the
 folder without locks. A new version, or an edit of what generates, starts a new folder. A file
@@ -13,6 +13,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import time
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ from nsagen import __version__
 from nsagen.core.errors import NsagenError, UnsupportedWorkloadError
 from nsagen.core.importing import LOCK, import_once
 from nsagen.core.paths import templates_dir
+from nsagen.core.releases import installed_release
 from nsagen.core.seal import is_whole
 from nsagen.core.workload import DTYPES, Workload
 from nsagen.runtime.missing import unsupported
@@ -65,7 +67,8 @@ def cached_variant(workload: Workload, target: str, who: str) -> Path:
 
 def _cached_variant(workload: Workload, target: str, who: str) -> Path:
     built_for = _known_target(workload, target, who)
-    folder = cache_folder() / target.replace(":", "-")
+    release = ".".join(map(str, installed_release() or ("unknown",)))  # not all run each algorithm
+    folder = cache_folder() / f"{target.replace(':', '-')}-triton-{release}"
     label = f"{workload.op}_{workload.pass_}__{workload.label}__"
     for path in sorted(folder.glob(f"{label}*.py")):
         if len(path.stem) == len(label) + 8:  # the rest of a variant's name is its hash
@@ -97,7 +100,8 @@ def load_kernel(path: Path) -> ModuleType:
     Raises:
         BuildError: the file is no kernel.
     """
-    return import_once(path, f"nsagen_cached_{path.parent.name.replace('-', '_')}_")
+    folder = re.sub(r"\W", "_", path.parent.name)
+    return import_once(path, f"nsagen_cached_{folder}_")
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 
 from nsagen.codegen.space import ScheduleSpace
 from nsagen.codegen.template import spaces_of
+from nsagen.core.releases import installed_release
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -165,7 +166,12 @@ def combinations(workload: Workload, target: Target) -> int:
 
 def _spaces(workload: Workload, target: Target) -> list[ScheduleSpace]:
     spaces = spaces_of(workload.op, workload.pass_)
-    return [space for space in spaces if space.supports(workload) and space.runs_on(target)]
+    release = installed_release()
+    return [
+        space
+        for space in spaces
+        if space.supports(workload) and space.runs_on(target) and space.runs_with(release)
+    ]
 
 
 def _combinations(space: ScheduleSpace) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from nsagen.codegen.template import default_schedule, space_for
+from nsagen.core.releases import installed_release
 from nsagen.core.target import Target
 from nsagen.core.worker import Reply, Worker
 from nsagen.core.workload import Schedule, Workload
@@ -65,7 +66,7 @@ class Candidates:
 
 @functools.cache
 def candidates_for(workload: Workload, target: Target) -> Candidates:
-    """What the schedule spaces of a workload offer on a target."""
+    """What the schedule spaces of a workload offer on a target, with the installed Triton."""
     schedules = valid_schedules(workload, target)
     algorithms = sorted({schedule.algorithm for schedule in schedules})
 
@@ -75,7 +76,7 @@ def candidates_for(workload: Workload, target: Target) -> Candidates:
         space = space_for(workload, schedule.algorithm)
         return not space.violations(workload, schedule, target)
 
-    default = default_schedule(workload, target)
+    default = default_schedule(workload, target, installed_release())
     others = tuple(
         space_for(workload, algorithm).default_schedule(workload, target)
         for algorithm in algorithms

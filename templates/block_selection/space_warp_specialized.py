@@ -57,6 +57,7 @@ SPACES = (
         default=lambda workload, target: {"num_stages": 4, "workspace": 256},
         supports=supports,
         runs_on=warp_specialized.runs_on,
+        triton=warp_specialized.GLUON,
         # With fewer heads to sum, the sums themselves take the registers, and some of them spill.
         preferred=lambda workload, target: int(workload.gqa_ratio) >= 4,
     ),

@@ -8,7 +8,7 @@ from typing import Any
 from nsagen.codegen.sizes import LEAST_TILE, element_bytes, padded_heads, raw_peak
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
-from nsagen.codegen.warp_specialized import runs_on
+from nsagen.codegen.warp_specialized import GLUON, runs_on
 from nsagen.workload import Param, Schedule, Workload
 
 PIPELINE_ROWS = 64
@@ -334,6 +334,7 @@ SPACES = (
         default=default_pipeline,
         supports=supports_pipeline,
         runs_on=runs_on,
+        triton=GLUON,
         # On an H200 (16 heads of 128 a group, 32768 tokens) 12.1 ms, where two_pass took 15.0; but
         # its loop reloads some addresses from the stack, and no default may spill: tuning finds it.
         preferred=lambda workload, target: False,

@@ -112,7 +112,7 @@ def test_processes_share_what_one_of_them_built(callers: Callers, tmp_path: Path
 
     callers.call(at_once=3)
     (kernel,) = (tmp_path / "cache").rglob("*.py")
-    assert kernel.parent.name == "cuda-80"
+    assert kernel.parent.name.startswith("cuda-80-triton-")
     assert "head_dim 16, 2 warps" in kernel.read_text()
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
-from nsagen.runtime import Bucket, Dispatcher, registry
+from nsagen.runtime import Bucket, Dispatcher, Releases, registry
 
 from .conftest import selected
 
@@ -56,6 +56,30 @@ def test_a_missing_workload_prints_the_spec_lines(dispatcher: Dispatcher) -> Non
         "passes: [forward]",
         'targets: ["cuda:90"]',
     ]
+
+
+def test_another_triton_gets_the_kernel_that_runs_with_it(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nsagen.runtime.dispatcher.target_of", lambda device: "cuda:90")
+    table = {selected(): {"cuda:90": ((Bucket(), "small"), (Bucket(), "large"))}}
+    needed = {"small": Releases((3, 6), (3, 9))}
+    for release, kernel in (((3, 9), "small"), ((3, 10), "large"), (None, "small")):
+        monkeypatch.setattr("nsagen.runtime.dispatcher.installed_release", lambda r=release: r)
+        found = Dispatcher("releases", kernels, table, "error", needed)
+        assert launched(found, 7) == kernel
+        assert launched(found.with_on_missing("build"), 7) == kernel
+
+
+def test_without_a_kernel_for_this_triton_the_error_says_so(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nsagen.runtime.dispatcher.target_of", lambda device: "cuda:90")
+    monkeypatch.setattr("nsagen.runtime.dispatcher.installed_release", lambda: (4, 0))
+    table = {selected(): {"cuda:90": ((Bucket(), "small"),)}}
+    found = Dispatcher("releases", kernels, table, "error", {"small": Releases((3, 6), (3, 9))})
+    with pytest.raises(UnsupportedWorkloadError, match=r"need Triton 3\.6 to 3\.9, and"):
+        found.launcher(selected(), GPU, 7)
 
 
 def test_cpu_calls_need_the_interpreter(

@@ -51,7 +51,7 @@ def test_a_miss_builds_once_and_logs_one_line(
     assert len(caplog.records) == 1
     assert "missing: selected_attention forward f16_d64_g4_b64 for cuda:90" in caplog.text
     (path,) = (tmp_path / "cache").rglob("*.py")
-    assert path.parent.name == "cuda-90"
+    assert path.parent.name.startswith("cuda-90-triton-")
     assert path.parent.parent.name.startswith(f"{__version__}-")
 
 
@@ -81,6 +81,16 @@ def test_labels_that_begin_alike_are_not_confused(builds: list[tuple[str, str]])
         workload = Workload.of("compress", "forward", dtype="float16", with_pe=pe, **with_pe)
         cache.cached_variant(workload, "cuda:90", "test")
     assert len(builds) == 2
+
+
+def test_another_triton_has_kernels_of_its_own(
+    builds: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = set()
+    for release in ((3, 9), (4, 0), None):
+        monkeypatch.setattr(cache, "installed_release", lambda release=release: release)
+        found.add(cache.cached_variant(selected(), "cuda:90", "test").parent.name)
+    assert found == {"cuda-90-triton-3.9", "cuda-90-triton-4.0", "cuda-90-triton-unknown"}
 
 
 @pytest.mark.parametrize("edited", ["templates/x.py.j2", "codegen/spaces/x.py"])

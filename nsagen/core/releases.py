@@ -1,0 +1,35 @@
+"""Releases of Triton: the installed one, and the range that an algorithm is known to run with."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+Release = tuple[int, int]
+"""(major, minor)."""
+
+
+@dataclass(frozen=True)
+class Releases:
+    """The releases of Triton from `first` to `last`, both inclusive."""
+
+    first: Release
+    last: Release
+
+    def __contains__(self, release: Release) -> bool:
+        return self.first <= release <= self.last
+
+    def __str__(self) -> str:
+        return " to ".join(".".join(map(str, release)) for release in (self.first, self.last))
+
+
+@functools.cache
+def installed_release() -> Release | None:
+    """The release of Triton that this process imports; None without one, or of an odd version."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    return (int(found[1]), int(found[2])) if found else None
