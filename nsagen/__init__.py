@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nsagen.core.version import __version__
+
 if TYPE_CHECKING:
     from nsagen.runtime.dispatcher import Dispatcher, OnMissing
-
-__version__ = "0.1.0"
 
 __all__ = ["__version__", "load"]
 

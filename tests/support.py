@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from nsagen.codegen.template import (
     space_for,
     spaces_for,
 )
+from nsagen.core.importing import import_once
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Schedule, Workload
 from tests.canaries import guarded
@@ -71,13 +70,7 @@ def load_kernel(workload: Workload, schedule: Schedule | None = None) -> ModuleT
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:8]}.py"
     path.write_text(source)
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert module_spec
-    assert module_spec.loader
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[path.stem] = module
-    module_spec.loader.exec_module(module)
-    return module
+    return import_once(path, "nsagen_test_")
 
 
 def check_case(module: ModuleType, case: Case) -> None:

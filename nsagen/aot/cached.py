@@ -8,20 +8,20 @@ compiles and measures, so that nothing has to be thrown away.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
-import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsagen.codegen.fingerprint import code_fingerprint, source_fingerprint
+from nsagen.core.files import replace_file
+from nsagen.core.paths import cache_dir
 from nsagen.core.target import Target
 from nsagen.core.workload import Workload
-from nsagen.runtime.user_cache import cache_dir
 
 if TYPE_CHECKING:
     from nsagen.aot.resources import Resources
@@ -48,7 +48,8 @@ def compiled_resources(path: Path, workload: Workload, target: Target) -> tuple[
 
     found = compile_variant(path, workload, target)
     rows = [{**asdict(one), "kernel": one.kernel.replace(path.stem, _NAME)} for one in found]
-    _write(memory, json.dumps(rows, indent=1) + "\n")
+    with contextlib.suppress(OSError):  # a folder that cannot be written to only means no memory
+        replace_file(memory, json.dumps(rows, indent=1) + "\n")
     return found
 
 
@@ -66,23 +67,8 @@ def _tools(op: str) -> str:
     package = Path(__file__).resolve().parents[1]
     files = [package / "aot" / f"{name}.py" for name in ("compile", "resources", "cubin", "cached")]
     files += sorted((package / "cases").glob(f"{op}*.py"))
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
-    files = [package / "aot" / f"{name}.py" for name in ("compile", "resources", "cubin", "cached")]
-    files += sorted((package / "cases").glob(f"{op}*.py"))
     return " ".join(code_fingerprint(file.read_text(encoding="utf-8")) for file in files)
 
 
 def _named(row: dict[str, str], path: Path) -> str:
     return row["kernel"].replace(_NAME, path.stem)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all; a folder that cannot be written to only means no memory."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError:
-        pass

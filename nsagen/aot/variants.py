@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nsagen.codegen.build import Progress
+from nsagen.codegen.build import ResourceRows
 from nsagen.codegen.plan import Variant
 from nsagen.core.errors import BuildError
 from nsagen.core.releases import installed_release
 from nsagen.core.target import parse_target
 from nsagen.core.worker import map_in_workers
 from nsagen.core.workload import Workload
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what was done, how many are done, how many in all)."""
 
 COMPILE_LIMIT_S = 900.0
 """Seconds that a variant may take to compile for a target."""
@@ -25,7 +29,7 @@ def compile_variants(
     variants: tuple[Variant, ...],
     jobs: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, list[dict[str, Any]]]:
+) -> ResourceRows:
     """Compile every variant for each of its targets in worker processes, unless it is unchanged.
 
     Those that do not run with the installed Triton are left out.
@@ -39,7 +43,7 @@ def compile_variants(
     calls = [
         (kernels / f"{v.name}.py", v.workload, target, v.measured(target)) for v, target in work
     ]
-    resources: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
+    resources: ResourceRows = {variant.name: [] for variant in variants}
     problems: list[str] = []
     compiled = map_in_workers(_compile_one, calls, jobs or os.cpu_count() or 1, COMPILE_LIMIT_S)
     with closing(compiled) as found:

@@ -14,7 +14,8 @@ from nsagen.core.workload import Workload
 from nsagen.estimate.attention import keys_read
 from nsagen.model import InferenceConfig, NSACache, ToyNSALlama, ToyNSALlamaConfig
 from nsagen.model.rope import rope_tables
-from nsagen.runtime import Dispatcher, registry
+from nsagen.runtime import Dispatcher
+from nsagen.runtime import dispatcher as registry
 
 
 class NoLaunch:

@@ -21,7 +21,8 @@ from nsagen.cases.base import Cost, Sizes, harness_of
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.compressed_attention import compressed_attention_forward
 from nsagen.ops.layout import positions_in_sequence
-from nsagen.runtime import Dispatcher, registry
+from nsagen.runtime import Dispatcher
+from nsagen.runtime import dispatcher as registry
 
 SEQLENS = (4096, 8192, 16384, 32768, 65536, 131072)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 
-from nsagen import __version__
+from nsagen.core.version import __version__
 from nsagen.runtime.device import device_slug
 
 Row = Mapping[str, Any]

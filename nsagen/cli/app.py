@@ -11,17 +11,18 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nsagen import __version__
 from nsagen.cli import generate, plan, verbosity
 from nsagen.cli import tune as tuning
 from nsagen.cli.bench import app as bench_app
 from nsagen.cli.options import Json, OptionalSpecName, OutDir, SpecNames
 from nsagen.core.errors import InvalidInputError, NsagenError, SpecError
+from nsagen.core.version import __version__
 
 if TYPE_CHECKING:
     from nsagen.spec import Spec
@@ -131,14 +132,16 @@ def build(
     if check:
         _check(loaded, out, tuned, as_json)
         return
+    from nsagen.aot.variants import compile_variants
     from nsagen.cli.console import console, progress_bar
     from nsagen.codegen.build import build as build_package
 
     rows = []
     for spec in loaded:
         with progress_bar(spec.name) as progress:
+            compile_all = partial(compile_variants, jobs=jobs, progress=progress)
             result = build_package(
-                spec, out, tuned=tuned, compile_targets=compile_, jobs=jobs, progress=progress
+                spec, out, tuned=tuned, compile_all=compile_all if compile_ else None
             )
         row: dict[str, Any] = {
             "spec": spec.name,

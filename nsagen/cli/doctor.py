@@ -11,9 +11,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from nsagen import __version__
 from nsagen.core.errors import NsagenError
-from nsagen.runtime.user_cache import cache_dir, cache_folder
+from nsagen.core.paths import cache_dir
+from nsagen.core.version import __version__
+from nsagen.runtime.user_cache import cache_folder
 
 
 def examine(out_dir: Path) -> dict[str, Any]:

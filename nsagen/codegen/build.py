@@ -15,15 +15,17 @@ from nsagen.codegen.template import default_schedule, kernel_name, render
 from nsagen.codegen.tuned import tuned_choices
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import BuildError
-from nsagen.core.files import TEMPORARY, locked, replace_file
+from nsagen.core.files import TEMPORARY, locked, replace_file, sealed
 from nsagen.core.releases import installed_release
-from nsagen.core.seal import sealed
 from nsagen.core.target import parse_target
 from nsagen.core.workload import Workload
 from nsagen.spec import Spec
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what was done, how many are done, how many in all)."""
+ResourceRows = dict[str, list[dict[str, Any]]]
+"""Variant name -> one dict a kernel and target: what the kernel uses there."""
+
+Compile = Callable[[Path, tuple[Variant, ...]], ResourceRows]
+"""Compiles the variants whose files are in a folder."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class BuildResult:
         variants: the kernels, sorted by name.
         written: files that changed, relative to the folder.
         removed: files that no longer belong to the package.
-        resources: variant name -> one dict a kernel and target; empty unless compiled.
+        resources: of the kernels; empty unless compiled.
         notes: what a user must know, such as tuning records that a template change outdated.
     """
 
@@ -43,7 +45,7 @@ class BuildResult:
     variants: tuple[Variant, ...]
     written: tuple[str, ...]
     removed: tuple[str, ...]
-    resources: dict[str, list[dict[str, Any]]]
+    resources: ResourceRows
     notes: tuple[str, ...]
 
 
@@ -65,17 +67,17 @@ def build(
     out_dir: Path,
     *,
     tuned: Path | None = None,
-    compile_targets: bool = False,
-    jobs: int | None = None,
-    progress: Progress | None = None,
+    compile_all: Compile | None = None,
 ) -> BuildResult:
-    """Render `spec` into `out_dir/<name>`; with `compile_targets`, compile every variant too.
+    """Render `spec` into `out_dir/<name>`; with `compile_all`, compile every variant too.
 
     Files whose text is unchanged are not touched. A file is replaced in one step, kernels
     before the table that names them, so that a reader never imports half a package.
 
     Args:
         tuned: folder of tuning records; by default the spec's own.
+        compile_all: compiles the variants, such as `nsagen.aot.variants.compile_variants`; by
+            default nothing is compiled, and what an earlier build measured is kept.
 
     Raises:
         BuildError: a template fails, a compiled variant must not ship, or a file cannot be
@@ -90,10 +92,8 @@ def build(
         check_free(folder, files)
         resources = _kept_resources(folder, variants)
         written = [path for path in _write_order(files) if replace_file(folder / path, files[path])]
-        if compile_targets:
-            from nsagen.aot.variants import compile_variants
-
-            resources |= compile_variants(folder / "kernels", variants, jobs, progress)
+        if compile_all:
+            resources |= compile_all(folder / "kernels", variants)
         manifest = manifest_text(variants, plan.origin, files, resources)
         if replace_file(folder / MANIFEST, manifest):
             written.append(MANIFEST)
@@ -153,7 +153,7 @@ def _render(spec: Spec, folder: Path | None) -> _Plan:
     return _Plan(variants, origin, package_files(variants, origin), tuned.notes)
 
 
-def _kept_resources(folder: Path, variants: tuple[Variant, ...]) -> dict[str, list[dict[str, Any]]]:
+def _kept_resources(folder: Path, variants: tuple[Variant, ...]) -> ResourceRows:
     """What an earlier build measured for variants that are still the same (by name)."""
     manifest = read_manifest(folder)
     known = {} if manifest is None else manifest["variants"]

@@ -15,11 +15,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from nsagen import __version__
 from nsagen.codegen.plan import Variant
 from nsagen.codegen.template import environment, render
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import BuildError
+from nsagen.core.version import __version__
 from nsagen.core.workload import Workload
 
 _FORMAT = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import jinja2.sandbox
 from nsagen.codegen.fingerprint import source_fingerprint
 from nsagen.codegen.space import ScheduleSpace
 from nsagen.core.errors import BuildError, UnsupportedWorkloadError
+from nsagen.core.importing import import_file
 from nsagen.core.paths import templates_dir
 from nsagen.core.releases import Release
 from nsagen.core.target import Target
@@ -55,13 +55,7 @@ def spaces_of(op: str, pass_: str) -> tuple[ScheduleSpace, ...]:
 
 
 def _load_spaces(path: Path) -> tuple[ScheduleSpace, ...]:
-    name = f"nsagen_templates_{path.parent.name}_{path.stem}"
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    if module_spec is None or module_spec.loader is None:
-        raise BuildError(f"{path.name}: must be a Python file; it cannot be loaded")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module.SPACES
+    return import_file(path).SPACES
 
 
 def space_for(workload: Workload, algorithm: str | None = None) -> ScheduleSpace:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nsagen.codegen.plan import TunedChoice
+from nsagen.codegen.template import kernel_fingerprint, space_for
 from nsagen.core.bucket import Bucket
-from nsagen.core.target import parse_target
+from nsagen.core.errors import NsagenError
+from nsagen.core.target import Target, parse_target
 from nsagen.core.workload import Workload
 from nsagen.records.files import DeviceRecords, load_folder
-from nsagen.records.record import TuningRecord, outdated
+from nsagen.records.record import TuningRecord
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,23 @@ def tuned_choices(folder: Path, workloads: Sequence[Workload], targets: Sequence
     ]
     hashes = tuple((file.path.name, file.sha256) for file in files)
     return Tuned(tuple(choices), hashes, tuple(notes))
+
+
+def outdated(record: TuningRecord, target: Target) -> str:
+    """Why a record no longer holds; empty while it does.
+
+    It does while the winner's kernel renders to the code that was measured.
+    """
+    workload, schedule = record.workload, record.schedule
+    try:
+        space = space_for(workload, schedule.algorithm)
+        if wrong := space.violations(workload, schedule, target):
+            return f"its schedule is no longer valid: {wrong[0]}"
+        if kernel_fingerprint(workload, schedule) != record.fingerprint:
+            return "its template changed"
+    except NsagenError as error:
+        return str(error)
+    return ""
 
 
 def _preferred(records: list[tuple[str, TuningRecord]]) -> list[tuple[str, TuningRecord]]:

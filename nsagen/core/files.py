@@ -1,10 +1,11 @@
-"""Files that appear whole or not at all, and locks between processes."""
+"""Files that appear whole or not at all, seals that show a damaged one, and locks."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import importlib.util
 import logging
 import os
@@ -18,6 +19,7 @@ TEMPORARY = ".nsagen-*.tmp"
 """Pattern of the names of files that are being written; a process that is killed leaves one."""
 
 _log = logging.getLogger("nsagen.files")
+_MARK = "# sha256 of the lines above: "
 
 
 def replace_file(path: Path, text: str) -> bool:
@@ -98,3 +100,22 @@ def _open_lock(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except PermissionError:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def sealed(text: str) -> str:
+    """The text with a last line that holds its hash.
+
+    A kernel cut off between two lines is often valid Python that launches nothing. Packages have a
+    manifest against that; a file of the user cache stands alone and carries its own hash.
+    """
+    return f"{text}{_MARK}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file can be read and ends with the hash of what it holds."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    body, mark, _ = text.rpartition(_MARK)
+    return bool(mark) and text == sealed(body)

@@ -1,7 +1,8 @@
-"""Where the shipped templates and specs are: in a checkout, or inside the installed package."""
+"""Where nsagen finds its templates and specs, and where its user cache is."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -20,3 +21,15 @@ def templates_dir() -> Path:
 def specs_dir() -> Path:
     """The folder of the shipped specs."""
     return _find("specs")
+
+
+def cache_dir() -> Path:
+    """$NSAGEN_CACHE_DIR, or the platform's folder for caches of users."""
+    chosen = os.environ.get("NSAGEN_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser()
+    try:
+        from platformdirs import user_cache_path
+    except ImportError:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsagen"
+    return user_cache_path("nsagen")

@@ -18,34 +18,14 @@ from nsagen.model.configs import (
     InferenceConfig,
     ToyLlamaConfig,
     ToyNSALlamaConfig,
+    cache_shapes,
     check_inference_config,
 )
-from nsagen.model.layer_cache import KVLayerCache, NSALayerCache, layer_lengths
+from nsagen.model.layer_cache import KVLayerCache, NSALayerCache
 from nsagen.model.pages import PagePool
 from nsagen.model.prefill import Index
 
 Layer = TypeVar("Layer")
-
-
-def cache_shapes(config: ToyLlamaConfig, limits: InferenceConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors in a model's cache; the first dimension is the layer."""
-    layers, slots = config.num_hidden_layers, limits.max_batch_size
-    places, length = slots, limits.max_length
-    if limits.paged:
-        places, length = limits.total_pages, limits.page_size
-    heads, dim = config.num_key_value_heads, config.head_dim
-    if not isinstance(config, ToyNSALlamaConfig):
-        return dict.fromkeys(("k", "v"), (layers, places, length, heads, dim))
-    size, stride = config.kernel_size, config.kernel_stride
-    # One window at least, so that kernels never see an empty tensor. A page has the windows that
-    # begin in it.
-    windows = length // stride if limits.paged else max(1, (length - size) // stride + 1)
-    lengths = layer_lengths(config, length, windows)
-    dims = {name: config.value_dim if "v" in name else dim for name in lengths}
-    return {
-        name: (layers, slots if name.endswith("_raw") else places, entries, heads, dims[name])
-        for name, entries in lengths.items()
-    }
 
 
 class _Cache(Generic[Layer]):

@@ -6,8 +6,9 @@ Needs safetensors only, not Transformers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,109 +16,111 @@ from torch import Tensor, nn
 from nsagen.model.checkpoint_config import (
     config_dtype,
     config_json,
-    dense_config,
-    nsa_config,
     read_config,
 )
 from nsagen.model.checks import require
-from nsagen.model.configs import InferenceConfig
-from nsagen.model.initial import start_from_dense
+from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
 from nsagen.model.safetensors_files import (
     read_tensors,
     replace_json,
     tensor_names,
     write_tensors,
 )
-from nsagen.model.toy_llama import ToyLlama
-from nsagen.model.toy_nsa_llama import ToyNSALlama
+
+if TYPE_CHECKING:
+    from typing import Self
 
 _NEW = ("gate.", "compress_", "intra_block_pe", "k_proj_", "v_proj_")
 """How the names of the parameters begin that NSA adds to a layer's attention."""
 
-Model = TypeVar("Model", ToyLlama, ToyNSALlama)
 
+class Pretrained(nn.Module):
+    """A model that reads and writes Llama checkpoint folders, sharded or not."""
 
-def load(
-    kind: type[Model],
-    folder: str | Path,
-    inference_config: InferenceConfig | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    dispatcher: Any = None,
-    sparsity: Mapping[str, Any] | None = None,
-) -> Model:
-    """A model with a folder's weights, held once in memory while they load.
+    config: ToyLlamaConfig
+    model: Any
+    lm_head: nn.Linear
 
-    Args:
-        kind: ToyLlama or ToyNSALlama.
-        inference_config: limits of `generate`.
-        dtype: of the weights; by default what config.json says, else bfloat16.
-        dispatcher: generated kernels, for a ToyNSALlama.
-        sparsity: settings of a ToyNSALlama's attention that override the folder's, or for a
-            dense checkpoint the defaults.
+    @classmethod
+    def from_config(
+        cls,
+        raw: Mapping[str, Any],
+        folder: Path,
+        inference_config: InferenceConfig | None,
+        settings: Mapping[str, Any],
+    ) -> Self:
+        """A model of the structure that a folder's config.json describes, its weights not set.
 
-    Raises:
-        InvalidInputError: a file is missing or not what it should be; the text names it.
-    """
-    folder = Path(folder)
-    raw, stored = read_config(folder), tensor_names(folder)
-    with torch.device("meta"):
-        model = _bare(kind, raw, folder, inference_config, dispatcher, sparsity or {})
-    model.to(dtype or config_dtype(raw)).to_empty(device=device)
-    if raw.get("tie_word_embeddings", False) and "lm_head.weight" not in stored:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    from_dense = isinstance(model, ToyNSALlama) and not any(map(_is_new, stored))
-    optional = {name for name, _ in model.named_parameters() if from_dense and _is_new(name)}
-    _fill(model, folder, stored, optional)
-    if from_dense:
-        for layer in model.model.layers:
-            start_from_dense(layer.self_attn, model.config.initializer_range)
-    return model
+        Args:
+            raw: what config.json holds.
+            folder: where it is, for error texts.
+            settings: what `from_pretrained` was given beside its named arguments.
+        """
+        raise NotImplementedError
+
+    def start_from_dense(self) -> None:
+        """Set what a dense checkpoint has no weights for; a dense model lacks nothing."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | PathLike[str],
+        inference_config: InferenceConfig | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        **more: Any,
+    ) -> Self:
+        """A model with the weights of a Llama checkpoint folder, held once while they load.
+
+        Args:
+            folder: holds config.json and model.safetensors, or several files and their index.
+            inference_config: limits of `generate`.
+            dtype: of the weights; by default what config.json says, else bfloat16.
+            device: where to put them.
+            more: a ToyNSALlama also takes `dispatcher` and any setting of its attention, such as
+                `topk`; from a dense checkpoint its new parameters start as
+                `nsagen.model.initial` says.
+
+        Raises:
+            InvalidInputError: a file is missing or does not fit; the text names it.
+        """
+        folder = Path(folder)
+        raw, stored = read_config(folder), tensor_names(folder)
+        with torch.device("meta"):
+            model = cls.from_config(raw, folder, inference_config, more)
+        model.to(dtype or config_dtype(raw)).to_empty(device=device)
+        if raw.get("tie_word_embeddings", False) and "lm_head.weight" not in stored:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        from_dense = not any(map(_is_new, stored))
+        optional = {name for name, _ in model.named_parameters() if from_dense and _is_new(name)}
+        _fill(model, folder, stored, optional)
+        if from_dense:
+            model.start_from_dense()
+        return model
+
+    def save_pretrained(
+        self, folder: str | PathLike[str], max_shard_bytes: int = 5 * 10**9
+    ) -> None:
+        """Write config.json and the weights into a folder, which is made if need be.
+
+        Args:
+            folder: a ToyLlama's can be read by Transformers as a LlamaForCausalLM.
+            max_shard_bytes: largest file; more weights go to several files and an index.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = dict(self.state_dict())
+        tied = self.lm_head.weight is self.model.embed_tokens.weight
+        if tied:
+            del tensors["lm_head.weight"]
+        write_tensors(folder, tensors, max_shard_bytes)
+        content = config_json(self.config, tied, self.lm_head.weight.dtype)
+        replace_json(folder / "config.json", content)
 
 
 def _is_new(name: str) -> bool:
     return name.rpartition("self_attn.")[2].startswith(_NEW) and "self_attn." in name
-
-
-def _bare(
-    kind: type[Model],
-    raw: Mapping[str, Any],
-    folder: Path,
-    inference_config: InferenceConfig | None,
-    dispatcher: Any,
-    sparsity: Mapping[str, Any],
-) -> Model:
-    """A model of the folder's structure, its weights not set."""
-    if issubclass(kind, ToyNSALlama):
-        return kind(nsa_config(raw, folder, sparsity), inference_config, dispatcher)
-    given = [*sparsity, *(["dispatcher"] if dispatcher is not None else [])]
-    require(
-        not given,
-        "ToyLlama.from_pretrained",
-        "dense attention has no settings",
-        ", ".join(given),
-        "take them out, or load a ToyNSALlama",
-    )
-    return kind(dense_config(raw, folder), inference_config)
-
-
-def save(
-    model: ToyLlama | ToyNSALlama, folder: str | Path, max_shard_bytes: int = 5 * 10**9
-) -> None:
-    """Write config.json and the weights, in several files if they pass `max_shard_bytes`.
-
-    A `ToyLlama`'s folder is one that Transformers reads as a `LlamaForCausalLM`.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = dict(model.state_dict())
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    if tied:
-        del tensors["lm_head.weight"]
-    write_tensors(folder, tensors, max_shard_bytes)
-    content = config_json(model.config, tied, model.lm_head.weight.dtype)
-    replace_json(folder / "config.json", content)
 
 
 def _fill(model: nn.Module, folder: Path, stored: Mapping[str, Path], optional: set[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nsagen.model.checks import require, require_head_dim, require_integers, require_numbers
+from nsagen.model.layer_cache import layer_lengths
 from nsagen.model.rope import RopeConfig, llama3_scaling
 from nsagen.model.sparsity import Sparsity
 
@@ -157,11 +158,30 @@ class InferenceConfig:
         the sliding branch's own keys and values. A paged cache counts total_pages * page_size
         tokens instead, and 4 bytes for each page that a slot may name.
         """
-        from nsagen.model.cache import cache_shapes
-
         elements = sum(torch.Size(shape).numel() for shape in cache_shapes(config, self).values())
         table = 4 * self.max_batch_size * self.pages_per_slot if self.paged else 0
         return elements * dtype.itemsize + table
+
+
+def cache_shapes(config: ToyLlamaConfig, limits: InferenceConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors in a model's cache; the first dimension is the layer."""
+    layers, slots = config.num_hidden_layers, limits.max_batch_size
+    places, length = slots, limits.max_length
+    if limits.paged:
+        places, length = limits.total_pages, limits.page_size
+    heads, dim = config.num_key_value_heads, config.head_dim
+    if not isinstance(config, ToyNSALlamaConfig):
+        return dict.fromkeys(("k", "v"), (layers, places, length, heads, dim))
+    size, stride = config.kernel_size, config.kernel_stride
+    # One window at least, so that kernels never see an empty tensor. A page has the windows that
+    # begin in it.
+    windows = length // stride if limits.paged else max(1, (length - size) // stride + 1)
+    lengths = layer_lengths(config, length, windows)
+    dims = {name: config.value_dim if "v" in name else dim for name in lengths}
+    return {
+        name: (layers, slots if name.endswith("_raw") else places, entries, heads, dims[name])
+        for name, entries in lengths.items()
+    }
 
 
 def check_inference_config(config: ToyLlamaConfig, limits: InferenceConfig | None) -> None:

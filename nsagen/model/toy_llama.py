@@ -5,22 +5,28 @@ Weights have the names of Transformers' Llama.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from nsagen.model.cache import KVCache, KVLayerCache
+from nsagen.model.checkpoint_config import dense_config
+from nsagen.model.checkpoints import Pretrained
+from nsagen.model.checks import require
 from nsagen.model.configs import InferenceConfig, ToyLlamaConfig, check_inference_config
 from nsagen.model.generation import Generation
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.logits import logits_of
 from nsagen.model.packing import Packed, check_packed, host_lengths
 from nsagen.model.prefill import PrefillRows
-from nsagen.model.pretrained import Pretrained
 from nsagen.model.rope import RotaryEmbedding
 from nsagen.model.self_attention import SelfAttention
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class ToyLlamaLayer(nn.Module):
@@ -123,6 +129,24 @@ class ToyLlama(Pretrained, Generation[KVCache]):
         self.lm_head = linear(
             config.hidden_size, config.vocab_size, config.initializer_range, generator
         )
+
+    @classmethod
+    def from_config(
+        cls,
+        raw: Mapping[str, Any],
+        folder: Path,
+        inference_config: InferenceConfig | None,
+        settings: Mapping[str, Any],
+    ) -> Self:
+        given = [name for name, value in settings.items() if (name, value) != ("dispatcher", None)]
+        require(
+            not given,
+            "ToyLlama.from_pretrained",
+            "dense attention has no settings",
+            ", ".join(given),
+            "take them out, or load a ToyNSALlama",
+        )
+        return cls(dense_config(raw, folder), inference_config)
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Logits of every token of a packed batch.

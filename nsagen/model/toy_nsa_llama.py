@@ -5,22 +5,28 @@ Weights have the names of Transformers' Llama.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from nsagen.model.cache import NSACache, NSALayerCache
+from nsagen.model.checkpoint_config import nsa_config
+from nsagen.model.checkpoints import Pretrained
 from nsagen.model.configs import InferenceConfig, ToyNSALlamaConfig, check_inference_config
 from nsagen.model.generation import Generation
+from nsagen.model.initial import start_from_dense
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.logits import logits_of
 from nsagen.model.nsa import NativeSparseAttention
 from nsagen.model.packing import Packed, check_packed
 from nsagen.model.prefill import PrefillRows
-from nsagen.model.pretrained import Pretrained
 from nsagen.model.rope import RotaryEmbedding
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class ToyNSALlamaLayer(nn.Module):
@@ -136,6 +142,22 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
         self.lm_head = linear(
             config.hidden_size, config.vocab_size, config.initializer_range, generator
         )
+
+    @classmethod
+    def from_config(
+        cls,
+        raw: Mapping[str, Any],
+        folder: Path,
+        inference_config: InferenceConfig | None,
+        settings: Mapping[str, Any],
+    ) -> Self:
+        attention = dict(settings)
+        dispatcher = attention.pop("dispatcher", None)
+        return cls(nsa_config(raw, folder, attention), inference_config, dispatcher)
+
+    def start_from_dense(self) -> None:
+        for layer in self.model.layers:
+            start_from_dense(layer.self_attn, self.config.initializer_range)
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Logits of every token of a packed batch.

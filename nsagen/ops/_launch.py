@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
 from nsagen.core.workload import DTYPES, Param, Workload, parameter_names
-from nsagen.runtime import Dispatcher, registry
+from nsagen.runtime import Dispatcher
+from nsagen.runtime import dispatcher as registry
 from nsagen.runtime.device import interpreting
 from nsagen.runtime.dispatcher import Launch
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nsagen.codegen.template import kernel_fingerprint, space_for
 from nsagen.core.bucket import Bucket
-from nsagen.core.errors import NsagenError
-from nsagen.core.target import Target
 from nsagen.core.workload import Schedule, Workload
 
 Objective = Literal["time", "static"]
@@ -29,7 +26,7 @@ class TuningRecord:
     Attributes:
         objective: "time": measured; "static": ranked by compile-time resources, never run.
         sizes: that were timed, as text.
-        fingerprint: of the winner's kernel; see `nsagen.codegen.fingerprint`.
+        fingerprint: of the winner's kernel; see `kernel_fingerprint`.
         ms: time in milliseconds, or cost without a unit.
         spread: (slowest - fastest round) / median of the winner, in the final comparison.
         default: the architecture's default, timed beside the winner; None if it cannot run.
@@ -77,20 +74,3 @@ class TuningRecord:
         if self.default is not None and self.default.schedule == self.schedule:
             beside = "the default, confirmed"
         return f"tuned on {device}: {self.ms:.4g} ms at {self.sizes}; {beside}"
-
-
-def outdated(record: TuningRecord, target: Target) -> str:
-    """Why a record no longer holds; empty while it does.
-
-    It does while the winner's kernel renders to the code that was measured.
-    """
-    workload, schedule = record.workload, record.schedule
-    try:
-        space = space_for(workload, schedule.algorithm)
-        if wrong := space.violations(workload, schedule, target):
-            return f"its schedule is no longer valid: {wrong[0]}"
-        if kernel_fingerprint(workload, schedule) != record.fingerprint:
-            return "its template changed"
-    except NsagenError as error:
-        return str(error)
-    return ""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from importlib import resources
 
-from nsagen import __version__
+from nsagen.core.version import __version__
 
 ALGORITHM_HUES = (
     *("#2f6db5", "#c96a12", "#23835f", "#8a5bb5", "#b0455c", "#6b7a1f"),

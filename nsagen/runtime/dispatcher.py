@@ -1,7 +1,12 @@
-"""The dispatcher: maps a call to the kernel that serves it, and builds what is missing."""
+"""The dispatcher: maps a call to the kernel that serves it, and builds what is missing.
+
+A custom op carries a dispatcher as text, its key, which `lookup` resolves. The registry of keys
+only grows: a compiled graph may hold a key for as long as the process lives.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,12 +17,16 @@ from nsagen.core.errors import BuildError, InvalidInputError, UnsupportedWorkloa
 from nsagen.core.importing import LOCK
 from nsagen.core.releases import Releases, installed_release
 from nsagen.core.workload import Workload
-from nsagen.runtime import registry
 from nsagen.runtime.device import INTERPRETED_TARGET, interpreting, target_of
 from nsagen.runtime.missing import unsupported
 
 if TYPE_CHECKING:
     import torch
+
+DEFAULT = ""
+"""The key of the default dispatcher: an empty table that builds whatever a call needs."""
+
+_dispatchers: dict[str, Dispatcher] = {}
 
 Launch = Callable[..., None]
 OnMissing = Literal["build", "error"]
@@ -50,7 +59,7 @@ class Dispatcher:
             schedule and logs one line; "error" raises `UnsupportedWorkloadError`.
 
     Attributes:
-        key: what custom ops carry in place of the object; see `nsagen.runtime.registry`.
+        key: what custom ops carry in place of the object; see `lookup`.
     """
 
     def __init__(
@@ -72,7 +81,7 @@ class Dispatcher:
         self._triton = triton or {}
         self._choices: dict[tuple[Workload, torch.device], list[_Choice]] = {}
         self._other: Dispatcher | None = None
-        self.key = registry.register(self, name if on_missing == "build" else f"{name}:error")
+        self.key = register(self, name if on_missing == "build" else f"{name}:error")
 
     def launcher(
         self,
@@ -200,3 +209,48 @@ class Dispatcher:
 
         path = cached_variant(workload, target, self.name)
         return _Choice(Bucket(), lambda: load_kernel(path).launch)
+
+
+def register(dispatcher: Dispatcher, key: str) -> str:
+    """Keep a dispatcher under `key`, or under `key#2`, `key#3`, ... when that is taken.
+
+    The key of a process's first dispatcher of a name is the name alone, and so the same in
+    every process: exported graphs rely on it.
+    """
+    with LOCK:
+        free, number = key, 1
+        while free in _dispatchers or free == DEFAULT:
+            number += 1
+            free = f"{key}#{number}"
+        _dispatchers[free] = dispatcher
+        return free
+
+
+def lookup(key: str) -> Dispatcher:
+    """The dispatcher that is registered under `key`.
+
+    Raises:
+        InvalidInputError: no dispatcher has that key in this process.
+    """
+    found = _dispatchers.get(key)
+    if found is not None:
+        return found
+    if key == DEFAULT:
+        return default_dispatcher()
+    name = key.partition("#")[0].partition(":")[0]
+    raise InvalidInputError(
+        f"dispatcher: must be registered in this process; got {key!r}; "
+        f"known: {', '.join(filter(None, _dispatchers)) or 'none'}; "
+        f'call nsagen.load("{name}") first'
+    )
+
+
+def default_dispatcher() -> Dispatcher:
+    """The dispatcher of calls that name none."""
+    with LOCK:
+        return _default()
+
+
+@functools.cache
+def _default() -> Dispatcher:
+    return Dispatcher(name="default", package="", table={})

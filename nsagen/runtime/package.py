@@ -10,6 +10,7 @@ from types import ModuleType
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.importing import import_once
+from nsagen.core.paths import cache_dir
 from nsagen.runtime.dispatcher import Dispatcher, OnMissing
 
 _PREFIX = "_nsagen_generated_"
@@ -62,8 +63,6 @@ def _package(name: str) -> ModuleType:
         if found is not None and not _is_of(module, found):
             return import_folder(found)
         return module
-    from nsagen.runtime.user_cache import cache_dir
-
     folders = (Path.cwd() / "generated" / name, cache_dir() / "generated" / name)
     for folder in folders:
         if (folder / "__init__.py").is_file():

@@ -12,36 +12,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import os
 import re
 import time
 from pathlib import Path
 from types import ModuleType
 
-from nsagen import __version__
 from nsagen.core.errors import NsagenError, UnsupportedWorkloadError
+from nsagen.core.files import is_whole
 from nsagen.core.importing import LOCK, import_once
-from nsagen.core.paths import templates_dir
+from nsagen.core.paths import cache_dir, templates_dir
 from nsagen.core.releases import installed_release
-from nsagen.core.seal import is_whole
+from nsagen.core.version import __version__
 from nsagen.core.workload import DTYPES, Workload
 from nsagen.runtime.missing import unsupported
 
 _CODEGEN = Path(__file__).parents[1] / "codegen"
 
 _log = logging.getLogger("nsagen.runtime")
-
-
-def cache_dir() -> Path:
-    """$NSAGEN_CACHE_DIR, or the platform's folder for caches of users."""
-    chosen = os.environ.get("NSAGEN_CACHE_DIR")
-    if chosen:
-        return Path(chosen).expanduser()
-    try:
-        from platformdirs import user_cache_path
-    except ImportError:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsagen"
-    return user_cache_path("nsagen")
 
 
 def cache_folder() -> Path:

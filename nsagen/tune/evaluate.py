@@ -16,9 +16,8 @@ from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.compiler import CompilePool
 from nsagen.tune.cost import static_cost
 from nsagen.tune.encoding import valid_schedules
-from nsagen.tune.outcome import Outcome
+from nsagen.tune.outcome import Outcome, Timing
 from nsagen.tune.task import Task
-from nsagen.tune.timing import Timing
 
 OPEN_LIMIT_S = 180.0
 MEASURE_LIMIT_S = 20.0

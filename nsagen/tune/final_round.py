@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from nsagen import __version__
+from nsagen.core.version import __version__
 from nsagen.core.workload import Schedule
 from nsagen.records.record import Objective, Timed, TuningRecord
 from nsagen.tune.evaluate import Evaluator, Final

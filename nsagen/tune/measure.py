@@ -23,8 +23,8 @@ from nsagen.cases.base import THRESHOLDS, Case, Sizes, harness_of, relative_erro
 from nsagen.cases.verify import sizes_for
 from nsagen.core.importing import import_file
 from nsagen.runtime.device import device_slug, target_of
+from nsagen.tune.outcome import Timing, WrongOutputError
 from nsagen.tune.task import Task
-from nsagen.tune.timing import Timing, WrongOutputError
 
 FLUSH_BYTES = 256 << 20
 """Written between timed runs: several times the largest L2 cache."""

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import optuna
 
 from nsagen.core.errors import InvalidInputError, TuneError
+from nsagen.core.paths import cache_dir
 from nsagen.core.target import parse_target
 from nsagen.core.worker import Worker, compile_workers
 from nsagen.core.workload import Schedule
 from nsagen.records.files import load_records, save_records
 from nsagen.records.record import TuningRecord
 from nsagen.runtime.device import slug
-from nsagen.runtime.user_cache import cache_dir
 from nsagen.spec import Spec
 from nsagen.tune import recording
 from nsagen.tune.compiler import CompilePool

@@ -5,9 +5,9 @@ import pytest
 from nsagen.aot import compile as compiling
 from nsagen.aot.cached import compile_key, compiled_resources
 from nsagen.aot.resources import Resources
+from nsagen.core.paths import cache_dir
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Workload
-from nsagen.runtime.user_cache import cache_dir
 
 WORKLOAD = Workload.of("rope", "forward", dtype="float16", head_dim=64)
 SM80, SM90 = KNOWN_TARGETS["cuda:80"], KNOWN_TARGETS["cuda:90"]

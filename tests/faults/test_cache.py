@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsagen.core.seal import is_whole, sealed
+from nsagen.core.files import is_whole, sealed
 from nsagen.core.workload import Workload
 from nsagen.runtime import Dispatcher
 from nsagen.runtime import user_cache as cache

@@ -20,8 +20,8 @@ from nsagen.core.workload import Schedule, Workload
 from nsagen.tune import measure
 from nsagen.tune.encoding import valid_schedules
 from nsagen.tune.measure import KEPT, GpuMeasurer
+from nsagen.tune.outcome import WrongOutputError
 from nsagen.tune.task import Task
-from nsagen.tune.timing import WrongOutputError
 from tests.support import kernel_device
 
 WORKLOAD = Workload.of("gated_sum", "forward", dtype="float32", v_head_dim=16)

@@ -11,7 +11,8 @@ import torch
 from nsagen.core.workload import Workload
 from nsagen.model import InferenceConfig, ToyNSALlama, ToyNSALlamaConfig
 from nsagen.model.sparsity import settings_of
-from nsagen.runtime import Dispatcher, registry
+from nsagen.runtime import Dispatcher
+from nsagen.runtime import dispatcher as registry
 from nsagen.spec import AttentionShape, load_spec
 from tests.model.forms import FORMS
 from tests.model.tiny import nsa_config, packed_batch

@@ -9,12 +9,12 @@ import pytest
 
 from nsagen.codegen.build import build, check
 from nsagen.codegen.template import default_schedule, kernel_fingerprint
-from nsagen.codegen.tuned import tuned_choices
+from nsagen.codegen.tuned import outdated, tuned_choices
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import SpecError
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.records.files import load_records, records_text, save_records
-from nsagen.records.record import TuningRecord, outdated
+from nsagen.records.record import TuningRecord
 from nsagen.spec import load_spec
 from nsagen.tune.search import Budget
 from tests.tune.conftest import World, one_op, world

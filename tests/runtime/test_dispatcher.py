@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
-from nsagen.runtime import Bucket, Dispatcher, Releases, registry
+from nsagen.runtime import Bucket, Dispatcher, Releases
+from nsagen.runtime.dispatcher import default_dispatcher, lookup
 
 from .conftest import selected
 
@@ -123,15 +124,15 @@ def test_keys_find_dispatchers_again(kernels: str) -> None:
     first, second = (Dispatcher(f"keys_{kernels}", kernels, {}) for _ in range(2))
     assert first.key == f"keys_{kernels}"
     assert second.key == f"keys_{kernels}#2"
-    assert registry.lookup(first.key) is first
-    assert registry.lookup(second.key) is second
+    assert lookup(first.key) is first
+    assert lookup(second.key) is second
     strict = first.with_on_missing("error")
     assert strict.key == f"keys_{kernels}:error"
     assert first.with_on_missing("error") is strict
     assert strict.with_on_missing("build") is first
-    assert registry.lookup("") is registry.lookup("") is registry.default_dispatcher()
+    assert lookup("") is lookup("") is default_dispatcher()
     with pytest.raises(InvalidInputError, match=r'nsagen\.load\("nothing"\)'):
-        registry.lookup("nothing:error#2")
+        lookup("nothing:error#2")
 
 
 def test_a_lookup_takes_microseconds(dispatcher: Dispatcher) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from nsagen import __version__
 from nsagen.core.errors import BuildError, UnsupportedWorkloadError
-from nsagen.core.seal import sealed
+from nsagen.core.files import sealed
 from nsagen.core.workload import Workload
 from nsagen.runtime import Dispatcher
 from nsagen.runtime import user_cache as cache

@@ -21,8 +21,8 @@ from nsagen.codegen.template import render
 from nsagen.core.files import replace_file
 from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.compiler import Compiled
+from nsagen.tune.outcome import Timing, WrongOutputError
 from nsagen.tune.task import Task
-from nsagen.tune.timing import Timing, WrongOutputError
 
 FACTS = {
     "device": "nvidia-h200",
