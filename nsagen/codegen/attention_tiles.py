@@ -19,7 +19,11 @@ ROW_TILES_KNOBS = (
     PowerOfTwo("block_n", 16, 128, "keys a step: fewer steps against waste in masked ones"),
     Choice("num_warps", (1, 2, 4, 8), "threads a tile against programs a multiprocessor"),
     Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
-    Choice("loads", ("pointers", "descriptors"), "bulk copies against a second loop at the end"),
+    Choice(
+        "loads",
+        ("pointers", "descriptors"),
+        '"descriptors" copy in bulk with few registers, and need a second loop at the end',
+    ),
 )
 
 TWO_PASSES_KNOBS = (
@@ -41,15 +45,14 @@ def padded_sizes(workload: Workload) -> tuple[int, int]:
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """Head sizes padded to powers of two, and how exact tl.dot and the softmax have to be."""
+    """Head sizes padded to powers of two, and how exact the softmax has to be."""
     return {**padded_heads(workload), "raw_peak": raw_peak(workload)}
 
 
 def derive_two_passes(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """What `derive` gives, and where in a token's heads a step of rows begins."""
+    """What `derive` gives, and whether a step of rows begins with a token's first head."""
     aligned = int(schedule.row_step) % int(workload.gqa_ratio) == 0
-    step_offset = "0" if aligned else "start - start // GROUP * GROUP"
-    return {**derive(workload, schedule), "step_offset": step_offset}
+    return {**derive(workload, schedule), "whole_tokens": aligned}
 
 
 def row_tiles_memory(workload: Workload, schedule: Schedule) -> int:

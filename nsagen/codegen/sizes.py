@@ -16,11 +16,6 @@ def element_bytes(workload: Workload) -> int:
     return 4 if workload.dtype == "float32" else 2
 
 
-def dot_precision(workload: Workload) -> str:
-    """The last argument of tl.dot: float32 products without the rounding to TF32."""
-    return ', input_precision="ieee"' if workload.dtype == "float32" else ""
-
-
 def raw_peak(workload: Workload) -> bool:
     """Whether a softmax keeps its peak before the scale: p = exp2((s - peak) scale).
 
@@ -33,7 +28,7 @@ def raw_peak(workload: Workload) -> bool:
 
 
 def padded_heads(workload: Workload) -> dict[str, Any]:
-    """Head sizes padded to powers of two, and how exact tl.dot has to be."""
+    """Head sizes padded to powers of two."""
     dim, v_dim = int(workload.head_dim), int(workload.v_head_dim)
     block_d, block_dv = next_power_of_2(dim), next_power_of_2(v_dim)
     return {
@@ -41,5 +36,4 @@ def padded_heads(workload: Workload) -> dict[str, Any]:
         "block_dv": block_dv,
         "pad_d": block_d != dim,
         "pad_dv": block_dv != v_dim,
-        "dot_precision": dot_precision(workload),
     }

@@ -39,10 +39,9 @@ def runs_on(target: Target) -> bool:
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """The tokens of a tile, what Gluon calls the dtype, and how exact the softmax has to be."""
+    """The tokens of a tile, and how exact the softmax has to be."""
     return {
         "tile_tokens": TILE_ROWS // int(workload.gqa_ratio),
-        "element": f"gl.{workload.dtype}",
         "raw_peak": raw_peak(workload),
     }
 

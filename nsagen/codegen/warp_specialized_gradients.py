@@ -34,14 +34,13 @@ def supports_gradients(workload: Workload) -> bool:
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """The tokens of tiles and steps, and what Gluon calls the dtype."""
+    """The tokens of tiles and steps."""
     group = int(workload.gqa_ratio)
     step = int(schedule.row_step)
     return {
         "tile_tokens": TILE_ROWS // group,
         "step_tokens": step // group,
         "least_chunk": max(1, LEAST_STEPS * step // group),
-        "element": f"gl.{workload.dtype}",
         "raw_peak": raw_peak(workload),
     }
 

@@ -95,6 +95,26 @@ OPTIONAL_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
 where it is compress_type, `mlp_hidden` where no type is mlp, `v_with_pe` where it is false, and
 `branch_kv` where it is "shared"."""
 
+PARAMETERS = {
+    "head_dim": "D: elements of a query and a key",
+    "v_head_dim": "Dv: elements of a value and an output",
+    "gqa_ratio": "G: query heads of a key/value head",
+    "kernel_size": "l: tokens of a window",
+    "kernel_stride": "s: tokens between the starts of two windows",
+    "block_size": "B: tokens of a block",
+    "topk": "blocks that a token selects, forced ones included",
+    "init_blocks": "forced blocks at the start of a sequence",
+    "local_blocks": "forced blocks up to the token's own",
+    "window_size": "W: tokens that a token sees, itself included",
+    "compress_type": "how a window becomes one key and one value",
+    "v_compress_type": "how a window becomes one value, where that differs",
+    "with_pe": "whether a window's keys have a position embedding",
+    "v_with_pe": "whether a window's values have one",
+    "mlp_hidden": "hidden elements of the MLP that compresses",
+    "branch_kv": "whether all branches read the same keys and values, or each its own",
+}
+"""What each static parameter means, and its symbol in formulas."""
+
 _SHORT = {
     "head_dim": "d",
     "v_head_dim": "dv",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.sizes import dot_precision, element_bytes
+from nsagen.codegen.sizes import element_bytes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import KNOWN_TARGETS, Target
 from nsagen.workload import Param, Schedule, Workload
@@ -52,8 +52,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "width": width,
         "spill": spill,
         "kept_rows": next_power_of_2(-(-int(workload.topk) // 32)),
-        "beyonds": "tl.static_range" if spill <= 3 else "range",
-        "dot_precision": dot_precision(workload),
+        "unroll_planes": spill <= 3,
     }
 
 

@@ -29,7 +29,6 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     width = int(workload.kernel_size) // int(workload.kernel_stride)
     return {
         "tile_tokens": COLUMNS // int(workload.gqa_ratio),
-        "element": f"gl.{workload.dtype}",
         "step": step(workload),
         "overlap": int(workload.gqa_ratio) >= 16,
         "width": width,

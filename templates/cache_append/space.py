@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.sizes import dot_precision, element_bytes
+from nsagen.codegen.sizes import element_bytes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.codegen.windows import PRODUCTS
@@ -62,7 +62,6 @@ def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         **tiles,
         "block_d": next_power_of_2(int(workload.head_dim)),
         "block_h": max(16, min(128, next_power_of_2(int(workload.mlp_hidden or 1)))),
-        "dot_precision": dot_precision(workload),
     }
 
 

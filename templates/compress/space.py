@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.sizes import dot_precision, element_bytes
+from nsagen.codegen.sizes import element_bytes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.codegen.windows import PRODUCTS, out_dim
@@ -150,7 +150,6 @@ def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "column_tiles": -(-columns // block_n),
         "pad_k": dim % block_k != 0,
         "pad_n": columns % block_n != 0,
-        "dot_precision": dot_precision(workload),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.sizes import dot_precision, element_bytes
+from nsagen.codegen.sizes import element_bytes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.target import Target
 from nsagen.codegen.windows import PRODUCTS, out_dim
@@ -124,7 +124,6 @@ def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "pad_n": padded("block_n"),
         "pad_rows": padded("block_rows"),
         "pad_cols": padded("block_cols"),
-        "dot_precision": dot_precision(workload),
     }
 
 

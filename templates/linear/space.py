@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.sizes import dot_precision, element_bytes
+from nsagen.codegen.sizes import element_bytes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace
 from nsagen.codegen.target import Target
 from nsagen.workload import Param, Schedule, Workload
@@ -12,9 +12,7 @@ from nsagen.workload import Param, Schedule, Workload
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """How exact tl.dot has to be."""
-    return {
-        "dot_precision": dot_precision(workload),
-    }
+    return {}
 
 
 def shared_memory(workload: Workload, schedule: Schedule) -> int:

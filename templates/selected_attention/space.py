@@ -33,10 +33,6 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "pad_g": block_g != group,
         "steps_per_block": -(-int(workload.block_size) // block_n),
         "key_axis": 1 if rows else 0,
-        "by_key": "[None, :]" if rows else "[:, None]",
-        "by_head": "[:, None]" if rows else "[None, :]",
-        "score_shape": "[BLOCK_G, BLOCK_N]" if rows else "[BLOCK_N, BLOCK_G]",
-        "acc_shape": "[BLOCK_G, BLOCK_DV]" if rows else "[BLOCK_DV, BLOCK_G]",
     }
 
 
@@ -203,7 +199,11 @@ SPACES = (
         pass_="forward",
         algorithm="query_major",
         knobs=(
-            Choice("orientation", ("rows", "columns"), "mma.sync on few rows against wgmma"),
+            Choice(
+                "orientation",
+                ("rows", "columns"),
+                '"rows" suit mma.sync, "columns" wgmma',
+            ),
             *STEP_KNOBS,
         ),
         rules=(Rule("steps of block_n tile block_size", tiles_block),),

@@ -62,16 +62,12 @@ def derive_two_pass(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Sizes of both passes, and which axis of the first one's scores is which."""
     group = int(workload.gqa_ratio)
     block_g = max(LEAST_TILE, next_power_of_2(group))
-    rows = schedule.orientation == "rows"
     return {
         **derive_keys(workload, schedule),
         "dq_partials": False,
         "block_g": block_g,
         "pad_g": block_g != group,
         "steps_per_block": -(-int(workload.block_size) // int(schedule.block_n)),
-        "by_key": "[None, :]" if rows else "[:, None]",
-        "by_head": "[:, None]" if rows else "[None, :]",
-        "acc_shape": "[BLOCK_G, BLOCK_D]" if rows else "[BLOCK_D, BLOCK_G]",
     }
 
 
@@ -258,11 +254,10 @@ def supports_pipeline(workload: Workload) -> bool:
 
 
 def derive_pipeline(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """The rows of a step, which are whole groups, and what Gluon calls the dtype."""
+    """The rows of a step, which are whole groups."""
     return {
         "row_step": PIPELINE_ROWS,
         "step_tokens": PIPELINE_ROWS // int(workload.gqa_ratio),
-        "element": f"gl.{workload.dtype}",
         "raw_peak": raw_peak(workload),
     }
 
@@ -280,7 +275,11 @@ def default_pipeline(workload: Workload, target: Target) -> dict[str, Param]:
 
 
 KEY_KNOBS = (
-    Choice("key_orientation", ("keys", "queries"), "scores kept in registers against more warps"),
+    Choice(
+        "key_orientation",
+        ("keys", "queries"),
+        'rows of the scores: "keys" keep them in registers, "queries" let more warps share',
+    ),
     PowerOfTwo("block_m", 16, 512, "rows a step: reuse of the block's keys against registers"),
     Choice("key_warps", (4, 8), "threads for the same key block"),
     Choice("key_stages", (1, 2, 3), "steps of queries that are loading, against shared memory"),
@@ -304,7 +303,11 @@ SPACES = (
         pass_="backward",
         algorithm="two_pass",
         knobs=(
-            Choice("orientation", ("rows", "columns"), "mma.sync on few rows against wgmma"),
+            Choice(
+                "orientation",
+                ("rows", "columns"),
+                '"rows" suit mma.sync, "columns" wgmma',
+            ),
             PowerOfTwo("block_n", 16, 256, "keys a step: fewer steps against programs at a time"),
             Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
             Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
