@@ -23,6 +23,7 @@ def quicken(patch: pytest.MonkeyPatch) -> None:
     """Make the interpreter of this process quicker, until the patch is undone."""
     _replace_language_once_a_launch(patch)
     _remember_types(patch)
+    _skip_conversions_to_what_is_there(patch)
     _skip_unreported_overflow_checks(patch)
 
 
@@ -54,11 +55,12 @@ def _replace_language_once_a_launch(patch: pytest.MonkeyPatch) -> None:
 def _remember_types(patch: pytest.MonkeyPatch) -> None:
     """Types are values: those of one shape and one type of elements are all alike."""
     make_block_type, dtype_in_numpy = tl.block_type.__init__, interpreter._get_np_dtype
-    broadcast = TritonSemantic.broadcast_impl_value
+    computation_type = TritonSemantic.computation_type_impl
     shapes: dict[tuple[int, ...], Any] = {}
     block_types: dict[Any, dict[str, Any]] = {}
     parts: dict[tuple[int, ...], tuple[Any, Any]] = {}
     in_numpy: dict[str, Any] = {}
+    computation_types: dict[Any, Any] = {}
 
     def init_block_type(self: Any, element_ty: Any, shape: Any) -> None:
         sizes = tuple([n.value if type(n) is tl.constexpr else n for n in shape])
@@ -85,16 +87,61 @@ def _remember_types(patch: pytest.MonkeyPatch) -> None:
             known = in_numpy[dtype.name] = dtype_in_numpy(dtype)
         return known
 
-    def broadcast_values(self: Any, lhs: Any, rhs: Any) -> Any:
-        one, other = lhs.type, rhs.type
-        if one.is_block() and other.is_block() and one.shape is other.shape:
-            return lhs, rhs
-        return broadcast(self, lhs, rhs)
+    def computation_type_of(
+        self: Any, a_ty: Any, a_is_scalar: bool, b_ty: Any, b_is_scalar: bool, div_or_mod: bool
+    ) -> Any:
+        key = (a_ty.name, a_is_scalar, b_ty.name, b_is_scalar, div_or_mod)
+        known = computation_types.get(key)
+        if known is None:
+            known = computation_types[key] = computation_type(
+                self, a_ty, a_is_scalar, b_ty, b_is_scalar, div_or_mod
+            )
+        return known
 
     patch.setattr(tl.block_type, "__init__", init_block_type)
     patch.setattr(tl.tensor, "__init__", init_tensor)
     patch.setattr(interpreter, "_get_np_dtype", in_numpy_of)
+    patch.setattr(TritonSemantic, "computation_type_impl", computation_type_of)
+
+
+def _skip_conversions_to_what_is_there(patch: pytest.MonkeyPatch) -> None:
+    """Most operands of an operation have one type, and many one shape, before it converts them."""
+    broadcast, cast = TritonSemantic.broadcast_impl_value, TritonSemantic.cast
+    check_types = TritonSemantic.binary_op_type_checking_impl
+    tensor = tl.tensor
+
+    def expand(self: Any, value: Any, sizes: list[int]) -> Any:
+        if value.type.shape.values == sizes:
+            return value
+        handle = self.builder.create_broadcast(value.handle, sizes)
+        return self.make_tensor(handle, tl.block_type(value.dtype, sizes))
+
+    def broadcast_values(self: Any, lhs: Any, rhs: Any) -> Any:
+        one, other = lhs.type, rhs.type
+        if not (one.is_block() and other.is_block()):
+            return broadcast(self, lhs, rhs) if one.is_block() or other.is_block() else (lhs, rhs)
+        if one.shape is other.shape:
+            return lhs, rhs
+        pairs = list(zip(one.shape.values, other.shape.values, strict=False))
+        if len(one.shape) != len(other.shape) or any(1 not in p and p[0] != p[1] for p in pairs):
+            return broadcast(self, lhs, rhs)  # which adds axes or refuses
+        sizes = [max(pair) for pair in pairs]
+        return expand(self, lhs, sizes), expand(self, rhs, sizes)
+
+    def cast_unless_same(self: Any, input: Any, dst_ty: Any, *rest: Any, **options: Any) -> Any:
+        if input.dtype is dst_ty:
+            return input
+        return cast(self, input, dst_ty, *rest, **options)
+
+    def check_different_types(self: Any, lhs: Any, rhs: Any, *rest: Any, **options: Any) -> Any:
+        if type(lhs) is type(rhs) is tensor and lhs.dtype is rhs.dtype and lhs.dtype.name in plain:
+            return self.broadcast_impl_value(lhs, rhs)
+        return check_types(self, lhs, rhs, *rest, **options)
+
+    plain = {"int32", "int64", "fp32", "int1"}  # for which even a division computes in the same
     patch.setattr(TritonSemantic, "broadcast_impl_value", broadcast_values)
+    patch.setattr(TritonSemantic, "cast", cast_unless_same)
+    patch.setattr(TritonSemantic, "binary_op_type_checking_impl", check_different_types)
 
 
 def _skip_unreported_overflow_checks(patch: pytest.MonkeyPatch) -> None:
