@@ -3,7 +3,8 @@
 #   make setup      create or update .venv; nothing to do while its inputs are unchanged
 #   make demo       build the shipped specs and run the demo, in Triton's interpreter
 #   make test       all tests that need no GPU
-#   make check      lint, formatting, types, tests, and that generated/ is up to date
+#   make check      all tests that need no GPU, and beside them make static
+#   make static     lint, formatting, types, and that generated/ is up to date
 #   make test-shapes  kernels of shapes drawn anew, in BUDGET=600 seconds of computing
 #   make gpu-test   the tests for a GPU; PY=python3 uses an environment of yours
 #   make sanitize   some of them under compute-sanitizer: stray accesses and races; SANITIZE_JOBS=8
@@ -22,11 +23,11 @@ SANITIZER ?= compute-sanitizer
 SANITIZE_JOBS ?= 8
 
 # One thread a test process: the processes already use every core.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 # The interpreter must not see a GPU: it is what stands in for one.
 INTERPRETED := TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: setup demo test test-plain test-interpreter test-shapes check gpu-test sanitize docs generate clean
+.PHONY: setup demo test test-plain test-interpreter test-shapes check static gpu-test sanitize docs generate clean
 
 setup: $(STAMP)
 
@@ -34,32 +35,39 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
-	  .venv/bin/python -m pip install --quiet --editable '.[dev]'
+	  .venv/bin/python -m pip install --quiet --no-compile --editable '.[dev]'
+	.venv/bin/python -m compileall -q -j 0 .venv/lib > /dev/null 2>&1 || true  # pip uses one core
 	touch $@
 
 demo: $(STAMP)
 	$(PY) -m nsagen build $(SPECS)
 	$(INTERPRETED) $(PY) examples/demo.py
 
-test: test-plain test-interpreter
+# Two runs, because Triton reads TRITON_INTERPRET when it decorates a kernel.
+test: $(STAMP)
+	$(MAKE) test-plain
+	$(MAKE) test-interpreter
 
-# Two processes, for Triton reads TRITON_INTERPRET when it decorates a kernel.
 test-plain: $(STAMP)
 	$(PYTEST) -m "not slow and not interpreter"
 
+# Only files that may have such tests: each worker imports what it collects.
 test-interpreter: $(STAMP)
-	$(INTERPRETED) $(PYTEST) -m "(kernel or interpreter) and not slow"
+	$(INTERPRETED) $(PYTEST) -m "(kernel or interpreter) and not slow" \
+	  tests/kernels $$(grep -rlE 'interpret|mark\.kernel' tests --include='test_*.py')
 
 # A failure prints the command that runs its shape again.
 test-shapes: $(STAMP)
 	SHAPES_SECONDS=$(BUDGET) $(INTERPRETED) $(PYTEST) tests/kernels/test_any_shape.py -k many
 
 check: $(STAMP)
+	$(MAKE) -j 2 test static
+
+static: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pyright --pythonpath $(PY)
 	$(PY) -m nsagen build --check $(SPECS)
-	$(MAKE) test
+	$(PY) -m pyright --pythonpath $(PY)
 
 gpu-test:
 	$(PY) -m pytest -q -m gpu

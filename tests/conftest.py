@@ -7,32 +7,30 @@ their own: `TRITON_INTERPRET=1 pytest -m "kernel or interpreter"`; `make test` r
 import atexit
 import importlib.util
 import os
+import re
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
-import hypothesis
 import pytest
-import torch
-
-# The same examples in every run, and no limit that a busy machine would break.
-hypothesis.settings.register_profile("nsagen", derandomize=True, deadline=None)
-hypothesis.settings.load_profile("nsagen")
 
 # Parallel workers inherit a terminal's width, which would fold what commands print.
 os.environ.pop("COLUMNS", None)
 
 QUICK = pytest.MonkeyPatch()
-if os.environ.get("TRITON_INTERPRET") == "1":
-    from tests.quick_interpreter import quicken
-
-    quicken(QUICK)
+"""What makes Triton's interpreter quicker; undone, it is as it was installed."""
 
 # A machine that only runs kernels may lack what reads specs; its tests are not for there.
 collect_ignore = []
 if importlib.util.find_spec("pydantic") is None:
-    collect_ignore = ["bad", "faults", "codegen", "model/test_shipped_specs.py", "spec"]
-    collect_ignore += ["test_capacity.py", "test_cli.py", "test_cli_generate.py", "docs"]
-    collect_ignore += ["test_packaging.py", "test_picture.py", "test_supply_chain.py"]
+    collect_ignore = ["aot", "bad", "cli", "codegen", "docs", "estimate", "faults", "records"]
+    collect_ignore += ["reports", "spec", "model/test_shipped_specs.py"]
+    collect_ignore += ["test_packaging.py", "test_supply_chain.py"]
+    collect_ignore += [
+        f"kernels/test_{name}.py"
+        for name in ("any_shape", "far_strides", "named_shapes", "quick_interpreter")
+    ]
 if importlib.util.find_spec("pydantic") is None or importlib.util.find_spec("optuna") is None:
     collect_ignore += ["tune", "kernels/test_measurer.py"]
 
@@ -42,15 +40,43 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not worker and session.config.getoption("numprocesses", None):
+        return  # this process only hands out tests, which wait for what it imports
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.quick_interpreter import quicken
+
+        quicken(QUICK)
+    import hypothesis
+
+    # The same examples in every run, and no limit that a busy machine would break.
+    hypothesis.settings.register_profile("nsagen", derandomize=True, deadline=None)
+    hypothesis.settings.load_profile("nsagen")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    found: set[Path] = set()
     no_gpu = pytest.mark.skip(reason="needs a GPU")
     no_interpreter = pytest.mark.skip(reason="needs TRITON_INTERPRET=1")
     for item in items:
+        if item.get_closest_marker("kernel") or item.get_closest_marker("interpreter"):
+            found.add(item.path)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         if item.get_closest_marker("interpreter") and not interpreting:
             item.add_marker(no_interpreter)
+    unseen = [path for path in found if not seen_by_make(path)]
+    if unseen:
+        raise pytest.UsageError(f"make test-interpreter must find the tests of {unseen}")
+
+
+def seen_by_make(path: Path) -> bool:
+    """Whether `make test-interpreter` looks into a file of tests."""
+    inside = path.is_relative_to(Path(__file__).parent / "kernels")
+    return inside or bool(re.search(r"interpret|mark\.kernel", path.read_text()))
 
 
 def pytest_runtest_logfinish() -> None:
@@ -58,7 +84,7 @@ def pytest_runtest_logfinish() -> None:
 
     After an illegal access every later call in the process fails, whatever it does.
     """
-    if worker and torch.cuda.is_initialized():
+    if worker and (torch := sys.modules["torch"]).cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError:

@@ -3,10 +3,11 @@
 import os
 
 import pytest
-import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch  # not in the process that hands out tests, which wait for it
+
     runnable = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
     skip = pytest.mark.skip(reason="needs a GPU, or TRITON_INTERPRET=1 for the CPU interpreter")
     for item in items:
