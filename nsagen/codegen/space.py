@@ -124,6 +124,7 @@ class ScheduleSpace:
             f"knob {knob.name} must be one of {list(knob.values)}, got {values.get(knob.name)!r}"
             for knob in self.knobs
             if values.get(knob.name) not in knob.values
+            or isinstance(values[knob.name], bool) != isinstance(knob.values[0], bool)  # True == 1
         ]
         unknown = sorted(values.keys() - {knob.name for knob in self.knobs})
         return wrong + [f"knob {name} is not one of this algorithm's" for name in unknown]

@@ -48,6 +48,14 @@ def test_a_violation_names_the_rule(knobs, reason):
     assert any(text.startswith(reason) for text in wrong), wrong
 
 
+@pytest.mark.parametrize(("value", "others"), [(True, (1, 2)), (1, (False, True))])
+def test_true_is_not_1(value, others):
+    """They are equal, and so one for a cache, but a kernel's text shows which it is."""
+    one = space(knobs=(Choice("depth", others, "a trade"),), rules=(), shared_memory=lambda w, s: 0)
+    (wrong,) = one.violations(WORKLOAD, Schedule.of("rows", depth=value), SM90)
+    assert wrong == f"knob depth must be one of {list(others)}, got {value}"
+
+
 def test_a_default_with_a_value_that_no_knob_has_is_a_defect_of_the_space():
     with pytest.raises(BuildError, match=r"must have known knobs.*block_m must be one of"):
         space(default={"block_m": 24, "num_warps": 4}).default_schedule(WORKLOAD, SM90)
