@@ -40,19 +40,22 @@ class RopeSource:
     """Makes the tables of a model.
 
     Attributes:
-        rotary: Transformers' module, read for its rule alone: its buffers follow `.to(dtype)`.
+        kind: the rope type.
+        config: the model's.
         layer_type: the kind of layer that the tables are for, in models with several.
         head_dim: D.
+        turned: components of a head that rope turns.
+        fixed: for types whose frequencies are one of few sets, these sets by their key: radians a
+            token of each pair, and what cos and sin are multiplied by. Not Transformers' buffers,
+            which follow `.to(dtype)`.
     """
 
-    rotary: Any
+    kind: str
+    config: Any
     layer_type: str | None
     head_dim: int
-
-    @property
-    def kind(self) -> str:
-        kind = self.rotary.rope_type
-        return kind if self.layer_type is None else kind[self.layer_type]
+    turned: int = 0
+    fixed: tuple[tuple[tuple[float, ...], float], ...] = ()
 
     @property
     def by_length(self) -> bool:
@@ -77,10 +80,9 @@ class RopeSource:
                 return replace(old, tables=Tables(*(table.clone() for table in old.tables)))
             return old
         rows = -(-positions * 3 // (2 * ROUND)) * ROUND if spare else positions
-        frequencies, scale = self.frequencies(longest)
-        angles = torch.outer(
-            torch.arange(rows, dtype=torch.float32, device=device), frequencies.to(device)
-        )
+        pairs, scale = self.fixed[key] if self.fixed else self.frequencies(longest)
+        frequencies = torch.tensor(pairs, dtype=torch.float32, device=device)
+        angles = torch.outer(torch.arange(rows, dtype=torch.float32, device=device), frequencies)
         cos, sin = angles.cos() * scale, angles.sin() * scale
         still = self.head_dim // 2 - angles.shape[1]
         if still:
@@ -88,39 +90,50 @@ class RopeSource:
             sin = torch.cat([sin, sin.new_zeros(rows, still)], 1)
         return Rope(Tables(cos, sin), key)
 
-    def frequencies(self, longest: int = 1) -> tuple[Tensor, float]:
-        """Radians a token, float32 [pairs], and what cos and sin are multiplied by."""
-        layer = {} if self.layer_type is None else {"layer_type": self.layer_type}
-        config, cpu = self.rotary.config, torch.device("cpu")
-        with cpu:  # a model may be under construction on the meta device
-            if self.kind == "default":
-                made = self.rotary.compute_default_rope_parameters(config, device=cpu, **layer)
-            else:
-                make = ROPE_INIT_FUNCTIONS[self.kind]
-                made = make(config, device=cpu, seq_len=longest, **layer)
-        return made[0].to(torch.float32), float(made[1])
+    def frequencies(self, longest: int = 1) -> tuple[tuple[float, ...], float]:
+        """Radians a token of each pair, and what cos and sin are multiplied by."""
+        with torch.device("cpu"):  # a model may be under construction on the meta device
+            layer = {} if self.layer_type is None else {"layer_type": self.layer_type}
+            make = ROPE_INIT_FUNCTIONS[self.kind]
+            made = make(self.config, device=torch.device("cpu"), seq_len=longest, **layer)
+        return tuple(made[0].to(torch.float32).tolist()), float(made[1])
 
     def _key(self, longest: int) -> int:
-        config = self.rotary.config
         if "dynamic" in self.kind:
-            return max(longest, config.max_position_embeddings)
-        if self.kind == "longrope":
-            parameters = config.rope_parameters
-            if self.layer_type is not None:
-                parameters = parameters[self.layer_type]
-            return int(longest > parameters["original_max_position_embeddings"])
-        return 0
+            return max(longest, self.config.max_position_embeddings)
+        return int(self.kind == "longrope" and longest > self._original)
+
+    @property
+    def _original(self) -> int:
+        parameters = self.config.rope_parameters
+        parameters = parameters if self.layer_type is None else parameters[self.layer_type]
+        return parameters["original_max_position_embeddings"]
 
 
 def rope_source(rotary: Any, layer_type: str | None, head_dim: int) -> RopeSource:
     """The source for layers of a type.
 
+    Args:
+        rotary: Transformers' module, read for its rule.
+
     Raises:
         InvalidInputError: rope that turns pairs which do not come out even.
     """
-    kinds = rotary.rope_type
-    source = RopeSource(rotary, layer_type if isinstance(kinds, dict) else None, head_dim)
-    turned = 2 * source.frequencies()[0].shape[0]
+    kinds: Any = rotary.rope_type
+    config = rotary.config
+    layer_type = layer_type if isinstance(kinds, dict) else None
+    kind: Any = kinds if layer_type is None else kinds[layer_type]
+    source = RopeSource(kind, config, layer_type, head_dim)
+    if kind == "default":
+        with torch.device("cpu"):
+            layer = {} if layer_type is None else {"layer_type": layer_type}
+            made = rotary.compute_default_rope_parameters(config, device="cpu", **layer)
+        fixed = ((tuple(made[0].tolist()), float(made[1])),)
+    elif kind == "longrope":
+        fixed = (source.frequencies(), source.frequencies(source._original + 1))
+    else:
+        fixed = () if "dynamic" in kind else (source.frequencies(),)
+    turned = 2 * len(fixed[0][0] if fixed else source.frequencies()[0])
     require(
         turned <= head_dim and (head_dim - turned) % 2 == 0,
         "apply_nsa",
@@ -128,7 +141,7 @@ def rope_source(rotary: Any, layer_type: str | None, head_dim: int) -> RopeSourc
         f"{turned} of {head_dim} components",
         "such a model cannot be swapped",
     )
-    return source
+    return replace(source, turned=turned, fixed=fixed)
 
 
 def arranged(x: Tensor, turned: int) -> Tensor:

@@ -96,8 +96,7 @@ def _swap_layers(base: Any, sparsity: Sparsity, dispatcher: Any, gates: Gates) -
             continue
         if not swapped:
             rope = rope_source(base.rotary_emb, kind, dense.head_dim)
-            turned = 2 * rope.frequencies()[0].shape[0]
-        module = TransformersNSA(dense, facts, sparsity, turned, dispatcher, gates)
+        module = TransformersNSA(dense, facts, sparsity, rope.turned, dispatcher, gates)
         layer.self_attn = module.train(dense.training)
         swapped.append(index)
     names = tuple(inspect.signature(base.forward).parameters)

@@ -1,0 +1,181 @@
+"""Adapters and trainers: PEFT, Transformers' Trainer, accelerate and TRL, a step each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+accelerate = pytest.importorskip("accelerate")
+
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments  # noqa: E402
+
+from tests.integrations.tiny import distance, sparse, tokens, trained  # noqa: E402
+
+DOCUMENTS = [tokens(n, seed=n).tolist() for n in (21, 9, 30, 14)]
+PARTS = ("compress_key", "compress_value", "intra_block_pe", "gate")
+
+
+@pytest.fixture
+def model() -> Any:
+    return trained(sparse(compress_type="linear"))
+
+
+def loss_alone(model: Any) -> float:
+    """The mean over the tokens of all documents, each in a batch of one."""
+    with torch.no_grad():
+        losses = [
+            (model(torch.tensor([d]), labels=torch.tensor([d])).loss.item(), len(d) - 1)
+            for d in DOCUMENTS
+        ]
+    return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(tokens(2, 30)).logits
+
+
+class TestAdapters:
+    def config(self, **changes: Any) -> Any:
+        wanted = {
+            "r": 2,
+            "target_modules": ["q_proj", "v_proj", "gate"],
+            "init_lora_weights": False,
+        }
+        return peft.LoraConfig(task_type="CAUSAL_LM", **{**wanted, **changes})
+
+    def test_lora_with_modules_to_save(self, tmp_path: Path, model: Any) -> None:
+        """Train a step, generate, save, load by the Auto class, and merge: one model all along."""
+        model.save_pretrained(tmp_path / "base")
+        base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        saved = ["compress_key", "compress_value", "intra_block_pe"]
+        adapted = peft.get_peft_model(base, self.config(modules_to_save=saved))
+        ids = tokens(2, 30)
+        optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], 0.1)
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        missing = [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
+        assert not missing
+        optimizer.step()
+        adapted.eval()
+        expected = logits(adapted)
+        assert distance(expected, logits(model)) > 1e-3
+        wanted = {"max_new_tokens": 6, "do_sample": False}
+        with torch.no_grad():
+            cached, plain = (
+                adapted.generate(input_ids=ids, use_cache=use, **wanted) for use in (True, False)
+            )
+        assert torch.equal(cached, plain)
+        adapted.save_pretrained(tmp_path / "adapter")
+        again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+        assert distance(logits(again), expected) < 1e-6
+        assert distance(logits(again.merge_and_unload()), expected) < 1e-5
+
+    def test_lora_on_parameters_of_compression(self, model: Any) -> None:
+        names = [f"{name}.weight" for name in PARTS[:2]]
+        plain = logits(model)
+        adapted = peft.get_peft_model(model, self.config(target_parameters=names)).eval()
+        assert distance(logits(adapted), plain) > 1e-4
+        adapted(input_ids=tokens(2, 30), labels=tokens(2, 30)).loss.backward()
+        of_keys = [p for n, p in adapted.named_parameters() if "compress_key" in n and "lora" in n]
+        assert of_keys
+        assert all(p.grad is not None and p.grad.norm() > 0 for p in of_keys)
+
+    def test_every_part_is_a_module(self, model: Any) -> None:
+        attention = dict(model.model.layers[0].self_attn.named_children())
+        assert set(PARTS) <= set(attention)
+
+    def test_prompts_in_front_of_the_input(self, model: Any) -> None:
+        """Prompt tuning gives embeddings and a longer mask; prefix tuning fills a dense cache."""
+        tuned = peft.get_peft_model(
+            model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+        )
+        ids = tokens(2, 20)
+        tuned(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        assert tuned.prompt_encoder.default.embedding.weight.grad.norm() > 0
+
+
+def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "learning_rate": 0.0,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **changes,
+    }
+
+
+def logged(trainer: Any) -> float:
+    return next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_trainer_with_documents_flattened_into_a_row(
+    tmp_path: Path, model: Any, ends: bool
+) -> None:
+    more = {"return_flash_attn_kwargs": True, "return_seq_idx": True} if ends else {}
+    data = [{"input_ids": document} for document in DOCUMENTS]
+    trainer = Trainer(
+        model,
+        TrainingArguments(**arguments(tmp_path)),
+        train_dataset=data,  # type: ignore[arg-type]
+        data_collator=DataCollatorWithFlattening(return_tensors="pt", **more),
+    )
+    expected = loss_alone(model)
+    trainer.train()
+    assert logged(trainer) == pytest.approx(expected, abs=2e-4)  # the log has four digits
+
+
+def test_accelerate(model: Any) -> None:
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="no")
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    ids, mask = torch.zeros(4, 30, dtype=torch.long), torch.zeros(4, 30, dtype=torch.long)
+    labels = torch.full((4, 30), -100)
+    for row, document in enumerate(DOCUMENTS):
+        ids[row, : len(document)] = labels[row, : len(document)] = torch.tensor(document)
+        mask[row, : len(document)] = 1
+    before = loss_alone(model)
+    loss = wrapped(input_ids=ids, attention_mask=mask, labels=labels).loss
+    assert loss.item() == pytest.approx(before, rel=1e-5)
+    accelerator.backward(loss)
+    optimizer.step()
+    assert loss_alone(model) < before
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_trl_with_packing(tmp_path: Path, model: Any, packing: bool) -> None:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    config = trl.SFTConfig(
+        **arguments(tmp_path, per_device_train_batch_size=1 if packing else 4),
+        packing=packing,
+        max_length=80,
+        dataset_kwargs={"skip_prepare_dataset": False},
+        bf16=False,
+        gradient_checkpointing=False,
+    )
+    words = {"<unk>": 0, **{f"w{i}": i for i in range(1, 97)}}
+    from tokenizers import Tokenizer, models
+
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        unk_token="<unk>",
+        pad_token="<unk>",
+        eos_token="w96",
+    )
+    data = datasets.Dataset.from_dict({"input_ids": DOCUMENTS})
+    expected = loss_alone(model)
+    trainer = trl.SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    assert logged(trainer) == pytest.approx(expected, abs=2e-3)
