@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from nsagen.core.errors import CapacityError
 from nsagen.model.checks import require
 from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
+from nsagen.model.fused import may_fuse, renew_joined
 from nsagen.model.layers import project
 from nsagen.model.packing import check_packed, host_lengths
-from nsagen.model.prefill import Piece, PrefillRows
+from nsagen.model.prefill import CachedRows, DecodeRows, Piece, PrefillRows
 from nsagen.model.requests import (
     Request,
     check_inference,
@@ -61,10 +62,20 @@ class Generation(nn.Module, Generic[Cache]):
         """Allocate a cache as large as `inference_config` says, where the weights are."""
         raise NotImplementedError
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits [R, vocab] of what the last layer made, in the weights' dtype."""
+    def hidden(self, input_ids: Tensor, rows: CachedRows, cache: Cache) -> Tensor:
+        """What `head` takes, of tokens behind those that the cache holds: [N, hidden_size]."""
+        return (self.model.before_norm if rows.fused else self.model)(input_ids, rows, cache)
+
+    def head(self, hidden: Tensor, fused: bool) -> Tensor:
+        """Logits [R, vocab] of some rows of `hidden`, in the weights' dtype."""
+        if not fused:
+            return self.lm_head(hidden)
         weight, norm = self.lm_head.weight, self.model.norm
         return project(hidden, weight, norm=norm, dispatcher=self.dispatcher)
+
+    def may_fuse(self) -> bool:
+        """Whether a pass now runs as fused products; see `nsagen.model.fused`."""
+        return may_fuse(self, self._weight())
 
     @torch.no_grad()
     def prefill(
@@ -101,8 +112,11 @@ class Generation(nn.Module, Generic[Cache]):
                     f"prefill: slot {piece.slot} must hold {piece.end} tokens, got room for "
                     f"{cache.capacity(piece.slot)}; call cache.reserve(slot, tokens) first"
                 )
-        hidden = self.model.prefill(input_ids, PrefillRows.of(pieces, cache), cache)
-        return self.head(hidden[cu_seqlens[1:] - 1]).float()
+        rows = PrefillRows.of(pieces, cache, self.may_fuse())
+        if rows.fused:
+            renew_joined(self)
+        hidden = self.hidden(input_ids, rows, cache)
+        return self.head(hidden[cu_seqlens[1:] - 1], rows.fused).float()
 
     def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: Cache) -> Tensor:
         """Run one new token of each sequence: logits float32 [R, vocab]."""
@@ -111,7 +125,8 @@ class Generation(nn.Module, Generic[Cache]):
     @torch.no_grad()
     def step_logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: Cache) -> Tensor:
         """`decode` in the weights' dtype."""
-        return self.head(self.model.decode(tokens, positions, slots, cache))
+        rows = DecodeRows(positions, slots, self.may_fuse())
+        return self.head(self.hidden(tokens, rows, cache), rows.fused)
 
     def _weight(self) -> Tensor:
         return next(self.parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsagen import ops
+from nsagen.model.fused import JoinsWeights
 
 
 class _BareLinear(nn.Linear):
@@ -54,40 +54,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def joined_weight(*layers: nn.Linear) -> Tensor:
-    """The weights of several linear layers as one, so that one product does the work of all.
-
-    The layers' parameters become views into one tensor: they remain what they were to optimizers,
-    checkpoints and gradients, nothing is held twice, and whatever is written to them in place is
-    in the product at once. Where something gave a parameter other memory (`.to()`, a checkpoint
-    loaded with assign=True), the next call joins them anew.
-
-    Returns:
-        [sum of out_features, in_features], without gradients.
-    """
-    weights = [layer.weight for layer in layers]
-    first = weights[0].detach()
-    if _are_joined(weights):
-        rows, columns = sum(weight.shape[0] for weight in weights), first.shape[1]
-        return first.as_strided((rows, columns), (columns, 1))
-    joined = torch.cat([weight.detach() for weight in weights])
-    parts = joined.split([weight.shape[0] for weight in weights])
-    for weight, part in zip(weights, parts, strict=True):
-        weight.data = part
-    return joined
-
-
-def _are_joined(weights: Sequence[Tensor]) -> bool:
-    """Whether the weights lie one behind the other in one storage."""
-    storage, offset = weights[0].untyped_storage().data_ptr(), weights[0].storage_offset()
-    for weight in weights:
-        here = (weight.untyped_storage().data_ptr(), weight.storage_offset())
-        if storage == 0 or here != (storage, offset) or not weight.is_contiguous():
-            return False
-        offset += weight.numel()
-    return True
 
 
 FUSED_ROWS = 16
@@ -146,7 +112,7 @@ def project(
     return y if residual is None else residual + y
 
 
-class FeedForward(nn.Module):
+class FeedForward(JoinsWeights):
     """down(silu(gate(x)) * up(x)): x [N, hidden_size] to the same shape."""
 
     def __init__(
@@ -161,11 +127,14 @@ class FeedForward(nn.Module):
         self.up_proj = linear(hidden_size, intermediate_size, std, generator)
         self.down_proj = linear(intermediate_size, hidden_size, std, generator)
 
+    def joined_layers(self) -> list[nn.Linear]:
+        return [self.gate_proj, self.up_proj]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-    def infer(self, x: Tensor, norm: RMSNorm, dispatcher: Any = None) -> Tensor:
+    def fused(self, x: Tensor, norm: RMSNorm, dispatcher: Any = None) -> Tensor:
         """x + forward(norm(x)), for inference: two products."""
-        weight = joined_weight(self.gate_proj, self.up_proj)
+        weight = self.joined_weight()
         hidden = project(x, weight, norm=norm, swiglu=True, dispatcher=dispatcher)
         return project(hidden, self.down_proj.weight, residual=x, dispatcher=dispatcher)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsagen.model.fused import is_bare
+
 _HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # torch 2.8 and newer
 
 
@@ -30,17 +32,14 @@ def logits_of(x: Tensor, head: nn.Linear) -> Tensor:
 
 
 def _rounds_needlessly(x: Tensor, head: nn.Linear) -> bool:
-    """Whether one product can write float32: not where somebody else has a hand in the layer."""
+    """Whether one product can write float32: not where another part of the program changed the
+    layer, by a hook, a subclass or a weight of another kind."""
+    if torch.compiler.is_compiling():  # which fuses the conversion itself
+        return False
+    if not (_HAS_OUT_DTYPE and isinstance(head, nn.Linear) and is_bare(head)):
+        return False
     weight = head.weight
-    return (
-        _HAS_OUT_DTYPE
-        and x.is_cuda
-        and x.dtype == weight.dtype
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and type(weight) in (Tensor, nn.Parameter)  # no share of a weight, as of FSDP
-        and not (head._forward_hooks or head._forward_pre_hooks)
-        and not torch.compiler.is_compiling()  # which fuses the conversion itself
-    )
+    return x.is_cuda and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
 
 
 class _Logits(torch.autograd.Function):

@@ -5,22 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsagen.core.branches import BRANCHES
 from nsagen.model.checks import require
+from nsagen.model.fused import JoinsWeights
 from nsagen.model.gate import after_first_layer, first_layer, new_gate
 from nsagen.model.heads import PROJECTIONS, Heads
 from nsagen.model.layer_cache import NSALayerCache
-from nsagen.model.layers import RMSNorm, joined_weight, linear, project
+from nsagen.model.layers import RMSNorm, linear, project
 from nsagen.model.nsa_ops import NSAOps
 from nsagen.model.packing import Packed
-from nsagen.model.prefill import PrefillRows
+from nsagen.model.prefill import CachedRows, DecodeRows
 from nsagen.model.rope import RopeConfig, RotaryEmbedding
 from nsagen.model.sparsity import Sparsity
 
 
-class NativeSparseAttention(NSAOps):
+class NativeSparseAttention(JoinsWeights, NSAOps):
     """Native Sparse Attention over a packed batch, for training, prefill and decoding.
 
     Args:
@@ -134,83 +135,62 @@ class NativeSparseAttention(NSAOps):
         self.gate = new_gate(hidden_size, gates, units, std, generator)
         self.add_compression(generator)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, packed: Packed | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        packed: Packed | CachedRows | None = None,
+        cache: NSALayerCache | None = None,
+    ) -> Tensor:
         """Attend within each sequence of a packed batch.
 
         Args:
             x: [N, hidden_size].
             cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N.
             packed: the layout, where the caller has it already.
+            cache: earlier tokens of the sequences, to which these are added; `packed` then says
+                where. Without gradients.
 
         Returns:
-            [N, hidden_size], in x's dtype.
+            [N, hidden_size], in x's dtype; with a cache, idle rows hold nothing of use.
         """
+        if cache is not None:
+            assert isinstance(packed, CachedRows)
+            return self.o_proj(self._behind(self.heads(x), self.gates(x), packed, cache))
+        assert not isinstance(packed, CachedRows)
         packed = packed or Packed.of(cu_seqlens, x.shape[0])
         seen = self.branches(self.heads(x), packed, self.rotary_emb.tables)
         return self.o_proj(self.attend(seen, self.gates(x)))
 
-    def prefill(
-        self,
-        x: Tensor,
-        rows: PrefillRows,
-        cache: NSALayerCache,
-        *,
-        norm: RMSNorm | None = None,
-        residual: Tensor | None = None,
+    def fused(
+        self, x: Tensor, rows: CachedRows, cache: NSALayerCache, norm: RMSNorm, residual: Tensor
     ) -> Tensor:
-        """`forward` over pieces of sequences, whose earlier tokens the cache holds.
+        """residual + forward(norm(x)) with a cache, by two products around attention.
 
-        Args:
-            x: [N, hidden_size].
-            rows: the layout.
-            cache: this layer's cache; written in place.
-            norm: applied to x first.
-            residual: added to the result.
-
-        Returns:
-            [N, hidden_size].
+        x and residual [N, hidden_size]; returns the same shape.
         """
         heads, gate = self.fused_heads(x, norm)
-        seen = self.append(heads, rows, cache, self.rotary_emb.tables)
-        seen = self.with_context(seen, rows, cache)
-        o = self.attend(seen, gate)
+        o = self._behind(heads, gate, rows, cache)
         return project(o, self.o_proj.weight, residual=residual, dispatcher=self.dispatcher)
 
-    def decode(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        cache: NSALayerCache,
-        *,
-        norm: RMSNorm | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """Attend with one new token of each sequence, after appending it to the cache.
-
-        Args:
-            x: [R, hidden_size], one row a sequence.
-            positions: int32 [R], the new token's position; -1 for an idle row.
-            slots: int32 [R], the sequence's slot in the cache.
-            cache: this layer's cache, holding all tokens before the position; written in place.
-            norm: applied to x first.
-            residual: added to the result.
-
-        Returns:
-            [R, hidden_size]; idle rows hold nothing of use.
-        """
-        heads, gate = self.fused_heads(x, norm)
+    def _behind(self, heads: Heads, gate: Tensor, rows: CachedRows, cache: NSALayerCache) -> Tensor:
+        """Add tokens to the cache and attend with them: [N, HQ * Dv]."""
         tables = self.rotary_emb.tables
-        o = self.decode_heads(heads, gate, positions, slots, cache, tables)
-        return project(o, self.o_proj.weight, residual=residual, dispatcher=self.dispatcher)
+        if isinstance(rows, DecodeRows):
+            return self.decode_heads(heads, gate, rows.positions, rows.slots, cache, tables)
+        seen = self.append(heads, rows, cache, tables)
+        return self.attend(self.with_context(seen, rows, cache), gate)
+
+    def joined_layers(self) -> list[nn.Linear]:
+        return [*self.projections(), first_layer(self.gate)]
 
     def fused_heads(self, x: Tensor, norm: RMSNorm | None) -> tuple[Heads, Tensor]:
         """`heads` and `gates` of norm(x), by one product; for inference."""
-        layers = [*self.projections(), first_layer(self.gate)]
+        layers = self.joined_layers()
         sizes = [layer.out_features for layer in layers]
         y = project(
             x,
-            joined_weight(*layers),
+            self.joined_weight(),
             norm=norm,
             sigmoid_from=sum(sizes[:-1]) if layers[-1] is self.gate else None,
             dispatcher=self.dispatcher,

@@ -122,6 +122,7 @@ class PrefillRows:
         q_start: int32 [batch], position of each piece's first token; None where all are 0.
         context: all tokens that the queries see; None where the pass holds them all.
         windows: the same for compressed keys and values, where there are any.
+        fused: whether layers run as fused products; see `nsagen.model.fused`.
     """
 
     lengths: tuple[int, ...]
@@ -131,9 +132,10 @@ class PrefillRows:
     q_start: Tensor | None
     context: Context | None
     windows: WindowRows | None
+    fused: bool = False
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], cache: Places) -> PrefillRows:
+    def of(cls, pieces: Sequence[Piece], cache: Places, fused: bool = False) -> PrefillRows:
         """Lay out a pass. The lengths are known on the host, so the device is never asked."""
         device = cache.device
         lengths = [piece.length for piece in pieces]
@@ -152,7 +154,33 @@ class PrefillRows:
             if continued
             else None,
             windows=None if cache.windows is None else _window_rows(pieces, cache, continued),
+            fused=fused,
         )
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """One new token of each of several sequences, behind what a cache holds of them.
+
+    Attributes:
+        positions: int32 [R], of the tokens; -1: an idle row.
+        slots: int32 [R], the sequences' slots in the cache.
+        fused: whether layers run as fused products; see `nsagen.model.fused`.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    fused: bool = False
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """int32 [R+1]: each row is a sequence of one token."""
+        rows = self.positions.shape[0] + 1
+        return torch.arange(rows, dtype=torch.int32, device=self.positions.device)
+
+
+CachedRows = PrefillRows | DecodeRows
+"""What a pass with a cache computes."""
 
 
 def _window_rows(pieces: Sequence[Piece], cache: Places, continued: bool) -> WindowRows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def check_inference(where: str, model: Any) -> InferenceConfig:
         repr(limits),
         f"build it with {name}(config, InferenceConfig(...))",
     )
+    _check_wrapping(where, model)
     weight = next(model.parameters())
     require(
         weight.device.type != "cuda" or weight.dtype in (torch.bfloat16, torch.float16),
@@ -82,6 +84,42 @@ def check_inference(where: str, model: Any) -> InferenceConfig:
             f"call model.to({cast}), or leave the autocast block",
         )
     return limits
+
+
+def _check_wrapping(where: str, model: Any) -> None:
+    """Refuse what would take part in forward, but not here."""
+    own, name = model.__dict__, type(model).__name__
+    hooks = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
+    hooks += [own["forward"]] if "forward" in own else []
+    require(
+        not hooks,
+        where,
+        f"generation runs the parts of a {name}, not its forward, so that must be its own",
+        ", ".join(map(repr, hooks)),
+        "put the hook on model.model or model.lm_head, where it counts",
+    )
+    for index, layer in enumerate(model.model.layers):
+        for part, module, arguments in (
+            ("", layer, 3),
+            (".self_attn", getattr(layer, "self_attn", None), 4),
+        ):
+            require(
+                module is None or _takes(module.forward, arguments),
+                f"{where}: model.layers.{index}{part}",
+                "generation passes a cache as the last argument of forward",
+                f"a {type(module).__name__}, which takes none",
+                "wrap the module so that all its arguments go on",
+            )
+
+
+def _takes(function: Any, arguments: int) -> bool:
+    if getattr(function, "__module__", "").startswith("nsagen."):
+        return True
+    try:
+        inspect.signature(function).bind(*range(arguments))
+    except TypeError:
+        return False
+    return True
 
 
 def check_length(where: str, limits: InferenceConfig, length: int, max_new_tokens: int) -> int:

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsagen.model.cache import KVLayerCache
-from nsagen.model.layers import RMSNorm, joined_weight, linear, project
+from nsagen.model.fused import JoinsWeights
+from nsagen.model.layers import RMSNorm, linear, project
 from nsagen.model.packing import Packed
-from nsagen.model.prefill import PrefillRows
+from nsagen.model.prefill import CachedRows, DecodeRows
 from nsagen.model.rope import RotaryEmbedding
 from nsagen.ops import reference
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(JoinsWeights):
     """Dense causal attention over a packed batch, in PyTorch alone.
 
     Args:
@@ -48,60 +49,76 @@ class SelfAttention(nn.Module):
         self.v_proj = linear(hidden_size, kv_dim, initializer_range, generator)
         self.o_proj = linear(q_dim, hidden_size, initializer_range, generator)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, packed: Packed | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        packed: Packed | CachedRows | None = None,
+        cache: KVLayerCache | None = None,
+    ) -> Tensor:
         """Attend within each sequence of a packed batch.
 
         Args:
             x: [N, hidden_size].
             cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N.
             packed: the layout with its lengths, where the caller has it already.
+            cache: earlier tokens of the sequences, to which these are added; `packed` then says
+                where. Without gradients.
 
         Returns:
             [N, hidden_size], in x's dtype.
         """
+        if cache is not None:
+            assert isinstance(packed, CachedRows)
+            q, k, v = (layer(x) for layer in self.joined_layers())
+            return self.o_proj(self._behind(q, k, v, packed, cache))
+        assert not isinstance(packed, CachedRows)
         packed = packed or Packed.of(cu_seqlens, x.shape[0], cu_seqlens.diff().tolist())
         assert packed.lengths is not None
         q, k, v = self._heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), packed.positions)
         return self.o_proj(self._attend(q, k, v, packed.lengths, packed.lengths))
 
-    def prefill(
-        self, x: Tensor, rows: PrefillRows, cache: KVLayerCache, norm: RMSNorm, residual: Tensor
+    def joined_layers(self) -> list[nn.Linear]:
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+    def fused(
+        self, x: Tensor, rows: CachedRows, cache: KVLayerCache, norm: RMSNorm, residual: Tensor
     ) -> Tensor:
-        """residual + attention of norm(x), over pieces of sequences; also fills the cache.
+        """residual + forward(norm(x)) with a cache, by two products around attention.
 
         x and residual [N, hidden_size]; returns the same shape.
         """
-        q, k, v = self._fused_qkv(x, norm, rows.positions)
+        y = project(x, self.joined_weight(), norm=norm)
+        q, k, v = y.split([layer.out_features for layer in self.joined_layers()], -1)
+        o = self._behind(q, k, v, rows, cache)
+        return project(o, self.o_proj.weight, residual=residual)
+
+    def _behind(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: CachedRows, cache: KVLayerCache
+    ) -> Tensor:
+        """Add tokens to the cache and attend with them: [N, HQ * D]."""
+        if isinstance(rows, DecodeRows):
+            return self._decode(q, k, v, rows, cache)
+        q, k, v = self._heads(q, k, v, rows.positions)
         cache.fill(rows, k, v)
         key_lengths = rows.lengths
         if rows.context is not None:
             k, v = rows.context.of(cache.k), rows.context.of(cache.v)
             key_lengths = rows.context.lengths
-        o = self._attend(q, k, v, rows.lengths, key_lengths)
-        return project(o, self.o_proj.weight, residual=residual)
+        return self._attend(q, k, v, rows.lengths, key_lengths)
 
-    def decode(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        slots: Tensor,
-        cache: KVLayerCache,
-        norm: RMSNorm,
-        residual: Tensor,
+    def _decode(
+        self, q: Tensor, k: Tensor, v: Tensor, rows: DecodeRows, cache: KVLayerCache
     ) -> Tensor:
-        """residual + attention of one new token of each sequence, after appending it to the cache.
-
-        x and residual [R, hidden_size], positions int32 [R] (-1: an idle row), slots int32 [R];
-        returns [R, hidden_size].
-        """
-        q, k, v = self._fused_qkv(x, norm, positions.clamp(min=0))
+        positions = rows.positions.clamp(min=0)
+        q, k, v = self._heads(q, k, v, positions)
         # An idle row writes back what is there, so that a step never asks which rows are idle.
-        index = (slots.to(torch.int64), positions.clamp(min=0).to(torch.int64))
-        idle = (positions < 0)[:, None, None]
+        index = (rows.slots.to(torch.int64), positions.to(torch.int64))
+        idle = (rows.positions < 0)[:, None, None]
         cache.k[index] = torch.where(idle, cache.k[index], k)
         cache.v[index] = torch.where(idle, cache.v[index], v)
-        keys = torch.arange(cache.k.shape[1], device=x.device)
-        visible = keys <= positions.clamp(min=0)[:, None]
+        keys = torch.arange(cache.k.shape[1], device=q.device)
+        visible = keys <= positions[:, None]
         o = F.scaled_dot_product_attention(
             q[:, :, None],
             cache.k[index[0]].transpose(1, 2),
@@ -109,16 +126,7 @@ class SelfAttention(nn.Module):
             attn_mask=visible[:, None, None],
             enable_gqa=True,
         )
-        return project(o.flatten(1), self.o_proj.weight, residual=residual)
-
-    def _fused_qkv(
-        self, x: Tensor, norm: RMSNorm, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v as `_heads` makes them, by one product; for inference."""
-        y = project(x, joined_weight(self.q_proj, self.k_proj, self.v_proj), norm=norm)
-        sizes = [layer.out_features for layer in (self.q_proj, self.k_proj, self.v_proj)]
-        q, k, v = y.split(sizes, -1)
-        return self._heads(q, k, v, positions)
+        return o.flatten(1)
 
     def _heads(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nsagen.core.errors import CapacityError, InvalidInputError
 from nsagen.model.checks import require
+from nsagen.model.fused import renew_joined
 from nsagen.model.packing import to_device
 from nsagen.model.prefill import Piece, PrefillRows
 from nsagen.model.requests import (
@@ -80,6 +81,7 @@ class ContinuousBatch:
     _unread: dict[int, RunningSequence] = field(default_factory=dict, init=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
     _at_work: bool = field(default=False, init=False)
+    _begins: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.limits = check_inference("ContinuousBatch", self.model)
@@ -154,6 +156,7 @@ class ContinuousBatch:
             one = RunningSequence(self._count, self._free_slots[-1], request)
             self.cache.reserve(one.slot, request.tokens, where)
             self._free_slots.pop()
+            self._begins = self._begins or not self._unread
             self._waiting.append(one)
             self._unread[one.number] = one
             self._count += 1
@@ -285,14 +288,17 @@ class ContinuousBatch:
         host these go; None where no prompt is done."""
         pieces = [piece for _, piece in chosen]
         tokens = [one.request.prompt[piece.start : piece.end] for one, piece in chosen]
-        rows = PrefillRows.of(pieces, self.cache)
-        hidden = self.model.model.prefill(torch.cat(tokens), rows, self.cache)
+        rows = PrefillRows.of(pieces, self.cache, self.model.may_fuse())
+        if rows.fused and self._begins:
+            renew_joined(self.model)
+            self._begins = False
+        hidden = self.model.hidden(torch.cat(tokens), rows, self.cache)
         done = [i for i, (one, piece) in enumerate(chosen) if piece.end == one.length]
         if not done:
             return None
         ready = [chosen[i][0] for i in done]
         host = self._host_memory(len(ready))
-        logits = self.model.head(hidden[rows.cu_seqlens[1:][done] - 1])
+        logits = self.model.head(hidden[rows.cu_seqlens[1:][done] - 1], rows.fused)
         first = self._choose_first(ready, logits)
         slots = self._to_device([one.slot for one in ready])
         self._step.newest[slots] = first

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from nsagen.model.fused import CAPTURING, WeightState, refresh_joined, state_of
 from nsagen.model.packing import to_device
 from nsagen.model.sampling import SamplingConfig, SamplingRows
-
-_ONE_CAPTURE = threading.Lock()
-"""Beginning a capture waits for the device, which another thread's capture forbids."""
-
-
-class Decoder(Protocol):
-    """A model that a step can run."""
-
-    def step_logits(
-        self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: Any
-    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +48,7 @@ class DecodeStep:
         slots: int32 [rows].
     """
 
-    def __init__(self, model: Decoder, cache: Any) -> None:
+    def __init__(self, model: Any, cache: Any) -> None:
         self.model, self.cache = model, cache
         rows, device = cache.limits.max_batch_size, cache.device
         self.newest = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -69,7 +58,7 @@ class DecodeStep:
         self.sampling = SamplingRows(rows, device)
         self._rows: tuple[Row, ...] = ()
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        self._addresses: tuple[int, ...] = ()
+        self._state = WeightState((), ())
         self._pool: Any = None
 
     def fill(self, rows: Sequence[Row], kept: Sequence[int]) -> None:
@@ -100,12 +89,18 @@ class DecodeStep:
         sampled = any(row.sampling.temperature > 0 for row in self._rows)
         if not (cuda_graph and self.cache.device.type == "cuda"):
             return self.compute(count, sampled)
-        if self._addresses != self._current_addresses():
+        state = state_of(self.model)
+        if state is None:  # hooks and foreign modules run in Python, at every step
+            return self.compute(count, sampled)
+        if state.addresses != self._state.addresses:
             self._graphs.clear()
             self._pool = None  # the allocator gives a pool up with the last graph that used it
+        elif state.versions != self._state.versions:
+            refresh_joined(self.model)
         if (count, sampled) not in self._graphs:
             self._graphs[count, sampled] = self._capture(count, sampled)
-            self._addresses = self._current_addresses()
+            state = state_of(self.model) or state
+        self._state = state
         self._graphs[count, sampled].replay()
         return self.tokens[:count]
 
@@ -122,7 +117,7 @@ class DecodeStep:
         tokens, positions = self.tokens.clone(), self.positions.clone()
         self.positions.fill_(-1)  # idle rows change no cache: warming up leaves no trace
         try:
-            with _ONE_CAPTURE:
+            with CAPTURING:
                 return self._captured(count, sampled)
         finally:
             self.tokens.copy_(tokens)
@@ -142,12 +137,6 @@ class DecodeStep:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self.compute(count, sampled)
         return graph
-
-    def _current_addresses(self) -> tuple[int, ...]:
-        """Where the weights lie: a graph reads them there."""
-        assert isinstance(self.model, nn.Module)
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        return tuple(tensor.data_ptr() for tensor in tensors)
 
     def _to_device(self, values: list[int], dtype: torch.dtype) -> Tensor:
         return to_device(values, dtype, self.cache.device)

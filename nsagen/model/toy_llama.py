@@ -21,7 +21,7 @@ from nsagen.model.generation import Generation
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.logits import logits_of
 from nsagen.model.packing import Packed, check_packed, host_lengths
-from nsagen.model.prefill import PrefillRows
+from nsagen.model.prefill import CachedRows
 from nsagen.model.rope import RotaryEmbedding
 from nsagen.model.self_attention import SelfAttention
 
@@ -50,18 +50,16 @@ class ToyLlamaLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, packed: Packed) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), packed.cu_seqlens, packed)
+    def forward(
+        self, x: Tensor, rows: Packed | CachedRows, cache: KVLayerCache | None = None
+    ) -> Tensor:
+        if cache is not None and not isinstance(rows, Packed) and rows.fused:
+            around = {"norm": self.input_layernorm, "residual": x}
+            x = self.self_attn.fused(x, rows, cache, **around)
+            return self.mlp.fused(x, self.post_attention_layernorm)
+        behind = () if cache is None else (cache,)
+        x = x + self.self_attn(self.input_layernorm(x), rows.cu_seqlens, rows, *behind)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-    def prefill(self, x: Tensor, rows: PrefillRows, cache: KVLayerCache) -> Tensor:
-        x = self.self_attn.prefill(x, rows, cache, norm=self.input_layernorm, residual=x)
-        return self.mlp.infer(x, self.post_attention_layernorm)
-
-    def decode(self, x: Tensor, positions: Tensor, slots: Tensor, cache: KVLayerCache) -> Tensor:
-        around = {"norm": self.input_layernorm, "residual": x}
-        x = self.self_attn.decode(x, positions, slots, cache, **around)
-        return self.mlp.infer(x, self.post_attention_layernorm)
 
 
 class ToyLlamaModel(nn.Module):
@@ -79,24 +77,18 @@ class ToyLlamaModel(nn.Module):
         self.layers = cast(Sequence[ToyLlamaLayer], nn.ModuleList(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids: Tensor, packed: Packed) -> Tensor:
-        x = self.embed_tokens(input_ids)
-        for layer in self.layers:
-            x = layer(x, packed)
-        return self.norm(x)
+    def forward(
+        self, input_ids: Tensor, rows: Packed | CachedRows, cache: KVCache | None = None
+    ) -> Tensor:
+        return self.norm(self.before_norm(input_ids, rows, cache))
 
-    def prefill(self, input_ids: Tensor, rows: PrefillRows, cache: KVCache) -> Tensor:
-        """What the last layer makes of pieces of sequences, before the norm."""
+    def before_norm(
+        self, input_ids: Tensor, rows: Packed | CachedRows, cache: KVCache | None = None
+    ) -> Tensor:
+        """What the last layer makes of tokens, behind those that the cache holds."""
         x = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
-            x = layer.prefill(x, rows, cache[index])
-        return x
-
-    def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: KVCache) -> Tensor:
-        """What the last layer makes of one new token of each sequence, before the norm."""
-        x = self.embed_tokens(tokens)
-        for index, layer in enumerate(self.layers):
-            x = layer.decode(x, positions, slots, cache[index])
+            x = layer(x, rows) if cache is None else layer(x, rows, cache[index])
         return x
 
 

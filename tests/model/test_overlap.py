@@ -180,3 +180,5 @@ def test_copies_made_during_a_call_have_nothing_of_it() -> None:
     for one in copies:
         assert not one._idle_batches
         assert one.generate(*prompt(9))[0].tolist() == expected
+    size = len(pickle.dumps(nsa_model(LIMITS)))
+    assert len(pickle.dumps(model)) == size, "a pickle holds weights alone"

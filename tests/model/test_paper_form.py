@@ -184,8 +184,9 @@ def test_gates_of_an_mlp_join_the_fused_product() -> None:
         torch.testing.assert_close(gate, attention.gates(x))
         for branch in ("compressed", "selected", "sliding"):
             torch.testing.assert_close(getattr(heads, branch), getattr(expected, branch))
-    first, last = attention.q_proj.weight, attention.gate.up_proj.weight
-    assert first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+    joined = attention.joined_weight()
+    assert torch.equal(joined[:128], attention.q_proj.weight)
+    assert torch.equal(joined[-32:], attention.gate.up_proj.weight)
 
 
 @pytest.mark.parametrize(

@@ -227,3 +227,4 @@ def test_inference_mode_and_its_end() -> None:
     assert torch.equal(model.generate(*batch), first)
     with torch.inference_mode():
         assert torch.equal(model.generate(*batch), first)
+    model(*batch).sum().backward()

@@ -1,0 +1,190 @@
+"""Fused products of inference: when a model may use them, and the joined weights that they read.
+
+In inference on kernels, layers that read the same input run as one product, and a norm, a
+residual or an activation goes into the product beside it. That reads weights past the modules that
+hold them. So it is done only while every module is what nsagen made: a hook, an adapter, a
+quantized layer or any other module takes the whole model to calling its modules, as forward does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
+
+from nsagen import ops
+
+_PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList)
+
+CAPTURING = threading.Lock()
+"""Held while a step is captured: that begins with waiting for the device, which another capture
+forbids."""
+
+
+@dataclass(frozen=True)
+class WeightState:
+    """What a captured step depends on.
+
+    Attributes:
+        addresses: where weights, buffers and joined weights lie.
+        versions: how often each weight and buffer was written to.
+    """
+
+    addresses: tuple[int, ...]
+    versions: tuple[int, ...]
+
+
+def state_of(model: nn.Module) -> WeightState | None:
+    """The state of a model's weights; None where it has a module that must be called."""
+    if not is_bare_below(model):
+        return None
+    tensors, joined = [], []
+    for module in _walk(model):
+        own = module.__dict__
+        tensors += own["_parameters"].values()
+        tensors += own["_buffers"].values()
+        if "joined" in own:
+            joined.append(own["joined"].address)
+    tensors = [tensor for tensor in tensors if tensor is not None]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    return WeightState((*addresses, *joined), tuple([tensor._version for tensor in tensors]))
+
+
+def is_bare_below(model: nn.Module) -> bool:
+    """Whether all modules of a model are bare. A step waits for it, so it is quick."""
+    if modules._global_forward_hooks or modules._global_forward_pre_hooks:
+        return False
+    todo = list(model.__dict__["_modules"].values())
+    while todo:
+        module = todo.pop()
+        if module is None:
+            continue
+        if not is_bare(module):
+            return False
+        todo += module.__dict__["_modules"].values()
+    return True
+
+
+def may_fuse(model: nn.Module, weight: Tensor) -> bool:
+    """Whether passes over the model run as fused products."""
+    return ops.on_kernels(weight) and is_bare_below(model)
+
+
+def renew_joined(model: nn.Module) -> None:
+    """Have joined weights copied anew when they are next read: some writes leave no version."""
+    with CAPTURING:  # where they are read, and must not be copied
+        for module in _walk(model):
+            if isinstance(module, JoinsWeights):
+                module.joined.renew()
+
+
+def refresh_joined(model: nn.Module) -> None:
+    """Copy weights that were written to into the joined ones, in place."""
+    for module in _walk(model):
+        if isinstance(module, JoinsWeights) and module.joined.address:
+            module.joined_weight()
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling a module does what its class in nsagen or PyTorch says, and no more."""
+    own, kind = module.__dict__, type(module)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+        return False
+    if kind not in _PLAIN and not kind.__module__.startswith("nsagen."):
+        return False
+    for name, weight in own["_parameters"].items():
+        if weight is None:
+            continue
+        if type(weight) is not nn.Parameter or weight.is_inference():
+            return False
+        if name == "bias" and isinstance(module, nn.Linear):
+            return False
+    return True
+
+
+def _walk(model: nn.Module) -> list[nn.Module]:
+    """All modules; `modules()` takes several times as long."""
+    found = [model]
+    for module in found:
+        found += [child for child in module.__dict__["_modules"].values() if child is not None]
+    return found
+
+
+class JoinedWeight:
+    """The weights of several linear layers in one matrix, so that one product does their work.
+
+    A copy, in memory of its own: the parameters stay what and where they are. It is made when it
+    is first read, written anew in place when a weight was written to or `renew` was called, and
+    made anew where a weight has moved. Copies and pickles of it are empty.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[list[tuple[int, int]], Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> JoinedWeight:
+        return JoinedWeight()
+
+    def __reduce__(self) -> tuple[type[JoinedWeight], tuple[()]]:
+        return JoinedWeight, ()
+
+    @property
+    def address(self) -> int:
+        """Where it lies; 0 while there is none."""
+        return 0 if self._held is None else self._held[1].data_ptr()
+
+    def renew(self) -> None:
+        """Copy the weights again at the next reading."""
+        if self._held is not None:
+            self._held = ([], self._held[1])
+
+    def drop(self) -> None:
+        """Free the memory."""
+        self._held = None
+
+    def of(self, *layers: nn.Linear) -> Tensor:
+        """The layers' weights [sum of out_features, in_features], without gradients."""
+        weights = [layer.weight for layer in layers]
+        source = [(weight.data_ptr(), weight._version) for weight in weights]
+        held = self._held
+        if held is not None and held[0] == source:
+            return held[1]
+        first = weights[0]
+        shape = (sum(weight.shape[0] for weight in weights), first.shape[1])
+        with torch.inference_mode(False), torch.no_grad():
+            joined = None if held is None else held[1]
+            if joined is None or _kind(joined) != (shape, first.dtype, first.device):
+                joined = first.new_empty(shape)
+            torch.cat([weight.detach() for weight in weights], out=joined)
+        if joined.is_cuda:  # other streams may read it next
+            torch.cuda.current_stream(joined.device).synchronize()
+        self._held = (source, joined)  # last: another thread may be reading
+        return joined
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.dtype, tensor.device
+
+
+class JoinsWeights(nn.Module):
+    """A module that keeps a `JoinedWeight`, and frees it when its weights move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined = JoinedWeight()
+
+    def joined_layers(self) -> Sequence[nn.Linear]:
+        """The layers that read the same input, in the order of their rows."""
+        raise NotImplementedError
+
+    def joined_weight(self) -> Tensor:
+        """Their weights as one, as they are now."""
+        return self.joined.of(*self.joined_layers())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> JoinsWeights:
+        self.joined.drop()
+        return super()._apply(fn, recurse)

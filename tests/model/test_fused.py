@@ -1,0 +1,488 @@
+"""Fused products read copies of weights: never stale, in nobody's way, never past a wrapper."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nsagen.core.errors import InvalidInputError
+from nsagen.model import (
+    ContinuousBatch,
+    InferenceConfig,
+    ToyLlama,
+    ToyNSALlama,
+    generation,
+)
+from nsagen.model.fused import JoinedWeight, JoinsWeights, is_bare, state_of
+from nsagen.model.layers import FeedForward, linear
+from nsagen.model.sampling import SamplingConfig
+from nsagen.model.step import DecodeStep, Row
+from tests.model.tiny import dense_config, nsa_model, packed_batch
+
+LIMITS = InferenceConfig(2, 64, 4)
+BATCH = packed_batch([9, 30])
+Model = ToyNSALlama | ToyLlama
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused products where a GPU would have them: whenever all modules are bare."""
+    monkeypatch.setattr(generation, "may_fuse", lambda model, _: state_of(model) is not None)
+
+
+def dense() -> ToyLlama:
+    generator = torch.Generator().manual_seed(1)
+    return ToyLlama(dense_config(), LIMITS, generator=generator).double()
+
+
+def sparse() -> ToyNSALlama:
+    return nsa_model(LIMITS)
+
+
+def paper() -> ToyNSALlama:
+    return nsa_model(LIMITS, branch_kv="separate", gate_type="mlp")
+
+
+MODELS = pytest.mark.parametrize("make", [dense, sparse, paper])
+
+
+def by_forward(model: Model) -> list[list[int]]:
+    """Greedy tokens of the batch without a cache, each prompt by itself."""
+    rows = []
+    for prompt in BATCH[0].split([9, 30]):
+        text = prompt
+        for _ in range(4):
+            ends = torch.tensor([0, text.shape[0]], dtype=torch.int32)
+            with torch.no_grad():
+                text = torch.cat([text, model(text, ends)[-1:].argmax(-1)])
+        rows.append(text[prompt.shape[0] :].tolist())
+    return rows
+
+
+def check(model: Model) -> None:
+    assert model.generate(*BATCH).tolist() == by_forward(model)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products and joins of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+# What a step does.
+
+
+@MODELS
+def test_fused_and_called_modules_agree(make: Callable[[], Model], fused: None) -> None:
+    model = make()
+    check(model)
+    held = [m for m in model.modules() if isinstance(m, JoinsWeights) and m.joined.address]
+    assert len(held) == 4, "two of each layer"
+
+
+@pytest.mark.parametrize("make", [dense, sparse])
+def test_a_fused_step_has_four_products_a_layer_and_joins_no_weights(
+    make: Callable[[], Model], fused: None
+) -> None:
+    model = make()
+    step = DecodeStep(model, model.new_cache())
+    step.fill([Row(slot, 10, SamplingConfig()) for slot in range(2)], kept=[])
+    with torch.no_grad():
+        step.compute(2, sampled=False)
+        before = state_of(model)
+        with Products() as seen:
+            step.compute(2, sampled=False)
+    assert seen.calls["mm"] == 2 * 4 + 1
+    assert state_of(model) == before, "all stays where a captured graph reads it"
+    joined = [m.joined_weight() for m in model.modules() if isinstance(m, JoinsWeights)]
+    with Products() as seen:
+        again = [m.joined_weight() for m in model.modules() if isinstance(m, JoinsWeights)]
+    assert not seen.calls
+    assert all(a is b for a, b in zip(joined, again, strict=True))
+
+
+def test_a_cpu_has_no_copies() -> None:
+    model = sparse()
+    model.generate(*BATCH)
+    assert not any(m.joined.address for m in model.modules() if isinstance(m, JoinsWeights))
+
+
+# Weights that change.
+
+
+def double_in_place(model: Model) -> None:
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.25)
+
+
+def change_through_data(model: Model) -> None:
+    """A write that leaves no version, as those of many optimizers."""
+    for weight in model.parameters():
+        weight.data.mul_(1.25)
+
+
+def change_through_memory(model: Model) -> None:
+    for weight in model.parameters():
+        weight.detach().numpy()[:] *= 1.25
+
+
+def assign_data(model: Model) -> None:
+    for weight in model.parameters():
+        weight.data = weight.data * 1.25
+
+
+def replace_parameters(model: Model) -> None:
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj"):
+            old = getattr(layer.mlp, name)
+            old.weight = nn.Parameter(old.weight.detach() * 1.25)
+
+
+def replace_modules(model: Model) -> None:
+    for layer in model.model.layers:
+        new = nn.Linear(64, 128, bias=False, dtype=torch.float64)
+        layer.mlp.up_proj = new
+
+
+def load(model: Model) -> None:
+    double = {name: weight * 1.25 for name, weight in model.state_dict().items()}
+    model.load_state_dict(double)
+
+
+def load_and_assign(model: Model) -> None:
+    double = {name: weight * 1.25 for name, weight in model.state_dict().items()}
+    model.load_state_dict(double, assign=True)
+
+
+def train(model: Model) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    model(*BATCH).square().mean().backward()
+    optimizer.step()
+
+
+def cast(model: Model) -> None:
+    model.float().double()
+
+
+@MODELS
+@pytest.mark.parametrize(
+    "change",
+    [
+        double_in_place,
+        change_through_data,
+        change_through_memory,
+        assign_data,
+        replace_parameters,
+        replace_modules,
+        load,
+        load_and_assign,
+        train,
+        cast,
+    ],
+)
+def test_changed_weights_reach_the_next_call(
+    make: Callable[[], Model], change: Callable[[Model], None], fused: None
+) -> None:
+    model = make()
+    model.generate(*BATCH)
+    change(model)
+    check(model)
+
+
+def test_weights_that_change_while_a_batch_runs(fused: None) -> None:
+    model, fresh = sparse(), sparse()
+    batches = [ContinuousBatch(model), ContinuousBatch(fresh)]
+    tokens: list[list[int]] = [[], []]
+    for batch in batches:
+        batch.add(BATCH[0])
+    for step in range(6):
+        if step == 2:
+            double_in_place(model)
+            for module, twin in zip(fresh.modules(), model.modules(), strict=True):
+                if isinstance(module, JoinsWeights) and isinstance(twin, JoinsWeights):
+                    module.joined.drop()
+            double_in_place(fresh)
+        for batch, row in zip(batches, tokens, strict=True):
+            row += [new.token for new in batch.step()]
+    assert tokens[0] == tokens[1]
+
+
+# What everything else sees.
+
+
+@MODELS
+def test_parameters_stay_the_models_own(
+    make: Callable[[], Model], fused: None, tmp_path: Path
+) -> None:
+    model = make()
+    before = {n: (w.data_ptr(), w._version, id(w)) for n, w in model.named_parameters()}
+    names, saved = list(model.state_dict()), io.BytesIO()
+    torch.save(model.state_dict(), saved)
+    model.generate(*BATCH)
+    assert {n: (w.data_ptr(), w._version, id(w)) for n, w in model.named_parameters()} == before
+    assert list(model.state_dict()) == names
+    for weight in model.parameters():
+        assert weight.untyped_storage().nbytes() == weight.nbytes
+    again = io.BytesIO()
+    torch.save(model.state_dict(), again)
+    assert again.getbuffer() == saved.getbuffer()
+    assert len(pickle.dumps(model)) == len(pickle.dumps(make()))
+    safetensors.torch.save_model(model, str(tmp_path / "whole.safetensors"))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "file.safetensors")
+    for name in ("whole", "file"):
+        loaded = safetensors.torch.load_file(tmp_path / f"{name}.safetensors")
+        assert loaded.keys() == set(names)
+    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        double_in_place(one)
+        check(one)
+    check(model)
+
+
+def test_memory_of_copies_is_given_back_when_a_model_moves(fused: None) -> None:
+    model = sparse()
+    model.generate(*BATCH)
+    state = state_of(model)
+    model.double()
+    assert not any(m.joined.address for m in model.modules() if isinstance(m, JoinsWeights))
+    assert state_of(model) != state, "a graph that read them must not be replayed"
+
+
+def test_a_joined_weight_stays_in_place_until_a_weight_moves() -> None:
+    layers = [linear(8, n, 1.0) for n in (6, 2, 4)]
+    joined = JoinedWeight()
+    first = joined.of(*layers)
+    assert torch.equal(first, torch.cat([layer.weight for layer in layers]))
+    assert not first.requires_grad
+    with torch.no_grad():
+        layers[1].weight.fill_(3.0)
+    assert joined.of(*layers) is first
+    assert (first[6:8] == 3.0).all()
+    layers[2].weight.data.fill_(4.0)
+    joined.renew()
+    assert joined.of(*layers) is first
+    assert (first[8:] == 4.0).all()
+    layers[0] = linear(8, 5, 1.0)
+    assert joined.of(*layers).shape == (11, 8)
+
+
+# What wraps a module.
+
+
+class Adapted(nn.Linear):
+    """A linear layer with another path beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base.in_features, base.out_features, bias=False, dtype=base.weight.dtype)
+        self.weight = base.weight
+        self.beside = nn.Parameter(torch.randn_like(base.weight) * 0.2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + input @ self.beside.T
+
+
+class Around(nn.Module):
+    """A layer that is not a linear one, with the linear one inside."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.base(*args) * 0.7
+
+
+def adapt(owner: nn.Module, name: str) -> None:
+    setattr(owner, name, Adapted(getattr(owner, name)))
+
+
+def surround(owner: nn.Module, name: str) -> None:
+    setattr(owner, name, Around(getattr(owner, name)))
+
+
+def hook(owner: nn.Module, name: str) -> None:
+    getattr(owner, name).register_forward_hook(lambda module, args, out: out * 0.7)
+
+
+def pre_hook(owner: nn.Module, name: str) -> None:
+    getattr(owner, name).register_forward_pre_hook(lambda module, args: (args[0] * -2, *args[1:]))
+
+
+def override(owner: nn.Module, name: str) -> None:
+    module = getattr(owner, name)
+    plain = module.forward
+    module.forward = lambda *args: plain(*args) * 0.7
+
+
+def parametrize(owner: nn.Module, name: str) -> None:
+    torch.manual_seed(0)
+    parametrizations.weight_norm(getattr(owner, name))
+    with torch.no_grad():
+        getattr(owner, name).parametrizations.weight.original0.mul_(1.5)
+
+
+def add_bias(owner: nn.Module, name: str) -> None:
+    module = getattr(owner, name)
+    bias = torch.linspace(-1, 1, module.out_features, dtype=torch.float64)
+    module.bias = nn.Parameter(bias)
+
+
+LINEAR = [
+    "layers.0.self_attn.q_proj",
+    "layers.1.self_attn.v_proj",
+    "layers.0.self_attn.o_proj",
+    "layers.1.mlp.gate_proj",
+    "layers.0.mlp.down_proj",
+]
+OTHER = [
+    "layers.0",
+    "layers.1.self_attn",
+    "layers.0.mlp",
+    "layers.1.input_layernorm",
+    "layers.0.post_attention_layernorm",
+    "norm",
+    "embed_tokens",
+]
+
+
+@pytest.mark.parametrize("make", [dense, sparse])
+@pytest.mark.parametrize(
+    ("wrap", "places"),
+    [
+        (adapt, LINEAR),
+        (parametrize, LINEAR),
+        (add_bias, LINEAR),
+        (surround, [place for place in LINEAR + OTHER if place != "norm"]),
+        (hook, LINEAR + OTHER),
+        (pre_hook, LINEAR + OTHER[:-1]),
+        (override, LINEAR + OTHER),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_wraps_a_module_counts(
+    make: Callable[[], Model],
+    wrap: Callable[[nn.Module, str], None],
+    places: list[str],
+    fused: None,
+) -> None:
+    if make is sparse:  # all else is as in a dense model
+        places = [place for place in places if "self_attn" in place or place == "layers.0"]
+    elif wrap is not add_bias:
+        places = [*places, "lm_head"]
+    plain, short = make(), (BATCH[0][:20], torch.tensor([0, 20]))
+    expected = plain.generate(*short)  # joined weights are there, and go along
+    changed = 0
+    for place in places:
+        model = copy.deepcopy(plain)
+        path, _, name = place.rpartition(".")
+        owner = model if place == "lm_head" else model.model.get_submodule(path)
+        wrap(owner, name)
+        tokens = model.generate(*short)
+        text = torch.cat([short[0], tokens[0, :-1]])
+        with torch.no_grad():
+            choices = model(text, torch.tensor([0, 23], dtype=torch.int32)).argmax(-1)
+        assert tokens[0].tolist() == choices[-4:].tolist(), place
+        changed += not torch.equal(tokens, expected)
+    assert changed >= len(places) / 2, "most of these must change some token to show anything"
+
+
+def test_a_gate_that_is_wrapped_counts(fused: None) -> None:
+    model = sparse()
+    hook(model.model.layers[0].self_attn, "gate")
+    check(model)
+    model = paper()
+    adapt(model.model.layers[1].self_attn.gate, "down_proj")
+    check(model)
+
+
+def test_global_hooks_count(fused: None) -> None:
+    model = sparse()
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: out * 0.7 if isinstance(module, FeedForward) else None
+    )
+    try:
+        check(model)
+    finally:
+        handle.remove()
+
+
+def test_a_hook_that_comes_while_a_batch_runs_counts_from_then_on(fused: None) -> None:
+    model = sparse()
+    batch = ContinuousBatch(model)
+    batch.add([1, 2, 3])
+    assert len(batch.step()) <= 1
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[0]))
+    list(batch.run())
+    assert seen == [1] * 2
+
+
+def test_a_step_with_hooks_is_not_captured() -> None:
+    model = sparse()
+    assert state_of(model) is not None
+    handle = model.model.layers[0].register_forward_hook(lambda *args: None)
+    assert state_of(model) is None
+    handle.remove()
+    assert state_of(model) is not None
+
+
+def test_what_is_bare() -> None:
+    layer = linear(4, 4, 1.0)
+    assert is_bare(layer)
+    assert is_bare(nn.Linear(4, 4, bias=False))
+    assert not is_bare(nn.Linear(4, 4))
+    assert not is_bare(Adapted(layer))
+    assert not is_bare(nn.Dropout())
+    with torch.inference_mode():
+        assert not is_bare(nn.Linear(4, 4, bias=False)), "its weight has no version"
+
+
+@pytest.mark.parametrize("make", [dense, sparse])
+def test_what_cannot_count_is_refused_by_name(make: Callable[[], Model]) -> None:
+    model = make()
+    handle = model.register_forward_hook(lambda module, args, out: out * 2)
+    text = "generation runs the parts of a Toy.*Llama, not its forward.*lambda.*put the hook on"
+    with pytest.raises(InvalidInputError, match=text):
+        model.generate(*BATCH)
+    handle.remove()
+    plain = model.forward
+    model.forward = lambda *args: plain(*args) * 2
+    with pytest.raises(InvalidInputError, match=text):
+        model.generate(*BATCH)
+    del model.forward
+    assert model.generate(*BATCH).shape == (2, 4)
+
+    class Foreign(nn.Module):
+        def forward(self, x: Tensor, cu_seqlens: Tensor, packed: Any) -> Tensor:
+            return x
+
+    model.model.layers[1].self_attn = Foreign()
+    model(*BATCH)
+    text = r"generate: model.layers.1.self_attn: generation passes a cache .*got a Foreign, which"
+    with pytest.raises(InvalidInputError, match=text):
+        model.generate(*BATCH)
+
+
+def test_a_head_of_another_kind_works_in_forward_too() -> None:
+    model = sparse()
+    expected = model(*BATCH)
+    surround(model, "lm_head")
+    torch.testing.assert_close(model(*BATCH), expected * 0.7)
