@@ -68,7 +68,7 @@ def expected_attention(module: NativeSparseAttention, x: Tensor, cu_seqlens: Ten
     topk_idx = torch.empty(0)
     if s.on != ("sliding",):
         k, v = pair("compressed")
-        w_k, w_v = (weights_of(w) for w in (module.compress_key, module.compress_value))
+        w_k, w_v = (weights_of(w, k) for w in (module.compress_key, module.compress_value))
         types = (s.compress_type, s.v_compress_type or s.compress_type)
         if "compressed" not in s.on:
             types = (s.compress_type, "avgpool")  # of no consequence
