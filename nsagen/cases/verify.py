@@ -14,6 +14,7 @@ from nsagen.codegen.build import build
 from nsagen.codegen.plan import Variant
 from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
 from nsagen.core.importing import import_file
+from nsagen.core.releases import installed_release
 from nsagen.core.workload import Workload
 from nsagen.runtime.device import interpreting, target_of
 from nsagen.spec import Spec
@@ -99,6 +100,11 @@ def _verified(variant: Variant, path: Path, device: torch.device, seed: int) -> 
     }
     if device.type == "cpu" and workload.dtype == "bfloat16":
         yield row | {"note": "the interpreter computes bfloat16 wrongly; needs a GPU"}
+        return
+    if not variant.runs_with(installed_release()):
+        yield row | {
+            "note": f"needs Triton {variant.triton}; the installed one gets another kernel"
+        }
         return
     try:
         case: Case = harness_of(workload).make_case(workload, sizes_for(workload), device, seed)
