@@ -61,7 +61,8 @@ def each_algorithm(function):
 @each_algorithm
 def test_group_sizes(dtype, group, algorithm):
     w = workload(dtype, group=group)
-    case = case_of(w, kv_heads=1 if group > 16 else 2)
+    # Large groups are slow in the interpreter: two blocks, the last one short, are enough.
+    case = case_of(w, kv_heads=2) if group <= 3 else case_of(w, (0, 3, 21, 1), kv_heads=1)
     check_case(load_kernel(w, schedule_of(w, algorithm)), case)
 
 
@@ -82,7 +83,7 @@ def test_blocks_and_steps(orientation, block_size, block_n):
     """Blocks that steps tile exactly and ones that a longer step covers; short last blocks."""
     w = workload("float16", block_size=block_size)
     schedule = schedule_of(w, "query_major", orientation=orientation, block_n=block_n)
-    case = case_of(w, (10, 2 * block_size + 5), kv_heads=1)
+    case = case_of(w, (10, block_size + 5), kv_heads=1)
     check_case(load_kernel(w, schedule), case)
 
 

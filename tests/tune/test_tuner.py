@@ -108,6 +108,7 @@ def test_it_stops_when_nothing_better_is_expected(world: World) -> None:
 
 
 def test_a_small_space_is_measured_whole(world: World) -> None:
+    world.change_template("(1, 2, 3, 4)", "(1, 3)")
     (record,) = world.tune(budget=Budget(trials=500, patience=500)).records
     assert record.measured == record.of
     assert record.ended == "every schedule is measured"
