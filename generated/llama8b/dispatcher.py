@@ -2,8 +2,7 @@
 # Regenerate: nsagen build llama8b
 """Dispatch table of llama8b: which kernel serves which workload, target and bucket."""
 
-from nsagen.runtime import Bucket, Dispatcher, Releases
-from nsagen.workload import Workload
+from nsagen.runtime import Bucket, Dispatcher, Releases, Workload
 
 TABLE = {
     Workload(

@@ -2,8 +2,7 @@
 # Regenerate: nsagen build tiny
 """Dispatch table of tiny: which kernel serves which workload, target and bucket."""
 
-from nsagen.runtime import Bucket, Dispatcher
-from nsagen.workload import Workload
+from nsagen.runtime import Bucket, Dispatcher, Workload
 
 TABLE = {
     Workload(

@@ -5,7 +5,8 @@ Importing it needs neither torch nor triton, so that generated tables load fast.
 
 from nsagen.core.bucket import Bucket, Table
 from nsagen.core.releases import Releases
+from nsagen.core.workload import Workload
 from nsagen.runtime.dispatcher import Dispatcher
 from nsagen.runtime.package import load
 
-__all__ = ["Bucket", "Dispatcher", "Releases", "Table", "load"]
+__all__ = ["Bucket", "Dispatcher", "Releases", "Table", "Workload", "load"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.sizes import element_bytes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.target import KNOWN_TARGETS, Target
-from nsagen.workload import Param, Schedule, Workload
+from nsagen.codegen.spaces.padding import element_bytes
+from nsagen.core.target import KNOWN_TARGETS, Target
+from nsagen.core.workload import Param, Schedule, Workload
 
 _MAX_WINDOWS = 256
 _LEAST_COLUMNS = 16

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen import warp_specialized
 from nsagen.codegen.space import Choice, ScheduleSpace
-from nsagen.workload import Schedule, Workload
+from nsagen.codegen.spaces import warp_specialized
+from nsagen.core.workload import Schedule, Workload
 
 COLUMNS = 128
 """Columns of a tile: tokens, each with all heads of a group."""

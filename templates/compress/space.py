@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.sizes import element_bytes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.target import Target
-from nsagen.codegen.windows import PRODUCTS, out_dim
-from nsagen.workload import Param, Schedule, Workload
+from nsagen.codegen.spaces.compression import PRODUCTS, out_dim
+from nsagen.codegen.spaces.padding import element_bytes
+from nsagen.core.target import Target
+from nsagen.core.workload import Param, Schedule, Workload
 
 
 def padded(workload: Workload) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen import attention_tiles
 from nsagen.codegen.space import PowerOfTwo, ScheduleSpace
-from nsagen.workload import Schedule, Workload
+from nsagen.codegen.spaces import attention_tiles
+from nsagen.core.workload import Schedule, Workload
 
 LEAST_STEPS = 16
 """Steps of rows that make it worth a program's while to load a tile of windows and store two."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen import split_kv
-from nsagen.codegen.sizes import padded_heads
 from nsagen.codegen.space import PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.target import Target
-from nsagen.workload import Param, Schedule, Workload
+from nsagen.codegen.spaces import split_kv
+from nsagen.codegen.spaces.padding import padded_heads
+from nsagen.core.target import Target
+from nsagen.core.workload import Param, Schedule, Workload
 
 _MAX_WINDOWS = 256
 _SCORES_A_THREAD = 8

@@ -1,8 +1,8 @@
 """Schedules of compressed attention on Hopper."""
 
-from nsagen.codegen import warp_specialized_gradients
 from nsagen.codegen.space import PowerOfTwo
-from nsagen.codegen.warp_specialized import space
+from nsagen.codegen.spaces import warp_specialized_gradients
+from nsagen.codegen.spaces.warp_specialized import space
 
 SPACES = (
     space("compressed_attention", block_n=128, preferred=True),

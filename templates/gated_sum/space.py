@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.target import Target
-from nsagen.workload import Param, Schedule, Workload
+from nsagen.core.target import Target
+from nsagen.core.workload import Param, Schedule, Workload
 
 Default = Callable[[Workload, Target], Mapping[str, Param]]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.sizes import element_bytes
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace
-from nsagen.codegen.target import Target
-from nsagen.workload import Param, Schedule, Workload
+from nsagen.codegen.spaces.padding import element_bytes
+from nsagen.core.target import Target
+from nsagen.core.workload import Param, Schedule, Workload
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.target import Target
-from nsagen.workload import Param, Schedule, Workload
+from nsagen.core.target import Target
+from nsagen.core.workload import Param, Schedule, Workload
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:

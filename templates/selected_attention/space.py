@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.sizes import LEAST_TILE, element_bytes, padded_heads, raw_peak
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.target import Target
-from nsagen.workload import Param, Schedule, Workload
+from nsagen.codegen.spaces.padding import LEAST_TILE, element_bytes, padded_heads, raw_peak
+from nsagen.core.target import Target
+from nsagen.core.workload import Param, Schedule, Workload
 
 
 def tiles_block(workload: Workload, schedule: Schedule, target: Target) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nsagen.codegen.sizes import LEAST_TILE, element_bytes, padded_heads, raw_peak
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.target import Target
-from nsagen.codegen.warp_specialized import GLUON, runs_on
-from nsagen.workload import Param, Schedule, Workload
+from nsagen.codegen.spaces.padding import LEAST_TILE, element_bytes, padded_heads, raw_peak
+from nsagen.codegen.spaces.warp_specialized import GLUON, runs_on
+from nsagen.core.target import Target
+from nsagen.core.workload import Param, Schedule, Workload
 
 PIPELINE_ROWS = 64
 """Rows, tokens times heads, of a step of the pipeline."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from nsagen.codegen import attention_tiles
 from nsagen.codegen.space import ScheduleSpace
-from nsagen.codegen.target import Target
-from nsagen.workload import Param, Workload
+from nsagen.codegen.spaces import attention_tiles
+from nsagen.core.target import Target
+from nsagen.core.workload import Param, Workload
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:

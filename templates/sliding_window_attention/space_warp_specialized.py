@@ -1,7 +1,7 @@
 """Schedules of sliding-window attention on Hopper."""
 
-from nsagen.codegen import warp_specialized_gradients
-from nsagen.codegen.warp_specialized import space
+from nsagen.codegen.spaces import warp_specialized_gradients
+from nsagen.codegen.spaces.warp_specialized import space
 
 SPACES = (
     # On an H200 (16 heads of 128 a group, 65536 tokens) 2.54 ms; plain row_tiles at its best 2.95.

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from nsagen.aot.cached import compile_key
-from nsagen.codegen import attention_tiles, template
+from nsagen.codegen import template
 from nsagen.codegen.fingerprint import source_fingerprint
 from nsagen.codegen.package import Origin, variant_header
 from nsagen.codegen.plan import Variant, plan_variants
+from nsagen.codegen.spaces import attention_tiles
 from nsagen.core.paths import templates_dir
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Schedule, Workload, variant_name

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.sizes import raw_peak
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace
-from nsagen.codegen.target import Target
-from nsagen.codegen.warp_specialized import GLUON, TILE_ROWS, runs_on, supports
-from nsagen.workload import Param, Schedule, Workload
+from nsagen.codegen.spaces.padding import raw_peak
+from nsagen.codegen.spaces.warp_specialized import GLUON, TILE_ROWS, runs_on, supports
+from nsagen.core.target import Target
+from nsagen.core.workload import Param, Schedule, Workload
 
 KEY_TILE = 128
 """Keys of a program of the second pass: 64 for each of two groups of four warps."""

@@ -6,9 +6,9 @@ templates/native_sparse_attention/space.py.
 
 from __future__ import annotations
 
-from nsagen.codegen.sizes import element_bytes, padded_heads
 from nsagen.codegen.space import Choice, next_power_of_2
-from nsagen.workload import Schedule, Workload
+from nsagen.codegen.spaces.padding import element_bytes, padded_heads
+from nsagen.core.workload import Schedule, Workload
 
 PROGRAMS = (132, 216, 264, 324, 396, 444, 528, 1056, 2112)
 """Two and three a multiprocessor of the targets, and more."""

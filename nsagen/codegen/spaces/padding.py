@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import next_power_of_2
-from nsagen.workload import Workload
+from nsagen.core.workload import Workload
 
 LEAST_TILE = 16
 """The least side of a tile that tl.dot multiplies."""

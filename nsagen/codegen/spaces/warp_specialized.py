@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.sizes import raw_peak
 from nsagen.codegen.space import Choice, PowerOfTwo, ScheduleSpace
-from nsagen.codegen.target import Target
+from nsagen.codegen.spaces.padding import raw_peak
 from nsagen.core.releases import Releases
-from nsagen.workload import Param, Schedule, Workload
+from nsagen.core.target import Target
+from nsagen.core.workload import Param, Schedule, Workload
 
 TILE_ROWS = 128
 """Query rows of a tile: 64 for each of two groups of four warps."""

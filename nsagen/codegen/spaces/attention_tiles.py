@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.sizes import element_bytes, padded_heads, raw_peak
 from nsagen.codegen.space import Choice, PowerOfTwo, Rule, next_power_of_2
-from nsagen.codegen.target import Target
-from nsagen.workload import Param, Schedule, Workload
+from nsagen.codegen.spaces.padding import element_bytes, padded_heads, raw_peak
+from nsagen.core.target import Target
+from nsagen.core.workload import Param, Schedule, Workload
 
 ROW_TILES_KNOBS = (
     PowerOfTwo("block_m", 16, 256, "rows a program: reuse of each key against registers"),

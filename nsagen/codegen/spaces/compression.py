@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nsagen.workload import Workload
+from nsagen.core.workload import Workload
 
 PRODUCTS = ("linear", "mlp")
 """The compress types that are matrix products; the others weigh a window's tokens."""

@@ -1,3 +1,0 @@
-"""`nsagen.core.target`, until the schedule spaces import it by that name."""
-
-from nsagen.core.target import *  # noqa: F403
