@@ -43,12 +43,12 @@ def main() -> None:
         print(f"  {'sampler':24}{'E5':>8}{'E2':>8}{'hit rate':>10}{'seconds':>10}")
         print(row("random (closed form)", random_score(recording, args.budget), 0.0))
         for name in args.samplers:
-            sampler, _, coding = name.partition("/")
+            sampler, _, encoding = name.partition("/")
             start = time.perf_counter()
             result = score(
                 recording,
                 sampler,
-                coding or "integer",  # type: ignore[arg-type]
+                encoding or "integer",  # type: ignore[arg-type]
                 seeds=args.seeds,
                 budget=args.budget,
             )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import optuna
 
-from nsagen.tune.encoding import Coding, Kind
+from nsagen.tune.encoding import Encoding, Kind
 from nsagen.tune.recording import Recording
 from nsagen.tune.search import Budget, Search
 from nsagen.tune.simulate import ReplayEvaluator
@@ -78,10 +78,10 @@ def _search(
 ) -> Sequence[float]:
     """Evaluations until within 5% and 2%, and 1.0 or 0.0: whether the choice is within 2%."""
     evaluator = ReplayEvaluator(recording, seed)
-    coding = Coding(tuple(recording.outcomes), kind)
+    encoding = Encoding(tuple(recording.outcomes), kind)
     search = Search(
         recording.task,
-        coding,
+        encoding,
         optuna.storages.InMemoryStorage(),
         scope="benchmark",
         first=[recording.default, *recording.others],

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from nsagen.aot.resources import Resources, read_resources
-from nsagen.cases.base import Case, Sizes, harness_of
+from nsagen.cases.base import Case, Sizes, cases_of
 from nsagen.core.errors import BuildError
 from nsagen.core.importing import import_file
 from nsagen.core.target import Target
@@ -115,7 +115,7 @@ def recorded_launches(
         BuildError: `launch` calls no kernel.
     """
     plausible = _EXAMPLE_DECODE_SIZES if workload.pass_ == "decode" else _EXAMPLE_SIZES
-    case = harness_of(workload).make_case(workload, sizes or plausible, "meta")
+    case = cases_of(workload).make_case(workload, sizes or plausible, "meta")
     return first_calls(all_launches(path, case))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsagen.aot.compile import recording
-from nsagen.cases.base import Sizes, harness_of
+from nsagen.cases.base import Sizes, cases_of
 from nsagen.core.importing import import_file
 from nsagen.core.workload import Workload
 
@@ -51,7 +51,7 @@ def workspace_bytes(path: Path, workload: Workload, sizes: Sizes) -> int:
         sizes: of the call, which runs on the device "meta": no size is too large.
     """
     module = import_file(path)
-    case = harness_of(workload).make_case(workload, sizes, "meta")
+    case = cases_of(workload).make_case(workload, sizes, "meta")
     allocations = _Allocations()
     allocations.knows(*case.args)
     with recording(module), allocations:

@@ -17,7 +17,7 @@ from nsagen.bench.dense import DenseAttention
 from nsagen.bench.measure import Ceilings, measure_ceilings, milliseconds
 from nsagen.bench.public import public_calls
 from nsagen.bench.shape import Inputs, Shape
-from nsagen.cases.base import Cost, Sizes, harness_of
+from nsagen.cases.base import Cost, Sizes, cases_of
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.compressed_attention import compressed_attention_forward
 from nsagen.ops.layout import positions_in_sequence
@@ -108,7 +108,7 @@ def cost_of(shape: Shape, op: str, pass_: str, tokens: int) -> Cost:
     """The least work of an op on one sequence."""
     workload = shape.workload(op, pass_)
     heads = shape.query_heads if op in ("gated_sum", "rope") else shape.kv_heads
-    return harness_of(workload).make_case(workload, Sizes((tokens,), heads), "meta").cost
+    return cases_of(workload).make_case(workload, Sizes((tokens,), heads), "meta").cost
 
 
 def _op_calls(inputs: Inputs) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -22,8 +22,8 @@ __all__ = [
     "Case",
     "Cost",
     "Sizes",
+    "cases_of",
     "cu_seqlens_of",
-    "harness_of",
     "poisoned",
     "relative_error",
 ]
@@ -62,7 +62,7 @@ class Case:
     cost: Cost
 
 
-def harness_of(workload: Workload) -> ModuleType:
+def cases_of(workload: Workload) -> ModuleType:
     """The harness module of a workload's op; it has `make_case(workload, sizes, device, seed)`."""
     suffix = "" if workload.pass_ == "forward" else f"_{workload.pass_}"
     stem = f"nsagen.cases.{workload.op}"

@@ -19,7 +19,7 @@ from typing import cast
 
 import torch
 
-from nsagen.cases.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
+from nsagen.cases.base import THRESHOLDS, Case, Sizes, cases_of, relative_error
 from nsagen.codegen.template import default_schedule, kernel_name, render, space_for
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.importing import import_file
@@ -29,7 +29,7 @@ from nsagen.core.workload import Param, Schedule, Workload
 
 
 @dataclass(frozen=True)
-class Trial:
+class Reproduction:
     """A workload, an algorithm, the target whose default schedule to take, and a call's sizes.
 
     Attributes:
@@ -73,11 +73,11 @@ class Trial:
     def run(self) -> list[str]:
         """What is wrong with the kernel's outputs; empty when all agree with the reference."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        harness = harness_of(self.workload)
-        case: Case = harness.make_case(self.workload, self.sizes, device, self.seed)
+        cases = cases_of(self.workload)
+        case: Case = cases.make_case(self.workload, self.sizes, device, self.seed)
         schedule = self.schedule
         source = render(self.workload, schedule, f"# {self.workload}: {schedule}")
-        with tempfile.TemporaryDirectory(prefix="nsagen-trial-") as folder:
+        with tempfile.TemporaryDirectory(prefix="nsagen-reproduce-") as folder:
             path = Path(folder) / f"{kernel_name(self.workload, schedule)}.py"
             path.write_text(source, encoding="utf-8")
             import_file(path).launch(*case.args)
@@ -125,7 +125,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the trial that the command line names; 0 when the kernel agrees with the reference."""
+    """Run the call that the command line names; 0 when the kernel agrees with the reference."""
     parser = argparse.ArgumentParser(prog="python -m nsagen.cases.reproduce", description=__doc__)
     parser.add_argument("workload", help="e.g. 'rope forward float32 head_dim=72'")
     parser.add_argument("--target", choices=KNOWN_TARGETS, default="cuda:90")
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InvalidInputError as error:
         print(f"nsagen: {error}", file=sys.stderr)
         return 2
-    wrong = Trial(workload, given.target, sizes, given.algorithm, given.seed).run()
+    wrong = Reproduction(workload, given.target, sizes, given.algorithm, given.seed).run()
     print("\n".join(wrong) or "agrees with the reference")
     return 1 if wrong else 0
 

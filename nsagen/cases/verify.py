@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nsagen.cases.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
+from nsagen.cases.base import THRESHOLDS, Case, Sizes, cases_of, relative_error
 from nsagen.codegen.build import build
 from nsagen.codegen.plan import Variant
 from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
@@ -107,7 +107,7 @@ def _verified(variant: Variant, path: Path, device: torch.device, seed: int) -> 
         }
         return
     try:
-        case: Case = harness_of(workload).make_case(workload, sizes_for(workload), device, seed)
+        case: Case = cases_of(workload).make_case(workload, sizes_for(workload), device, seed)
         import_file(path).launch(*case.args)
         expected = case.expected()
     except Exception as error:  # whatever a kernel fails with is a finding about that kernel

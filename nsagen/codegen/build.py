@@ -12,7 +12,7 @@ from nsagen.codegen.owned import MANIFEST, check_free, own_files, python_files, 
 from nsagen.codegen.package import Origin, manifest_text, package_files, variant_header
 from nsagen.codegen.plan import DEFAULT_PROVENANCE, Use, Variant, plan_variants
 from nsagen.codegen.template import default_schedule, kernel_name, render
-from nsagen.codegen.tuned import tuned_choices
+from nsagen.codegen.tuned import tuned_schedules
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import BuildError
 from nsagen.core.files import TEMPORARY, locked, replace_file, sealed
@@ -147,7 +147,7 @@ class _Plan:
 
 def _render(spec: Spec, folder: Path | None) -> _Plan:
     workloads = spec.workloads()
-    tuned = tuned_choices(folder or spec.tuned_folder, workloads, spec.targets)
+    tuned = tuned_schedules(folder or spec.tuned_folder, workloads, spec.targets)
     variants = plan_variants(workloads, spec.targets, tuned.choices)
     origin = Origin(spec.name, spec.label, spec.sha256, tuned.hashes)
     return _Plan(variants, origin, package_files(variants, origin), tuned.notes)

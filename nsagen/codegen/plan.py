@@ -24,7 +24,7 @@ DEFAULT_PROVENANCE = "the architecture's default; not measured"
 
 
 @dataclass(frozen=True)
-class TunedChoice:
+class TunedSchedule:
     """A schedule that tuning found for a workload, target and bucket, and how it is known."""
 
     workload: Workload
@@ -86,7 +86,7 @@ class Variant:
 
 
 def plan_variants(
-    workloads: Iterable[Workload], targets: Iterable[str], tuned: Iterable[TunedChoice] = ()
+    workloads: Iterable[Workload], targets: Iterable[str], tuned: Iterable[TunedSchedule] = ()
 ) -> tuple[Variant, ...]:
     """Choose schedules for each workload and target; equal choices share one file.
 
@@ -101,7 +101,7 @@ def plan_variants(
         UnsupportedWorkloadError: no algorithm covers a workload.
     """
     parsed: list[Target] = [parse_target(text) for text in targets]
-    found: dict[tuple[Workload, str], list[TunedChoice]] = {}
+    found: dict[tuple[Workload, str], list[TunedSchedule]] = {}
     for choice in tuned:
         found.setdefault((choice.workload, choice.target), []).append(choice)
     chosen: dict[tuple[Workload, Schedule], list[Use]] = {}
@@ -114,7 +114,7 @@ def plan_variants(
 
 
 def _uses(
-    workload: Workload, target: Target, tuned: Sequence[TunedChoice]
+    workload: Workload, target: Target, tuned: Sequence[TunedSchedule]
 ) -> list[tuple[Schedule, Use]]:
     """What serves a workload on a target: tuned buckets, what they leave, and another Triton."""
     name = str(target)

@@ -18,7 +18,7 @@ from nsagen.core.workload import Param, Schedule, Workload
 
 
 @dataclass(frozen=True)
-class Choice:
+class Knob:
     """A knob with an explicit list of values, in ascending or preference order."""
 
     name: str
@@ -26,12 +26,12 @@ class Choice:
     trades: str
 
 
-def PowerOfTwo(name: str, low: int, high: int, trades: str) -> Choice:
+def PowerOfTwo(name: str, low: int, high: int, trades: str) -> Knob:
     """A knob over the powers of two from `low` to `high`, both inclusive."""
     values = tuple(1 << e for e in range(low.bit_length() - 1, high.bit_length()))
     if values[0] != low or values[-1] != high:
         raise ValueError(f"knob {name}: low and high must be powers of two, got {low} and {high}")
-    return Choice(name, values, trades)
+    return Knob(name, values, trades)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ScheduleSpace:
     op: str
     pass_: str
     algorithm: str
-    knobs: tuple[Choice, ...]
+    knobs: tuple[Knob, ...]
     default: Callable[[Workload, Target], Mapping[str, Param]]
     rules: tuple[Rule, ...] = ()
     derive: Callable[[Workload, Schedule], dict[str, Any]] = _nothing

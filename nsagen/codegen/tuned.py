@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nsagen.codegen.plan import TunedChoice
+from nsagen.codegen.plan import TunedSchedule
 from nsagen.codegen.template import kernel_fingerprint, space_for
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import NsagenError
@@ -26,12 +26,12 @@ class Tuned:
         notes: what a user must know: records that a change outdated, and why.
     """
 
-    choices: tuple[TunedChoice, ...] = ()
+    choices: tuple[TunedSchedule, ...] = ()
     hashes: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def tuned_choices(folder: Path, workloads: Sequence[Workload], targets: Sequence[str]) -> Tuned:
+def tuned_schedules(folder: Path, workloads: Sequence[Workload], targets: Sequence[str]) -> Tuned:
     """What a build uses of the records in a folder.
 
     For a workload, target and bucket, a measured record goes before a ranked one, and the newer
@@ -57,7 +57,7 @@ def tuned_choices(folder: Path, workloads: Sequence[Workload], targets: Sequence
             found.setdefault((record.workload, file.target), []).append((file.device, record))
         notes += _stale_notes(file, stale)
     choices = [
-        TunedChoice(
+        TunedSchedule(
             workload, target, r.bucket, r.schedule, r.evidence(device), r.objective == "time"
         )
         for (workload, target), records in found.items()

@@ -33,7 +33,7 @@ OnMissing = Literal["build", "error"]
 
 
 @dataclass(slots=True)
-class _Choice:
+class _Entry:
     """A kernel for a bucket; its module is imported at the first call that it serves."""
 
     bucket: Bucket
@@ -79,7 +79,7 @@ class Dispatcher:
         self.on_missing: OnMissing = on_missing
         self._table = table
         self._triton = triton or {}
-        self._choices: dict[tuple[Workload, torch.device], list[_Choice]] = {}
+        self._choices: dict[tuple[Workload, torch.device], list[_Entry]] = {}
         self._other: Dispatcher | None = None
         self.key = register(self, name if on_missing == "build" else f"{name}:error")
 
@@ -152,11 +152,11 @@ class Dispatcher:
             f"targets: {', '.join(targets) or 'none'}, on_missing={self.on_missing!r})"
         )
 
-    def _resolve(self, workload: Workload, device: torch.device) -> list[_Choice]:
+    def _resolve(self, workload: Workload, device: torch.device) -> list[_Entry]:
         target = self._target(workload, device)
         entries: Entries = self._table.get(workload, {}).get(target, ())
         choices = [
-            _Choice(bucket, self._loader(module))
+            _Entry(bucket, self._loader(module))
             for bucket, module in entries
             if self._runs_here(module)
         ]
@@ -193,7 +193,7 @@ class Dispatcher:
 
         return load
 
-    def _missing(self, workload: Workload, device: torch.device, tokens: int) -> _Choice:
+    def _missing(self, workload: Workload, device: torch.device, tokens: int) -> _Entry:
         target = self._target(workload, device)
         if self.on_missing == "error":
             covered = self._table.get(workload, {}).get(target, ())
@@ -208,7 +208,7 @@ class Dispatcher:
         from nsagen.runtime.user_cache import cached_variant, load_kernel
 
         path = cached_variant(workload, target, self.name)
-        return _Choice(Bucket(), lambda: load_kernel(path).launch)
+        return _Entry(Bucket(), lambda: load_kernel(path).launch)
 
 
 def register(dispatcher: Dispatcher, key: str) -> str:

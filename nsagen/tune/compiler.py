@@ -110,9 +110,9 @@ class Compiler:
 @functools.lru_cache(maxsize=16)
 def _meta_case(workload: Workload, sizes: Sizes) -> Any:
     """A case without data: half a second for long sequences, and the same for all schedules."""
-    from nsagen.cases.base import harness_of
+    from nsagen.cases.base import cases_of
 
-    return harness_of(workload).make_case(workload, sizes, "meta")
+    return cases_of(workload).make_case(workload, sizes, "meta")
 
 
 class CompilePool:

@@ -36,7 +36,7 @@ Coded = int | str
 """A parameter's value in a study."""
 
 
-class Coding:
+class Encoding:
     """The parameters of a study over a list of valid schedules of a workload.
 
     Attributes:

@@ -23,7 +23,7 @@ MARGIN = {"time": 0.01, "static": 0.25}
 """By how much another schedule must beat the default, which wins ties."""
 
 
-class Decision:
+class FinalRound:
     """A search's end, step by step: `compare`, then `certify` until there is a result.
 
     `certify` needs the winner compiled once more. That begins as soon as it is known, and until
@@ -110,7 +110,7 @@ class Decision:
             runner_up=other and Timed(other.schedule, _six_digits(other.ms)),
             measured=len(measured),
             failed=sum(not m.outcome.ok for m in measured),
-            of=len(self._search.coding),
+            of=len(self._search.encoding),
             ended=self._ended,
             triton=self._device.triton,
             driver=self._device.driver,

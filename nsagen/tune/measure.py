@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import triton
 
-from nsagen.cases.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
+from nsagen.cases.base import THRESHOLDS, Case, Sizes, cases_of, relative_error
 from nsagen.cases.verify import sizes_for
 from nsagen.core.importing import import_file
 from nsagen.runtime.device import device_slug, target_of
@@ -109,7 +109,7 @@ class _Opened:
 
     def _inputs(self, sizes: Sizes, seed: int) -> _Inputs:
         workload = self.task.workload
-        return _Inputs.of(harness_of(workload).make_case(workload, sizes, self.device, seed))
+        return _Inputs.of(cases_of(workload).make_case(workload, sizes, self.device, seed))
 
 
 class GpuMeasurer:

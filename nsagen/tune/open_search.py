@@ -7,12 +7,12 @@ from collections import deque
 from typing import Any
 
 from nsagen.tune.evaluate import Evaluator
-from nsagen.tune.final_round import Decision
+from nsagen.tune.final_round import FinalRound
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.search import Budget, Candidate, Search
 
 
-class Contest:
+class OpenSearch:
     """A search that is open.
 
     Attributes:
@@ -21,7 +21,7 @@ class Contest:
         best_ms: the least time that this run measured.
         spent: seconds of the device that this run gave to it.
         measuring: candidates that are with the device.
-        decision: once the search is over.
+        final: its final round, once the search is over.
     """
 
     def __init__(self, search: Search, budget: Budget, number: int, deadline: float | None) -> None:
@@ -32,7 +32,7 @@ class Contest:
         self.best_ms: float | None = None
         self.spent = 0.0
         self.measuring = 0
-        self.decision: Decision | None = None
+        self.final: FinalRound | None = None
         self._budget, self._deadline = budget, deadline
         self._pending: deque[Candidate] = deque()
         self._ended = search.finished(budget)

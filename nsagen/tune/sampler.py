@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.workload import Schedule
-from nsagen.tune.encoding import Coding
+from nsagen.tune.encoding import Encoding
 from nsagen.tune.surrogate import propose
 
 STARTUP = 4
@@ -41,19 +41,19 @@ class SpaceSampler(BaseSampler):
     and resumed proposes what an uninterrupted one would have.
     """
 
-    def __init__(self, name: str, coding: Coding, seed: int = 0) -> None:
+    def __init__(self, name: str, encoding: Encoding, seed: int = 0) -> None:
         if name not in SAMPLERS:
             raise InvalidInputError(
                 f"tune: sampler must be one of {', '.join(SAMPLERS)}; got {name!r}; choose one"
             )
         self._name = name
-        self._coding = coding
+        self._encoding = encoding
         self._seed = seed
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        return self._coding.distributions
+        return self._encoding.distributions
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -61,35 +61,35 @@ class SpaceSampler(BaseSampler):
         if "fixed_params" in trial.system_attrs:  # enqueued: nothing to choose
             return {}
         seed = self._seed * 1_000_003 + trial.number
-        taken = taken_schedules(study, self._coding)
+        taken = taken_schedules(study, self._encoding)
         told = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if self._name == "random" or len(told) < STARTUP:
-            schedule = self._coding.random(taken, seed)
+            schedule = self._encoding.random(taken, seed)
         elif self._name == "gp":
             schedule = self._expected_best(told, taken, seed)
         else:
             several = {n: d for n, d in search_space.items() if not d.single()}
             sampler = OPTUNA_SAMPLERS[self._name](seed)
             proposal = sampler.sample_relative(study, trial, several) if several else {}
-            first = self._coding.params_of(self._coding.schedules[0])
-            schedule = self._coding.nearest({**first, **proposal}, taken, seed)
+            first = self._encoding.params_of(self._encoding.schedules[0])
+            schedule = self._encoding.nearest({**first, **proposal}, taken, seed)
         # When nothing is free, a repeat tells the search so.
-        return self._coding.params_of(schedule or self._coding.schedules[0])
+        return self._encoding.params_of(schedule or self._encoding.schedules[0])
 
     def _expected_best(
         self, told: list[FrozenTrial], taken: set[Schedule], seed: int
     ) -> Schedule | None:
-        coding = self._coding
-        ranks = [coding.rank_of(coding.schedule_of(trial.params)) for trial in told]
-        pending = sorted({coding.rank_of(schedule) for schedule in taken} - set(ranks))
-        free = coding.free(taken)
+        encoding = self._encoding
+        ranks = [encoding.rank_of(encoding.schedule_of(trial.params)) for trial in told]
+        pending = sorted({encoding.rank_of(schedule) for schedule in taken} - set(ranks))
+        free = encoding.free(taken)
         if not len(free):
             return None
         values = np.array([trial.value for trial in told], dtype=np.float64)
         chosen = propose(
-            coding.points, np.array(ranks), values, np.array(pending, dtype=np.intp), free, seed
+            encoding.points, np.array(ranks), values, np.array(pending, dtype=np.intp), free, seed
         )
-        return coding.schedules[chosen]
+        return encoding.schedules[chosen]
 
     def sample_independent(
         self,
@@ -101,7 +101,7 @@ class SpaceSampler(BaseSampler):
         raise AssertionError(f"{param_name} was not sampled with the others")
 
 
-def taken_schedules(study: Study, coding: Coding, asking: int | None = None) -> set[Schedule]:
+def taken_schedules(study: Study, encoding: Encoding, asking: int | None = None) -> set[Schedule]:
     """The schedules that trials have measured or are measuring.
 
     Args:
@@ -110,8 +110,8 @@ def taken_schedules(study: Study, coding: Coding, asking: int | None = None) -> 
     """
     states = (TrialState.COMPLETE, TrialState.RUNNING)
     return {
-        coding.schedule_of(trial.params)
+        encoding.schedule_of(trial.params)
         for trial in study.get_trials(deepcopy=False, states=states)
-        if trial.params.keys() == coding.distributions.keys()
+        if trial.params.keys() == encoding.distributions.keys()
         and (asking is None or trial.number < asking or "schedule" in trial.user_attrs)
     }

@@ -17,7 +17,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nsagen.core.workload import Param, Schedule
-from nsagen.tune.encoding import Coding
+from nsagen.tune.encoding import Encoding
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.sampler import DEFAULT_SAMPLER, SpaceSampler, taken_schedules
 from nsagen.tune.storage import owner, owner_is_dead, release_dead_trials
@@ -67,7 +67,7 @@ class Search:
     def __init__(
         self,
         task: Task,
-        coding: Coding,
+        encoding: Encoding,
         storage: BaseStorage,
         *,
         scope: str,
@@ -82,13 +82,13 @@ class Search:
             first: schedules to try before any other: the default, then neighbours' winners.
         """
         self.task = task
-        self.coding = coding
+        self.encoding = encoding
         stem = f"{scope}: {task} ({task.sizes_text})"
         studies = [n for n in optuna.get_all_study_names(storage) if n.startswith(f"{stem} #")]
         self.study = optuna.create_study(
             storage=storage,
-            study_name=self._name(storage, studies, f"{stem} #{coding.sha256[:8]}"),
-            sampler=SpaceSampler(sampler, coding, seed),
+            study_name=self._name(storage, studies, f"{stem} #{encoding.sha256[:8]}"),
+            sampler=SpaceSampler(sampler, encoding, seed),
             pruner=NopPruner(),
             load_if_exists=True,
         )
@@ -100,14 +100,14 @@ class Search:
         """The next schedule to evaluate; None when all have been."""
         for _ in range(_RETRIES):
             trial = self._ask()
-            schedule = self.coding.schedule_of(trial.params)
+            schedule = self.encoding.schedule_of(trial.params)
             self._await_announcements(trial.number)
             others = self._taken(asking=trial.number)
             if schedule not in others:
                 trial.set_user_attr("schedule", str(schedule))
                 return Candidate(trial, schedule)
             self.study.tell(trial, state=TrialState.FAIL)  # another process was quicker
-            if len(others) >= len(self.coding):
+            if len(others) >= len(self.encoding):
                 return None
         return None
 
@@ -135,7 +135,7 @@ class Search:
             warnings.filterwarnings("ignore", "Heartbeat of storage", UserWarning)
             trial = self.study.ask()
         trial.set_user_attr("owner", owner())  # before the sampler takes its time
-        for name, distribution in self.coding.distributions.items():
+        for name, distribution in self.encoding.distributions.items():
             if isinstance(distribution, IntDistribution):
                 trial.suggest_int(name, distribution.low, distribution.high)
             elif isinstance(distribution, CategoricalDistribution):
@@ -171,8 +171,8 @@ class Search:
         }
         self.study.add_trial(
             create_trial(
-                params=self.coding.params_of(candidate.schedule),
-                distributions=self.coding.distributions,
+                params=self.encoding.params_of(candidate.schedule),
+                distributions=self.encoding.distributions,
                 value=value,
                 user_attrs=attributes,
             )
@@ -188,7 +188,7 @@ class Search:
     def measured(self) -> list[Measured]:
         """Every evaluation so far, in the order of the trials."""
         return [
-            Measured(self.coding.schedule_of(t.params), Outcome.of_json(t.user_attrs["outcome"]))
+            Measured(self.encoding.schedule_of(t.params), Outcome.of_json(t.user_attrs["outcome"]))
             for t in self._complete()
         ]
 
@@ -202,7 +202,7 @@ class Search:
         values = [
             t.value if t.user_attrs["outcome"]["ms"] is not None else None for t in self._complete()
         ]
-        if len(values) >= len(self.coding):
+        if len(values) >= len(self.encoding):
             return "every schedule is measured"
         if len(values) >= budget.trials:
             return f"{budget.trials} schedules are measured"
@@ -242,14 +242,14 @@ class Search:
 
     def _take_over_trial(self, trial: FrozenTrial) -> None:
         schedule = schedule_from_text(trial.user_attrs["schedule"])
-        if not self.coding.expresses(schedule) or schedule in self._taken():
+        if not self.encoding.expresses(schedule) or schedule in self._taken():
             return
         if not self._holds(trial):
             return
         self.study.add_trial(
             create_trial(
-                params=self.coding.params_of(schedule),
-                distributions=self.coding.distributions,
+                params=self.encoding.params_of(schedule),
+                distributions=self.encoding.distributions,
                 value=trial.value,
                 user_attrs=trial.user_attrs,
                 system_attrs=trial.system_attrs,
@@ -263,13 +263,13 @@ class Search:
             trial.system_attrs.get("fixed_params")
             for trial in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
         ]
-        for schedule in dict.fromkeys(s for s in schedules if self.coding.expresses(s)):
-            params = self.coding.params_of(schedule)
+        for schedule in dict.fromkeys(s for s in schedules if self.encoding.expresses(s)):
+            params = self.encoding.params_of(schedule)
             if schedule not in taken and params not in waiting:
                 self.study.enqueue_trial(params)
 
     def _taken(self, asking: int | None = None) -> set[Schedule]:
-        return taken_schedules(self.study, self.coding, asking)
+        return taken_schedules(self.study, self.encoding, asking)
 
     def _complete(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

@@ -21,10 +21,10 @@ from optuna.study import Study
 
 from nsagen.core.workload import Schedule
 from nsagen.records.record import TuningRecord
-from nsagen.tune.encoding import Coding, combinations
+from nsagen.tune.encoding import Encoding, combinations
 from nsagen.tune.evaluate import Evaluator
-from nsagen.tune.final_round import Decision
-from nsagen.tune.open_search import Contest
+from nsagen.tune.final_round import FinalRound
+from nsagen.tune.open_search import OpenSearch
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.search import Candidate, Search
 from nsagen.tune.settings import Device, Settings, Step
@@ -51,7 +51,7 @@ _PAUSE_S = 0.005
 class _Job:
     """What the device is at, and what to do with its result."""
 
-    contest: Contest
+    open_search: OpenSearch
     future: Future[Any]
     since: float
     then: Callable[[Any], None]
@@ -77,7 +77,7 @@ class Tuner:
         self._on_step = on_step
         self._width = max(1, settings.ahead // EACH_AHEAD)
         self._waiting: deque[tuple[int, Task]] = deque()
-        self._open: list[Contest] = []
+        self._open: list[OpenSearch] = []
         self._running: dict[int, Candidate] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="measure")
         self._stop = Stoppable()
@@ -102,7 +102,7 @@ class Tuner:
             while True:
                 self._admit()
                 self._fill()
-                following = self._begin(None if job is None else job.contest)
+                following = self._begin(None if job is None else job.open_search)
                 if job is not None:
                     self._finish(job, on_record)
                 elif following is None:
@@ -133,8 +133,8 @@ class Tuner:
         try:
             yield
         finally:
-            for contest in self._open:
-                contest.give_up(self._running)
+            for open_search in self._open:
+                open_search.give_up(self._running)
 
     def _admit(self) -> None:
         """Open a search if there is room; it gets its share of the time that is left.
@@ -149,7 +149,7 @@ class Tuner:
             candidates = self._evaluator.candidates(task)
             search = Search(
                 task,
-                Coding(candidates.schedules),
+                Encoding(candidates.schedules),
                 self._storage,
                 scope=f"{self._settings.objective} on {self._device.slug}",
                 first=[candidates.default, *self._neighbours(task), *candidates.others],
@@ -157,14 +157,14 @@ class Tuner:
                 seed=self._settings.seed,
             )
             self.studies.append(search.study)
-            contest = Contest(search, self._settings.budget, number, self._deadline())
-            self._open.append(contest)
-            self._conclude(contest)
+            open_search = OpenSearch(search, self._settings.budget, number, self._deadline())
+            self._open.append(open_search)
+            self._conclude(open_search)
             return
 
     def _searching(self) -> int:
         """Open searches that still ask for schedules: those that are decided need no compiler."""
-        return sum(contest.decision is None for contest in self._open)
+        return sum(open_search.final is None for open_search in self._open)
 
     def _deadline(self) -> float | None:
         """When a search that begins now must end: as many share the device as are open."""
@@ -173,17 +173,19 @@ class Tuner:
         now, left = time.monotonic(), len(self._waiting) + self._searching() + 1
         return now + max(0.0, self._end - now) * min(1.0, self._width / left)
 
-    def _conclude(self, contest: Contest) -> None:
+    def _conclude(self, open_search: OpenSearch) -> None:
         """End a search that is over, and get ready to decide it; its record may stand already."""
-        if contest.decision is not None or not (ended := contest.over()):
+        if open_search.final is not None or not (ended := open_search.over()):
             return
-        contest.give_up(self._running)
-        search = contest.search
+        open_search.give_up(self._running)
+        search = open_search.search
         task = search.task
         known = self._known.get((task.workload, task.bucket, self._objective, task.sizes_text))
-        contest.decision = Decision(search, self._evaluator, self._device, self._objective, ended)
+        open_search.final = FinalRound(
+            search, self._evaluator, self._device, self._objective, ended
+        )
         if known and _still_holds(known, search):
-            contest.decision.result = known
+            open_search.final.result = known
 
     @property
     def _objective(self) -> Any:
@@ -194,82 +196,88 @@ class Tuner:
 
         A few at a time, for the device must not wait while many are chosen.
         """
-        for contest in self._open:
-            self._conclude(contest)
+        for open_search in self._open:
+            self._conclude(open_search)
         each = max(1, min(self._settings.ahead // max(1, self._searching()), self._width + 1))
-        hungry = [c for c in self._open if c.decision is None and c.has_room(each)]
-        for contest in sorted(hungry, key=lambda c: c.pending)[:ASKS_A_TURN]:
-            if candidate := contest.ask():
+        hungry = [c for c in self._open if c.final is None and c.has_room(each)]
+        for open_search in sorted(hungry, key=lambda c: c.pending)[:ASKS_A_TURN]:
+            if candidate := open_search.ask():
                 self._running[candidate.trial._trial_id] = candidate
-                self._evaluator.start(contest.task, candidate.schedule)
-            self._conclude(contest)
+                self._evaluator.start(open_search.task, candidate.schedule)
+            self._conclude(open_search)
 
-    def _begin(self, busy: Contest | None) -> _Job | None:
+    def _begin(self, busy: OpenSearch | None) -> _Job | None:
         """Give the device something to do, if anything is ready.
 
         Args:
             busy: the search whose job is still going on; it cannot be decided meanwhile.
         """
         # Decisions first: they are short, and each makes room.
-        for contest in sorted(self._open, key=lambda c: (c.decision is None, c.spent)):
-            decision = contest.decision
-            if decision is not None and contest is not busy and decision.ready:
-                call = decision.step if decision.result is None else (lambda: None)
-                return self._submit(contest, lambda _: None, call)
-            candidate = contest.next(self._evaluator)
+        for open_search in sorted(self._open, key=lambda c: (c.final is None, c.spent)):
+            final = open_search.final
+            if final is not None and open_search is not busy and final.ready:
+                call = final.step if final.result is None else (lambda: None)
+                return self._submit(open_search, lambda _: None, call)
+            candidate = open_search.next(self._evaluator)
             if candidate is not None:
 
                 def tell(
-                    outcome: Outcome, contest: Contest = contest, candidate: Candidate = candidate
+                    outcome: Outcome,
+                    open_search: OpenSearch = open_search,
+                    candidate: Candidate = candidate,
                 ) -> None:
-                    self._tell(contest, candidate, outcome)
+                    self._tell(open_search, candidate, outcome)
 
-                schedule, best = candidate.schedule, contest.best_ms
+                schedule, best = candidate.schedule, open_search.best_ms
                 return self._submit(
-                    contest, tell, self._evaluator.finish, contest.task, schedule, best
+                    open_search, tell, self._evaluator.finish, open_search.task, schedule, best
                 )
         return None
 
     def _submit(
-        self, contest: Contest, then: Callable[[Any], None], call: Callable[..., Any], *args: Any
+        self,
+        open_search: OpenSearch,
+        then: Callable[[Any], None],
+        call: Callable[..., Any],
+        *args: Any,
     ) -> _Job:
-        return _Job(contest, self._thread.submit(call, *args), time.monotonic(), then)
+        return _Job(open_search, self._thread.submit(call, *args), time.monotonic(), then)
 
     def _finish(self, job: _Job, on_record: Callable[[TuningRecord], None]) -> None:
         """Wait for the device, and take over what it found."""
         result = self._stop.wait(job.future)
-        contest = job.contest
+        open_search = job.open_search
         now = time.monotonic()
-        contest.spent += now - max(job.since, self._freed)
+        open_search.spent += now - max(job.since, self._freed)
         self._freed = now
         job.then(result)
-        decided = contest.decision.result if contest.decision else None
+        decided = open_search.final.result if open_search.final else None
         if decided is None:
             return
-        self._open.remove(contest)
+        self._open.remove(open_search)
         if isinstance(decided, str):
-            self._failures.append(f"{contest.task}: {decided}")
+            self._failures.append(f"{open_search.task}: {decided}")
             return
         self._known[decided.key] = decided
         for other in self._open:
-            if other.decision is None and (found := self._neighbours(other.task)):
+            if other.final is None and (found := self._neighbours(other.task)):
                 other.search.line_up(found)
         on_record(decided)
 
-    def _tell(self, contest: Contest, candidate: Candidate, outcome: Outcome) -> None:
-        contest.tell(candidate, outcome)
+    def _tell(self, open_search: OpenSearch, candidate: Candidate, outcome: Outcome) -> None:
+        open_search.tell(candidate, outcome)
         self._running.pop(candidate.trial._trial_id, None)
         self._on_step(
             Step(
-                contest.task,
-                contest.number,
+                open_search.task,
+                open_search.number,
                 self._count,
-                contest.count,
-                len(contest.search.coding),
+                open_search.count,
+                len(open_search.search.encoding),
                 candidate.schedule,
                 outcome.reason,
                 outcome.ms,
-                contest.best_ms,
+                open_search.best_ms,
             )
         )
 

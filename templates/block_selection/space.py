@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces.padding import element_bytes
 from nsagen.core.target import KNOWN_TARGETS, Target
 from nsagen.core.workload import Param, Schedule, Workload
@@ -135,13 +135,13 @@ SPACES = (
             PowerOfTwo("columns", 16, 256, "wide matrix products against registers"),
             PowerOfTwo("windows", 16, _MAX_WINDOWS, "fewer steps against registers"),
             PowerOfTwo("segment", 32, 1024, "selecting seldom against registers"),
-            Choice(
+            Knob(
                 "programs",
                 (4, *sorted({n * t.num_sms for t in KNOWN_TARGETS.values() for n in (1, 2, 3, 4)})),
                 "a full GPU against the workspace",
             ),
-            Choice("num_warps", (1, 2, 4, 8), "registers a thread against programs that fit"),
-            Choice("num_stages", (1, 2, 3, 4), "loads in flight against shared memory"),
+            Knob("num_warps", (1, 2, 4, 8), "registers a thread against programs that fit"),
+            Knob("num_stages", (1, 2, 3, 4), "loads in flight against shared memory"),
         ),
         rules=(
             Rule(

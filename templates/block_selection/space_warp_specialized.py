@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.space import Choice, ScheduleSpace
+from nsagen.codegen.space import Knob, ScheduleSpace
 from nsagen.codegen.spaces import warp_specialized
 from nsagen.core.workload import Schedule, Workload
 
@@ -48,8 +48,8 @@ SPACES = (
         pass_="forward",
         algorithm="warp_specialized",
         knobs=(
-            Choice("num_stages", (2, 3, 4), "copies in flight against shared memory"),
-            Choice("workspace", (32, 64, 128, 256, 512), "launches against memory, in MiB"),
+            Knob("num_stages", (2, 3, 4), "copies in flight against shared memory"),
+            Knob("workspace", (32, 64, 128, 256, 512), "launches against memory, in MiB"),
         ),
         derive=derive,
         shared_memory=shared_memory,

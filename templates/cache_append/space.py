@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces.compression import PRODUCTS
 from nsagen.codegen.spaces.padding import element_bytes
 from nsagen.core.target import Target
@@ -115,7 +115,7 @@ POOL = ScheduleSpace(
     op="cache_append",
     pass_="decode",
     algorithm="pool",
-    knobs=(_BLOCK_HEADS, Choice("num_warps", (1, 2, 4, 8, 16), "threads for the same tile")),
+    knobs=(_BLOCK_HEADS, Knob("num_warps", (1, 2, 4, 8, 16), "threads for the same tile")),
     rules=(_TILE,),
     derive=derive_pool,
     default=default_pool,
@@ -130,8 +130,8 @@ MATMUL = ScheduleSpace(
         _BLOCK_HEADS,
         PowerOfTwo("block_rows", 16, 64, "windows at once: reuse of weights against room"),
         PowerOfTwo("columns", 16, 64, "columns a program: long runs against programs"),
-        Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
-        Choice("num_stages", (1, 2, 3, 4, 5, 6, 8), "loads in flight against shared memory"),
+        Knob("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+        Knob("num_stages", (1, 2, 3, 4, 5, 6, 8), "loads in flight against shared memory"),
     ),
     rules=(_TILE,),
     derive=derive_matmul,

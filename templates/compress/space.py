@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces.compression import PRODUCTS, out_dim
 from nsagen.codegen.spaces.padding import element_bytes
 from nsagen.core.target import Target
@@ -95,8 +95,8 @@ POOL = ScheduleSpace(
     algorithm="pool",
     knobs=(
         PowerOfTwo("block_units", 4, 64, "units a program: shared neighbours against programs"),
-        Choice("unroll", (1, 2, 4, 8, 16), "tokens a step: loads in flight against registers"),
-        Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+        Knob("unroll", (1, 2, 4, 8, 16), "tokens a step: loads in flight against registers"),
+        Knob("num_warps", (1, 2, 4, 8), "threads for the same tile"),
     ),
     rules=(
         Rule("unroll divides kernel_stride", lambda w, s, t: w.kernel_stride % s.unroll == 0),
@@ -124,8 +124,8 @@ REREAD = ScheduleSpace(
     algorithm="reread",
     knobs=(
         PowerOfTwo("block_windows", 4, 64, "windows a program: cached tokens against programs"),
-        Choice("unroll", (1, 2, 4, 8, 16), "tokens a step: loads in flight against registers"),
-        Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+        Knob("unroll", (1, 2, 4, 8, 16), "tokens a step: loads in flight against registers"),
+        Knob("num_warps", (1, 2, 4, 8), "threads for the same tile"),
     ),
     rules=(
         Rule("unroll divides kernel_size", lambda w, s, t: w.kernel_size % s.unroll == 0),
@@ -183,8 +183,8 @@ MATMUL = ScheduleSpace(
         PowerOfTwo("block_m", 16, 256, "windows a program: reuse of w against programs"),
         PowerOfTwo("block_n", 16, 256, "columns a program: reuse of tokens against programs"),
         PowerOfTwo("block_k", 16, 128, "elements a step: fewer steps against shared memory"),
-        Choice("num_warps", (2, 4, 8), "threads for the same tile"),
-        Choice("num_stages", (1, 2, 3, 4, 5), "steps that are loading, against shared memory"),
+        Knob("num_warps", (2, 4, 8), "threads for the same tile"),
+        Knob("num_stages", (1, 2, 3, 4, 5), "steps that are loading, against shared memory"),
     ),
     rules=(
         Rule(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces.compression import PRODUCTS, out_dim
 from nsagen.codegen.spaces.padding import element_bytes
 from nsagen.core.target import Target
@@ -72,9 +72,9 @@ POOL = ScheduleSpace(
     knobs=(
         PowerOfTwo("block_tokens", 4, 128, "tokens a program of dx: shared dy against programs"),
         PowerOfTwo("block_windows", 4, 64, "windows a step: loads in flight against registers"),
-        Choice("block_j", (1, 2, 4, 8, 16), "places a program of dw: reads of dy, registers"),
-        Choice("part_windows", (64, 128, 256, 512, 1024), "windows a part: programs, parts to add"),
-        Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+        Knob("block_j", (1, 2, 4, 8, 16), "places a program of dw: reads of dy, registers"),
+        Knob("part_windows", (64, 128, 256, 512, 1024), "windows a part: programs, parts to add"),
+        Knob("num_warps", (1, 2, 4, 8), "threads for the same tile"),
     ),
     rules=(
         Rule(
@@ -159,8 +159,8 @@ MATMUL = ScheduleSpace(
         PowerOfTwo("block_cols", 16, 256, "columns of dw a program: reuse of x against programs"),
         PowerOfTwo("block_windows", 16, 128, "windows a step of dw: steps against shared memory"),
         PowerOfTwo("max_parts", 1, 16, "parts of dw: programs against what is added up"),
-        Choice("num_warps", (2, 4, 8), "threads for the same tile"),
-        Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
+        Knob("num_warps", (2, 4, 8), "threads for the same tile"),
+        Knob("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
     ),
     rules=(
         Rule(
@@ -225,9 +225,9 @@ GATES = ScheduleSpace(
     knobs=(
         PowerOfTwo("block_tokens", 4, 128, "tokens a program of dx: shared dy against programs"),
         PowerOfTwo("block_windows", 4, 64, "windows a step: loads in flight against registers"),
-        Choice("block_j", (1, 2, 4, 8), "places a program of dw: reads of dy, registers"),
-        Choice("part_windows", (64, 128, 256, 512, 1024), "windows a part: programs, parts to add"),
-        Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+        Knob("block_j", (1, 2, 4, 8), "places a program of dw: reads of dy, registers"),
+        Knob("part_windows", (64, 128, 256, 512, 1024), "windows a part: programs, parts to add"),
+        Knob("num_warps", (1, 2, 4, 8), "threads for the same tile"),
     ),
     rules=(
         Rule("block_j divides kernel_size", lambda w, s, t: w.kernel_size % s.block_j == 0),

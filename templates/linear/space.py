@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace
+from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace
 from nsagen.codegen.spaces.padding import element_bytes
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
@@ -59,9 +59,9 @@ SPACES = (
         knobs=(
             PowerOfTwo("block_n", 16, 128, "rows of weights a program: reuse of x against balance"),
             PowerOfTwo("block_k", 32, 512, "elements a step: long accesses against shared memory"),
-            Choice("columns", (8, 16), "least rows of x in a product: room against instructions"),
-            Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
-            Choice("num_stages", (2, 3, 4, 5, 6), "steps that are loaded ahead"),
+            Knob("columns", (8, 16), "least rows of x in a product: room against instructions"),
+            Knob("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+            Knob("num_stages", (2, 3, 4, 5, 6), "steps that are loaded ahead"),
         ),
         rules=(
             Rule(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -36,7 +36,7 @@ SPACES = (
         algorithm="row_tiles",
         knobs=(
             PowerOfTwo("block_rows", 1, 256, "rows a program: loads in flight against programs"),
-            Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+            Knob("num_warps", (1, 2, 4, 8), "threads for the same tile"),
         ),
         rules=(
             Rule(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces.padding import LEAST_TILE, element_bytes, padded_heads, raw_peak
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
@@ -172,8 +172,8 @@ def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
 
 STEP_KNOBS = (
     PowerOfTwo("block_n", 16, 256, "keys a step: fewer steps against programs at a time"),
-    Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
-    Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
+    Knob("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+    Knob("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
 )
 """Of steps over a token's own blocks."""
 
@@ -184,8 +184,8 @@ SPACES = (
         algorithm="key_major",
         knobs=(
             PowerOfTwo("block_m", 16, 512, "rows a step: reuse of the block against registers"),
-            Choice("num_warps", (4, 8), "threads for the same tile"),
-            Choice("num_stages", (1, 2, 3), "steps of queries that are loading"),
+            Knob("num_warps", (4, 8), "threads for the same tile"),
+            Knob("num_stages", (1, 2, 3), "steps of queries that are loading"),
             PowerOfTwo("part_tokens", 16, 8192, "balance of long lists against reads of blocks"),
         ),
         rules=(Rule("block_m holds a group of query heads", holds_group),),
@@ -199,7 +199,7 @@ SPACES = (
         pass_="forward",
         algorithm="query_major",
         knobs=(
-            Choice(
+            Knob(
                 "orientation",
                 ("rows", "columns"),
                 '"rows" suit mma.sync, "columns" wgmma',
@@ -217,8 +217,8 @@ SPACES = (
         algorithm="shared_blocks",
         knobs=(
             *STEP_KNOBS,
-            Choice("share_tokens", (2, 4, 8), "common blocks: more readers against waiting"),
-            Choice("sharers", (2, 3, 4), "fewer reads against rows that are multiplied by zero"),
+            Knob("share_tokens", (2, 4, 8), "common blocks: more readers against waiting"),
+            Knob("sharers", (2, 3, 4), "fewer reads against rows that are multiplied by zero"),
         ),
         rules=(
             Rule("steps of block_n tile block_size", tiles_block),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces.padding import LEAST_TILE, element_bytes, padded_heads, raw_peak
 from nsagen.codegen.spaces.warp_specialized import GLUON, runs_on
 from nsagen.core.target import Target
@@ -275,14 +275,14 @@ def default_pipeline(workload: Workload, target: Target) -> dict[str, Param]:
 
 
 KEY_KNOBS = (
-    Choice(
+    Knob(
         "key_orientation",
         ("keys", "queries"),
         'rows of the scores: "keys" keep them in registers, "queries" let more warps share',
     ),
     PowerOfTwo("block_m", 16, 512, "rows a step: reuse of the block's keys against registers"),
-    Choice("key_warps", (4, 8), "threads for the same key block"),
-    Choice("key_stages", (1, 2, 3), "steps of queries that are loading, against shared memory"),
+    Knob("key_warps", (4, 8), "threads for the same key block"),
+    Knob("key_stages", (1, 2, 3), "steps of queries that are loading, against shared memory"),
     PowerOfTwo("part_tokens", 16, 8192, "balance of long lists against sums of their parts"),
 )
 
@@ -303,14 +303,14 @@ SPACES = (
         pass_="backward",
         algorithm="two_pass",
         knobs=(
-            Choice(
+            Knob(
                 "orientation",
                 ("rows", "columns"),
                 '"rows" suit mma.sync, "columns" wgmma',
             ),
             PowerOfTwo("block_n", 16, 256, "keys a step: fewer steps against programs at a time"),
-            Choice("num_warps", (1, 2, 4, 8), "threads for the same tile"),
-            Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
+            Knob("num_warps", (1, 2, 4, 8), "threads for the same tile"),
+            Knob("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
             *KEY_KNOBS,
         ),
         rules=(
@@ -326,7 +326,7 @@ SPACES = (
         pass_="backward",
         algorithm="warp_specialized",
         knobs=(
-            Choice("row_stages", (2, 3), "steps that are loading, against shared memory"),
+            Knob("row_stages", (2, 3), "steps that are loading, against shared memory"),
             PowerOfTwo(
                 "part_tokens", 16, 8192, "balance of long lists against sums of their parts"
             ),

@@ -9,7 +9,7 @@ import torch
 
 from nsagen import ops
 from nsagen.aot.compile import all_launches
-from nsagen.cases.base import Case, Sizes, harness_of
+from nsagen.cases.base import Case, Sizes, cases_of
 from nsagen.codegen.template import render, space_for, spaces_of
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.target import KNOWN_TARGETS
@@ -58,7 +58,7 @@ def test_70000_sequences(work: Workload, algorithm: str, tmp_path: Path) -> None
     path = tmp_path / "kernel.py"
     path.write_text(render(work, schedule, header="# one row a sequence"))
     lengths = (5,) * FEW if work.pass_ == "decode" else (LENGTH,) * FEW
-    case = harness_of(work).make_case(work, Sizes(lengths, kv_heads=2, capacity=64), "meta")
+    case = cases_of(work).make_case(work, Sizes(lengths, kv_heads=2, capacity=64), "meta")
     for call in all_launches(path, stretched(case)):
         grid = [int(n) for n in call.grid]
         assert max(grid[1:], default=1) <= PLACES, f"{call.kernel.__name__}: {grid}"

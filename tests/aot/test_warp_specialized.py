@@ -9,7 +9,7 @@ import torch
 
 from nsagen.aot.compile import all_launches, compile_launch, compile_variant, first_calls
 from nsagen.aot.resources import Resources, read_resources
-from nsagen.cases.base import Case, Sizes, harness_of
+from nsagen.cases.base import Case, Sizes, cases_of
 from nsagen.codegen.template import kernel_name, render, spaces_for, spaces_of
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Workload
@@ -122,7 +122,7 @@ def resources_of(w: Workload, folder: Path, changed: Callable[[Args], Args]) -> 
     schedule = space.default_schedule(w, SM90)
     path = folder / f"{kernel_name(w, schedule)}.py"
     path.write_text(render(w, schedule, "# test"))
-    case = harness_of(w).make_case(w, Sizes((4096,), 4), "meta")
+    case = cases_of(w).make_case(w, Sizes((4096,), 4), "meta")
     case = Case(changed(case.args), case.outputs, case.expected, case.cost)
     calls = first_calls(all_launches(path, case))
     return [

@@ -3,7 +3,7 @@
 import pytest
 
 from nsagen.codegen import template
-from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.core.errors import BuildError, SpecError, UnsupportedWorkloadError
 from nsagen.core.target import KNOWN_TARGETS, parse_target
 from nsagen.core.workload import Schedule, Workload
@@ -19,7 +19,7 @@ def space(default=None, **changes):
         "algorithm": "rows",
         "knobs": (
             PowerOfTwo("block_m", 16, 64, "rows a program"),
-            Choice("num_warps", (2, 4), "threads"),
+            Knob("num_warps", (2, 4), "threads"),
         ),
         "rules": (Rule("4 warps need 32 rows", lambda w, s, t: s.block_m >= 8 * s.num_warps),),
         "default": lambda w, t: default or {"block_m": 32, "num_warps": 4},
@@ -51,7 +51,7 @@ def test_a_violation_names_the_rule(knobs, reason):
 @pytest.mark.parametrize(("value", "others"), [(True, (1, 2)), (1, (False, True))])
 def test_true_is_not_1(value, others):
     """They are equal, and so one for a cache, but a kernel's text shows which it is."""
-    one = space(knobs=(Choice("depth", others, "a trade"),), rules=(), shared_memory=lambda w, s: 0)
+    one = space(knobs=(Knob("depth", others, "a trade"),), rules=(), shared_memory=lambda w, s: 0)
     (wrong,) = one.violations(WORKLOAD, Schedule.of("rows", depth=value), SM90)
     assert wrong == f"knob depth must be one of {list(others)}, got {value}"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsagen.cases.base import THRESHOLDS, Case, Sizes, harness_of, relative_error
+from nsagen.cases.base import THRESHOLDS, Case, Sizes, cases_of, relative_error
 from nsagen.cases.selected_attention import make_inputs
 from nsagen.codegen.template import default_schedule, space_for, spaces_of
 from nsagen.core.target import KNOWN_TARGETS
@@ -75,7 +75,7 @@ def adversarial(w: Workload, kind: str, monkeypatch: pytest.MonkeyPatch) -> Case
     with monkeypatch.context() as patched:
         patched.setattr(torch, "randn", lambda *a, **k: KINDS[kind](draw(*a, **k)))
         sizes = Sizes((40, -1, 3), capacity=48) if w.pass_ == "decode" else Sizes((0, 3, 26))
-        return harness_of(w).make_case(w, sizes, kernel_device(), seed=1)
+        return cases_of(w).make_case(w, sizes, kernel_device(), seed=1)
 
 
 def check(name: str, out: Tensor, exact: Tensor, scale: float, huge: bool) -> None:
@@ -246,7 +246,7 @@ def test_splits_of_a_row_weigh_what_they_saw(
     w = workload(op, "decode", "float32")
     usual = default_schedule(w, KNOWN_TARGETS["cuda:90"])
     schedule = Schedule.of(usual.algorithm, dict(usual.knobs) | {"programs": 2112, "block_n": 16})
-    case = harness_of(w).make_case(w, Sizes((1279, 700, 130), capacity=1280), kernel_device())
+    case = cases_of(w).make_case(w, Sizes((1279, 700, 130), capacity=1280), kernel_device())
     q, k_cache, *_ = case.args
     q.fill_(value)
     k_cache.copy_(torch.where(k_cache.isnan(), k_cache, value))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from nsagen.cases.base import Sizes
-from nsagen.cases.reproduce import Trial
+from nsagen.cases.reproduce import Reproduction
 from nsagen.codegen.template import default_schedule, spaces_of
 from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.core.target import KNOWN_TARGETS
@@ -88,7 +88,7 @@ def sizes_for(draw, shape: AttentionShape, pass_: str) -> Sizes:
 
 
 @st.composite
-def trials(draw, op: str, pass_: str) -> Trial:
+def trials(draw, op: str, pass_: str) -> Reproduction:
     shape = draw(attention_shapes())
     params = {name: getattr(shape, name) for name in parameter_names(op, pass_)}
     workload = Workload.of(op, pass_, dtype=shape.dtype, **params)
@@ -102,7 +102,7 @@ def trials(draw, op: str, pass_: str) -> Trial:
         hypothesis.assume(shape.window_size > 1 or op != "sliding_window_attention")
         windows = (max(sizes.seqlens) - shape.kernel_size) // shape.kernel_stride + 1
         hypothesis.assume(windows > 1 or op != "compressed_attention")
-    return Trial(workload, target, sizes, algorithm, seed=draw(st.integers(0, 99)))
+    return Reproduction(workload, target, sizes, algorithm, seed=draw(st.integers(0, 99)))
 
 
 def check(op: str, pass_: str, settings: hypothesis.settings) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from nsagen.cases.base import Case, Sizes, harness_of
+from nsagen.cases.base import Case, Sizes, cases_of
 from nsagen.core.workload import OPTIONAL_PARAMS, STATIC_PARAMS, Workload, parameter_names
 from nsagen.spec.shape import AttentionShape
 from tests.support import check_case, load_kernel
@@ -96,7 +96,7 @@ def check(op: str, pass_: str, shape: AttentionShape) -> None:
     params = {name: getattr(shape, name) for name in parameter_names(op, pass_)}
     workload = Workload.of(op, pass_, dtype="float32", **params)
     sizes = DECODE_SIZES if pass_ == "decode" else SIZES
-    case = harness_of(workload).make_case(workload, sizes, "cpu", 0)
+    case = cases_of(workload).make_case(workload, sizes, "cpu", 0)
     module = load_kernel(workload)
     check_case(module, spread(case, module.launch))
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsagen.cases.base import THRESHOLDS, Sizes, harness_of, relative_error
+from nsagen.cases.base import THRESHOLDS, Sizes, cases_of, relative_error
 from nsagen.codegen.template import spaces_of
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Schedule, Workload
@@ -43,7 +43,7 @@ def variant(op: str, algorithm: str, dtype: str, dim: int = 64) -> tuple[Workloa
 def test_gates_of_any_sign(op: str, algorithm: str, dtype: str) -> None:
     """As if do had been multiplied by the gate before, and o were there for delta."""
     workload, kernel = variant(op, algorithm, dtype)
-    case = harness_of(workload).make_case(workload, Sizes((90, 0, 3), 2), kernel_device(), seed=1)
+    case = cases_of(workload).make_case(workload, Sizes((90, 0, 3), 2), kernel_device(), seed=1)
     do, *middle, o, lse, dq, dk, dv, scale = case.args
     assert isinstance(do, torch.Tensor)
     assert isinstance(o, torch.Tensor)
@@ -64,7 +64,7 @@ def test_gradients_are_added(op: str, algorithm: str, dtype: str, dim: int) -> N
     """To what the outputs hold, with the same bits each time; the other outputs are written."""
     workload, kernel = variant(op, algorithm, dtype, dim)
     sizes = Sizes((50, 0, 3), 1)
-    case = harness_of(workload).make_case(workload, sizes, kernel_device(), seed=1)
+    case = cases_of(workload).make_case(workload, sizes, kernel_device(), seed=1)
     before = {name: torch.randn_like(case.outputs[name]) for name in ADDED[op]}
     found = []
     for _ in range(2):
@@ -82,7 +82,7 @@ def test_gradients_are_added(op: str, algorithm: str, dtype: str, dim: int) -> N
 def test_no_window_adds_nothing(algorithm: str) -> None:
     """Sequences shorter than a window: dq stays as it was."""
     workload, kernel = variant("compressed_attention", algorithm, "float16")
-    case = harness_of(workload).make_case(workload, Sizes((3, 0, 7), 2), kernel_device(), seed=1)
+    case = cases_of(workload).make_case(workload, Sizes((3, 0, 7), 2), kernel_device(), seed=1)
     before = torch.randn_like(case.outputs["dq"])
     case.outputs["dq"].copy_(before)
     kernel.launch(*case.args, add=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nsagen.cases.base import Sizes, harness_of
+from nsagen.cases.base import Sizes, cases_of
 from nsagen.codegen.template import space_for, spaces_of
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import STATIC_PARAMS, Param, Workload
@@ -48,5 +48,5 @@ def cases() -> list[tuple[Workload, str]]:
 def test_many_sequences(work: Workload, algorithm: str) -> None:
     space = space_for(work, algorithm)
     schedule = space.default_schedule(work, KNOWN_TARGETS["cuda:90"])
-    case = harness_of(work).make_case(work, Sizes(LENGTHS, kv_heads=1), kernel_device())
+    case = cases_of(work).make_case(work, Sizes(LENGTHS, kv_heads=1), kernel_device())
     check_case(load_kernel(work, schedule), case)

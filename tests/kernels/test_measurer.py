@@ -131,7 +131,7 @@ def test_the_reference_is_asked_once_a_task(
     assert measurer._now is not None
     case = measurer._now._inputs(TASK.checked, 0).case
     counting = replace(case, expected=lambda: asked.append(1) or case.expected())
-    monkeypatch.setattr(measure, "harness_of", lambda _: Harness(counting, case))
+    monkeypatch.setattr(measure, "cases_of", lambda _: Harness(counting, case))
     for schedule in SCHEDULES:
         measurer.measure(write(tmp_path, schedule), None)
     assert len(asked) == 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from nsagen.cases.base import Sizes, harness_of
+from nsagen.cases.base import Sizes, cases_of
 from nsagen.core.workload import STATIC_PARAMS, Workload
 from nsagen.spec.shape import AttentionShape, violations
 from tests.support import check_case, kernel_device, load_kernel
@@ -85,4 +85,4 @@ def test_shape(name: str) -> None:
     sizes = Sizes((2, tokens), kv_heads=1)
     if work.pass_ == "decode":
         sizes = Sizes((1, tokens), kv_heads=1, capacity=tokens + shape.kernel_size)
-    check_case(load_kernel(work), harness_of(work).make_case(work, sizes, kernel_device()))
+    check_case(load_kernel(work), cases_of(work).make_case(work, sizes, kernel_device()))

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from nsagen.cases.base import harness_of
+from nsagen.cases.base import cases_of
 from nsagen.cases.sizes import Sizes
 from nsagen.core.workload import Workload
 from nsagen.reports.target_support import representative
@@ -38,7 +38,7 @@ def tritons_own() -> Iterator[None]:
 def launched(workload: Workload) -> dict[str, Tensor]:
     """The outputs of a workload's default kernel."""
     sizes = Sizes((3, 37), kv_heads=1, capacity=64)
-    case = harness_of(workload).make_case(workload, sizes, torch.device("cpu"), seed=1)
+    case = cases_of(workload).make_case(workload, sizes, torch.device("cpu"), seed=1)
     load_kernel(workload).launch(*case.args)
     return case.outputs
 

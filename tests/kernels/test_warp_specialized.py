@@ -6,7 +6,7 @@ Gluon has no interpreter: these run on a Hopper GPU only.
 import pytest
 import torch
 
-from nsagen.cases.base import Case, Sizes, harness_of
+from nsagen.cases.base import Case, Sizes, cases_of
 from nsagen.codegen.template import spaces_of
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Schedule, Workload
@@ -39,7 +39,7 @@ def schedule_of(w: Workload, **knobs) -> Schedule:
 
 
 def case_of(w: Workload, seqlens=RAGGED, kv_heads=2) -> Case:
-    return harness_of(w).make_case(w, Sizes(seqlens, kv_heads), "cuda", seed=1)
+    return cases_of(w).make_case(w, Sizes(seqlens, kv_heads), "cuda", seed=1)
 
 
 @on_hopper

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsagen.cases.base import Case, Sizes, harness_of
+from nsagen.cases.base import Case, Sizes, cases_of
 from nsagen.codegen.template import spaces_of
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Schedule, Workload
@@ -43,7 +43,7 @@ def schedule_of(w: Workload, **knobs: Any) -> Schedule:
 
 
 def case_of(w: Workload, seqlens: tuple[int, ...] = RAGGED, kv_heads: int = 2) -> Case:
-    return harness_of(w).make_case(w, Sizes(seqlens, kv_heads), "cuda", seed=1)
+    return cases_of(w).make_case(w, Sizes(seqlens, kv_heads), "cuda", seed=1)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -83,7 +83,7 @@ def test_ranges_in_which_a_block_has_no_part_one_or_many(
     rare = torch.where((token > 700) & (token < 760), 3, -1)  # block 3 in the middle only
     late = torch.where(token > 1400, 5, -1)
     topk_idx = torch.stack([torch.zeros_like(token), torch.where(own > 9, own, -1), rare, late], 1)
-    case = harness_of(w).make_case(
+    case = cases_of(w).make_case(
         w, Sizes((1500,), 1), "cuda", seed=1, topk_idx=topk_idx[None].contiguous()
     )
     module = load_kernel(w, schedule_of(w, part_tokens=part_tokens))

@@ -9,7 +9,7 @@ import pytest
 
 from nsagen.codegen.build import build, check
 from nsagen.codegen.template import default_schedule, kernel_fingerprint
-from nsagen.codegen.tuned import outdated, tuned_choices
+from nsagen.codegen.tuned import outdated, tuned_schedules
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import SpecError
 from nsagen.core.target import KNOWN_TARGETS
@@ -102,7 +102,7 @@ def test_a_run_of_another_size_discards_no_record_and_serves_all_calls(
     save_records(world.tuned, "nvidia-h200", "cuda:90", [other])
     assert set(load_records(world.records).records) == {record, other}
     spec = load_spec(world.spec)
-    (choice,) = tuned_choices(world.tuned, spec.workloads(), spec.targets).choices
+    (choice,) = tuned_schedules(world.tuned, spec.workloads(), spec.targets).choices
     assert (choice.bucket, choice.schedule) == (record.bucket, other.schedule)
 
 
@@ -192,7 +192,7 @@ def test_measured_before_ranked_then_the_newest_device(world: World, record: Tun
     spec = load_spec(world.spec)
 
     def chosen() -> str:
-        (choice,) = tuned_choices(world.tuned, spec.workloads(), spec.targets).choices
+        (choice,) = tuned_schedules(world.tuned, spec.workloads(), spec.targets).choices
         return choice.provenance.partition(":")[0]
 
     assert chosen() == "tuned on nvidia-h200"

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 SPACE = """
-from nsagen.codegen.space import Choice, ScheduleSpace
+from nsagen.codegen.space import Knob, ScheduleSpace
 
 SPACES = (
     ScheduleSpace(
         op="rope",
         pass_="forward",
         algorithm="negate",
-        knobs=(Choice("num_warps", (1, 2), "warps"),),
+        knobs=(Knob("num_warps", (1, 2), "warps"),),
         rules=(),
         derive=lambda workload, schedule: {},
         shared_memory=lambda workload, schedule: 0,

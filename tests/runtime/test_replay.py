@@ -24,7 +24,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
-from nsagen.cases.base import Sizes, harness_of  # noqa: E402
+from nsagen.cases.base import Sizes, cases_of  # noqa: E402
 from nsagen.core.importing import import_file  # noqa: E402
 from nsagen.core.workload import Workload  # noqa: E402
 from nsagen.runtime.replay import ReplayedLaunch  # noqa: E402
@@ -88,7 +88,7 @@ def fake() -> Iterator[Driver]:
 
 def call_of(workload: Workload, seed: int = 0) -> tuple[Any, ...]:
     sizes = Sizes((319, 77, 200), kv_heads=2, capacity=320)
-    return harness_of(workload).make_case(workload, sizes, "cpu", seed).args
+    return cases_of(workload).make_case(workload, sizes, "cpu", seed).args
 
 
 def normal_form(launches: list[tuple[Any, ...]], args: tuple[Any, ...]) -> list[Any]:

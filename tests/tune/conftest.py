@@ -23,7 +23,7 @@ from tests.tune.fake import FakeCompiler, FakeMeasurer
 __all__ = ["one_op"]  # a fixture
 
 SPACE = """
-from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace
+from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace
 
 SPACES = (
     ScheduleSpace(
@@ -32,8 +32,8 @@ SPACES = (
         algorithm="elementwise",
         knobs=(
             PowerOfTwo("block", 32, 1024, "elements a program"),
-            Choice("num_warps", (1, 2, 4, 8), "threads"),
-            Choice("num_stages", (1, 2, 3, 4), "loads in flight"),
+            Knob("num_warps", (1, 2, 4, 8), "threads"),
+            Knob("num_stages", (1, 2, 3, 4), "loads in flight"),
         ),
         rules=(Rule("an element a thread", lambda w, s, t: s.block >= 32 * s.num_warps),),
         derive=lambda workload, schedule: {"mistake": ""},

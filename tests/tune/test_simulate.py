@@ -112,7 +112,7 @@ def test_a_simulated_search_tells_how_good_its_choice_is(world: World, tmp_path:
     [pytest.param(s, marks=[pytest.mark.slow] if s == "optuna-gp" else []) for s in SAMPLERS],
 )
 def test_a_resumed_search_makes_the_choices_of_an_uninterrupted_one(sampler: str) -> None:
-    from nsagen.tune.encoding import Coding
+    from nsagen.tune.encoding import Encoding
     from nsagen.tune.search import Search
     from nsagen.tune.simulate import ReplayEvaluator
 
@@ -121,9 +121,11 @@ def test_a_resumed_search_makes_the_choices_of_an_uninterrupted_one(sampler: str
     def tried(*parts: int) -> list[Schedule]:
         storage, count = optuna.storages.InMemoryStorage(), 0
         for part in parts:
-            coding = Coding(tuple(recording.outcomes))
+            encoding = Encoding(tuple(recording.outcomes))
             first = [recording.default]
-            search = Search(recording.task, coding, storage, scope="", first=first, sampler=sampler)
+            search = Search(
+                recording.task, encoding, storage, scope="", first=first, sampler=sampler
+            )
             evaluator = ReplayEvaluator(recording)
             for _ in range(part):
                 candidate = search.ask()

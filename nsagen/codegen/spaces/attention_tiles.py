@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.space import Choice, PowerOfTwo, Rule, next_power_of_2
+from nsagen.codegen.space import Knob, PowerOfTwo, Rule, next_power_of_2
 from nsagen.codegen.spaces.padding import element_bytes, padded_heads, raw_peak
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
@@ -17,9 +17,9 @@ from nsagen.core.workload import Param, Schedule, Workload
 ROW_TILES_KNOBS = (
     PowerOfTwo("block_m", 16, 256, "rows a program: reuse of each key against registers"),
     PowerOfTwo("block_n", 16, 128, "keys a step: fewer steps against waste in masked ones"),
-    Choice("num_warps", (1, 2, 4, 8), "threads a tile against programs a multiprocessor"),
-    Choice("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
-    Choice(
+    Knob("num_warps", (1, 2, 4, 8), "threads a tile against programs a multiprocessor"),
+    Knob("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
+    Knob(
         "loads",
         ("pointers", "descriptors"),
         '"descriptors" copy in bulk with few registers, and need a second loop at the end',
@@ -29,12 +29,12 @@ ROW_TILES_KNOBS = (
 TWO_PASSES_KNOBS = (
     PowerOfTwo("block_m", 16, 128, "dq: rows a program: reuse of each key against registers"),
     PowerOfTwo("block_n", 16, 128, "dq: keys a step: fewer steps against registers"),
-    Choice("num_warps", (4, 8), "dq: threads for the same tile"),
-    Choice("num_stages", (1, 2, 3), "dq: steps that are loading, against shared memory"),
+    Knob("num_warps", (4, 8), "dq: threads for the same tile"),
+    Knob("num_stages", (1, 2, 3), "dq: steps that are loading, against shared memory"),
     PowerOfTwo("key_tile", 16, 128, "dk, dv: keys a program: reuse of each row against registers"),
     PowerOfTwo("row_step", 16, 128, "dk, dv: rows a step: fewer steps against registers"),
-    Choice("dkv_warps", (4, 8), "dk, dv: threads for the same tile"),
-    Choice("dkv_stages", (1, 2, 3), "dk, dv: steps that are loading, against shared memory"),
+    Knob("dkv_warps", (4, 8), "dk, dv: threads for the same tile"),
+    Knob("dkv_stages", (1, 2, 3), "dk, dv: steps that are loading, against shared memory"),
 )
 
 

@@ -6,7 +6,7 @@ templates/native_sparse_attention/space.py.
 
 from __future__ import annotations
 
-from nsagen.codegen.space import Choice, next_power_of_2
+from nsagen.codegen.space import Knob, next_power_of_2
 from nsagen.codegen.spaces.padding import element_bytes, padded_heads
 from nsagen.core.workload import Schedule, Workload
 
@@ -14,10 +14,10 @@ PROGRAMS = (132, 216, 264, 324, 396, 444, 528, 1056, 2112)
 """Two and three a multiprocessor of the targets, and more."""
 
 KNOBS = (
-    Choice("programs", PROGRAMS, "a full GPU against combining"),
-    Choice("num_warps", (1, 2, 4, 8), "registers a thread against programs that fit"),
-    Choice("num_stages", (1, 2, 3, 4, 5), "loads in flight against shared memory"),
-    Choice("combine_warps", (1, 2, 4, 8), "lanes against barriers of the second kernel"),
+    Knob("programs", PROGRAMS, "a full GPU against combining"),
+    Knob("num_warps", (1, 2, 4, 8), "registers a thread against programs that fit"),
+    Knob("num_stages", (1, 2, 3, 4, 5), "loads in flight against shared memory"),
+    Knob("combine_warps", (1, 2, 4, 8), "lanes against barriers of the second kernel"),
 )
 
 STEP_BYTES = 32 * 1024

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.space import Choice, PowerOfTwo, ScheduleSpace
+from nsagen.codegen.space import Knob, PowerOfTwo, ScheduleSpace
 from nsagen.codegen.spaces.padding import raw_peak
 from nsagen.core.releases import Releases
 from nsagen.core.target import Target
@@ -72,7 +72,7 @@ def space(op: str, block_n: int, *, preferred: bool) -> ScheduleSpace:
         algorithm="warp_specialized",
         knobs=(
             PowerOfTwo("block_n", 64, 128, "fewer steps against waste in masked ones"),
-            Choice("num_stages", (2, 3, 4), "copies in flight against shared memory"),
+            Knob("num_stages", (2, 3, 4), "copies in flight against shared memory"),
         ),
         derive=derive,
         shared_memory=shared_memory,

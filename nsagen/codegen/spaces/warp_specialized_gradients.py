@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.space import Choice, PowerOfTwo, Rule, ScheduleSpace
+from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace
 from nsagen.codegen.spaces.padding import raw_peak
 from nsagen.codegen.spaces.warp_specialized import GLUON, TILE_ROWS, runs_on, supports
 from nsagen.core.target import Target
@@ -55,7 +55,7 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def space(
-    op: str, knobs: tuple[Choice, ...], defaults: dict[str, Param], *, least_group: int
+    op: str, knobs: tuple[Knob, ...], defaults: dict[str, Param], *, least_group: int
 ) -> ScheduleSpace:
     """The space of an op's backward pass.
 
@@ -75,9 +75,9 @@ def space(
         algorithm="warp_specialized",
         knobs=(
             PowerOfTwo("block_n", 64, 128, "dq: fewer steps against registers"),
-            Choice("num_stages", (2, 3, 4), "dq: copies in flight against shared memory"),
+            Knob("num_stages", (2, 3, 4), "dq: copies in flight against shared memory"),
             PowerOfTwo("row_step", 64, 64, "dk, dv: fewer steps against registers"),
-            Choice("row_stages", (2, 3, 4), "dk, dv: copies in flight against shared memory"),
+            Knob("row_stages", (2, 3, 4), "dk, dv: copies in flight against shared memory"),
             *knobs,
         ),
         rules=(
