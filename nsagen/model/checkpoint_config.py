@@ -42,7 +42,8 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path}: a checkpoint needs a readable config.json; got {error}; "
             "give the folder that save_pretrained or a download wrote"
         ) from None
-    require(isinstance(content, dict), str(path), "must be a JSON object", "a list", "mend it")
+    kind = type(content).__name__
+    require(isinstance(content, dict), str(path), "must be a JSON object", f"a {kind}", "fix it")
     return content
 
 
@@ -61,6 +62,14 @@ def dense_config(raw: Mapping[str, Any], folder: Path) -> ToyLlamaConfig:
         "for a Mistral or Qwen3, load it with Transformers and call "
         "nsagen.integrations.transformers.apply_nsa",
     )
+    quantization = raw.get("quantization_config")
+    require(
+        quantization is None,
+        where,
+        "weights must be floating-point numbers as they are, without quantization_config",
+        str(quantization),
+        "give the folder of the model before it was quantized",
+    )
     plain = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
     for name, needed in plain.items():
         value = raw.get(name, needed)
@@ -70,8 +79,12 @@ def dense_config(raw: Mapping[str, Any], folder: Path) -> ToyLlamaConfig:
     require(
         not missing, where, f"must have {', '.join(_SAME_NAME)}", f"no {missing}", "add the missing"
     )
+    for name in ("num_attention_heads", "hidden_size"):
+        value = raw[name]
+        usable = type(value) is int and value > 0
+        require(usable, where, f"{name} must be a positive integer", repr(value), "correct it")
     heads = raw["num_attention_heads"]
-    theta, scaling = rope_settings(raw)
+    theta, scaling = _checked_rope(raw, where)
     return ToyLlamaConfig(
         **{name: raw[name] for name in _SAME_NAME},
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
@@ -93,10 +106,13 @@ def nsa_config(
     """
     dense = dense_config(raw, folder)
     stored = raw.get("nsa") or {}
+    kind = type(stored).__name__
+    where = f"{folder}/config.json: nsa"
+    require(isinstance(stored, Mapping), where, "must be a JSON object", f"a {kind}", "fix it")
     unknown = sorted({*stored, *overrides} - set(SPARSITY))
     require(
         not unknown,
-        f"{folder}/config.json: nsa",
+        where,
         f"the settings of NSA are {', '.join(SPARSITY)}",
         ", ".join(unknown),
         "correct the name",
@@ -105,22 +121,97 @@ def nsa_config(
 
 
 def rope_settings(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
-    """rope_theta and rope_scaling, as Transformers 4 (two keys) or 5 (rope_parameters) has them."""
-    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    """rope_theta and rope_scaling, as Transformers 4 (two keys) or 5 (rope_parameters) has them.
+
+    Where it has both, what Transformers 5 takes: rope_scaling before rope_parameters, and the theta
+    in it before the one beside it.
+    """
+    parameters = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     theta = parameters.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     return float(theta), None if kind == "default" else parameters
 
 
-def config_dtype(raw: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that config.json names, else bfloat16."""
-    name = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InvalidInputError(
-            f"config.json: dtype must be a floating-point dtype of PyTorch; got {name!r}; "
-            "pass dtype=torch.bfloat16"
-        )
+def _checked_rope(raw: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
+    """`rope_settings` of a model whose rope turns whole heads, the same in all layers."""
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    advice = "such a model cannot be loaded"
+    require(
+        isinstance(given, Mapping) and not any(isinstance(v, Mapping) for v in given.values()),
+        where,
+        "rope_parameters must be a JSON object of numbers, the same for all layers",
+        str(given),
+        advice,
+    )
+    share = given.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
+    require(
+        share in (None, 1),
+        where,
+        "rope must turn whole heads",
+        f"partial_rotary_factor={share}",
+        advice,
+    )
+    other = raw.get("rope_parameters") or given
+    thetas = [d.get("rope_theta") for d in (given, other, raw) if isinstance(d, Mapping)]
+    for theta in thetas:
+        usable = theta is None or (isinstance(theta, int | float) and theta > 0)
+        require(usable, where, "rope_theta must be a positive number", repr(theta), "correct it")
+    require(
+        _bare_rope(given) == _bare_rope(other) and len({*thetas} - {None}) <= 1,
+        where,
+        "rope_theta, rope_scaling and rope_parameters must say the same",
+        ", ".join(f"{k}={raw[k]}" for k in raw if k.startswith("rope_")),
+        "keep rope_parameters alone, with rope_theta in it, or the other two",
+    )
+    theta, scaling = rope_settings(raw)
+    return theta, scaling and {k: v for k, v in scaling.items() if k != "partial_rotary_factor"}
+
+
+def _bare_rope(given: Any) -> Any:
+    """Rope settings without the theta, and with one name for the type."""
+    if not isinstance(given, Mapping):
+        return given
+    kind = given.get("rope_type", given.get("type", "default"))
+    rest = {k: v for k, v in given.items() if k not in ("rope_theta", "rope_type", "type")}
+    return {**rest, "rope_type": kind}
+
+
+WEIGHTS = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+"""Dtypes that weights may have, by their names in safetensors files."""
+
+
+def config_dtype(raw: Mapping[str, Any], otherwise: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """The dtype that config.json names, else another one.
+
+    Raises:
+        InvalidInputError: not one of `WEIGHTS`.
+    """
+    name = raw.get("dtype") or raw.get("torch_dtype")
+    if name is None:
+        return otherwise
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    return checked_dtype("config.json", dtype, name)
+
+
+def checked_dtype(where: str, dtype: Any, given: Any = None) -> torch.dtype:
+    """A dtype that weights may have; `given`: what named it.
+
+    Raises:
+        InvalidInputError: another one.
+    """
+    known = ", ".join(str(known).removeprefix("torch.") for known in WEIGHTS.values())
+    require(
+        isinstance(dtype, torch.dtype) and dtype in WEIGHTS.values(),
+        where,
+        f"dtype must be one of {known}",
+        repr(dtype if given is None else given),
+        "pass dtype=torch.bfloat16",
+    )
     return dtype
 
 

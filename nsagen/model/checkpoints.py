@@ -5,7 +5,7 @@ Needs safetensors only, not Transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from nsagen.model.checkpoint_config import (
+    WEIGHTS,
+    checked_dtype,
     config_dtype,
     config_json,
     read_config,
@@ -23,12 +25,21 @@ from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
 from nsagen.model.safetensors_files import (
     read_tensors,
     replace_json,
+    stored_dtype,
     tensor_names,
     write_tensors,
 )
 
 if TYPE_CHECKING:
     from typing import Self
+
+_EMBEDDING = "model.embed_tokens.weight"
+
+_SCALES = ("scale", "scale_inv", "scales", "qweight", "qzeros", "g_idx", "SCB", "absmax")
+"""How the names of what a quantized weight has beside it end."""
+
+_NO_SHAPE = ("dispatcher", "kernel_stride", "block_size", "topk", "init_blocks", "local_blocks")
+"""What may be loaded with any value: no parameter's shape depends on it."""
 
 _NEW = ("gate.", "compress_", "intra_block_pe", "k_proj_", "v_proj_")
 """How the names of the parameters begin that NSA adds to a layer's attention."""
@@ -76,7 +87,7 @@ class Pretrained(nn.Module):
         Args:
             folder: holds config.json and model.safetensors, or several files and their index.
             inference_config: limits of `generate`.
-            dtype: of the weights; by default what config.json says, else bfloat16.
+            dtype: of the weights; by default what config.json says, else that of the file.
             device: where to put them.
             more: a ToyNSALlama also takes `dispatcher` and any setting of its attention, such as
                 `topk`; from a dense checkpoint its new parameters start as
@@ -87,14 +98,30 @@ class Pretrained(nn.Module):
         """
         folder = Path(folder)
         raw, stored = read_config(folder), tensor_names(folder)
+        require(
+            not (folder / "adapter_config.json").is_file(),
+            str(folder),
+            "the weights must be whole",
+            "an adapter beside them (adapter_config.json)",
+            "merge it and save the model anew, or move the file elsewhere",
+        )
+        _check_stored(folder, stored)
+        if dtype is None:
+            kinds = [stored_dtype(path, name) for name, path in sorted(stored.items())[:1]]
+            dtype = config_dtype(raw, *(WEIGHTS[kind] for kind in kinds))
         with torch.device("meta"):
             model = cls.from_config(raw, folder, inference_config, more)
-        model.to(dtype or config_dtype(raw)).to_empty(device=device)
-        if raw.get("tie_word_embeddings", False) and "lm_head.weight" not in stored:
+        model.to(checked_dtype("from_pretrained", dtype)).to_empty(device=device)
+        tied = bool(raw.get("tie_word_embeddings", False))
+        if tied and "lm_head.weight" not in stored:
             model.lm_head.weight = model.model.embed_tokens.weight
-        from_dense = not any(map(_is_new, stored))
+        elif tied and _EMBEDDING not in stored:
+            model.model.embed_tokens.weight = model.lm_head.weight
+        from_dense = "nsa" not in raw and not any(map(_is_new, stored))
         optional = {name for name, _ in model.named_parameters() if from_dense and _is_new(name)}
-        _fill(model, folder, stored, optional)
+        _fill(model, folder, stored, optional, _changed(raw, more))
+        if tied and torch.equal(model.lm_head.weight, model.model.embed_tokens.weight):
+            model.lm_head.weight = model.model.embed_tokens.weight
         if from_dense:
             model.start_from_dense()
         return model
@@ -108,9 +135,9 @@ class Pretrained(nn.Module):
             folder: a ToyLlama's can be read by Transformers as a LlamaForCausalLM.
             max_shard_bytes: largest file; more weights go to several files and an index.
         """
-        folder = Path(folder)
+        folder, tensors = Path(folder), dict(self.state_dict())
+        self._check_saved(tensors)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = dict(self.state_dict())
         tied = self.lm_head.weight is self.model.embed_tokens.weight
         if tied:
             del tensors["lm_head.weight"]
@@ -118,30 +145,80 @@ class Pretrained(nn.Module):
         content = config_json(self.config, tied, self.lm_head.weight.dtype)
         replace_json(folder / "config.json", content)
 
+    def _check_saved(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse what `from_pretrained` could not read back."""
+        kind: Any = next(k for k in type(self).__mro__ if k.__module__.startswith("nsagen."))
+        with torch.device("meta"):
+            wanted = kind(self.config).state_dict()
+        others = sorted(wanted.keys() ^ tensors.keys())
+        bad = [f"{n} of {t.dtype}" for n, t in tensors.items() if t.dtype not in WEIGHTS.values()]
+        bad += [f"{name} on the meta device" for name, t in tensors.items() if t.is_meta]
+        advice = "take adapters and quantized layers out of the model, or merge them, first"
+        for found, rule in (
+            (others, "the parameters must be those of the model's config"),
+            (bad, "weights must be in memory, in bfloat16, float16, float32 or float64"),
+        ):
+            require(not found, "save_pretrained", rule, _shown(found), advice)
+
 
 def _is_new(name: str) -> bool:
     return name.rpartition("self_attn.")[2].startswith(_NEW) and "self_attn." in name
 
 
-def _fill(model: nn.Module, folder: Path, stored: Mapping[str, Path], optional: set[str]) -> None:
-    """Copy every stored tensor into its parameter; all but the optional must be there."""
-    wanted = dict(model.named_parameters())
+def _check_stored(folder: Path, stored: Mapping[str, Path]) -> None:
+    """Refuse weights that are not numbers as they are: integers, or 8 bits with scales."""
+    kinds = {name: stored_dtype(path, name) for name, path in stored.items()}
+    found = [f"{name} of {kind}" for name, kind in kinds.items() if kind not in WEIGHTS]
+    require(
+        not found,
+        str(folder),
+        f"weights must have one of the dtypes {', '.join(WEIGHTS)}",
+        _shown(sorted(found)),
+        "give the folder of the model before it was quantized",
+    )
+
+
+def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """The settings with which a folder of NSA is asked to be loaded, and which it does not have."""
+    stored = raw.get("nsa") or {}
+    return [
+        name
+        for name, value in settings.items()
+        if stored and name not in _NO_SHAPE and _plain(stored.get(name)) != _plain(value)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shown(found: Sequence[str]) -> str:
+    return ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+
+
+def _fill(
+    model: nn.Module,
+    folder: Path,
+    stored: Mapping[str, Path],
+    optional: set[str],
+    changed: Sequence[str],
+) -> None:
+    """Copy every stored tensor into its parameter; all but the optional must be there.
+
+    Args:
+        changed: settings that the caller gave and the folder has other values of.
+    """
+    wanted = dict(model.named_parameters(remove_duplicate=False))  # tied ones by both names
     # Old checkpoints store this buffer, which follows from the config.
     given = {name for name in stored if not name.endswith("rotary_emb.inv_freq")}
-    missing, unexpected = sorted(wanted.keys() - given - optional), sorted(given - wanted.keys())
-    advice = "check that the folder's weights belong to its config.json"
-    if any(name.endswith(("gate.bias", "gate.down_proj.bias")) for name in unexpected):
-        advice = "load it with nsagen.integrations.transformers.load_nsa"
-    elif any(map(_is_new, unexpected)):
-        advice = "load it with ToyNSALlama.from_pretrained"
+    filled = {id(wanted[name]) for name in given & wanted.keys()} | {
+        id(wanted[name]) for name in optional
+    }
+    missing = sorted(name for name, weight in wanted.items() if id(weight) not in filled)
+    unexpected = sorted(given - wanted.keys())
+    advice = _advice(missing, unexpected, changed)
     shown = [f"no {name}" for name in missing] + [f"an unknown {name}" for name in unexpected]
-    require(
-        not shown,
-        str(folder),
-        "the weights must be those of the model",
-        ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else ""),
-        advice,
-    )
+    require(not shown, str(folder), "the weights must be those of the model", _shown(shown), advice)
     with torch.no_grad():
         for name, tensor in _tensors(folder, stored, given):
             require(
@@ -152,6 +229,21 @@ def _fill(model: nn.Module, folder: Path, stored: Mapping[str, Path], optional: 
                 advice,
             )
             wanted[name].copy_(tensor)
+
+
+def _advice(missing: Sequence[str], unexpected: Sequence[str], changed: Sequence[str]) -> str:
+    """What to do about a folder whose tensors are not those of the model."""
+    if changed:
+        return f"leave out {', '.join(changed)}, with which its weights were not made"
+    if any(name.endswith(_SCALES) for name in unexpected):
+        return "give the folder of the model before it was quantized"
+    if any(name.endswith(("gate.bias", "gate.down_proj.bias")) for name in unexpected):
+        return "load it with nsagen.integrations.transformers.load_nsa"
+    if any(map(_is_new, unexpected)):
+        return "load it with ToyNSALlama.from_pretrained"
+    if missing == ["lm_head.weight"]:
+        return "set tie_word_embeddings to true in its config.json if the embedding is the head"
+    return "check that the folder's weights belong to its config.json"
 
 
 def _tensors(

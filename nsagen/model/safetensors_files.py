@@ -20,11 +20,14 @@ INDEX = "model.safetensors.index.json"
 def tensor_names(folder: Path) -> dict[str, Path]:
     """Every tensor of a folder and the file that holds it.
 
+    One whole file goes before an index, which an earlier checkpoint may have left; so Transformers
+    reads them.
+
     Raises:
         InvalidInputError: no safetensors, a damaged file, or an index that leaves the folder.
     """
     index = folder / INDEX
-    if index.is_file():
+    if not (folder / ONE).is_file() and index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             found = {str(name): str(file) for name, file in weight_map.items()}
@@ -71,6 +74,12 @@ def read_tensors(path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor
             yield name, file.get_tensor(name)
 
 
+def stored_dtype(path: Path, name: str) -> str:
+    """The dtype of a tensor as the file names it, such as BF16, without reading the tensor."""
+    with _opened(path) as file:
+        return str(file.get_slice(name).get_dtype())
+
+
 def _opened(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt", device="cpu")
@@ -90,10 +99,10 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
     Raises:
         InvalidInputError: max_shard_bytes is not positive.
     """
-    if max_shard_bytes < 1:
+    if type(max_shard_bytes) is not int or max_shard_bytes < 1:
         raise InvalidInputError(
-            f"save_pretrained: max_shard_bytes must be positive; got {max_shard_bytes}; "
-            "leave it out for 5 GB"
+            f"save_pretrained: max_shard_bytes must be a positive number of bytes; "
+            f"got {max_shard_bytes!r}; leave it out for 5 GB"
         )
     shards = _shards(tensors, max_shard_bytes)
     names = [ONE]
@@ -105,9 +114,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
         (folder / INDEX).unlink(missing_ok=True)
     for name, shard in zip(names, shards, strict=True):
         part = folder / f"{name}.tmp"
-        save_file(
-            {n: t.detach().contiguous().cpu() for n, t in shard.items()}, part, {"format": "pt"}
-        )
+        save_file(_apart(shard), part, {"format": "pt"})
         os.replace(part, folder / name)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
@@ -119,6 +126,17 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
     for path in [folder / ONE, *folder.glob("model-?????-of-?????.safetensors")]:
         if path.name not in names:
             path.unlink(missing_ok=True)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU; one that layers share is written for each of them."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        host = tensor.detach().cpu().contiguous()
+        found[name] = host.clone() if host.data_ptr() in seen else host
+        seen.add(host.data_ptr())
+    return found
 
 
 def replace_json(path: Path, content: object) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
@@ -135,7 +137,20 @@ def test_the_dtype_is_the_folders_unless_given(folder: Path) -> None:
         ({"num_hidden_layers": 3}, "no model.layers.2."),
         ({"vocab_size": 500}, "must have shape [500, 64], got [512, 64]"),
         ({"dtype": "int8"}, "got 'int8'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be one of default, llama3"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}, "rope_scaling": None},
+            "rope_type must be one of default, llama3",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters must say the same"),
+        ({"rope_theta": 10.0}, "must say the same"),
+        ({"rope_theta": "big"}, "rope_theta must be a positive number, got 'big'"),
+        ({"rope_scaling": {"full": {"rope_type": "default"}}}, "the same for all layers"),
+        ({"rope_scaling": [1]}, "must be a JSON object of numbers"),
+        ({"partial_rotary_factor": 0.5}, "whole heads, got partial_rotary_factor=0.5"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "without quantization_config"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer, got 0"),
+        ({"hidden_size": "64"}, "hidden_size must be a positive integer, got '64'"),
+        ({"dtype": "float8_e4m3fn"}, "got 'float8_e4m3fn'; pass dtype=torch.bfloat16"),
     ],
 )
 def test_what_does_not_fit_is_named(folder: Path, changes: dict[str, object], text: str) -> None:
@@ -152,8 +167,6 @@ def test_sparse_weights_in_a_dense_model_point_to_the_sparse_one(tmp_path: Path)
 
 
 def test_a_swapped_models_weights_point_to_its_loader(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     path = folder / "model.safetensors"
     bias = {"model.layers.0.self_attn.gate.bias": torch.zeros(12)}
     save_file({**load_file(path), **bias}, path)
@@ -188,10 +201,158 @@ class TestFiles:
 
     @pytest.mark.parametrize("file", ["../model.safetensors", "gone.safetensors"])
     def test_an_index_that_points_elsewhere(self, folder: Path, file: str) -> None:
+        (folder / "model.safetensors").rename(folder / "other.safetensors")
         index = {"weight_map": {"lm_head.weight": file}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(InvalidInputError, match="each file must lie in the folder"):
             ToyLlama.from_pretrained(folder)
+
+    def test_a_whole_file_goes_before_an_index(self, tmp_path: Path) -> None:
+        """As an earlier checkpoint in several files leaves it; also while these still lie there."""
+        old, new = ToyLlama(dense_config()), ToyLlama(dense_config())
+        old.save_pretrained(tmp_path, 50_000)
+        index = tmp_path / "model.safetensors.index.json"
+        kept = index.read_text()
+        new.save_pretrained(tmp_path)
+        index.write_text(kept)
+        again = ToyLlama.from_pretrained(tmp_path)
+        assert torch.equal(again.lm_head.weight, new.lm_head.weight)
+
+    def test_something_else_than_an_object(self, folder: Path) -> None:
+        (folder / "config.json").write_text("[1]")
+        with pytest.raises(InvalidInputError, match="must be a JSON object, got a list; fix it"):
+            ToyLlama.from_pretrained(folder)
+        ToyNSALlama(nsa_config()).save_pretrained(folder)
+        edit(folder, nsa=3)
+        with pytest.raises(InvalidInputError, match="nsa: must be a JSON object, got a int"):
+            ToyNSALlama.from_pretrained(folder)
+
+    def test_an_adapter_beside_the_weights(self, folder: Path) -> None:
+        (folder / "adapter_config.json").touch()
+        with pytest.raises(InvalidInputError, match=r"an adapter beside them .*; merge it"):
+            ToyLlama.from_pretrained(folder)
+
+    def test_sizes_of_files_are_bytes(self, folder: Path) -> None:
+        for size in ("5GB", 0, -1, 1.5, True):
+            with pytest.raises(InvalidInputError, match="must be a positive number of bytes"):
+                ToyLlama(dense_config()).save_pretrained(folder, size)  # type: ignore[arg-type]
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the tensors of a folder's file."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.bool, torch.int32, torch.float8_e4m3fn], ids=str
+)
+def test_weights_that_are_no_plain_numbers_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    rewrite(folder, lambda t: t.update({Q_PROJ: (t[Q_PROJ] * 100).to(dtype)}))
+    with pytest.raises(InvalidInputError, match=rf"got {Q_PROJ} of .*; give the folder of the mod"):
+        ToyLlama.from_pretrained(folder)
+
+
+def test_scales_beside_weights_are_refused(folder: Path) -> None:
+    rewrite(folder, lambda t: t.update({f"{Q_PROJ}_scale_inv": torch.ones(1)}))
+    with pytest.raises(InvalidInputError, match=r"an unknown .*; give the folder of the model"):
+        ToyLlama.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("stored", ["lm_head.weight", EMBEDDING, "equal", "different"])
+def test_tied_weights_under_either_name(folder: Path, stored: str) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        if stored == "equal":
+            tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
+        elif stored != "different":
+            tensors[stored] = tensors[EMBEDDING].clone()
+            del tensors["lm_head.weight" if stored == EMBEDDING else EMBEDDING]
+
+    embedding = load_file(folder / "model.safetensors")[EMBEDDING]
+    rewrite(folder, change)
+    edit(folder, tie_word_embeddings=True)
+    model = ToyLlama.from_pretrained(folder)
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert tied == (stored != "different"), "as Transformers does"
+    model.save_pretrained(folder)
+    again = ToyLlama.from_pretrained(folder)
+    ids, cu_seqlens = packed_batch([9])
+    assert torch.equal(again(ids, cu_seqlens), model(ids, cu_seqlens))
+
+
+def test_advice_about_a_head_that_is_missing_works(folder: Path) -> None:
+    rewrite(folder, lambda t: t.__delitem__("lm_head.weight"))
+    with pytest.raises(InvalidInputError, match="set tie_word_embeddings to true in its config"):
+        ToyLlama.from_pretrained(folder)
+    edit(folder, tie_word_embeddings=True)
+    ToyLlama.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [("weightedpool", "linear"), ("linear", "avgpool"), ("avgpool", "mlp"), ("mlp", "linear")],
+)
+def test_advice_about_another_compress_type_works(tmp_path: Path, stored: str, wanted: str) -> None:
+    ToyNSALlama(nsa_config(compress_type=stored)).save_pretrained(tmp_path)
+    with pytest.raises(InvalidInputError, match="; leave out compress_type, with which its weigh"):
+        ToyNSALlama.from_pretrained(tmp_path, compress_type=wanted, topk=5)
+    assert ToyNSALlama.from_pretrained(tmp_path, topk=5).config.topk == 5
+
+
+def test_a_folder_of_nsa_without_its_parameters_is_not_taken_for_a_dense_one(
+    tmp_path: Path,
+) -> None:
+    ToyNSALlama(nsa_config()).save_pretrained(tmp_path)
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if "gate." in n or "compress" in n or "intra" in n]:
+            del tensors[name]
+
+    rewrite(tmp_path, drop)
+    with pytest.raises(
+        InvalidInputError, match=r"got no model\.layers\.0\.self_attn\.compress_key"
+    ):
+        ToyNSALlama.from_pretrained(tmp_path)
+
+
+def test_the_dtype_is_the_files_where_no_config_says(folder: Path) -> None:
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    del raw["dtype"]
+    path.write_text(json.dumps(raw))
+    assert ToyLlama.from_pretrained(folder).lm_head.weight.dtype is torch.float32
+    with pytest.raises(InvalidInputError, match=r"from_pretrained: dtype must be .*got torch.int8"):
+        ToyLlama.from_pretrained(folder, dtype=torch.int8)
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+    model = ToyLlama(dense_config())
+    model.model.layers[0].mlp.up_proj.lora = torch.nn.Linear(2, 2)
+    with pytest.raises(InvalidInputError, match=r"got model.layers.0.mlp.up_proj.lora.bias, .*mer"):
+        model.save_pretrained(tmp_path / "made")
+    model = ToyLlama(dense_config())
+    model.lm_head.to(torch.float8_e4m3fn)
+    with pytest.raises(InvalidInputError, match=r"got lm_head.weight of torch.float8_e4m3fn"):
+        model.save_pretrained(tmp_path / "made")
+    with pytest.raises(InvalidInputError, match="on the meta device"):
+        ToyLlama(dense_config()).to("meta").save_pretrained(tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+def test_layers_that_share_weights_are_written_for_each(tmp_path: Path) -> None:
+    model = ToyLlama(dense_config())
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    model.save_pretrained(tmp_path)
+    ids, cu_seqlens = packed_batch([9])
+    again = ToyLlama.from_pretrained(tmp_path)
+    assert torch.equal(again(ids, cu_seqlens), model(ids, cu_seqlens))
 
 
 def test_a_constant_gate_is_the_same_for_every_input() -> None:
