@@ -18,7 +18,7 @@ from nsagen.core.errors import InvalidInputError
 if TYPE_CHECKING:
     import torch
 
-    from nsagen.model import ToyLlama, ToyNSALlama
+    from nsagen.model import SamplingConfig, ToyLlama, ToyNSALlama
 
 EXAMPLE = 'Example: nsagen generate --model ./Llama-3.2-1B --prompt "Sparse attention is"'
 DEFAULT_PROMPT = "Native sparse attention reads"
@@ -57,6 +57,9 @@ def generate(
         raise InvalidInputError(
             f"generate: --attention must be nsa or dense; got {attention!r}; choose one"
         )
+    from nsagen.model import SamplingConfig
+
+    sampling = SamplingConfig(temperature, seed=seed)
     text = _prompt(prompt, model)
     tokenizer = characters() if model is None else checkpoint_tokenizer(model)
     ids = tokenizer.encode(text)
@@ -71,7 +74,7 @@ def generate(
     start = time.perf_counter()
     new: list[int] = []
     stream = tokenizer.stream()
-    for token in _tokens(made, ids, max_new_tokens, temperature, seed):
+    for token in _tokens(made, ids, max_new_tokens, tokenizer.stop, sampling):
         if token in tokenizer.stop:
             break
         new.append(token)
@@ -88,13 +91,33 @@ def generate(
 
 
 def _prompt(prompt: str | None, model: Path | None) -> str:
-    if prompt == "-" or (prompt is None and model is not None and not sys.stdin.isatty()):
-        return sys.stdin.read()
+    if prompt == "-" or (prompt is None and model is not None and not _is_terminal(sys.stdin)):
+        prompt = _read(sys.stdin)
     if prompt is None and model is not None:
         raise InvalidInputError(
             'generate: a checkpoint needs a prompt; got none; add --prompt "..."'
         )
-    return DEFAULT_PROMPT if prompt is None else prompt
+    text = DEFAULT_PROMPT if prompt is None else prompt
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # bytes of an argument that are no text
+        raise InvalidInputError(
+            f"generate: the prompt must be text in UTF-8; got {text!r}; save it as UTF-8"
+        ) from None
+    return text
+
+
+def _is_terminal(stream: Any) -> bool:
+    return stream is None or stream.isatty()
+
+
+def _read(stream: Any) -> str:
+    try:
+        return "" if stream is None else stream.read()
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(
+            f"generate: the prompt must be text in UTF-8; got {error}; save it as UTF-8"
+        ) from None
 
 
 def _device(name: str | None) -> torch.device:
@@ -206,24 +229,15 @@ def _dispatcher(name: str | None) -> Any:
     return None if name is None else nsagen.load(name)
 
 
-def _tokens(model: Any, ids: list[int], count: int, temperature: float, seed: int) -> Iterator[int]:
+def _tokens(
+    model: Any, ids: list[int], count: int, stops: frozenset[int], sampling: SamplingConfig
+) -> Iterator[int]:
     """New tokens, each as soon as it is known."""
-    import torch
+    from nsagen.model import ContinuousBatch
 
-    with torch.no_grad():
-        device = model.lm_head.weight.device
-        prompt = torch.tensor(ids, dtype=torch.int64, device=device)
-        ends = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
-        generator = torch.Generator(device).manual_seed(seed)
-        cache, slots = model.new_cache(), torch.zeros(1, dtype=torch.int32, device=device)
-        logits = model.prefill(prompt, ends, [len(ids)], cache)
-        for position in range(len(ids), len(ids) + count):
-            if temperature > 0:
-                chances = (logits / temperature).softmax(-1)
-                token = torch.multinomial(chances, 1, generator=generator)[:, 0]
-            else:
-                token = logits.argmax(-1)
-            yield int(token)
-            if position + 1 < len(ids) + count:
-                where = torch.full((1,), position, dtype=torch.int32, device=device)
-                logits = model.decode(token, where, slots, cache)
+    batch = ContinuousBatch(model)
+    batch.add(ids, max_new_tokens=count, stop_tokens=stops, sampling=sampling)
+    for new in batch.run():
+        if new.error is not None:
+            raise new.error
+        yield new.token

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.model.requests import check_stop_tokens
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 """The vocabulary of a model that has no tokenizer: printable ASCII."""
@@ -16,33 +18,50 @@ CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+"""A token that stands for a byte where a vocabulary has no other. A run of these becomes text as
+one, and as nothing but replacement characters if it is broken anywhere."""
+
+
 @dataclass
 class Stream:
-    """Turns tokens into text one by one; a character of several tokens comes with the last."""
+    """Turns tokens into text one by one: together the text of all of them.
+
+    A character of several tokens comes with the last, and a run of bytes with what follows it.
+
+    Args:
+        decode: the text of tokens.
+        is_byte: whether a token is one of those bytes.
+    """
 
     decode: Callable[[Sequence[int]], str]
+    is_byte: Callable[[int], bool] = lambda token: False
     _tokens: list[int] = field(default_factory=list)
-    _shown: int = 0
     _read: int = 0
+    _known: str = ""
 
     def add(self, token: int) -> str:
-        """The text that a token adds; "" while a character is incomplete."""
+        """The text that a token adds; "" while what it belongs to is incomplete."""
         self._tokens.append(token)
-        known, whole = self._texts()
-        if whole.endswith(_INCOMPLETE):
+        if not self.decode([token]) and not self.is_byte(token):
+            return ""  # a special token, which the text leaves out
+        whole = self.decode(self._tokens)
+        if self.is_byte(token) or whole.endswith(_INCOMPLETE):
             return ""
-        self._shown, self._read = self._read, len(self._tokens)
-        return whole[len(known) :]
+        new = whole[len(self._known) :]
+        # A token's text can depend on the one before it (a leading space), so these tokens stay,
+        # unless nothing is seen of them.
+        known = self.decode(self._tokens[self._read :])
+        if known:
+            self._tokens, self._known = self._tokens[self._read :], known
+        else:
+            self._known = whole
+        self._read = len(self._tokens)
+        return new
 
     def end(self) -> str:
         """What is left once no token follows."""
-        known, whole = self._texts()
-        return whole[len(known) :]
-
-    def _texts(self) -> tuple[str, str]:
-        # A token's text can depend on the one before it (a leading space), so decode from there.
-        known = self.decode(self._tokens[self._shown : self._read])
-        return known, self.decode(self._tokens[self._shown :])
+        return self.decode(self._tokens)[len(self._known) :]
 
 
 @dataclass(frozen=True)
@@ -50,14 +69,16 @@ class Tokenizer:
     """Attributes:
     encode, decode: text to token numbers and back.
     stop: tokens that end a text.
+    is_byte: whether a token stands for a byte of a character that has none.
     """
 
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
     stop: frozenset[int] = frozenset()
+    is_byte: Callable[[int], bool] = lambda token: False
 
     def stream(self) -> Stream:
-        return Stream(self.decode)
+        return Stream(self.decode, self.is_byte)
 
 
 def characters() -> Tokenizer:
@@ -95,21 +116,29 @@ def checkpoint_tokenizer(folder: Path) -> Tokenizer:
         raise InvalidInputError(
             f"{path}: must be a tokenizer's file; got {error}; fetch it again"
         ) from None
+    fast.no_truncation()  # which a file may ask for, and which would cut or fill the prompt
+    fast.no_padding()
     return Tokenizer(
         encode=lambda text: fast.encode(text).ids,
         decode=lambda tokens: fast.decode(list(tokens), skip_special_tokens=True),
-        stop=frozenset(_stop_tokens(folder)),
+        stop=_stop_tokens(folder),
+        is_byte=lambda token: _BYTE.fullmatch(fast.id_to_token(token) or "") is not None,
     )
 
 
-def _stop_tokens(folder: Path) -> list[int]:
-    """eos_token_id of generation_config.json, else of config.json: one number or several."""
+def _stop_tokens(folder: Path) -> frozenset[int]:
+    """eos_token_id of generation_config.json, else of config.json: one number or several.
+
+    Raises:
+        InvalidInputError: it is something else.
+    """
     for name in ("generation_config.json", "config.json"):
         try:
             content: Any = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        found = content.get("eos_token_id")
+        found = content.get("eos_token_id") if isinstance(content, dict) else None
         if found is not None:
-            return found if isinstance(found, list) else [found]
-    return []
+            listed = found if isinstance(found, list) else [found]
+            return check_stop_tokens(f"{folder / name}: eos_token_id", listed)
+    return frozenset()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 
 from nsagen.cli import generate
 from nsagen.cli.app import main
-from nsagen.cli.text import CHARACTERS, Stream, characters
+from nsagen.cli.text import CHARACTERS, Stream, characters, checkpoint_tokenizer
 from nsagen.cli.verbosity import flags_first, is_quiet
+from nsagen.core.errors import InvalidInputError
 from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
 from tests.model.tiny import SPARSITY, dense_config, nsa_config
 
@@ -183,6 +185,134 @@ def test_a_character_of_several_tokens_comes_whole() -> None:
     assert parts[1:4] == ["", "", "€"]
     cut = Stream(lambda tokens: bytes(tokens).decode("utf-8", "replace"))
     assert cut.add("€".encode()[0]) + cut.end() == "\N{REPLACEMENT CHARACTER}"
+
+
+def byte_level() -> Any:
+    """Tokens of bytes and of some pairs of them, as GPT-2 and Llama 3 have them."""
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pairs = [(a, b) for a in alphabet[60:70] for b in alphabet[160:170]]
+    vocabulary = {text: i for i, text in enumerate([*alphabet, *(a + b for a, b in pairs)])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
+    made.decoder = tokenizers.decoders.ByteLevel()
+    return made
+
+
+def sentence_piece(metaspace: bool = False) -> Any:
+    """Pieces with a mark for a leading space, and a byte for what has no piece, as Llama 2."""
+    tokenizers = pytest.importorskip("tokenizers")
+    decoders = tokenizers.decoders
+    pieces = [f"<0x{byte:02X}>" for byte in b"\xe2\x82\xac\xc3\xa9ab"]
+    pieces += [
+        "\u2581",
+        "\u2581\u2581",
+        "\u2581the",
+        "\u2581a",
+        "a",
+        "ing",
+        "\u00e9",
+        ".",
+        "\u2581.",
+    ]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({p: i for i, p in enumerate(pieces)}, []))
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    parts.append(decoders.Strip(" ", 1, 0))
+    made.decoder = decoders.Metaspace() if metaspace else decoders.Sequence(parts)
+    return made
+
+
+@pytest.mark.parametrize(
+    "make", [byte_level, sentence_piece, lambda: sentence_piece(metaspace=True)]
+)
+def test_a_stream_is_the_text_of_all_its_tokens(make: Callable[[], Any], tmp_path: Path) -> None:
+    """Whatever the tokens: broken characters, runs of bytes, and special tokens left out."""
+    fast = make()
+    fast.add_special_tokens(["<s>", "</s>", "<|user|>"])
+    fast.add_tokens(["<word>"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, draw = checkpoint_tokenizer(tmp_path), random.Random(0)
+    special = range(fast.get_vocab_size() - 4, fast.get_vocab_size())
+    late = 0
+    for _ in range(400):
+        tokens = [
+            draw.choice(special) if draw.random() < 0.25 else draw.randrange(special.stop)
+            for _ in range(draw.randrange(16))
+        ]
+        stream = tokenizer.stream()
+        parts = [stream.add(token) for token in tokens]
+        assert "".join(parts) + stream.end() == tokenizer.decode(tokens), tokens
+        late += "" == "".join(parts) != tokenizer.decode(tokens)
+    assert late < 200, "text comes as it is known, not at the end"
+
+
+def test_a_tokenizers_own_padding_and_truncation_do_not_touch_the_prompt(folder: Path) -> None:
+    fast = pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.enable_padding(length=16)
+    fast.enable_truncation(2)
+    fast.save(str(folder / "tokenizer.json"))
+    assert len(checkpoint_tokenizer(folder).encode(PROMPT)) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("null", []), ("3", [3]), ("[3, 4]", [3, 4]), ('"</s>"', "'</s>' among"), ("[null]", "None")],
+)
+def test_stop_tokens_of_a_folder(folder: Path, content: str, expected: Any) -> None:
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {content}}}')
+    if isinstance(expected, list):
+        assert checkpoint_tokenizer(folder).stop == frozenset(expected)
+        return
+    with pytest.raises(InvalidInputError, match=f"eos_token_id: .*{expected}"):
+        checkpoint_tokenizer(folder)
+    (folder / "generation_config.json").write_text("[1]")
+    assert checkpoint_tokenizer(folder).stop == frozenset()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast = pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+    fast.add_special_tokens(["<|user|>"])
+    fast.save(str(folder / "tokenizer.json"))
+    code, out, err = run(capsys, "generate", "--model", str(folder), "--prompt", "<|user|> the")
+    assert (code, out) == (2, "")
+    assert "input_ids must be from 0 to vocab_size-1=511, got values from 2 to 512" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--temperature", "inf"], "temperature must be a number at least 0, got inf"),
+        (["--temperature", "nan"], "temperature must be a number at least 0, got nan"),
+        (["--temperature", "1", "--seed", "-1"], "seed must be an integer of at least 0, got -1"),
+        (["--prompt", "a\udcff"], "the prompt must be text in UTF-8; got 'a"),
+    ],
+)
+def test_sampling_and_text_are_checked_as_in_the_library(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
+) -> None:
+    code, out, err = run(capsys, "generate", *arguments)
+    assert (code, out) == (2, "")
+    assert text in err
+
+
+@pytest.mark.parametrize("temperature", ["1e-45", "1e-320", "1e-9"])
+def test_a_tiny_temperature_is_greedy(capsys: pytest.CaptureFixture[str], temperature: str) -> None:
+    greedy = run(capsys, "generate", "--max-new-tokens", "4")[1]
+    assert (
+        run(capsys, "generate", "--max-new-tokens", "4", "--temperature", temperature)[1] == greedy
+    )
+
+
+def test_input_that_is_no_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
+    code, out, err = run(capsys, "generate", "--prompt", "-")
+    assert (code, out) == (2, "")
+    assert "the prompt must be text in UTF-8; got" in err
+    monkeypatch.setattr("sys.stdin", None)
+    assert "the prompt must have a token" in run(capsys, "generate", "--prompt", "-")[2]
 
 
 def test_characters_that_are_unknown_become_question_marks() -> None:
