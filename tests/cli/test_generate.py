@@ -283,7 +283,6 @@ def test_a_tokenizer_with_more_tokens_than_the_model(
     ("arguments", "text"),
     [
         (["--temperature", "inf"], "temperature must be a number at least 0, got inf"),
-        (["--temperature", "nan"], "temperature must be a number at least 0, got nan"),
         (["--temperature", "1", "--seed", "-1"], "seed must be an integer of at least 0, got -1"),
         (["--prompt", "a\udcff"], "the prompt must be text in UTF-8; got 'a"),
     ],
