@@ -17,6 +17,7 @@ from nsagen.ops.compress_types import (
 from nsagen.ops.compressed_attention import compressed_attention
 from nsagen.ops.compressed_attention_decode import compressed_attention_decode
 from nsagen.ops.gated_sum import gated_sum
+from nsagen.ops.lengths import Lengths
 from nsagen.ops.linear_decode import LINEAR_DECODE_ROWS, linear_decode
 from nsagen.ops.native_sparse_attention import native_sparse_attention
 from nsagen.ops.native_sparse_attention_decode import native_sparse_attention_decode
@@ -27,6 +28,7 @@ from nsagen.ops.sliding_window_attention import sliding_window_attention
 
 __all__ = [
     "LINEAR_DECODE_ROWS",
+    "Lengths",
     "SeparateKV",
     "avgpool_compress",
     "cache_append",

@@ -1,144 +1,148 @@
-"""What decoding calls of one op need, checked and looked up once for all calls that look alike.
+"""What is known of calls, found again by what a call looks like.
 
-A decoding step makes a few calls a layer, each of a few microseconds on the device. Their checks
-see nothing of a tensor but its shape, strides, dtype and device, and so does the dispatcher: a
-call that agrees with an earlier one in all of these needs neither again.
+Checks and kernel look-up see nothing of a tensor but its shape, strides, dtype and device. A call
+that agrees with an earlier one in all of these, and in its other arguments, needs neither again.
 """
 
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nsagen.runtime.replay import ReplayedLaunch
+try:
+    from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+    from torch._C._autograd import _profiler_enabled
+    from torch._C._functorch import peek_interpreter_stack
+except ImportError:  # a release that tells these otherwise: never past the dispatcher
+    peek_interpreter_stack = None
+    _profiler_enabled = bool
 
-# torch.compile's own means: a comparison takes a tenth of a microsecond, an allocation a half.
-_fast: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-TensorGuards = getattr(_fast, "TensorGuards", None)
-_empty_strided_cuda = getattr(_fast, "_empty_strided_cuda", None)
-_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+# torch.compile's own means: a comparison takes a tenth of a microsecond.
+TensorGuards = getattr(
+    getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None
+)
 
 Args = tuple[Any, ...]
-Outputs = Sequence[Tensor]
+Known = TypeVar("Known")
+
+PLAIN = (Tensor, nn.Parameter)
+"""Types of tensors whose calls can be known. A subclass may want to see each call."""
 
 _MAX_CALLS = 4096
-_PLAIN = (Tensor, nn.Parameter)
+_MAX_ALIKE = 16
 
 
-class KnownCalls:
-    """The calls of an op that were found right, by what they look like.
+_all: weakref.WeakSet[KnownCalls[Any]] = weakref.WeakSet()
+
+
+class KnownCalls(Generic[Known]):
+    """What was found out for calls, by what they look like.
 
     Args:
-        tensors: which of the op's arguments are tensors or None; the first is never None.
-            Arguments that are no tensors can be hashed.
-        arguments: how many the op has.
-        allocate: makes the outputs of a call, contiguous and on the first tensor's device; their
-            shapes and dtypes follow from what the call looks like.
-        to_launch: the arguments of the kernel's `launch`, from a call's and its outputs.
+        is_tensor: for each argument, whether it is a tensor or None. The first argument is a
+            tensor, and those that are no tensors can be hashed.
     """
 
-    def __init__(
-        self,
-        tensors: Iterable[int],
-        arguments: int,
-        allocate: Callable[[Args], Outputs],
-        to_launch: Callable[[Args, Outputs], Args],
-    ) -> None:
-        self._places = tuple(tensors)
-        self._others = _picker([i for i in range(arguments) if i not in self._places])
-        self._allocate, self._to_launch = allocate, to_launch
-        self._known: dict[object, tuple[KnownCall, ...]] = {}
+    def __init__(self, is_tensor: Sequence[bool]) -> None:
+        self._places = tuple(i for i, tensor in enumerate(is_tensor) if tensor)
+        self._others = picker([i for i, tensor in enumerate(is_tensor) if not tensor])
+        self._known: dict[object, list[_Look[Known]]] = {}
+        self._count = 0
+        _all.add(self)
+
+    def clear(self) -> None:
+        self._known.clear()
         self._count = 0
 
-    def find(self, args: Args) -> KnownCall | None:
-        """An earlier call that looked like this one."""
-        known = self._known.get(self._others(args), ())
-        for call in known:
-            absent = call.absent(args)
-            if call.check(*call.tensors(args)) and absent.count(None) == len(absent):
-                if call is not known[0]:  # the next ones will probably look like this one too
-                    rest = tuple(other for other in known if other is not call)
-                    self._known[self._others(args)] = (call, *rest)
-                return call
+    def find(self, args: Args) -> Known | None:
+        """What was learned from an earlier call that looked like this one."""
+        looks = self._known.get((args[0].shape, self._others(args)))
+        if looks is None:
+            return None
+        for look in looks:
+            absent = look.absent(args)
+            if look.check(*look.tensors(args)) and absent.count(None) == len(absent):
+                if look is not looks[0]:  # the next ones will probably look like this one too
+                    looks.remove(look)
+                    looks.insert(0, look)
+                return look.known
         return None
 
-    def learn(self, args: Args, kernel: Callable[..., None]) -> KnownCall:
-        """Remember a call and the `launch` of its kernel.
+    def learn(self, args: Args, known: Known) -> None:
+        """Remember something of a call on plain tensors. After 4096 calls, all are forgotten."""
+        if self._count >= _MAX_CALLS:
+            self.clear()
+        looks = self._known.setdefault((args[0].shape, self._others(args)), [])
+        del looks[_MAX_ALIKE - 1 :]
+        present = [i for i in self._places if args[i] is not None]
+        looks.insert(0, _Look(args, present, [i for i in self._places if args[i] is None], known))
+        self._count += 1
 
-        Whoever has seen too many different calls forgets them all.
-        """
-        present = tuple(i for i in self._places if args[i] is not None)
-        tensors = [args[i] for i in present]
-        plain = all(type(tensor) in _PLAIN for tensor in tensors)
-        if plain and args[0].is_cuda and not torch.version.hip:
-            kernel = ReplayedLaunch(kernel)
-        looks = _looks(tensors)
-        call = KnownCall(
-            tensors=_picker(present),
-            absent=_picker([i for i in self._places if args[i] is None]),
-            check=looks.check,
-            kernel=kernel,
-            outputs=tuple((tuple(x.shape), x.stride(), x.dtype) for x in self._allocate(args)),
-            to_launch=self._to_launch,
-            device=args[0].get_device(),
-            requires_grad=any(tensor.requires_grad for tensor in tensors),
-        )
-        if plain:  # a subclass may want to see each call
-            if self._count >= _MAX_CALLS:
-                self._known.clear()
-                self._count = 0
-            key = self._others(args)
-            self._known[key] = (call, *self._known.get(key, ()))
-            self._count += 1
-        return call
+    def tensors(self, args: Args) -> list[Tensor]:
+        """The tensors among a call's arguments."""
+        return [args[i] for i in self._places if args[i] is not None]
 
 
-@dataclass(frozen=True, slots=True)
-class KnownCall:
-    """What was found out for one call and those that look like it.
+def forget() -> None:
+    """Forget all calls that are known, of all ops."""
+    for calls in _all:
+        calls.clear()
 
-    Attributes:
-        tensors: picks them from the op's arguments.
-        absent: picks those that would be tensors, and are None.
-        check: whether tensors look like this call's.
-        kernel: the `launch` of its kernel.
-        outputs: shapes, strides and dtypes.
-        to_launch: the arguments of `kernel`.
-        device: index of the GPU; -1 for a CPU.
-        requires_grad: whether any tensor does.
+
+class _Look(Generic[Known]):
+    """One call's look and what is known of it."""
+
+    __slots__ = ("absent", "check", "known", "tensors")
+
+    def __init__(self, args: Args, present: list[int], absent: list[int], known: Known) -> None:
+        self.tensors, self.absent = picker(present), picker(absent)
+        self.check: Callable[..., bool] = _looks([args[i] for i in present]).check
+        self.known = known
+
+
+def is_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether none of the tensors is of a subclass."""
+    return all(type(tensor) in PLAIN for tensor in tensors)
+
+
+def unobserved() -> bool:
+    """Whether a call of an op means to compute it now, and nothing else.
+
+    False where torch.compile or a tracer looks on, a mode or a transform is on, or a profiler,
+    which names ops. Whether gradients are recorded a call's tensors tell.
     """
-
-    tensors: Callable[[Args], Args]
-    absent: Callable[[Args], Args]
-    check: Callable[..., bool]
-    kernel: Callable[..., None]
-    outputs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
-    to_launch: Callable[[Args, Outputs], Args]
-    device: int
-    requires_grad: bool
-
-    def run(self, args: Args) -> Any:
-        """Allocate the outputs of a call, run its kernel and return them."""
-        on_gpu = self.device >= 0
-        if on_gpu and _current_device() != self.device:
-            with torch.cuda.device(self.device):
-                return self.run(args)
-        empty = _empty_on_gpu if on_gpu else _empty
-        outputs = [empty(*output) for output in self.outputs]
-        self.kernel(*self.to_launch(args, outputs))
-        return tuple(outputs) if len(outputs) > 1 else outputs[0]
+    return not (torch.compiler.is_compiling() or transformed() or profiled())
 
 
-def _picker(places: Sequence[int]) -> Callable[[Args], Args]:
+def transformed() -> bool:
+    """Whether a mode, a tracer or a transform takes part in what an op computes."""
+    return (
+        peek_interpreter_stack is None
+        or peek_interpreter_stack() is not None
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or _get_tracing_state() is not None
+    )
+
+
+def profiled() -> bool:
+    """Whether a profiler is on, which names ops."""
+    return _profiler_enabled()
+
+
+def picker(places: Sequence[int]) -> Callable[[Args], Args]:
     """Picks some of a call's arguments, as a tuple."""
     if len(places) > 1:
         return operator.itemgetter(*places)
-    return lambda args: tuple(args[i] for i in places)
+    if not places:
+        return lambda args: ()
+    (place,) = places
+    return lambda args: (args[place],)
 
 
 def _looks(tensors: list[Tensor]) -> Any:
@@ -166,19 +170,6 @@ class _Looks:
     @staticmethod
     def _all(tensors: Iterable[Any]) -> list[object]:
         return [
-            type(x) in _PLAIN and (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
+            type(x) in PLAIN and (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
             for x in tensors
         ]
-
-
-def _empty(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided(shape, stride, dtype=dtype)
-
-
-def _empty_on_current_gpu(
-    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    return torch.empty_strided(shape, stride, dtype=dtype, device="cuda")
-
-
-_empty_on_gpu = _empty_strided_cuda or _empty_on_current_gpu

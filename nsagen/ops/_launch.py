@@ -1,15 +1,15 @@
-"""Where a call runs, and launching its kernel: what all custom ops share."""
+"""Where a call runs, and which kernel serves it: what all custom ops share."""
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
-from nsagen.core.workload import DTYPES, Param, Workload, parameter_names
+from nsagen.core.workload import DTYPES, Param, Workload
 from nsagen.runtime import Dispatcher
 from nsagen.runtime import dispatcher as registry
 from nsagen.runtime.device import interpreting
@@ -49,68 +49,56 @@ def lse_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def launch(
+def find_kernel(
     dispatcher: str,
     op: str,
     pass_: str,
-    values: tuple[Param, ...],
-    args: tuple[object, ...],
+    params: Mapping[str, Param],
+    x: Tensor,
     context: int | None = None,
-) -> None:
-    """Launch the kernel of a workload.
+) -> Launch:
+    """The `launch` of the kernel that serves a call, found by sizes alone.
 
     Args:
         dispatcher: the dispatcher's key.
-        values: the static parameters in the order of `parameter_names`; the last ones may be
-            left out where they say nothing.
-        args: of the kernel's `launch`; the first is the main input, whose rows are the
-            call's tokens.
+        params: the static parameters; optional ones may be left out where they say nothing.
+        x: the main input, whose rows are the call's tokens.
         context: for decoding, the tokens that a cache slot holds at most.
 
     Raises:
         InvalidInputError: the dtype has no kernels.
         UnsupportedWorkloadError: no variant covers the call, and none may or can be built.
     """
-    x = args[0]
-    assert isinstance(x, Tensor)
-    run_kernel(find_kernel(dispatcher, op, pass_, values, x, context), x, args)
-
-
-def find_kernel(
-    dispatcher: str,
-    op: str,
-    pass_: str,
-    values: tuple[Param, ...],
-    x: Tensor,
-    context: int | None = None,
-) -> Launch:
-    """The `launch` of the kernel that serves a call, found by sizes alone; see `launch`.
-
-    Args:
-        x: the main input, whose rows are the call's tokens.
-    """
-    if x.shape[0] == 0:
-        return _launch_nothing
-    workload = _workload(op, pass_, x.dtype, values)
+    dtype = str(x.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise InvalidInputError(
+            f"{op}: kernels take {', '.join(DTYPES)}; got {dtype}; "
+            "convert the tensors, or move them to the CPU for the reference"
+        )
+    workload = Workload.of(op, pass_, dtype=dtype, **params)
     return registry.lookup(dispatcher).launcher(workload, x.device, x.shape[0], context)
 
 
-def run_kernel(kernel: Launch, x: Tensor, args: tuple[object, ...]) -> None:
-    """Call a kernel's `launch` with the device of x as the current one."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            kernel(*args)
-    else:
-        kernel(*args)
+def attention_sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
+    """The static parameters that all attention has, of q [N, HQ, D] and k, v [R, HK, D | Dv]."""
+    heads = q.shape[1] // k.shape[1]
+    return {"head_dim": q.shape[2], "v_head_dim": v.shape[2], "gqa_ratio": heads}
+
+
+def attention_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """o [N, HQ, Dv] and lse [N, HQ], to be written."""
+    o = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+    return o, q.new_empty(q.shape[:2], dtype=lse_dtype(q))
+
+
+def attention_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, contiguous, to be written."""
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def with_contiguous_rows(gradient: Tensor) -> Tensor:
     """A gradient as kernels take it: autograd may hand one back in any layout."""
     return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-
-
-def _launch_nothing(*args: object) -> None:
-    """Serves calls without tokens."""
 
 
 def no_backward(op: str, x: Tensor) -> UnsupportedWorkloadError:
@@ -121,21 +109,10 @@ def no_backward(op: str, x: Tensor) -> UnsupportedWorkloadError:
     )
 
 
-def no_chunk_backward(op: str) -> UnsupportedWorkloadError:
-    """The error of a backward pass through a chunk of a longer prompt."""
-    return UnsupportedWorkloadError(
-        f"{op}: gradients need whole sequences; got q_start or cu_seqlens_k, which serve chunks "
-        "of a prompt; wrap inference in torch.no_grad(), or train on whole sequences"
-    )
-
-
-@functools.cache
-def _workload(op: str, pass_: str, dtype: torch.dtype, values: tuple[Param, ...]) -> Workload:
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise InvalidInputError(
-            f"{op}: kernels take {', '.join(DTYPES)}; got {name}; "
-            "convert the tensors, or move them to the CPU for the reference"
+def refuse_chunk(op: str, *given: Tensor | None) -> None:
+    """Raise the error of a backward pass through a chunk of a longer prompt, where one is given."""
+    if given.count(None) < len(given):
+        raise UnsupportedWorkloadError(
+            f"{op}: gradients need whole sequences; got q_start or cu_seqlens_k, which serve "
+            "chunks of a prompt; wrap inference in torch.no_grad(), or train on whole sequences"
         )
-    params = dict(zip(parameter_names(op, pass_), values, strict=False))
-    return Workload.of(op, pass_, dtype=name, **params)

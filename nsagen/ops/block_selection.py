@@ -5,7 +5,8 @@ score[t, j] = sum over the group's heads and windows i of p[h, t, i] * overlap(i
 
 from __future__ import annotations
 
-from dataclasses import asdict, astuple
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +20,36 @@ from nsagen.ops._checks import (
     check_rows,
     fail,
 )
-from nsagen.ops._launch import launch, lse_dtype, on_kernels
+from nsagen.ops._launch import lse_dtype
+from nsagen.ops._op import define_op
 from nsagen.ops.reference.block_selection import BlockRule
 
 _OP = "block_selection"
 
 
-@torch.library.custom_op("nsagen::block_selection_forward", mutates_args=())
+def _check(call: Any) -> None:
+    check_rows(_OP, q=call.q, k=call.k)
+    check_keys(_OP, call.q, call.k)
+    check_cu_seqlens(_OP, "cu_seqlens_q", call.cu_seqlens_q, call.q)
+    check_cu_seqlens(_OP, "cu_seqlens_k", call.cu_seqlens_k, call.k, spare=True)
+    check_like(_OP, ("cu_seqlens_q", call.cu_seqlens_q), cu_seqlens_k=call.cu_seqlens_k)
+    BlockRule(**{name: getattr(call, name) for name in BlockRule.__annotations__})
+    (lse, shape), dtype = (call.lse, call.q.shape[:2]), lse_dtype(call.q)
+    if lse.shape != shape or lse.dtype != dtype or not lse.is_contiguous():
+        needs = f"lse must be contiguous {dtype} {tuple(shape)}"
+        fail(_OP, needs, f"{lse.dtype} {tuple(lse.shape)}", "pass compressed attention's own")
+    check_q_start(_OP, call.cu_seqlens_q, call.q_start)
+
+
+@define_op(
+    returns="topk_idx",
+    allocate=lambda q, k, topk: q.new_empty((k.shape[1], q.shape[0], topk), dtype=torch.int32),
+    check=_check,
+    kernel="block_selection forward",
+    sizes=lambda q, k: {"head_dim": q.shape[2], "gqa_ratio": q.shape[1] // k.shape[1]},
+    launch="q k lse cu_seqlens_q cu_seqlens_k topk_idx softmax_scale",
+    optional="q_start",
+)
 def block_selection_forward(
     q: Tensor,
     k: Tensor,
@@ -50,53 +74,13 @@ def block_selection_forward(
         q_start: int32 [batch], position of each sequence's first query, for a chunk of a longer
             prompt whose earlier windows are in k; None: 0.
     """
-    check_rows(_OP, q=q, k=k)
-    check_keys(_OP, q, k)
-    check_cu_seqlens(_OP, "cu_seqlens_q", cu_seqlens_q, q)
-    check_cu_seqlens(_OP, "cu_seqlens_k", cu_seqlens_k, k, spare=True)
-    check_like(_OP, ("cu_seqlens_q", cu_seqlens_q), cu_seqlens_k=cu_seqlens_k)
     rule = BlockRule(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
-    if lse.shape != q.shape[:2] or lse.dtype != lse_dtype(q) or not lse.is_contiguous():
-        needs = f"lse must be contiguous {lse_dtype(q)} {tuple(q.shape[:2])}"
-        fail(_OP, needs, f"{lse.dtype} {tuple(lse.shape)}", "pass compressed attention's own")
-    check_q_start(_OP, cu_seqlens_q, q_start)
-    if not on_kernels(q):
-        return reference.block_selection(
-            q,
-            k,
-            lse,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            **asdict(rule),
-            softmax_scale=softmax_scale,
-            q_start=q_start,
-        )
-    topk_idx = _allocate(q, k, topk)
-    values = (q.shape[2], q.shape[1] // k.shape[1], *astuple(rule))
-    args = (q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale)
-    launch(dispatcher, _OP, "forward", values, args if q_start is None else (*args, q_start))
-    return topk_idx
+    more = {"softmax_scale": softmax_scale, "q_start": q_start}
+    return reference.block_selection(q, k, lse, cu_seqlens_q, cu_seqlens_k, **asdict(rule), **more)
 
 
-@block_selection_forward.register_fake
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    topk: int,
-    init_blocks: int,
-    local_blocks: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    q_start: Tensor | None = None,
-) -> Tensor:
-    return _allocate(q, k, topk)
-
-
-def _allocate(q: Tensor, k: Tensor, topk: int) -> Tensor:
-    return q.new_empty((k.shape[1], q.shape[0], topk), dtype=torch.int32)
+def select_blocks(q: Tensor, k: Tensor, lse: Tensor, *args: Any) -> Tensor:
+    """`block_selection_forward` on tensors with gradients, of which it has none."""
+    if torch.is_grad_enabled():
+        q, k, lse = q.detach(), k.detach(), lse.detach()
+    return block_selection_forward(q, k, lse, *args)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from nsagen.core.branches import BRANCHES
 from nsagen.ops._launch import key_of, on_kernels
-from nsagen.ops.compressed_attention import compressed_attention, compressed_attention_forward
-from nsagen.ops.gated_attention import gated_attention
-from nsagen.ops.gated_sum import gated_sum
-from nsagen.ops.selected_attention import topk_sparse_attention
-from nsagen.ops.sliding_window_attention import sliding_window_attention
+from nsagen.ops._op import define_op
+from nsagen.ops.block_selection import select_blocks
+from nsagen.ops.compressed_attention import compressed_attention_forward
+from nsagen.ops.gated_attention import branches_forward, sum_branches
+from nsagen.ops.gated_sum import gated_sum_forward
+from nsagen.ops.selected_attention import selected_attention_forward
+from nsagen.ops.sliding_window_attention import sliding_window_attention_forward
 from nsagen.ops.sliding_window_gated_sum import sliding_window_gated_sum
 from nsagen.runtime import Dispatcher
 
@@ -59,63 +61,73 @@ def attend_branches(
     Returns:
         o [N, HQ, Dv].
     """
-    inputs = (q, *(windows or ()), *selected, *sliding, gate)
-    wants_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    assert windows is not None or not {"compressed", "selected"} & set(branches)
+    ck, cv = windows or (None, None)
+    selection = (block_size, topk, init_blocks, local_blocks)
+    statics = (kernel_size, kernel_stride, *selection, window_size, softmax_scale)
+    return attend(
+        *(q, ck, cv, *selected, *sliding, gate, cu_seqlens, window_cu_seqlens),
+        *(q_start, cu_seqlens_k, *statics, tuple(branches), key_of(dispatcher)),
+    )
+
+
+@define_op(returns="o")
+def attend(
+    q: Tensor,
+    ck: Tensor | None,
+    cv: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_window: Tensor,
+    v_window: Tensor,
+    gate: Tensor,
+    cu_seqlens: Tensor,
+    window_cu_seqlens: Tensor,
+    q_start: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    window_size: int,
+    softmax_scale: float,
+    branches: tuple[str, ...],
+    dispatcher: str,
+) -> Tensor:
+    """`attend_branches` on tensors by themselves."""
+    inputs = [x for x in (q, ck, cv, k, v, k_window, v_window, gate) if x is not None]
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     all_on = len(branches) == len(BRANCHES)
-    shared = selected[0] is sliding[0] and selected[1] is sliding[1]
+    shared = k is k_window and v is v_window
     is_chunk = q_start is not None or cu_seqlens_k is not None
-    if wants_gradients and all_on and shared and not is_chunk and on_kernels(q):
-        assert windows is not None
-        return gated_attention(
-            *(q, *selected, *windows, gate, cu_seqlens, window_cu_seqlens),
-            kernel_size=kernel_size,
-            kernel_stride=kernel_stride,
-            block_size=block_size,
-            topk=topk,
-            window_size=window_size,
-            init_blocks=init_blocks,
-            local_blocks=local_blocks,
-            softmax_scale=softmax_scale,
-            dispatcher=dispatcher,
-        )
+    windows = (cu_seqlens, window_cu_seqlens, kernel_size, kernel_stride)
+    selection = (block_size, topk, init_blocks, local_blocks)
+    if trains and all_on and shared and not is_chunk and on_kernels(q):
+        assert ck is not None
+        assert cv is not None
+        statics = (*selection, window_size, softmax_scale, dispatcher)
+        found = branches_forward(q, k, v, ck, cv, gate, *windows, *statics)
+        return sum_branches(*found[:6], gate, dispatcher)
+    last = (softmax_scale, dispatcher)
     outputs: dict[str, Tensor] = {}
-    if "selected" in branches:
-        assert windows is not None
-        o_compressed, topk_idx = compressed_attention(
-            *(q, *windows, kernel_size, kernel_stride, block_size, topk),
-            *(cu_seqlens, window_cu_seqlens),
-            sm_scale=softmax_scale,
-            init_blocks=init_blocks,
-            local_blocks=local_blocks,
-            q_start=q_start,
-            dispatcher=dispatcher,
-        )
+    if ck is not None and cv is not None:
+        o, lse = compressed_attention_forward(q, ck, cv, *windows, *last, q_start)
         if "compressed" in branches:
-            outputs["compressed"] = o_compressed
-        outputs["selected"] = topk_sparse_attention(
-            *(q, *selected, topk_idx, block_size, cu_seqlens, softmax_scale),
-            cu_seqlens_k=cu_seqlens_k,
-            q_start=q_start,
-            dispatcher=dispatcher,
-        )
-    elif "compressed" in branches:
-        assert windows is not None
-        sizes = (kernel_size, kernel_stride, softmax_scale, key_of(dispatcher))
-        rows = (cu_seqlens, window_cu_seqlens)
-        o, _ = compressed_attention_forward(q, *windows, *rows, *sizes, q_start)
-        outputs["compressed"] = o
-    if all_on and not wants_gradients:
-        return sliding_window_gated_sum(
-            *(q, *sliding, cu_seqlens, *outputs.values(), gate, window_size, softmax_scale),
-            *(key_of(dispatcher), cu_seqlens_k, q_start),
-        )
+            outputs["compressed"] = o
+        if "selected" in branches:
+            topk_idx = select_blocks(q, ck, lse, *windows, *selection, *last, q_start)
+            outputs["selected"], _ = selected_attention_forward(
+                q, k, v, topk_idx, cu_seqlens, block_size, *last, cu_seqlens_k, q_start
+            )
+    window = (q, k_window, v_window, cu_seqlens)
+    chunk = (window_size, *last, cu_seqlens_k, q_start)
+    if all_on and not trains:
+        others = (outputs["compressed"], outputs["selected"])
+        return sliding_window_gated_sum(*window, *others, gate, *chunk)
     if "sliding" in branches:
-        outputs["sliding"] = sliding_window_attention(
-            *(q, *sliding, window_size, cu_seqlens, softmax_scale),
-            cu_seqlens_k=cu_seqlens_k,
-            q_start=q_start,
-            dispatcher=dispatcher,
-        )
+        outputs["sliding"], _ = sliding_window_attention_forward(*window, *chunk)
     some = next(iter(outputs.values()))  # read, without weight, in place of one that is off
     compressed, of_blocks, of_window = (outputs.get(name, some) for name in BRANCHES)
-    return gated_sum(compressed, of_blocks, of_window, gate, dispatcher=dispatcher)
+    return gated_sum_forward(compressed, of_blocks, of_window, gate, dispatcher)

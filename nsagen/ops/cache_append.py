@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nsagen.core.workload import BRANCH_KV
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import CACHES, check, check_separate, hidden_size
-from nsagen.ops._calls import KnownCalls
-from nsagen.ops._define import define_op
-from nsagen.ops._launch import find_kernel, key_of, on_kernels
+from nsagen.ops._cache_checks import check_append, hidden_size
+from nsagen.ops._launch import attention_sizes, key_of
+from nsagen.ops._op import define_op
 from nsagen.ops._pages import capacity_of
-from nsagen.ops.reference.compress import Weight, tensors_of
+from nsagen.ops.reference.compress import Weight, tensors_of, weight_of
 from nsagen.ops.separate import SeparateKV
 from nsagen.runtime import Dispatcher
 
 _OP = "cache_append"
-_WRITTEN = (*CACHES, "v_raw", "k_window_cache", "v_window_cache")
 
 
 def cache_append(
@@ -89,18 +85,36 @@ def cache_append(
     )
     own_type = v_compress_type if v_compress_type not in (None, compress_type) else ""
     if separate is None and pe_v is None and not (own_type or w_k2 or w_v2):
-        return cache_append_decode(*usual)
-    own = (None,) * len(_OWN) if separate is None else [vars(separate)[name] for name in _OWN]
-    return cache_append_decode(*usual, own_type, *(w_k2 or (None,)), *(w_v2 or (None,)), pe_v, *own)
+        return _cache_append_decode(*usual)
+    own = {} if separate is None else vars(separate)
+    second = {"w_k2": (*w_k2, None)[0], "w_v2": (*w_v2, None)[0]}
+    return _cache_append_decode(*usual, own_type, **second, pe_v=pe_v, **own)
 
 
-_OWN = (
-    *("k_compress", "v_compress", "k_window", "v_window"),
-    *("v_raw", "k_window_cache", "v_window_cache"),
+def _sizes(call: Any) -> dict[str, Any]:
+    return {
+        **attention_sizes(call.q, call.k, call.v),
+        "with_pe": call.pe is not None,
+        "v_compress_type": call.v_compress_type or call.compress_type,
+        "mlp_hidden": hidden_size(weight_of(call.w_k, call.w_k2), weight_of(call.w_v, call.w_v2)),
+        "v_with_pe": call.pe_v is not None,
+        "branch_kv": BRANCH_KV[call.k_window is not None],
+    }
+
+
+@define_op(
+    returns="q_turned",
+    allocate=lambda q: q.new_empty(q.shape),
+    check=check_append,
+    kernel="cache_append decode",
+    sizes=_sizes,
+    context=lambda k_cache, block_table: capacity_of(k_cache, block_table),
+    launch="q k v cos sin w_k w_v pe positions slots k_cache v_cache ck_cache cv_cache k_raw"
+    " q_turned block_table",
+    optional="w_k2 w_v2 pe_v k_compress v_compress k_window v_window v_raw k_window_cache"
+    " v_window_cache",
+    mutates="k_cache v_cache ck_cache cv_cache k_raw v_raw k_window_cache v_window_cache",
 )
-"""Of a `SeparateKV`, in the op's order."""
-
-
 def _cache_append_decode(
     q: Tensor,
     k: Tensor,
@@ -135,89 +149,16 @@ def _cache_append_decode(
     v_window_cache: Tensor | None = None,
 ) -> Tensor:
     """q after rope, [R, HQ, D]; see `cache_append`. w_k2, w_v2: second layers of an mlp."""
-    caches = (k_cache, v_cache, ck_cache, cv_cache, k_raw)
-    inputs = (q, k, v, cos, sin, w_k, w_v, pe, positions, slots, *caches)
     own = (k_compress, v_compress, k_window, v_window, v_raw, k_window_cache, v_window_cache)
-    weights = (_weight(w_k, w_k2), _weight(w_v, w_v2))
-    joined = (*inputs[:5], *weights, *inputs[7:])
-    types = (compress_type, v_compress_type or compress_type)
-    check(joined, types, kernel_size, kernel_stride, block_table, pe_v)
-    separate = check_separate(own, k, v, caches, kernel_size)
-    if not on_kernels(q):
-        return reference.cache_append(
-            *joined,
-            compress_type=compress_type,
-            v_compress_type=v_compress_type,
-            kernel_size=kernel_size,
-            kernel_stride=kernel_stride,
-            pe_v=pe_v,
-            block_table=block_table,
-            separate=separate,
-        )
-    dims = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1])
-    values = (compress_type, *dims, kernel_size, kernel_stride, pe is not None)
-    separated = BRANCH_KV[k_window is not None]
-    optional = (types[1], hidden_size(*weights), pe_v is not None, separated)
-    context = capacity_of(k_cache, block_table)
-    kernel = find_kernel(dispatcher, _OP, "decode", (*values, *optional), q, context)
-    statics = (compress_type, kernel_size, kernel_stride, dispatcher)
-    args = (*inputs, *statics, block_table, v_compress_type, w_k2, w_v2, pe_v, *own)
-    return _CALLS.learn(args, kernel).run(args)
-
-
-def _weight(first: Tensor | None, second: Tensor | None) -> Weight:
-    """A weight as `cache_append` takes it."""
-    return first if first is None or second is None else (first, second)
-
-
-def _allocate(args: tuple[Any, ...]) -> tuple[Tensor]:
-    return (torch.empty_like(args[0], memory_format=torch.contiguous_format),)
-
-
-def _to_launch(args: tuple[Any, ...], outputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    more = args[21:]
-    return *args[:15], *outputs, args[19], *(() if more.count(None) == len(more) else more)
-
-
-_CALLS = KnownCalls((*range(15), 19, *range(21, 31)), 31, _allocate, _to_launch)
-
-
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    w_k: Tensor | None,
-    w_v: Tensor | None,
-    pe: Tensor | None,
-    positions: Tensor,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    ck_cache: Tensor,
-    cv_cache: Tensor,
-    k_raw: Tensor,
-    compress_type: str,
-    kernel_size: int,
-    kernel_stride: int,
-    dispatcher: str = "",
-    block_table: Tensor | None = None,
-    v_compress_type: str = "",
-    w_k2: Tensor | None = None,
-    w_v2: Tensor | None = None,
-    pe_v: Tensor | None = None,
-    k_compress: Tensor | None = None,
-    v_compress: Tensor | None = None,
-    k_window: Tensor | None = None,
-    v_window: Tensor | None = None,
-    v_raw: Tensor | None = None,
-    k_window_cache: Tensor | None = None,
-    v_window_cache: Tensor | None = None,
-) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-cache_append_decode = define_op(
-    "cache_append_decode", _cache_append_decode, _fake, _CALLS, _WRITTEN
-)
+    given = [tensor for tensor in own if tensor is not None]
+    return reference.cache_append(
+        *(q, k, v, cos, sin, weight_of(w_k, w_k2), weight_of(w_v, w_v2), pe, positions, slots),
+        *(k_cache, v_cache, ck_cache, cv_cache, k_raw),
+        compress_type=compress_type,
+        v_compress_type=v_compress_type,
+        kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
+        pe_v=pe_v,
+        block_table=block_table,
+        separate=SeparateKV(*given) if given else None,
+    )

@@ -7,6 +7,8 @@ silu(flatten(x') @ w1[h]) @ w2[h], whose custom op is the product with w1 alone.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,12 +19,12 @@ from nsagen.ops._checks import (
     check_compress_weights,
     check_cu_seqlens,
     check_indices,
-    check_offsets,
     check_rows,
 )
 from nsagen.ops._gradients import reference_gradients
-from nsagen.ops._launch import key_of, launch, on_kernels, with_contiguous_rows
-from nsagen.ops.layout import compressed_cu_seqlens
+from nsagen.ops._launch import key_of, with_contiguous_rows
+from nsagen.ops._op import apply, define_op
+from nsagen.ops.lengths import Lengths, lengths_of
 from nsagen.ops.reference._checks import check_windows
 from nsagen.ops.reference.compress import Weight
 from nsagen.runtime import Dispatcher
@@ -39,6 +41,7 @@ def compress(
     compress_type: str,
     kernel_size: int,
     kernel_stride: int,
+    lengths: Lengths | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compress without waiting for the device: the output's size depends on shapes alone.
@@ -52,6 +55,7 @@ def compress(
         cu_seqlens: int32 [batch + 1].
         compress_type: one of `nsagen.core.workload.COMPRESS_TYPES`.
         kernel_size: tokens of a window; kernel_stride: tokens between two windows' starts.
+        lengths: prepared ones of this batch; made here by default.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
@@ -61,17 +65,30 @@ def compress(
     Raises:
         InvalidInputError: a tensor or parameter breaks the contract above.
     """
-    check_windows(_OP, kernel_size, kernel_stride)
-    check_offsets(_OP, "cu_seqlens", cu_seqlens)
-    y_cu_seqlens = compressed_cu_seqlens(cu_seqlens, kernel_size, kernel_stride)
-    statics = (compress_type, kernel_size, kernel_stride, key_of(dispatcher))
+    lengths = lengths_of(_OP, cu_seqlens, (kernel_size, kernel_stride), lengths, x=x)
+    ends, sizes = lengths.window_cu_seqlens, (kernel_size, kernel_stride, key_of(dispatcher))
+    return compress_windows(x, w, pe, cu_seqlens, ends, compress_type, *sizes), ends
+
+
+def compress_windows(
+    x: Tensor,
+    w: Weight,
+    pe: Tensor | None,
+    cu_seqlens: Tensor,
+    y_cu_seqlens: Tensor,
+    compress_type: str,
+    kernel_size: int,
+    kernel_stride: int,
+    dispatcher: str,
+) -> Tensor:
+    """y of `compress`, with the windows' offsets known."""
+    sizes = (cu_seqlens, y_cu_seqlens, compress_type, kernel_size, kernel_stride, dispatcher)
     if compress_type != "mlp" and not isinstance(w, tuple):
-        return compress_forward(x, w, pe, cu_seqlens, y_cu_seqlens, *statics), y_cu_seqlens
+        return compress_forward(x, w, pe, *sizes)
     check_rows(_OP, x=x)
     check_compress_weights(_OP, x, w, pe, compress_type, kernel_size)
     assert isinstance(w, tuple)
-    before = compress_forward(x, w[0], pe, cu_seqlens, y_cu_seqlens, *statics)
-    return _second_layer(before, w[1]), y_cu_seqlens
+    return apply(_second_layer, compress_forward(x, w[0], pe, *sizes), w[1])
 
 
 def _second_layer(before: Tensor, w2: Tensor) -> Tensor:
@@ -84,143 +101,20 @@ def _second_layer(before: Tensor, w2: Tensor) -> Tensor:
         return torch.bmm(functional.silu(before).transpose(0, 1), w2).transpose(0, 1)
 
 
-@torch.library.custom_op("nsagen::compress_forward", mutates_args=())
-def compress_forward(
-    x: Tensor,
-    w: Tensor | None,
-    pe: Tensor | None,
-    cu_seqlens: Tensor,
-    y_cu_seqlens: Tensor,
-    compress_type: str,
-    kernel_size: int,
-    kernel_stride: int,
-    dispatcher: str = "",
-) -> Tensor:
-    """y [N // kernel_stride, HK, D], zeros past y_cu_seqlens[-1]; for mlp [.., H], w being w1."""
-    check_rows(_OP, x=x)
-    check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, x)
-    check_indices(_OP, x, tuple(cu_seqlens.shape), y_cu_seqlens=y_cu_seqlens)
-    check_windows(_OP, kernel_size, kernel_stride)
-    if compress_type != "mlp":  # its two weights were checked together
-        check_compress_weights(_OP, x, w, pe, compress_type, kernel_size)
-    if not on_kernels(x):
-        return _by_reference(x, w, pe, cu_seqlens, compress_type, kernel_size, kernel_stride)
-    y = _allocate(x, w, compress_type, kernel_stride)
-    values = _static_values(x, w, pe, compress_type, kernel_size, kernel_stride)
-    launch(dispatcher, _OP, "forward", values, (x, w, pe, cu_seqlens, y_cu_seqlens, y))
-    return y
+def _check(call: Any) -> None:
+    check_rows(_OP, x=call.x)
+    check_cu_seqlens(_OP, "cu_seqlens", call.cu_seqlens, call.x)
+    check_indices(_OP, call.x, tuple(call.cu_seqlens.shape), y_cu_seqlens=call.y_cu_seqlens)
+    check_windows(_OP, call.kernel_size, call.kernel_stride)
+    if call.compress_type != "mlp":  # its two weights were checked together
+        check_compress_weights(
+            *(_OP, call.x, call.w, call.pe, call.compress_type, call.kernel_size)
+        )
 
 
-@compress_forward.register_fake
-def _fake(
-    x: Tensor,
-    w: Tensor | None,
-    pe: Tensor | None,
-    cu_seqlens: Tensor,
-    y_cu_seqlens: Tensor,
-    compress_type: str,
-    kernel_size: int,
-    kernel_stride: int,
-    dispatcher: str = "",
-) -> Tensor:
-    return _allocate(x, w, compress_type, kernel_stride)
-
-
-@torch.library.custom_op("nsagen::compress_backward", mutates_args=())
-def compress_backward(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor | None,
-    pe: Tensor | None,
-    cu_seqlens: Tensor,
-    y_cu_seqlens: Tensor,
-    compress_type: str,
-    kernel_size: int,
-    kernel_stride: int,
-    dispatcher: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dw, dpe), empty for a w or pe that is None; without kernels through the reference."""
-    if on_kernels(x):
-        gradients = _allocate_gradients(x, w, pe)
-        if dy.shape[0] == 0:  # fewer tokens than a stride: no window
-            for gradient in gradients:
-                gradient.zero_()
-            return gradients
-        dx, d_w, d_pe = gradients
-        args = (with_contiguous_rows(dy), x, w, pe, cu_seqlens, y_cu_seqlens, dx)
-        weights = (None if w is None else d_w, None if pe is None else d_pe)
-        values = _static_values(x, w, pe, compress_type, kernel_size, kernel_stride)
-        launch(dispatcher, _OP, "backward", values, (*args, *weights))
-        return gradients
-    given = [tensor for tensor in (w, pe) if tensor is not None]
-
-    def forward(x: Tensor, *given: Tensor) -> Tensor:
-        weights = (None if w is None else given[0], None if pe is None else given[-1])
-        return _by_reference(x, *weights, cu_seqlens, compress_type, kernel_size, kernel_stride)
-
-    dx, *rest = reference_gradients(forward, (x, *given), dy)
-    d_w = x.new_empty(0) if w is None else rest.pop(0)
-    return dx, d_w, x.new_empty(0) if pe is None else rest.pop(0)
-
-
-@compress_backward.register_fake
-def _fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor | None,
-    pe: Tensor | None,
-    cu_seqlens: Tensor,
-    y_cu_seqlens: Tensor,
-    compress_type: str,
-    kernel_size: int,
-    kernel_stride: int,
-    dispatcher: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_gradients(x, w, pe)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:5])
-    ctx.statics = inputs[5:]
-
-
-def _backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
-    saved = ctx.saved_tensors  # once: activation checkpointing computes them anew at each access
-    _, w, pe, *_ = saved
-    dx, d_w, d_pe = compress_backward(dy, *saved, *ctx.statics)
-    weights = (None if w is None else d_w, None if pe is None else d_pe)
-    return (dx, *weights, None, None, None, None, None, None)
-
-
-compress_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _static_values(
-    x: Tensor,
-    w: Tensor | None,
-    pe: Tensor | None,
-    compress_type: str,
-    kernel_size: int,
-    kernel_stride: int,
-) -> tuple[Param, ...]:
-    """The static parameters of a call, in their order."""
-    columns = _columns(x, w, compress_type) if compress_type == "mlp" else 0
-    return (compress_type, x.shape[2], kernel_size, kernel_stride, pe is not None, columns)
-
-
-def _by_reference(
-    x: Tensor,
-    w: Tensor | None,
-    pe: Tensor | None,
-    cu_seqlens: Tensor,
-    compress_type: str,
-    kernel_size: int,
-    kernel_stride: int,
-) -> Tensor:
-    sizes = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
-    if compress_type == "mlp" and w is not None:
-        return reference.mlp_first_layer(x, w, pe, cu_seqlens, **sizes)
-    return reference.compress(x, w, pe, cu_seqlens, compress_type=compress_type, **sizes)[0]
+def _sizes(x: Tensor, w: Tensor | None, pe: Tensor | None, compress_type: str) -> dict[str, Any]:
+    hidden = _columns(x, w, compress_type) if compress_type == "mlp" else 0
+    return {"head_dim": x.shape[2], "with_pe": pe is not None, "mlp_hidden": hidden}
 
 
 def _columns(x: Tensor, w: Tensor | None, compress_type: str) -> int:
@@ -238,3 +132,78 @@ def _allocate_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_w, d_pe = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (w, pe))
     return x.new_empty(x.shape), d_w, d_pe
+
+
+@define_op(
+    returns="dx dw dpe",
+    allocate=_allocate_gradients,
+    kernel="compress backward",
+    sizes=_sizes,
+    launch="dy x w pe cu_seqlens y_cu_seqlens dx dw dpe",
+    prepare={
+        "dy": lambda dy: with_contiguous_rows(dy),
+        "dw": lambda w, dw: None if w is None else dw,
+        "dpe": lambda pe, dpe: None if pe is None else dpe,
+    },
+)
+def compress_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor | None,
+    pe: Tensor | None,
+    cu_seqlens: Tensor,
+    y_cu_seqlens: Tensor,
+    compress_type: str,
+    kernel_size: int,
+    kernel_stride: int,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dw, dpe), empty for a w or pe that is None."""
+    given = [tensor for tensor in (w, pe) if tensor is not None]
+
+    def forward(x: Tensor, *given: Tensor) -> Tensor:
+        weights = (None if w is None else given[0], None if pe is None else given[-1])
+        return _by_reference(x, *weights, cu_seqlens, compress_type, kernel_size, kernel_stride)
+
+    dx, *rest = reference_gradients(forward, (x, *given), dy)
+    d_w = x.new_empty(0) if w is None else rest.pop(0)
+    return dx, d_w, x.new_empty(0) if pe is None else rest.pop(0)
+
+
+@define_op(
+    returns="y",
+    allocate=_allocate,
+    check=_check,
+    kernel="compress forward",
+    sizes=_sizes,
+    launch="x w pe cu_seqlens y_cu_seqlens y",
+    gradients=compress_backward,
+)
+def compress_forward(
+    x: Tensor,
+    w: Tensor | None,
+    pe: Tensor | None,
+    cu_seqlens: Tensor,
+    y_cu_seqlens: Tensor,
+    compress_type: str,
+    kernel_size: int,
+    kernel_stride: int,
+    dispatcher: str = "",
+) -> Tensor:
+    """y [N // kernel_stride, HK, D], zeros past y_cu_seqlens[-1]; for mlp [.., H], w being w1."""
+    return _by_reference(x, w, pe, cu_seqlens, compress_type, kernel_size, kernel_stride)
+
+
+def _by_reference(
+    x: Tensor,
+    w: Tensor | None,
+    pe: Tensor | None,
+    cu_seqlens: Tensor,
+    compress_type: str,
+    kernel_size: int,
+    kernel_stride: int,
+) -> Tensor:
+    sizes = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
+    if compress_type == "mlp" and w is not None:
+        return reference.mlp_first_layer(x, w, pe, cu_seqlens, **sizes)
+    return reference.compress(x, w, pe, cu_seqlens, compress_type=compress_type, **sizes)[0]

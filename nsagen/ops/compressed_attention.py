@@ -5,22 +5,25 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_attention, check_cu_seqlens, check_like, check_q_start
 from nsagen.ops._gradients import reference_gradients
 from nsagen.ops._launch import (
+    attention_gradients,
+    attention_outputs,
+    attention_sizes,
     key_of,
-    launch,
-    lse_dtype,
-    no_chunk_backward,
-    on_kernels,
+    no_backward,
+    refuse_chunk,
     scale_of,
     with_contiguous_rows,
 )
-from nsagen.ops.block_selection import block_selection_forward
+from nsagen.ops._op import define_op
+from nsagen.ops.block_selection import select_blocks
 from nsagen.ops.reference._checks import check_windows
 from nsagen.runtime import Dispatcher
 
@@ -71,85 +74,32 @@ def compressed_attention(
         InvalidInputError: a tensor or parameter breaks the contract above.
     """
     scale = scale_of(sm_scale, q)
-    key = key_of(dispatcher)
-    o, lse = compressed_attention_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, kernel_size, kernel_stride, scale, key, q_start
-    )
-    topk_idx = block_selection_forward(
-        q.detach(),
-        k.detach(),
-        lse.detach(),
-        cu_seqlens_q,
-        cu_seqlens_k,
-        kernel_size,
-        kernel_stride,
-        block_size,
-        topk,
-        init_blocks,
-        local_blocks,
-        scale,
-        key,
-        q_start,
-    )
+    more = (scale, key_of(dispatcher), q_start)
+    windows = (cu_seqlens_q, cu_seqlens_k, kernel_size, kernel_stride)
+    o, lse = compressed_attention_forward(q, k, v, *windows, *more)
+    blocks = (block_size, topk, init_blocks, local_blocks)
+    topk_idx = select_blocks(q, k, lse, *windows, *blocks, *more)
     return o, topk_idx
 
 
-@torch.library.custom_op("nsagen::compressed_attention_forward", mutates_args=())
-def compressed_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
-    check_attention(_OP, q, k, v)
-    check_cu_seqlens(_OP, "cu_seqlens_q", cu_seqlens_q, q)
-    check_cu_seqlens(_OP, "cu_seqlens_k", cu_seqlens_k, k, spare=True)
-    check_like(_OP, ("cu_seqlens_q", cu_seqlens_q), cu_seqlens_k=cu_seqlens_k)
-    check_windows(_OP, kernel_size, kernel_stride)
-    check_q_start(_OP, cu_seqlens_q, q_start)
-    if not on_kernels(q):
-        return reference.compressed_attention_forward(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            kernel_size=kernel_size,
-            kernel_stride=kernel_stride,
-            softmax_scale=softmax_scale,
-            q_start=q_start,
-        )
-    o, lse = _allocate(q, v)
-    values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], kernel_size, kernel_stride)
-    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, o, lse, softmax_scale)
-    launch(dispatcher, _OP, "forward", values, args if q_start is None else (*args, q_start))
-    return o, lse
+def _check(call: Any) -> None:
+    check_attention(_OP, call.q, call.k, call.v)
+    check_cu_seqlens(_OP, "cu_seqlens_q", call.cu_seqlens_q, call.q)
+    check_cu_seqlens(_OP, "cu_seqlens_k", call.cu_seqlens_k, call.k, spare=True)
+    check_like(_OP, ("cu_seqlens_q", call.cu_seqlens_q), cu_seqlens_k=call.cu_seqlens_k)
+    check_windows(_OP, call.kernel_size, call.kernel_stride)
+    check_q_start(_OP, call.cu_seqlens_q, call.q_start)
 
 
-@compressed_attention_forward.register_fake
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _allocate(q, v)
-
-
-@torch.library.custom_op("nsagen::compressed_attention_backward", mutates_args=())
+@define_op(
+    returns="dq dk dv",
+    allocate=attention_gradients,
+    check=lambda q_start: refuse_chunk(_OP, q_start),
+    kernel="compressed_attention backward",
+    sizes=attention_sizes,
+    launch="do q k v cu_seqlens_q cu_seqlens_k o lse dq dk dv softmax_scale",
+    prepare={"do": lambda do: with_contiguous_rows(do)},
+)
 def compressed_attention_backward(
     do: Tensor,
     q: Tensor,
@@ -163,36 +113,32 @@ def compressed_attention_backward(
     kernel_stride: int,
     softmax_scale: float,
     dispatcher: str = "",
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); on a CPU by differentiating the reference."""
-    if not on_kernels(q):
+    """(dq, dk, dv)."""
 
-        def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return reference.compressed_attention_forward(
-                q,
-                k,
-                v,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                kernel_size=kernel_size,
-                kernel_stride=kernel_stride,
-                softmax_scale=softmax_scale,
-            )[0]
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.compressed_attention_forward(
+            *(q, k, v, cu_seqlens_q, cu_seqlens_k),
+            kernel_size=kernel_size,
+            kernel_stride=kernel_stride,
+            softmax_scale=softmax_scale,
+        )[0]
 
-        dq, dk, dv = reference_gradients(forward, (q, k, v), do)
-        return dq, dk, dv
-    if q.shape[0] == 0:  # nothing is launched, and k and v may have spare rows
-        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    gradients = _allocate_gradients(q, k, v)
-    values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], kernel_size, kernel_stride)
-    kept = (q, k, v, cu_seqlens_q, cu_seqlens_k, o, lse)
-    args = (with_contiguous_rows(do), *kept, *gradients, softmax_scale)
-    launch(dispatcher, _OP, "backward", values, args)
-    return gradients
+    dq, dk, dv = reference_gradients(forward, (q, k, v), do)
+    return dq, dk, dv
 
 
+@define_op(
+    returns="dk dv",
+    allocate=lambda k, v: (k.new_empty(k.shape), v.new_empty(v.shape)),
+    kernel="compressed_attention backward",
+    sizes=attention_sizes,
+    launch="do q k v cu_seqlens_q cu_seqlens_k None lse dq dk dv softmax_scale delta gate True",
+    prepare={"do": lambda do: with_contiguous_rows(do)},
+    mutates="dq",
+)
 def add_compressed_gradient(
-    dq: Tensor,
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -200,6 +146,7 @@ def add_compressed_gradient(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     lse: Tensor,
+    dq: Tensor,
     kernel_size: int,
     kernel_stride: int,
     softmax_scale: float,
@@ -213,56 +160,36 @@ def add_compressed_gradient(
         do: of the gated sum; delta: do . o of each row, gate: what o was multiplied by before do
             came; both float32 [N, HQ].
     """
-    if q.shape[0] == 0:
-        return k.new_zeros(k.shape), v.new_zeros(v.shape)
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], kernel_size, kernel_stride)
-    kept = (q, k, v, cu_seqlens_q, cu_seqlens_k, None, lse)
-    args = (with_contiguous_rows(do), *kept, dq, dk, dv, softmax_scale, delta, gate, True)
-    launch(dispatcher, _OP, "backward", values, args)
-    return dk, dv
+    raise no_backward(_OP, q)
 
 
-@compressed_attention_backward.register_fake
-def _fake_backward(
-    do: Tensor,
+@define_op(
+    returns="o lse",
+    allocate=attention_outputs,
+    check=_check,
+    kernel="compressed_attention forward",
+    sizes=attention_sizes,
+    launch="q k v cu_seqlens_q cu_seqlens_k o lse softmax_scale",
+    optional="q_start",
+    gradients=compressed_attention_backward,
+)
+def compressed_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    o: Tensor,
-    lse: Tensor,
     kernel_size: int,
     kernel_stride: int,
     softmax_scale: float,
     dispatcher: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_gradients(q, k, v)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, kernel_size, kernel_stride, softmax_scale, dispatcher, q_start = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output)
-    ctx.statics = (kernel_size, kernel_stride, softmax_scale, dispatcher)
-    ctx.is_chunk = q_start is not None
-
-
-def _backward(ctx, do: Tensor, dlse: Tensor):  # type: ignore[no-untyped-def]
-    if ctx.is_chunk:
-        raise no_chunk_backward(_OP)
-    gradients = compressed_attention_backward(do, *ctx.saved_tensors, *ctx.statics)
-    return (*gradients, None, None, None, None, None, None, None)
-
-
-compressed_attention_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _allocate(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    o = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
-    return o, q.new_empty(q.shape[:2], dtype=lse_dtype(q))
-
-
-def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    q_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
+    return reference.compressed_attention_forward(
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k),
+        kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
+        softmax_scale=softmax_scale,
+        q_start=q_start,
+    )

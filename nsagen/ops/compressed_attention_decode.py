@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._calls import KnownCalls
 from nsagen.ops._checks import (
     check_indices,
     check_keys,
@@ -18,8 +16,8 @@ from nsagen.ops._checks import (
     fail,
     shapes,
 )
-from nsagen.ops._define import define_op
-from nsagen.ops._launch import find_kernel, key_of, on_kernels, scale_of
+from nsagen.ops._launch import attention_sizes, key_of, scale_of
+from nsagen.ops._op import define_op
 from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
 from nsagen.ops.reference.block_selection import BlockRule
 from nsagen.runtime import Dispatcher
@@ -67,81 +65,9 @@ def compressed_attention_decode(
     """
     statics = (kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
     scale, key = scale_of(softmax_scale, q), key_of(dispatcher)
-    return compressed_attention_decode_op(
+    return _compressed_attention_decode(
         q, ck_cache, cv_cache, positions, slots, *statics, scale, key, block_table
     )
-
-
-def _compressed_attention_decode(
-    q: Tensor,
-    ck_cache: Tensor,
-    cv_cache: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    topk: int,
-    init_blocks: int,
-    local_blocks: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    block_table: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(o [R, HQ, Dv], topk_idx int32 [HK, R, topk])."""
-    inputs = (q, ck_cache, cv_cache, positions, slots)
-    statics = (kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
-    check_cached(_OP, *inputs, block_table, kind="c")
-    rule = BlockRule(*statics)
-    if block_table is not None:
-        page_size = ck_cache.shape[1] * kernel_stride
-        check_page_size(_OP, page_size, "block_size", block_size)
-    tokens = capacity_of(ck_cache, block_table) * kernel_stride + kernel_size - 1
-    check_places(_OP, positions, slots, tokens, ck_cache, block_table)
-    if not on_kernels(q):
-        return reference.compressed_attention_decode(
-            *inputs, **asdict(rule), softmax_scale=softmax_scale, block_table=block_table
-        )
-    dims = (q.shape[2], cv_cache.shape[3], q.shape[1] // ck_cache.shape[2])
-    context = capacity_of(ck_cache, block_table) * kernel_stride
-    context += 0 if block_table is not None else kernel_size - kernel_stride
-    workload = ("compressed_attention", "decode", (*dims, *statics))
-    kernel = find_kernel(dispatcher, *workload, q, context)
-    args = (*inputs, *statics, softmax_scale, dispatcher, block_table)
-    return _CALLS.learn(args, kernel).run(args)
-
-
-def _to_launch(args: tuple[Any, ...], outputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    return *args[:5], *outputs, args[11], args[13]
-
-
-_CALLS = KnownCalls(
-    (*range(5), 13), 14, lambda args: _allocate(args[0], args[2], args[8]), _to_launch
-)
-
-
-def _fake(
-    q: Tensor,
-    ck_cache: Tensor,
-    cv_cache: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    topk: int,
-    init_blocks: int,
-    local_blocks: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    block_table: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _allocate(q, cv_cache, topk)
-
-
-compressed_attention_decode_op = define_op(
-    "compressed_attention_decode", _compressed_attention_decode, _fake, _CALLS
-)
 
 
 def check_cached(
@@ -173,6 +99,61 @@ def check_cached(
         check_table(op, q, block_table)
 
 
+def _check(call: Any) -> None:
+    table = call.block_table
+    check_cached(
+        *(_OP, call.q, call.ck_cache, call.cv_cache, call.positions, call.slots, table), kind="c"
+    )
+    BlockRule(**{name: getattr(call, name) for name in BlockRule.__annotations__})
+    if table is not None:
+        page_size = call.ck_cache.shape[1] * call.kernel_stride
+        check_page_size(_OP, page_size, "block_size", call.block_size)
+    tokens = capacity_of(call.ck_cache, table) * call.kernel_stride + call.kernel_size - 1
+    check_places(_OP, call.positions, call.slots, tokens, call.ck_cache, table)
+
+
+def _context(
+    ck_cache: Tensor, kernel_size: int, kernel_stride: int, block_table: Tensor | None
+) -> int:
+    context = capacity_of(ck_cache, block_table) * kernel_stride
+    return context + (0 if block_table is not None else kernel_size - kernel_stride)
+
+
 def _allocate(q: Tensor, cv_cache: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     o = q.new_empty((q.shape[0], q.shape[1], cv_cache.shape[3]))
     return o, q.new_empty((cv_cache.shape[2], q.shape[0], topk), dtype=torch.int32)
+
+
+@define_op(
+    returns="o topk_idx",
+    allocate=_allocate,
+    check=_check,
+    kernel="compressed_attention decode",
+    sizes=lambda q, ck_cache, cv_cache: attention_sizes(q, ck_cache[0], cv_cache[0]),
+    context=_context,
+    launch="q ck_cache cv_cache positions slots o topk_idx softmax_scale block_table",
+)
+def _compressed_attention_decode(
+    q: Tensor,
+    ck_cache: Tensor,
+    cv_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+    block_table: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(o [R, HQ, Dv], topk_idx int32 [HK, R, topk])."""
+    rule = BlockRule(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
+    return reference.compressed_attention_decode(
+        *(q, ck_cache, cv_cache, positions, slots),
+        **asdict(rule),
+        softmax_scale=softmax_scale,
+        block_table=block_table,
+    )

@@ -11,16 +11,25 @@ are free, and hands do and delta on to the attention's, in the places of their g
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
-from nsagen.ops._launch import key_of, launch, scale_of, with_contiguous_rows
+from nsagen.branches import BRANCHES
+from nsagen.ops import reference
+from nsagen.ops._launch import (
+    attention_outputs,
+    key_of,
+    scale_of,
+    with_contiguous_rows,
+)
+from nsagen.ops._op import apply, define_op
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.compressed_attention import (
     add_compressed_gradient,
     compressed_attention_forward,
 )
-from nsagen.ops.gated_sum import gated_sum_forward
 from nsagen.ops.selected_attention import (
     selected_attention_backward,
     selected_attention_forward,
@@ -30,6 +39,18 @@ from nsagen.ops.sliding_window_attention import (
     sliding_window_attention_forward,
 )
 from nsagen.runtime import Dispatcher
+
+
+def _allocate_gradients(
+    q: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor
+) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, ck, cv))
+
+
+def _allocate_branches(q: Tensor, k: Tensor, v: Tensor, topk: int) -> tuple[Tensor, ...]:
+    topk_idx = q.new_empty((k.shape[1], q.shape[0], topk), dtype=torch.int32)
+    branches = (attention_outputs(q, v) for _ in BRANCHES)
+    return *itertools.chain(*branches), topk_idx
 
 
 def gated_attention(
@@ -75,11 +96,75 @@ def gated_attention(
     key = key_of(dispatcher)
     selection = (block_size, topk, init_blocks, local_blocks)
     statics = (kernel_size, kernel_stride, *selection, window_size, scale_of(softmax_scale, q), key)
-    *outputs, _ = branches_forward(q, k, v, ck, cv, gate, cu_seqlens, window_cu_seqlens, *statics)
-    return sum_branches(*outputs, gate, key)
+    outputs = branches_forward(q, k, v, ck, cv, gate, cu_seqlens, window_cu_seqlens, *statics)
+    return sum_branches(*outputs[:6], gate, key)
 
 
-@torch.library.custom_op("nsagen::branches_forward", mutates_args=())
+@define_op(returns="dq dk dv dck dcv", allocate=_allocate_gradients)
+def branches_backward(
+    do_compressed: Tensor,
+    dlse_compressed: Tensor,
+    dlse_selected: Tensor,
+    dlse_sliding: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ck: Tensor,
+    cv: Tensor,
+    gate: Tensor,
+    cu_seqlens: Tensor,
+    window_cu_seqlens: Tensor,
+    lse_compressed: Tensor,
+    lse_selected: Tensor,
+    lse_sliding: Tensor,
+    topk_idx: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    window_size: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dck, dcv) from the gradient of the gated sum and delta of each branch.
+
+    `sum_branches` hands them on in the places of the gradients of o_compressed and of each lse.
+    One branch after the other; the second and the third add theirs to what the first one wrote.
+    """
+    of_compressed, of_selected, of_sliding = apply(_columns, gate)
+    do, deltas = do_compressed, apply(_together, dlse_compressed, dlse_selected, dlse_sliding)
+    delta_compressed, delta_selected, delta_sliding = deltas
+    last = (softmax_scale, dispatcher)
+    dq, dk, dv = selected_attention_backward(
+        *(do, q, k, v, topk_idx, cu_seqlens, None, lse_selected, block_size),
+        *(*last, delta_selected, of_selected),
+    )
+    add_sliding_window_gradients(
+        *(do, q, k, v, cu_seqlens, lse_sliding, dq, dk, dv, window_size),
+        *(*last, delta_sliding, of_sliding),
+    )
+    dck, dcv = add_compressed_gradient(
+        *(do, q, ck, cv, cu_seqlens, window_cu_seqlens, lse_compressed, dq),
+        *(kernel_size, kernel_stride, *last, delta_compressed, of_compressed),
+    )
+    return dq, dk, dv, dck, dcv
+
+
+def _columns(gate: Tensor) -> Tensor:
+    """float32 [3, N, HQ] of a gate [N, HQ, 3], in one launch."""
+    columns = gate.new_empty((3, *gate.shape[:2]), dtype=torch.float32)
+    return columns.copy_(gate.permute(2, 0, 1))
+
+
+def _together(*columns: Tensor) -> Tensor:
+    """float32 [3, N, HQ] of three [N, HQ]."""
+    return torch.stack([column.float() for column in columns])
+
+
+@define_op(
+    returns="o_compressed lse_compressed o_selected lse_selected o_sliding lse_sliding topk_idx",
+    allocate=_allocate_branches,
+    gradients=branches_backward,
+)
 def branches_forward(
     q: Tensor,
     k: Tensor,
@@ -119,122 +204,51 @@ def branches_forward(
     return o_compressed, lse_compressed, *selected, *sliding, topk_idx
 
 
-@branches_forward.register_fake
-def _fake_branches(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ck: Tensor,
-    cv: Tensor,
-    gate: Tensor,
-    cu_seqlens: Tensor,
-    window_cu_seqlens: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    topk: int,
-    init_blocks: int,
-    local_blocks: int,
-    window_size: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def branch() -> tuple[Tensor, Tensor]:
-        o = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
-        return o, q.new_empty(q.shape[:2], dtype=torch.float32)
-
-    topk_idx = q.new_empty((k.shape[1], q.shape[0], topk), dtype=torch.int32)
-    return *branch(), *branch(), *branch(), topk_idx
-
-
-@torch.library.custom_op("nsagen::branches_backward", mutates_args=())
-def branches_backward(
+@define_op(
+    returns="deltas",
+    allocate=lambda gate: gate.new_empty(gate.shape, dtype=torch.float32),
+    kernel="gated_sum backward",
+    sizes=lambda do: {"v_head_dim": do.shape[2]},
+    launch="do o_compressed o_selected o_sliding gate None None None deltas",
+    prepare={"do": lambda do: with_contiguous_rows(do)},
+)
+def branch_deltas(
     do: Tensor,
-    deltas: list[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ck: Tensor,
-    cv: Tensor,
+    o_compressed: Tensor,
+    o_selected: Tensor,
+    o_sliding: Tensor,
     gate: Tensor,
-    cu_seqlens: Tensor,
-    window_cu_seqlens: Tensor,
-    lses: list[Tensor],
-    topk_idx: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    window_size: int,
-    softmax_scale: float,
     dispatcher: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dck, dcv) from the gradient of the gated sum and delta of each branch.
-
-    One branch after the other; the second and the third add theirs to what the first one wrote.
-    """
-    gates = [x.float().contiguous() for x in gate.unbind(-1)]
-    deltas = [x.contiguous() for x in deltas]
-    last = (softmax_scale, dispatcher)
-    dq, dk, dv = selected_attention_backward(
-        do, q, k, v, topk_idx, cu_seqlens, None, lses[1], block_size, *last, deltas[1], gates[1]
-    )
-    factors = (deltas[2], gates[2])
-    add_sliding_window_gradients(
-        (dq, dk, dv), do, q, k, v, cu_seqlens, lses[2], window_size, *last, *factors
-    )
-    windows = (cu_seqlens, window_cu_seqlens, lses[0], kernel_size, kernel_stride)
-    factors = (deltas[0], gates[0])
-    dck, dcv = add_compressed_gradient(dq, do, q, ck, cv, *windows, *last, *factors)
-    return dq, dk, dv, dck, dcv
+) -> Tensor:
+    """do . o of each branch, [N, HQ, 3] float32."""
+    branches = (o_compressed, o_selected, o_sliding)
+    return torch.stack([(do.float() * o).sum(-1) for o in branches], -1)
 
 
-@branches_backward.register_fake
-def _fake_branches_backward(
+def _gradients_of_sum(
     do: Tensor,
-    deltas: list[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ck: Tensor,
-    cv: Tensor,
+    o_compressed: Tensor,
+    o_selected: Tensor,
+    o_sliding: Tensor,
     gate: Tensor,
-    cu_seqlens: Tensor,
-    window_cu_seqlens: Tensor,
-    lses: list[Tensor],
-    topk_idx: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    window_size: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dck, dcv = (x.new_empty(x.shape) for x in (q, k, v, ck, cv))
-    return dq, dk, dv, dck, dcv
+    dispatcher: str,
+) -> dict[str, Tensor]:
+    deltas = branch_deltas(do, o_compressed, o_selected, o_sliding, gate, dispatcher)
+    # Views: copies would be made while the branches' outputs are still held, which is the peak.
+    compressed, selected, sliding = deltas.unbind(-1)
+    branches = {"o_compressed": do, "o_selected": do, "o_sliding": do}
+    lses = {"lse_compressed": compressed, "lse_selected": selected, "lse_sliding": sliding}
+    return {**branches, **lses, "gate": deltas.to(gate.dtype)}
 
 
-def _setup_branches(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, kernel_size, stride, block_size, _, _, _, window_size, scale, dispatcher = inputs
-    *outputs, topk_idx = output
-    ctx.mark_non_differentiable(topk_idx)
-    ctx.save_for_backward(*tensors, *outputs[1::2], topk_idx)  # of the outputs lse alone
-    ctx.statics = (kernel_size, stride, block_size, window_size, scale, dispatcher)
-
-
-def _branches_backward(ctx, *gradients):  # type: ignore[no-untyped-def]
-    """What `sum_branches` hands on: do in the place of each o's gradient, delta in each lse's."""
-    *tensors, lse_compressed, lse_selected, lse_sliding, topk_idx = ctx.saved_tensors
-    lses = [lse_compressed, lse_selected, lse_sliding]
-    found = branches_backward(
-        gradients[0], list(gradients[1:6:2]), *tensors, lses, topk_idx, *ctx.statics
-    )
-    return (*found, *(None,) * 12)
-
-
-branches_forward.register_autograd(_branches_backward, setup_context=_setup_branches)
-
-
-@torch.library.custom_op("nsagen::sum_branches", mutates_args=())
+@define_op(
+    returns="o",
+    allocate=lambda o_compressed: o_compressed.new_empty(o_compressed.shape),
+    kernel="gated_sum forward",
+    sizes=lambda o_compressed: {"v_head_dim": o_compressed.shape[2]},
+    launch="o_compressed o_selected o_sliding gate o",
+    gradients=_gradients_of_sum,
+)
 def sum_branches(
     o_compressed: Tensor,
     lse_compressed: Tensor,
@@ -246,63 +260,4 @@ def sum_branches(
     dispatcher: str = "",
 ) -> Tensor:
     """The gated sum of what `branches_forward` gives; the lse are there for their gradients."""
-    return gated_sum_forward(o_compressed, o_selected, o_sliding, gate, dispatcher)
-
-
-@sum_branches.register_fake
-def _fake_sum(
-    o_compressed: Tensor,
-    lse_compressed: Tensor,
-    o_selected: Tensor,
-    lse_selected: Tensor,
-    o_sliding: Tensor,
-    lse_sliding: Tensor,
-    gate: Tensor,
-    dispatcher: str = "",
-) -> Tensor:
-    return o_compressed.new_empty(o_compressed.shape)
-
-
-@torch.library.custom_op("nsagen::branch_deltas", mutates_args=())
-def branch_deltas(
-    do: Tensor,
-    o_compressed: Tensor,
-    o_selected: Tensor,
-    o_sliding: Tensor,
-    gate: Tensor,
-    dispatcher: str = "",
-) -> Tensor:
-    """do . o of each branch, [N, HQ, 3] float32."""
-    deltas = do.new_empty(gate.shape, dtype=torch.float32)
-    args = (with_contiguous_rows(do), o_compressed, o_selected, o_sliding, gate)
-    launch(dispatcher, "gated_sum", "backward", (do.shape[2],), (*args, None, None, None, deltas))
-    return deltas
-
-
-@branch_deltas.register_fake
-def _fake_deltas(
-    do: Tensor,
-    o_compressed: Tensor,
-    o_selected: Tensor,
-    o_sliding: Tensor,
-    gate: Tensor,
-    dispatcher: str = "",
-) -> Tensor:
-    return do.new_empty(gate.shape, dtype=torch.float32)
-
-
-def _setup_sum(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    o_compressed, _, o_selected, _, o_sliding, _, gate, dispatcher = inputs
-    ctx.save_for_backward(o_compressed, o_selected, o_sliding, gate)
-    ctx.dispatcher = dispatcher
-
-
-def _sum_backward(ctx, do: Tensor):  # type: ignore[no-untyped-def]
-    gate = ctx.saved_tensors[3]
-    deltas = branch_deltas(do, *ctx.saved_tensors, ctx.dispatcher)
-    # Views: copies would be made while the branches' outputs are still held, which is the peak.
-    compressed, selected, sliding = deltas.unbind(-1)
-    return do, compressed, do, selected, do, sliding, deltas.to(gate.dtype), None
-
-
-sum_branches.register_autograd(_sum_backward, setup_context=_setup_sum)
+    return reference.gated_sum(o_compressed, o_selected, o_sliding, gate)

@@ -10,7 +10,8 @@ from torch import Tensor
 from nsagen.core.branches import BRANCHES
 from nsagen.ops import reference
 from nsagen.ops._checks import check_like, check_rows, fail
-from nsagen.ops._launch import key_of, launch, on_kernels, with_contiguous_rows
+from nsagen.ops._launch import key_of, with_contiguous_rows
+from nsagen.ops._op import define_op
 from nsagen.runtime import Dispatcher
 
 _OP = "gated_sum"
@@ -49,30 +50,6 @@ def gate_of(gate: Tensor, on: Sequence[str]) -> Tensor:
     return torch.stack([c if name in on else torch.zeros_like(c) for name, c in columns], -1)
 
 
-@torch.library.custom_op("nsagen::gated_sum_forward", mutates_args=())
-def gated_sum_forward(
-    o_compressed: Tensor, o_selected: Tensor, o_sliding: Tensor, gate: Tensor, dispatcher: str = ""
-) -> Tensor:
-    """o [N, HQ, Dv]."""
-    check_rows(_OP, o_compressed=o_compressed, o_selected=o_selected, o_sliding=o_sliding)
-    like = ("o_compressed", o_compressed)
-    check_like(_OP, like, o_selected=o_selected, o_sliding=o_sliding)
-    check_gate(_OP, gate, o_compressed)
-    if not on_kernels(o_compressed):
-        return reference.gated_sum(o_compressed, o_selected, o_sliding, gate)
-    o = o_compressed.new_empty(o_compressed.shape)
-    args = (o_compressed, o_selected, o_sliding, gate, o)
-    launch(dispatcher, _OP, "forward", (o.shape[2],), args)
-    return o
-
-
-@gated_sum_forward.register_fake
-def _fake(
-    o_compressed: Tensor, o_selected: Tensor, o_sliding: Tensor, gate: Tensor, dispatcher: str = ""
-) -> Tensor:
-    return o_compressed.new_empty(o_compressed.shape)
-
-
 def check_gate(op: str, gate: Tensor, o: Tensor) -> None:
     """gate [N, HQ, 3] in the dtype of o [N, HQ, Dv] or float32, last dimension contiguous."""
     check_rows(op, gate=gate)
@@ -84,7 +61,23 @@ def check_gate(op: str, gate: Tensor, o: Tensor) -> None:
         fail(op, rule, f"{gate.dtype} on {gate.device}", "convert it")
 
 
-@torch.library.custom_op("nsagen::gated_sum_backward", mutates_args=())
+def _check(o_compressed: Tensor, o_selected: Tensor, o_sliding: Tensor, gate: Tensor) -> None:
+    check_rows(_OP, o_compressed=o_compressed, o_selected=o_selected, o_sliding=o_sliding)
+    like = ("o_compressed", o_compressed)
+    check_like(_OP, like, o_selected=o_selected, o_sliding=o_sliding)
+    check_gate(_OP, gate, o_compressed)
+
+
+@define_op(
+    returns="do_compressed do_selected do_sliding dgate",
+    allocate=lambda o_compressed, o_selected, o_sliding, gate: tuple(
+        x.new_empty(x.shape) for x in (o_compressed, o_selected, o_sliding, gate)
+    ),
+    kernel="gated_sum backward",
+    sizes=lambda do: {"v_head_dim": do.shape[2]},
+    launch="do o_compressed o_selected o_sliding gate do_compressed do_selected do_sliding dgate",
+    prepare={"do": lambda do: with_contiguous_rows(do)},
+)
 def gated_sum_backward(
     do: Tensor,
     o_compressed: Tensor,
@@ -93,13 +86,8 @@ def gated_sum_backward(
     gate: Tensor,
     dispatcher: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d_compressed, d_selected, d_sliding, dgate); without kernels by their formulas."""
+    """(d_compressed, d_selected, d_sliding, dgate)."""
     branches = (o_compressed, o_selected, o_sliding)
-    if on_kernels(do):
-        gradients = _allocate_gradients(*branches, gate)
-        args = (with_contiguous_rows(do), *branches, gate, *gradients)
-        launch(dispatcher, _OP, "backward", (do.shape[2],), args)
-        return gradients
     wide = do.to(torch.promote_types(do.dtype, torch.float32))
     d_compressed, d_selected, d_sliding = (
         (wide * gate[..., i : i + 1]).to(branch.dtype) for i, branch in enumerate(branches)
@@ -108,34 +96,17 @@ def gated_sum_backward(
     return d_compressed, d_selected, d_sliding, dgate.to(gate.dtype)
 
 
-@gated_sum_backward.register_fake
-def _fake_backward(
-    do: Tensor,
-    o_compressed: Tensor,
-    o_selected: Tensor,
-    o_sliding: Tensor,
-    gate: Tensor,
-    dispatcher: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _allocate_gradients(o_compressed, o_selected, o_sliding, gate)
-
-
-def _allocate_gradients(
-    o_compressed: Tensor, o_selected: Tensor, o_sliding: Tensor, gate: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    branches = (o_compressed, o_selected, o_sliding)
-    d_compressed, d_selected, d_sliding = (o.new_empty(o.shape) for o in branches)
-    return d_compressed, d_selected, d_sliding, gate.new_empty(gate.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, dispatcher = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.dispatcher = dispatcher
-
-
-def _backward(ctx, do: Tensor):  # type: ignore[no-untyped-def]
-    return (*gated_sum_backward(do, *ctx.saved_tensors, ctx.dispatcher), None)
-
-
-gated_sum_forward.register_autograd(_backward, setup_context=_setup_context)
+@define_op(
+    returns="o",
+    allocate=lambda o_compressed: o_compressed.new_empty(o_compressed.shape),
+    check=_check,
+    kernel="gated_sum forward",
+    sizes=lambda o_compressed: {"v_head_dim": o_compressed.shape[2]},
+    launch="o_compressed o_selected o_sliding gate o",
+    gradients=gated_sum_backward,
+)
+def gated_sum_forward(
+    o_compressed: Tensor, o_selected: Tensor, o_sliding: Tensor, gate: Tensor, dispatcher: str = ""
+) -> Tensor:
+    """o [N, HQ, Dv]."""
+    return reference.gated_sum(o_compressed, o_selected, o_sliding, gate)

@@ -7,18 +7,14 @@ own all the same: each program would have to square and scale all of x, which to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from torch import Tensor
 from torch.nn import functional
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.ops import reference
-from nsagen.ops._calls import KnownCalls
 from nsagen.ops._checks import check_rows, fail
-from nsagen.ops._define import define_op
-from nsagen.ops._launch import find_kernel, key_of, on_kernels
+from nsagen.ops._launch import key_of, on_kernels
+from nsagen.ops._op import define_op
 from nsagen.runtime import Dispatcher
 
 _OP = "linear decode"
@@ -57,67 +53,7 @@ def linear_decode(
         InvalidInputError: a tensor breaks the contract above.
     """
     settings = (float(eps), swiglu, sigmoid_from, key_of(dispatcher))
-    return linear_decode_op(x, weight, norm_weight, residual, *settings)
-
-
-def _linear_decode(
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    swiglu: bool,
-    sigmoid_from: int | None,
-    dispatcher: str = "",
-) -> Tensor:
-    """y; see `linear_decode`."""
-    _check(x, weight, norm_weight, residual, swiglu)
-    if not on_kernels(x):
-        return reference.linear_decode(
-            x,
-            weight,
-            norm_weight=norm_weight,
-            eps=eps,
-            residual=residual,
-            swiglu=swiglu,
-            sigmoid_from=sigmoid_from,
-        )
-    if x.shape[0] > LINEAR_DECODE_ROWS:
-        rule = f"a kernel takes at most {LINEAR_DECODE_ROWS} rows"
-        fail(_OP, rule, x.shape[0], "use torch.nn.functional.linear, which is made for more")
-    kernel = find_kernel(dispatcher, "linear", "decode", (), x)
-    args = (x, weight, norm_weight, residual, eps, swiglu, sigmoid_from, dispatcher)
-    return _CALLS.learn(args, kernel).run(args)
-
-
-def _to_launch(args: tuple[Any, ...], outputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    x, weight, norm_weight, residual, eps, swiglu, sigmoid_from, _ = args
-    if norm_weight is not None:
-        x = functional.rms_norm(x, norm_weight.shape, norm_weight, eps)
-    return x, weight, residual, *outputs, swiglu, sigmoid_from
-
-
-_CALLS = KnownCalls(range(4), 8, lambda args: (_allocate(args[0], args[1], args[5]),), _to_launch)
-
-
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    swiglu: bool,
-    sigmoid_from: int | None,
-    dispatcher: str = "",
-) -> Tensor:
-    return _allocate(x, weight, swiglu)
-
-
-linear_decode_op = define_op("linear_decode", _linear_decode, _fake, _CALLS)
-
-
-def _allocate(x: Tensor, weight: Tensor, swiglu: bool) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0] // (2 if swiglu else 1)))
+    return _linear_decode(x, weight, norm_weight, residual, *settings)
 
 
 def _check(
@@ -135,6 +71,9 @@ def _check(
     wanted = (x.shape[0], weight.shape[0] // (2 if swiglu else 1))
     if residual is not None and tuple(residual.shape) != wanted:
         fail(_OP, f"residual must be {wanted}", tuple(residual.shape), "pass the layer's input")
+    if on_kernels(x) and x.shape[0] > LINEAR_DECODE_ROWS:
+        rule = f"a kernel takes at most {LINEAR_DECODE_ROWS} rows"
+        fail(_OP, rule, x.shape[0], "use torch.nn.functional.linear, which is made for more")
     if norm_weight is None:
         return
     right = tuple(norm_weight.shape) == (x.shape[1],) and norm_weight.is_contiguous()
@@ -142,3 +81,34 @@ def _check(
         came = f"{norm_weight.dtype} {tuple(norm_weight.shape)} on {norm_weight.device}"
         rule = f"norm_weight must be {x.dtype} ({x.shape[1]},) on {x.device}"
         fail(_OP, rule, came, "pass the norm's weight")
+
+
+def _normed(x: Tensor, norm_weight: Tensor | None, eps: float) -> Tensor:
+    return x if norm_weight is None else functional.rms_norm(x, norm_weight.shape, norm_weight, eps)
+
+
+def _allocate(x: Tensor, weight: Tensor, swiglu: bool) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0] // (2 if swiglu else 1)))
+
+
+@define_op(
+    returns="y",
+    allocate=_allocate,
+    check=_check,
+    kernel="linear decode",
+    launch="x weight residual y swiglu sigmoid_from",
+    prepare={"x": _normed},
+)
+def _linear_decode(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    swiglu: bool,
+    sigmoid_from: int | None,
+    dispatcher: str = "",
+) -> Tensor:
+    """y; see `linear_decode`."""
+    more = {"norm_weight": norm_weight, "eps": eps, "residual": residual}
+    return reference.linear_decode(x, weight, swiglu=swiglu, sigmoid_from=sigmoid_from, **more)

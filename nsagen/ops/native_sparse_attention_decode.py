@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nsagen.core.branches import BRANCHES, branches_on
 from nsagen.ops import reference
-from nsagen.ops._calls import KnownCalls
 from nsagen.ops._checks import check_like, check_rows, check_topk_idx, fail
-from nsagen.ops._define import define_op
-from nsagen.ops._launch import find_kernel, key_of, on_kernels, scale_of
+from nsagen.ops._launch import attention_sizes, key_of, scale_of
+from nsagen.ops._op import define_op
 from nsagen.ops._pages import capacity_of, check_page_size, check_places
 from nsagen.ops.compressed_attention_decode import check_cached
 from nsagen.ops.gated_sum import check_gate, gate_of
@@ -82,11 +80,59 @@ def native_sparse_attention_decode(
             topk_idx = topk_idx.new_full((*topk_idx.shape[:2], 1), -1)
     inputs = (q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate)
     own = (k_window_cache, v_window_cache)
-    return native_sparse_attention_decode_op(
+    return _native_sparse_attention_decode(
         *inputs, block_size, window_size, scale, key, block_table, *own
     )
 
 
+def _check(call: Any) -> None:
+    q, k_cache, o, table = call.q, call.k_cache, call.o_compressed, call.block_table
+    check_cached(_OP, q, k_cache, call.v_cache, call.positions, call.slots, table)
+    check_topk_idx(_OP, q, k_cache.shape[2], call.topk_idx)
+    check_rows(_OP, q=q, o_compressed=o)
+    check_gate(_OP, call.gate, o)
+    wanted = (*q.shape[:2], call.v_cache.shape[3])
+    if o.shape != wanted:
+        rule = f"o_compressed must be {wanted}"
+        fail(_OP, rule, tuple(o.shape), "take it from compressed_attention_decode")
+    if min(call.block_size, call.window_size) < 1:
+        rule = "block_size and window_size must be positive"
+        fail(_OP, rule, f"{call.block_size} and {call.window_size}", "64 and 512 are usual")
+    if table is not None:
+        check_page_size(_OP, k_cache.shape[1], "block_size", call.block_size)
+    check_places(_OP, call.positions, call.slots, capacity_of(k_cache, table), k_cache, table)
+    if call.k_window_cache is not None or call.v_window_cache is not None:
+        _check_window(k_cache, call.v_cache, call.k_window_cache, call.v_window_cache)
+
+
+def _check_window(
+    k_cache: Tensor, v_cache: Tensor, k_window_cache: Tensor | None, v_window_cache: Tensor | None
+) -> None:
+    """The sliding branch's caches: both, and like those of the selected one."""
+    if k_window_cache is None or v_window_cache is None:
+        came = "v_window_cache" if k_window_cache is None else "k_window_cache"
+        fail(_OP, "k_window_cache and v_window_cache must come together", came, "pass both")
+    check_rows(_OP, 4, k_cache=k_cache, k_window_cache=k_window_cache)
+    check_rows(_OP, 4, v_cache=v_cache, v_window_cache=v_window_cache)
+    check_like(_OP, ("k_cache", k_cache), k_window_cache=k_window_cache)
+    check_like(_OP, ("v_cache", v_cache), v_window_cache=v_window_cache)
+
+
+def _sizes(q: Tensor, k_cache: Tensor, v_cache: Tensor, topk_idx: Tensor) -> dict[str, int]:
+    return {**attention_sizes(q, k_cache[0], v_cache[0]), "topk": topk_idx.shape[-1]}
+
+
+@define_op(
+    returns="o",
+    allocate=lambda o_compressed: o_compressed.new_empty(o_compressed.shape),
+    check=_check,
+    kernel="native_sparse_attention decode",
+    sizes=_sizes,
+    context=lambda k_cache, block_table: capacity_of(k_cache, block_table),
+    launch="q k_cache v_cache topk_idx positions slots o_compressed gate o softmax_scale"
+    " block_table",
+    optional="k_window_cache v_window_cache",
+)
 def _native_sparse_attention_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -105,96 +151,12 @@ def _native_sparse_attention_decode(
     v_window_cache: Tensor | None = None,
 ) -> Tensor:
     """o [R, HQ, Dv]."""
-    inputs = (q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate)
-    own = (k_window_cache, v_window_cache)
-    _check(inputs, block_size, window_size, block_table)
-    if any(cache is not None for cache in own):
-        _check_window(k_cache, v_cache, *own)
-    if not on_kernels(q):
-        return reference.native_sparse_attention_decode(
-            *inputs,
-            block_size=block_size,
-            window_size=window_size,
-            softmax_scale=softmax_scale,
-            block_table=block_table,
-            k_window_cache=k_window_cache,
-            v_window_cache=v_window_cache,
-        )
-    dims = (q.shape[2], v_cache.shape[3], q.shape[1] // k_cache.shape[2])
-    values = (*dims, block_size, topk_idx.shape[-1], window_size)
-    workload = ("native_sparse_attention", "decode", values)
-    kernel = find_kernel(dispatcher, *workload, q, capacity_of(k_cache, block_table))
-    args = (*inputs, block_size, window_size, softmax_scale, dispatcher, block_table, *own)
-    return _CALLS.learn(args, kernel).run(args)
-
-
-def _allocate(args: tuple[Any, ...]) -> tuple[Tensor]:
-    return (torch.empty_like(args[6], memory_format=torch.contiguous_format),)
-
-
-def _to_launch(args: tuple[Any, ...], outputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    softmax_scale, _, block_table, *own = args[10:]
-    own = own if own[0] is not None else ()
-    return *args[:8], *outputs, softmax_scale, block_table, *own
-
-
-_CALLS = KnownCalls((*range(8), 12, 13, 14), 15, _allocate, _to_launch)
-
-
-def _check(
-    inputs: tuple[Tensor, ...], block_size: int, window_size: int, block_table: Tensor | None
-) -> None:
-    """The contract of `native_sparse_attention_decode`."""
-    q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate = inputs
-    check_cached(_OP, q, k_cache, v_cache, positions, slots, block_table)
-    rows = q.shape[0]
-    check_topk_idx(_OP, q, k_cache.shape[2], topk_idx)
-    check_rows(_OP, q=q, o_compressed=o_compressed)
-    check_gate(_OP, gate, o_compressed)
-    if o_compressed.shape != (rows, q.shape[1], v_cache.shape[3]):
-        rule = f"o_compressed must be {(rows, q.shape[1], v_cache.shape[3])}"
-        fail(_OP, rule, tuple(o_compressed.shape), "take it from compressed_attention_decode")
-    if min(block_size, window_size) < 1:
-        rule = "block_size and window_size must be positive"
-        fail(_OP, rule, f"{block_size} and {window_size}", "64 and 512 are usual")
-    if block_table is not None:
-        check_page_size(_OP, k_cache.shape[1], "block_size", block_size)
-    check_places(_OP, positions, slots, capacity_of(k_cache, block_table), k_cache, block_table)
-
-
-def _check_window(
-    k_cache: Tensor, v_cache: Tensor, k_window_cache: Tensor | None, v_window_cache: Tensor | None
-) -> None:
-    """The sliding branch's caches: both, and like those of the selected one."""
-    if k_window_cache is None or v_window_cache is None:
-        came = "v_window_cache" if k_window_cache is None else "k_window_cache"
-        fail(_OP, "k_window_cache and v_window_cache must come together", came, "pass both")
-    check_rows(_OP, 4, k_cache=k_cache, k_window_cache=k_window_cache)
-    check_rows(_OP, 4, v_cache=v_cache, v_window_cache=v_window_cache)
-    check_like(_OP, ("k_cache", k_cache), k_window_cache=k_window_cache)
-    check_like(_OP, ("v_cache", v_cache), v_window_cache=v_window_cache)
-
-
-def _fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    topk_idx: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    o_compressed: Tensor,
-    gate: Tensor,
-    block_size: int,
-    window_size: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    block_table: Tensor | None = None,
-    k_window_cache: Tensor | None = None,
-    v_window_cache: Tensor | None = None,
-) -> Tensor:
-    return o_compressed.new_empty(o_compressed.shape)
-
-
-native_sparse_attention_decode_op = define_op(
-    "native_sparse_attention_decode", _native_sparse_attention_decode, _fake, _CALLS
-)
+    return reference.native_sparse_attention_decode(
+        *(q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate),
+        block_size=block_size,
+        window_size=window_size,
+        softmax_scale=softmax_scale,
+        block_table=block_table,
+        k_window_cache=k_window_cache,
+        v_window_cache=v_window_cache,
+    )

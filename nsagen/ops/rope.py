@@ -7,7 +7,8 @@ from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_indices, check_range, check_rows, fail
-from nsagen.ops._launch import key_of, launch, on_kernels
+from nsagen.ops._launch import key_of
+from nsagen.ops._op import apply, define_op
 from nsagen.runtime import Dispatcher
 
 _OP = "rope"
@@ -40,27 +41,6 @@ def rope(
     return rope_forward(x, cos, sin, positions, key_of(dispatcher))
 
 
-@torch.library.custom_op("nsagen::rope_forward", mutates_args=())
-def rope_forward(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, dispatcher: str = ""
-) -> Tensor:
-    """y [N, H, D]."""
-    check_rows(_OP, x=x)
-    check_tables(_OP, x, cos, sin)
-    check_indices(_OP, x, (x.shape[0],), positions=positions)
-    check_range(_OP, "positions", positions, 0, cos.shape[0])
-    if not on_kernels(x):
-        return reference.rope(x, cos, sin, positions)
-    y = x.new_empty(x.shape)
-    launch(dispatcher, _OP, "forward", (x.shape[2],), (x, cos, sin, positions, y))
-    return y
-
-
-@rope_forward.register_fake
-def _fake(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, dispatcher: str = "") -> Tensor:
-    return x.new_empty(x.shape)
-
-
 def check_tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """cos and sin must be contiguous float32 [P, D // 2], on the device of x [N, H, D]."""
     head_dim = x.shape[2]
@@ -75,17 +55,32 @@ def check_tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
             fail(op, rule, f"{table.device} and {x.device}", f"move {name}")
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, cos, sin, positions, dispatcher = inputs
-    ctx.save_for_backward(cos, sin, positions)
-    ctx.dispatcher = dispatcher
+def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    check_rows(_OP, x=x)
+    check_tables(_OP, x, cos, sin)
+    check_indices(_OP, x, (x.shape[0],), positions=positions)
+    check_range(_OP, "positions", positions, 0, cos.shape[0])
 
 
-def _backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
+def _gradients(
+    dy: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, dispatcher: str
+) -> dict[str, Tensor]:
     # The transpose of a rotation is the rotation back.
-    cos, sin, positions = ctx.saved_tensors
-    dx = rope_forward(dy.contiguous(), cos, -sin, positions, ctx.dispatcher)
-    return dx, None, None, None, None
+    back = apply(torch.neg, sin)
+    return {"x": rope_forward(dy.contiguous(), cos, back, positions, dispatcher)}
 
 
-rope_forward.register_autograd(_backward, setup_context=_setup_context)
+@define_op(
+    returns="y",
+    allocate=lambda x: x.new_empty(x.shape),
+    check=_check,
+    kernel="rope forward",
+    sizes=lambda x: {"head_dim": x.shape[2]},
+    launch="x cos sin positions y",
+    gradients=_gradients,
+)
+def rope_forward(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, dispatcher: str = ""
+) -> Tensor:
+    """y [N, H, D]."""
+    return reference.rope(x, cos, sin, positions)

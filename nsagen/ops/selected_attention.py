@@ -5,7 +5,8 @@ Per key/value head, `topk_idx` names the blocks; the heads of a group share them
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from nsagen.ops import reference
@@ -18,7 +19,14 @@ from nsagen.ops._checks import (
     fail,
 )
 from nsagen.ops._gradients import reference_gradients
-from nsagen.ops._launch import key_of, launch, lse_dtype, on_kernels, scale_of
+from nsagen.ops._launch import (
+    attention_gradients,
+    attention_outputs,
+    attention_sizes,
+    key_of,
+    scale_of,
+)
+from nsagen.ops._op import define_op
 from nsagen.runtime import Dispatcher
 
 _OP = "selected_attention"
@@ -72,69 +80,36 @@ def topk_sparse_attention(
     )[0]
 
 
-@torch.library.custom_op("nsagen::selected_attention_forward", mutates_args=())
-def selected_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    topk_idx: Tensor,
-    cu_seqlens: Tensor,
-    block_size: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    cu_seqlens_k: Tensor | None = None,
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
-    check_attention(_OP, q, k, v)
+def _check(call: Any) -> None:
+    q, k, cu_seqlens = call.q, call.k, call.cu_seqlens
+    check_attention(_OP, q, k, call.v)
     check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, q)
-    if cu_seqlens_k is not None:
-        check_cu_seqlens(_OP, "cu_seqlens_k", cu_seqlens_k, k)
-        check_like(_OP, ("cu_seqlens", cu_seqlens), cu_seqlens_k=cu_seqlens_k)
+    if call.cu_seqlens_k is not None:
+        check_cu_seqlens(_OP, "cu_seqlens_k", call.cu_seqlens_k, k)
+        check_like(_OP, ("cu_seqlens", cu_seqlens), cu_seqlens_k=call.cu_seqlens_k)
     elif q.shape[0] != k.shape[0]:
         came = f"{q.shape[0]} and {k.shape[0]}"
         fail(_OP, "q and k must have the same tokens", came, "pack one, or pass cu_seqlens_k")
-    check_q_start(_OP, cu_seqlens, q_start)
-    check_topk_idx(_OP, q, k.shape[1], topk_idx)
-    if block_size < 1:
-        fail(_OP, "block_size must be positive", block_size, "64 or 128 are usual")
-    if not on_kernels(q):
-        return reference.selected_attention(
-            q,
-            k,
-            v,
-            topk_idx,
-            cu_seqlens,
-            block_size=block_size,
-            softmax_scale=softmax_scale,
-            cu_seqlens_k=cu_seqlens_k,
-            q_start=q_start,
-        )
-    o, lse = _allocate(q, v)
-    values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], block_size)
-    args = (q, k, v, topk_idx, cu_seqlens, o, lse, softmax_scale)
-    chunk = () if cu_seqlens_k is None and q_start is None else (cu_seqlens_k, q_start)
-    launch(dispatcher, _OP, "forward", values, (*args, *chunk))
-    return o, lse
+    check_q_start(_OP, cu_seqlens, call.q_start)
+    check_topk_idx(_OP, q, k.shape[1], call.topk_idx)
+    if call.block_size < 1:
+        fail(_OP, "block_size must be positive", call.block_size, "64 or 128 are usual")
 
 
-@selected_attention_forward.register_fake
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    topk_idx: Tensor,
-    cu_seqlens: Tensor,
-    block_size: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    cu_seqlens_k: Tensor | None = None,
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _allocate(q, v)
+def _refuse_chunk(cu_seqlens_k: Tensor | None, q_start: Tensor | None) -> None:
+    if cu_seqlens_k is not None or q_start is not None:
+        rule = "gradients need every query of a sequence, from position 0"
+        fail(_OP, rule, "cu_seqlens_k or q_start", "train on whole sequences")
 
 
-@torch.library.custom_op("nsagen::selected_attention_backward", mutates_args=())
+@define_op(
+    returns="dq dk dv",
+    allocate=attention_gradients,
+    check=_refuse_chunk,
+    kernel="selected_attention backward",
+    sizes=attention_sizes,
+    launch="do q k v topk_idx cu_seqlens o lse dq dk dv softmax_scale delta gate",
+)
 def selected_attention_backward(
     do: Tensor,
     q: Tensor,
@@ -149,18 +124,14 @@ def selected_attention_backward(
     dispatcher: str = "",
     delta: Tensor | None = None,
     gate: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); without kernels by differentiating the reference.
+    """(dq, dk, dv).
 
     Kernels alone take these float32 [N, HQ]: delta, which is do . o of each row and stands for o
     where it is given, and gate, by which o was multiplied before do came.
     """
-    if on_kernels(q):
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], block_size)
-        args = (do, q, k, v, topk_idx, cu_seqlens, o, lse, dq, dk, dv, softmax_scale, delta, gate)
-        launch(dispatcher, _OP, "backward", values, args)
-        return dq, dk, dv
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         statics = {"block_size": block_size, "softmax_scale": softmax_scale}
@@ -170,44 +141,33 @@ def selected_attention_backward(
     return dq, dk, dv
 
 
-@selected_attention_backward.register_fake
-def _fake_backward(
-    do: Tensor,
+@define_op(
+    returns="o lse",
+    allocate=attention_outputs,
+    check=_check,
+    kernel="selected_attention forward",
+    sizes=attention_sizes,
+    launch="q k v topk_idx cu_seqlens o lse softmax_scale",
+    optional="cu_seqlens_k q_start",
+    gradients=selected_attention_backward,
+)
+def selected_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     topk_idx: Tensor,
     cu_seqlens: Tensor,
-    o: Tensor | None,
-    lse: Tensor,
     block_size: int,
     softmax_scale: float,
     dispatcher: str = "",
-    delta: Tensor | None = None,
-    gate: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, block_size, softmax_scale, dispatcher, cu_seqlens_k, q_start = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output)
-    ctx.statics = (block_size, softmax_scale, dispatcher)
-    ctx.of_chunk = cu_seqlens_k is not None or q_start is not None
-
-
-def _backward(ctx, do: Tensor, dlse: Tensor):  # type: ignore[no-untyped-def]
-    if ctx.of_chunk:
-        rule = "gradients need every query of a sequence, from position 0"
-        fail(_OP, rule, "cu_seqlens_k or q_start", "train on whole sequences")
-    gradients = selected_attention_backward(do, *ctx.saved_tensors, *ctx.statics)
-    return (*gradients, *(None,) * 7)
-
-
-selected_attention_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _allocate(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    o = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
-    return o, q.new_empty(q.shape[:2], dtype=lse_dtype(q))
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
+    return reference.selected_attention(
+        *(q, k, v, topk_idx, cu_seqlens),
+        block_size=block_size,
+        softmax_scale=softmax_scale,
+        cu_seqlens_k=cu_seqlens_k,
+        q_start=q_start,
+    )

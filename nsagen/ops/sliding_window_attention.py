@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_attention, check_cu_seqlens, check_indices, check_q_start, fail
 from nsagen.ops._gradients import reference_gradients
 from nsagen.ops._launch import (
+    attention_gradients,
+    attention_outputs,
+    attention_sizes,
     key_of,
-    launch,
-    lse_dtype,
-    no_chunk_backward,
-    on_kernels,
+    no_backward,
+    refuse_chunk,
     scale_of,
     with_contiguous_rows,
 )
+from nsagen.ops._op import define_op
 from nsagen.runtime import Dispatcher
 
 _OP = "sliding_window_attention"
@@ -65,39 +66,6 @@ def sliding_window_attention(
     return o
 
 
-@torch.library.custom_op("nsagen::sliding_window_attention_forward", mutates_args=())
-def sliding_window_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    window_size: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    cu_seqlens_k: Tensor | None = None,
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
-    check_sliding_window(q, k, v, cu_seqlens, window_size, cu_seqlens_k, q_start)
-    if not on_kernels(q):
-        return reference.sliding_window_attention_forward(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            window_size=window_size,
-            softmax_scale=softmax_scale,
-            cu_seqlens_k=cu_seqlens_k,
-            q_start=q_start,
-        )
-    o, lse = _allocate(q, v)
-    values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], window_size)
-    args = (q, k, v, cu_seqlens, o, lse, softmax_scale)
-    chunk = () if cu_seqlens_k is None and q_start is None else (cu_seqlens_k, q_start)
-    launch(dispatcher, _OP, "forward", values, args + chunk)
-    return o, lse
-
-
 def check_sliding_window(
     q: Tensor,
     k: Tensor,
@@ -121,22 +89,15 @@ def check_sliding_window(
         fail(_OP, "window_size must be positive", window_size, "1 is the token itself")
 
 
-@sliding_window_attention_forward.register_fake
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    window_size: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    cu_seqlens_k: Tensor | None = None,
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    return _allocate(q, v)
-
-
-@torch.library.custom_op("nsagen::sliding_window_attention_backward", mutates_args=())
+@define_op(
+    returns="dq dk dv",
+    allocate=attention_gradients,
+    check=lambda cu_seqlens_k, q_start: refuse_chunk(_OP, cu_seqlens_k, q_start),
+    kernel="sliding_window_attention backward",
+    sizes=attention_sizes,
+    launch="do q k v cu_seqlens o lse dq dk dv softmax_scale",
+    prepare={"do": lambda do: with_contiguous_rows(do)},
+)
 def sliding_window_attention_backward(
     do: Tensor,
     q: Tensor,
@@ -148,89 +109,79 @@ def sliding_window_attention_backward(
     window_size: int,
     softmax_scale: float,
     dispatcher: str = "",
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); on a CPU by differentiating the reference."""
-    if not on_kernels(q):
+    """(dq, dk, dv)."""
 
-        def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return reference.sliding_window_attention_forward(
-                q, k, v, cu_seqlens, window_size=window_size, softmax_scale=softmax_scale
-            )[0]
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        statics = {"window_size": window_size, "softmax_scale": softmax_scale}
+        return reference.sliding_window_attention_forward(q, k, v, cu_seqlens, **statics)[0]
 
-        dq, dk, dv = reference_gradients(forward, (q, k, v), do)
-        return dq, dk, dv
-    gradients = _allocate_gradients(q, k, v)
-    values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], window_size)
-    kept = (q, k, v, cu_seqlens, o, lse)
-    args = (with_contiguous_rows(do), *kept, *gradients, softmax_scale)
-    launch(dispatcher, _OP, "backward", values, args)
-    return gradients
+    dq, dk, dv = reference_gradients(forward, (q, k, v), do)
+    return dq, dk, dv
 
 
+@define_op(
+    returns="",
+    allocate=lambda: None,
+    kernel="sliding_window_attention backward",
+    sizes=attention_sizes,
+    launch="do q k v cu_seqlens None lse dq dk dv softmax_scale delta gate True",
+    prepare={"do": lambda do: with_contiguous_rows(do)},
+    mutates="dq dk dv",
+)
 def add_sliding_window_gradients(
-    gradients: tuple[Tensor, Tensor, Tensor],
     do: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
     lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     window_size: int,
     softmax_scale: float,
     dispatcher: str,
     delta: Tensor,
     gate: Tensor,
 ) -> None:
-    """Add a gated branch's gradients to (dq, dk, dv), in place; by kernels alone.
+    """Add a gated branch's gradients to dq, dk and dv, in place; by kernels alone.
 
     Args:
         do: of the gated sum; delta: do . o of each row, gate: what o was multiplied by before do
             came; both float32 [N, HQ].
     """
-    values = (q.shape[2], v.shape[2], q.shape[1] // k.shape[1], window_size)
-    kept = (q, k, v, cu_seqlens, None, lse)
-    args = (with_contiguous_rows(do), *kept, *gradients, softmax_scale, delta, gate, True)
-    launch(dispatcher, _OP, "backward", values, args)
+    raise no_backward(_OP, q)
 
 
-@sliding_window_attention_backward.register_fake
-def _fake_backward(
-    do: Tensor,
+@define_op(
+    returns="o lse",
+    allocate=attention_outputs,
+    check=check_sliding_window,
+    kernel="sliding_window_attention forward",
+    sizes=attention_sizes,
+    launch="q k v cu_seqlens o lse softmax_scale",
+    optional="cu_seqlens_k q_start",
+    gradients=sliding_window_attention_backward,
+)
+def sliding_window_attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
-    o: Tensor,
-    lse: Tensor,
     window_size: int,
     softmax_scale: float,
     dispatcher: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate_gradients(q, k, v)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, window_size, softmax_scale, dispatcher, cu_seqlens_k, q_start = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output)
-    ctx.statics = (window_size, softmax_scale, dispatcher)
-    ctx.is_chunk = cu_seqlens_k is not None or q_start is not None
-
-
-def _backward(ctx, do: Tensor, dlse: Tensor):  # type: ignore[no-untyped-def]
-    if ctx.is_chunk:
-        raise no_chunk_backward(_OP)
-    gradients = sliding_window_attention_backward(do, *ctx.saved_tensors, *ctx.statics)
-    return (*gradients, None, None, None, None, None, None)
-
-
-sliding_window_attention_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _allocate(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    o = q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
-    return o, q.new_empty(q.shape[:2], dtype=lse_dtype(q))
-
-
-def _allocate_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
+    return reference.sliding_window_attention_forward(
+        *(q, k, v, cu_seqlens),
+        window_size=window_size,
+        softmax_scale=softmax_scale,
+        cu_seqlens_k=cu_seqlens_k,
+        q_start=q_start,
+    )

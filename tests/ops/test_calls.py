@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nsagen import ops
 from nsagen.core.errors import InvalidInputError
 from nsagen.ops import _calls
-from nsagen.ops._calls import KnownCalls
-from nsagen.ops._define import unobserved
+from nsagen.ops._calls import KnownCalls, unobserved
 from nsagen.runtime import Dispatcher
 
 from .inputs import STATICS, Cached
@@ -25,10 +24,11 @@ class Counter(Dispatcher):
     def __init__(self) -> None:
         super().__init__("counter", "", {})
         self.asked = 0
+        self.launched: list[tuple[object, ...]] = []
 
     def launcher(self, *args: object, **keywords: object) -> Callable[..., None]:
         self.asked += 1
-        return lambda *args: None
+        return lambda *args: self.launched.append(args)
 
 
 @pytest.fixture
@@ -95,23 +95,21 @@ Y = torch.zeros(3)
 
 
 @pytest.fixture(params=["guards", "in Python"])
-def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> KnownCalls:
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> KnownCalls[str]:
     """Calls of (a tensor, a number, a tensor or None, a tensor)."""
     if request.param == "in Python":
         monkeypatch.setattr(_calls, "TensorGuards", None)
     return known_calls()
 
 
-def known_calls() -> KnownCalls:
-    return KnownCalls(
-        (0, 2, 3), 4, lambda args: (args[0].clone(),), lambda args, out: (*args, *out)
-    )
+def known_calls() -> KnownCalls[str]:
+    return KnownCalls((True, False, True, True))
 
 
-def test_known_calls_tell_what_checks_see(calls: KnownCalls) -> None:
+def test_known_calls_tell_what_checks_see(calls: KnownCalls[str]) -> None:
     x = torch.zeros(4, 6)
-    known = calls.learn((x, 1, None, Y), print)
-    assert calls.find((torch.ones(4, 6), 1, None, Y)) is known
+    calls.learn((x, 1, None, Y), "known")
+    assert calls.find((torch.ones(4, 6), 1, None, Y)) == "known"
 
     class Subclass(Tensor): ...
 
@@ -124,44 +122,68 @@ def test_known_calls_tell_what_checks_see(calls: KnownCalls) -> None:
     assert calls.find((x, 1, x.clone(), Y)) is None
 
 
-def test_one_tensor_may_come_twice(calls: KnownCalls) -> None:
+def test_one_tensor_may_come_twice(calls: KnownCalls[str]) -> None:
     x, y = torch.zeros(4, 6), torch.zeros(4, 6)
-    known = calls.learn((x, 1, x, Y), print)
-    assert calls.find((x, 1, x, Y)) is known
-    assert calls.find((y, 1, y, Y)) is known
+    calls.learn((x, 1, x, Y), "known")
+    assert calls.find((x, 1, x, Y)) == "known"
+    assert calls.find((y, 1, y, Y)) == "known"
 
 
-def test_calls_that_differ_in_shape_alone_are_kept_beside_each_other(calls: KnownCalls) -> None:
-    known = {rows: calls.learn((torch.zeros(rows, 6), 1, None, Y), print) for rows in (1, 2, 3)}
+def test_calls_that_differ_in_shape_alone_are_kept_beside_each_other(
+    calls: KnownCalls[str],
+) -> None:
+    for rows in (1, 2, 3):
+        calls.learn((torch.zeros(rows, 6), 1, None, Y), f"first {rows}")
+        calls.learn((torch.zeros(3, 6), 1, None, torch.zeros(rows)), f"last {rows}")
     for rows in (1, 3, 3, 2, 1):
-        assert calls.find((torch.zeros(rows, 6), 1, None, Y)) is known[rows]
+        assert calls.find((torch.zeros(3, 6), 1, None, torch.zeros(rows))) == f"last {rows}"
+        if rows < 3:
+            assert calls.find((torch.zeros(rows, 6), 1, None, Y)) == f"first {rows}"
 
 
-def test_subclasses_are_not_remembered(calls: KnownCalls) -> None:
+def test_subclasses_are_not_remembered(counter: Counter) -> None:
     class Subclass(Tensor): ...
 
-    args = (torch.zeros(4, 6).as_subclass(Subclass), 1, None, Y)
-    calls.learn(args, print)
-    assert calls.find(args) is None
+    x = Cached()
+    for _ in range(2):
+        attend(x, counter, x.gate.as_subclass(Subclass))
+    assert counter.asked == 2
 
 
-def test_a_known_call_makes_new_outputs(calls: KnownCalls) -> None:
-    seen: list[tuple[object, ...]] = []
-    args = (torch.zeros(4, 6), 1, None, Y)
-    known = calls.learn(args, lambda *args: seen.append(args))
-    first, second = known.run(args), known.run(args)
-    assert first.shape == second.shape == (4, 6)
-    assert first.data_ptr() != second.data_ptr()
-    assert [call[4] is out for call, out in zip(seen, (first, second), strict=True)] == [True] * 2
+def test_a_known_call_makes_new_outputs(counter: Counter) -> None:
+    x = Cached()
+    outputs = [attend(x, counter) for _ in range(4)]
+    assert len({o.data_ptr() for o in outputs}) == 4
+    assert {o.shape for o in outputs} == {x.o_compressed.shape}
+    assert [args[8] is o for args, o in zip(counter.launched, outputs, strict=True)] == [True] * 4
+
+
+def test_values_are_checked_in_known_calls_too(counter: Counter) -> None:
+    """On a CPU, as everywhere under NSAGEN_CHECK_VALUES, a value that is wrong is never used."""
+    x = Cached()
+    for _ in range(2):
+        attend(x, counter)
+    x.rows = (torch.tensor([99, -1, 6], dtype=torch.int32), x.rows[1])
+    with pytest.raises(InvalidInputError, match="positions must be from -1"):
+        attend(x, counter)
 
 
 def test_too_many_calls_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_calls, "_MAX_CALLS", 2)
     calls, x = known_calls(), torch.zeros(4, 6)
     for number in range(3):
-        calls.learn((x, number, None, Y), print)
+        calls.learn((x, number, None, Y), "known")
     found = [calls.find((x, number, None, Y)) is not None for number in range(3)]
     assert found == [False, False, True]
+
+
+def test_few_calls_are_kept_that_only_their_guards_tell_apart(calls: KnownCalls[str]) -> None:
+    """Each is looked at in turn: the oldest go."""
+    x = torch.zeros(4, 6)
+    for size in range(40):
+        calls.learn((x, 1, None, torch.zeros(size)), "known")
+    found = [calls.find((x, 1, None, torch.zeros(size))) is not None for size in range(40)]
+    assert found == [False] * 24 + [True] * 16
 
 
 def counted(calls: list[str]) -> TorchDispatchMode:

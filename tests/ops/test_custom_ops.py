@@ -1,6 +1,6 @@
 """Every custom op against PyTorch's own checks: schema, fakes, autograd, tracing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -30,6 +30,13 @@ Call = tuple[Callable[..., object], tuple[object, ...]]
 WINDOWS = (STATICS["kernel_size"], STATICS["kernel_stride"])
 SCALE = 0.25
 OPS = torch.ops.nsagen
+
+
+def check(
+    op: Callable[..., object], args: Sequence[object], named: dict[str, object] | None = None
+) -> None:
+    """PyTorch's own checks of the op that a function calls."""
+    torch.library.opcheck(getattr(OPS, op.__name__).default, tuple(args), named)
 
 
 def compressed(x: Packed) -> tuple[Tensor, ...]:
@@ -87,7 +94,7 @@ DIFFERENTIABLE: dict[str, Callable[[Packed], Call]] = {
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_differentiable_ops(name: str) -> None:
     op, args = DIFFERENTIABLE[name](Packed(seqlens=(0, 5, 20, 18), requires_grad=True))
-    torch.library.opcheck(op, args)
+    check(op, args)
 
 
 def backward_calls() -> dict[str, Call]:
@@ -121,16 +128,16 @@ def backward_calls() -> dict[str, Call]:
 )
 def test_backward_ops(name: str) -> None:
     op, args = backward_calls()[name]
-    torch.library.opcheck(op, args)
+    check(op, args)
 
 
 def test_block_selection() -> None:
     q, k, v, cu_seqlens, cu_seqlens_k = compressed(Packed())
     _, lse = compressed_attention_forward(q, k, v, cu_seqlens, cu_seqlens_k, *WINDOWS, SCALE)
     args = (q, k, lse, cu_seqlens, cu_seqlens_k, *STATICS.values(), SCALE)
-    torch.library.opcheck(block_selection_forward, args)
+    check(block_selection_forward, args)
     q_start = torch.tensor([4] * (cu_seqlens.shape[0] - 1), dtype=torch.int32)
-    torch.library.opcheck(block_selection_forward, args, {"q_start": q_start})
+    check(block_selection_forward, args, {"q_start": q_start})
 
 
 def chunk_calls() -> dict[str, Call]:
@@ -157,7 +164,7 @@ def chunk_calls() -> dict[str, Call]:
 def test_chunks(name: str) -> None:
     op, args = chunk_calls()[name]
     plain = [x.detach() if isinstance(x, Tensor) else x for x in args]
-    torch.library.opcheck(op, plain)
+    check(op, plain)
     o, _ = op(*args)  # type: ignore[misc]
     with pytest.raises(UnsupportedWorkloadError, match="gradients need whole sequences"):
         o.sum().backward()
@@ -177,7 +184,7 @@ def test_the_sliding_window_that_ends_in_the_gated_sum(chunk: bool) -> None:
     tensors = [x.detach() for x in (q, k, v)]
     x = Packed()
     args = (*tensors, q_ends, x.randn(32, 6, 24), x.randn(32, 6, 24), x.gate[:32], *statics)
-    torch.library.opcheck(sliding_window_gated_sum, (*args, ends, firsts))
+    check(sliding_window_gated_sum, (*args, ends, firsts))
 
 
 def test_decode_ops() -> None:

@@ -8,35 +8,39 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsagen.ops._launch import run_kernel
+from nsagen.ops import _op
+from nsagen.ops._op import _KnownCall, _LaunchArguments
+from nsagen.runtime import replay
 
-
-class OnGPU(Tensor):
-    """A tensor that says it is on the third GPU."""
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cuda", 2)
-
-    @property
-    def is_cuda(self) -> bool:  # type: ignore[override]
-        return True
+THIRD = torch.device("cuda", 2)
 
 
 @pytest.mark.parametrize("current", [0, 2])
 def test_a_launch_makes_its_device_the_current_one(
     current: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entered: list[torch.device] = []
+    now, entered, launched = [current], list[torch.device](), list[int]()
 
     def device(index: torch.device) -> AbstractContextManager[None]:
         entered.append(index)
+        now[0] = 2
         return nullcontext()
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    def empty(*meta: object) -> Tensor:
+        assert now[0] == 2  # outputs, too, are made there
+        return torch.zeros(1)
+
+    monkeypatch.setattr(_op, "_current_device", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "device", device)
-    x = torch.zeros(1).as_subclass(OnGPU)
-    launched: list[int] = []
-    run_kernel(launched.append, x, (7,))
+    monkeypatch.setattr(_op, "allocator", lambda device: empty)
+    call = _KnownCall(
+        kernel=lambda x, number, y: launched.append(number),
+        outputs=(replay.meta_of(torch.zeros(1)),),
+        launched=_LaunchArguments(("x", "number", "y"), ("x", "number", "y"), (), {}),
+        device=THIRD,
+        requires_grad=False,
+        returns=1,
+    )
+    call.run((torch.zeros(1), 7))
     assert launched == [7]
-    assert entered == ([] if current == 2 else [torch.device("cuda", 2)])
+    assert entered == ([] if current == 2 else [THIRD])

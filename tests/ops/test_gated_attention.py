@@ -166,13 +166,13 @@ def test_a_branchs_delta_is_not_copied_while_outputs_are_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The outputs are freed after the sum's gradient: until then every copy is one too many."""
-    branches_backward, handed = gated_attention_module.branches_backward, []
+    together, handed = gated_attention_module._together, list[torch.Tensor]()
 
-    def watched(do: torch.Tensor, deltas: list[torch.Tensor], *rest: Any) -> Any:
-        handed.extend(deltas)
-        return branches_backward(do, deltas, *rest)
+    def watched(*columns: torch.Tensor) -> torch.Tensor:
+        handed.extend(columns)
+        return together(*columns)
 
-    monkeypatch.setattr(gated_attention_module, "branches_backward", watched)
+    monkeypatch.setattr(gated_attention_module, "_together", watched)
     args, keywords = inputs(torch.float32)
     by_ops(args, keywords).sum().backward()
     assert len(handed) == 3

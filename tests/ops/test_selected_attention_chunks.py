@@ -7,7 +7,6 @@ from torch import Tensor
 from nsagen import ops
 from nsagen.core.errors import InvalidInputError
 from nsagen.ops import reference
-from nsagen.ops.selected_attention import selected_attention_forward
 
 from .inputs import Packed
 
@@ -49,7 +48,7 @@ def test_the_custom_op_meets_its_contract() -> None:
     rows, cu_seqlens, more = chunk()
     part = blocks()[:, rows].contiguous()
     args = (X.q[rows], X.k, X.v, part, cu_seqlens, BLOCK_SIZE, 0.25, "", *more.values())
-    torch.library.opcheck(selected_attention_forward, args)
+    torch.library.opcheck(torch.ops.nsagen.selected_attention_forward.default, args)
 
 
 def test_gradients_of_a_chunk_are_refused() -> None:

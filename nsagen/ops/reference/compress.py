@@ -65,6 +65,11 @@ def flat_product(windows: Tensor, w: Tensor) -> Tensor:
     return contract("mjhd,hjde->mhe", windows, w.unflatten(1, (size, dim)))
 
 
+def weight_of(first: Tensor | None, second: Tensor | None) -> Weight:
+    """A weight of its tensors, of which an mlp has two."""
+    return first if first is None or second is None else (first, second)
+
+
 def tensors_of(w: Weight) -> tuple[Tensor, ...]:
     """The tensors of a compress_type's weight: none, one, or an mlp's two."""
     if w is None:
@@ -124,6 +129,7 @@ def compress(
     compress_type: str,
     kernel_size: int,
     kernel_stride: int,
+    lengths: object = None,
 ) -> tuple[Tensor, Tensor]:
     """Compress packed tokens into an output whose size depends on shapes alone.
 
@@ -135,6 +141,7 @@ def compress(
         compress_type: one of `nsagen.core.workload.COMPRESS_TYPES`.
         kernel_size: tokens of a window.
         kernel_stride: tokens between the starts of two windows.
+        lengths: not needed; accepted for callers that pass them.
 
     Returns:
         y [N // kernel_stride, HK, D] in x's dtype, zeros past the last window, and

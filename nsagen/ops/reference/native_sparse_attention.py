@@ -44,6 +44,7 @@ def native_sparse_attention(
     branches: Sequence[str] = BRANCHES,
     v_compress_type: str | None = None,
     pe_v: Tensor | None = None,
+    lengths: object = None,
 ) -> Tensor:
     """Gated sum of compressed, selected and sliding-window attention.
 
@@ -67,6 +68,7 @@ def native_sparse_attention(
             of 0 turns the sliding one off.
         v_compress_type: of the values, where it is not compress_type.
         pe_v: [HK, l, Dv], added to the values before compression, or None.
+        lengths: not needed; accepted for callers that pass them.
 
     Returns:
         o [N, HQ, Dv] in q's dtype.

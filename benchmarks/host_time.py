@@ -1,0 +1,238 @@
+"""Host time and launches of one call of the whole attention: eager, compiled and as a graph.
+
+    python benchmarks/host_time.py --out host_time.json
+
+64 query heads over 4, head_dim 128, compression and rope included, one sequence. A call whose host
+time is more than its time on the GPU is bound by the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import gc
+import json
+import pstats
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import nsagen
+from nsagen import ops
+
+SEQLENS = (256, 2048, 8192, 65536)
+HEADS, KV_HEADS, HEAD_DIM = 64, 4, 128
+SIZES: dict[str, Any] = {
+    **{"compress_type": "avgpool", "kernel_size": 32, "kernel_stride": 16},
+    **{"block_size": 64, "topk": 16, "window_size": 512},
+}
+QUEUE = 500
+"""Launches that are surely waiting in a queue before the host has to."""
+
+Call = Callable[[], Any]
+
+
+class Inputs:
+    """One sequence of random tokens, and the calls on them."""
+
+    def __init__(self, tokens: int, dispatcher: Any) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+            return x.requires_grad_()
+
+        self.q, self.k, self.v = (normal(tokens, h, HEAD_DIM) for h in (HEADS, KV_HEADS, KV_HEADS))
+        self.gate = normal(tokens, HEADS, 3).detach().sigmoid().requires_grad_()
+        self.gradient = normal(tokens, HEADS, HEAD_DIM).detach()
+        angles = torch.rand(tokens, HEAD_DIM // 2, device="cuda", generator=generator)
+        self.cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+        self.keywords = {
+            **SIZES,
+            "cu_seqlens": self.cu_seqlens,
+            "cos": angles.cos(),
+            "sin": angles.sin(),
+            "dispatcher": dispatcher,
+        }
+        self.leaves = (self.q, self.k, self.v, self.gate)
+
+    def lengths(self) -> ops.Lengths:
+        sizes = (SIZES["kernel_size"], SIZES["kernel_stride"])
+        return ops.Lengths.of(self.cu_seqlens, self.q.shape[0], *sizes)
+
+    def forward(self, attention: Callable[..., Tensor], **more: Any) -> Call:
+        @torch.no_grad()
+        def call() -> Tensor:
+            return attention(*self.leaves, **self.keywords, **more)
+
+        return call
+
+    def training(self, attention: Callable[..., Tensor], **more: Any) -> Call:
+        def call() -> tuple[Tensor, ...]:
+            o = attention(*self.leaves, **self.keywords, **more)
+            return o, *torch.autograd.grad(o, self.leaves, self.gradient)
+
+        return call
+
+
+def launches(call: Call) -> dict[str, int]:
+    """Kernels, copies and fills of a call on the GPU, by name."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    found: dict[str, int] = {}
+    for event in profiler.events() or ():
+        if "CUDA" in str(event.device_type):
+            found[event.name] = found.get(event.name, 0) + 1
+    return found
+
+
+def host_ms(call: Call, each: int) -> float:
+    """Median host time of a call, for few enough calls that no queue fills."""
+    times = []
+    calls = max(3, min(30, QUEUE // max(1, each)))
+    for _ in range(max(3, 60 // calls)):
+        torch.cuda.synchronize()
+        for _ in range(calls):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return 1e3 * statistics.median(times)
+
+
+def gpu_ms(call: Call) -> float:
+    """Mean time of a call among many in a row: the GPU's or the host's, whichever is longer."""
+    for _ in range(3):
+        call()
+    calls = 10
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / calls
+
+
+def graphed(call: Call) -> Call:
+    """A call as a replayed graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(4):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def same(one: Any, other: Any) -> bool:
+    pairs = ((one, other),) if isinstance(one, Tensor) else zip(one, other, strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def modes(x: Inputs, what: str) -> Iterator[tuple[str, Callable[[], Call]]]:
+    make = x.forward if what == "forward" else x.training
+    attention = ops.native_sparse_attention
+    yield "eager", lambda: make(attention)
+    yield "eager, lengths prepared", lambda: make(attention, lengths=x.lengths())
+    yield "graph", lambda: graphed(make(attention))
+    yield "compiled", lambda: make(COMPILED)
+    yield "reduce-overhead", lambda: make(REDUCED)
+
+
+COMPILED = torch.compile(ops.native_sparse_attention, fullgraph=True, dynamic=True)
+REDUCED = torch.compile(ops.native_sparse_attention, fullgraph=True, mode="reduce-overhead")
+
+
+def measure(x: Inputs, what: str, mode: str, make: Callable[[], Call], right: Any) -> dict:
+    row: dict[str, Any] = {"what": what, "mode": mode, "tokens": x.q.shape[0]}
+    try:
+        call = make()
+        for _ in range(4):
+            found = call()
+        row["same"] = same(found, right)
+        del found
+        names = launches(call)
+        row["launches"] = sum(names.values())
+        row["host_ms"] = host_ms(call, row["launches"])
+        row["ms"] = gpu_ms(call)
+        row["bound_by_host"] = row["host_ms"] > 0.9 * row["ms"]
+        row["kernels"] = names
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}"[:2000]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seqlens", type=int, nargs="+", default=list(SEQLENS))
+    parser.add_argument("--package", default="llama8b", help="generated package")
+    parser.add_argument("--modes", nargs="+", help="only these, e.g. eager graph")
+    parser.add_argument("--out", type=Path, help="file of the rows as JSON")
+    parser.add_argument("--profile", action="store_true", help="print where the host's time goes")
+    options = parser.parse_args()
+    dispatcher = nsagen.load(options.package)
+    rows = []
+    for tokens in options.seqlens:
+        x = Inputs(tokens, dispatcher)
+        for what in ("forward", "forward and backward"):
+            first = (x.forward if what == "forward" else x.training)(ops.native_sparse_attention)
+            right = first()
+            for mode, make in modes(x, what):
+                if options.modes and mode not in options.modes:
+                    continue
+                row = measure(x, what, mode, make, right)
+                rows.append(row)
+                shown = {n: v for n, v in row.items() if n != "kernels"}
+                print(json.dumps(shown), flush=True)
+                gc.collect()
+            if options.profile:
+                profiled(first)
+            del right
+        del x
+        gc.collect()
+        torch.cuda.empty_cache()
+    counters = torch._dynamo.utils.counters
+    about = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "dynamic_graphs_and_others": counters["stats"].get("unique_graphs", 0),
+    }
+    print(json.dumps(about))
+    if options.out:
+        options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+def profiled(call: Call) -> None:
+    for _ in range(5):
+        call()
+    torch.cuda.synchronize()
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(20):
+        call()
+    profiler.disable()
+    torch.cuda.synchronize()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The kernel of `lengths`: positions of tokens, offsets and positions of windows, in one launch.
+
+It is the same for every workload and has nothing to tune, so it is not generated.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 512  # tokens a program
+CHUNK = 1024  # sequences that a program looks at in one go
+
+
+@triton.jit
+def lengths_kernel(
+    cu_seqlens,
+    positions,
+    window_cu_seqlens,
+    window_positions,
+    batch,
+    tokens,
+    rows,
+    kernel_size,
+    kernel_stride,
+    STEPS: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    first = tl.program_id(0) * TILE
+    token = first + tl.arange(0, TILE)
+
+    # The last sequence that begins at or before a token; empty ones are stepped over.
+    low = tl.zeros((TILE,), tl.int32)
+    high = low + (batch - 1)
+    for _ in tl.static_range(STEPS):  # pyright: ignore
+        middle = (low + high + 1) // 2
+        begun = tl.load(cu_seqlens + middle) <= token
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle - 1)
+    sequence = tl.maximum(low, 0)
+    start = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1, mask=sequence < batch, other=0) - start
+    place = token - start
+    real = (token < tl.load(cu_seqlens + batch)) & (token < tokens)
+    tl.store(positions + token, tl.where(real, place, 0), mask=token < tokens)
+
+    before = tl.zeros((), tl.int32)  # windows that start before this tile
+    total = tl.zeros((), tl.int32)
+    for chunk in range(0, batch, CHUNK):
+        which = chunk + tl.arange(0, CHUNK)
+        begin = tl.load(cu_seqlens + which, mask=which < batch, other=0)
+        end = tl.load(cu_seqlens + which + 1, mask=which < batch, other=0)
+        windows = tl.maximum(end - begin - kernel_size + kernel_stride, 0) // kernel_stride
+        past = (tl.maximum(first - begin, 0) + kernel_stride - 1) // kernel_stride
+        before += tl.sum(tl.minimum(past, windows))
+        if first == 0:
+            ends = total + tl.cumsum(windows)
+            tl.store(window_cu_seqlens + which + 1, ends, mask=which < batch)
+        total += tl.sum(windows)
+    if first == 0:
+        tl.store(window_cu_seqlens, 0)
+
+    starts = real & (place % kernel_stride == 0) & (place + kernel_size <= length)
+    row = before + tl.cumsum(starts.to(tl.int32)) - 1
+    tl.store(window_positions + row, place, mask=starts & (row < rows))
+    tl.store(window_positions + token, 0, mask=(token >= total) & (token < rows))
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether the kernel runs on x's device: a GPU, or a CPU with Triton's interpreter."""
+    return x.is_cuda or not isinstance(tl.cdiv, triton.JITFunction)
+
+
+def launch(
+    cu_seqlens: Tensor,
+    positions: Tensor,
+    window_cu_seqlens: Tensor,
+    window_positions: Tensor,
+    tokens: int,
+    kernel_size: int,
+    kernel_stride: int,
+) -> None:
+    """Write the three tensors of `Lengths`.
+
+    Args:
+        cu_seqlens: int32 [batch + 1], contiguous, as all others are.
+        positions: int32 [N]; window_cu_seqlens: int32 [batch + 1].
+        window_positions: int32 [N // kernel_stride].
+    """
+    batch = cu_seqlens.shape[0] - 1
+    lengths_kernel[(max(1, triton.cdiv(tokens, TILE)),)](
+        cu_seqlens,
+        positions,
+        window_cu_seqlens,
+        window_positions,
+        batch,
+        tokens,
+        tokens // kernel_stride,
+        kernel_size,
+        kernel_stride,
+        STEPS=max(0, batch - 1).bit_length(),
+        TILE=TILE,
+        CHUNK=min(CHUNK, triton.next_power_of_2(max(1, batch))),
+        num_warps=4,  # pyright: ignore
+    )

@@ -1,0 +1,613 @@
+"""One way to define an op.
+
+An op is one annotated function, whose body is the reference: what it computes, in PyTorch. Beside
+it stand the check of its contract, the function that allocates its outputs, which is its fake too,
+the kernel that serves it, and its gradients. Each of these takes what it needs of the op's
+parameters and outputs by their names, as a pytest function takes fixtures.
+
+    @define_op(
+        returns="y",
+        check=_check,
+        allocate=lambda x: x.new_empty(x.shape),
+        kernel="rope forward",
+        sizes=lambda x: {"head_dim": x.shape[2]},
+        launch="x cos sin positions y",
+        gradients=_gradients,
+    )
+    def rope_forward(x: Tensor, cos: Tensor, sin: Tensor, ...) -> Tensor:
+        return reference.rope(x, cos, sin, positions)
+
+Calls on kernels that look like an earlier one are known: they skip check and look-up, and their
+launches are replayed. `OpSequence` does the same for several ops in a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd.function import once_differentiable
+
+from nsagen.ops._calls import Args, KnownCalls, is_plain, picker, profiled, transformed, unobserved
+from nsagen.ops._checks import values_are_read
+from nsagen.ops._launch import find_kernel, on_kernels
+from nsagen.runtime.replay import (
+    Launch,
+    Meta,
+    Program,
+    Recorder,
+    ReplayedLaunch,
+    allocator,
+    meta_of,
+)
+from nsagen.workload import Param, parameter_names
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Outputs = Tensor | tuple[Tensor, ...]
+"""One tensor stands by itself."""
+
+Gradients = Mapping[str, Tensor | None]
+
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+def define_op(
+    *,
+    returns: str,
+    allocate: Callable[..., Outputs | None] | None = None,
+    check: Callable[..., None] | None = None,
+    kernel: str | Callable[..., Launch] = "",
+    sizes: Callable[..., Mapping[str, Param]] | None = None,
+    context: Callable[..., int] | None = None,
+    launch: str = "",
+    optional: str = "",
+    prepare: Mapping[str, Callable[..., Tensor | None]] | None = None,
+    scratch: Mapping[str, Callable[..., Tensor]] | None = None,
+    mutates: str = "",
+    gradients: Callable[..., Any] | None = None,
+    saves: str = "",
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register a function as the custom op nsagen::<its name>; returns what to call.
+
+    Underscores before the name are left out.
+
+    The functions given here take parameters and outputs of the op by name, or all of them as
+    attributes of a single parameter `call`. The texts name them, with blanks between.
+
+    Args:
+        returns: the outputs, in order.
+        allocate: makes the outputs, uninitialized and contiguous. It is the op's fake too. None for
+            an op that only writes to parameters. Without it the function is no custom op, but a
+            sequence of some: compilers and profilers see these.
+        check: raises the errors of the op's contract.
+        kernel: op and pass of the workload that serves a call, or a function that gives the
+            `launch`. Without one the function calls other ops, and its calls on kernels, and those
+            of its gradients, are repeated as a whole; see `OpSequence`.
+        sizes: static parameters of the workload, besides those that the op has by the same name.
+        context: for decoding, the tokens that a cache slot holds at most.
+        launch: arguments of the kernel's `launch`, in order. The rows of the first are the call's
+            tokens; where it has none, nothing is launched and the outputs are zeros.
+        optional: more arguments of `launch`, left out where all are None.
+        prepare: by name, what stands in for an argument of `launch`.
+        scratch: tensors for `launch` by name that are not returned.
+        mutates: parameters that are written to.
+        gradients: from saved parameters and outputs, and `d` + name for the gradients of outputs,
+            the gradients of parameters by name; or an op that returns them, named `d` + name. An
+            output whose gradient it does not take is not differentiable, and a parameter that is
+            None has no gradient.
+        saves: what `gradients` takes, where its one parameter is `call`.
+    """
+
+    def define(function: Callable[P, R]) -> Callable[P, R]:
+        op = _Op(function, returns.split(), check, allocate, scratch or {})
+        op.kernel = _Kernel(op, kernel, sizes, context) if kernel else None
+        values = (*op.values, *op.scratch)
+        launched = _LaunchArguments(values, launch.split(), optional.split(), prepare or {})
+        backward = None if gradients is None else _Backward(op, gradients, saves.split())
+        return _define(op, launched, tuple(mutates.split()), backward)
+
+    return define
+
+
+def _define(
+    op: _Op,
+    launched: _LaunchArguments,
+    mutates: tuple[str, ...],
+    backward: _Backward | None,
+) -> Callable[..., Any]:
+    name, defaults = op.name, op.defaults
+    run = OpSequence(op.function) if op.kernel is None else _OnKernels(op, launched)
+    dispatched: Any = op.function if op.allocate is None else _registered(op, run, mutates)
+    node: Any = None
+    if backward is not None:
+        node = backward.node(
+            name, lambda args: dispatched(*args) if profiled() else run.computed(args)
+        )
+        if op.allocate is not None:
+            _register_autograd(dispatched, run, backward.run, backward.setup_context)
+    elif op.allocate is not None and not mutates:
+        _register_autograd(dispatched, run, functools.partial(_refuse, name), None)
+
+    @functools.wraps(op.function)
+    def call(*args: Any, **named: Any) -> Any:
+        if named:
+            args = op.bound(args, named)
+        if torch.compiler.is_compiling() or transformed() or not on_kernels(args[0]):
+            return dispatched(*args)
+        full = args + defaults[len(args) :]
+        known = run.find(full)
+        if known is None and not _is_direct(run.calls.tensors(full)):
+            return dispatched(*args)
+        wanted = run.requires_grad(full) if known is None else known.requires_grad
+        if wanted and torch.is_grad_enabled():
+            return dispatched(*args) if node is None else node.apply(*full)
+        if profiled():  # it names ops
+            return dispatched(*args)
+        return run.learned(full) if known is None else known.run(full)
+
+    vars(call)["returns"] = op.returns
+    return call
+
+
+def _registered(op: _Op, run: _Calls, mutates: tuple[str, ...]) -> Callable[..., Any]:
+    """The op that PyTorch's dispatcher knows; it leaves out arguments that are as by default."""
+    name, defaults, allocate = f"nsagen::{op.name}", op.defaults, op.allocate
+    assert allocate is not None
+
+    def from_dispatcher(*args: Any) -> Any:
+        args += defaults[len(args) :]
+        return run.computed(args) if on_kernels(args[0]) else op.on_reference(args)
+
+    schema = torch.library.infer_schema(op.function, mutates_args=mutates)
+    torch.library.define(name, schema)
+    torch.library.impl(name, ("cpu", "cuda"), from_dispatcher)
+    torch.library.register_fake(name, lambda *args: allocate(args + defaults[len(args) :]))
+    return getattr(torch.ops.nsagen, op.name).default
+
+
+_LIBRARY = torch.library.Library("nsagen", "FRAGMENT")
+
+
+def _register_autograd(
+    op: Any, run: _Calls, backward: Callable[..., Any], setup_context: Callable[..., None] | None
+) -> None:
+    """As `torch.library.register_autograd`, but that calls without gradients run at once.
+
+    PyTorch hands them on to the dispatcher from Python, once more. Compiled code, which calls ops
+    through it, would pay for that at each.
+    """
+    generic = make_autograd_impl(op, Info(backward, setup_context))
+    defaults = tuple(argument.default_value for argument in op._schema.arguments)
+
+    def autograd(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() or transformed() or not on_kernels(args[0]):
+            return generic(keys, *args)
+        if any(keys.has(key) for key in _UNUSUAL):
+            return generic(keys, *args)
+        return run.computed(args + defaults[len(args) :])
+
+    _LIBRARY.impl(op._schema.name.removeprefix("nsagen::"), autograd, "Autograd", with_keyset=True)
+
+
+_UNUSUAL = [getattr(torch._C.DispatchKey, name) for name in ("Python", "Negative", "Conjugate")]
+"""What keeps a tensor's call from being its values' alone."""
+
+
+def _is_direct(tensors: list[Tensor]) -> bool:
+    """Whether a call on tensors may pass by the dispatcher: nothing of theirs wants to see it."""
+    return is_plain(tensors) and tensors[0].device.type in ("cuda", "cpu")
+
+
+def _refuse(op: str, ctx: Any, *grads: Tensor) -> Any:
+    raise RuntimeError(f"{op} has no autograd formula; call it under torch.no_grad()")
+
+
+def by_name(function: Callable[..., Any], names: Sequence[str]) -> Callable[[Args], Any]:
+    """Calls `function` with those of some values, which have these names, that it has parameters
+    for; or with all of them as attributes of its parameter `call`."""
+    wanted = tuple(inspect.signature(function).parameters)
+    if wanted == ("call",):
+        return lambda values: function(SimpleNamespace(**dict(zip(names, values, strict=True))))
+    pick = picker([names.index(name) for name in wanted])
+    return lambda values: function(*pick(values))
+
+
+class _Op:
+    """An op's parts, on arguments by position: what the names stand for is worked out once."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        returns: Sequence[str],
+        check: Callable[..., None] | None,
+        allocate: Callable[..., Outputs | None] | None,
+        scratch: Mapping[str, Callable[..., Tensor]],
+    ) -> None:
+        parameters = inspect.signature(function).parameters
+        self.function, self.name = function, function.__name__.lstrip("_")
+        self.names, self.returns = tuple(parameters), tuple(returns)
+        self.values = (*self.names, *self.returns)
+        self.defaults = tuple(p.default for p in parameters.values())
+        self.is_tensor = tensor_parameters(function)
+        self.check = None if check is None else by_name(check, self.names)
+        self.allocate = None if allocate is None else by_name(allocate, self.names)
+        self.scratch = {name: by_name(make, self.names) for name, make in scratch.items()}
+        self.kernel: _Kernel | None = None
+
+    def on_reference(self, args: Args) -> Any:
+        if self.check is not None:
+            self.check(args)
+        return self.function(*args)
+
+    def bound(self, args: Args, named: dict[str, Any]) -> Args:
+        """All arguments by position."""
+        rest = zip(self.names[len(args) :], self.defaults[len(args) :], strict=True)
+        args += tuple([named.pop(name, default) for name, default in rest])
+        if named or any(arg is inspect.Parameter.empty for arg in args):
+            takes = f"{self.name}() takes {', '.join(self.names)}"
+            raise TypeError(f"{takes}; got too few" if not named else f"{takes}; got {named}")
+        return args
+
+
+class _Kernel:
+    """Which kernel serves a call; see `define_op`."""
+
+    def __init__(
+        self,
+        op: _Op,
+        kernel: str | Callable[..., Launch],
+        sizes: Callable[..., Mapping[str, Param]] | None,
+        context: Callable[..., int] | None,
+    ) -> None:
+        self._launch = None if isinstance(kernel, str) else by_name(kernel, op.names)
+        self._workload = kernel.split() if isinstance(kernel, str) else ["", ""]
+        known = parameter_names(*self._workload) if isinstance(kernel, str) else ()
+        self._statics = {name: op.names.index(name) for name in known if name in op.names}
+        self._sizes = by_name(sizes or (lambda: {}), op.names)
+        self._context = by_name(context or (lambda: None), op.names)
+        self._dispatcher = op.names.index("dispatcher")
+
+    def find(self, args: Args, main: Tensor) -> Launch:
+        """The `launch` of a call's kernel; main is the first of its arguments."""
+        if self._launch is not None:
+            return self._launch(args)
+        op, pass_ = self._workload
+        params = {name: args[place] for name, place in self._statics.items()}
+        params |= self._sizes(args)
+        return find_kernel(args[self._dispatcher], op, pass_, params, main, self._context(args))
+
+
+def tensor_parameters(function: Callable[..., Any]) -> tuple[bool, ...]:
+    """For each parameter of an annotated function, whether it is a tensor or None."""
+    hints = get_type_hints(function)
+    names = inspect.signature(function).parameters
+    return tuple(hints[n] is Tensor or Tensor in get_args(hints[n]) for n in names)
+
+
+_CONSTANTS = {"None": None, "True": True}
+"""What a `launch` may take besides an op's values."""
+
+
+class _LaunchArguments:
+    """The arguments of a kernel's `launch`, from an op's arguments, outputs and scratch."""
+
+    def __init__(
+        self,
+        values: tuple[str, ...],
+        names: Sequence[str],
+        optional: Sequence[str],
+        prepare: Mapping[str, Callable[..., Tensor | None]],
+    ) -> None:
+        values += tuple(_CONSTANTS)
+        self._pick = picker([values.index(name) for name in names])
+        self._optional = picker([values.index(name) for name in optional])
+        self._prepare = [(values.index(n), by_name(f, values)) for n, f in prepare.items()]
+
+    def __call__(self, args: Args, outputs: Sequence[Tensor]) -> Args:
+        values = (*args, *outputs, *_CONSTANTS.values())
+        for place, stand_in in self._prepare:
+            values = (*values[:place], stand_in(values), *values[place + 1 :])
+        more = self._optional(values)
+        args = self._pick(values)
+        return args if more.count(None) == len(more) else (*args, *more)
+
+
+class _Calls:
+    """Calls that are looked up, and learned where they are new."""
+
+    def __init__(self, is_tensor: Sequence[bool]) -> None:
+        self.calls: KnownCalls[Any] = KnownCalls(is_tensor)
+
+    def computed(self, args: Args) -> Any:
+        known = self.find(args)
+        return self.learned(args) if known is None else known.run(args)
+
+    def find(self, args: Args) -> Any:
+        """What is known of such calls; values are checked all the same where they are read."""
+        known = self.calls.find(args)
+        if known is not None and values_are_read(args[0]):
+            self.check(args)
+        return known
+
+    def check(self, args: Args) -> None:
+        """Raise the errors of the contract."""
+
+    def learned(self, args: Args) -> Any:
+        """Compute a call that is new, and remember it."""
+        raise NotImplementedError
+
+    def requires_grad(self, args: Args) -> bool:
+        return any(tensor.requires_grad for tensor in self.calls.tensors(args))
+
+
+class _OnKernels(_Calls):
+    """An op's calls on kernels."""
+
+    def __init__(self, op: _Op, launched: _LaunchArguments) -> None:
+        super().__init__(op.is_tensor)
+        self._op, self._launched = op, launched
+
+    def check(self, args: Args) -> None:
+        if self._op.check is not None:
+            self._op.check(args)
+
+    def learned(self, args: Args) -> Any:
+        """Check a call, find its kernel, remember both and run it."""
+        op = self._op
+        self.check(args)
+        assert op.allocate is not None
+        assert op.kernel is not None
+        found = op.allocate(args)
+        returned = (found,) if isinstance(found, Tensor) else found or ()
+        outputs = (*returned, *(make(args) for make in op.scratch.values()))
+        main = self._launched(args, outputs)[0]
+        if main.shape[0] == 0:
+            _recording.fail()
+            for output in outputs:
+                output.zero_()
+            return found
+        kernel = op.kernel.find(args, main)
+        repeated = is_plain(self.calls.tensors(args)) and replays(main)
+        call = _KnownCall(
+            kernel=ReplayedLaunch(kernel, after=1) if repeated else kernel,
+            outputs=tuple(map(meta_of, outputs)),
+            launched=self._launched,
+            device=main.device,
+            requires_grad=self.requires_grad(args),
+            returns=len(returned),
+        )
+        if repeated:
+            self.calls.learn(args, _KnownSequence(call.run, self.calls, call.requires_grad))
+        elif is_plain(self.calls.tensors(args)):
+            self.calls.learn(args, call)
+        return call.run(args)
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownCall:
+    """What was found out for one call of an op and those that look like it.
+
+    Attributes:
+        kernel: the `launch` of its kernel.
+        outputs: shapes, strides and dtypes.
+        launched: the arguments of `kernel`.
+        requires_grad: whether any tensor does.
+        returns: how many of the outputs are returned.
+    """
+
+    kernel: Launch
+    outputs: tuple[Meta, ...]
+    launched: _LaunchArguments
+    device: torch.device
+    requires_grad: bool
+    returns: int
+
+    def run(self, args: Args) -> Any:
+        """Allocate the outputs of a call, run its kernel and return them."""
+        if elsewhere(self.device):
+            with torch.cuda.device(self.device):
+                return self.run(args)
+        empty = allocator(self.device)
+        outputs = [empty(*meta) for meta in self.outputs]
+        launched = self.launched(args, outputs)
+        self.kernel(*launched)
+        if _recording.recorder is not None:
+            program = self.kernel.program if isinstance(self.kernel, ReplayedLaunch) else None
+            tensors = [arg for arg in launched if isinstance(arg, Tensor)]
+            _recording.recorder.called(program, outputs, tensors)
+        if self.returns == 1:
+            return outputs[0]
+        return tuple(outputs[: self.returns]) if self.returns else None
+
+
+def replays(x: Tensor) -> bool:
+    """Whether launches on x's device are replayed: Triton's interpreter launches nothing."""
+    return x.is_cuda and not torch.version.hip
+
+
+def elsewhere(device: torch.device) -> bool:
+    """Whether kernels for a device need it to be made the current one."""
+    return device.type == "cuda" and _current_device() != device.index
+
+
+class _Recording(threading.local):
+    """The recorder of the sequence that this thread runs, if any."""
+
+    recorder: Recorder | None = None
+
+    def fail(self) -> None:
+        if self.recorder is not None:
+            self.recorder.fail()
+
+
+_recording = _Recording()
+
+
+def apply(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Call PyTorch between the ops of a sequence, such that it is repeated with them."""
+    result = function(*args)
+    if _recording.recorder is not None:
+        _recording.recorder.applied(function, args, {}, result)
+    return result
+
+
+class OpSequence(_Calls):
+    """Several ops in a row on kernels, repeated as one.
+
+    The function takes its arguments by position and returns a tensor, a tuple or a dictionary of
+    tensors. It calls ops, and PyTorch only through `apply`. Once a call of some look has been made,
+    the next one is recorded: all that it allocated and launched. The others repeat that, and
+    nothing else is done on the host. What cannot be repeated is called as ever.
+
+    Args:
+        is_tensor: which parameters are tensors or None; by default those annotated so.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], is_tensor: Sequence[bool] | None = None
+    ) -> None:
+        super().__init__(tensor_parameters(function) if is_tensor is None else is_tensor)
+        self._function = lambda args: function(*args)
+
+    def __call__(self, *args: Any) -> Any:
+        """Without gradients."""
+        with torch.no_grad():
+            return self.computed(args) if unobserved() else self._function(args)
+
+    def learned(self, args: Args) -> Any:
+        result = self._function(args)
+        tensors = self.calls.tensors(args)
+        if is_plain(tensors) and replays(args[0]):
+            known = _KnownSequence(self._function, self.calls, self.requires_grad(args))
+            self.calls.learn(args, known)
+        return result
+
+
+class _KnownSequence:
+    """Calls of a sequence, or of one op, that look alike."""
+
+    def __init__(
+        self, function: Callable[[Args], Any], calls: KnownCalls[Any], requires_grad: bool
+    ) -> None:
+        self._function, self._calls = function, calls
+        self.requires_grad = requires_grad
+        self._recorded = False
+        self._program: Program | None = None
+        self._shape: Callable[[list[Tensor]], Any] = tuple
+
+    def run(self, args: Args) -> Any:
+        # A part of what another one records, or one whose ops look at values.
+        if _recording.recorder is not None or values_are_read(args[0]):
+            return self._function(args)
+        if not self._recorded:
+            return self._record(args)
+        if self._program is not None:
+            if elsewhere(self._program.device):
+                with torch.cuda.device(self._program.device):
+                    return self.run(args)
+            outputs = self._program.run(self._calls.tensors(args))
+            if outputs is not None:
+                return self._shape(outputs)
+        return self._function(args)
+
+    def _record(self, args: Args) -> Any:
+        self._recorded = True
+        _recording.recorder = recorder = Recorder(self._calls.tensors(args))
+        try:
+            result = self._function(args)
+        finally:
+            _recording.recorder = None
+        outputs: Iterable[Tensor] = ()
+        if result is None:
+            self._shape = lambda outputs: None
+        elif isinstance(result, dict):
+            names = tuple(result)
+            self._shape = lambda outputs: dict(zip(names, outputs, strict=True))
+            outputs = result.values()
+        elif isinstance(result, Tensor):
+            self._shape, outputs = (lambda outputs: outputs[0]), (result,)
+        else:
+            outputs = result
+        self._program = recorder.program(outputs)
+        return result
+
+
+class _Backward:
+    """An op's backward pass by names.
+
+    Args:
+        gradients, saves: see `define_op`.
+    """
+
+    def __init__(self, op: _Op, gradients: Callable[..., Any], saves: Sequence[str]) -> None:
+        wanted = saves or tuple(inspect.signature(gradients).parameters)
+        is_tensor = (*op.is_tensor, *(True for _ in op.returns))
+        of_value = dict(zip(op.values, is_tensor, strict=True))
+        grads = [f"d{name}" for name in op.returns]
+        kept = [name for name, tensor in of_value.items() if name in wanted and tensor]
+        statics = [name for name, tensor in of_value.items() if name in wanted and not tensor]
+        self._op = op
+        self._kept = picker([op.values.index(name) for name in kept])
+        self._statics = picker([op.values.index(name) for name in statics])
+        self._taken = picker([i for i, name in enumerate(grads) if name in wanted])
+        self._without = picker([i for i, name in enumerate(grads) if name not in wanted])
+        names = (*(name for name in grads if name in wanted), *kept, *statics)
+        returned = vars(gradients).get("returns")
+        if returned is None:
+            self._gradients = by_name(gradients, names)
+        else:  # an op: what else it takes is as by default
+            of = [name.removeprefix("d") for name in returned]
+            self._gradients = lambda values: dict(
+                zip(of, gradients(**dict(zip(names, values, strict=True))), strict=True)
+            )
+        self._compute = self._gradients
+        if op.kernel is None:
+            tensors = [name not in statics for name in names]
+            sequence = OpSequence(lambda *values: self._gradients(values), tensors)
+            self._compute = lambda values: sequence(*values)
+
+    def setup_context(self, ctx: Any, inputs: Args, output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        without = self._without(outputs)
+        if without:
+            ctx.mark_non_differentiable(*without)
+        ctx.set_materialize_grads(False)
+        values = (*inputs, *outputs)
+        ctx.save_for_backward(*self._kept(values))
+        ctx.statics = self._statics(values)
+        ctx.present = tuple([value is not None for value in inputs])
+
+    def run(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        taken = self._taken(grads)
+        if taken.count(None) == len(taken):  # nothing depends on any of them
+            return (None,) * len(self._op.names)
+        values = (*taken, *ctx.saved_tensors, *ctx.statics)
+        found = self._compute(values) if on_kernels(taken[0]) else self._gradients(values)
+        unknown = found.keys() - set(self._op.names)
+        assert not unknown, f"gradients of {unknown}, which are no parameters"
+        needed = (found.get(name) for name in self._op.names)
+        return tuple([x if need else None for x, need in zip(needed, ctx.present, strict=True)])
+
+    def node(self, name: str, forward: Callable[[Args], Any]) -> Any:
+        """A node of autograd's graph without the dispatcher."""
+
+        def run_forward(ctx: Any, *args: Any) -> Any:
+            output = forward(args)
+            self.setup_context(ctx, args, output)
+            return output
+
+        parts = {
+            "forward": staticmethod(run_forward),
+            "backward": staticmethod(once_differentiable(self.run)),
+        }
+        return type(f"BackwardOf_nsagen_{name}", (torch.autograd.Function,), parts)

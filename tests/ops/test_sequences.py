@@ -1,0 +1,87 @@
+"""The whole attention on a stand-in for a GPU: how many launches, and that repeated ones agree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsagen import ops
+from nsagen.ops import _op
+from nsagen.runtime.replay import ReplayedLaunch
+from tests.stand_in import Launch, StandIn, dispatcher, same_up_to_addresses
+from tests.stand_in import gpu as gpu
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter launches nothing"
+)
+
+SIZES: dict[str, Any] = {
+    **{"compress_type": "avgpool", "kernel_size": 32, "kernel_stride": 16},
+    **{"block_size": 64, "topk": 16, "window_size": 512},
+}
+
+
+class Inputs:
+    """One sequence for the shape that public implementations are measured on."""
+
+    def __init__(self, tokens: int, requires_grad: bool = False) -> None:
+        def empty(*shape: int) -> Tensor:
+            x = torch.empty(shape, dtype=torch.bfloat16)
+            return x.requires_grad_(requires_grad)
+
+        self.args = [empty(tokens, heads, 128) for heads in (64, 4, 4)] + [empty(tokens, 64, 3)]
+        self.cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32)
+        tables = {name: torch.empty(tokens, 64) for name in ("cos", "sin")}
+        self.keywords = {**SIZES, **tables, "cu_seqlens": self.cu_seqlens}
+        self.keywords["dispatcher"] = dispatcher()
+        self.gradient = torch.empty(tokens, 64, 128, dtype=torch.bfloat16)
+
+    def forward(self) -> Tensor:
+        with torch.no_grad():
+            return ops.native_sparse_attention(*self.args, **self.keywords)
+
+    def training(self) -> tuple[Tensor, ...]:
+        o = ops.native_sparse_attention(*self.args, **self.keywords)
+        return o, *torch.autograd.grad(o, self.args, self.gradient)
+
+
+def by_jit(gpu: StandIn, call: Callable[[], Any]) -> list[Launch]:
+    """The launches of a call in which each op is called by itself, by Triton's JIT."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ReplayedLaunch, "__call__", lambda self, *args: self._launch(*args))
+        patch.setattr(_op._KnownSequence, "run", lambda self, args: self._function(args))
+        return gpu.of(call)
+
+
+# Each has tokens of its own: what is known of calls stays known.
+@pytest.mark.parametrize(("what", "tokens"), [("forward", 300), ("training", 320)])
+def test_a_repeated_call_launches_what_its_ops_do(gpu: StandIn, tokens: int, what: str) -> None:
+    x = Inputs(tokens, requires_grad=what == "training")
+    first = gpu.of(getattr(x, what))
+    assert all(launch.by_jit for launch in first)
+    gpu.of(getattr(x, what))  # is recorded
+    for y in (x, Inputs(tokens, requires_grad=what == "training")):
+        expected = by_jit(gpu, getattr(y, what))
+        found = gpu.of(getattr(y, what))
+        assert not any(launch.by_jit for launch in found)
+        same_up_to_addresses(found, expected)
+
+
+@pytest.mark.parametrize("tokens", [256, 2048, 8192])
+def test_few_launches(gpu: StandIn, tokens: int) -> None:
+    x, y = Inputs(tokens), Inputs(tokens, requires_grad=True)
+    for _ in range(3):
+        assert len(gpu.of(x.forward)) == 11
+        assert len(gpu.of(lambda: ops.native_sparse_attention(*y.args, **y.keywords))) == 12
+
+
+def test_prepared_lengths_save_one(gpu: StandIn) -> None:
+    x = Inputs(2048)
+    x.keywords["lengths"] = ops.Lengths.of(x.cu_seqlens, 2048, 32, 16)
+    for _ in range(3):
+        assert len(gpu.of(x.forward)) == 10
