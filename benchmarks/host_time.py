@@ -13,19 +13,17 @@ import cProfile
 import gc
 import json
 import pstats
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 import nsagen
 from nsagen import ops
+from nsagen.bench.measure import graphed, host_cost, launched
 
 SEQLENS = (256, 2048, 8192, 65536)
 HEADS, KV_HEADS, HEAD_DIM = 64, 4, 128
@@ -33,9 +31,6 @@ SIZES: dict[str, Any] = {
     **{"compress_type": "avgpool", "kernel_size": 32, "kernel_stride": 16},
     **{"block_size": 64, "topk": 16, "window_size": 512},
 }
-QUEUE = 500
-"""Launches that are surely waiting in a queue before the host has to."""
-
 Call = Callable[[], Any]
 
 
@@ -82,33 +77,6 @@ class Inputs:
         return call
 
 
-def launches(call: Call) -> dict[str, int]:
-    """Kernels, copies and fills of a call on the GPU, by name."""
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    found: dict[str, int] = {}
-    for event in profiler.events() or ():
-        if "CUDA" in str(event.device_type):
-            found[event.name] = found.get(event.name, 0) + 1
-    return found
-
-
-def host_ms(call: Call, each: int) -> float:
-    """Median host time of a call, for few enough calls that no queue fills."""
-    times = []
-    calls = max(3, min(30, QUEUE // max(1, each)))
-    for _ in range(max(3, 60 // calls)):
-        torch.cuda.synchronize()
-        for _ in range(calls):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-    torch.cuda.synchronize()
-    return 1e3 * statistics.median(times)
-
-
 def gpu_ms(call: Call) -> float:
     """Mean time of a call among many in a row: the GPU's or the host's, whichever is longer."""
     for _ in range(3):
@@ -123,23 +91,16 @@ def gpu_ms(call: Call) -> float:
     return start.elapsed_time(end) / calls
 
 
-def graphed(call: Call) -> Call:
-    """A call as a replayed graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(4):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
+def graph_of(call: Call) -> Call:
+    """A call as a replayed graph that gives its results."""
+    results: list[Any] = []
+    replay = graphed(lambda: results.append(call()))
 
-    def replay() -> Any:
-        graph.replay()
-        return results
+    def run() -> Any:
+        replay()
+        return results[-1]
 
-    return replay
+    return run
 
 
 def same(one: Any, other: Any) -> bool:
@@ -152,7 +113,7 @@ def modes(x: Inputs, what: str) -> Iterator[tuple[str, Callable[[], Call]]]:
     attention = ops.native_sparse_attention
     yield "eager", lambda: make(attention)
     yield "eager, lengths prepared", lambda: make(attention, lengths=x.lengths())
-    yield "graph", lambda: graphed(make(attention))
+    yield "graph", lambda: graph_of(make(attention))
     yield "compiled", lambda: make(COMPILED)
     yield "reduce-overhead", lambda: make(REDUCED)
 
@@ -169,12 +130,9 @@ def measure(x: Inputs, what: str, mode: str, make: Callable[[], Call], right: An
             found = call()
         row["same"] = same(found, right)
         del found
-        names = launches(call)
-        row["launches"] = sum(names.values())
-        row["host_ms"] = host_ms(call, row["launches"])
         row["ms"] = gpu_ms(call)
-        row["bound_by_host"] = row["host_ms"] > 0.9 * row["ms"]
-        row["kernels"] = names
+        row |= host_cost(call).columns(0.9 * row["ms"])
+        row["kernels"] = launched(call)
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"[:2000]
     return row

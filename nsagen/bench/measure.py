@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import triton.testing
+from torch.profiler import ProfilerActivity, profile
 
 from nsagen.cases.base import Cost
 from nsagen.core.errors import UnsupportedWorkloadError
@@ -66,6 +69,56 @@ def host_milliseconds(call: Callable[[], object], calls: int = 200) -> float:
     elapsed = time.perf_counter() - start
     torch.cuda.synchronize()
     return 1e3 * elapsed / calls
+
+
+@dataclass(frozen=True)
+class HostCost:
+    """What one eager call costs on the host.
+
+    Attributes:
+        ms: how long the call takes to return, the GPU's queue not being full.
+        launches: kernels, copies and fills that it starts.
+    """
+
+    ms: float
+    launches: int
+
+    def columns(self, gpu_ms: float) -> dict[str, Any]:
+        """A row's cells: `host_ms`, `launches`, and as `bound` whether the host is what takes the
+        time of a call that needs `gpu_ms`."""
+        bound = "host" if self.ms > gpu_ms else ""
+        return {"host_ms": self.ms, "launches": self.launches, "bound": bound}
+
+
+_QUEUE = 500
+"""Launches that surely wait in the GPU's queue before the host has to."""
+
+HOST_COLUMNS = {"host_ms": ">9.3f", "launches": ">9", "bound": ">6"}
+
+
+def host_cost(call: Callable[[], object]) -> HostCost:
+    """Measure what a call costs on the host; it has been made a few times before."""
+    launches = sum(launched(call).values())
+    calls = max(3, min(50, _QUEUE // max(1, launches)))
+    times = []
+    for _ in range(max(3, 100 // calls)):
+        torch.cuda.synchronize()
+        for _ in range(calls):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return HostCost(1e3 * statistics.median(times), launches)
+
+
+def launched(call: Callable[[], object]) -> dict[str, int]:
+    """Kernels, copies and fills that a call starts on the GPU, by name."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    events = (e for e in profiler.events() or () if "CUDA" in str(e.device_type))
+    return Counter(event.name for event in events)
 
 
 def measure_ceilings() -> Ceilings:

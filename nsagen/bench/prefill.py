@@ -14,7 +14,13 @@ import torch
 
 from nsagen import ops
 from nsagen.bench.dense import DenseAttention
-from nsagen.bench.measure import Ceilings, measure_ceilings, milliseconds
+from nsagen.bench.measure import (
+    HOST_COLUMNS,
+    Ceilings,
+    host_cost,
+    measure_ceilings,
+    milliseconds,
+)
 from nsagen.bench.public import public_calls
 from nsagen.bench.shape import Inputs, Shape
 from nsagen.cases.base import Cost, Sizes, cases_of
@@ -43,6 +49,7 @@ COLUMNS = {
     "of_floor": ">9.0%",
     "tflops": ">8.0f",
     "of_dense": ">9.2f",
+    **HOST_COLUMNS,
 }
 
 
@@ -56,7 +63,8 @@ def run(
 
     Returns:
         rows with `what`, `tokens`, `ms`, `floor_ms` (see `Ceilings.floor_ms`), `of_floor` (the
-        floor's share of the time), `tflops` and `of_dense` (time over dense cuDNN's).
+        floor's share of the time), `tflops`, `of_dense` (time over dense cuDNN's), and what an
+        eager call costs the host: `host_ms`, `launches`, and `bound`, "host" where that is longer.
     """
     ceilings = measure_ceilings()
     rows: list[dict[str, Any]] = []
@@ -75,11 +83,9 @@ def _rows_of_length(
 ) -> list[dict[str, Any]]:
     dense = DenseAttention(shape, tokens)
     dense_ms = milliseconds(dense.forward)
-    cost = dense.cost
-    del dense
 
-    def row(what: str, ms: float, cost: Cost) -> dict[str, Any]:
-        floor = ceilings.floor_ms(cost)
+    def row(what: str, call: Callable[[], object], cost: Cost) -> dict[str, Any]:
+        ms, floor = milliseconds(call), ceilings.floor_ms(cost)
         return {
             "what": what,
             "tokens": tokens,
@@ -88,19 +94,21 @@ def _rows_of_length(
             "of_floor": floor / ms,
             "tflops": cost.flops / ms / 1e9,
             "of_dense": ms / dense_ms,
+            **host_cost(call).columns(ms),
         }
 
-    rows = [row("dense attention (cuDNN)", dense_ms, cost)]
+    rows = [row("dense attention (cuDNN)", dense.forward, dense.cost)]
+    del dense
     inputs = Inputs.random(shape, tokens, dispatcher)
     total = Cost(0, 0)
     for op, call in _op_calls(inputs):
         cost = cost_of(shape, op, "forward", tokens)
         if op in PARTS:
             total = Cost(total.flops + cost.flops, total.bytes + cost.bytes)
-        rows.append(row(op, milliseconds(call), cost))
-    rows.append(row("attention", milliseconds(inputs.attention), total))
+        rows.append(row(op, call, cost))
+    rows.append(row("attention", inputs.attention, total))
     for name, call in public_calls(inputs):
-        rows.append(row(name, milliseconds(call), total))
+        rows.append(row(name, call, total))
     return rows
 
 

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from nsagen import ops
 from nsagen.bench.dense import DenseAttention
-from nsagen.bench.measure import Ceilings, measure_ceilings, milliseconds
+from nsagen.bench.measure import (
+    HOST_COLUMNS,
+    Ceilings,
+    HostCost,
+    host_cost,
+    measure_ceilings,
+    milliseconds,
+)
 from nsagen.bench.prefill import PARTS, cost_of
 from nsagen.bench.shape import Inputs, Shape
 from nsagen.cases.base import Cost
@@ -31,6 +38,7 @@ COLUMNS = {
     "tflops": ">8.0f",
     "of_dense": ">9.2f",
     "peak_gib": ">9.2f",
+    **HOST_COLUMNS,
 }
 
 
@@ -65,10 +73,11 @@ def _rows_of_length(
     dense = DenseAttention(shape, tokens, requires_grad=True)
     leaves = (dense.q, dense.k, dense.v)
     dense_times = forward_and_backward(dense.forward, leaves)
+    dense_host = host_of_training(dense.forward, leaves)
     cost = dense.cost
     del dense, leaves
 
-    def row(what: str, times: tuple[float, float], cost: Cost) -> dict[str, Any]:
+    def row(what: str, times: tuple[float, float], host: HostCost, cost: Cost) -> dict[str, Any]:
         backward = Cost(2.5 * cost.flops, 2 * cost.bytes)
         return {
             "what": what,
@@ -78,16 +87,19 @@ def _rows_of_length(
             "floor_ms": ceilings.floor_ms(backward),
             "tflops": backward.flops / times[1] / 1e9,
             "of_dense": times[1] / dense_times[1],
+            **host.columns(sum(times)),
         }
 
-    rows = [row("dense attention (cuDNN)", dense_times, cost)]
+    rows = [row("dense attention (cuDNN)", dense_times, dense_host, cost)]
     inputs = Inputs.random(shape, tokens, dispatcher, requires_grad=True)
     costs = {op: cost_of(shape, op, "forward", tokens) for op in PARTS}
     for op, (call, leaves) in _branch_calls(inputs).items():
-        rows.append(row(op, forward_and_backward(call, leaves), costs[op]))
+        times = forward_and_backward(call, leaves)
+        rows.append(row(op, times, host_of_training(call, leaves), costs[op]))
     whole = Cost(sum(c.flops for c in costs.values()), sum(c.bytes for c in costs.values()))
     times = forward_and_backward(inputs.attention, inputs.leaves)
-    rows.append({**row("attention", times, whole), "peak_gib": peak_memory(inputs)})
+    host = host_of_training(inputs.attention, inputs.leaves)
+    rows.append({**row("attention", times, host, whole), "peak_gib": peak_memory(inputs)})
     return rows
 
 
@@ -138,6 +150,12 @@ def forward_and_backward(
         lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
     )
     return forward, backward
+
+
+def host_of_training(call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> HostCost:
+    """What an eager call and the gradients of its output cost on the host."""
+    gradient = torch.randn_like(call())
+    return host_cost(lambda: torch.autograd.grad(call(), leaves, gradient))
 
 
 def peak_memory(inputs: Inputs) -> float:

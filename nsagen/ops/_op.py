@@ -36,6 +36,7 @@ from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd.function import once_differentiable
 
+from nsagen.core.workload import Param, parameter_names
 from nsagen.ops._calls import Args, KnownCalls, is_plain, picker, profiled, transformed, unobserved
 from nsagen.ops._checks import values_are_read
 from nsagen.ops._launch import find_kernel, on_kernels
@@ -48,7 +49,6 @@ from nsagen.runtime.replay import (
     allocator,
     meta_of,
 )
-from nsagen.workload import Param, parameter_names
 
 P = ParamSpec("P")
 R = TypeVar("R")

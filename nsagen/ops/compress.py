@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nsagen.core.workload import Param
 from nsagen.ops import reference
 from nsagen.ops._checks import (
     check_compress_weights,

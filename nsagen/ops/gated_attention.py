@@ -16,7 +16,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from nsagen.branches import BRANCHES
+from nsagen.core.branches import BRANCHES
 from nsagen.ops import reference
 from nsagen.ops._launch import (
     attention_outputs,

@@ -73,6 +73,7 @@ def _without_a_gpu(monkeypatch):
 
     for module in (prefill, train):
         monkeypatch.setattr(module, "milliseconds", once)
+        monkeypatch.setattr(module, "host_cost", lambda call: measure.HostCost(once(call) / 2, 7))
         monkeypatch.setattr(module, "measure_ceilings", lambda: measure.Ceilings(1e12, 1e12))
         monkeypatch.setattr(module, "DenseAttention", Dense)
     monkeypatch.setattr(Inputs, "random", classmethod(on_cpu))
@@ -87,6 +88,7 @@ def test_prefill_has_a_row_for_each_op_the_whole_and_dense_attention():
     assert set(names) >= {"compress", "rope", "attention", *prefill.PARTS}
     assert all(set(prefill.COLUMNS) <= set(row) for row in rows)
     assert all(row["floor_ms"] > 0 for row in rows)
+    assert {(row["host_ms"], row["launches"], row["bound"]) for row in rows} == {(0.5, 7, "")}
     whole, parts = (
         sum(row["floor_ms"] for row in rows if row["tokens"] == 128 and row["what"] in chosen)
         for chosen in (("attention",), prefill.PARTS)
@@ -103,6 +105,13 @@ def test_train_times_the_gradients_of_each_differentiable_op():
     ]
     assert rows[-1]["peak_gib"] == 0.5
     assert all(row["backward_ms"] == 1.0 for row in rows)
+    assert all(set(train.COLUMNS) - {"peak_gib"} <= set(row) for row in rows)
+
+
+def test_a_row_that_waits_for_the_host_says_so():
+    cost = measure.HostCost(ms=0.5, launches=11)
+    assert cost.columns(gpu_ms=0.6) == {"host_ms": 0.5, "launches": 11, "bound": ""}
+    assert cost.columns(gpu_ms=0.4)["bound"] == "host"
 
 
 def test_changes_are_parsed_as_numbers_and_words():

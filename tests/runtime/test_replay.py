@@ -5,7 +5,9 @@ Triton compiles here as ever, for a driver whose launcher takes notes instead of
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -27,7 +29,7 @@ from triton.runtime import driver  # noqa: E402
 from nsagen.cases.base import Sizes, cases_of  # noqa: E402
 from nsagen.core.importing import import_file  # noqa: E402
 from nsagen.core.workload import Workload  # noqa: E402
-from nsagen.runtime.replay import ReplayedLaunch  # noqa: E402
+from nsagen.runtime.replay import Recorder, ReplayedLaunch  # noqa: E402
 from tests.support import load_kernel  # noqa: E402
 
 SELECTION = {"block_size": 16, "topk": 4}
@@ -198,3 +200,96 @@ def test_what_launches_nothing_of_triton_is_called_every_time() -> None:
     for number in range(3):
         replayed(torch.zeros(1), number)
     assert [number for _, number in calls] == [0, 1, 2]
+
+
+def test_nothing_of_a_recorded_call_is_held(fake: Driver) -> None:
+    """Its tensors are free when the caller lets go of them, not when cycles are collected."""
+    args = call_of(WORKLOADS[0])
+    held = [weakref.ref(x) for x in args if isinstance(x, Tensor)]
+    replayed = ReplayedLaunch(load_kernel(WORKLOADS[0]).launch)
+    gc.disable()
+    try:
+        replayed(*args)
+        fake.launches.clear()
+        del args
+        assert not any(ref() is not None for ref in held)
+    finally:
+        gc.enable()
+
+
+class Launcher36:
+    """Triton 3.6's launcher of a kernel: its own part takes descriptors apart."""
+
+    def __init__(self, metas: list[dict[str, Any]], launches: list[Any]) -> None:
+        self.global_scratch_size = self.profile_scratch_size = 0
+        self.launch_cooperative_grid, self.launch_pdl, self.num_ctas = False, False, 1
+
+        def by_c(*args: Any) -> None:
+            launches.append(args)
+
+        self.launch = Launcher36.wrapped(by_c, metas) if metas else by_c
+
+    @staticmethod
+    def wrapped(launcher: Any, tensordesc_meta: list[dict[str, Any]]) -> Any:
+        from triton.runtime import driver
+
+        def inner(*args: Any) -> None:
+            final, metas = list(args[:13]), iter(tensordesc_meta)
+            for arg in args[13:]:
+                if not hasattr(arg, "block_shape"):
+                    final.append(arg)
+                    continue
+                meta, utils = next(metas), driver.active.utils  # type: ignore[attr-defined]
+                parts = (meta["swizzle"], meta["elem_size"], meta["elem_type"], meta["block_size"])
+                address = arg.base.data_ptr()
+                made = utils.fill_tma_descriptor(address, *parts, arg.shape, arg.strides, 0)
+                final += [made, *arg.shape, *arg.strides]
+            launcher(*final)
+
+        return inner
+
+    def __call__(self, *args: Any) -> None:
+        x, y, z, stream, function, *rest = args
+        fixed = (self.launch_cooperative_grid, self.launch_pdl, None, None)
+        self.launch(x, y, z, stream, function, *fixed, *rest)
+
+
+Launcher36.__name__ = "CudaLauncher"
+
+
+@pytest.mark.parametrize("descriptors", [0, 2])
+def test_launches_pass_by_a_launcher_that_is_known(fake: Driver, descriptors: int) -> None:
+    """And hand its last part what the launcher would, with descriptors that are made once."""
+    made: list[Any] = []
+
+    def fill(*args: Any) -> Any:
+        made.append(args)
+        return ("map", *map(str, args))
+
+    fake.utils.fill_tma_descriptor = fill
+    meta = {"swizzle": 3, "elem_size": 2, "elem_type": 5, "block_size": [64, 16]}
+    metas = [meta | {"fp4_padded": False}] * descriptors
+    launches: list[Any] = []
+    run = Launcher36(metas, launches)
+    compiled = SimpleNamespace(run=run, function="function", packed_metadata=(4, 1, 0))
+    tensors = [torch.zeros(8, 16, dtype=torch.float16) for _ in range(3)]
+
+    def descriptor(x: Tensor) -> Any:
+        fields = {"shape": [8, 16], "strides": [16, 1], "block_shape": [64, 16]}
+        return SimpleNamespace(base=x, padding="zero", **fields)
+
+    x, y, z = tensors
+    described = [descriptor(x), descriptor(y)][:descriptors]
+    args = (*described, 7, x, y, z, 0.5)
+    recorder = Recorder(tensors)
+    recorder.launched(compiled, (2, 3), args)
+    program = recorder.program(())
+    assert program is not None
+    for _ in range(2):
+        assert program.run(tensors) == []
+    by_program, again = launches
+    launches.clear()
+    plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in args]
+    run(2, 3, 1, 1000, "function", (4, 1, 0), None, None, None, *plain)
+    assert by_program == again == launches[0]
+    assert len(made) == 2 * descriptors  # once for the program, once by the launcher itself
