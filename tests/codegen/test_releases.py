@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nsagen.aot import variants as compiling
+from nsagen.cases import verify
 from nsagen.codegen.build import build
 from nsagen.codegen.plan import Variant, plan_variants
 from nsagen.codegen.template import default_schedule, render, spaces_of
@@ -105,3 +107,6 @@ def test_what_runs_here_needs_the_installed_triton(
     searched = encoding.valid_schedules(SLIDING, SM90)
     assert one.schedule.algorithm not in {schedule.algorithm for schedule in searched}
     assert compiling.compile_variants(tmp_path, (one,)) == {}
+    monkeypatch.setattr(verify, "installed_release", lambda: release)
+    (row,) = verify._verified(one, tmp_path / "none.py", torch.device("cuda"), 0)
+    assert (row["result"], row["note"].partition(";")[0]) == ("skipped", "needs Triton 3.6 to 3.9")
