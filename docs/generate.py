@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.metadata
 import re
 import sys
 from collections.abc import Callable
@@ -21,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nsagen.bench.tables import markdown  # noqa: E402
+from nsagen.core.installed import triton_version  # noqa: E402
 from nsagen.reports import support_page, target_support  # noqa: E402
 from nsagen.spec.schema import json_schema  # noqa: E402
 
@@ -199,7 +199,7 @@ def measure_support(jobs: int | None) -> None:
         print(f"{done} of {total}: {what}", flush=True)
 
     table, triton = target_support.read(SUPPORT)
-    known = table if triton == importlib.metadata.version("triton") else {}
+    known = table if triton == triton_version() else {}
     wanted = target_support.variants(target_support.shipped())
     target_support.write(SUPPORT, target_support.measure(wanted, known, jobs, report))
 

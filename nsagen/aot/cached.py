@@ -2,8 +2,9 @@
 
     <user cache>/compiled/<key>.json
 
-The key covers the kernel's fingerprint, the target, the version of Triton, and the code that
-compiles and measures, so that nothing has to be thrown away.
+The key covers the kernel's fingerprint, the target, the version of Triton, the environment's
+settings of its compiler, and the code that compiles and measures, so that nothing has to be thrown
+away.
 """
 
 from __future__ import annotations
@@ -11,20 +12,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsagen.codegen.fingerprint import code_fingerprint, source_fingerprint
 from nsagen.core.files import replace_file
+from nsagen.core.installed import triton_version
 from nsagen.core.paths import cache_dir
 from nsagen.core.target import Target
 from nsagen.core.workload import Workload
 
 if TYPE_CHECKING:
     from nsagen.aot.resources import Resources
+
+_CHOICES = ("TRITON_PTXAS", "TRITON_DEFAULT_FP_FUSION")
+"""What Triton puts into its own keys in another way."""
 
 _NAME = "{kernel}"
 """Stands for the kernel's own name."""
@@ -56,9 +61,17 @@ def compiled_resources(path: Path, workload: Workload, target: Target) -> tuple[
 def compile_key(path: Path, workload: Workload, target: Target) -> str:
     """Hex digest over all that the resources of a kernel file on a target depend on."""
     fingerprint = source_fingerprint(path.read_text(encoding="utf-8"), path.stem)
-    triton = importlib.metadata.version("triton")
-    parts = (fingerprint, workload.op, workload.pass_, str(target), triton, _tools(workload.op))
+    compiler = (str(triton_version()), json.dumps(_knobs(), sort_keys=True))
+    parts = (fingerprint, workload.op, workload.pass_, str(target), *compiler, _tools(workload.op))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _knobs() -> dict[str, str]:
+    """The environment's settings of the compiler: those that Triton lists, and which ptxas."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+
+    chosen = {name: value for name, value in os.environ.items() if name.startswith(_CHOICES)}
+    return {**get_cache_invalidating_env_vars(), **chosen}
 
 
 @functools.cache

@@ -6,6 +6,7 @@ Commands import what they need when they run, so that `nsagen --help` is quick.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -40,6 +41,7 @@ app.add_typer(bench_app, name="bench")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; always ends in SystemExit."""
+    _open_streams()
     _end_in_order()
     try:
         given = sys.argv[1:] if arguments is None else arguments
@@ -57,6 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         raise SystemExit(1) from None
+
+
+def _open_streams() -> None:
+    """Have stdin, stdout and stderr, closed by the caller or not: no file may take their place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _end_in_order() -> None:
@@ -133,7 +147,7 @@ def build(
         _check(loaded, out, tuned, as_json)
         return
     from nsagen.aot.variants import compile_variants
-    from nsagen.cli.console import console, progress_bar
+    from nsagen.cli.console import progress_bar
     from nsagen.codegen.build import build as build_package
 
     rows = []
@@ -156,16 +170,19 @@ def build(
         rows.append(row)
         if not as_json:
             changed = f"{len(result.written)} files written, {len(result.removed)} removed"
-            console().print(
-                f"{spec.name}: {row['variants']} kernels in {row['folder']}; {changed}",
-                highlight=False,
-            )
+            _print(f"{spec.name}: {row['variants']} kernels in {row['folder']}; {changed}")
     if as_json:
         print(json.dumps(rows, indent=1))
 
 
-def _check(specs: list[Spec], out: Path, tuned: Path | None, as_json: bool) -> None:
+def _print(line: str) -> None:
+    """A line as it is: a path may look like markup, and its command is copied whole."""
     from nsagen.cli.console import console
+
+    console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check(specs: list[Spec], out: Path, tuned: Path | None, as_json: bool) -> None:
     from nsagen.codegen.build import check
 
     rows = [
@@ -177,11 +194,11 @@ def _check(specs: list[Spec], out: Path, tuned: Path | None, as_json: bool) -> N
         print(json.dumps(rows, indent=1))
     else:
         for row in rows:
-            console().print(f"{row['state']}: {row['path']}", highlight=False, soft_wrap=True)
+            _print(f"{row['state']}: {row['path']}")
         for spec in specs:
             count = sum(row["spec"] == spec.name for row in rows)
-            remedy = f"{count} files not up to date; run: nsagen build {spec.label}"
-            console().print(f"{spec.name}: {remedy if count else 'up to date'}", highlight=False)
+            remedy = f"{count} files not up to date; run: {spec.build_command(out)}"
+            _print(f"{spec.name}: {remedy if count else 'up to date'}")
     if rows:
         raise typer.Exit(1)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from nsagen.core.errors import NsagenError
-from nsagen.core.paths import cache_dir
+from nsagen.core.installed import triton_version, version_of
+from nsagen.core.paths import cache_dir, visible
 from nsagen.core.version import __version__
 from nsagen.runtime.user_cache import cache_folder
 
@@ -30,10 +32,10 @@ def examine(out_dir: Path) -> dict[str, Any]:
         "nsagen": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
-        "torch": _version("torch"),
-        "triton": _version("triton"),
-        "numpy": _version("numpy"),
-        "ruff": _version("ruff"),
+        "torch": version_of("torch"),
+        "triton": triton_version(),
+        "numpy": version_of("numpy"),
+        "ruff": version_of("ruff"),
         "GPUs": ", ".join(gpus) or None,
         "GPU driver": _driver(),
         "optional": ", ".join(f"{name} {found}" for name, found in _optional().items()) or None,
@@ -60,17 +62,10 @@ def examine(out_dir: Path) -> dict[str, Any]:
     return {"facts": facts, "notes": notes, "problems": problems}
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _optional() -> dict[str, str]:
     """What is installed of what only some commands and integrations need."""
     names = ("transformers", "tokenizers", "optuna", "matplotlib", "plotly", "mkdocs-material")
-    return {name: found for name in names if (found := _version(name))}
+    return {name: found for name in names if (found := version_of(name))}
 
 
 def _built_for_cpu() -> bool:
@@ -84,15 +79,28 @@ def _built_for_cpu() -> bool:
 def _cache_use(notes: list[str]) -> str:
     """Kernels in the user cache; those of other versions of nsagen become a note."""
     root, current = cache_dir(), cache_folder().name
-    folders = [path for path in root.glob("*-????????") if path.is_dir()]
+    folders = [path for path in visible(root.glob("*")) if _is_of_kernels(path)]
     counts = {path: sum(1 for _ in path.rglob("*.py")) for path in folders}
     old = [path for path in folders if path.name != current]
     if old:
+        remedy = shlex.join(["rm", "-r", *(os.path.abspath(path) for path in old)])
         notes.append(
             f"{sum(counts[path] for path in old)} kernels of other versions of nsagen or its "
-            f"templates are in the user cache; to free the room: rm -r {' '.join(map(str, old))}"
+            f"templates are in the user cache; to free the room: {remedy}"
         )
     return f"{counts.get(root / current, 0)} kernels of this version"
+
+
+def _is_of_kernels(folder: Path) -> bool:
+    """Whether a folder holds kernels that some version of nsagen built, and nothing else."""
+    if not re.fullmatch(r"\d[\w.+]*-[0-9a-f]{8}", folder.name) or not folder.is_dir():
+        return False
+    return not folder.is_symlink() and all(
+        re.fullmatch(r"(cuda|hip)-\w+", target.name)
+        and target.is_dir()
+        and all(path.suffix == ".py" or path.name[0] in "._" for path in target.iterdir())
+        for target in folder.iterdir()
+    )
 
 
 def _at_least(version: str | None, least: tuple[int, int]) -> bool:
@@ -140,21 +148,24 @@ def _driver() -> str | None:
 def _packages(out_dir: Path, problems: list[str]) -> list[str]:
     """The generated packages below a folder; the stale ones become problems."""
     from nsagen.codegen.build import check
+    from nsagen.codegen.owned import read_manifest, spec_in
     from nsagen.spec import load_spec
 
     found = []
-    for manifest in sorted(out_dir.glob("*/manifest.json")):
-        name = manifest.parent.name
-        found.append(name)
+    for folder in visible(out_dir.glob("*")):
+        manifest = read_manifest(folder)
+        if manifest is None:
+            continue
+        found.append(folder.name)
         try:
-            spec = load_spec(name)
+            spec = load_spec(spec_in(manifest))
             stale = check(spec, out_dir)
         except NsagenError as error:
-            problems.append(f"{manifest.parent}: cannot be checked: {str(error).splitlines()[0]}")
+            problems.append(f"{folder}: cannot be checked: {str(error).splitlines()[0]}")
             continue
         if stale:
             problems.append(
-                f"{manifest.parent}: {len(stale)} files are not up to date, such as "
-                f"{stale[0].path} ({stale[0].state}); run: nsagen build {spec.label}"
+                f"{folder}: {len(stale)} files are not up to date, such as "
+                f"{stale[0].path} ({stale[0].state}); run: {spec.build_command(out_dir)}"
             )
     return found

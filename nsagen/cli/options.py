@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from nsagen.core.paths import specs_dir
+from nsagen.core.paths import specs_dir, visible
 
 
 def _spec_names(incomplete: str) -> list[str]:
     """For shell completion: the names of ./specs and of the shipped specs."""
     folders = (Path("specs"), specs_dir())
-    names = {path.stem for folder in folders for path in folder.glob("*.yaml")}
+    names = {path.stem for folder in folders for path in visible(folder.glob("*.yaml"))}
     return sorted(name for name in names if name.startswith(incomplete))
 
 

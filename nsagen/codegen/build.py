@@ -16,6 +16,7 @@ from nsagen.codegen.tuned import tuned_schedules
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import BuildError
 from nsagen.core.files import TEMPORARY, locked, replace_file, sealed
+from nsagen.core.installed import triton_version
 from nsagen.core.releases import installed_release
 from nsagen.core.target import parse_target
 from nsagen.core.workload import Workload
@@ -90,11 +91,13 @@ def build(
         check_free(folder, files)  # before a lock's file is written
     with _writing(folder), locked(out_dir, spec.name):
         check_free(folder, files)
-        resources = _kept_resources(folder, variants)
+        resources, tritons = _kept_resources(folder, variants)
         written = [path for path in _write_order(files) if replace_file(folder / path, files[path])]
         if compile_all:
-            resources |= compile_all(folder / "kernels", variants)
-        manifest = manifest_text(variants, plan.origin, files, resources)
+            compiled = compile_all(folder / "kernels", variants)
+            resources |= compiled
+            tritons |= dict.fromkeys(compiled, triton_version() or "unknown")
+        manifest = manifest_text(variants, plan.origin, files, resources, tritons)
         if replace_file(folder / MANIFEST, manifest):
             written.append(MANIFEST)
         removed = _orphans(folder, files) + _left_by_a_kill(folder)
@@ -108,8 +111,8 @@ def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale
     """Each file of `out_dir/<name>` that differs from what `build` would write now."""
     plan = _render(spec, tuned)
     files, folder = plan.files, out_dir / spec.name
-    kept = _kept_resources(folder, plan.variants)
-    manifest = manifest_text(plan.variants, plan.origin, files, kept)
+    kept, tritons = _kept_resources(folder, plan.variants)
+    manifest = manifest_text(plan.variants, plan.origin, files, kept, tritons)
     stale = []
     for path, text in sorted({**files, MANIFEST: manifest}.items()):
         if not (folder / path).is_file():
@@ -147,23 +150,28 @@ class _Plan:
 
 def _render(spec: Spec, folder: Path | None) -> _Plan:
     workloads = spec.workloads()
-    tuned = tuned_schedules(folder or spec.tuned_folder, workloads, spec.targets)
+    folders = (spec.shipped_tuned, spec.tuned_folder) if folder is None else (folder,)
+    tuned = tuned_schedules([f for f in folders if f is not None], workloads, spec.targets)
     variants = plan_variants(workloads, spec.targets, tuned.choices)
     origin = Origin(spec.name, spec.label, spec.sha256, tuned.hashes)
     return _Plan(variants, origin, package_files(variants, origin), tuned.notes)
 
 
-def _kept_resources(folder: Path, variants: tuple[Variant, ...]) -> ResourceRows:
-    """What an earlier build measured for variants that are still the same (by name)."""
+def _kept_resources(
+    folder: Path, variants: tuple[Variant, ...]
+) -> tuple[ResourceRows, dict[str, str]]:
+    """What an earlier build measured for variants that are still the same, and their Tritons."""
     manifest = read_manifest(folder)
     known = {} if manifest is None else manifest["variants"]
-    kept = {}
+    kept: ResourceRows = {}
+    tritons: dict[str, str] = {}
     for variant in variants:
         entry = known.get(variant.name)
-        rows = entry.get("resources") if isinstance(entry, dict) else None
-        if _are_resources(rows, variant):
-            kept[variant.name] = rows
-    return kept
+        if isinstance(entry, dict) and _are_resources(entry.get("resources"), variant):
+            kept[variant.name] = entry["resources"]
+            if isinstance(entry.get("triton"), str):
+                tritons[variant.name] = entry["triton"]
+    return kept, tritons
 
 
 def _are_resources(rows: Any, variant: Variant) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         isinstance(content.get(key), kind) for key, kind in known.items()
     )
     return content if is_own else None
+
+
+def spec_in(manifest: Mapping[str, Any]) -> str:
+    """The spec that a manifest names in its command, as `load_spec` takes it."""
+    command: str = manifest["command"]
+    try:
+        words = shlex.split(command)
+    except ValueError:  # of a version that did not quote
+        words = command.split(" ")
+    return " ".join(words[2:])
 
 
 def check_free(folder: Path, files: Iterable[str]) -> None:

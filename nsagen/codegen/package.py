@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 import subprocess
 import sysconfig
 import tempfile
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,7 @@ class Origin:
 
     @property
     def command(self) -> str:
-        return f"nsagen build {self.spec_label}"
+        return f"nsagen build {shlex.quote(self.spec_label)}"
 
 
 def variant_header(variant: Variant, origin: Origin) -> str:
@@ -141,8 +143,13 @@ def manifest_text(
     origin: Origin,
     files: dict[str, str],
     resources: dict[str, list[dict[str, Any]]],
+    tritons: Mapping[str, str],
 ) -> str:
-    """`manifest.json`: the inputs' hashes, the variants and what they use once compiled."""
+    """`manifest.json`: the inputs' hashes, the variants and what they use once compiled.
+
+    Args:
+        tritons: variant -> the version that its resources were compiled with, where it is known.
+    """
     content = {
         "nsagen": __version__,
         "command": origin.command,
@@ -168,6 +175,7 @@ def manifest_text(
                 ],
                 "template": variant.template,
                 "fingerprint": variant.fingerprint,
+                **({"triton": tritons[variant.name]} if variant.name in tritons else {}),
                 "resources": resources.get(variant.name, []),
             }
             for variant in variants

@@ -31,8 +31,10 @@ class Tuned:
     notes: tuple[str, ...] = ()
 
 
-def tuned_schedules(folder: Path, workloads: Sequence[Workload], targets: Sequence[str]) -> Tuned:
-    """What a build uses of the records in a folder.
+def tuned_schedules(
+    folders: Sequence[Path], workloads: Sequence[Workload], targets: Sequence[str]
+) -> Tuned:
+    """What a build uses of the records in some folders.
 
     For a workload, target and bucket, a measured record goes before a ranked one, and the newer
     one before the older. A target's buckets come from one device and one run's sizes, so that
@@ -41,7 +43,7 @@ def tuned_schedules(folder: Path, workloads: Sequence[Workload], targets: Sequen
     Raises:
         SpecError: a file is not one of tuning records.
     """
-    files = load_folder(folder)
+    files = [file for folder in folders for file in load_folder(folder)]
     wanted, notes = set(workloads), []
     found: dict[tuple[Workload, str], list[tuple[str, TuningRecord]]] = {}
     for file in files:

@@ -22,9 +22,9 @@ _log = logging.getLogger("nsagen.files")
 _MARK = "# sha256 of the lines above: "
 
 
-def replace_file(path: Path, text: str) -> bool:
+def replace_file(path: Path, content: str | bytes) -> bool:
     """Write a file in one step unless it already says so; whether it changed."""
-    data = text.encode()
+    data = content.encode() if isinstance(content, str) else content
     if path.is_file() and path.read_bytes() == data:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -11,6 +12,14 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 def _find(name: str) -> Path:
     packaged = _PACKAGE / f"_{name}"
     return packaged if packaged.is_dir() else _PACKAGE.parent / name
+
+
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """The given paths in order, but for those whose name begins with a dot.
+
+    Editors and file systems leave such files: locks, copies and attributes of others.
+    """
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def templates_dir() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
@@ -25,11 +26,17 @@ from pydantic import (
 from nsagen.core.bucket import Bucket, Range
 from nsagen.core.errors import InvalidInputError, NsagenError, SpecError
 from nsagen.core.files import locked, replace_file
+from nsagen.core.paths import visible
+from nsagen.core.version import __version__
 from nsagen.core.workload import Schedule, Workload
 from nsagen.records.record import Objective, Timed, TuningRecord
 from nsagen.spec.document import check_form
 
 DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+
+_Other = tuple[TuningRecord | None, dict[str, Any]]
+
+_log = logging.getLogger("nsagen.records")
 
 MAX_BYTES = 16 << 20
 """That a file of records may have: room for some ten thousand."""
@@ -57,6 +64,8 @@ class DeviceRecords:
         device: its slug, e.g. "nvidia-h200"; "static-cuda-90" if nothing was run.
         target: the device's architecture.
         sha256: of the file's bytes.
+        others: rows of other versions of nsagen as they stand in the file, each with its record,
+            or None where this version cannot read it.
     """
 
     device: str
@@ -64,6 +73,7 @@ class DeviceRecords:
     records: tuple[TuningRecord, ...] = ()
     path: Path = field(default=Path(), compare=False)
     sha256: str = ""
+    others: tuple[_Other, ...] = ()
 
 
 def load_records(path: Path) -> DeviceRecords:
@@ -80,7 +90,8 @@ def load_records(path: Path) -> DeviceRecords:
             raise SpecError(f"{path}: must be at most {MAX_BYTES} bytes; got more; {remedy}")
         text = data.decode()
         check_form(text, str(path), _Loader)
-        rows = _FileRow.model_validate(yaml.load(text, Loader=_Loader))
+        content, others = _of_other_versions(yaml.load(text, Loader=_Loader))
+        rows = _FileRow.model_validate(content)
         records = tuple(row.record() for row in rows.records)
     except OSError as error:
         raise SpecError(f"{path}: must be readable; got {error.strerror}; mend that") from None
@@ -101,13 +112,49 @@ def load_records(path: Path) -> DeviceRecords:
         raise SpecError(f"{path}: {key}: {first['msg']}; got {got}; {remedy}") from None
     except (NsagenError, yaml.YAMLError, ValueError) as error:  # numbers of too many digits
         raise SpecError(f"{path}: {' '.join(str(error).split())}; {remedy}") from None
+    records += tuple(record for record, _ in others if record is not None)
+    if unread := sum(record is None for record, _ in others):
+        _log.warning(
+            "%s: %d records of another version of nsagen cannot be read here; they are kept and "
+            "not used",
+            path,
+            unread,
+        )
     digest = hashlib.sha256(data).hexdigest()
-    return DeviceRecords(rows.device, rows.target, records, path, digest)
+    return DeviceRecords(rows.device, rows.target, records, path, digest, others)
+
+
+def _of_other_versions(content: Any) -> tuple[Any, tuple[_Other, ...]]:
+    """A file's content without the records of other versions, and those as far as they are read.
+
+    What this version wrote must be right to the letter; of others, unknown keys are passed over.
+    """
+    if not (isinstance(content, dict) and isinstance(content.get("records"), list)):
+        return content, ()
+
+    def is_other(row: Any) -> bool:
+        version = row.get("nsagen") if isinstance(row, dict) else None
+        return isinstance(version, str) and version != __version__
+
+    others = [row for row in content["records"] if is_other(row)]
+    if not others:
+        return content, ()
+    known = {key: content[key] for key in _FileRow.model_fields if key in content}
+    known["records"] = [row for row in content["records"] if not is_other(row)]
+    return known, tuple((_read_other(row), row) for row in others)
+
+
+def _read_other(row: dict[str, Any]) -> TuningRecord | None:
+    keys = {one.alias or name for name, one in _RecordRow.model_fields.items()}
+    try:
+        return _RecordRow.model_validate({k: v for k, v in row.items() if k in keys}).record()
+    except (ValidationError, NsagenError, ValueError):
+        return None
 
 
 def load_folder(folder: Path) -> tuple[DeviceRecords, ...]:
     """The records of every device in a folder, by name of the file; empty without one."""
-    return tuple(load_records(path) for path in sorted(folder.glob("*.yaml")))
+    return tuple(load_records(path) for path in visible(folder.glob("*.yaml")))
 
 
 def save_records(folder: Path, device: str, target: str, new: Iterable[TuningRecord]) -> Path:
@@ -118,10 +165,13 @@ def save_records(folder: Path, device: str, target: str, new: Iterable[TuningRec
     """
     path = folder / f"{device}.yaml"
     with locked(folder, device):
-        known = {r.key: r for r in load_records(path).records} if path.is_file() else {}
+        file = load_records(path) if path.is_file() else DeviceRecords(device, target)
+        known = {record.key: record for record in file.records}
         newest = max((r.date for r in known.values()), default="")
-        known |= {record.key: _no_older(record, newest) for record in new}
-        replace_file(path, records_text(device, target, known.values()))
+        changed = {record.key: _no_older(record, newest) for record in new}
+        known |= changed
+        others = [(r, row) for r, row in file.others if r is None or r.key not in changed]
+        replace_file(path, records_text(device, target, known.values(), others))
     return path
 
 
@@ -139,8 +189,16 @@ def _no_older(record: TuningRecord, newest: str) -> TuningRecord:
     return replace(record, date=after.strftime(DATE_FORMAT))
 
 
-def records_text(device: str, target: str, records: Iterable[TuningRecord]) -> str:
-    """A file's text: one record a workload, bucket, objective and sizes, in a fixed order."""
+def records_text(
+    device: str, target: str, records: Iterable[TuningRecord], others: Iterable[_Other] = ()
+) -> str:
+    """A file's text: one record a workload, bucket, objective and sizes, in a fixed order.
+
+    Args:
+        others: rows that another version wrote, as they were read; they stay as they are.
+    """
+    as_written = {record.key: row for record, row in others if record is not None}
+    unread = [row for record, row in others if record is None]
     lines = [
         f"# Tuning records of {device}: written by nsagen tune, read by nsagen build.",
         f"device: {device}",
@@ -148,10 +206,11 @@ def records_text(device: str, target: str, records: Iterable[TuningRecord]) -> s
         "records:",
     ]
     ordered = sorted(records, key=lambda r: (r.workload, _order(r.bucket), r.objective, r.sizes))
-    if not ordered:
+    plain = [as_written.get(record.key) or _plain(record) for record in ordered] + unread
+    if not plain:
         lines[-1] += " []"
-    for record in ordered:
-        rows = [f"{key}: {_flow(value)}" for key, value in _plain(record).items()]
+    for row in plain:
+        rows = [f"{key}: {_flow(value)}" for key, value in row.items()]
         lines += [f"- {rows[0]}", *(f"  {row}" for row in rows[1:])]
     return "\n".join(lines) + "\n"
 

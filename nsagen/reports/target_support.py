@@ -8,7 +8,6 @@ and only what changed is compiled anew.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import tempfile
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 from nsagen.aot.variants import COMPILE_LIMIT_S
 from nsagen.codegen.template import default_schedule, kernel_name, render
+from nsagen.core.installed import triton_version
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.worker import map_in_workers
 from nsagen.core.workload import COMPRESS_TYPES, Schedule, Workload
@@ -187,7 +187,7 @@ def write(path: Path, table: Table) -> None:
         f"  {json.dumps(name)}: {json.dumps({t: _short(u) for t, u in targets.items()})}"
         for name, targets in kernels.items()
     )
-    version = json.dumps(importlib.metadata.version("triton"))
+    version = json.dumps(triton_version())
     path.write_text(f'{{\n "triton": {version},\n "kernels": {{\n{lines}\n }}\n}}\n', "utf-8")
 
 

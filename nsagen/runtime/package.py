@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from nsagen.core.errors import InvalidInputError
 from nsagen.core.importing import import_once
 from nsagen.core.paths import cache_dir
 from nsagen.runtime.dispatcher import Dispatcher, OnMissing
+
+_log = logging.getLogger("nsagen.runtime")
 
 _PREFIX = "_nsagen_generated_"
 """Of the names of packages that were imported from a folder."""
@@ -60,6 +63,11 @@ def _package(name: str) -> ModuleType:
             raise
     else:
         # One of the same name may have been imported from a folder that was on the path then.
+        own = Path.cwd() / "generated" / name
+        if _is_of_nsagen(module, name) and (own / "__init__.py").is_file():
+            if not _is_of(module, own):
+                _log.info("nsagen.load: %s of the working folder, not nsagen's own package", own)
+            return import_folder(own) if not _is_of(module, own) else module
         if found is not None and not _is_of(module, found):
             return import_folder(found)
         return module
@@ -81,6 +89,11 @@ def _on_path(name: str) -> Path | None:
         if (folder / "__init__.py").is_file():
             return folder
     return None
+
+
+def _is_of_nsagen(module: ModuleType, name: str) -> bool:
+    """Whether a package lies beside nsagen's own code: a checkout, which has one of each spec."""
+    return _is_of(module, Path(__file__).parents[2] / "generated" / name)
 
 
 def _is_of(module: ModuleType, folder: Path) -> bool:

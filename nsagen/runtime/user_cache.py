@@ -20,7 +20,7 @@ from types import ModuleType
 from nsagen.core.errors import NsagenError, UnsupportedWorkloadError
 from nsagen.core.files import is_whole
 from nsagen.core.importing import LOCK, import_once
-from nsagen.core.paths import cache_dir, templates_dir
+from nsagen.core.paths import cache_dir, templates_dir, visible
 from nsagen.core.releases import installed_release
 from nsagen.core.version import __version__
 from nsagen.core.workload import DTYPES, Workload
@@ -99,7 +99,7 @@ def _generator_hash() -> str:
     """
     digest = hashlib.sha256()
     for root in (templates_dir(), _CODEGEN):
-        for path in sorted([*root.rglob("*.j2"), *root.rglob("*.py")]):
+        for path in visible([*root.rglob("*.j2"), *root.rglob("*.py")]):
             digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()[:8]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import logging
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,13 +14,18 @@ from pydantic import ValidationError
 
 from nsagen.core.branches import BRANCHES
 from nsagen.core.errors import SpecError
-from nsagen.core.paths import specs_dir
+from nsagen.core.paths import specs_dir, visible
 from nsagen.core.workload import Workload
 from nsagen.spec.combine import combine
 from nsagen.spec.document import is_file, parse, read_text, spec_error
 from nsagen.spec.explain import schema_problems
 from nsagen.spec.schema import SpecFile
 from nsagen.spec.shape import AttentionShape
+
+_log = logging.getLogger("nsagen.spec")
+
+GENERATED = Path("generated")
+"""Where packages are written unless a user says otherwise, below the working folder."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Spec:
             else a path from the project's root; never a path of the machine.
         sha256: hex digest of the file's text.
         tuned_folder: where this machine keeps the spec's tuning records, one file a device.
+        source: its file on this machine.
+        shipped_tuned: the records that an installed nsagen has of its own spec, if it is one.
     """
 
     name: str
@@ -46,10 +56,28 @@ class Spec:
     label: str
     sha256: str
     tuned_folder: Path = field(default=Path(), compare=False)
+    source: Path = field(default=Path(), compare=False)
+    shipped_tuned: Path | None = field(default=None, compare=False)
 
     def attention_shapes(self) -> tuple[AttentionShape, ...]:
         """Every combination of the attention's values but the excluded ones, sorted."""
         return self.shapes
+
+    def build_command(self, out: Path = GENERATED) -> str:
+        """What to type into a shell in the working folder to build this spec below `out`."""
+        words = ["nsagen", "build", self._from_here()]
+        if out != GENERATED:
+            words += ["--out", str(out)]
+        return shlex.join(words)
+
+    def _from_here(self) -> str:
+        if "/" not in self.label and not self.label.endswith(".yaml"):
+            found, _ = _find(self.label)
+            if found.absolute() == self.source:
+                return self.label
+        here = Path.cwd()
+        below = self.source.is_relative_to(here)
+        return str(self.source.relative_to(here) if below else self.source)
 
     def workloads(self) -> tuple[Workload, ...]:
         """The workloads of all shapes and passes, each once, sorted."""
@@ -86,13 +114,15 @@ def load_spec(path_or_name: str | Path) -> Spec:
         shapes=shapes,
         label=_label(path),
         sha256=hashlib.sha256(text.encode()).hexdigest(),
-        tuned_folder=path.parent / "tuned" / checked.name,
+        tuned_folder=_tuned_folder(path, checked.name),
+        shipped_tuned=path.parent / "tuned" / checked.name if _is_packaged(path) else None,
+        source=path.absolute(),
     )
 
 
 def shipped_specs() -> tuple[str, ...]:
     """The names of the specs that come with nsagen, sorted."""
-    return tuple(sorted(path.stem for path in specs_dir().glob("*.yaml")))
+    return tuple(path.stem for path in visible(specs_dir().glob("*.yaml")))
 
 
 def _find(path_or_name: str | Path) -> tuple[Path, str]:
@@ -101,11 +131,13 @@ def _find(path_or_name: str | Path) -> tuple[Path, str]:
     is_name = isinstance(path_or_name, str) and path.name == text and not path.suffix
     _check_printable(text)
     if not is_name or is_file(path):
-        return path, text
-    for folder in (Path("specs"), specs_dir()):
-        found = folder / f"{text}.yaml"
-        if is_file(found):
-            return found, f"specs/{found.name}"
+        return (path if is_file(path) else _below_a_root(path) or path), text
+    shipped, own = specs_dir() / f"{text}.yaml", Path("specs", f"{text}.yaml")
+    found = own if is_file(own) else _below_a_root(own) or shipped
+    if is_file(found):
+        if found is not shipped and is_file(shipped) and not found.samefile(shipped):
+            _log.info("spec %s: %s, not the shipped one", text, found)
+        return found, f"specs/{found.name}"
     near = difflib.get_close_matches(text, shipped_specs(), 1)
     remedy = f"did you mean {near[0]!r}?" if near else "give a name of these or a path to a .yaml"
     raise SpecError(
@@ -114,17 +146,44 @@ def _find(path_or_name: str | Path) -> tuple[Path, str]:
     )
 
 
-def _label(path: Path) -> str:
-    path = path.resolve()
+def _is_packaged(path: Path) -> bool:
+    """Whether a spec lies in an installed package, which is no place for a user's records."""
+    return specs_dir().name == "_specs" and path.resolve().parent == specs_dir().resolve()
+
+
+def _tuned_folder(path: Path, name: str) -> Path:
+    parent = Path("specs") if _is_packaged(path) else path.parent
+    return parent / "tuned" / name
+
+
+def _label(given: Path) -> str:
+    path = given.resolve()
     if path.parent == specs_dir().resolve():
         return path.stem
-    label = path.name
-    for folder in path.parents:
-        if (folder / "pyproject.toml").is_file() or (folder / ".git").exists():
-            label = path.relative_to(folder).as_posix()
-            break
+    root = next(_roots(path), None)
+    if root is not None:
+        label = path.relative_to(root).as_posix()
+    elif path.parent.name == "specs":  # of a project that says so in no other way
+        label = f"specs/{path.name}"
+    else:
+        label = path.name if given.is_absolute() else given.as_posix()
     _check_printable(label)
     return label
+
+
+def _roots(path: Path) -> Iterator[Path]:
+    """The folders above a path that are a project's, the innermost first."""
+    for folder in path.parents:
+        if (folder / "pyproject.toml").is_file() or (folder / ".git").exists():
+            yield folder
+
+
+def _below_a_root(path: Path) -> Path | None:
+    """The file that a path means from the root of a project around the working folder."""
+    if path.is_absolute():
+        return None
+    roots = _roots(Path.cwd() / path.name)
+    return next((root / path for root in roots if is_file(root / path)), None)
 
 
 def _check_printable(path: str) -> None:

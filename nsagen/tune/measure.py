@@ -17,11 +17,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import triton
 
 from nsagen.cases.base import THRESHOLDS, Case, Sizes, cases_of, relative_error
 from nsagen.cases.verify import sizes_for
 from nsagen.core.importing import import_file
+from nsagen.core.installed import triton_version
 from nsagen.runtime.device import device_slug, target_of
 from nsagen.tune.outcome import Timing, WrongOutputError
 from nsagen.tune.task import Task
@@ -145,7 +145,7 @@ class GpuMeasurer:
             "name": torch.cuda.get_device_name(),
             "target": target_of(torch.device("cuda")),
             "driver": (said.splitlines() or ["unknown"])[0].strip(),
-            "triton": triton.__version__,
+            "triton": triton_version() or "unknown",
             "torch": torch.__version__,
             "python": platform.python_version(),
         }

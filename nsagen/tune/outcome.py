@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -46,9 +47,28 @@ class Outcome:
 
     @classmethod
     def of_json(cls, values: Mapping[str, Any]) -> Outcome:
-        """The inverse of `as_json`."""
-        lists = {name: tuple(values.get(name, ())) for name in ("kernels", "repeats")}
-        return cls(**{**values, **lists})
+        """The inverse of `as_json`; what another version of nsagen added is left out.
+
+        Raises:
+            ValueError: not an outcome, or one that cannot be understood.
+        """
+        if not isinstance(values, Mapping) or "ms" not in values:
+            raise ValueError(f"not an outcome: {str(values)[:60]}")
+        known = {one.name: values[one.name] for one in fields(cls) if one.name in values}
+        ms = known["ms"]
+        if not (ms is None or (isinstance(ms, (int, float)) and math.isfinite(ms))):
+            raise ValueError(f"not a time: {str(ms)[:60]}")
+        for name in ("kernels", "repeats"):
+            known[name] = tuple(known.get(name, ()))
+        return cls(**known)
+
+    @classmethod
+    def of_trial(cls, attributes: Mapping[str, Any]) -> Outcome | None:
+        """What a study keeps of an evaluation; None where this version cannot understand it."""
+        try:
+            return cls.of_json(attributes["outcome"]) if "schedule" in attributes else None
+        except (KeyError, TypeError, ValueError):
+            return None
 
 
 class WrongOutputError(Exception):

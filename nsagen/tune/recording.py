@@ -6,9 +6,11 @@ A recording is gzipped JSON lines: one that says what was measured and where, on
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import math
+import os
 import random
 import time
 from collections import deque
@@ -20,6 +22,7 @@ from typing import Any, TextIO
 from nsagen.cases.sizes import Sizes
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import NsagenError, TuneError
+from nsagen.core.files import replace_file
 from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.evaluate import Candidates, Evaluator
 from nsagen.tune.outcome import Outcome
@@ -27,6 +30,8 @@ from nsagen.tune.task import Task, fingerprint_or_none
 
 FORMAT = 1
 REFINED = 10
+
+_LONGEST_LINE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,13 @@ def record(
 
     Returns:
         how many schedules have an outcome.
+
+    Raises:
+        TuneError: `path`, or the file of its lines, is there and is not a recording of the task.
     """
     candidates = evaluator.candidates(task)
-    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    check_free(path, task)
+    plain = _plain(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     known = _resume(plain, task)
     order = [s for s in candidates.schedules if s != candidates.default]
@@ -106,7 +115,7 @@ def record(
         rows = [{**_schedule_json(f.schedule), "ms": f.ms} for f in finals if not f.reason]
         _write_line(file, {"refined": rows})
     if plain != path:
-        path.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
+        replace_file(path, gzip.compress(plain.read_bytes(), mtime=0))
         plain.unlink()
     return len(known)
 
@@ -162,22 +171,69 @@ def load_recording(path: Path) -> Recording:
         ) from None
 
 
+def check_free(path: Path, task: Task) -> None:
+    """Refuse to record into a file that is not a recording of the task, finished or not.
+
+    Raises:
+        TuneError: names the file, at `path` or where the lines go meanwhile.
+    """
+    for file in {path, _plain(path)}:
+        if os.path.lexists(file):
+            _check_of(file, task)
+
+
+def _check_of(path: Path, task: Task) -> None:
+    try:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+            head = file.readline(_LONGEST_LINE)
+        if not head and path.suffix != ".gz":
+            return  # an empty file: a process was killed as it began
+        row = json.loads(head)
+        if row.get("format") != FORMAT:
+            raise ValueError("it has no header of one")
+        came = _task_of(row)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, NsagenError) as e:
+        said = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        raise TuneError(
+            f"{path}: must be free, or a recording to go on with; got another file ({said}); "
+            "move it away, or name another"
+        ) from None
+    if came != task:
+        raise TuneError(
+            f"{path}: must be free, or a recording of {task}; got one of {came}; "
+            "move it away, or name another"
+        )
+
+
+def _plain(path: Path) -> Path:
+    """Where the lines go while it is recorded."""
+    return path.with_suffix("") if path.suffix == ".gz" else path
+
+
 def _resume(plain: Path, task: Task) -> dict[Schedule, Outcome]:
     """What an unfinished recording has of kernels as they are now, without a torn last line."""
     if not plain.is_file():
         return {}
     lines = plain.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    rows = [json.loads(line) for line in whole]
+    rows = [row for row in map(_row_of, lines) if row is not None]
     head, found = rows[:1], {}
     for row in rows[1:]:
-        if "refined" not in row:
+        with contextlib.suppress(KeyError, TypeError, ValueError, NsagenError):
             schedule, outcome = _schedule_of(row), _outcome_of(row)
             if (outcome.fingerprint or None) == fingerprint_or_none(task, schedule):
                 head.append(row)
                 found[schedule] = outcome
-    plain.write_text("".join(json.dumps(row) + "\n" for row in head), encoding="utf-8")
+    replace_file(plain, "".join(json.dumps(row) + "\n" for row in head))
     return found
+
+
+def _row_of(line: str) -> dict[str, Any] | None:
+    """A line's row; None for one that is torn."""
+    try:
+        row = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _write_line(file: TextIO, row: Mapping[str, Any]) -> None:

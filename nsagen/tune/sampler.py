@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.workload import Schedule
 from nsagen.tune.encoding import Encoding
+from nsagen.tune.outcome import Outcome
 from nsagen.tune.surrogate import propose
 
 STARTUP = 4
@@ -62,7 +63,11 @@ class SpaceSampler(BaseSampler):
             return {}
         seed = self._seed * 1_000_003 + trial.number
         taken = taken_schedules(study, self._encoding)
-        told = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        told = [
+            t
+            for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            if _is_ours(t, self._encoding)
+        ]
         if self._name == "random" or len(told) < STARTUP:
             schedule = self._encoding.random(taken, seed)
         elif self._name == "gp":
@@ -112,6 +117,13 @@ def taken_schedules(study: Study, encoding: Encoding, asking: int | None = None)
     return {
         encoding.schedule_of(trial.params)
         for trial in study.get_trials(deepcopy=False, states=states)
-        if trial.params.keys() == encoding.distributions.keys()
+        if _is_ours(trial, encoding)
         and (asking is None or trial.number < asking or "schedule" in trial.user_attrs)
     }
+
+
+def _is_ours(trial: FrozenTrial, encoding: Encoding) -> bool:
+    """Whether a trial names a schedule and, once complete, has an outcome that can be read."""
+    if trial.params.keys() != encoding.distributions.keys():
+        return False
+    return trial.state != TrialState.COMPLETE or Outcome.of_trial(trial.user_attrs) is not None

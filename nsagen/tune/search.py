@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 import warnings
@@ -22,6 +23,8 @@ from nsagen.tune.outcome import Outcome
 from nsagen.tune.sampler import DEFAULT_SAMPLER, SpaceSampler, taken_schedules
 from nsagen.tune.storage import owner, owner_is_dead, release_dead_trials
 from nsagen.tune.task import Task, fingerprint_or_none
+
+_log = logging.getLogger("nsagen.tune")
 
 _RETRIES = 20
 
@@ -92,9 +95,22 @@ class Search:
             pruner=NopPruner(),
             load_if_exists=True,
         )
+        self._note_others()
         release_dead_trials(self.study)
         self._take_over(storage, studies)
         self.line_up(first)
+
+    def _note_others(self) -> None:
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        others = len(complete) - len(_evaluated(self.study))
+        if others:
+            _log.warning(
+                "tune: %d of %d trials of the study %r were written by another version of nsagen "
+                "or another tool; they are not used",
+                others,
+                len(complete),
+                self.study.study_name,
+            )
 
     def ask(self) -> Candidate | None:
         """The next schedule to evaluate; None when all have been."""
@@ -188,8 +204,8 @@ class Search:
     def measured(self) -> list[Measured]:
         """Every evaluation so far, in the order of the trials."""
         return [
-            Measured(self.encoding.schedule_of(t.params), Outcome.of_json(t.user_attrs["outcome"]))
-            for t in self._complete()
+            Measured(self.encoding.schedule_of(trial.params), outcome)
+            for trial, outcome in _evaluated(self.study)
         ]
 
     def best(self, count: int) -> list[Measured]:
@@ -199,9 +215,7 @@ class Search:
 
     def finished(self, budget: Budget) -> str:
         """Why the search ends by itself; empty while it goes on."""
-        values = [
-            t.value if t.user_attrs["outcome"]["ms"] is not None else None for t in self._complete()
-        ]
+        values = [t.value if outcome.ok else None for t, outcome in _evaluated(self.study)]
         if len(values) >= len(self.encoding):
             return "every schedule is measured"
         if len(values) >= budget.trials:
@@ -219,14 +233,17 @@ class Search:
         """Of the study to go on with: the first whose kernels are all the same, or a new one."""
         for number in itertools.count(1):
             name = f"{stem}-{number}"
-            if name not in studies or all(map(self._holds, _complete_trials(name, storage))):
+            if name not in studies or self._all_hold(name, storage):
                 return name
         raise AssertionError
 
-    def _holds(self, trial: FrozenTrial) -> bool:
+    def _all_hold(self, name: str, storage: BaseStorage) -> bool:
+        study = optuna.load_study(study_name=name, storage=storage)
+        return all(self._holds(trial, outcome) for trial, outcome in _evaluated(study))
+
+    def _holds(self, trial: FrozenTrial, outcome: Outcome) -> bool:
         """Whether a schedule's kernel is still the one that was evaluated."""
         schedule = schedule_from_text(trial.user_attrs["schedule"])
-        outcome = Outcome.of_json(trial.user_attrs["outcome"])
         return (outcome.fingerprint or None) == fingerprint_or_none(self.task, schedule)
 
     def _take_over(self, storage: BaseStorage, studies: Iterable[str]) -> None:
@@ -237,14 +254,15 @@ class Search:
         """
         for name in studies:
             if name != self.study.study_name:
-                for trial in _complete_trials(name, storage):
-                    self._take_over_trial(trial)
+                earlier = optuna.load_study(study_name=name, storage=storage)
+                for trial, outcome in _evaluated(earlier):
+                    self._take_over_trial(trial, outcome)
 
-    def _take_over_trial(self, trial: FrozenTrial) -> None:
+    def _take_over_trial(self, trial: FrozenTrial, outcome: Outcome) -> None:
         schedule = schedule_from_text(trial.user_attrs["schedule"])
         if not self.encoding.expresses(schedule) or schedule in self._taken():
             return
-        if not self._holds(trial):
+        if not self._holds(trial, outcome):
             return
         self.study.add_trial(
             create_trial(
@@ -271,17 +289,10 @@ class Search:
     def _taken(self, asking: int | None = None) -> set[Schedule]:
         return taken_schedules(self.study, self.encoding, asking)
 
-    def _complete(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-
     def _penalty(self) -> float:
         """The worst value seen: bad, and no outlier that would bend a model."""
-        seen = [
-            t.value
-            for t in self._complete()
-            if t.value is not None and t.user_attrs["outcome"]["ms"] is not None
-        ]
-        return max(seen, default=_UNKNOWN_PENALTY)
+        seen = [t.value for t, outcome in _evaluated(self.study) if outcome.ok]
+        return max((value for value in seen if value is not None), default=_UNKNOWN_PENALTY)
 
 
 def schedule_from_text(text: str) -> Schedule:
@@ -297,6 +308,8 @@ def _knob_value(text: str) -> Param:
     return int(text) if text.lstrip("-").isdecimal() else text
 
 
-def _complete_trials(study: str, storage: BaseStorage) -> list[FrozenTrial]:
-    found = optuna.load_study(study_name=study, storage=storage)
-    return found.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def _evaluated(study: optuna.Study) -> list[tuple[FrozenTrial, Outcome]]:
+    """The trials of a study that ended, and what they gave, as far as this version reads them."""
+    found = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    pairs = [(trial, Outcome.of_trial(trial.user_attrs)) for trial in found]
+    return [(trial, outcome) for trial, outcome in pairs if outcome is not None]

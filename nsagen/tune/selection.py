@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nsagen.codegen.owned import read_manifest, spec_in
 from nsagen.codegen.template import spaces_of
 from nsagen.core.errors import BuildError, InvalidInputError
+from nsagen.core.paths import visible
 from nsagen.core.workload import Workload
 from nsagen.spec import Spec, load_spec
 from nsagen.tune.task import Task, tasks_of
@@ -80,11 +81,11 @@ def specs_of(name: str | None, generated: Path) -> tuple[Spec, ...]:
     """
     if name is not None:
         return (load_spec(name),)
-    manifests = sorted(generated.glob("*/manifest.json"))
-    commands = [json.loads(path.read_text(encoding="utf-8"))["command"] for path in manifests]
-    if not commands:
+    found = map(read_manifest, visible(generated.glob("*")))
+    manifests = [manifest for manifest in found if manifest is not None]
+    if not manifests:
         raise InvalidInputError(
             f"tune: without a SPEC, {generated}/ must hold packages; got none; "
             "name a spec, such as: nsagen tune llama8b"
         )
-    return tuple(load_spec(command.removeprefix("nsagen build ")) for command in commands)
+    return tuple(load_spec(spec_in(manifest)) for manifest in manifests)

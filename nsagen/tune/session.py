@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import optuna
 
 from nsagen.core.errors import InvalidInputError, TuneError
+from nsagen.core.installed import triton_version
 from nsagen.core.paths import cache_dir
 from nsagen.core.target import parse_target
 from nsagen.core.worker import Worker, compile_workers
@@ -30,7 +30,7 @@ from nsagen.tune.recording import load_recording
 from nsagen.tune.selection import Selection, specs_of
 from nsagen.tune.settings import Device, Settings, Step
 from nsagen.tune.simulate import ReplayEvaluator
-from nsagen.tune.storage import open_storage, storage_errors
+from nsagen.tune.storage import open_storage, sqlite_url, storage_errors
 from nsagen.tune.tuner import Tuner
 
 MEASURER = "nsagen.tune.measure:GpuMeasurer"
@@ -183,6 +183,7 @@ def record(
             f"tune: --record-exhaustive takes one workload and size; got {len(tasks)}: {shown}; "
             "choose with --op, --pass, --seqlens, --batch and a spec of one shape"
         )
+    recording.check_free(path, tasks[0])
     with evaluator_for(settings.objective, specs, places) as (device, facts, evaluator):
         result = Result(device.slug, files=[path])
 
@@ -206,7 +207,7 @@ def record(
 
 def default_study_url(device: str) -> str:
     """The local file that keeps a device's studies."""
-    return f"sqlite:///{cache_dir() / 'tune' / device}.db"
+    return sqlite_url(cache_dir() / "tune" / f"{device}.db")
 
 
 @contextmanager
@@ -221,7 +222,7 @@ def evaluator_for(
         facts: dict[str, Any] = {}
         if objective == "static":
             name = places.target or max(target for spec in specs for target in spec.targets)
-            triton = importlib.metadata.version("triton")
+            triton = triton_version() or "unknown"
             device = Device(f"static-{slug(name)}", parse_target(name), "none", triton)
             pool = CompilePool(Path(folder), device.target, workers)
             evaluator: Evaluator = StaticEvaluator(pool)

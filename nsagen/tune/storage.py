@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sqlite3
 import threading
 import time
 import warnings
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote_to_bytes
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
@@ -58,9 +60,9 @@ def open_storage(url: str) -> BaseStorage:
         if scheme == "grpc":
             return _proxy(rest)
         if scheme == "sqlite":
-            path = Path(rest[1:])
+            path = _sqlite_path(rest)
             with locked(path.parent, path.name):  # two that make the tables get in each other's way
-                return _database(url)
+                return _database(url, path)
         return _shared_database(url)
     except (InvalidInputError, TuneError):
         raise
@@ -70,6 +72,16 @@ def open_storage(url: str) -> BaseStorage:
             f"tune: --study {url}: must be a storage that can be opened; it said: {last}; "
             "check that it runs and that its driver is installed"
         ) from error
+
+
+def sqlite_url(path: Path) -> str:
+    """The URL of a database in a local file, whatever its name is made of."""
+    return f"sqlite:///{quote(os.fsencode(path.absolute()))}"
+
+
+def _sqlite_path(rest: str) -> Path:
+    """The file that is meant by what follows `sqlite://` in a URL."""
+    return Path(os.fsdecode(unquote_to_bytes(rest.removeprefix("/").partition("?")[0])))
 
 
 @contextlib.contextmanager
@@ -119,12 +131,19 @@ def _shared_database(url: str) -> RDBStorage:
     return _database(url)
 
 
-def _database(url: str) -> RDBStorage:
+def _database(url: str, path: Path | None = None) -> RDBStorage:
+    """A database by its URL or, for SQLite without options, by its file.
+
+    Optuna and SQLAlchemy each give a meaning to some characters of a URL: {}, % and others.
+    """
     arguments: dict[str, Any] = {}
-    if url.startswith("sqlite"):
+    if path is None:
+        arguments["pool_pre_ping"] = True
+    elif "?" in url:
         arguments["connect_args"] = {"timeout": 60}
     else:
-        arguments["pool_pre_ping"] = True
+        url = "sqlite:///study.db"  # of which no part is used
+        arguments["creator"] = lambda: sqlite3.connect(path, timeout=60, check_same_thread=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # of heartbeats
         storage = RDBStorage(
@@ -133,7 +152,7 @@ def _database(url: str) -> RDBStorage:
             heartbeat_interval=HEARTBEAT_S,
             grace_period=4 * HEARTBEAT_S,
         )
-    if url.startswith("sqlite"):
+    if path is not None:
 
         @event.listens_for(storage.engine, "connect")
         def _fast(connection: Any, record: object) -> None:

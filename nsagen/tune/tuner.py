@@ -151,7 +151,7 @@ class Tuner:
                 task,
                 Encoding(candidates.schedules),
                 self._storage,
-                scope=f"{self._settings.objective} on {self._device.slug}",
+                scope=self._scope,
                 first=[candidates.default, *self._neighbours(task), *candidates.others],
                 sampler=self._settings.sampler,
                 seed=self._settings.seed,
@@ -161,6 +161,13 @@ class Tuner:
             self._open.append(open_search)
             self._conclude(open_search)
             return
+
+    @property
+    def _scope(self) -> str:
+        """What a study's outcomes are true of: another Triton may compile other kernels."""
+        device = self._device
+        with_ = f", triton {device.triton}" if device.triton else ""
+        return f"{self._settings.objective} on {device.slug}{with_}"
 
     def _searching(self) -> int:
         """Open searches that still ask for schedules: those that are decided need no compiler."""

@@ -73,3 +73,13 @@ def test_a_folder_that_cannot_be_written_to_only_costs_time(kernel, tmp_path):
     (tmp_path / "cache").write_text("not a folder")
     assert compiled_resources(path, WORKLOAD, SM90) == compiled_resources(path, WORKLOAD, SM90)
     assert len(calls) == 2
+
+
+def test_settings_of_the_compiler_count(kernel, monkeypatch):
+    path, _ = kernel
+    keys = {compile_key(path, WORKLOAD, SM90)}
+    for name in ("DISABLE_LLVM_OPT", "TRITON_PTXAS_PATH", "TRITON_DEFAULT_FP_FUSION"):
+        monkeypatch.setenv(name, "1")
+        keys.add(compile_key(path, WORKLOAD, SM90))
+        monkeypatch.delenv(name)
+    assert len(keys) == 4

@@ -124,3 +124,27 @@ def test_the_lock_of_another_user_or_name_is_not_emptied(one_op: Path) -> None:
     os.chmod(lock, 0o444)
     make()
     assert lock.read_text() == "mine"
+
+
+def test_resources_keep_the_version_of_triton_that_they_are_of(
+    one_op: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Triton that compiles some of the variants leaves what another one said of the others."""
+
+    def compiled(count: int, version: str) -> list[str | None]:
+        def rows(_: Path, made: tuple) -> dict[str, list[dict[str, object]]]:
+            return {
+                v.name: [{"kernel": v.name, "target": v.targets[0], "registers": 8}]
+                for v in made[:count]
+            }
+
+        monkeypatch.setattr(building, "triton_version", lambda: version)
+        build(load_spec("few.yaml"), OUT, compile_all=rows)
+        make()
+        variants = json.loads((PACKAGE / "manifest.json").read_text())["variants"]
+        return [entry.get("triton") for entry in variants.values()]
+
+    assert compiled(0, "3.5.9") == [None] * 4
+    assert compiled(4, "3.5.9") == ["3.5.9"] * 4
+    assert compiled(1, "3.6.0") == ["3.6.0", "3.5.9", "3.5.9", "3.5.9"]
+    assert check(load_spec("few.yaml"), OUT) == []

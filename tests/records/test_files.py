@@ -102,7 +102,7 @@ def test_a_run_of_another_size_discards_no_record_and_serves_all_calls(
     save_records(world.tuned, "nvidia-h200", "cuda:90", [other])
     assert set(load_records(world.records).records) == {record, other}
     spec = load_spec(world.spec)
-    (choice,) = tuned_schedules(world.tuned, spec.workloads(), spec.targets).choices
+    (choice,) = tuned_schedules([world.tuned], spec.workloads(), spec.targets).choices
     assert (choice.bucket, choice.schedule) == (record.bucket, other.schedule)
 
 
@@ -192,7 +192,7 @@ def test_measured_before_ranked_then_the_newest_device(world: World, record: Tun
     spec = load_spec(world.spec)
 
     def chosen() -> str:
-        (choice,) = tuned_schedules(world.tuned, spec.workloads(), spec.targets).choices
+        (choice,) = tuned_schedules([world.tuned], spec.workloads(), spec.targets).choices
         return choice.provenance.partition(":")[0]
 
     assert chosen() == "tuned on nvidia-h200"
@@ -202,3 +202,23 @@ def test_measured_before_ranked_then_the_newest_device(world: World, record: Tun
     world.records.unlink()
     (world.tuned / "nvidia-h100.yaml").unlink()
     assert chosen() == "ranked by compile-time resources for cuda-90; not run"
+
+
+def test_records_of_other_versions_are_read_as_far_as_they_are_understood_and_kept(
+    record: TuningRecord, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newer = replace(record, bucket=Bucket(tokens=(5000, None)), nsagen="9.0")
+    path = save_records(tmp_path, "gpu", "cuda:90", [record, newer])
+    text = path.read_text().replace('  nsagen: "9.0"\n', '  nsagen: "9.0"\n  joules: [1.5, "x"]\n')
+    unread = '- {workload: "of another kind", nsagen: "9.0"}\n'
+    path.write_text(f"{text}{unread}")
+    found = load_records(path)
+    assert set(found.records) == {record, newer}
+    assert "1 records of another version of nsagen cannot be read here" in caplog.text
+    save_records(tmp_path, "gpu", "cuda:90", [replace(record, ms=0.5)])
+    kept = path.read_text()
+    assert 'joules: [1.5, "x"]' in kept
+    assert '- workload: "of another kind"\n  nsagen: "9.0"\n' in kept
+    assert set(load_records(path).records) == {replace(record, ms=0.5), newer}
+    save_records(tmp_path, "gpu", "cuda:90", [replace(newer, nsagen=record.nsagen)])
+    assert "joules" not in path.read_text()

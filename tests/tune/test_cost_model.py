@@ -79,7 +79,7 @@ def test_from_spec_to_choices(
     assert [record["objective"] for record in found["records"]] == ["static"] * 2
     assert all(record["measured"] == 3 for record in found["records"])
     spec = load_spec("tiny")
-    tuned = tuned_schedules(tmp_path / "tiny", spec.workloads(), spec.targets)
+    tuned = tuned_schedules([tmp_path / "tiny"], spec.workloads(), spec.targets)
     assert tuned.notes == ()
     assert {(c.target, c.measured) for c in tuned.choices} == {("cuda:80", False)}
     assert {c.provenance for c in tuned.choices} == {

@@ -17,7 +17,7 @@ from nsagen.core.errors import TuneError
 from nsagen.core.workload import Schedule, Workload
 from nsagen.tune import session
 from nsagen.tune.outcome import Outcome
-from nsagen.tune.recording import Recording, load_recording
+from nsagen.tune.recording import Recording, check_free, load_recording
 from nsagen.tune.sampler import DEFAULT_SAMPLER, SAMPLERS
 from nsagen.tune.search import Budget
 from nsagen.tune.selection import Selection
@@ -170,3 +170,39 @@ def test_shipped_recordings_are_whole_and_honest(path: Path) -> None:
     assert min(recording.refined.values()) == recording.optimum_ms
     head = json.loads(gzip.decompress(path.read_bytes()).splitlines()[0])
     assert head["format"] == 1
+
+
+@pytest.mark.parametrize("where", ["x.jsonl", "x.jsonl.gz"])
+@pytest.mark.parametrize(
+    "content",
+    [b'{"version": 3, "mine": true}\n', b"notes\n", b"[1, 2]\n", b"{\n}\n", b"\xff\xfe\0"],
+)
+def test_a_file_of_the_users_beside_a_recording_is_refused_before_any_work(
+    tmp_path: Path, where: str, content: bytes
+) -> None:
+    path = tmp_path / where
+    path.write_bytes(content)
+    with pytest.raises(TuneError, match="must be free, or a recording to go on with"):
+        check_free(tmp_path / "x.jsonl.gz", bowl().task)
+    assert path.read_bytes() == content
+
+
+def test_a_recording_of_another_task_is_refused(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    record(world, path, seconds=1e-9)
+    before = path.read_bytes()
+    with pytest.raises(TuneError, match=r"must be free, or a recording of .*; got one of "):
+        check_free(path, bowl().task)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("values", [None, 3, [], {}, {"ms": "fast"}, {"ms": float("nan")}])
+def test_an_outcome_that_cannot_be_read_is_none(values: object) -> None:
+    assert Outcome.of_trial({"schedule": "a()", "outcome": values}) is None
+    assert Outcome.of_trial({"schedule": "a()"}) is None
+    assert Outcome.of_trial({"outcome": {"ms": 1.0}}) is None
+
+
+def test_what_a_newer_version_adds_to_an_outcome_is_passed_over() -> None:
+    newer = {**Outcome(2.0).as_json(), "joules": 1.0}
+    assert Outcome.of_trial({"schedule": "a()", "outcome": newer}) == Outcome(2.0)

@@ -17,6 +17,7 @@ from nsagen.tune.storage import (
     owner,
     owner_is_dead,
     release_dead_trials,
+    sqlite_url,
     trim_torn_tail,
 )
 
@@ -86,3 +87,10 @@ def test_an_owner_is_dead_when_its_process_is() -> None:
     assert owner_is_dead(theirs)
     assert owner_is_dead(f"{host} {os.getpid()} 1")  # the number was given to another process
     assert not owner_is_dead(f"elsewhere {process.pid} {started}")
+
+
+@pytest.mark.parametrize("name", ["a b é", "100%40", "a#b", "why?x=1", "{build}", "[red]", "a'\"b"])
+def test_a_database_may_lie_in_any_folder(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name / "study.db"
+    study_in(sqlite_url(path)).tell(study_in(sqlite_url(path)).ask(), 1.0)
+    assert path.stat().st_size > 0

@@ -1,0 +1,42 @@
+"""Versions of what is installed, without importing it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+
+def version_of(distribution: str) -> str | None:
+    """The version of a distribution; None where there is none of that name."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def triton_version() -> str | None:
+    """`triton.__version__`, whatever the wheel is called; None without Triton.
+
+    A distribution `triton` that says more (such as a commit), or another version, is named too:
+    then what it compiles may differ.
+    """
+    own = _own_version()
+    named = version_of("triton")
+    if own is None or named in (None, own):
+        return own
+    assert named is not None
+    return named if named.startswith(f"{own}+") else f"{own} (distribution {named})"
+
+
+def _own_version() -> str | None:
+    if "triton" in sys.modules:
+        return getattr(sys.modules["triton"], "__version__", None)
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
+        return None
+    text = Path(found.origin).read_text(encoding="utf-8", errors="replace")
+    said = re.search(r"""^__version__\s*=\s*["']([^"']+)["']""", text, re.MULTILINE)
+    return said.group(1) if said else "unknown"

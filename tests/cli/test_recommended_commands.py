@@ -1,0 +1,138 @@
+"""What commands and packages recommend works when it is pasted, wherever that is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+
+from nsagen.cli import doctor
+from nsagen.core.paths import specs_dir
+from nsagen.spec import load as loading
+from nsagen.spec import load_spec
+from nsagen.tune.selection import specs_of
+from tests.cli.test_app import Ran
+from tests.one_op import SPEC, one_op
+
+__all__ = ["one_op"]  # a fixture
+
+ROOTS = loading._roots
+
+
+def pasted(capsys: pytest.CaptureFixture[str], text: str) -> Ran:
+    command = shlex.split(text[text.index("nsagen build") :])
+    return Ran(capsys, *command[1:])
+
+
+@pytest.fixture
+def spec(one_op: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A spec outside of any project, in a folder with a blank; the working folder is another."""
+    path = one_op / "my specs" / "it's.yaml"
+    path.parent.mkdir()
+    path.write_text(SPEC.replace("DTYPE", "float32"))
+    monkeypatch.setattr(loading, "_roots", lambda path: iter(()))
+    (one_op / "elsewhere").mkdir()
+    monkeypatch.chdir(one_op / "elsewhere")
+    return path
+
+
+@pytest.mark.parametrize("out", [(), ("--out", "[my] out")])
+def test_the_remedies_of_check_and_doctor(
+    capsys: pytest.CaptureFixture[str], spec: Path, out: tuple[str, ...]
+) -> None:
+    assert Ran(capsys, "build", str(spec), *out).code == 0
+    (made,) = Path().glob("*/few/__init__.py")
+    for examine in (("build", str(spec), "--check", *out), ("doctor", *out)):
+        made.write_text("# edited\n")
+        told = Ran(capsys, *examine)
+        if "cannot be checked" in told.out:  # an absolute path is in no manifest
+            continue
+        (line,) = [line for line in told.out.splitlines() if "nsagen build" in line]
+        assert pasted(capsys, line).code == 0
+        assert Ran(capsys, "build", str(spec), "--check", *out).code == 0
+
+
+@pytest.mark.parametrize("name", ["few.yaml", "specs/few.yaml", "sub/my own.yaml", "../few.yaml"])
+@pytest.mark.parametrize("root", [False, True])
+def test_the_command_of_a_package_finds_the_spec_from_where_it_was_built(
+    capsys: pytest.CaptureFixture[str],
+    spec: Path,
+    name: str,
+    root: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if root:
+        monkeypatch.setattr(loading, "_roots", ROOTS)
+        (spec.parents[1] / ".git").mkdir()
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).write_text(spec.read_text())
+    assert Ran(capsys, "build", name).code == 0
+    manifest = json.loads(Path("generated/few/manifest.json").read_text())
+    assert pasted(capsys, manifest["command"]).code == 0
+    assert Ran(capsys, "build", name, "--check").code == 0
+    assert [one.name for one in specs_of(None, Path("generated"))] == ["few"]
+
+
+def test_manifests_of_others_are_passed_over(
+    capsys: pytest.CaptureFixture[str], spec: Path
+) -> None:
+    assert Ran(capsys, "build", str(spec)).code == 0
+    for name, text in (("site", '{"name": "a web site"}'), (".hidden", "{}"), ("broken", "{")):
+        Path("generated", name).mkdir()
+        Path("generated", name, "manifest.json").write_text(text)
+    assert "broken" not in Ran(capsys, "doctor").out
+
+
+def test_a_projects_own_spec_is_found_from_below_and_goes_before_the_shipped_one(
+    one_op: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = one_op / "specs" / "tiny.yaml"
+    own.parent.mkdir()
+    own.write_text(SPEC.replace("DTYPE", "float32"))
+    (one_op / "pyproject.toml").touch()
+    (one_op / "deep" / "er").mkdir(parents=True)
+    monkeypatch.chdir(one_op / "deep" / "er")
+    with caplog.at_level("INFO", "nsagen.spec"):
+        assert load_spec("tiny").source.samefile(own)
+    assert caplog.messages == [f"spec tiny: {own}, not the shipped one"]
+    assert load_spec(specs_dir() / "tiny.yaml").build_command() == (
+        f"nsagen build {specs_dir() / 'tiny.yaml'}"
+    )
+
+
+def test_records_of_a_spec_in_a_wheel_go_to_the_users_project(
+    one_op: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = one_op / "site-packages" / "nsagen" / "_specs"
+    wheel.mkdir(parents=True)
+    (wheel / "few.yaml").write_text(SPEC.replace("DTYPE", "float32"))
+    monkeypatch.setattr(loading, "specs_dir", lambda: wheel)
+    (one_op / "few.yaml").unlink()
+    spec = load_spec("few")
+    assert spec.tuned_folder == Path("specs/tuned/few")
+    assert spec.shipped_tuned == wheel / "tuned" / "few"
+
+
+def test_doctor_recommends_to_remove_kernels_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the cache may be one that holds the user's own, too."""
+    root = tmp_path / "it's mine"
+    monkeypatch.setenv("NSAGEN_CACHE_DIR", os.path.relpath(root))
+    old = root / "0.0.1-deadbeef" / "cuda-80" / "x.py"
+    for path in (
+        old,
+        root / "my-research" / "notes.txt",
+        root / "0.0.2-deadbeef" / "notes.txt",
+        root / "0.0.3-deadbeef" / "cuda-80" / "notes.txt",
+    ):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    (root / "0.0.4-deadbeef").symlink_to(root / "my-research")
+    notes: list[str] = []
+    doctor._cache_use(notes)
+    (note,) = notes
+    assert shlex.split(note.partition("free the room: ")[2]) == ["rm", "-r", str(old.parents[1])]

@@ -1,0 +1,85 @@
+"""Files that appear whole, on file systems of every kind."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from nsagen.core.files import locked, replace_file
+from nsagen.core.paths import visible
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def test_no_mode_need_be_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CIFS, FAT and some FUSE mounts have none."""
+    monkeypatch.setattr(os, "chmod", refuse)
+    assert replace_file(tmp_path / "a", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_file_that_nothing_can_be_renamed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr(os, "replace", refuse)
+    assert replace_file(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(PermissionError):
+        replace_file(tmp_path / "folder", "new")
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_bytecode_of_the_old_file_goes_wherever_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: bool
+) -> None:
+    from importlib.util import cache_from_source
+
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "elsewhere") if prefix else None)
+    kept = Path(cache_from_source(str(tmp_path / "a.py")))
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    replace_file(tmp_path / "a.py", "x = 1\n")
+    assert not kept.exists()
+
+
+def test_a_file_system_without_locks_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with locked(tmp_path, "few"):
+        pass
+
+
+def test_waiting_for_a_lock_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    waited = []
+
+    def held(lock: int, how: int) -> None:
+        if how & fcntl.LOCK_NB:
+            raise BlockingIOError
+        waited.append(lock)
+
+    monkeypatch.setattr(fcntl, "flock", held)
+    with locked(tmp_path, "few"):
+        assert waited
+    assert caplog.messages == [f"waiting for another process that writes {tmp_path / 'few'}"]
+
+
+def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
+    for name in ("b.yaml", "a.yaml", "._a.yaml"):
+        (tmp_path / name).touch()
+    (tmp_path / ".#b.yaml").symlink_to("me@host.1:1")
+    assert [path.name for path in visible(tmp_path.glob("*.yaml"))] == ["a.yaml", "b.yaml"]

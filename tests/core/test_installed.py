@@ -1,0 +1,40 @@
+"""Which Triton is installed, whatever its wheel is called."""
+
+import importlib.metadata
+
+import pytest
+import triton
+
+from nsagen.core import installed
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        (None, "{own}"),
+        ("{own}", "{own}"),
+        ("{own}+git12ab", "{own}+git12ab"),
+        ("3.5.9", "{own} (distribution 3.5.9)"),
+    ],
+)
+def test_the_version(
+    monkeypatch: pytest.MonkeyPatch, named: str | None, told: str, loaded: bool
+) -> None:
+    own = triton.__version__
+
+    def version(name: str) -> str:
+        if named is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return named.format(own=own)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    if not loaded:
+        modules = {k: v for k, v in installed.sys.modules.items() if k != "triton"}
+        monkeypatch.setattr(installed.sys, "modules", modules)
+    assert installed.triton_version() == told.format(own=own)
+
+
+def test_none_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "_own_version", lambda: None)
+    assert installed.triton_version() is None
