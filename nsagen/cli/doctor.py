@@ -7,13 +7,11 @@ import os
 import platform
 import re
 import shlex
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from nsagen.core.errors import NsagenError
-from nsagen.core.installed import triton_version, version_of
+from nsagen.core.installed import driver_version, triton_version, version_of
 from nsagen.core.paths import cache_dir, visible
 from nsagen.core.version import __version__
 from nsagen.runtime.user_cache import cache_folder
@@ -37,7 +35,7 @@ def examine(out_dir: Path) -> dict[str, Any]:
         "numpy": version_of("numpy"),
         "ruff": version_of("ruff"),
         "GPUs": ", ".join(gpus) or None,
-        "GPU driver": _driver(),
+        "GPU driver": driver_version(),
         "optional": ", ".join(f"{name} {found}" for name, found in _optional().items()) or None,
         "user cache": f"{cache_dir()} ({_cache_use(notes)})",
         "interpreter": "on (TRITON_INTERPRET)" if os.environ.get("TRITON_INTERPRET") else "off",
@@ -131,18 +129,6 @@ def _gpus(problems: list[str]) -> list[str]:
         except NsagenError as error:
             problems.append(f"GPU {index}: {error}")
     return found
-
-
-def _driver() -> str | None:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout else None
 
 
 def _packages(out_dir: Path, problems: list[str]) -> list[str]:

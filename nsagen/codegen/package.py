@@ -203,7 +203,8 @@ def formatted(files: dict[str, str]) -> dict[str, str]:
             (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
             (Path(folder) / path).write_text(text, encoding="utf-8")
         command = [ruff, *_FORMAT, folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # The working folder may have been removed.
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
             raise BuildError(f"build: ruff must format every file; it said {done.stderr.strip()}")
         return {path: (Path(folder) / path).read_text(encoding="utf-8") for path in files}

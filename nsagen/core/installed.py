@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +31,20 @@ def triton_version() -> str | None:
         return own
     assert named is not None
     return named if named.startswith(f"{own}+") else f"{own} (distribution {named})"
+
+
+def driver_version() -> str | None:
+    """The version of NVIDIA's driver; None where nvidia-smi is missing, hangs or tells none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.match(rb"\s*(\d+(?:\.\d+)+)\s*(?:\n|$)", said)
+    return found[1].decode() if found else None
 
 
 def _own_version() -> str | None:

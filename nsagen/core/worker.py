@@ -39,7 +39,13 @@ START_S = 180.0
 
 _CLOSED = "crash: the worker was closed"
 
-_NOT_INHERITED = ("TRITON_INTERPRET", "PYTHONPATH", "PYTHONINSPECT", "PYTHONSAFEPATH")
+_NOT_INHERITED = (
+    "TRITON_INTERPRET",
+    "PYTHONPATH",
+    "PYTHONINSPECT",
+    "PYTHONSAFEPATH",
+    "PYTHONWARNINGS",
+)
 """Variables that are right for the parent and would change what a worker does."""
 
 # Started with -P, so that no file of the working folder is imported in place of a module.
@@ -136,6 +142,7 @@ class Worker:
         with self._lock:
             self._over = True
         self._kill()
+        self._errors.close()
 
     def _kill(self) -> None:
         with self._lock:  # another thread may be closing it, too
@@ -222,6 +229,8 @@ class Worker:
         if code < 0:
             with contextlib.suppress(ValueError):
                 how = f"signal {signal.Signals(-code).name}"
+        if self._errors.closed:
+            return _CLOSED
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip().splitlines()
         return f"crash: {how}" + (f": {said[-1][:200]}" if said else "")

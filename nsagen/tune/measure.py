@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import torch
 from nsagen.cases.base import THRESHOLDS, Case, Sizes, cases_of, relative_error
 from nsagen.cases.verify import sizes_for
 from nsagen.core.importing import import_file
-from nsagen.core.installed import triton_version
+from nsagen.core.installed import driver_version, triton_version
 from nsagen.runtime.device import device_slug, target_of
 from nsagen.tune.outcome import Timing, WrongOutputError
 from nsagen.tune.task import Task
@@ -135,16 +134,11 @@ class GpuMeasurer:
 
     def identify(self) -> dict[str, str]:
         """What a record notes of the device and the software on it."""
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            said = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-        except OSError:
-            said = ""
         return {
             "device": device_slug(),
             "name": torch.cuda.get_device_name(),
             "target": target_of(torch.device("cuda")),
-            "driver": (said.splitlines() or ["unknown"])[0].strip(),
+            "driver": driver_version() or "unknown",
             "triton": triton_version() or "unknown",
             "torch": torch.__version__,
             "python": platform.python_version(),

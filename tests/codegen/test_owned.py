@@ -148,3 +148,13 @@ def test_resources_keep_the_version_of_triton_that_they_are_of(
     assert compiled(4, "3.5.9") == ["3.5.9"] * 4
     assert compiled(1, "3.6.0") == ["3.6.0", "3.5.9", "3.5.9", "3.5.9"]
     assert check(load_spec("few.yaml"), OUT) == []
+
+
+def test_a_working_folder_that_was_removed(
+    one_op: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, gone = load_spec(one_op / "few.yaml"), tmp_path_factory.mktemp("gone")
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert build(spec, one_op).written
+    monkeypatch.chdir(one_op)

@@ -1,6 +1,8 @@
 """Which Triton is installed, whatever its wheel is called."""
 
 import importlib.metadata
+import os
+from pathlib import Path
 
 import pytest
 import triton
@@ -38,3 +40,22 @@ def test_the_version(
 def test_none_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installed, "_own_version", lambda: None)
     assert installed.triton_version() is None
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("570.124.06\\n570.124.06\\n", "570.124.06"),
+        ("NVIDIA-SMI has failed: 570.1\\n", None),
+        ("\\377\\376\\n", None),
+        ("", None),
+    ],
+)
+def test_what_is_no_version_of_a_driver_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, told: str | None
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nprintf '{said}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert installed.driver_version() == told

@@ -194,5 +194,6 @@ def test_nothing_of_the_parents_surroundings_changes_what_a_worker_does(
     monkeypatch.setattr(sys, "path", ["", str(tmp_path), str(ROOT), *sys.path])
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
     found = worker.ask("surroundings", limit_s=60)
     assert (found.value, found.reason) == ({"interpreter": None, "shelve": shelve.__file__}, "")
