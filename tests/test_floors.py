@@ -1,0 +1,115 @@
+"""Imports run one way, down the floors of the package, and nowhere in a circle.
+
+Imports inside functions and for type checkers count too.
+"""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "nsagen"
+
+FLOORS = (
+    "core",
+    "spec",
+    "records",
+    "codegen",
+    "runtime",
+    "ops",
+    "cases",
+    "model",
+    "aot",
+    "tune",
+    "distributed",
+    "integrations",
+    "estimate",
+    "reports",
+    "bench",
+    "cli",
+)
+"""The folders, from the ground up: a file imports from its own floor and from those below it."""
+
+RUNNING = {"runtime", "ops", "model", "distributed", "integrations"}
+"""What a model imports. It must not need what makes kernels, except through the door below."""
+
+GENERATING = {"spec", "records", "codegen"}
+
+DOOR = ("nsagen.runtime.user_cache", "nsagen.codegen.build")
+"""Where the dispatcher has a kernel built that no package has, imported when that happens."""
+
+TOP = {"nsagen", "nsagen.__main__"}
+"""`nsagen.load` imports the running side when it is called; `__main__` is the command line."""
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
+MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(module: str, *, lazily: bool = True) -> set[str]:
+    """The package's modules that a module imports; without `lazily`, those it imports at once."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    found = set[str]()
+    for node in ast.walk(tree) if lazily else tree.body:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.add(name if name in MODULES else str(node.module))
+    return {name for name in found if name in MODULES and name != module}
+
+
+GRAPH = {module: imported(module) for module in MODULES}
+
+
+def floor_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_every_file_is_on_a_floor() -> None:
+    loose = {module for module in set(MODULES) - TOP if floor_of(module) not in FLOORS}
+    assert not loose
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_run_down(floor: str) -> None:
+    allowed = FLOORS[: FLOORS.index(floor) + 1]
+    wrong = [
+        f"{module} imports {other}"
+        for module in sorted(set(MODULES) - TOP)
+        if floor_of(module) == floor
+        for other in sorted(GRAPH[module] - {"nsagen"})
+        if floor_of(other) not in allowed
+    ]
+    assert not wrong, f"a file imports its own floor and those below it: {wrong}"
+
+
+def test_the_running_side_reaches_the_generating_side_by_one_door() -> None:
+    crossings = [
+        (module, other)
+        for module in sorted(set(MODULES) - TOP)
+        if floor_of(module) in RUNNING
+        for other in sorted(GRAPH[module] - TOP)
+        if floor_of(other) in GENERATING
+    ]
+    assert crossings == [DOOR]
+    assert DOOR[1] not in imported(DOOR[0], lazily=False), "the door opens only on a miss"
+
+
+def test_there_is_no_circle() -> None:
+    graph = {module: GRAPH[module] - TOP for module in set(MODULES) - TOP}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
