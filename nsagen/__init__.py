@@ -4,12 +4,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nsagen.core.errors import (
+    BuildError,
+    CapacityError,
+    InvalidInputError,
+    NsagenError,
+    SpecError,
+    TuneError,
+    UnsupportedWorkloadError,
+)
 from nsagen.core.version import __version__
 
 if TYPE_CHECKING:
     from nsagen.runtime.dispatcher import Dispatcher, OnMissing
 
-__all__ = ["__version__", "load"]
+__all__ = [
+    "BuildError",
+    "CapacityError",
+    "InvalidInputError",
+    "NsagenError",
+    "SpecError",
+    "TuneError",
+    "UnsupportedWorkloadError",
+    "__version__",
+    "load",
+]
 
 
 def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:

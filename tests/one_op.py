@@ -1,4 +1,4 @@
-"""A world with one op: templates, a harness and a spec for `gated_sum` alone.
+"""A world with one op: templates, cases and a spec for `gated_sum` alone.
 
 Tests of what happens around kernels (build, check, verify) use it, so that they are quick and
 do not depend on the shipped templates.
@@ -71,7 +71,7 @@ attention: {head_dim: 32, v_head_dim: [32, 48], gqa_ratio: 1, dtype: DTYPE, comp
 
 
 def make_case(workload: Workload, sizes: Sizes, device: torch.device, seed: int = 0) -> Case:
-    """The harness of `gated_sum`, with its formula written out."""
+    """A case of `gated_sum`, with its formula written out."""
     random = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, workload.dtype)
     shape = (sizes.tokens, sizes.kv_heads)
@@ -102,9 +102,9 @@ def one_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for key in list(STATIC_PARAMS):
         if key != ("gated_sum", "forward"):
             monkeypatch.delitem(STATIC_PARAMS, key)
-    harness = ModuleType("nsagen.cases.gated_sum")
-    harness.make_case = make_case  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, harness.__name__, harness)
+    cases = ModuleType("nsagen.cases.gated_sum")
+    cases.make_case = make_case  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, cases.__name__, cases)
     monkeypatch.setattr(template, "templates_dir", lambda: templates)
     monkeypatch.chdir(tmp_path)
     template.forget()

@@ -1,4 +1,4 @@
-"""What the harnesses of attention's backward kernels share."""
+"""What the cases of attention's backward kernels share."""
 
 from __future__ import annotations
 

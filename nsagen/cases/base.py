@@ -1,4 +1,4 @@
-"""What every op's harness makes: example inputs, expected outputs and the work they cost.
+"""A case: example inputs of one call of an op, its expected outputs and its least cost.
 
 Tests, `verify`, tuning, benchmarks and ahead-of-time compilation all take their
 inputs from here, so that each op is exercised in one way only.
@@ -63,7 +63,7 @@ class Case:
 
 
 def cases_of(workload: Workload) -> ModuleType:
-    """The harness module of a workload's op; it has `make_case(workload, sizes, device, seed)`."""
+    """The module with the cases of a workload's op: `make_case(workload, sizes, device, seed)`."""
     suffix = "" if workload.pass_ == "forward" else f"_{workload.pass_}"
     stem = f"nsagen.cases.{workload.op}"
     if suffix and importlib.util.find_spec(stem + suffix):

@@ -1,4 +1,4 @@
-"""The run-time sizes of a call; apart from the harnesses, which need torch."""
+"""The run-time sizes of a call; apart from the cases, which need torch."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = f"{error.filename}: " if error.filename else ""
         print(
             f"nsagen: {where}must be there, readable and writable, with room; "
-            f"got {error.strerror or error}; mend that and run it again",
+            f"got {error.strerror or error}; fix that and run it again",
             file=sys.stderr,
         )
         raise SystemExit(1) from None

@@ -214,6 +214,6 @@ def _writing(folder: Path) -> Iterator[None]:
         raise BuildError(
             f"build: must be able to write {folder}; got {error.strerror}: "
             f"{error.filename2 or error.filename}; "
-            "mend that or choose another --out, then build again: what is there stays usable "
+            "fix that or choose another --out, then build again: what is there stays usable "
             "or refuses to import, and a build completes it"
         ) from error

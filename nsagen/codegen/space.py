@@ -133,18 +133,18 @@ class ScheduleSpace:
         """The schedule to use where nothing was measured: the default, made to fit the target.
 
         A default that breaks a rule or needs too much shared memory changes one knob by one value
-        at a time, later knobs first, as long as that mends a rule or needs less. What needs
+        at a time, later knobs first, as long as that fixes a rule or needs less. What needs
         too much even then is left to the compiler, as the estimate is an upper one.
 
         Raises:
             BuildError: the default has a knob or value that the space lacks, a defect in it.
-            UnsupportedWorkloadError: no such change mends a broken rule.
+            UnsupportedWorkloadError: no single-knob change fixes it.
         """
         schedule = Schedule.of(self.algorithm, self.default(workload, target))
         if wrong := self._unknown_values(schedule):
             raise BuildError(
                 f"{workload}, {target}: the default schedule must have known knobs; "
-                f"got {schedule}: {'; '.join(wrong)}; mend `default` in templates/{self.op}"
+                f"got {schedule}: {'; '.join(wrong)}; fix `default` in templates/{self.op}"
             )
         while self.violations(workload, schedule, target):
             excess = self._excess(workload, schedule, target)

@@ -82,7 +82,7 @@ def load_records(path: Path) -> DeviceRecords:
     Raises:
         SpecError: not YAML, or not records; the text names the file and the key.
     """
-    remedy = "mend or remove the record, and run nsagen tune"
+    remedy = "fix or remove the record, and run nsagen tune"
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -94,7 +94,7 @@ def load_records(path: Path) -> DeviceRecords:
         rows = _FileRow.model_validate(content)
         records = tuple(row.record() for row in rows.records)
     except OSError as error:
-        raise SpecError(f"{path}: must be readable; got {error.strerror}; mend that") from None
+        raise SpecError(f"{path}: must be readable; got {error.strerror}; fix that") from None
     except UnicodeDecodeError as error:
         came = f"byte 0x{data[error.start]:02x} at offset {error.start}"
         raise SpecError(f"{path}: must be UTF-8 text; got {came}; {remedy}") from None

@@ -37,7 +37,7 @@ def combine(
     problems = [
         document.problem(
             ("exclude", i),
-            "must match a combination; got one that no list makes; remove or mend it",
+            "must match a combination; got one that no list makes; remove or fix it",
         )
         for i in unused
     ]

@@ -48,7 +48,7 @@ def spec_error(name: str, problems: Iterable[Problem]) -> SpecError:
     )
     if len(lines) > MAX_PROBLEMS:
         rest = len(lines) - MAX_PROBLEMS
-        lines[MAX_PROBLEMS:] = [f"{name}: and {rest} more problems; mend these first"]
+        lines[MAX_PROBLEMS:] = [f"{name}: and {rest} more problems; fix these first"]
     return SpecError("\n".join(map(_printable, lines)))
 
 
@@ -100,7 +100,7 @@ def read_text(path: Path, name: str) -> str:
     """
     try:
         if not path.exists():
-            raise SpecError(f"{name}: a spec must be a readable file; got none; mend the path")
+            raise SpecError(f"{name}: a spec must be a readable file; got none; fix the path")
         if not path.is_file():
             raise SpecError(f"{name}: a spec must be a regular file; got another; name a file")
         with path.open("rb") as file:
@@ -109,7 +109,7 @@ def read_text(path: Path, name: str) -> str:
         came = error.strerror or "an error"
         shown = name if len(name) <= 200 else f"{name[:60]}..."
         raise SpecError(
-            f"{shown}: a spec must be a readable file; got {came}; mend the path"
+            f"{shown}: a spec must be a readable file; got {came}; fix the path"
         ) from None
     if len(data) > MAX_BYTES:
         raise SpecError(

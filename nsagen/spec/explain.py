@@ -89,7 +89,7 @@ def _wrong_value(location: Location, value: Any, document: Document) -> str:
     got = shown(location, value, document)
     if isinstance(value, (list, tuple)) and "anyOf" in schema:
         most = next(part for part in schema["anyOf"] if "items" in part).get("maxItems")
-        return f"must be one value or a list of 1 to {most}; got {got}; mend the list"
+        return f"must be one value or a list of 1 to {most}; got {got}; fix the list"
     one = schema["anyOf"][0] if "anyOf" in schema else schema
     return f"must be {_rule(one)}; got {got}; {_remedy(one, value)}"
 
@@ -130,7 +130,7 @@ def _remedy(schema: dict[str, Any], value: Any) -> str:
         word = re.sub(r"[^a-z0-9_]+", "_", value.lower()).strip("_")[:40]
         word += "_kernels" if keyword.iskeyword(word) else ""
         return f"write {word!r}" if re.match(schema["pattern"], word) else "choose such a name"
-    return "mend it"
+    return "fix it"
 
 
 def _number_remedy(schema: dict[str, Any], value: Any) -> str:

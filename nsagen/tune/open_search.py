@@ -13,7 +13,7 @@ from nsagen.tune.search import Budget, Candidate, Search
 
 
 class OpenSearch:
-    """A search that is open.
+    """A search under way.
 
     Attributes:
         number: the task's place, from 1.

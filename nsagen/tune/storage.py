@@ -96,7 +96,7 @@ def storage_errors(url: str) -> Iterator[None]:
         said = str(getattr(cause, "orig", None) or cause or error).strip().splitlines()[0]
         raise TuneError(
             f"tune: --study {url}: must stay readable and writable; it said: {said}; "
-            "mend that, and the same command goes on from what it kept"
+            "fix that, and the same command goes on from what it kept"
         ) from error
 
 

@@ -117,7 +117,7 @@ def test_gradients_compile_to_warpgroup_products_without_a_gpu(op, group, tmp_pa
 
 
 def resources_of(w: Workload, folder: Path, changed: Callable[[Args], Args]) -> list[Resources]:
-    """Of the kernels that a launch calls with the harness's arguments as `changed` returns them."""
+    """Of the kernels that a launch calls with the case's arguments as `changed` returns them."""
     (space,) = (s for s in spaces_of(w.op, w.pass_) if s.algorithm == "warp_specialized")
     schedule = space.default_schedule(w, SM90)
     path = folder / f"{kernel_name(w, schedule)}.py"

@@ -1,4 +1,4 @@
-"""A broken manifest is reported as edited and mended by the next build; it is never believed."""
+"""A broken manifest is reported as edited and fixed by the next build; it is never believed."""
 
 import functools
 from pathlib import Path

@@ -46,7 +46,7 @@ def test_the_table_has_every_file_once(kind: str) -> None:
 @pytest.mark.parametrize(
     ("path", "told"),
     [
-        ("a" * 5000 + ".yaml", "a spec must be a readable file; got File name too long; mend the"),
+        ("a" * 5000 + ".yaml", "a spec must be a readable file; got File name too long; fix the"),
         ("a" * 5000, "must be a file, or one of "),
         ("x\nimport os.yaml", r"a path must be printable text; got 'x\nimport os.yaml'; rename it"),
         ("\x1b[2J", r"a path must be printable text; got '\x1b[2J'; rename it"),

@@ -141,7 +141,7 @@ def refused() -> int:
     try:
         make()
     except BuildError as error:
-        told = r"build: must be able to write generated/few; got File too large: .*; mend that"
+        told = r"build: must be able to write generated/few; got File too large: .*; fix that"
         return 1 if re.match(told, str(error)) else 2
     return 0
 

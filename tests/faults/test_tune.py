@@ -210,7 +210,7 @@ def test_a_truncated_file_of_records(world: World, part: float) -> None:
     cut = world.records.read_bytes()
     line = told(world)
     assert line.startswith(str(world.records))
-    assert "mend or remove the record, and run nsagen tune" in line
+    assert "fix or remove the record, and run nsagen tune" in line
     assert len(trials_of(world.url)) == 4
     assert world.records.read_bytes() == cut
     world.records.unlink()

@@ -1,6 +1,6 @@
 """Values that break kernels, through every pass of every op: as the float64 reference does.
 
-Each kind takes the place of the normal numbers that a harness draws. Where the reference, rounded
+Each kind takes the place of the normal numbers that a case draws. Where the reference, rounded
 to the output's dtype, is finite, so is the kernel's result, and as close as in any other test.
 """
 
@@ -70,7 +70,7 @@ def workload(op: str, pass_: str, dtype: str, **other: Param) -> Workload:
 
 
 def adversarial(w: Workload, kind: str, monkeypatch: pytest.MonkeyPatch) -> Case:
-    """The harness's case of a ragged batch, or of rows at some positions, with other numbers."""
+    """The case of a ragged batch, or of rows at some positions, with other numbers."""
     draw = torch.randn
     with monkeypatch.context() as patched:
         patched.setattr(torch, "randn", lambda *a, **k: KINDS[kind](draw(*a, **k)))

@@ -28,7 +28,7 @@ def workload(dtype="float32", dim=32, v_dim=None, group=2, block_size=16):
 
 
 def case_of(w: Workload, seqlens=RAGGED, kv_heads=2, topk_idx=None) -> Case:
-    """A case of the harness, or the same one with other blocks chosen."""
+    """The usual case, or the same one with other blocks chosen."""
     if topk_idx is None:
         return make_case(w, Sizes(seqlens, kv_heads), kernel_device(), seed=1)
     drawn = case_of(w, seqlens, kv_heads)

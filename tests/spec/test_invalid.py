@@ -42,7 +42,7 @@ def test_a_combination_is_named_once_however_many_shapes_have_it(tmp_path: Path)
 def test_no_more_problems_than_a_person_reads(tmp_path: Path) -> None:
     lines = error_of(tmp_path, "".join(f"key{i}: 1\n" for i in range(500))).splitlines()
     assert len(lines) == MAX_PROBLEMS + 1
-    assert lines[-1] == "bad.yaml: and 482 more problems; mend these first"
+    assert lines[-1] == "bad.yaml: and 482 more problems; fix these first"
 
 
 def test_what_is_echoed_cannot_act_on_a_terminal(tmp_path: Path) -> None:
