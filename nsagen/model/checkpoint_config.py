@@ -18,6 +18,9 @@ from nsagen.model.sparsity import SETTINGS, stored_settings
 SPARSITY = (*SETTINGS, "v_head_dim")
 """The settings that NSA adds to a Llama: in config.json they lie below `nsa`."""
 
+NSA_TYPE = "nsagen_toy_llama"
+"""The model_type of a `ToyNSALlama`'s folder; before it had one, it was "llama"."""
+
 _SAME_NAME = (
     "vocab_size",
     "max_position_embeddings",
@@ -54,13 +57,16 @@ def dense_config(raw: Mapping[str, Any], folder: Path) -> ToyLlamaConfig:
         InvalidInputError: it is no Llama, or has what ToyLlama lacks: biases, another activation.
     """
     where = f"{folder}/config.json"
+    kind = raw.get("model_type")
+    door = "nsagen.integrations.transformers"
     require(
-        raw.get("model_type") == "llama",
+        kind in ("llama", NSA_TYPE),
         where,
         "model_type must be llama",
-        repr(raw.get("model_type")),
-        "for a Mistral or Qwen3, load it with Transformers and call "
-        "nsagen.integrations.transformers.apply_nsa",
+        repr(kind),
+        f"load it with {door}.load_nsa"
+        if str(kind).startswith("nsagen_")
+        else f"for a Mistral or Qwen3, load it with Transformers and call {door}.apply_nsa",
     )
     quantization = raw.get("quantization_config")
     require(
@@ -228,7 +234,8 @@ def config_json(model_config: ToyLlamaConfig, tied: bool, dtype: torch.dtype) ->
     config = {name: value for name, value in config.items() if name not in SPARSITY}
     content: dict[str, Any] = {
         "architectures": ["ToyNSALlama" if nsa else "LlamaForCausalLM"],
-        "model_type": "llama",
+        # Of this type, Transformers refuses it: as a Llama it would load without the new weights.
+        "model_type": NSA_TYPE if nsa else "llama",
         **config,
         "hidden_act": "silu",
         "attention_bias": False,

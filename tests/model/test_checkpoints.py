@@ -102,6 +102,7 @@ def test_the_default_settings_are_stored_as_ever(tmp_path: Path) -> None:
     ToyNSALlama(nsa_config()).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     assert set(stored["nsa"]) == {*SPARSITY, "compress_type"}
+    assert stored["model_type"] == "nsagen_toy_llama"  # no dense Llama to Transformers
     assert "v_head_dim" not in stored
     config = nsa_config(branches=("sliding",), v_head_dim=16)
     ToyNSALlama(config).save_pretrained(tmp_path)
@@ -131,6 +132,7 @@ def test_the_dtype_is_the_folders_unless_given(folder: Path) -> None:
     ("changes", "text"),
     [
         ({"model_type": "mistral"}, "model_type must be llama, got 'mistral'; for a Mistral"),
+        ({"model_type": "nsagen_llama"}, "load it with nsagen.integrations.transformers.load_nsa"),
         ({"attention_bias": True}, "attention_bias must be False, got True"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ({"num_hidden_layers": 1}, "an unknown model.layers.1."),
