@@ -181,14 +181,18 @@ class NSALayer(CacheLayerMixin):
         """Forget the last tokens of each row, as assisted generation does with a draft's.
 
         Args:
-            tokens_to_remove: minus their number.
+            tokens_to_remove: minus their number; above 0, as in Transformers before 5.18, the
+                number that is left.
 
         Raises:
             InvalidInputError: the cache holds padding; more tokens than the last pass had, so that
                 keys which the next window needs are gone.
         """
-        count, state = abs(tokens_to_remove), self.state
-        if not count or state is None or self.store is None:
+        state, count = self.state, int(tokens_to_remove)
+        if state is None or self.store is None:
+            return
+        count = -count if count <= 0 else max(0, state.seen - count)
+        if not count:
             return
         if state.real is not None and not bool(state.real.all()):
             refuse("cache", "cannot be cropped while it holds padding", f"crop({-count})", _UNPAD)

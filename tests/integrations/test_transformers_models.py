@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM
+from packaging.version import Version  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
-from nsagen.integrations.transformers_attention import TransformersNSA
-from tests.integrations.tiny import (
+from nsagen.integrations.transformers_attention import TransformersNSA  # noqa: E402
+from tests.integrations.tiny import (  # noqa: E402
     KINDS,
     as_dense,
     build,
@@ -99,6 +100,10 @@ def test_rope_of_every_type_is_the_dense_models(name: str) -> None:
         assert distance(sparse_model(ids).logits, model(ids).logits) < 1e-5
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.24"),
+    reason="its generate gives Phi-3 one token without the cache where rope changes",
+)
 @torch.no_grad()
 def test_longrope_goes_from_short_to_long_as_the_dense_model_does() -> None:
     kind, parameters = ROPES["longrope"]
