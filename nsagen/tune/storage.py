@@ -165,8 +165,22 @@ def _database(url: str, path: Path | None = None) -> RDBStorage:
 
 def _journal(path: Path) -> JournalStorage:
     path.parent.mkdir(parents=True, exist_ok=True)
+    _check_journal(path)
     trim_torn_tail(path)
     return JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
+
+
+def _check_journal(path: Path) -> None:
+    """Refuse a file that is not a journal, before anything is cut off or added."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        first = file.readline(1 << 16)
+    if first and not first.startswith(b'{"op_code":'):
+        raise TuneError(
+            f"tune: --study journal://{path}: must be a journal that Optuna wrote, or free; "
+            "got another file; name another"
+        )
 
 
 def trim_torn_tail(path: Path) -> int:

@@ -94,3 +94,12 @@ def test_a_database_may_lie_in_any_folder(tmp_path: Path, name: str) -> None:
     path = tmp_path / name / "study.db"
     study_in(sqlite_url(path)).tell(study_in(sqlite_url(path)).ask(), 1.0)
     assert path.stat().st_size > 0
+
+
+@pytest.mark.parametrize("content", [b"notes\n", b"no line break", b"[1]\n", b"\xff\0"])
+def test_a_file_of_the_users_is_not_taken_for_a_journal(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "notes.log"
+    path.write_bytes(content)
+    with pytest.raises(TuneError, match="must be a journal that Optuna wrote, or free"):
+        open_storage(f"journal://{path}")
+    assert path.read_bytes() == content
