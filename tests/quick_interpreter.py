@@ -9,8 +9,12 @@ tests/kernels/test_quick_interpreter.py.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
+import linecache
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +28,7 @@ def quicken(patch: pytest.MonkeyPatch) -> None:
     _replace_language_once_a_launch(patch)
     _remember_types(patch)
     _skip_conversions_to_what_is_there(patch)
+    _rewrite_equal_functions_once(patch)
     _skip_unreported_overflow_checks(patch)
 
 
@@ -142,6 +147,40 @@ def _skip_conversions_to_what_is_there(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TritonSemantic, "broadcast_impl_value", broadcast_values)
     patch.setattr(TritonSemantic, "cast", cast_unless_same)
     patch.setattr(TritonSemantic, "binary_op_type_checking_impl", check_different_types)
+
+
+def _rewrite_equal_functions_once(patch: pytest.MonkeyPatch) -> None:
+    """Kernels of many files have helpers of one text; a traceback names the first of the files."""
+    rewrite = interpreter.FunctionRewriter.rewrite_ast
+    codes: dict[str, Any] = {}
+
+    @functools.cache
+    def last_lines(path: str, changed: int) -> dict[int, Any]:
+        """First line, a decorator's if there is one -> last line of each function in a file."""
+        tree = ast.walk(ast.parse(Path(path).read_bytes()))
+        functions = [node for node in tree if isinstance(node, ast.FunctionDef)]
+        return {(*f.decorator_list, f)[0].lineno: f.end_lineno for f in functions}
+
+    def rewrite_once(self: Any) -> Any:
+        path, first = self.fn.__code__.co_filename, self.fn.__code__.co_firstlineno
+        if not Path(path).is_file():
+            return rewrite(self)
+        linecache.checkcache(path)
+        end = last_lines(path, Path(path).stat().st_mtime_ns)[first]
+        lines = linecache.getlines(path)[first - 1 : end]
+        self.def_lineno = self._find_def(lines)
+        source = self._prepare_source(lines)
+        if source not in codes:
+            self.filename, self.def_file_lineno = path, first + self.def_lineno - 1
+            codes[source] = compile(self._transform_ast(source), path, "exec")
+        names = self.fn.__globals__
+        for name, value in vars(interpreter).items():
+            names.setdefault(name, value)
+        made = dict(self.kwargs)
+        exec(codes[source], names, made)
+        return made[self.fn.__name__]
+
+    patch.setattr(interpreter.FunctionRewriter, "rewrite_ast", rewrite_once)
 
 
 def _skip_unreported_overflow_checks(patch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,9 @@ pytestmark = pytest.mark.interpreter
 
 @contextmanager
 def tritons_own() -> Iterator[None]:
-    """Triton's interpreter as it is installed."""
+    """Triton's interpreter as it is installed, which has rewritten no function yet."""
     QUICK.undo()
+    interpreter.InterpretedFunction.rewritten_fn.clear()
     assert interpreter._patch_lang.__module__ == interpreter.__name__
     try:
         yield
