@@ -855,8 +855,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__58189c47"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__58189c47"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__a4303e01"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__a4303e01"),),
     },
     Workload(
         op="selected_attention",
@@ -883,8 +883,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__02e4047c"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__02e4047c"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__485da3fa"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__485da3fa"),),
     },
     Workload(
         op="selected_attention",

@@ -1426,8 +1426,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__ef0dff12"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__ef0dff12"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__d785cef9"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g1_b16__d785cef9"),),
     },
     Workload(
         op="selected_attention",
@@ -1440,8 +1440,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__1defcc59"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__1defcc59"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__19f1c39e"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g2_b16__19f1c39e"),),
     },
     Workload(
         op="selected_attention",
@@ -1454,8 +1454,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__8a942f3e"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__8a942f3e"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__f11be660"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f32_d32_g4_b16__f11be660"),),
     },
     Workload(
         op="sliding_window_attention",

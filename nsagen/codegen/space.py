@@ -133,12 +133,11 @@ class ScheduleSpace:
         """The schedule to use where nothing was measured: the default, made to fit the target.
 
         A default that breaks a rule or needs too much shared memory changes one knob by one value
-        at a time, later knobs first, as long as that fixes a rule or needs less. What needs
-        too much even then is left to the compiler, as the estimate is an upper one.
+        at a time, later knobs first, as long as that fixes a rule or needs less.
 
         Raises:
             BuildError: the default has a knob or value that the space lacks, a defect in it.
-            UnsupportedWorkloadError: no single-knob change fixes it.
+            UnsupportedWorkloadError: no such change fixes a broken rule, or needs little enough.
         """
         schedule = Schedule.of(self.algorithm, self.default(workload, target))
         if wrong := self._unknown_values(schedule):
@@ -153,8 +152,8 @@ class ScheduleSpace:
             if smaller is None:
                 break
             schedule = smaller
-        if self._excess(workload, schedule, target)[0]:
-            wrong = "; ".join(self.violations(workload, schedule, target))
+        if violations := self.violations(workload, schedule, target):
+            wrong = "; ".join(violations)
             raise UnsupportedWorkloadError(
                 f"{workload}, {target}: {self.algorithm} must have a valid schedule; "
                 f"the nearest to its default is {schedule}: {wrong}; choose another algorithm"

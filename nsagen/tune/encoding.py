@@ -8,6 +8,7 @@ neither: no evaluation is spent on what the rules exclude, and none twice.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -22,6 +23,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, IntD
 
 from nsagen.codegen.space import ScheduleSpace
 from nsagen.codegen.template import spaces_of
+from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.core.releases import installed_release
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
@@ -196,10 +198,13 @@ def valid_schedules(workload: Workload, target: Target) -> tuple[Schedule, ...]:
 def _sample(
     space: ScheduleSpace, workload: Workload, target: Target, size: int
 ) -> Iterator[Schedule]:
-    default = space.default_schedule(workload, target)
-    yield default
+    default = None
+    with contextlib.suppress(UnsupportedWorkloadError):  # it may have none that fits
+        default = space.default_schedule(workload, target)
+    if default:
+        yield default
     draw, seen = random.Random(f"{workload} {space.algorithm}"), set[int]()
-    found = 1
+    found = int(default is not None)
     while found < SAMPLED and len(seen) < size // 2:  # later draws would mostly repeat
         number = draw.randrange(size)
         if number in seen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from nsagen.codegen.template import default_schedule, space_for
+from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.core.releases import installed_release
 from nsagen.core.target import Target
 from nsagen.core.worker import Reply, Worker
@@ -76,12 +78,12 @@ def candidates_for(workload: Workload, target: Target) -> Candidates:
         return not space.violations(workload, schedule, target)
 
     default = default_schedule(workload, target, installed_release())
-    others = tuple(
-        space_for(workload, algorithm).default_schedule(workload, target)
-        for algorithm in algorithms
-        if algorithm != default.algorithm
-    )
-    return Candidates(schedules, default, tuple(filter(allows, others)), allows)
+    others = []
+    for algorithm in algorithms:
+        if algorithm != default.algorithm:
+            with contextlib.suppress(UnsupportedWorkloadError):  # it may have none that fits
+                others.append(space_for(workload, algorithm).default_schedule(workload, target))
+    return Candidates(schedules, default, tuple(others), allows)
 
 
 class Evaluator(Protocol):

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.spaces.padding import LEAST_TILE, element_bytes, padded_heads, raw_peak
+from nsagen.codegen.spaces.padding import (
+    LEAST_TILE,
+    element_bytes,
+    group_tile,
+    padded_heads,
+    raw_peak,
+)
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -24,13 +30,14 @@ def whole_block(workload: Workload) -> int:
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Padded sizes, and which axis of the scores is which."""
     group, block_n = int(workload.gqa_ratio), int(schedule.block_n)
-    block_g = max(LEAST_TILE, next_power_of_2(group))
+    block_g, group_tiles = group_tile(workload)
     rows = schedule.orientation == "rows"
     return {
         **padded_heads(workload),
         "raw_peak": raw_peak(workload),
         "block_g": block_g,
-        "pad_g": block_g != group,
+        "group_tiles": group_tiles,
+        "pad_g": block_g * group_tiles != group,
         "steps_per_block": -(-int(workload.block_size) // block_n),
         "key_axis": 1 if rows else 0,
     }
@@ -40,12 +47,14 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the key and value tiles that are on their way, and of the query tile.
 
     A step's own tiles are read at once by mma.sync, so one buffer less than num_stages does.
+    float32's probabilities go through shared memory on their way to the second product.
     """
     width = element_bytes(workload)
     sizes = derive(workload, schedule)
     step = int(schedule.block_n) * (sizes["block_d"] + sizes["block_dv"])
     buffers = max(1, int(schedule.num_stages) - 1)
-    return width * (buffers * step + sizes["block_g"] * sizes["block_d"])
+    turned = sizes["block_g"] * int(schedule.block_n) if width == 4 else 0
+    return width * (buffers * step + sizes["block_g"] * sizes["block_d"] + turned) + 256
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
@@ -62,8 +71,9 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     steps = [n for n in (64, 32, 16) if n <= keys and block_size % n == 0]
     block_n = steps[0] if steps else whole_block(workload)
     if exact:
-        return {"orientation": "rows", "block_n": block_n, "num_warps": 4, "num_stages": 1}
-    rows = max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio)))
+        # With 4 warps, or one stage, operands of plain products go through the stack.
+        return {"orientation": "rows", "block_n": block_n, "num_warps": 8, "num_stages": 2}
+    rows, _ = group_tile(workload)
     warps = min(8, max(1, rows * max(sizes["block_d"], sizes["block_dv"]) // 2048))
     return {"orientation": "rows", "block_n": block_n, "num_warps": warps, "num_stages": 3}
 
@@ -120,8 +130,11 @@ def prefers_key_major(workload: Workload, target: Target) -> bool:
     """Small groups, whose partial results weigh less than the blocks each token would read.
 
     Not measured: a token writes and reads topk G Dv elements, or reads topk B (D + Dv) from L2.
-    A whole block must fit the target's shared memory.
+    A whole block must fit the target's shared memory. float32 has no matrix instruction that is
+    exact, and the plain products of a whole block spill.
     """
+    if workload.dtype == "float32":
+        return False
     schedule = Schedule.of("key_major", default_key_major(workload, target))
     fits = key_major_memory(workload, schedule) <= target.shared_memory
     return int(workload.gqa_ratio) < 8 and fits

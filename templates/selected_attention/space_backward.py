@@ -6,7 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.spaces.padding import LEAST_TILE, element_bytes, padded_heads, raw_peak
+from nsagen.codegen.spaces.padding import (
+    LEAST_TILE,
+    element_bytes,
+    group_tile,
+    padded_heads,
+    raw_peak,
+)
 from nsagen.codegen.spaces.warp_specialized import GLUON, runs_on
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
@@ -16,6 +22,11 @@ PIPELINE_ROWS = 64
 
 WGMMA_ROWS = 64
 """Rows of a warp group's product; with fewer, others are used."""
+
+
+def key_tile(workload: Workload, schedule: Schedule) -> int:
+    """Keys of a program of the key blocks' pass: a block where the schedule says nothing."""
+    return int(dict(schedule.knobs).get("key_tile", block_b(workload)))
 
 
 def tiles_block(workload: Workload, schedule: Schedule, target: Target) -> bool:
@@ -38,35 +49,39 @@ FOUR_WARPS = 64 * 256
 """Elements of a block's dk and dv that four warps hold, in half of their registers."""
 
 
-def gradient_elements(workload: Workload) -> int:
-    """Elements of a block's dk and dv, padded."""
+def gradient_elements(workload: Workload, keys: int | None = None) -> int:
+    """Elements of dk and dv of so many keys, or of a block's, padded."""
     sizes = padded_heads(workload)
-    return block_b(workload) * (sizes["block_d"] + sizes["block_dv"])
+    return (keys or block_b(workload)) * (sizes["block_d"] + sizes["block_dv"])
 
 
 def derive_keys(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Sizes of the key blocks' pass."""
     group, block_m = int(workload.gqa_ratio), int(schedule.block_m)
+    keys = key_tile(workload, schedule)
+    key_tiles = -(-int(workload.block_size) // keys)
     return {
         **padded_heads(workload),
         "raw_peak": raw_peak(workload),
-        "block_b": block_b(workload),
-        "sum_warps": 16 if gradient_elements(workload) > FOUR_WARPS else 8,
-        "pad_b": block_b(workload) != int(workload.block_size),
+        "block_b": keys,
+        "key_tiles": key_tiles,
+        "sum_warps": 16 if gradient_elements(workload, keys) > FOUR_WARPS else 8,
+        "pad_b": keys * key_tiles != int(workload.block_size),
         "tile_tokens": block_m // group,
         "pad_m": block_m % group != 0,
+        "split_group": block_m < group,
     }
 
 
 def derive_two_pass(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Sizes of both passes, and which axis of the first one's scores is which."""
-    group = int(workload.gqa_ratio)
-    block_g = max(LEAST_TILE, next_power_of_2(group))
+    block_g, group_tiles = group_tile(workload)
     return {
         **derive_keys(workload, schedule),
         "dq_partials": False,
         "block_g": block_g,
-        "pad_g": block_g != group,
+        "group_tiles": group_tiles,
+        "pad_g": block_g * group_tiles != int(workload.gqa_ratio),
         "steps_per_block": -(-int(workload.block_size) // int(schedule.block_n)),
     }
 
@@ -110,7 +125,7 @@ def key_major_memory(workload: Workload, schedule: Schedule) -> int:
 def query_pass_memory(workload: Workload, block_n: int, num_stages: int) -> int:
     """Bytes of the keys and values that are on their way, and of the group's rows of q and do."""
     sizes = padded_heads(workload)
-    block_g = max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio)))
+    block_g, _ = group_tile(workload)
     rows = max(1, num_stages - 1) * block_n + block_g
     return element_bytes(workload) * (sizes["block_d"] + sizes["block_dv"]) * rows
 
@@ -126,6 +141,24 @@ def default_part_tokens(workload: Workload) -> int:
     return min(4096, max(1024, next_power_of_2(16384 // int(workload.gqa_ratio))))
 
 
+def default_key_tile(workload: Workload) -> int:
+    """A block, or as much of it as the registers of eight warps hold dk and dv of.
+
+    float32 has no matrix instruction that is exact, and plain products hold operands in registers.
+    """
+    most = 2 * FOUR_WARPS
+    if workload.dtype == "float32":
+        most = (
+            FOUR_WARPS
+            if max(padded_heads(workload)[n] for n in ("block_d", "block_dv")) <= 128
+            else FOUR_WARPS // 2
+        )
+    keys = block_b(workload)
+    while keys > LEAST_TILE and gradient_elements(workload, keys) > most:
+        keys //= 2
+    return keys
+
+
 def wide_heads(workload: Workload) -> bool:
     """Heads whose dk and dv fill the registers of four warps."""
     sizes = padded_heads(workload)
@@ -137,20 +170,28 @@ def default_keys(
     target: Target,
     wanted: tuple[tuple[str, int, int, int], ...],
     memory: Callable[[Workload, Schedule], int],
+    tile: dict[str, Param] | None = None,
 ) -> dict[str, Param]:
-    """The first (key_orientation, block_m, key_warps, key_stages) that fits the target."""
+    """The first (key_orientation, block_m, key_warps, key_stages) that fits the target.
+
+    Steps have whole groups; with `tile`, the key tile's knob, parts of them where those do not fit.
+    """
     if workload.dtype == "float32":  # no matrix instruction is exact: plain FMA
         wanted = (("keys", 16, 8, 1),)
-    for orientation, block_m, warps, stages in (*wanted, ("keys", 32, 4, 2), ("keys", 16, 4, 1)):
-        knobs: dict[str, Param] = {
-            "key_orientation": orientation,
-            "block_m": max(block_m, next_power_of_2(int(workload.gqa_ratio))),
-            "key_warps": warps,
-            "key_stages": stages,
-            "part_tokens": default_part_tokens(workload),
-        }
-        if memory(workload, Schedule.of("", knobs)) <= target.shared_memory:
-            break
+    group = next_power_of_2(int(workload.gqa_ratio))
+    fallbacks = (*wanted, ("keys", 32, 4, 2), ("keys", 16, 4, 1))
+    for least in (group, LEAST_TILE) if tile else (group,):
+        for orientation, block_m, warps, stages in fallbacks:
+            knobs: dict[str, Param] = {
+                "key_orientation": orientation,
+                "block_m": max(block_m, least),
+                "key_warps": warps,
+                "key_stages": stages,
+                "part_tokens": default_part_tokens(workload),
+                **(tile or {}),
+            }
+            if memory(workload, Schedule.of("", knobs)) <= target.shared_memory:
+                return knobs
     return knobs
 
 
@@ -168,14 +209,15 @@ def default_queries(workload: Workload, target: Target) -> dict[str, Param]:
     block_size = int(workload.block_size)
     steps = [n for n in (64, 32, 16) if n <= keys and block_size % n == 0]
     block_n = steps[0] if steps else block_b(workload)
-    rows = max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio)))
+    rows, _ = group_tile(workload)
     narrow = sizes["block_d"] <= 64 and target.has_wgmma  # one warp spills there with three stages
-    stages = (1,) if exact else (2, 1) if narrow else (3, 2, 1)
+    # With 4 warps or one stage, operands of float32's plain products go through the stack.
+    stages = (2, 1) if exact or narrow else (3, 2, 1)
     fitting = [n for n in stages if query_pass_memory(workload, block_n, n) <= target.shared_memory]
     return {
         "orientation": "rows",
         "block_n": block_n,
-        "num_warps": 4 if exact else min(8, max(1, rows * sizes["block_d"] // 2048)),
+        "num_warps": 8 if exact else min(8, max(1, rows * sizes["block_d"] // 2048)),
         "num_stages": fitting[0] if fitting else 1,
     }
 
@@ -183,17 +225,18 @@ def default_queries(workload: Workload, target: Target) -> dict[str, Param]:
 def default_two_pass(workload: Workload, target: Target) -> dict[str, Param]:
     """For dk and dv, no spills; where four warps can hold them, two programs a multiprocessor."""
     # Where shared memory is small, a third stage of queries spills; with longer blocks, a second.
-    few = target.shared_memory < 128 * 1024 and block_b(workload) <= 64
+    keys = default_key_tile(workload)
+    few = target.shared_memory < 128 * 1024 and keys <= 64
     wanted = (("keys", 32, 4, 2 if few else 3),)
     if wide_heads(workload):  # of what eight warps hold without spills, on every target
         wanted = (("queries", 32 if target.has_wgmma else 16, 8, 2),)
-    elif gradient_elements(workload) > FOUR_WARPS:
+    elif gradient_elements(workload, keys) > FOUR_WARPS:
         wanted = (("keys", 16, 8, 2),)
-    elif target.arch == "120" and block_b(workload) > 64:
+    elif target.arch == "120" and keys > 64:
         wanted = (("keys", 32, 8, 3),)
     return {
         **default_queries(workload, target),
-        **default_keys(workload, target, wanted, key_pass_memory),
+        **default_keys(workload, target, wanted, key_pass_memory, {"key_tile": keys}),
     }
 
 
@@ -312,10 +355,19 @@ SPACES = (
             Knob("num_warps", (1, 2, 4, 8), "threads for the same tile"),
             Knob("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
             *KEY_KNOBS,
+            PowerOfTwo("key_tile", 16, 1024, "reuse of each row against registers"),
         ),
         rules=(
             Rule("steps of block_n tile block_size", tiles_block),
-            Rule("block_m holds a group of query heads", holds_group),
+            Rule(
+                "columns need two stages: of a loop that is not pipelined Triton 3.6's assembler "
+                "makes an operand from a stale register (tests/aot/test_descriptors.py)",
+                lambda w, s, t: not t.has_wgmma or s.orientation == "rows" or int(s.num_stages) > 1,
+            ),
+            Rule(
+                "key_tile is a block's padded size or less",
+                lambda w, s, t: int(s.key_tile) <= block_b(w),
+            ),
         ),
         derive=derive_two_pass,
         shared_memory=two_pass_memory,

@@ -19,7 +19,10 @@ from nsagen.spec import load_spec
 
 @pytest.mark.parametrize(
     ("changes", "text"),
-    [({"spill_bytes": 4000}, "spills 4000 bytes"), ({"shared_bytes": 1 << 20}, "shared memory")],
+    [
+        ({"spill_bytes": 40, "loop_spills": 3}, "the stack 3 times in loops"),
+        ({"shared_bytes": 1 << 20}, "shared memory"),
+    ],
 )
 def test_what_must_not_ship_fails_by_name(
     changes: dict[str, Any], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

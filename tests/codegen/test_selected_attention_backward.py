@@ -67,7 +67,7 @@ def test_no_more_shared_memory_than_estimated(
     w, sm = workload(*sizes), KNOWN_TARGETS[target]
     space = space_for(w, algorithm)
     names = ("key_orientation", "block_m", "key_warps", "key_stages")
-    default = dict(space.default_schedule(w, sm).knobs)
+    default = dict(space.default(w, sm))
     schedule = Schedule.of(algorithm, {**default, **dict(zip(names, knobs, strict=True))})
     found = shared_bytes(key_blocks_pass(w, schedule, tmp_path), sm, monkeypatch)
     assert 0 < found <= space.shared_memory(w, schedule)

@@ -133,11 +133,9 @@ def test_neighbours_share_what_they_should():
     module.plan_sharing[(tiles, 1)](
         *(topk_idx, cu_seqlens, None, None, shared, counts, rest, tokens, topk, 3),
         TOPK_PAD=4,
-        BATCH_PAD=4,
     )
-    tile = 0
-    for begin, end in ((0, 54), (54, 71)):
-        for first in range(begin, end, 2):
+    for seq, (begin, end) in enumerate(((0, 54), (54, 71)), 1):
+        for tile, first in enumerate(range(begin, end, 2), begin // 2 + seq):  # its number
             seen = [
                 [b for b in topk_idx[0, t].tolist() if b <= (t - begin) // 16]
                 for t in range(first, min(first + 2, end))
@@ -148,7 +146,6 @@ def test_neighbours_share_what_they_should():
             assert shared[tile, : len(common)].tolist() == [[b, 3] for b in common]
             for t, blocks in enumerate(left, first):
                 assert rest[0, t].tolist() == blocks + [-1] * (topk - len(blocks))
-            tile += 1
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -204,6 +201,12 @@ def test_queries_that_are_a_part_of_their_sequences(dtype, starts, own_keys, alg
         load_kernel(w, schedule_of(w, algorithm)),
         Case(call, {"o": o, "lse": lse}, expected, Cost(0, 0)),
     )
+
+
+def test_wide_float32_groups_in_two_programs():
+    w = workload("float32", dim=256, v_dim=256, group=20, block_size=16)
+    case = case_of(w, (19,), kv_heads=1, topk_idx=blocks_of(1, 19, 3))
+    check_case(load_kernel(w, schedule_of(w, "query_major")), case)
 
 
 @each_algorithm

@@ -91,12 +91,32 @@ def test_lists_of_one_part_and_of_many(part_tokens, algorithm):
     check_case(load_kernel(w, schedule), case)
 
 
+@pytest.mark.parametrize(
+    ("block_size", "key_tile", "group", "block_m", "part_tokens"),
+    [(32, 16, 3, 16, 512), (40, 16, 20, 16, 16), (24, 16, 20, 16, 512), (64, 32, 5, 32, 16)],
+)
+def test_blocks_in_tiles_and_steps_of_parts_of_groups(
+    block_size, key_tile, group, block_m, part_tokens
+):
+    """What makes long blocks and wide groups fit; some tiles are past a sequence's end."""
+    w = workload("float16", group=group, block_size=block_size)
+    knobs = {"key_tile": key_tile, "block_m": block_m, "part_tokens": part_tokens}
+    schedule = schedule_of(w, "two_pass", **knobs)
+    check_case(load_kernel(w, schedule), case_of(w, (block_size + 5, 3, 0), kv_heads=1))
+
+
+def test_wide_float32_groups_in_two_programs():
+    w = workload("float32", dim=256, v_dim=256, group=20, block_size=16)
+    case = case_of(w, (9,), kv_heads=1)
+    check_case(load_kernel(w, schedule_of(w, "two_pass")), case)
+
+
 def test_shares_of_some_heads_at_once(monkeypatch):
     """Memory for two heads of three, and for none."""
     w = workload("float16", group=1)
     case = case_of(w, (30, 0, 9), kv_heads=3)
     module = load_kernel(w, schedule_of(w, "key_major"))
-    for limit in (1, 2 * 39 * 16 * 32 * 2):
+    for limit in (1, 2 * 39 * 16 * 32 * 4):
         monkeypatch.setattr(module, "SHARES_BYTES", limit)
         check_case(module, case)
 

@@ -27,6 +27,20 @@ def raw_peak(workload: Workload) -> bool:
     return workload.dtype == "float16" or int(workload.head_dim) > 128
 
 
+def group_tile(workload: Workload) -> tuple[int, int]:
+    """(query heads of a group that one program takes, padded, and the programs of a group).
+
+    All of them, unless their queries and what else has a row a head take more than 32 KiB.
+    """
+    group, sizes = int(workload.gqa_ratio), padded_heads(workload)
+    padded = max(LEAST_TILE, next_power_of_2(group))
+    row_bytes = element_bytes(workload) * (sizes["block_d"] + sizes["block_dv"])
+    tile = padded
+    while tile > LEAST_TILE and tile * row_bytes > 32 * 1024:
+        tile //= 2
+    return tile, -(-group // tile)
+
+
 def padded_heads(workload: Workload) -> dict[str, Any]:
     """Head sizes padded to powers of two."""
     dim, v_dim = int(workload.head_dim), int(workload.v_head_dim)

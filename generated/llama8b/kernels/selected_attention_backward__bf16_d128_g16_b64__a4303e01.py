@@ -2,11 +2,11 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/selected_attention/backward_two_pass.py.j2
-# Source:     fingerprint cd51e3fce8adb834
+# Source:     fingerprint 047c5e48e0019307
 # Workload:   selected_attention backward
 #             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, block_size=64
-# Schedule:   two_pass(block_m=32, block_n=16, key_orientation=keys, key_stages=3, key_warps=4,
-#             num_stages=3, num_warps=1, orientation=rows, part_tokens=1024)
+# Schedule:   two_pass(block_m=32, block_n=16, key_orientation=keys, key_stages=3, key_tile=64,
+#             key_warps=4, num_stages=3, num_warps=1, orientation=rows, part_tokens=1024)
 # Targets:    cuda:80, cuda:90
 # Provenance: the architecture's default; not measured
 """Selected attention, backward: dq query-major, dk and dv key-block-major.
@@ -90,9 +90,24 @@ def find_sequence(cu_seqlens, batch, token):
 
 
 @triton.jit
-def is_first(chosen, slot, block, place):
+def first_places(chosen, slot, TOPK_PAD: tl.constexpr):
+    """A bit for each place of a token's list that no earlier one repeats, for 32 places or fewer."""
+    bits = tl.full([], -1, tl.int32)
+    if TOPK_PAD <= 32:
+        earlier = (chosen[:, None] == chosen[None, :]) & (slot[None, :] < slot[:, None])
+        repeats = tl.max(earlier.to(tl.int32), 1)
+        bits = tl.sum((1 - repeats) << slot, 0)
+    return bits
+
+
+@triton.jit
+def is_first(chosen, slot, bits, block, place, TOPK_PAD: tl.constexpr):
     """Whether no earlier place than `place` of a token's list names `block`: repeats count once."""
-    return tl.max(((chosen == block) & (slot < place)).to(tl.int32), 0) == 0
+    if TOPK_PAD <= 32:
+        first = (bits >> place) & 1 == 1
+    else:
+        first = tl.max(((chosen == block) & (slot < place)).to(tl.int32), 0) == 0
+    return first
 
 
 CHUNKS = 256  # of the tokens, at most; more are placed faster, and take more counters
@@ -356,7 +371,7 @@ def parts_of(index, heads, part_tokens, first_chunk=0, end_chunk=None):
 
 
 @triton.jit
-def selected_attention_backward__bf16_d128_g16_b64__58189c47_queries(
+def selected_attention_backward__bf16_d128_g16_b64__a4303e01_queries(
     do,
     q,
     k,
@@ -384,7 +399,7 @@ def selected_attention_backward__bf16_d128_g16_b64__58189c47_queries(
     TOPK_PAD: tl.constexpr,
 ):
     """dq and delta of one token's group of heads."""
-    row = tl.program_id(0).to(tl.int64)  # the packed token
+    row = (tl.program_id(0)).to(tl.int64)  # the packed token
     kv_head = tl.program_id(1).to(tl.int64)
     topk_idx += (kv_head * tokens + row) * topk
     slot = tl.arange(0, TOPK_PAD)
@@ -398,7 +413,8 @@ def selected_attention_backward__bf16_d128_g16_b64__58189c47_queries(
     t = (row - begin).to(tl.int32)  # the token's position in its sequence
     own_block = t // BLOCK_SIZE  # the last one that it may see
 
-    head = kv_head * GROUP + tl.arange(0, BLOCK_G)
+    in_group = tl.arange(0, BLOCK_G)
+    head = kv_head * GROUP + in_group
     q_head = head
     dim = tl.arange(0, BLOCK_D)
     dim_v = tl.arange(0, BLOCK_DV)
@@ -421,6 +437,7 @@ def selected_attention_backward__bf16_d128_g16_b64__58189c47_queries(
     tile = tl.arange(0, BLOCK_N)
     near = tl.minimum(tile, length - 1)  # a sequence shorter than a tile repeats its last token
     last = tl.max(tl.where((chosen >= 0) & (chosen <= own_block), slot, -1), 0)
+    bits = first_places(chosen, slot, TOPK_PAD)
     # A step's block is loaded a step ahead, so that its keys need not wait for it.
     next_block = tl.load(topk_idx)
     for step in range(0, (last + 1) * STEPS_PER_BLOCK):
@@ -428,7 +445,7 @@ def selected_attention_backward__bf16_d128_g16_b64__58189c47_queries(
         next_block = tl.load(topk_idx + tl.minimum((step + 1) // STEPS_PER_BLOCK, topk - 1))
         valid = (block >= 0) & (block <= own_block)
         # A repeat is loaded again and hidden: addresses do not wait for the comparison.
-        fresh = valid & is_first(chosen, slot, block, step // STEPS_PER_BLOCK)
+        fresh = valid & is_first(chosen, slot, bits, block, step // STEPS_PER_BLOCK, TOPK_PAD)
         block = tl.where(valid, block, 0)
         first = block * BLOCK_SIZE + (step - step // STEPS_PER_BLOCK * STEPS_PER_BLOCK) * BLOCK_N
         end = tl.where(fresh, t + 1, 0)
@@ -457,7 +474,7 @@ def selected_attention_backward__bf16_d128_g16_b64__58189c47_queries(
 
 
 @triton.jit
-def selected_attention_backward__bf16_d128_g16_b64__58189c47(
+def selected_attention_backward__bf16_d128_g16_b64__a4303e01(
     do,
     q,
     k,
@@ -701,7 +718,7 @@ def launch(
         delta = torch.empty_like(lse)
     else:
         o = None
-    selected_attention_backward__bf16_d128_g16_b64__58189c47_queries[(tokens, kv_heads)](
+    selected_attention_backward__bf16_d128_g16_b64__a4303e01_queries[(tokens, kv_heads)](
         do,
         q,
         k,
@@ -730,7 +747,7 @@ def launch(
     sums = (kv_heads, max_sums, BLOCK_B.value)
     sum_dk = torch.empty((*sums, BLOCK_D.value), dtype=torch.float32, device=q.device)
     sum_dv = torch.empty((*sums, BLOCK_DV.value), dtype=torch.float32, device=q.device)
-    selected_attention_backward__bf16_d128_g16_b64__58189c47[(parts.shape[1], kv_heads)](
+    selected_attention_backward__bf16_d128_g16_b64__a4303e01[(parts.shape[1], kv_heads)](
         do,
         q,
         k,
