@@ -74,7 +74,9 @@ def test_a_moved_helper_or_a_comment_in_a_space_changes_no_file(
     monkeypatch.syspath_prepend(str(tmp_path))
     space = copied / "compressed_attention" / "space.py"
     edit(
-        space, "from nsagen.codegen import attention_tiles", "import moved_tiles as attention_tiles"
+        space,
+        "from nsagen.codegen.spaces import attention_tiles",
+        "import moved_tiles as attention_tiles",
     )
     edit(copied / "rope" / "space.py", "SPACES = ", "# A comment.\nSPACES = ")
     assert texts(planned()) == before
