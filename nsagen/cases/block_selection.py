@@ -70,7 +70,7 @@ def lse_of(
     _, lse = reference.compressed_attention_forward(
         q.float(),
         k.float(),
-        k[..., :1].float(),  # nobody reads the output
+        k[..., :1].float(),  # the output is not used
         cu_seqlens_q,
         cu_seqlens_k,
         kernel_size=int(workload.kernel_size),

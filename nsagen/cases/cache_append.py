@@ -23,7 +23,7 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     """Rows at the positions `sizes.seqlens` (-1: idle), in permuted slots of larger caches.
 
     The caches hold infinity but for the tokens of windows that rows complete, the new ones
-    excepted: whoever reads another entry spreads it, and errors count only what is written.
+    excepted: a kernel that reads another entry spreads it, and errors count only what is written.
     """
     params: dict[str, Any] = workload.named()
     dim, v_dim = params["head_dim"], params["v_head_dim"]

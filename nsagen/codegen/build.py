@@ -195,7 +195,7 @@ def _orphans(folder: Path, files: dict[str, str]) -> list[str]:
 
 
 def _left_by_a_kill(folder: Path) -> list[str]:
-    """Temporary files of builds that were killed; nobody writes while the lock is held."""
+    """Temporary files of builds that were killed; nothing writes while the lock is held."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob(TEMPORARY))
 
 

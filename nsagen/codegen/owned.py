@@ -2,7 +2,7 @@
 
 A file is nsagen's if the manifest beside it lists it, or if it begins with the header of
 generated files. Everything else is the user's, whatever its name. Hidden files and bytecode are
-nobody's.
+ignored.
 """
 
 from __future__ import annotations

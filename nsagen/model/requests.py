@@ -24,7 +24,7 @@ class Request:
     """What a sequence is asked for, checked.
 
     Attributes:
-        prompt: int64 [L] where the weights are; nobody else's memory.
+        prompt: int64 [L] where the weights are; memory of its own.
         limit: new tokens at most.
         stop_tokens: tokens that end the sequence.
         sampling: how tokens are chosen.

@@ -50,7 +50,7 @@ class ContinuousBatch:
     how long it holds up the others) and one token of every running sequence. A slot that a
     sequence leaves is used again without clearing the others. Tokens reach the host a step late,
     so that the device never waits for it: a sequence may compute one token past its stop token,
-    which nobody sees.
+    which is dropped.
 
         batch = ContinuousBatch(model)
         first = batch.add(prompt, stop_tokens=[2])

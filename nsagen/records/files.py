@@ -184,7 +184,7 @@ def _no_older(record: TuningRecord, newest: str) -> TuningRecord:
         return record
     try:
         after = datetime.strptime(newest, DATE_FORMAT) + timedelta(seconds=1)
-    except ValueError:  # a date that somebody wrote
+    except ValueError:  # a date written by hand
         return record
     return replace(record, date=after.strftime(DATE_FORMAT))
 

@@ -489,7 +489,7 @@ class Recorder:
         self._of_id = {id(tensor): slot for slot, tensor in enumerate(inputs)}
         self._of_storage: dict[int, int] = {}
         self._steps: list[Step] = []
-        # One tensor that comes twice has two places, and which is meant nobody can tell.
+        # One tensor that comes twice has two places, and which one is meant is unknown.
         self._failed = not 1 <= len(inputs) == len(self._of_id)
 
     def fail(self) -> None:
@@ -582,7 +582,7 @@ class Recorder:
                 self._steps.append(Apply(step.function, args, step.named, step.makes_slot))
             if isinstance(step, Allocate) or (isinstance(step, Apply) and step.makes_slot):
                 slots.append(Place(len(self._slots)))
-                self._slots.append(self._inputs[0])  # a workspace: nobody else sees it
+                self._slots.append(self._inputs[0])  # a workspace: the call's alone
         return None
 
     def _argument(self, value: Any) -> Any:
@@ -675,7 +675,7 @@ def _stream_of(device: torch.device) -> Callable[[], int]:
 
 
 def _hooked() -> bool:
-    """Whether somebody wants to know of every launch."""
+    """Whether a launch hook is set that must see every launch."""
     from triton import knobs
 
     hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)

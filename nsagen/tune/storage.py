@@ -240,7 +240,7 @@ def release_dead_trials(study: optuna.Study) -> int:
 
 
 def _never_owned(trial: FrozenTrial) -> bool:
-    """Whether its process died before it could sign the trial: long ago, and nobody did."""
+    """Whether its process died before it could sign the trial: long ago, and unsigned."""
     if "owner" in trial.user_attrs or trial.datetime_start is None:
         return False
     return (datetime.now() - trial.datetime_start).total_seconds() > 4 * HEARTBEAT_S
