@@ -41,8 +41,9 @@ GENERATING = {"spec", "records", "codegen"}
 DOOR = ("nsagen.runtime.user_cache", "nsagen.codegen.build")
 """Where the dispatcher has a kernel built that no package has, imported when that happens."""
 
-TOP = {"nsagen", "nsagen.__main__"}
-"""`nsagen.load` imports the running side when it is called; `__main__` is the command line."""
+TOP = {"nsagen", "nsagen.__main__", "nsagen.errors"}
+"""`nsagen.load` imports the running side when it is called; `__main__` is the command line;
+`errors` is the name that callers import exceptions by."""
 
 
 def module_of(path: Path) -> str:
@@ -79,7 +80,11 @@ def floor_of(module: str) -> str:
 def test_every_file_is_on_a_floor() -> None:
     loose = {module for module in set(MODULES) - TOP if floor_of(module) not in FLOORS}
     assert not loose
-    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py"}
+    assert {path.name for path in PACKAGE.glob("*.py")} == {
+        "__init__.py",
+        "__main__.py",
+        "errors.py",
+    }
 
 
 @pytest.mark.parametrize("floor", FLOORS)

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from nsagen.integrations.transformers_cache import NSALayer, check_replaceable
-from nsagen.integrations.transformers_layout import Call, State, pieces_of, refuse, refuse_unless
+from nsagen.integrations.transformers_layout import (
+    Call,
+    State,
+    moved,
+    pieces_of,
+    refuse,
+    refuse_unless,
+)
 from nsagen.integrations.transformers_rope import Rope, RopeSource
 from nsagen.model.packing import Packed
 from nsagen.model.sparsity import Sparsity
@@ -135,7 +142,7 @@ class Inputs:
             cache = kwargs.get("past_key_values")
         caches = kwargs.get("use_cache")
         caches = bool(model.config.use_cache if caches is None else caches) or cache is not None
-        state = self._state(cache, batch, model.config.num_hidden_layers)
+        state = self._state(cache, tokens, model.config.num_hidden_layers)
         if graded and model.training and _checkpoints(model.layers):
             if state is not None:
                 rule = "must be empty under gradient checkpointing, which takes it from layers"
@@ -177,7 +184,7 @@ class Inputs:
             refuse_unless((position == expected).all(), *what, wait=length > 1)
         return given
 
-    def _state(self, cache: Any, batch: int, count: int) -> State | None:
+    def _state(self, cache: Any, tokens: Tensor, count: int) -> State | None:
         """What a cache holds for the first `count` layers; None if it is empty or not there."""
         if cache is None:
             return None
@@ -199,10 +206,11 @@ class Inputs:
             refuse("cache", rule, f"{sorted(seen)}", "start from an empty one")
         state = states[0]
         assert state is not None
+        batch = tokens.shape[0]
         if state.lengths.shape[0] != batch:
             rule = f"must have as many rows as the batch, {batch}"
             refuse("cache", rule, str(state.lengths.shape[0]), "start from an empty one")
-        return state
+        return moved(state, tokens.device)
 
     def _call(self, given: Given) -> tuple[Call, Tensor | None]:
         """The layout, and position_ids for dense layers where none were given."""

@@ -156,7 +156,9 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
         """
         if cache is not None:
             assert isinstance(packed, CachedRows)
-            return self.o_proj(self._behind(self.heads(x), self.gates(x), packed, cache))
+            # Under autocast products have another dtype than the cache and the residual stream.
+            heads = self.split([layer(x).to(x.dtype) for layer in self.projections()])
+            return self.o_proj(self._behind(heads, self.gates(x).to(x.dtype), packed, cache))
         assert not isinstance(packed, CachedRows)
         packed = packed or Packed.of(cu_seqlens, x.shape[0])
         seen = self.branches(self.heads(x), packed, self.rotary_emb.tables)

@@ -45,8 +45,7 @@ def check_inference(where: str, model: Any) -> InferenceConfig:
     """Check that the model can generate at all; returns its limits.
 
     Raises:
-        InvalidInputError: no InferenceConfig, weights that no kernel takes or that are not there,
-            or autocast to another dtype.
+        InvalidInputError: no InferenceConfig, weights that no kernel takes or that are not there.
     """
     limits = model.inference_config
     name = type(model).__name__
@@ -74,15 +73,6 @@ def check_inference(where: str, model: Any) -> InferenceConfig:
         "weights on the meta device",
         "load them first, as from_pretrained does",
     )
-    if torch.is_autocast_enabled(device):
-        cast = torch.get_autocast_dtype(device)
-        require(
-            cast == weight.dtype,
-            where,
-            "caches and kernels have the weights' dtype, so autocast must be off or have it too",
-            f"autocast to {cast} with weights of {weight.dtype}",
-            f"call model.to({cast}), or leave the autocast block",
-        )
     return limits
 
 

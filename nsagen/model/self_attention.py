@@ -70,7 +70,8 @@ class SelfAttention(JoinsWeights):
         """
         if cache is not None:
             assert isinstance(packed, CachedRows)
-            q, k, v = (layer(x) for layer in self.joined_layers())
+            # Under autocast products have another dtype than the cache and the residual stream.
+            q, k, v = (layer(x).to(x.dtype) for layer in self.joined_layers())
             return self.o_proj(self._behind(q, k, v, packed, cache))
         assert not isinstance(packed, CachedRows)
         packed = packed or Packed.of(cu_seqlens, x.shape[0], cu_seqlens.diff().tolist())

@@ -15,6 +15,7 @@ accelerate = pytest.importorskip("accelerate")
 
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments  # noqa: E402
 
+from nsagen.core.errors import InvalidInputError  # noqa: E402
 from tests.integrations.tiny import distance, sparse, tokens, trained  # noqa: E402
 
 DOCUMENTS = [tokens(n, seed=n).tolist() for n in (21, 9, 30, 14)]
@@ -91,13 +92,20 @@ class TestAdapters:
         assert set(PARTS) <= set(attention)
 
     def test_prompts_in_front_of_the_input(self, model: Any) -> None:
-        """Prompt tuning gives embeddings and a longer mask; prefix tuning fills a dense cache."""
+        """Prompt tuning gives embeddings and a longer mask."""
         tuned = peft.get_peft_model(
             model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
         )
         ids = tokens(2, 20)
         tuned(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
         assert tuned.prompt_encoder.default.embedding.weight.grad.norm() > 0
+
+    def test_a_prefix_in_a_dense_cache_is_refused(self, model: Any) -> None:
+        tuned = peft.get_peft_model(
+            model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+        )
+        with pytest.raises(InvalidInputError, match="that holds tokens"):
+            tuned(input_ids=tokens(2, 20), attention_mask=torch.ones(2, 20, dtype=torch.long))
 
 
 def arguments(folder: Path, **changes: Any) -> dict[str, Any]:
