@@ -123,7 +123,7 @@ def build(
     ] = False,
     tuned: Annotated[
         Path | None,
-        typer.Option(help="Folder of tuning records of one spec; beside it if not given."),
+        typer.Option(help="Folder of one spec's tuning records; default: beside the spec."),
     ] = None,
     compile_: Annotated[
         bool, typer.Option("--compile", help="Compile each kernel for each target, without a GPU.")
@@ -213,7 +213,8 @@ def inspect(
         Path | None, typer.Option("--html", help="Write a page with pictures to this file.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", help="Of the kernels on the page, e.g. cuda:90.")
+        str | None,
+        typer.Option("--target", help="Of the kernels shown, e.g. cuda:90."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -249,7 +250,7 @@ def verify(
     spec: OptionalSpecName = None,
     ops: Annotated[
         list[str] | None,
-        typer.Option("--op", help="Only this op; may be given again. Of an implementation: its."),
+        typer.Option("--op", help="Only this op; repeatable. The op that --implementation is."),
     ] = None,
     implementation: Annotated[
         str | None,
@@ -259,7 +260,7 @@ def verify(
         list[str] | None,
         typer.Option("--size", help="With --implementation: NAME=VALUE, such as gqa_ratio=4."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Run a spec's kernels beside the float64 reference, on a GPU or in Triton's interpreter.

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    help="Measure kernels on this GPU, beside dense attention and beside what is possible.",
+    help="Measure kernels on this GPU against dense attention and the GPU's limits.",
     no_args_is_help=True,
 )
 

@@ -48,14 +48,12 @@ def tune(
         ),
     ] = None,
     kv_heads: Annotated[
-        int | None, typer.Option(min=1, help="Key/value heads; left out: as 32 query heads have.")
+        int | None, typer.Option(min=1, help="Key/value heads; default: those of 32 query heads.")
     ] = None,
     trials: Annotated[
         int, typer.Option(min=1, help="Schedules to try for a workload and size.")
     ] = 200,
-    time: Annotated[
-        str, typer.Option(help="For everything: 90s, 10m or 1h, shared out evenly.")
-    ] = "",
+    time: Annotated[str, typer.Option(help="Total time: 90s, 10m or 1h, shared out evenly.")] = "",
     study: Annotated[
         str | None, typer.Option(help="URL of the studies' storage; left out: a local file.")
     ] = None,
@@ -80,7 +78,7 @@ def tune(
         bool, typer.Option("--report", help="Write an HTML page about the searches, too.")
     ] = False,
     sampler: Annotated[str, typer.Option(help="gp, tpe or random.")] = "gp",
-    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Processes that compile; all cores if left out.")
     ] = None,
