@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsagen import ops
+from nsagen.bench import plot, results
 from nsagen.bench.decode_cases import (
     AttentionCaches,
     NoLaunch,
@@ -38,7 +39,6 @@ from nsagen.bench.measure import (
     milliseconds,
     require_gpu,
 )
-from nsagen.bench.plot import plot
 from nsagen.bench.results import table_text, write_results
 from nsagen.model import InferenceConfig, SamplingConfig, ToyNSALlama, ToyNSALlamaConfig
 from nsagen.model.step import DecodeStep, Row
@@ -239,11 +239,22 @@ def plan_of(
     return Plan(tuple(batches or BATCHES), tuple(contexts or CONTEXTS), model=model)
 
 
+def check_free(folder: Path | None = None) -> None:
+    """Refuse a folder where `save` would replace what is not nsagen's; call it before `run`.
+
+    Raises:
+        InvalidInputError: names the file.
+    """
+    path = results.check_free("decode", folder)
+    if importlib.util.find_spec("matplotlib"):
+        plot.check_free(path.with_suffix(".png"))
+
+
 def save(rows: Sequence[dict[str, Any]], folder: Path | None = None) -> Path:
     """Write the rows and, where matplotlib is installed, their figure beside them."""
     path = write_results("decode", rows, folder)
     if importlib.util.find_spec("matplotlib"):
-        plot(path)
+        plot.plot(path)
     return path
 
 
@@ -257,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--context", type=int, action="append", help=f"tokens; may be given again; {CONTEXTS}")
     add("--attention-only", action="store_true", help="leave out the layers and the whole step")
     args = parser.parse_args(arguments)
+    check_free()
     require_gpu("decode")
     rows = run(plan_of(args.batch, args.context, args.attention_only))
     print(f"written to {save(rows)}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
 
+from nsagen.core.files import check_own
+from nsagen.core.version import __version__
 from nsagen.reports.page import ALGORITHM_HUES
 
 PASSES = {"prefill": ("ms",), "train": ("forward_ms", "backward_ms")}
@@ -23,6 +26,9 @@ STYLE: Any = {
 """The ink, lines and colours of the pages that `nsagen inspect` and `tune` write, on white."""
 
 
+_MARK = re.compile(rb"\A\x89PNG\r\n.*tEXtSoftware\0nsagen ", re.DOTALL)
+
+
 def plot(path: Path, out: Path | None = None) -> Path:
     """Draw the JSON of a benchmark as a PNG beside it.
 
@@ -35,7 +41,10 @@ def plot(path: Path, out: Path | None = None) -> Path:
 
     Raises:
         ImportError: matplotlib is not installed.
+        InvalidInputError: the figure would replace a file that is not nsagen's.
     """
+    out = out or path.with_suffix(".png")
+    check_free(out)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,10 +73,18 @@ def plot(path: Path, out: Path | None = None) -> Path:
     lines = textwrap.wrap(note, 105 * len(panels))
     figure.text(0.01, 0.01, "\n".join(lines), fontsize=7, color=QUIET, va="bottom")
     figure.tight_layout(rect=(0, 0.025 * (1 + len(lines)), 1, 1))
-    out = out or path.with_suffix(".png")
-    figure.savefig(out, dpi=120)
+    figure.savefig(out, dpi=120, metadata={"Software": f"nsagen {__version__}"})
     pyplot.close(figure)
     return out
+
+
+def check_free(path: Path) -> None:
+    """Refuse to draw over a file that is not a figure of nsagen's.
+
+    Raises:
+        InvalidInputError: names the file.
+    """
+    check_own(path, _MARK, "a figure", "plot a copy of the results in another folder")
 
 
 def _draw(axis: Any, rows: list[dict[str, Any]], key: str) -> None:

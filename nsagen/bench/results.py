@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +16,14 @@ from typing import Any
 import torch
 import triton
 
+from nsagen.core.files import check_own, replace_file
+from nsagen.core.installed import driver_version
 from nsagen.core.version import __version__
 from nsagen.runtime.device import device_slug
 
 Row = Mapping[str, Any]
+
+_MARK = re.compile(rb'\A\{\s*"provenance": \{[^}]*"nsagen": "')
 
 
 def provenance() -> dict[str, str]:
@@ -27,7 +31,7 @@ def provenance() -> dict[str, str]:
     on_gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
-        "driver": _driver_version() if on_gpu else "",
+        "driver": (driver_version() or "") if on_gpu else "",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -43,14 +47,25 @@ def results_folder() -> Path:
 
 
 def write_results(name: str, rows: Sequence[Row], folder: Path | None = None) -> Path:
-    """Write `<name>.json` with the rows and their provenance; returns its path."""
-    folder = folder or results_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    temporary = path.with_suffix(".tmp")
+    """Write `<name>.json` with the rows and their provenance; returns its path.
+
+    Raises:
+        InvalidInputError: a file is there that is not nsagen's results.
+    """
+    path = check_free(name, folder)
     content = {"provenance": provenance(), "rows": [dict(row) for row in rows]}
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    replace_file(path, json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def check_free(name: str, folder: Path | None = None) -> Path:
+    """Where `write_results` writes; call it before a benchmark runs.
+
+    Raises:
+        InvalidInputError: a file is there that is not nsagen's results.
+    """
+    path = (folder or results_folder()) / f"{name}.json"
+    check_own(path, _MARK, "results", "choose another --out")
     return path
 
 
@@ -84,12 +99,3 @@ def _command() -> str:
     if spec is not None and spec.name and spec.name != "nsagen.__main__":
         return shlex.join(["python", "-m", spec.name, *given])
     return shlex.join(["nsagen", *given])
-
-
-def _driver_version() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""

@@ -232,7 +232,9 @@ def inspect(
         raise InvalidInputError("inspect: got both --html and --json; give one at most")
     if html is not None:
         from nsagen.reports.inspection import inspection_page
+        from nsagen.reports.page import check_free
 
+        check_free(html, "give another file to --html")
         html.write_text(inspection_page(load_spec(spec), target), encoding="utf-8")
         print(f"wrote {html}; open it in a browser")
         return

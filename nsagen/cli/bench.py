@@ -74,6 +74,7 @@ def decode(
     from nsagen.bench.measure import require_gpu
     from nsagen.cli.console import progress_bar
 
+    bench.check_free(out)
     require_gpu("decode")
     with progress_bar("bench decode") as progress:
         rows = bench.run(bench.plan_of(batch, context, attention_only), progress)
@@ -99,11 +100,12 @@ def _run(
 ) -> None:
     import nsagen
     from nsagen.bench.measure import require_gpu
-    from nsagen.bench.results import write_results
+    from nsagen.bench.results import check_free, write_results
     from nsagen.bench.shape import Shape, parse_changes
     from nsagen.cli.console import progress_bar
 
     shape = Shape(**parse_changes(changes or []))
+    check_free(name, out)
     require_gpu(name)
     dispatcher = None if package is None else nsagen.load(package)
     with progress_bar(f"bench {name}") as progress:

@@ -113,7 +113,18 @@ def tune(
     )
     sizes = sizes_of(seqlens), sizes_of(batches)
     chosen = Selection(ops or (), passes or (), *sizes, kv_heads, params_of(params or ()))
-    places = session.Places(out=out, url=study, target=target, jobs=cores)
+
+    def page_of(device: str) -> Path:
+        return (out or Path()) / f"tune-{device}.html"
+
+    def check_report(device: str) -> None:
+        from nsagen.reports.tuning import check_report
+
+        check_report(page_of(device))
+
+    places = session.Places(
+        out=out, url=study, target=target, jobs=cores, check_report=check_report if report else None
+    )
     try:
         with Live() as live:
             if simulate is not None:
@@ -128,7 +139,7 @@ def tune(
     if report:
         from nsagen.reports.tuning import write_report
 
-        page = (out or Path()) / f"tune-{result.device}.html"
+        page = page_of(result.device)
         write_report(page, result)
         result.files.append(page)
     if as_json:

@@ -9,17 +9,21 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nsagen.core.errors import InvalidInputError
+
 TEMPORARY = ".nsagen-*.tmp"
 """Pattern of the names of files that are being written; a process that is killed leaves one."""
 
 _log = logging.getLogger("nsagen.files")
 _MARK = "# sha256 of the lines above: "
+_HEAD_BYTES = 4096
 
 
 def replace_file(path: Path, content: str | bytes) -> bool:
@@ -42,6 +46,33 @@ def replace_file(path: Path, content: str | bytes) -> bool:
         Path(temporary).unlink(missing_ok=True)
         raise
     return True
+
+
+def check_own(path: Path, mark: re.Pattern[bytes], what: str, remedy: str) -> None:
+    """Refuse to replace a file that nsagen did not write; call it before any work.
+
+    A missing or empty file is free, and so is what is no file, such as /dev/stdout.
+
+    Args:
+        mark: matches the head of what nsagen writes there.
+        what: nsagen writes there, for the error.
+        remedy: the rest of the error, after "move it away, or".
+
+    Raises:
+        InvalidInputError: names the file.
+        OSError: it cannot be read, or is a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if head and not mark.search(head):
+        raise InvalidInputError(
+            f"{path}: must be a new file or {what} that nsagen wrote; got another file; "
+            f"nothing was changed; move it away, or {remedy}"
+        )
 
 
 def _put(temporary: str, path: Path) -> None:

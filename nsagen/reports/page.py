@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from html import escape
 from importlib import resources
+from pathlib import Path
 
+from nsagen.core.files import check_own
 from nsagen.core.version import __version__
 
 ALGORITHM_HUES = (
@@ -13,6 +16,18 @@ ALGORITHM_HUES = (
     *("#1f8a99", "#a8792a", "#5a6cc0", "#4f8a3c", "#a34d96", "#77808c"),
 )
 """For plots and bars of more than the three branches; legible on light and dark."""
+
+
+_MARK = re.compile(rb'\A<!doctype html>.*<meta name="generator" content="nsagen ', re.DOTALL)
+
+
+def check_free(path: Path, remedy: str) -> None:
+    """Refuse to write a page over a file that is not a page of nsagen's.
+
+    Args:
+        remedy: as in `nsagen.core.files.check_own`, which says what it raises.
+    """
+    check_own(path, _MARK, "a page", remedy)
 
 
 def page(title: str, intro: str, *sections: str) -> str:

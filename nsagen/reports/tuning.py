@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import math
 from collections import Counter
 from pathlib import Path
@@ -14,22 +15,33 @@ from optuna.trial import FrozenTrial, TrialState
 from nsagen.core.errors import TuneError
 from nsagen.core.files import replace_file
 from nsagen.records.record import TuningRecord
-from nsagen.reports.page import page
+from nsagen.reports.page import check_free, page
 from nsagen.tune.session import Result
+
+
+def check_report(path: Path) -> None:
+    """Refuse a page that could not be written after the search; call it before.
+
+    Raises:
+        TuneError: plotly is missing.
+        InvalidInputError: a file is there that is not a page of nsagen's.
+    """
+    if importlib.util.find_spec("plotly") is None:
+        raise TuneError(
+            "tune: --report needs plotly, which is not installed; pip install 'nsagen[plot]'"
+        )
+    check_free(path, "choose another --out")
 
 
 def write_report(path: Path, result: Result) -> None:
     """Write the page: history, importance, slices, parallel coordinates, default, failures.
 
     Raises:
-        TuneError: plotly is missing.
+        TuneError, InvalidInputError: as `check_report`.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise TuneError(
-            "tune: --report needs plotly, which is not installed; pip install 'nsagen[plot]'"
-        ) from None
+    check_report(path)
+    from plotly.offline import get_plotlyjs
+
     names = {str(study.study_name): study for study in result.studies}
     sections = [_section(study, opened=len(names) == 1) for study in names.values()]
     style, script = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,12 +47,20 @@ class Places:
         url: of the storage of studies; None: a file in the user cache.
         target: for the static objective; None: the newest of the specs'.
         jobs: processes that compile.
+        check_report: refuses the page about a device's searches before any work, if it must not
+            be written; None: no page is wanted.
     """
 
     out: Path | None = None
     url: str | None = None
     target: str | None = None
     jobs: int = 1
+    check_report: Callable[[str], object] | None = None
+
+    def started(self, device: Device) -> None:
+        """Refuse what could not be written at the end, now that the device is known."""
+        if self.check_report is not None:
+            self.check_report(device.slug)
 
     def folder(self, spec: Spec) -> Path:
         """Where a spec's records are written."""
@@ -113,6 +121,7 @@ def tune(
     tasks = selection.tasks(specs)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with evaluator_for(settings.objective, specs, places) as (device, _, evaluator):
+        places.started(device)
         result = Result(device.slug, places.url or default_study_url(device.slug))
         folders = {spec.name: places.folder(spec) for spec in specs}
         having = {spec.name: set(spec.workloads()) for spec in specs}
@@ -144,6 +153,7 @@ def simulate(path: Path, settings: Settings, places: Places, watcher: Watcher) -
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     facts = {"device": "unknown", "target": "cuda:90", "driver": "", "triton": "", **table.facts}
     device = Device(f"replay-{facts['device']}", parse_target(facts["target"]), "", "")
+    places.started(device)
     storage = open_storage(places.url) if places.url else optuna.storages.InMemoryStorage()
     result = Result(device.slug, places.url or "")
     evaluator = ReplayEvaluator(table, settings.seed)
@@ -185,6 +195,7 @@ def record(
         )
     recording.check_free(path, tasks[0])
     with evaluator_for(settings.objective, specs, places) as (device, facts, evaluator):
+        places.started(device)
         result = Result(device.slug, files=[path])
 
         def step(count: int, of: int, schedule: Schedule, outcome: Outcome) -> None:

@@ -2,11 +2,18 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
+from nsagen.bench import measure
+from nsagen.bench.plot import check_free as check_figure
 from nsagen.bench.plot import plot
-from nsagen.bench.results import table_text, write_results
+from nsagen.bench.results import check_free, table_text, write_results
+from nsagen.cli.app import main
+from nsagen.core.errors import InvalidInputError
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 ROWS = [
     {"what": what, "tokens": tokens, "ms": tokens / scale}
@@ -46,3 +53,36 @@ def test_a_figure_is_drawn_beside_the_results(tmp_path):
     figure = plot(write_results("prefill", ROWS, tmp_path))
     assert figure == tmp_path / "prefill.png"
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["prefill.json", "decode.json", "decode.png", "prefill.tmp"])
+def test_a_file_of_the_users_is_refused_before_anything_runs(name, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(measure, "require_gpu", lambda what: None)
+    mine = tmp_path / name
+    mine.write_text('{"rows": "mine"}')
+    if name == "prefill.tmp":  # beside the results: nothing of it is touched
+        write_results("prefill", ROWS, tmp_path)
+    else:
+        with pytest.raises(SystemExit) as end:
+            main(["bench", mine.stem, "--out", str(tmp_path)])
+        assert end.value.code == 2
+        assert f"{mine}: must be a new file or" in capsys.readouterr().err
+    assert mine.read_text() == '{"rows": "mine"}'
+
+
+def test_a_figure_replaces_figures_of_nsagen_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = write_results("prefill", ROWS, tmp_path)
+    figure = plot(results)
+    assert plot(results) == figure
+    figure.write_bytes(b"\x89PNG\r\nmine")
+    with pytest.raises(InvalidInputError, match="a figure that nsagen wrote"):
+        plot(results)
+    assert figure.read_bytes() == b"\x89PNG\r\nmine"
+
+
+def test_committed_results_may_be_replaced():
+    folder = RESULTS / "nvidia-h200"
+    for name in ("decode", "prefill", "train"):
+        check_figure(check_free(name, folder).with_suffix(".png"))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from nsagen.core.files import locked, replace_file
+from nsagen.core.errors import InvalidInputError
+from nsagen.core.files import check_own, locked, replace_file
 from nsagen.core.paths import visible
 
 
@@ -83,3 +85,21 @@ def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / ".#b.yaml").symlink_to("me@host.1:1")
     assert [path.name for path in visible(tmp_path.glob("*.yaml"))] == ["a.yaml", "b.yaml"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"ours\n"])
+def test_a_file_that_nsagen_wrote_may_be_replaced(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "page"
+    if content is not None:
+        path.write_bytes(content)
+    check_own(path, re.compile(rb"\Aours"), "a page", "choose another")
+    check_own(Path(os.devnull), re.compile(rb"\Aours"), "a page", "choose another")
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "[my] page"
+    path.write_bytes(b"\xff mine, not ours")
+    with pytest.raises(InvalidInputError, match=r"\[my\] page: must be a new file or a page"):
+        check_own(path, re.compile(rb"\Aours"), "a page", "choose another")
+    with pytest.raises(IsADirectoryError):
+        check_own(tmp_path, re.compile(rb"\Aours"), "a page", "choose another")

@@ -140,6 +140,23 @@ def test_inspect_writes_a_page(one_op: Path, target: str) -> None:
     assert not Path("generated").exists()
 
 
+def test_inspect_replaces_its_own_page_and_no_file_of_the_users(
+    one_op: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def code() -> object:
+        with pytest.raises(SystemExit) as end:
+            main(["inspect", "few.yaml", "--html", "few.html"])
+        return end.value.code
+
+    assert not code()
+    assert not code()
+    mine = "<!doctype html>\n<title>thesis</title>\n"
+    Path("few.html").write_text(mine)
+    assert code() == 2
+    assert "few.html: must be a new file or a page that nsagen wrote" in capsys.readouterr().err
+    assert Path("few.html").read_text() == mine
+
+
 def test_inspect_names_the_targets_that_a_spec_has(
     one_op: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

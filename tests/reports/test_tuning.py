@@ -8,10 +8,18 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
-from nsagen.reports.tuning import write_report
+import pytest
+
+from nsagen.cli.app import main
+from nsagen.core.errors import TuneError
+from nsagen.reports.tuning import check_report, write_report
+from nsagen.tune import session
+from nsagen.tune.recording import load_recording
 from tests.tune.conftest import World, one_op, world
 
 __all__ = ["one_op", "world"]  # fixtures
+
+RECORDINGS = Path(__file__).resolve().parents[2] / "benchmarks" / "recordings"
 
 
 def test_the_page_is_whole_in_itself(world: World, tmp_path: Path) -> None:
@@ -66,3 +74,23 @@ def test_a_search_in_which_nothing_ran_has_a_page(world: World, tmp_path: Path) 
     write_report(tmp_path / "page.html", result)
     assert "no schedule ran" in (tmp_path / "page.html").read_text()
     write_report(tmp_path / "page.html", replace(result, studies=[], failures=[]))
+
+
+def test_a_file_of_the_users_is_refused_before_the_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recording = RECORDINGS / "synthetic_compress_linear.jsonl.gz"
+    monkeypatch.setattr(session, "ReplayEvaluator", None)  # no search begins
+    mine = tmp_path / f"tune-replay-{load_recording(recording).facts['device']}.html"
+    mine.write_text("mine")
+    with pytest.raises(SystemExit) as end:
+        main(["tune", "--simulate", str(recording), "--report", "--out", str(tmp_path)])
+    assert end.value.code == 2
+    assert f"{mine}: must be a new file or a page" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+
+
+def test_without_plotly_no_search_begins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TuneError, match=r"nsagen\[plot\]"):
+        check_report(tmp_path / "page.html")
