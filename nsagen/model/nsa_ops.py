@@ -19,7 +19,6 @@ from nsagen.model.prefill import PrefillRows
 from nsagen.model.rope import Tables
 from nsagen.model.sparsity import Sparsity
 from nsagen.ops.branch_attention import attend_branches
-from nsagen.ops.layout import positions_in_sequence
 from nsagen.ops.separate import SeparateKV
 
 
@@ -122,14 +121,14 @@ class NSAOps(nn.Module):
             return q, selected, selected
         return q, selected, KV(self.rope(heads.sliding.k, positions, tables), heads.sliding.v)
 
-    def compress(self, tokens: KV, cu_seqlens: Tensor) -> tuple[KV, Tensor]:
-        """Windows of keys and values before rope, and where each sequence's start."""
+    def compress(self, tokens: KV, cu_seqlens: Tensor, lengths: ops.Lengths) -> KV:
+        """Windows of keys and values before rope."""
         (k, v), s = tokens, self.sparsity
         w_k, w_v, pe, pe_v = self._compression(k)
-        sizes = {"dispatcher": self.dispatcher, **s.window_sizes}
-        ck, ends = ops.compress(k, w_k, pe, cu_seqlens, compress_type=s.key_type, **sizes)
+        sizes = {"lengths": lengths, "dispatcher": self.dispatcher, **s.window_sizes}
+        ck, _ = ops.compress(k, w_k, pe, cu_seqlens, compress_type=s.key_type, **sizes)
         cv, _ = ops.compress(v, w_v, pe_v, cu_seqlens, compress_type=s.value_type, **sizes)
-        return KV(ck, cv), ends
+        return KV(ck, cv)
 
     def _compression(self, like: Tensor) -> tuple[Any, ...]:
         """Weights and position embeddings of keys and of values, in the dtype of the tokens: under
@@ -143,9 +142,10 @@ class NSAOps(nn.Module):
         q, selected, sliding = self.turned(heads, packed.positions, tables)
         windows, ends = None, packed.cu_seqlens
         if self.sparsity.needs_windows:
-            (ck, cv), ends = self.compress(heads.compressed, packed.cu_seqlens)
-            starts = positions_in_sequence(ends, ck.shape[0]) * self.sparsity.kernel_stride
-            windows = KV(self.rope(ck, starts, tables), cv)
+            lengths = packed.lengths_for(**self.sparsity.window_sizes)
+            ck, cv = self.compress(heads.compressed, packed.cu_seqlens, lengths)
+            windows = KV(self.rope(ck, lengths.window_positions, tables), cv)
+            ends = lengths.window_cu_seqlens
         return Branches(q, windows, selected, sliding, packed.cu_seqlens, ends)
 
     def append(
@@ -168,7 +168,9 @@ class NSAOps(nn.Module):
         windows = rows.windows
         assert windows is not None
         raw = KV(*cache.tokens_before(windows, *tokens))
-        (ck, cv), _ = self.compress(raw, windows.cu_seqlens)
+        sizes = self.sparsity.window_sizes
+        lengths = ops.Lengths.of(windows.cu_seqlens, raw.k.shape[0], **sizes)
+        ck, cv = self.compress(raw, windows.cu_seqlens, lengths)
         made = windows.positions.shape[0]
         return KV(self.rope(ck[:made], windows.positions, tables), cv[:made])
 

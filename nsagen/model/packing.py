@@ -12,6 +12,7 @@ from torch import Tensor
 from nsagen.model.checks import require
 from nsagen.ops._checks import values_are_read
 from nsagen.ops.layout import positions_in_sequence
+from nsagen.ops.lengths import Lengths
 
 
 def to_device(
@@ -30,23 +31,43 @@ class Packed:
         sequence: int64 [N], the sequence of each token.
         positions: int32 [N], each token's position within its sequence.
         lengths: the sequences' lengths, where the host knows them; dense attention needs them.
+        prepared: what the ops of sparse attention need of the lengths.
     """
 
     cu_seqlens: Tensor
     sequence: Tensor
     positions: Tensor
     lengths: tuple[int, ...] | None = None
+    prepared: Lengths | None = None
 
     @classmethod
     def of(
-        cls, cu_seqlens: Tensor, num_tokens: int, lengths: Sequence[int] | None = None
+        cls,
+        cu_seqlens: Tensor,
+        num_tokens: int,
+        lengths: Sequence[int] | None = None,
+        windows: tuple[int, int] | None = None,
     ) -> Packed:
-        """Lay out a batch of `num_tokens` tokens."""
+        """Lay out a batch of `num_tokens` tokens.
+
+        Args:
+            windows: kernel_size and kernel_stride of the layers' attention, for `prepared`.
+        """
         rows = torch.arange(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
         sequence = torch.searchsorted(cu_seqlens[1:], rows, right=True)
-        positions = positions_in_sequence(cu_seqlens, num_tokens)
         known = None if lengths is None else tuple(lengths)
-        return cls(cu_seqlens, sequence, positions, known)
+        if windows is None:
+            return cls(cu_seqlens, sequence, positions_in_sequence(cu_seqlens, num_tokens), known)
+        prepared = Lengths.of(cu_seqlens, num_tokens, *windows)
+        return cls(cu_seqlens, sequence, prepared.positions, known, prepared)
+
+    def lengths_for(self, kernel_size: int, kernel_stride: int) -> Lengths:
+        """The prepared lengths for windows of these sizes; made here where they are not."""
+        sizes = (kernel_size, kernel_stride)
+        made = self.prepared
+        if made is not None and (made.kernel_size, made.kernel_stride) == sizes:
+            return made
+        return Lengths.of(self.cu_seqlens, self.positions.shape[0], *sizes)
 
 
 def check_packed(

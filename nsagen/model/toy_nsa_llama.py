@@ -166,7 +166,9 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
         """
         limit = self.config.max_position_embeddings
         cu_seqlens = check_packed("ToyNSALlama.forward", input_ids, cu_seqlens, limit)
-        packed = Packed.of(cu_seqlens, input_ids.shape[0])
+        config = self.config
+        windows = (config.kernel_size, config.kernel_stride) if config.needs_windows else None
+        packed = Packed.of(cu_seqlens, input_ids.shape[0], windows=windows)
         return logits_of(self.model(input_ids, packed), self.lm_head)
 
     def new_cache(self) -> NSACache:

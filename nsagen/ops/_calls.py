@@ -51,7 +51,7 @@ class KnownCalls(Generic[Known]):
     def __init__(self, is_tensor: Sequence[bool]) -> None:
         self._places = tuple(i for i, tensor in enumerate(is_tensor) if tensor)
         self._others = picker([i for i, tensor in enumerate(is_tensor) if not tensor])
-        self._known: dict[object, list[_Look[Known]]] = {}
+        self._known: dict[object, tuple[_Look[Known], ...]] = {}
         self._count = 0
         _all.add(self)
 
@@ -61,15 +61,12 @@ class KnownCalls(Generic[Known]):
 
     def find(self, args: Args) -> Known | None:
         """What was learned from an earlier call that looked like this one."""
-        looks = self._known.get((args[0].shape, self._others(args)))
-        if looks is None:
-            return None
+        key = (args[0].shape, self._others(args))
+        looks = self._known.get(key, ())
         for look in looks:
-            absent = look.absent(args)
-            if look.check(*look.tensors(args)) and absent.count(None) == len(absent):
+            if look.check(*look.tensors(args)) and all_none(look.absent(args)):
                 if look is not looks[0]:  # the next ones will probably look like this one too
-                    looks.remove(look)
-                    looks.insert(0, look)
+                    self._known[key] = (look, *(other for other in looks if other is not look))
                 return look.known
         return None
 
@@ -77,10 +74,11 @@ class KnownCalls(Generic[Known]):
         """Remember something of a call on plain tensors. After 4096 calls, all are forgotten."""
         if self._count >= _MAX_CALLS:
             self.clear()
-        looks = self._known.setdefault((args[0].shape, self._others(args)), [])
-        del looks[_MAX_ALIKE - 1 :]
         present = [i for i in self._places if args[i] is not None]
-        looks.insert(0, _Look(args, present, [i for i in self._places if args[i] is None], known))
+        look = _Look(args, present, [i for i in self._places if args[i] is None], known)
+        # Threads may do so at once: what one has looked up is replaced, and never changed.
+        key = (args[0].shape, self._others(args))
+        self._known[key] = (look, *self._known.get(key, ()))[:_MAX_ALIKE]
         self._count += 1
 
     def tensors(self, args: Args) -> list[Tensor]:
@@ -103,6 +101,11 @@ class _Look(Generic[Known]):
         self.tensors, self.absent = picker(present), picker(absent)
         self.check: Callable[..., bool] = _looks([args[i] for i in present]).check
         self.known = known
+
+
+def all_none(values: Sequence[Any]) -> bool:
+    """Whether there is no value: tuple.count would compare tensors with None."""
+    return all(value is None for value in values)
 
 
 def is_plain(tensors: Iterable[Tensor]) -> bool:

@@ -37,7 +37,16 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd.function import once_differentiable
 
 from nsagen.core.workload import Param, parameter_names
-from nsagen.ops._calls import Args, KnownCalls, is_plain, picker, profiled, transformed, unobserved
+from nsagen.ops._calls import (
+    Args,
+    KnownCalls,
+    all_none,
+    is_plain,
+    picker,
+    profiled,
+    transformed,
+    unobserved,
+)
 from nsagen.ops._checks import values_are_read
 from nsagen.ops._launch import find_kernel, on_kernels
 from nsagen.runtime.replay import (
@@ -319,7 +328,7 @@ class _LaunchArguments:
             values = (*values[:place], stand_in(values), *values[place + 1 :])
         more = self._optional(values)
         args = self._pick(values)
-        return args if more.count(None) == len(more) else (*args, *more)
+        return args if all_none(more) else (*args, *more)
 
 
 class _Calls:
@@ -589,7 +598,7 @@ class _Backward:
 
     def run(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         taken = self._taken(grads)
-        if taken.count(None) == len(taken):  # nothing depends on any of them
+        if all_none(taken):  # nothing depends on any of them
             return (None,) * len(self._op.names)
         values = (*taken, *ctx.saved_tensors, *ctx.statics)
         found = self._compute(values) if on_kernels(taken[0]) else self._gradients(values)

@@ -20,8 +20,6 @@ from nsagen.core.branches import BRANCHES
 from nsagen.ops import reference
 from nsagen.ops._launch import (
     attention_outputs,
-    key_of,
-    scale_of,
     with_contiguous_rows,
 )
 from nsagen.ops._op import apply, define_op
@@ -38,7 +36,6 @@ from nsagen.ops.sliding_window_attention import (
     add_sliding_window_gradients,
     sliding_window_attention_forward,
 )
-from nsagen.runtime import Dispatcher
 
 
 def _allocate_gradients(
@@ -51,53 +48,6 @@ def _allocate_branches(q: Tensor, k: Tensor, v: Tensor, topk: int) -> tuple[Tens
     topk_idx = q.new_empty((k.shape[1], q.shape[0], topk), dtype=torch.int32)
     branches = (attention_outputs(q, v) for _ in BRANCHES)
     return *itertools.chain(*branches), topk_idx
-
-
-def gated_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ck: Tensor,
-    cv: Tensor,
-    gate: Tensor,
-    cu_seqlens: Tensor,
-    window_cu_seqlens: Tensor,
-    *,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    topk: int,
-    window_size: int,
-    init_blocks: int = 1,
-    local_blocks: int = 2,
-    softmax_scale: float | None = None,
-    dispatcher: Dispatcher | None = None,
-) -> Tensor:
-    """The gated sum of compressed, selected and sliding-window attention, by kernels.
-
-    Args:
-        q: [N, HQ, D]; k: [N, HK, D]; v: [N, HK, Dv]; q, k and ck after rope.
-        ck: [>= sum M, HK, D]; cv: [>= sum M, HK, Dv]: those of the windows.
-        gate: [N, HQ, 3], after the sigmoid: compressed, selected, sliding.
-        cu_seqlens: int32 [batch + 1]; window_cu_seqlens: the same of the windows.
-        kernel_size: tokens of a window; kernel_stride: tokens between two windows' starts.
-        block_size: tokens of a block; topk: blocks selected a token, with init_blocks at the start
-            and local_blocks up to its own always among them.
-        window_size: tokens that the sliding window sees, the query's own among them.
-        softmax_scale: of the scores; 1/sqrt(D) by default.
-        dispatcher: the generated kernels to use; by default they are built when missing.
-
-    Returns:
-        o [N, HQ, Dv]. Differentiable in q, k, v, ck, cv and gate.
-
-    Raises:
-        InvalidInputError: a tensor or parameter breaks the contract above.
-    """
-    key = key_of(dispatcher)
-    selection = (block_size, topk, init_blocks, local_blocks)
-    statics = (kernel_size, kernel_stride, *selection, window_size, scale_of(softmax_scale, q), key)
-    outputs = branches_forward(q, k, v, ck, cv, gate, cu_seqlens, window_cu_seqlens, *statics)
-    return sum_branches(*outputs[:6], gate, key)
 
 
 @define_op(returns="dq dk dv dck dcv", allocate=_allocate_gradients)

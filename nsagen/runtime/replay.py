@@ -167,7 +167,7 @@ def _compiled(program: Program) -> tuple[Any, ...]:
             if place is not None and place.offset not in offsets.setdefault(place.slot, []):
                 offsets[place.slot].append(place.offset)
     inputs = range(program.inputs)
-    launched = [slot for slot in inputs if slot in offsets]
+    aligned = [slot for slot in inputs if slot in offsets] or [0]
     moved = [(slot, n) for slot in inputs for n in offsets.get(slot, ()) if n]
     index: dict[Any, int] = {Place(slot): slot for slot in inputs}
     index |= {Place(*place): program.inputs + n for n, place in enumerate(moved)}
@@ -209,7 +209,7 @@ def _compiled(program: Program) -> tuple[Any, ...]:
             steps.append(functools.partial(_free, dead))
     return (
         tuple(steps),
-        operator.itemgetter(*launched, launched[0]),
+        operator.itemgetter(*aligned, aligned[0]),
         tuple(moved),
         tuple(constants),
         program.outputs,
@@ -336,7 +336,7 @@ def _last_uses(program: Program) -> dict[int, int]:
 
 def _repeat(
     steps: tuple[Callable[..., None], ...],
-    launched: Callable[[list[int]], tuple[int, ...]],
+    aligned: Callable[[list[int]], tuple[int, ...]],
     moved: tuple[tuple[int, int], ...],
     constants: tuple[Any, ...],
     outputs: tuple[int, ...],
@@ -345,7 +345,7 @@ def _repeat(
     tensors: Sequence[Tensor],
 ) -> list[Tensor] | None:
     values: list[Any] = [*map(_data_ptr, tensors)]
-    if functools.reduce(operator.or_, launched(values)) % _ALIGNMENT or _hooked():
+    if functools.reduce(operator.or_, aligned(values)) % _ALIGNMENT or _hooked():
         return None
     for slot, offset in moved:
         values.append(values[slot] + offset)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,11 @@ from nsagen.bench.shape import Inputs, Shape
 from nsagen.bench.train import peak_memory
 from nsagen.cases.base import THRESHOLDS, relative_error
 from nsagen.core.branches import BRANCHES
-from nsagen.ops import native_sparse_attention, reference
+from nsagen.ops import gated_attention, native_sparse_attention, reference
 from nsagen.ops.branch_attention import attend_branches
-from nsagen.ops.gated_attention import gated_attention
 from nsagen.ops.layout import compressed_cu_seqlens
 
 from .inputs import STATICS, Packed
-
-# Below its function's name, which the package has too.
-gated_attention_module = importlib.import_module("nsagen.ops.gated_attention")
 
 
 def inputs(dtype: torch.dtype) -> tuple[list[Any], dict[str, Any]]:
@@ -151,7 +146,7 @@ def test_one_gradient_alone(only: slice) -> None:
 def test_no_branch_is_kept_for_the_attention() -> None:
     """Of the branches' outputs only the sum keeps any: they are free when its gradient is done."""
     args, keywords = inputs(torch.float32)
-    o = gated_attention(*args, **keywords)
+    o = by_ops(args, keywords)
     node: Any = o.grad_fn
     (attention,) = {n for n, _ in node.next_functions if "branches_forward" in str(n)}
     outputs = [x for x in attention.saved_tensors if x.ndim == 3 and x.shape == o.shape]
@@ -166,13 +161,13 @@ def test_a_branchs_delta_is_not_copied_while_outputs_are_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The outputs are freed after the sum's gradient: until then every copy is one too many."""
-    together, handed = gated_attention_module._together, list[torch.Tensor]()
+    together, handed = gated_attention._together, list[torch.Tensor]()
 
     def watched(*columns: torch.Tensor) -> torch.Tensor:
         handed.extend(columns)
         return together(*columns)
 
-    monkeypatch.setattr(gated_attention_module, "_together", watched)
+    monkeypatch.setattr(gated_attention, "_together", watched)
     args, keywords = inputs(torch.float32)
     by_ops(args, keywords).sum().backward()
     assert len(handed) == 3

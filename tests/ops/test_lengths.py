@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -88,3 +92,22 @@ def test_those_of_another_batch_are_refused() -> None:
 def test_wrong_lengths_are_refused(cu_seqlens: Tensor, sizes: tuple[int, int], text: str) -> None:
     with pytest.raises(InvalidInputError, match=text):
         ops.Lengths.of(cu_seqlens, 8, *sizes)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled there")
+@pytest.mark.parametrize(("backend", "arch"), [("cuda", 80), ("cuda", 100), ("hip", "gfx942")])
+def test_its_kernel_compiles(backend: str, arch: Any) -> None:
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from nsagen.ops import _lengths_kernel
+
+    kernel = importlib.reload(_lengths_kernel).lengths_kernel
+    constants = {"STEPS": 3, "TILE": 512, "CHUNK": 8}
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {n: "*i32" if n.endswith(("seqlens", "positions")) else "i32" for n in names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = triton.compiler.ASTSource(kernel, signature, constants)
+    warp = 64 if backend == "hip" else 32
+    compiled = triton.compile(source, target=GPUTarget(backend, arch, warp))
+    assert compiled.asm

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from nsagen import ops
 from nsagen.ops import _op
+from nsagen.ops.compressed_attention import compressed_attention_forward
 from nsagen.runtime.replay import ReplayedLaunch
 from tests.stand_in import Launch, StandIn, dispatcher, same_up_to_addresses
 from tests.stand_in import gpu as gpu
@@ -85,3 +88,30 @@ def test_prepared_lengths_save_one(gpu: StandIn) -> None:
     x.keywords["lengths"] = ops.Lengths.of(x.cu_seqlens, 2048, 32, 16)
     for _ in range(3):
         assert len(gpu.of(x.forward)) == 10
+
+
+def test_a_call_that_launches_nothing_of_triton_is_repeated(gpu: StandIn) -> None:
+    """Without windows, compressed attention only fills its outputs."""
+    x = Inputs(10)
+    q = x.args[0]
+    empty = torch.empty(0, 4, 128, dtype=torch.bfloat16)
+    ends = (x.cu_seqlens, torch.zeros(2, dtype=torch.int32))
+    for _ in range(4):
+        args = (q, empty, empty.clone(), *ends, 32, 16, 0.1, x.keywords["dispatcher"].key)
+        assert not gpu.of(lambda args=args: compressed_attention_forward(*args))
+        o, lse = gpu.kept[-1]
+        assert not o.any()
+        assert bool((lse == float("-inf")).all())
+
+
+def test_tensors_of_a_repeated_call_are_free_as_soon_as_those_of_the_first(gpu: StandIn) -> None:
+    """None is held by what is known of calls."""
+    x = Inputs(336, requires_grad=True)
+    gc.disable()
+    try:
+        for _ in range(4):
+            held = [weakref.ref(tensor) for tensor in x.training()]
+            gpu.kept.clear()
+            assert not any(ref() is not None for ref in held)
+    finally:
+        gc.enable()
