@@ -62,18 +62,23 @@ def test_a_default_with_a_value_that_no_knob_has_is_a_defect_of_the_space():
 
 
 @pytest.mark.parametrize(
-    ("default", "changes", "fits"),
+    ("default", "fits"),
     [
-        ((32, 4), {}, (32, 4)),  # valid as it is
-        ((16, 4), {}, (16, 2)),  # breaks the rule; the later knob gives way
-        ((64, 2), {}, (32, 2)),  # 256 KiB; warps need none, so the earlier knob gives way
-        ((64, 4), {"shared_memory": lambda w, s: 1 << 20}, (64, 4)),  # left to the compiler
+        ((32, 4), (32, 4)),  # valid as it is
+        ((16, 4), (16, 2)),  # breaks the rule; the later knob gives way
+        ((64, 2), (32, 2)),  # 256 KiB; warps need none, so the earlier knob gives way
     ],
 )
-def test_a_default_is_made_to_fit(default, changes, fits):
+def test_a_default_is_made_to_fit(default, fits):
     knobs = dict(zip(("block_m", "num_warps"), default, strict=True))
-    schedule = space(default=knobs, **changes).default_schedule(WORKLOAD, SM90)
+    schedule = space(default=knobs).default_schedule(WORKLOAD, SM90)
     assert (schedule.block_m, schedule.num_warps) == fits
+
+
+def test_what_cannot_fit_is_refused_by_name():
+    large = space(shared_memory=lambda w, s: 1 << 20)
+    with pytest.raises(UnsupportedWorkloadError, match="1048576 bytes of shared memory, cuda:90"):
+        large.default_schedule(WORKLOAD, SM90)
 
 
 def test_a_rule_that_no_schedule_meets_leaves_the_workload_to_other_algorithms(monkeypatch):
