@@ -914,7 +914,7 @@ TABLE = {
         "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__b0bbe4df"),),
         "cuda:90": (
             (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__913daf67"),
-            (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__c3a38a56"),
+            (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__8c59f2b2"),
         ),
     },
     Workload(

@@ -2,10 +2,10 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/sliding_window_attention/backward_two_passes.py.j2
-# Source:     fingerprint d9b9e26a05bb990f
+# Source:     fingerprint 5a7cd7800fdd14c5
 # Workload:   sliding_window_attention backward
 #             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, window_size=512
-# Schedule:   two_passes(block_m=64, block_n=64, dkv_stages=2, dkv_warps=8, key_tile=128,
+# Schedule:   two_passes(block_m=64, block_n=64, dkv_stages=1, dkv_warps=8, key_tile=128,
 #             num_stages=2, num_warps=4, row_step=64)
 # Targets:    cuda:90
 # Provenance: for Triton outside 3.6 to 3.9; not measured
@@ -166,7 +166,7 @@ def add_dk_dv(dk, dv, s, q, do, lse, delta, gate, v, scale):
 
 
 @triton.jit
-def sliding_window_attention_backward__bf16_d128_g16_w512__c3a38a56_dq(
+def sliding_window_attention_backward__bf16_d128_g16_w512__8c59f2b2_dq(
     do,
     q,
     k,
@@ -236,7 +236,7 @@ def sliding_window_attention_backward__bf16_d128_g16_w512__c3a38a56_dq(
 
 
 @triton.jit
-def sliding_window_attention_backward__bf16_d128_g16_w512__c3a38a56_dk_dv(
+def sliding_window_attention_backward__bf16_d128_g16_w512__8c59f2b2_dk_dv(
     do,
     q,
     k,
@@ -366,7 +366,7 @@ def launch(
     strides = [stride for x in (do, q, k, v) for stride in x.stride()[:2]]
     # One tile more a sequence covers that its last one may be part empty.
     row_tiles = triton.cdiv(tokens * 16, 64) + batch
-    sliding_window_attention_backward__bf16_d128_g16_w512__c3a38a56_dq[(row_tiles, kv_heads)](
+    sliding_window_attention_backward__bf16_d128_g16_w512__8c59f2b2_dq[(row_tiles, kv_heads)](
         do,
         q,
         k,
@@ -386,7 +386,7 @@ def launch(
         num_stages=2,
     )
     key_tiles = triton.cdiv(tokens, 128) + batch
-    sliding_window_attention_backward__bf16_d128_g16_w512__c3a38a56_dk_dv[(key_tiles, kv_heads)](
+    sliding_window_attention_backward__bf16_d128_g16_w512__8c59f2b2_dk_dv[(key_tiles, kv_heads)](
         do,
         q,
         k,
@@ -403,5 +403,5 @@ def launch(
         kv_heads,
         ADD=add,
         num_warps=8,
-        num_stages=2,
+        num_stages=1,
     )
