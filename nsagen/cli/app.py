@@ -197,7 +197,7 @@ def _check(specs: list[Spec], out: Path, tuned: Path | None, as_json: bool) -> N
             _print(f"{row['state']}: {row['path']}")
         for spec in specs:
             count = sum(row["spec"] == spec.name for row in rows)
-            remedy = f"{count} files not up to date; run: {spec.build_command(out)}"
+            remedy = f"{count} files not up to date; run: {spec.build_command(out, tuned)}"
             _print(f"{spec.name}: {remedy if count else 'up to date'}")
     if rows:
         raise typer.Exit(1)

@@ -134,17 +134,23 @@ def _gpus(problems: list[str]) -> list[str]:
 def _packages(out_dir: Path, problems: list[str]) -> list[str]:
     """The generated packages below a folder; the stale ones become problems."""
     from nsagen.codegen.build import check
-    from nsagen.codegen.owned import read_manifest, spec_in
+    from nsagen.core.packages import read_manifest, spec_of
     from nsagen.spec import load_spec
 
     found = []
     for folder in visible(out_dir.glob("*")):
-        manifest = read_manifest(folder)
-        if manifest is None:
+        if read_manifest(folder) is None:
             continue
         found.append(folder.name)
+        source = spec_of(folder)
+        if source is None:
+            problems.append(
+                f"{folder}: cannot be checked: its spec is not where it was; "
+                "build it again from where that is now, or remove the folder"
+            )
+            continue
         try:
-            spec = load_spec(spec_in(manifest))
+            spec = load_spec(source)
             stale = check(spec, out_dir)
         except NsagenError as error:
             problems.append(f"{folder}: cannot be checked: {str(error).splitlines()[0]}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsagen.codegen.owned import MANIFEST, check_free, own_files, python_files, read_manifest
+from nsagen.codegen.owned import check_free, own_files, python_files
 from nsagen.codegen.package import Origin, manifest_text, package_files, variant_header
 from nsagen.codegen.plan import DEFAULT_PROVENANCE, Use, Variant, plan_variants
 from nsagen.codegen.template import default_schedule, kernel_name, render
@@ -17,6 +17,7 @@ from nsagen.core.bucket import Bucket
 from nsagen.core.errors import BuildError
 from nsagen.core.files import TEMPORARY, locked, replace_file, sealed
 from nsagen.core.installed import triton_version
+from nsagen.core.packages import MANIFEST, read_manifest, recorded_path
 from nsagen.core.releases import installed_release
 from nsagen.core.target import parse_target
 from nsagen.core.workload import Workload
@@ -84,9 +85,9 @@ def build(
         BuildError: a template fails, a compiled variant must not ship, or a file cannot be
             written; the text names it.
     """
-    plan = _render(spec, tuned)
-    variants, files = plan.variants, plan.files
     folder = out_dir / spec.name
+    plan = _render(spec, tuned, folder)
+    variants, files = plan.variants, plan.files
     with _writing(folder):
         check_free(folder, files)  # before a lock's file is written
     with _writing(folder), locked(out_dir, spec.name):
@@ -109,8 +110,9 @@ def build(
 
 def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale]:
     """Each file of `out_dir/<name>` that differs from what `build` would write now."""
-    plan = _render(spec, tuned)
-    files, folder = plan.files, out_dir / spec.name
+    folder = out_dir / spec.name
+    plan = _render(spec, tuned, folder)
+    files = plan.files
     kept, tritons = _kept_resources(folder, plan.variants)
     manifest = manifest_text(plan.variants, plan.origin, files, kept, tritons)
     stale = []
@@ -148,12 +150,13 @@ class _Plan:
     notes: tuple[str, ...]
 
 
-def _render(spec: Spec, folder: Path | None) -> _Plan:
+def _render(spec: Spec, records: Path | None, folder: Path) -> _Plan:
     workloads = spec.workloads()
-    folders = (spec.shipped_tuned, spec.tuned_folder) if folder is None else (folder,)
+    folders = (spec.shipped_tuned, spec.tuned_folder) if records is None else (records,)
     tuned = tuned_schedules([f for f in folders if f is not None], workloads, spec.targets)
     variants = plan_variants(workloads, spec.targets, tuned.choices)
-    origin = Origin(spec.name, spec.label, spec.sha256, tuned.hashes)
+    place = recorded_path(folder, spec.label, spec.source)
+    origin = Origin(spec.name, spec.label, spec.sha256, tuned.hashes, place)
     return _Plan(variants, origin, package_files(variants, origin), tuned.notes)
 
 

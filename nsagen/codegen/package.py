@@ -45,12 +45,14 @@ class Origin:
         spec_label: how a user names the spec to `nsagen build`, e.g. `specs/tiny.yaml`.
         spec_sha256: hash of the spec's bytes.
         tuned: name of a file of tuning records -> hash of its bytes.
+        spec_path: of the spec from the package's folder, where the label does not find it.
     """
 
     spec_name: str
     spec_label: str
     spec_sha256: str
     tuned: tuple[tuple[str, str], ...] = ()
+    spec_path: str | None = None
 
     @property
     def command(self) -> str:
@@ -153,7 +155,11 @@ def manifest_text(
     content = {
         "nsagen": __version__,
         "command": origin.command,
-        "spec": {"name": origin.spec_name, "sha256": origin.spec_sha256},
+        "spec": {
+            "name": origin.spec_name,
+            "sha256": origin.spec_sha256,
+            **({} if origin.spec_path is None else {"path": origin.spec_path}),
+        },
         "tuned": dict(origin.tuned),
         "files": {path: sha256(text) for path, text in sorted(files.items())},
         "variants": {

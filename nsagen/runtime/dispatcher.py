@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nsagen.core.bucket import Bucket, Entries, Table
 from nsagen.core.errors import BuildError, InvalidInputError, UnsupportedWorkloadError
 from nsagen.core.importing import LOCK
+from nsagen.core.packages import remedy
 from nsagen.core.releases import Releases, installed_release
 from nsagen.core.workload import Workload
 from nsagen.runtime.device import INTERPRETED_TARGET, interpreting, target_of
@@ -188,10 +191,15 @@ class Dispatcher:
             except (ImportError, SyntaxError, AttributeError) as error:
                 raise BuildError(
                     f"dispatcher {self.name}: each kernel of its table must be whole; got {error} "
-                    f"for {self.package}.{module}; run: nsagen build specs/{self.name}.yaml"
+                    f"for {self.package}.{module}; {remedy(self.name, self._folder())}"
                 ) from error
 
         return load
+
+    def _folder(self) -> Path | None:
+        """Of the package, where it was imported from a file."""
+        file = getattr(sys.modules.get(self.package.rpartition(".")[0]), "__file__", None)
+        return None if file is None else Path(file).parent
 
     def _missing(self, workload: Workload, device: torch.device, tokens: int) -> _Entry:
         target = self._target(workload, device)

@@ -11,6 +11,7 @@ from types import ModuleType
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.importing import import_once
+from nsagen.core.packages import remedy
 from nsagen.core.paths import cache_dir
 from nsagen.runtime.dispatcher import Dispatcher, OnMissing
 
@@ -48,7 +49,7 @@ def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:
     if not isinstance(dispatcher, Dispatcher):  # a build that was cut short wrote only kernels
         raise InvalidInputError(
             f"nsagen.load: a package must be whole; generated.{name} has no dispatcher; "
-            f"run: nsagen build specs/{name}.yaml"
+            f"{remedy(name, _folder_of(name))}"
         )
     return dispatcher.with_on_missing(on_missing)
 
@@ -71,15 +72,26 @@ def _package(name: str) -> ModuleType:
         if found is not None and not _is_of(module, found):
             return import_folder(found)
         return module
-    folders = (Path.cwd() / "generated" / name, cache_dir() / "generated" / name)
+    folders = _folders(name)
     for folder in folders:
         if (folder / "__init__.py").is_file():
             return import_folder(folder)
     places = ", ".join(str(folder) for folder in folders)
     raise InvalidInputError(
         f"nsagen.load: a spec's package must be built first; found no package {qualified} "
-        f"on sys.path, nor {places}; run: nsagen build specs/{name}.yaml"
+        f"on sys.path, nor {places}; {remedy(name)}"
     )
+
+
+def _folders(name: str) -> tuple[Path, ...]:
+    """Where a package may be that is not on `sys.path`."""
+    return Path.cwd() / "generated" / name, cache_dir() / "generated" / name
+
+
+def _folder_of(name: str) -> Path | None:
+    """The folder of a package that is there, whole or not."""
+    found = _on_path(name)
+    return found or next((path for path in _folders(name) if path.is_dir()), None)
 
 
 def _on_path(name: str) -> Path | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 
 from nsagen.core.branches import BRANCHES
 from nsagen.core.errors import SpecError
+from nsagen.core.packages import GENERATED, build_command, from_here
 from nsagen.core.paths import specs_dir, visible
 from nsagen.core.workload import Workload
 from nsagen.spec.combine import combine
@@ -23,9 +23,6 @@ from nsagen.spec.schema import SpecFile
 from nsagen.spec.shape import AttentionShape
 
 _log = logging.getLogger("nsagen.spec")
-
-GENERATED = Path("generated")
-"""Where packages are written unless a user says otherwise, below the working folder."""
 
 
 @dataclass(frozen=True)
@@ -63,21 +60,16 @@ class Spec:
         """Every combination of the attention's values but the excluded ones, sorted."""
         return self.shapes
 
-    def build_command(self, out: Path = GENERATED) -> str:
+    def build_command(self, out: Path = GENERATED, tuned: Path | None = None) -> str:
         """What to type into a shell in the working folder to build this spec below `out`."""
-        words = ["nsagen", "build", self._from_here()]
-        if out != GENERATED:
-            words += ["--out", str(out)]
-        return shlex.join(words)
+        return build_command(self._from_here(), out, tuned)
 
     def _from_here(self) -> str:
         if "/" not in self.label and not self.label.endswith(".yaml"):
             found, _ = _find(self.label)
             if found.absolute() == self.source:
                 return self.label
-        here = Path.cwd()
-        below = self.source.is_relative_to(here)
-        return str(self.source.relative_to(here) if below else self.source)
+        return from_here(self.source)
 
     def workloads(self) -> tuple[Workload, ...]:
         """The workloads of all shapes and passes, each once, sorted."""

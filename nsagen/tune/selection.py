@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nsagen.codegen.owned import read_manifest, spec_in
 from nsagen.codegen.template import spaces_of
 from nsagen.core.errors import BuildError, InvalidInputError
+from nsagen.core.packages import read_manifest, spec_of
 from nsagen.core.paths import visible
 from nsagen.core.workload import Workload
 from nsagen.spec import Spec, load_spec
@@ -81,11 +81,17 @@ def specs_of(name: str | None, generated: Path) -> tuple[Spec, ...]:
     """
     if name is not None:
         return (load_spec(name),)
-    found = map(read_manifest, visible(generated.glob("*")))
-    manifests = [manifest for manifest in found if manifest is not None]
-    if not manifests:
+    folders = [path for path in visible(generated.glob("*")) if read_manifest(path) is not None]
+    if not folders:
         raise InvalidInputError(
             f"tune: without a SPEC, {generated}/ must hold packages; got none; "
             "name a spec, such as: nsagen tune llama8b"
         )
-    return tuple(load_spec(spec_in(manifest)) for manifest in manifests)
+    sources = {folder: spec_of(folder) for folder in folders}
+    for folder, source in sources.items():
+        if source is None:
+            raise InvalidInputError(
+                f"tune: without a SPEC, the spec of {folder} must be where it was; it is not; "
+                "name a spec, such as: nsagen tune llama8b"
+            )
+    return tuple(load_spec(source) for source in sources.values() if source is not None)

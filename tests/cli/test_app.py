@@ -303,7 +303,7 @@ def test_doctor_knows_the_kernels_of_other_versions(
 def test_doctor_tells_a_torch_for_cpus_on_a_machine_with_a_gpu(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nsagen.cli.doctor._driver", lambda: "580.1")
+    monkeypatch.setattr("nsagen.cli.doctor.driver_version", lambda: "580.1")
     monkeypatch.setattr("nsagen.cli.doctor._gpus", lambda problems: [])
     monkeypatch.setattr("nsagen.cli.doctor._built_for_cpu", lambda: True)
     ran = Ran(capsys, "doctor", "--out", str(tmp_path), "--json")

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+import nsagen
 from nsagen.cli import doctor
+from nsagen.core.errors import NsagenError
 from nsagen.core.paths import specs_dir
 from nsagen.spec import load as loading
 from nsagen.spec import load_spec
@@ -48,11 +54,117 @@ def test_the_remedies_of_check_and_doctor(
     for examine in (("build", str(spec), "--check", *out), ("doctor", *out)):
         made.write_text("# edited\n")
         told = Ran(capsys, *examine)
-        if "cannot be checked" in told.out:  # an absolute path is in no manifest
-            continue
         (line,) = [line for line in told.out.splitlines() if "nsagen build" in line]
         assert pasted(capsys, line).code == 0
         assert Ran(capsys, "build", str(spec), "--check", *out).code == 0
+
+
+def told_by_load() -> str:
+    with pytest.raises(NsagenError) as error:
+        nsagen.load("few")
+    return str(error.value)
+
+
+def missing(package: Path) -> str:
+    """No package; the working folder is below one that has the spec."""
+    shutil.rmtree(package)
+    return told_by_load()
+
+
+def cut_short(package: Path) -> str:
+    """A build that was killed wrote no table, and the manifest is of no build."""
+    for name in ("dispatcher.py", "manifest.json"):
+        (package / name).unlink()
+    return told_by_load()
+
+
+def without_table(package: Path) -> str:
+    (package / "dispatcher.py").write_text("dispatcher = None\n")
+    return told_by_load()
+
+
+def damaged_kernel(package: Path) -> str:
+    for path in package.glob("kernels/gated_sum*.py"):
+        path.write_text("def launch(:\n")
+    dispatcher = nsagen.load("few")
+    workload = load_spec(package.parents[1] / "specs" / "few.yaml").workloads()[0]
+    with pytest.raises(NsagenError) as error:
+        dispatcher.launcher(workload, torch.device("cuda", 0), 1)
+    return str(error.value)
+
+
+def stale(package: Path) -> str:
+    """As doctor says it, asked about the folder by its absolute path."""
+    (package / "__init__.py").write_text("# edited\n")
+    diagnosis = doctor.examine(package.parent.absolute())
+    (problem,) = [text for text in diagnosis["problems"] if "nsagen build" in text]
+    return problem
+
+
+@pytest.mark.parametrize("tell", [missing, cut_short, without_table, damaged_kernel, stale])
+@pytest.mark.parametrize("place", ["my project/specs/few.yaml", "my specs/an own.yaml"])
+def test_every_command_works_from_another_folder(
+    capsys: pytest.CaptureFixture[str],
+    spec: Path,
+    tell: Callable[[Path], str],
+    place: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a spec beside its package or far away, with blanks, outside of any project."""
+    project = spec.parents[1] / "my project"
+    source, package = spec.parents[1] / place, project / "generated" / "few"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    (project / "specs").mkdir(parents=True, exist_ok=True)
+    for path in {source, project / "specs" / "few.yaml"}:
+        path.write_text(spec.read_text())
+    assert Ran(capsys, "build", str(source), "--out", str(package.parent)).code == 0
+    (spec.parents[1] / "elsewhere" / "specs").mkdir()  # a spec of this name that is another
+    (spec.parents[1] / "elsewhere" / "specs" / "few.yaml").write_text("name: other\n")
+    monkeypatch.setattr("nsagen.runtime.dispatcher.target_of", lambda device: "cuda:80")
+    monkeypatch.syspath_prepend(project)
+    for name in [m for m in sys.modules if m.split(".")[0] == "generated"]:
+        monkeypatch.delitem(sys.modules, name)
+    if tell is missing:
+        monkeypatch.chdir(project / "specs")
+        monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(project)])
+    told = tell(package)
+    if tell is cut_short and source.parent != project / "specs":  # only the manifest knew the place
+        assert f"give nsagen build the path of its spec, which {package} does not know" in told
+        return
+    assert pasted(capsys, told.splitlines()[-1]).code == 0
+    built = project / "specs" / "generated" if tell is missing else package.parent
+    source = project / "specs" / "few.yaml" if tell is missing else source
+    assert Ran(capsys, "build", str(source), "--check", "--out", str(built)).code == 0
+
+
+def test_a_check_with_records_of_its_own_recommends_them_again(
+    capsys: pytest.CaptureFixture[str], spec: Path
+) -> None:
+    Path("my records").mkdir()
+    told = Ran(capsys, "build", str(spec), "--check", "--tuned", "my records").out
+    assert "--tuned 'my records'" in told
+    assert pasted(capsys, told.splitlines()[-1]).code == 0
+
+
+def test_a_package_in_a_project_says_nothing_of_the_machine(
+    capsys: pytest.CaptureFixture[str], one_op: Path
+) -> None:
+    (one_op / "pyproject.toml").touch()
+    assert Ran(capsys, "build", str(one_op / "few.yaml")).code == 0
+    assert json.loads(Path("generated/few/manifest.json").read_text())["spec"].keys() == {
+        "name",
+        "sha256",
+    }
+
+
+def test_doctor_names_a_package_whose_spec_is_gone(
+    capsys: pytest.CaptureFixture[str], spec: Path
+) -> None:
+    assert Ran(capsys, "build", str(spec)).code == 0
+    spec.unlink()
+    told = Ran(capsys, "doctor")
+    assert told.code == 1
+    assert "generated/few: cannot be checked" in " ".join(told.out.split())
 
 
 @pytest.mark.parametrize("name", ["few.yaml", "specs/few.yaml", "sub/my own.yaml", "../few.yaml"])

@@ -49,7 +49,8 @@ def test_its_kernels_can_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_missing_package_says_how_to_build_it() -> None:
-    with pytest.raises(InvalidInputError, match=r"nsagen build specs/nowhere\.yaml"):
+    """Its commands are run in tests/cli/test_recommended_commands.py."""
+    with pytest.raises(InvalidInputError, match=r"no nowhere\.yaml is in ./specs or shipped"):
         nsagen.load("nowhere")
 
 
