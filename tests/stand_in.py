@@ -55,6 +55,7 @@ class StandIn:
         """What the JIT launches in place of a compiled kernel."""
 
         def run(x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
+            self.kept.append(rest)
             args = tuple(map(_plain, rest[4:]))
             self.launches.append(Launch(rest[2] is not None, name, (x, y, z), stream, args))
 
@@ -141,6 +142,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         for name in names:
             monkeypatch.setattr(holder, name, _keeping(getattr(holder, name), stand_in.kept))
     monkeypatch.setattr(replay, "_free", lambda *args: None)
+    apply = replay._apply
+
+    def keep_applied(step: Any, offsets: Any, values: Any, slots: list[Tensor], *rest: Any) -> None:
+        apply(step, offsets, values, slots, *rest)
+        stand_in.kept.append(slots[-1])
+
+    monkeypatch.setattr(replay, "_apply", keep_applied)
     previous = driver._active
     driver.set_active(stand_in)  # type: ignore[arg-type]
     yield stand_in
