@@ -150,7 +150,8 @@ def manifest_text(
     """`manifest.json`: the inputs' hashes, the variants and what they use once compiled.
 
     Args:
-        tritons: variant -> the version that its resources were compiled with, where it is known.
+        tritons: variant -> the version that its resources were compiled with; "unknown" is written
+            where it is not among them.
     """
     content = {
         "nsagen": __version__,
@@ -181,13 +182,16 @@ def manifest_text(
                 ],
                 "template": variant.template,
                 "fingerprint": variant.fingerprint,
-                **({"triton": tritons[variant.name]} if variant.name in tritons else {}),
-                "resources": resources.get(variant.name, []),
+                **_compiled(resources.get(variant.name, []), tritons.get(variant.name)),
             }
             for variant in variants
         },
     }
     return json.dumps(content, indent=1) + "\n"
+
+
+def _compiled(resources: list[dict[str, Any]], triton: str | None) -> dict[str, Any]:
+    return {**({"triton": triton or "unknown"} if resources else {}), "resources": resources}
 
 
 def sha256(text: str) -> str:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import stat
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+from nsagen.core.errors import InvalidInputError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -33,12 +39,42 @@ def specs_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """$NSAGEN_CACHE_DIR, or the platform's folder for caches of users."""
+    """$NSAGEN_CACHE_DIR, or the platform's folder for caches of users.
+
+    A user without a home has one in the temporary folder.
+
+    Raises:
+        InvalidInputError: $NSAGEN_CACHE_DIR is in a home that does not exist.
+    """
     chosen = os.environ.get("NSAGEN_CACHE_DIR")
     if chosen:
-        return Path(chosen).expanduser()
+        try:
+            return Path(chosen).expanduser()
+        except RuntimeError:
+            raise InvalidInputError(
+                f"NSAGEN_CACHE_DIR: ~ must be the home of a user; got {chosen!r}, and there is no "
+                "such home; give a path without ~"
+            ) from None
     try:
         from platformdirs import user_cache_path
     except ImportError:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsagen"
-    return user_cache_path("nsagen")
+        user_cache_path = _user_cache_path
+    try:
+        return user_cache_path("nsagen")
+    except RuntimeError:  # neither $HOME nor an entry among the system's users
+        return _without_home()
+
+
+def _user_cache_path(name: str) -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name
+
+
+@functools.cache
+def _without_home() -> Path:
+    """A folder that no other user can write to: kernels are imported from it."""
+    folder = Path(tempfile.gettempdir(), f"nsagen-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    return folder if own and not found.st_mode & 0o022 else Path(tempfile.mkdtemp(prefix="nsagen-"))

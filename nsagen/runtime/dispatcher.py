@@ -191,13 +191,14 @@ class Dispatcher:
             except (ImportError, SyntaxError, AttributeError) as error:
                 raise BuildError(
                     f"dispatcher {self.name}: each kernel of its table must be whole; got {error} "
-                    f"for {self.package}.{module}; {remedy(self.name, self._folder())}"
+                    f"for {self.package}.{module}; {remedy(self.name, self.folder)}"
                 ) from error
 
         return load
 
-    def _folder(self) -> Path | None:
-        """Of the package, where it was imported from a file."""
+    @property
+    def folder(self) -> Path | None:
+        """The package's folder; None where it was imported from no file."""
         file = getattr(sys.modules.get(self.package.rpartition(".")[0]), "__file__", None)
         return None if file is None else Path(file).parent
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nsagen.bench import measure
+from nsagen.bench import measure, results
 from nsagen.bench.plot import check_free as check_figure
 from nsagen.bench.plot import plot
 from nsagen.bench.results import check_free, table_text, write_results
@@ -86,3 +86,12 @@ def test_committed_results_may_be_replaced():
     folder = RESULTS / "nvidia-h200"
     for name in ("decode", "prefill", "train"):
         check_figure(check_free(name, folder).with_suffix(".png"))
+
+
+@pytest.mark.parametrize(("said", "told"), [("580.1", "580.1"), (None, "")])
+def test_the_driver_is_the_one_that_doctor_tells(said, told, monkeypatch):
+    """An answer of nvidia-smi that is no version is none."""
+    monkeypatch.setattr(results.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(results.torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(results, "driver_version", lambda: said)
+    assert results.provenance()["driver"] == told

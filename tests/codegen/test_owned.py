@@ -150,6 +150,20 @@ def test_resources_keep_the_version_of_triton_that_they_are_of(
     assert check(load_spec("few.yaml"), OUT) == []
 
 
+def test_resources_without_a_version_are_said_to_be_of_an_unknown_one(one_op: Path) -> None:
+    """Builds of old wrote none."""
+    make()
+    path = PACKAGE / "manifest.json"
+    content = json.loads(path.read_text())
+    name, entry = next(iter(content["variants"].items()))
+    entry["resources"] = [{"kernel": name, "target": entry["targets"][0], "registers": 8}]
+    path.write_text(json.dumps(content))
+    make()
+    variants = json.loads(path.read_text())["variants"]
+    assert variants[name]["triton"] == "unknown"
+    assert sum("triton" in entry for entry in variants.values()) == 1
+
+
 def test_a_working_folder_that_was_removed(
     one_op: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

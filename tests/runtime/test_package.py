@@ -5,6 +5,7 @@ import pytest
 
 import nsagen
 from nsagen.core.errors import InvalidInputError
+from nsagen.runtime import package as packages
 
 from .conftest import at_once, package, selected
 
@@ -31,6 +32,30 @@ def test_a_package_is_found_on_the_path(tmp_path: Path, monkeypatch: pytest.Monk
     package(tmp_path / "lib", "on_path", ("kernel",))
     monkeypatch.syspath_prepend(tmp_path / "lib")
     assert nsagen.load("on_path").package == "generated.on_path.kernels"
+
+
+def test_a_projects_own_package_goes_before_nsagens_and_the_choice_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From a checkout of nsagen, whose own packages are on the path."""
+    checkout, project = tmp_path / "checkout", tmp_path / "project"
+    for folder in (checkout, project):
+        package(folder, "tiny", ("kernel",))
+    monkeypatch.syspath_prepend(checkout)
+    monkeypatch.setattr(packages, "__file__", str(checkout / "nsagen" / "runtime" / "package.py"))
+    monkeypatch.chdir(project)
+    with caplog.at_level("INFO", "nsagen.runtime"):
+        own = nsagen.load("tiny")
+    folder = project / "generated" / "tiny"
+    assert own.folder == folder
+    assert caplog.messages == [
+        f"nsagen.load: {folder} of the working folder, not nsagen's own package"
+    ]
+    caplog.clear()
+    monkeypatch.chdir(checkout)
+    with caplog.at_level("INFO", "nsagen.runtime"):
+        assert nsagen.load("tiny").folder == checkout / "generated" / "tiny"
+    assert not caplog.messages
 
 
 def test_a_package_is_found_in_the_user_cache(tmp_path: Path) -> None:
