@@ -7,7 +7,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,10 +230,15 @@ class ContinuousBatch:
                 )
             self._at_work = True
             try:
-                with torch.no_grad():
+                with torch.no_grad(), self._on_its_device():
                     yield
             finally:
                 self._at_work = False
+
+    def _on_its_device(self) -> AbstractContextManager[Any]:
+        """Graphs, streams and events belong to the current device: make the cache's current."""
+        device = self.cache.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _advance(self) -> None:
         self._prefill()
