@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nsagen.bench.tables import markdown  # noqa: E402
-from nsagen.core.installed import triton_version  # noqa: E402
 from nsagen.reports import support_page, target_support  # noqa: E402
 from nsagen.spec.schema import json_schema  # noqa: E402
 
@@ -180,7 +179,7 @@ PARTS = {
 
 def pages() -> dict[Path, str]:
     """Every generated page and what it should hold."""
-    kernels = support_page.page(*target_support.read(SUPPORT))
+    kernels = support_page.page(target_support.read(SUPPORT))
     made = {DOCS / "spec.md": spec_reference(), DOCS / "support.md": kernels}
     for (page, name), make in PARTS.items():
         path = ROOT / page
@@ -198,8 +197,7 @@ def measure_support(jobs: int | None) -> None:
     def report(what: str, done: int, total: int) -> None:
         print(f"{done} of {total}: {what}", flush=True)
 
-    table, triton = target_support.read(SUPPORT)
-    known = table if triton == triton_version() else {}
+    known = target_support.read(SUPPORT)
     wanted = target_support.variants(target_support.shipped())
     target_support.write(SUPPORT, target_support.measure(wanted, known, jobs, report))
 

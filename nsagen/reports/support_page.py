@@ -20,8 +20,9 @@ HEAD = """\
 # Kernels on every target
 
 What the default schedules of every workload of every shipped spec compile to: on a CPU, by the
-compiler of Triton {triton}, with no GPU present. Registers and spills are of the hungriest kernel
-that a call launches, a thread; shared memory is what its programs need at most.
+compiler of Triton {triton}, with no GPU present. The tables name the version. Registers and spills
+are of the hungriest kernel that a call launches, a thread; shared memory is what its programs need
+at most.
 
 This page is made from `docs/support.json`, which `python docs/generate.py --support` measures.
 
@@ -37,7 +38,7 @@ nsagen inspect {example}
 """
 
 
-def page(table: Table, triton: str) -> str:
+def page(table: Table) -> str:
     """The whole page.
 
     Raises:
@@ -48,7 +49,8 @@ def page(table: Table, triton: str) -> str:
             f"docs/support.json: must have every shipped kernel; lacks {len(missing)}, the first "
             f"for {missing[0]}; run: python docs/generate.py --support"
         )
-    head = HEAD.format(triton=triton, example=SPECS[0])
+    versions = " or ".join(sorted({usage.triton for usage in table.values()}))
+    head = HEAD.format(triton=versions, example=SPECS[0])
     shown = variants(listed())
     parts = [head + _specs(table), "## Targets\n", _summary(table, shown)]
     for target in KNOWN_TARGETS:
@@ -90,15 +92,15 @@ def _summary(table: Table, shown: list[Variant]) -> str:
 
 
 def _list(table: Table, here: list[Variant]) -> str:
-    lines = ["| op | workload | algorithm | matrix | registers | spills | shared memory |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    lines = ["| op | workload | algorithm | matrix | registers | spills | shared memory | Triton |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for variant in here:
         usage: Usage = table[variant.name, variant.target]
         spills = f"{usage.spill_bytes} bytes" if usage.spill_bytes else "none"
         lines.append(
             f"| {variant.workload.op} {variant.workload.pass_} | `{variant.workload.label}` "
             f"| `{variant.schedule.algorithm}` | {usage.matrix or 'none'} | {usage.registers} "
-            f"| {spills} | {_kib(usage.shared_bytes)} |"
+            f"| {spills} | {_kib(usage.shared_bytes)} | {usage.triton} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -34,6 +34,7 @@ class Usage(NamedTuple):
         shared_bytes: a program.
         matrix: the matrix instructions used, apart by commas; "" if there are none.
         error: why it does not compile; "" if it does.
+        triton: the version that compiled it.
     """
 
     registers: int
@@ -41,6 +42,7 @@ class Usage(NamedTuple):
     shared_bytes: int
     matrix: str
     error: str = ""
+    triton: str = ""
 
 
 class Variant(NamedTuple):
@@ -140,12 +142,13 @@ def usage_of(variant: Variant) -> Usage:
             path.write_text(source, encoding="utf-8")
             found = compiled_resources(path, variant.workload, KNOWN_TARGETS[variant.target])
     except NsagenError as error:
-        return Usage(0, 0, 0, "", str(error))
+        return Usage(0, 0, 0, "", str(error), triton_version())
     return Usage(
         registers=max(one.registers for one in found),
         spill_bytes=max(one.spill_bytes for one in found),
         shared_bytes=max(one.shared_bytes for one in found),
         matrix=", ".join(sorted({one.matrix for one in found} - {"none"})),
+        triton=triton_version(),
     )
 
 
@@ -167,30 +170,31 @@ def lacking(table: Table, wanted: Iterable[Variant]) -> list[Variant]:
     return [variant for variant in wanted if (variant.name, variant.target) not in table]
 
 
-def read(path: Path) -> tuple[Table, str]:
-    """A table from its file, and the version of Triton that it was compiled with."""
-    stored = json.loads(path.read_text("utf-8"))
-    table = {
-        (name, target): Usage(*usage)
-        for name, targets in stored["kernels"].items()
-        for target, usage in targets.items()
+def read(path: Path) -> Table:
+    """A table from its file."""
+    return {
+        (name, target): Usage(*values)._replace(triton=triton)
+        for triton, kernels in json.loads(path.read_text("utf-8")).items()
+        for name, targets in kernels.items()
+        for target, values in targets.items()
     }
-    return table, stored["triton"]
 
 
 def write(path: Path, table: Table) -> None:
-    """Write a table, a kernel a line."""
-    kernels: dict[str, dict[str, Usage]] = {}
+    """Write a table: by version of Triton, a kernel a line."""
+    versions: dict[str, dict[str, dict[str, list[int | str]]]] = {}
     for (name, target), usage in table.items():
-        kernels.setdefault(name, {})[target] = usage
-    lines = ",\n".join(
-        f"  {json.dumps(name)}: {json.dumps({t: _short(u) for t, u in targets.items()})}"
-        for name, targets in kernels.items()
-    )
-    version = json.dumps(triton_version())
-    path.write_text(f'{{\n "triton": {version},\n "kernels": {{\n{lines}\n }}\n}}\n', "utf-8")
+        kernels = versions.setdefault(usage.triton, {})
+        kernels.setdefault(name, {})[target] = _short(usage)
+    parts = [
+        f" {json.dumps(triton)}: {{\n"
+        + ",\n".join(f"  {json.dumps(name)}: {json.dumps(rows)}" for name, rows in kernels.items())
+        + "\n }"
+        for triton, kernels in sorted(versions.items())
+    ]
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", "utf-8")
 
 
 def _short(usage: Usage) -> list[int | str]:
-    values: list[int | str] = [*usage]
+    values: list[int | str] = [*usage[:-1]]
     return values if usage.error else values[:-1]
