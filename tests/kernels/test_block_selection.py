@@ -16,6 +16,7 @@ from nsagen.cases.block_selection import (
     make_case,
     rule_of,
 )
+from nsagen.codegen.space import next_power_of_2
 from nsagen.codegen.template import space_for
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Schedule, Workload
@@ -273,8 +274,8 @@ def test_only_nearly_equal_blocks_may_swap() -> None:
 def test_defaults_are_valid(target: Any, head_dim: int, dtype: str) -> None:
     width = 4 if dtype == "float32" else 2
     for gqa_ratio in (1, 7, 16, 64):
-        if width * head_dim * (gqa_ratio + 16) + 4 > target.shared_memory:
-            continue  # one token's heads and the smallest step of keys do not fit
+        if width * next_power_of_2(head_dim) * (gqa_ratio + 16) + 4 > target.shared_memory:
+            continue  # one token's heads and the smallest step of keys do not fit: refused by name
         for block_size in (2, 8, 24):
             workload = workload_of(
                 dtype, head_dim=head_dim, gqa_ratio=gqa_ratio, block_size=block_size
