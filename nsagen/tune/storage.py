@@ -61,6 +61,7 @@ def open_storage(url: str) -> BaseStorage:
             return _proxy(rest)
         if scheme == "sqlite":
             path = _sqlite_path(rest)
+            _check_sqlite(path)
             with locked(path.parent, path.name):  # two that make the tables get in each other's way
                 return _database(url, path)
         return _shared_database(url)
@@ -119,6 +120,20 @@ def _proxy_errors() -> tuple[type[Exception], ...]:
     except ImportError:
         return ()
     return (grpc.RpcError,)
+
+
+def _check_sqlite(path: Path) -> None:
+    """Refuse another program's database, to which Optuna would add its tables."""
+    if not path.is_file():
+        return
+    with contextlib.closing(sqlite3.connect(path, timeout=60)) as database:
+        tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master")}
+    if tables and not tables & {"studies", "version_info"}:
+        shown = ", ".join(sorted(tables)[:4])
+        raise TuneError(
+            f"{path}: must be a database that Optuna wrote, or free; got one with {shown}; "
+            "nothing was changed; name another file"
+        )
 
 
 def _shared_database(url: str) -> RDBStorage:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +105,18 @@ def test_a_file_of_the_users_is_not_taken_for_a_journal(tmp_path: Path, content:
     with pytest.raises(TuneError, match="must be a journal that Optuna wrote, or free"):
         open_storage(f"journal://{path}")
     assert path.read_bytes() == content
+
+
+def test_a_database_of_another_program_is_refused_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "my bank.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE accounts (owner)")
+        database.commit()
+    before = path.read_bytes()
+    with pytest.raises(TuneError, match=r"must be a database that Optuna wrote.*accounts"):
+        open_storage(sqlite_url(path))
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["my bank.db"]
+    path.write_bytes(b"")  # as `mktemp` makes it
+    assert study_in(sqlite_url(path)).trials == []
+    assert study_in(sqlite_url(path)).trials == []
