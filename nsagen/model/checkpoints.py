@@ -241,6 +241,10 @@ def _advice(missing: Sequence[str], unexpected: Sequence[str], changed: Sequence
         return "load it with nsagen.integrations.transformers.load_nsa"
     if any(map(_is_new, unexpected)):
         return "load it with ToyNSALlama.from_pretrained"
+    if any(f"model.{name}" in missing for name in unexpected):
+        return "load it with Transformers' LlamaForCausalLM, whose names these lack, and save that"
+    if any(name.endswith(f".{lacking}") for name in unexpected for lacking in missing[:1]):
+        return "save the model itself, not what wraps it (DataParallel, torch.compile)"
     if missing == ["lm_head.weight"]:
         return "set tie_word_embeddings to true in its config.json if the embedding is the head"
     return "check that the folder's weights belong to its config.json"

@@ -188,12 +188,19 @@ def check_inference_config(config: ToyLlamaConfig, limits: InferenceConfig | Non
     """Check that a cache suits its model.
 
     Raises:
-        InvalidInputError: max_length passes max_position_embeddings; pages for dense attention,
-            or pages that would split a block.
+        InvalidInputError: not an InferenceConfig; max_length passes max_position_embeddings; pages
+            for dense attention, or pages that would split a block.
     """
     if limits is None:
         return
     where = "InferenceConfig"
+    require(
+        isinstance(limits, InferenceConfig),
+        type(config).__name__,
+        "inference_config must be an InferenceConfig or None",
+        repr(limits),
+        "build one, such as InferenceConfig(max_batch_size=4)",
+    )
     require(
         limits.max_length <= config.max_position_embeddings,
         where,

@@ -19,6 +19,7 @@ from nsagen.model.packing import check_packed, host_lengths
 from nsagen.model.prefill import CachedRows, DecodeRows, Piece, PrefillRows
 from nsagen.model.requests import (
     Request,
+    check_cuda_graph,
     check_inference,
     check_length,
     check_samplings,
@@ -185,9 +186,7 @@ class Generation(nn.Module, Generic[Cache]):
             Exception: what `stream` or a step raised; the model is ready for the next call.
         """
         limits = check_inference("generate", self)
-        cu_seqlens = check_packed("generate", input_ids, cu_seqlens, None)
-        lengths = host_lengths("generate", cu_seqlens, input_ids.shape[0], input_ids.shape[0])
-        steps = self._check_limits(limits, lengths, max_new_tokens)
+        check_packed("generate", input_ids, cu_seqlens, None)
         require(
             input_ids.device == self._weight().device,
             "generate",
@@ -195,10 +194,19 @@ class Generation(nn.Module, Generic[Cache]):
             f"{input_ids.device} and {self._weight().device}",
             "move one of them",
         )
+        lengths = host_lengths("generate", cu_seqlens, input_ids.shape[0], input_ids.shape[0])
+        steps = self._check_limits(limits, lengths, max_new_tokens)
         check_tokens("generate", input_ids, self.config.vocab_size)
         samplings = check_samplings("generate", sampling, len(lengths))
         stops = check_stop_tokens("generate", stop_tokens)
-        _check_switches(stream, cuda_graph)
+        check_cuda_graph("generate", cuda_graph)
+        require(
+            stream is None or callable(stream),
+            "generate",
+            "stream must be a function of a NewToken, or None",
+            repr(stream),
+            "pass one, such as print",
+        )
         tokens: list[list[int]] = [[] for _ in lengths]
         if steps > 0 and lengths:
             prompts = input_ids.to(torch.int64, copy=True).split(lengths)
@@ -255,20 +263,3 @@ class Generation(nn.Module, Generic[Cache]):
         for index, length in enumerate(lengths):
             steps = check_length(f"generate: sequence {index}", limits, length, max_new_tokens)
         return steps
-
-
-def _check_switches(stream: Any, cuda_graph: Any) -> None:
-    require(
-        stream is None or callable(stream),
-        "generate",
-        "stream must be a function of a NewToken, or None",
-        repr(stream),
-        "pass one, such as print",
-    )
-    require(
-        cuda_graph in (None, True, False),
-        "generate",
-        "cuda_graph must be True, False or None",
-        repr(cuda_graph),
-        "leave it out for InferenceConfig.cuda_graph",
-    )

@@ -119,12 +119,11 @@ def check_packed(
         f"{input_ids.device} and {cu_seqlens.device}",
         "move one of them",
     )
-    cu_seqlens = cu_seqlens.to(torch.int32)
-    if max_positions is None or torch.compiler.is_compiling():
-        return cu_seqlens
-    if values_are_read(cu_seqlens) or input_ids.shape[0] > max_positions:
-        host_lengths(where, cu_seqlens, input_ids.shape[0], max_positions)
-    return cu_seqlens
+    if max_positions is not None and not torch.compiler.is_compiling():
+        # Before int32, in which larger numbers would wrap to others.
+        if values_are_read(cu_seqlens) or input_ids.shape[0] > max_positions:
+            host_lengths(where, cu_seqlens, input_ids.shape[0], max_positions)
+    return cu_seqlens.to(torch.int32)
 
 
 def host_lengths(where: str, cu_seqlens: Tensor, tokens: int, max_positions: int) -> list[int]:

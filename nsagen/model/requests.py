@@ -88,28 +88,49 @@ def _check_wrapping(where: str, model: Any) -> None:
         ", ".join(map(repr, hooks)),
         "put the hook on model.model or model.lm_head, where it counts",
     )
-    for index, layer in enumerate(model.model.layers):
-        for part, module, arguments in (
-            ("", layer, 3),
-            (".self_attn", getattr(layer, "self_attn", None), 4),
-        ):
-            require(
-                module is None or _takes(module.forward, arguments),
-                f"{where}: model.layers.{index}{part}",
-                "generation passes a cache as the last argument of forward",
-                f"a {type(module).__name__}, which takes none",
-                "wrap the module so that all its arguments go on",
-            )
+    kind = type(model)
+    require(
+        _is_own(kind.forward) or not (_is_own(kind.hidden) and _is_own(kind.head)),
+        where,
+        "generation runs a model's hidden and head, not its forward",
+        f"a {name} with a forward of its own",
+        "override head or hidden to the same effect, or put what forward adds into a module",
+    )
+    layers = list(getattr(model.model, "layers", ()))
+    most = model.config.num_hidden_layers
+    require(
+        len(layers) <= most,
+        where,
+        f"the cache has config.num_hidden_layers={most} layers",
+        f"a model of {len(layers)}",
+        "build the model with a config of as many",
+    )
+    parts: list[tuple[str, Any, int]] = [("model", model.model, 3)]
+    for index, layer in enumerate(layers):
+        parts.append((f"model.layers.{index}", layer, 3))
+        parts.append((f"model.layers.{index}.self_attn", getattr(layer, "self_attn", None), 4))
+    for part, module, arguments in parts:
+        require(
+            module is None or _takes(module.forward, arguments),
+            f"{where}: {part}",
+            "generation passes a cache as the last argument of forward",
+            f"a {type(module).__name__}, which takes none",
+            "wrap the module so that all its arguments go on",
+        )
 
 
 def _takes(function: Any, arguments: int) -> bool:
-    if getattr(function, "__module__", "").startswith("nsagen."):
+    if _is_own(function):
         return True
     try:
         inspect.signature(function).bind(*range(arguments))
     except TypeError:
         return False
     return True
+
+
+def _is_own(function: Any) -> bool:
+    return getattr(function, "__module__", "").startswith("nsagen.")
 
 
 def check_length(where: str, limits: InferenceConfig, length: int, max_new_tokens: int) -> int:
@@ -163,6 +184,8 @@ def check_prompt(where: str, prompt: Any) -> Tensor:
     rule = "a prompt must be integers with shape [L], int64 or int32"
     if not isinstance(prompt, Tensor):
         try:
+            if isinstance(prompt, list | tuple) and any(isinstance(t, bool) for t in prompt):
+                raise TypeError  # PyTorch takes a bool among integers for 0 or 1
             empty = len(prompt) == 0
             prompt = torch.tensor(prompt, dtype=torch.int64 if empty else None, device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -209,6 +232,9 @@ def check_stop_tokens(where: str, stop_tokens: Iterable[int]) -> frozenset[int]:
     advice = "pass token numbers such as [2], or leave it out"
     rule = "stop_tokens must be integers in a list or another iterable"
     if isinstance(stop_tokens, Tensor):
+        readable = not stop_tokens.is_meta and stop_tokens.layout is torch.strided
+        kind = f"a tensor on {stop_tokens.device} with layout {stop_tokens.layout}"
+        require(readable, where, rule, kind, advice)
         stop_tokens = stop_tokens.tolist()
     if isinstance(stop_tokens, str | bytes) or not isinstance(stop_tokens, Iterable):
         raise InvalidInputError(f"{where}: {rule}, got {stop_tokens!r}; {advice}")
@@ -216,6 +242,21 @@ def check_stop_tokens(where: str, stop_tokens: Iterable[int]) -> frozenset[int]:
     for token in stops:
         require(is_integer(token), where, rule, f"{token!r} among them", advice)
     return frozenset(operator.index(token) for token in stops)
+
+
+def check_cuda_graph(where: str, cuda_graph: Any) -> None:
+    """Check the switch of captured steps.
+
+    Raises:
+        InvalidInputError: neither a bool nor None.
+    """
+    require(
+        cuda_graph is None or isinstance(cuda_graph, bool),
+        where,
+        "cuda_graph must be True, False or None",
+        repr(cuda_graph),
+        "leave it out for InferenceConfig.cuda_graph",
+    )
 
 
 def check_sampling(where: str, sampling: Any) -> SamplingConfig:

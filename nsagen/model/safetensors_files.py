@@ -65,19 +65,29 @@ def read_tensors(path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor
         InvalidInputError: the file is damaged or lacks one.
     """
     with _opened(path) as file:
-        known = set(file.keys())
         for name in names:
-            if name not in known:
-                raise InvalidInputError(
-                    f"{path}: must hold {name}, as the index says; it does not; fetch it again"
-                )
+            _check_held(path, file, name)
             yield name, file.get_tensor(name)
 
 
 def stored_dtype(path: Path, name: str) -> str:
-    """The dtype of a tensor as the file names it, such as BF16, without reading the tensor."""
+    """The dtype of a tensor as the file names it, such as BF16, without reading the tensor.
+
+    Raises:
+        InvalidInputError: the file is damaged or lacks the tensor.
+    """
     with _opened(path) as file:
+        _check_held(path, file, name)
         return str(file.get_slice(name).get_dtype())
+
+
+def _check_held(path: Path, file: safe_open, name: str) -> None:
+    try:
+        file.get_slice(name)
+    except SafetensorError:
+        raise InvalidInputError(
+            f"{path}: must hold {name}, as the index says; it does not; fetch it again"
+        ) from None
 
 
 def _opened(path: Path) -> safe_open:

@@ -120,10 +120,13 @@ class SelfAttention(JoinsWeights):
         cache.v[index] = torch.where(idle, cache.v[index], v)
         keys = torch.arange(cache.k.shape[1], device=q.device)
         visible = keys <= positions[:, None]
+        # In place of what earlier sequences left behind the newest token, that token again: a mask
+        # takes no NaN out.
+        places = (index[0][:, None], torch.minimum(keys, positions[:, None]))
         o = F.scaled_dot_product_attention(
             q[:, :, None],
-            cache.k[index[0]].transpose(1, 2),
-            cache.v[index[0]].transpose(1, 2),
+            cache.k[places].transpose(1, 2),
+            cache.v[places].transpose(1, 2),
             attn_mask=visible[:, None, None],
             enable_gqa=True,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 import traceback
 from collections import deque
@@ -21,12 +22,14 @@ from nsagen.model.packing import to_device
 from nsagen.model.prefill import Piece, PrefillRows
 from nsagen.model.requests import (
     Request,
+    check_cuda_graph,
     check_inference,
     check_length,
     check_prompt,
     check_sampling,
     check_stop_tokens,
     check_tokens,
+    is_integer,
 )
 from nsagen.model.sampling import SamplingConfig, SamplingRows
 from nsagen.model.sequences import (
@@ -85,6 +88,7 @@ class ContinuousBatch:
 
     def __post_init__(self) -> None:
         self.limits = check_inference("ContinuousBatch", self.model)
+        check_cuda_graph("ContinuousBatch", self.cuda_graph)
         if self.cuda_graph is None:
             self.cuda_graph = self.limits.cuda_graph
         # Tensors made in inference mode could not be written outside of it later.
@@ -147,6 +151,7 @@ class ContinuousBatch:
     def admit(self, where: str, request: Request) -> int:
         """`add` what is checked already."""
         with self._lock:
+            self._check_cache(where)
             if not self._free_slots:
                 raise CapacityError(
                     f"{where}: a sequence needs a free slot, got none of "
@@ -166,8 +171,19 @@ class ContinuousBatch:
         """Take a sequence out of the batch, if it is still in it: no more of it is seen.
 
         What has been computed for it, but not been read, is dropped.
+
+        Raises:
+            InvalidInputError: not an integer.
         """
         with self._lock:
+            require(
+                is_integer(sequence),
+                "ContinuousBatch: cancel",
+                "sequence must be an integer",
+                repr(sequence),
+                "pass the number that add returned",
+            )
+            sequence = operator.index(sequence)
             unread = [new for new in self._results if new.sequence != sequence]
             self._results = deque(unread)
             one = self._unread.pop(sequence, None)
@@ -228,6 +244,7 @@ class ContinuousBatch:
                     "ContinuousBatch: one step runs at a time, got a call from within a step; "
                     "call it after the step, or use a batch of its own"
                 )
+            self._check_cache("ContinuousBatch")
             self._at_work = True
             try:
                 with torch.no_grad(), self._on_its_device():
@@ -239,6 +256,17 @@ class ContinuousBatch:
         """Graphs, streams and events belong to the current device: make the cache's current."""
         device = self.cache.device
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+    def _check_cache(self, where: str) -> None:
+        weight = next(self.model.parameters())
+        kinds = [(one.dtype, one.device) for one in (weight, self.cache)]
+        require(
+            kinds[0] == kinds[1],
+            where,
+            "a model must stay as it was when its batch was made",
+            "weights of {} on {} and a cache of {} on {}".format(*kinds[0], *kinds[1]),
+            "move the model back, or make a new batch of it",
+        )
 
     def _advance(self) -> None:
         self._prefill()

@@ -154,9 +154,9 @@ class ToyLlama(Pretrained, Generation[KVCache]):
             InvalidInputError: shapes, dtypes or devices that do not fit; a sequence too long.
         """
         limit = self.config.max_position_embeddings
-        cu_seqlens = check_packed("ToyLlama.forward", input_ids, cu_seqlens, limit)
+        ends = check_packed("ToyLlama.forward", input_ids, cu_seqlens, None)
         lengths = host_lengths("ToyLlama.forward", cu_seqlens, input_ids.shape[0], limit)
-        packed = Packed.of(cu_seqlens, input_ids.shape[0], lengths)
+        packed = Packed.of(ends, input_ids.shape[0], lengths)
         return logits_of(self.model(input_ids, packed), self.lm_head)
 
     def new_cache(self) -> KVCache:

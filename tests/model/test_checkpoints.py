@@ -209,6 +209,31 @@ class TestFiles:
         with pytest.raises(InvalidInputError, match="each file must lie in the folder"):
             ToyLlama.from_pretrained(folder)
 
+    def test_an_index_with_a_tensor_that_its_file_lacks(self, folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "other.safetensors")
+        index = {"weight_map": {"absent.weight": "other.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        text = "other.safetensors: must hold absent.weight, as the index says; it does not; fetch"
+        with pytest.raises(InvalidInputError, match=text):
+            ToyLlama.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        ("old", "new", "advice"),
+        [
+            ("", "module.", "save the model itself, not what wraps it"),
+            ("", "_orig_mod.", "save the model itself, not what wraps it"),
+            ("model.", "", "load it with Transformers' LlamaForCausalLM, whose names these lack"),
+        ],
+    )
+    def test_advice_about_other_prefixes(
+        self, folder: Path, old: str, new: str, advice: str
+    ) -> None:
+        path = folder / "model.safetensors"
+        tensors = {new + name.removeprefix(old): t for name, t in load_file(path).items()}
+        save_file(tensors, path)
+        with pytest.raises(InvalidInputError, match=advice):
+            ToyLlama.from_pretrained(folder)
+
     def test_a_whole_file_goes_before_an_index(self, tmp_path: Path) -> None:
         """As an earlier checkpoint in several files leaves it; also while these still lie there."""
         old, new = ToyLlama(dense_config()), ToyLlama(dense_config())

@@ -481,6 +481,55 @@ def test_what_cannot_count_is_refused_by_name(make: Callable[[], Model]) -> None
         model.generate(*BATCH)
 
 
+@pytest.mark.parametrize("make", [dense, sparse])
+def test_a_forward_of_a_subclass_is_refused_by_name(make: Callable[[], Model]) -> None:
+    model = make()
+
+    class Biased(type(model)):
+        def forward(self, *args: Any) -> Tensor:
+            return super().forward(*args) - torch.arange(512)
+
+    class Both(Biased):
+        def head(self, *args: Any) -> Tensor:
+            return super().head(*args) - torch.arange(512)
+
+    model.__class__ = Biased
+    text = "generate: generation runs a model's hidden and head, not its forward, got a Biased with"
+    with pytest.raises(InvalidInputError, match=text):
+        model.generate(*BATCH)
+    model.__class__ = Both
+    check(model)
+
+
+@pytest.mark.parametrize("make", [dense, sparse])
+def test_a_wrapper_around_all_layers_counts(make: Callable[[], Model]) -> None:
+    class Halved(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args: Any) -> Tensor:
+            return self.inner(*args) * 0.5 + 1
+
+    class Short(Halved):
+        def forward(self, input_ids: Tensor, rows: Any) -> Tensor:
+            return self.inner(input_ids, rows)
+
+    model = make()
+    inner, model.model = model.model, Halved(model.model)
+    check(model)
+    model.model = Short(inner)
+    with pytest.raises(InvalidInputError, match="generate: model: generation passes a cache .*Sh"):
+        model.generate(*BATCH)
+
+
+def test_more_layers_than_the_config_says_are_refused() -> None:
+    model = sparse()
+    model.model.layers.append(copy.deepcopy(model.model.layers[0]))
+    with pytest.raises(InvalidInputError, match="config.num_hidden_layers=2 layers, got a model o"):
+        model.generate(*BATCH)
+
+
 def test_a_head_of_another_kind_works_in_forward_too() -> None:
     model = sparse()
     expected = model(*BATCH)

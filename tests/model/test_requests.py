@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from nsagen.core.errors import CapacityError, InvalidInputError
-from nsagen.model import ContinuousBatch, InferenceConfig, SamplingConfig, ToyNSALlama
-from tests.model.tiny import nsa_model, packed_batch
+from nsagen.model import (
+    ContinuousBatch,
+    InferenceConfig,
+    SamplingConfig,
+    ToyLlama,
+    ToyNSALlama,
+)
+from tests.model.tiny import dense_config, nsa_model, packed_batch
 
 LIMITS = InferenceConfig(2, 64, 4, paged=True, page_size=16)
 PROMPT = [3, 1, 4, 1, 5]
@@ -37,11 +43,15 @@ BAD_STOPS: list[tuple[Any, str]] = [
     ([1, 2.0], "got 2.0 among them"),
     ([True], "got True among them"),
     (torch.tensor([0.5]), "got 0.5 among them"),
+    (torch.tensor([2], device="meta"), "got a tensor on meta"),
+    (torch.tensor([2]).to_sparse(), "with layout torch.sparse_coo"),
 ]
 
 BAD_PROMPTS: list[tuple[Any, str]] = [
     ([0.5], "got torch.float32"),
-    ([True, False], "got torch.bool"),
+    ([True, False], r"got \[True, False\]"),
+    ([True, 3], r"got \[True, 3\]"),
+    (np.array([True]), "got torch.bool"),
     (torch.zeros(3, dtype=torch.uint8), "got torch.uint8"),
     (torch.zeros(1, 3, dtype=torch.int64), r"with shape \[1, 3\]"),
     ([[1, 2]], r"with shape \[1, 2\]"),
@@ -95,6 +105,7 @@ def test_a_refused_request_costs_nothing(
         ({"sampling": [None, 3]}, "sequence 1: sampling must be a SamplingConfig or None, got 3"),
         ({"stream": 3}, "stream must be a function of a NewToken, or None, got 3"),
         ({"cuda_graph": "yes"}, "cuda_graph must be True, False or None, got 'yes'"),
+        ({"cuda_graph": np.ones(2)}, r"cuda_graph must be True, False or None, got array\("),
     ],
     ids=repr,
 )
@@ -112,6 +123,35 @@ def test_generate_takes_tensors_alone(model: ToyNSALlama, ids: Any) -> None:
         model.generate(ids, torch.tensor([0, 3]))
     with pytest.raises(InvalidInputError, match="generate: cu_seqlens must be a tensor, got"):
         model.generate(torch.tensor([1, 2, 3]), ids)
+
+
+def test_ends_and_ids_without_values_or_beyond_int32_are_refused(model: ToyNSALlama) -> None:
+    ids, dense = torch.arange(5), ToyLlama(dense_config()).double()
+    wrapping = torch.tensor([0, 2**32 + 5])  # as int32, this is [0, 5]
+    for call in (model.generate, model, dense):
+        with pytest.raises(InvalidInputError, match=r"from 0 to N=5 .*got \[0, 4294967301\]"):
+            call(ids, wrapping)
+    with pytest.raises(InvalidInputError, match="input_ids must be where the weights are, got m"):
+        model.generate(ids.to("meta"), wrapping.to("meta"))
+
+
+def test_switches_and_limits_of_another_kind_are_refused(model: ToyNSALlama) -> None:
+    with pytest.raises(InvalidInputError, match="ContinuousBatch: cuda_graph must .*got 'yes'"):
+        ContinuousBatch(model, cuda_graph="yes")  # pyright: ignore[reportArgumentType]
+    limits: Any = {"max_batch_size": 2}
+    with pytest.raises(InvalidInputError, match="inference_config must be an InferenceConfig"):
+        ToyLlama(dense_config(), limits)
+
+
+@pytest.mark.parametrize("which", [None, "0", 0.0, True, [0], torch.tensor(0.0)])
+def test_only_a_number_cancels(model: ToyNSALlama, which: Any) -> None:
+    batch = ContinuousBatch(model)
+    batch.add(PROMPT)
+    with pytest.raises(InvalidInputError, match="cancel: sequence must be an integer, got"):
+        batch.cancel(which)
+    assert batch.waiting == 1
+    batch.cancel(torch.tensor(0))  # pyright: ignore[reportArgumentType]
+    assert batch.idle
 
 
 def test_prompts_and_stops_of_every_kind_that_holds_integers(model: ToyNSALlama) -> None:

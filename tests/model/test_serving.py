@@ -355,6 +355,47 @@ def test_a_dense_model_serves_as_well() -> None:
         assert tokens[steps - 2] == alone(model, prompt, steps)
 
 
+@pytest.mark.parametrize("form", ["dense", "contiguous", "in pages"])
+def test_what_a_slot_held_before_reaches_no_later_sequence(form: str) -> None:
+    """Not even NaN, which adding minus infinity does not mask."""
+    model: ToyNSALlama | ToyLlama = nsa_model(PAGED if form == "in pages" else LIMITS)
+    if form == "dense":
+        model = ToyLlama(dense_config(), LIMITS).double()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+    batch = ContinuousBatch(model)
+    for _ in range(2):
+        batch.add([7] * 70)
+    list(batch.run())
+    prompts = [prompt.clamp(min=8) for prompt in prompts_of([9, 20, 5])]
+    numbers = [batch.add(prompt) for prompt in prompts]
+    tokens = collect(batch)
+    for number, prompt in zip(numbers, prompts, strict=True):
+        assert tokens[number] == alone(model, prompt, 8)
+
+
+def test_a_batch_refuses_work_while_its_model_has_another_dtype() -> None:
+    """Refused by name and without harm: the batch goes on when the model is back."""
+    model, prompts = nsa_model(PAGED), prompts_of([20, 3])
+    batch = ContinuousBatch(model)
+    for prompt in prompts:
+        batch.add(prompt)
+    tokens = {0: [], 1: []}
+    for new in batch.step() + batch.step():
+        tokens[new.sequence].append(new.token)
+    free = batch._free_slots.copy()
+    model.float()
+    text = "must stay as it was .*got weights of torch.float32 on cpu and a cache of torch.float64"
+    for call in (batch.step, batch.prefill, lambda: next(batch.run()), lambda: batch.add([1])):
+        with pytest.raises(InvalidInputError, match=text):
+            call()
+    assert batch._free_slots == free
+    model.double()
+    for number, rest in collect(batch).items():
+        tokens[number] += rest
+    assert tokens == {i: alone(model, prompt, 8) for i, prompt in enumerate(prompts)}
+
+
 def test_refusals_name_the_sequence() -> None:
     batch = ContinuousBatch(nsa_model(LIMITS))
     for prompt, settings, text in (
