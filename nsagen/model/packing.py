@@ -119,10 +119,11 @@ def check_packed(
         f"{input_ids.device} and {cu_seqlens.device}",
         "move one of them",
     )
-    if max_positions is not None and not torch.compiler.is_compiling():
-        # Before int32, in which larger numbers would wrap to others.
-        if values_are_read(cu_seqlens) or input_ids.shape[0] > max_positions:
-            host_lengths(where, cu_seqlens, input_ids.shape[0], max_positions)
+    tokens = input_ids.shape[0]
+    if max_positions is None or torch.compiler.is_compiling():
+        return cu_seqlens.to(torch.int32)
+    if values_are_read(cu_seqlens) or tokens > max_positions:
+        host_lengths(where, cu_seqlens, tokens, max_positions)  # int32 would wrap larger numbers
     return cu_seqlens.to(torch.int32)
 
 

@@ -519,14 +519,14 @@ def test_a_wrapper_around_all_layers_counts(make: Callable[[], Model]) -> None:
     inner, model.model = model.model, Halved(model.model)
     check(model)
     model.model = Short(inner)
-    with pytest.raises(InvalidInputError, match="generate: model: generation passes a cache .*Sh"):
+    with pytest.raises(InvalidInputError, match=r"generate: model: generation passes a cache .*Sh"):
         model.generate(*BATCH)
 
 
 def test_more_layers_than_the_config_says_are_refused() -> None:
     model = sparse()
     model.model.layers.append(copy.deepcopy(model.model.layers[0]))
-    with pytest.raises(InvalidInputError, match="config.num_hidden_layers=2 layers, got a model o"):
+    with pytest.raises(InvalidInputError, match=r"config\.num_hidden_layers=2 layers, got a model"):
         model.generate(*BATCH)
 
 

@@ -136,7 +136,7 @@ def test_ends_and_ids_without_values_or_beyond_int32_are_refused(model: ToyNSALl
 
 
 def test_switches_and_limits_of_another_kind_are_refused(model: ToyNSALlama) -> None:
-    with pytest.raises(InvalidInputError, match="ContinuousBatch: cuda_graph must .*got 'yes'"):
+    with pytest.raises(InvalidInputError, match=r"ContinuousBatch: cuda_graph must .*got 'yes'"):
         ContinuousBatch(model, cuda_graph="yes")  # pyright: ignore[reportArgumentType]
     limits: Any = {"max_batch_size": 2}
     with pytest.raises(InvalidInputError, match="inference_config must be an InferenceConfig"):
