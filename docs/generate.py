@@ -30,11 +30,11 @@ HEAD = """\
 # Spec reference
 
 A spec is a YAML file in a small subset of the language: mappings, lists, text, whole numbers, true
-and false. Unknown keys are errors, and everything that is wrong with a file is reported at once.
-Editors complete and check specs by `specs/spec.schema.json` (`nsagen inspect --schema` prints it)
-when a file begins with `# yaml-language-server: $schema=spec.schema.json`.
+and false. Unknown keys are errors, and all errors in a file are reported together. Editors
+complete and check specs with `specs/spec.schema.json` (`nsagen inspect --schema` prints it) when a
+file begins with `# yaml-language-server: $schema=spec.schema.json`.
 
-This page is made from that schema.
+This page is generated from that schema.
 """
 
 EXAMPLE = """\
@@ -66,11 +66,11 @@ nsagen inspect example
 RULES = """\
 ## Rules between keys
 
-- `kernel_size` and `block_size` are multiples of `kernel_stride`, so that windows and blocks lie on
-  one grid.
-- `topk` is at least `init_blocks + local_blocks`, which are always among the selected blocks.
-- Every entry of `exclude` matches a combination, and one combination is left at least.
-- Lists make at most 4096 combinations.
+- `kernel_size` and `block_size` are multiples of `kernel_stride`, so that windows and blocks align
+  to the same grid.
+- `topk` is at least `init_blocks + local_blocks`: these blocks are always selected.
+- Every entry of `exclude` matches a combination, and at least one combination remains.
+- The lists make at most 4096 combinations.
 """
 
 
@@ -86,10 +86,10 @@ def spec_reference() -> str:
             "## At the top\n",
             top,
             "## Below `attention`\n",
-            "Each is one value or a list of values; every combination gets kernels.\n",
+            "Each key takes one value or a list of values; every combination gets kernels.\n",
             attention,
-            "An entry of `exclude` names any of these keys, each with a value or a list: every "
-            "combination that has one of the values for each key is left out.\n",
+            "An entry of `exclude` names any of these keys, each with a value or a list. It leaves "
+            "out every combination that has one of the listed values for each of its keys.\n",
             RULES,
             EXAMPLE,
         ]

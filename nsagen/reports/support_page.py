@@ -19,17 +19,16 @@ from nsagen.spec import load_spec, shipped_specs
 HEAD = """\
 # Kernels on every target
 
-What the default schedules of every workload of every shipped spec compile to: on a CPU, by the
-compiler of Triton {triton}, with no GPU present. The tables name the version. Registers and spills
-are of the hungriest kernel that a call launches, a thread; shared memory is what its programs need
-at most.
+What the default schedule of every workload of every shipped spec compiles to, on a CPU with the
+compiler of Triton {triton}, as the tables name it, and no GPU. Registers and spills are per thread, for the kernel of a
+call that uses most. Shared memory is the most that a program of the call needs.
 
-This page is made from `docs/support.json`, which `python docs/generate.py --support` measures.
+This page is generated from `docs/support.json`, which `python docs/generate.py --support` measures.
 
 ## Shipped specs
 
-How many kernels a spec has on each target. All compile, fit the target's shared memory, and spill
-no register. A spec's schedules:
+The number of kernels of each spec on each target. All of them compile, fit the target's shared
+memory and spill no registers. To list the schedules of a spec:
 
 ```sh
 nsagen inspect {example}

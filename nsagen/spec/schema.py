@@ -80,7 +80,7 @@ def _known_pass(name: str) -> str:
 
 def _no_keyword(name: str) -> str:
     if keyword.iskeyword(name):
-        rule = "must not be a Python keyword, for it names a package"
+        rule = "must not be a Python keyword, because it names a package"
         raise ValueError(f"{rule}; got {name!r}; choose another, such as '{name}_kernels'")
     return name
 
@@ -122,7 +122,7 @@ class AttentionSection(_Strict):
         default=None, description="size of a value head; left out: the same as head_dim"
     )
     gqa_ratio: Many[GqaRatio] = Field(description="query heads for one key/value head")
-    dtype: Many[DType] = Field(description="of queries, keys, values and outputs")
+    dtype: Many[DType] = Field(description="dtype of queries, keys, values and outputs")
     compress_type: Many[CompressType] = Field(
         description="how keys are compressed, and values unless v_compress_type says otherwise"
     )
@@ -131,27 +131,27 @@ class AttentionSection(_Strict):
     )
     mlp_hidden: Many[MlpHidden] | None = Field(
         default=None,
-        description="elements between the two layers of an mlp; left out: the same as head_dim",
+        description="hidden size of an mlp, between its two layers; left out: the same as head_dim",
     )
     kernel_size: Many[KernelSize] = Field(
         description="tokens that one window compresses; a multiple of kernel_stride"
     )
-    kernel_stride: Many[KernelSize] = Field(description="tokens from a window to the next")
+    kernel_stride: Many[KernelSize] = Field(description="tokens from one window to the next")
     block_size: Many[BlockSize] = Field(
         description="tokens of a selected block; a multiple of kernel_stride; 64 or 128 are usual"
     )
     topk: Many[TopK] = Field(
-        description="blocks selected a token, init_blocks and local_blocks among them"
+        description="blocks selected per token, including init_blocks and local_blocks"
     )
     init_blocks: Many[FixedBlocks] = Field(
         default=(1,), description="blocks at a sequence's start that are always selected"
     )
     local_blocks: Many[FixedBlocks] = Field(
-        default=(2,), description="blocks up to a token's own that are always selected"
+        default=(2,), description="last blocks, up to the token's own, that are always selected"
     )
     window_size: Many[WindowSize] = Field(
-        description="keys that a token sees in sliding-window attention, itself among them; "
-        "0: no such branch"
+        description="keys that a token sees in sliding-window attention, including its own; "
+        "0: no sliding branch"
     )
     with_pe: Many[bool] = Field(
         default=(True,), description="whether compression adds a position embedding to keys"
@@ -161,7 +161,7 @@ class AttentionSection(_Strict):
     )
     branch_kv: Many[BranchKV] = Field(
         default=("shared",),
-        description="whether all branches read the same keys and values, or each its own",
+        description="whether all branches share keys and values, or each has its own",
     )
 
 
@@ -209,7 +209,7 @@ class SpecFile(_Strict):
     """A spec: the attention shapes, passes and GPU architectures to make kernels for."""
 
     name: Annotated[str, AfterValidator(_no_keyword)] = Field(
-        pattern="^[a-z][a-z0-9_]*$", max_length=64, description="of the generated package"
+        pattern="^[a-z][a-z0-9_]*$", max_length=64, description="name of the generated package"
     )
     description: str = Field(default="", max_length=2000, description="what the spec is for")
     attention: AttentionSection
