@@ -103,10 +103,10 @@ def _common(
         typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Results and errors only: no notes, no bars.")
+        bool, typer.Option("--quiet", "-q", help="Print only results and errors, no notes or bars.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="All of nsagen's log, with times.")
+        bool, typer.Option("--verbose", "-v", help="Show nsagen's whole log, with times.")
     ] = False,
 ) -> None:
     if quiet and verbose:
@@ -123,24 +123,24 @@ def build(
     ] = False,
     tuned: Annotated[
         Path | None,
-        typer.Option(help="Folder of one spec's tuning records; default: beside the spec."),
+        typer.Option(help="Folder with the spec's tuning records; default: beside the spec."),
     ] = None,
     compile_: Annotated[
         bool, typer.Option("--compile", help="Compile each kernel for each target, without a GPU.")
     ] = False,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Processes that compile; all cores if not given.")
+        int | None, typer.Option(min=1, help="Compile processes; default: one per core.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Write the kernel package of each spec, or check that it is up to date."""
     if tuned is not None and len(specs) > 1:
         raise InvalidInputError(
-            f"build: --tuned is of one spec; got {len(specs)} specs; build them one by one"
+            f"build: --tuned applies to one spec; got {len(specs)} specs; build them separately"
         )
     if check and compile_:
         raise InvalidInputError(
-            "build: --check writes nothing and --compile does; got both; give one"
+            "build: --check writes nothing but --compile does; got both; give one"
         )
     loaded = _load_all(specs)
     if check:
@@ -214,7 +214,7 @@ def inspect(
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option("--target", help="Of the kernels shown, e.g. cuda:90."),
+        typer.Option("--target", help="Architecture that --html shows, e.g. cuda:90."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -252,11 +252,11 @@ def verify(
     spec: OptionalSpecName = None,
     ops: Annotated[
         list[str] | None,
-        typer.Option("--op", help="Only this op; repeatable. The op that --implementation is."),
+        typer.Option("--op", help="Only this op; repeatable. With --implementation: its op."),
     ] = None,
     implementation: Annotated[
         str | None,
-        typer.Option(help="Another package's function, module:function, instead of a spec."),
+        typer.Option(help="Check another package's module:function instead of a spec."),
     ] = None,
     sizes: Annotated[
         list[str] | None,
@@ -265,9 +265,9 @@ def verify(
     seed: Annotated[int, typer.Option(help="Seed of the random inputs.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Run a spec's kernels beside the float64 reference, on a GPU or in Triton's interpreter.
+    """Compare a spec's kernels with the float64 reference, on a GPU or in Triton's interpreter.
 
-    With --implementation, put another package's function through the cases of --op.
+    With --implementation, run another package's function through the cases of --op.
     """
     if implementation is not None:
         if spec is not None:
@@ -278,7 +278,7 @@ def verify(
         return
     if sizes:
         raise InvalidInputError(
-            f"verify: --size is for --implementation; got --size {sizes[0]}; a spec has its sizes"
+            f"verify: --size needs --implementation; got --size {sizes[0]}; a spec has its own"
         )
     if spec is None:
         raise InvalidInputError(
@@ -361,7 +361,5 @@ def _load_all(names: list[str]) -> list[Spec]:
         raise SpecError("\n".join(errors))
     counts = Counter(spec.name for spec in loaded)
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise SpecError(
-            f"build: each spec needs a name of its own; got {twice[0]!r} twice; rename one"
-        )
+        raise SpecError(f"build: each spec needs its own name; got {twice[0]!r} twice; rename one")
     return loaded

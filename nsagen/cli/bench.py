@@ -13,16 +13,16 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Seqlens = Annotated[list[int] | None, typer.Option("--seqlens", help="Tokens; may be given again.")]
+Seqlens = Annotated[list[int] | None, typer.Option("--seqlens", help="Tokens; repeatable.")]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PARAM=VALUE", help="Change the attention, e.g. kv_heads=8."),
 ]
 Package = Annotated[
-    str | None, typer.Option("--package", help="Generated package; kernels it lacks are built.")
+    str | None, typer.Option("--package", help="Generated package; missing kernels are built.")
 ]
 Out = Annotated[
-    Path | None, typer.Option("--out", help="Folder of the results; benchmarks/results/<device>.")
+    Path | None, typer.Option("--out", help="Folder of results; else benchmarks/results/<device>.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")]
 
@@ -49,7 +49,7 @@ def train(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Time forward and backward pass, and measure their memory."""
+    """Time the forward and backward passes, and measure their memory."""
     from nsagen.bench import train as bench
 
     _run("train", bench, seqlens, changes, package, out, as_json)
@@ -58,18 +58,18 @@ def train(
 @app.command(epilog="Example: nsagen bench decode --batch 32 --context 32768")
 def decode(
     batch: Annotated[
-        list[int] | None, typer.Option("--batch", min=1, help="Sequences; may be given again.")
+        list[int] | None, typer.Option("--batch", min=1, help="Sequences; repeatable.")
     ] = None,
     context: Annotated[
-        list[int] | None, typer.Option("--context", min=1, help="Tokens; may be given again.")
+        list[int] | None, typer.Option("--context", min=1, help="Tokens; repeatable.")
     ] = None,
     attention_only: Annotated[
-        bool, typer.Option("--attention-only", help="Leave out layers and steps of a model.")
+        bool, typer.Option("--attention-only", help="Skip layers and steps of a model.")
     ] = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Time decoding: attention beside dense on the same cache, layers and steps of a model."""
+    """Time decoding: NSA and dense on the same cache, and a model's layers and steps."""
     from nsagen.bench import decode as bench
     from nsagen.bench.measure import require_gpu
     from nsagen.cli.console import progress_bar
@@ -82,8 +82,8 @@ def decode(
 
 
 @app.command(epilog="Example: nsagen bench plot benchmarks/results/nvidia-h200/prefill.json")
-def plot(results: Annotated[Path, typer.Argument(help="JSON of a benchmark.")]) -> None:
-    """Draw results as a PNG beside them."""
+def plot(results: Annotated[Path, typer.Argument(help="A benchmark's JSON file.")]) -> None:
+    """Plot results as a PNG beside the JSON file."""
     from nsagen.bench.plot import plot as draw
 
     print(draw(results))

@@ -47,13 +47,13 @@ def examine(out_dir: Path) -> dict[str, Any]:
     if facts["numpy"] is None:
         notes.append("numpy is missing, which Triton's interpreter needs; run: pip install numpy")
     if not gpus:
-        notes.append("no GPU here; TRITON_INTERPRET=1 runs kernels on the CPU, slowly")
+        notes.append("no GPU found; TRITON_INTERPRET=1 runs kernels on the CPU, slowly")
     if (facts["triton"] or "").startswith("3.6.") and _at_least(facts["numpy"], (2, 4)):
         notes.append("triton 3.6's interpreter fails with numpy 2.4; run: pip install 'numpy<2.3'")
     if facts["GPU driver"] and not gpus and _built_for_cpu():
         problems.append(
-            "a GPU driver is here, but this torch is built for CPUs; run: pip install torch "
-            "--index-url https://download.pytorch.org/whl/cu130 (or the one of your driver)"
+            "a GPU driver is installed, but this torch is built for CPUs; run: pip install torch "
+            "--index-url https://download.pytorch.org/whl/cu130 (or the index for your driver)"
         )
     packages = _packages(out_dir, problems)
     facts["packages"] = ", ".join(packages) or None

@@ -35,22 +35,22 @@ def generate(
         str | None, typer.Option(help="Text to continue; - reads it from stdin.")
     ] = None,
     attention: Annotated[
-        str | None, typer.Option(help="nsa or dense; by default what the checkpoint has.")
+        str | None, typer.Option(help="nsa or dense; default: the checkpoint's own.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to make at most.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 takes the most likely token; else sample.")
+        float, typer.Option(min=0.0, help="0 takes the most likely token; above 0 samples.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling, and of random weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling and for random weights.")] = 0,
     device: Annotated[
-        str | None, typer.Option(help="cuda or cpu; by default a GPU if there is one.")
+        str | None, typer.Option(help="cuda or cpu; default: a GPU if present.")
     ] = None,
     kernels: Annotated[
         str | None, typer.Option(help="Generated package to use on a GPU, such as llama8b.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Continue a text with a checkpoint or, without one, show a tiny random model at work."""
+    """Continue a text with a checkpoint or, without one, with a tiny random model."""
     from nsagen.cli.text import characters, checkpoint_tokenizer
 
     if attention not in (None, "nsa", "dense"):

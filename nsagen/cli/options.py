@@ -32,5 +32,5 @@ SpecNames = Annotated[
         autocompletion=_spec_names,
     ),
 ]
-OutDir = Annotated[Path, typer.Option("--out", help="Folder that packages are written below.")]
+OutDir = Annotated[Path, typer.Option("--out", help="Folder in which packages are written.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]

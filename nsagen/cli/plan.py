@@ -43,23 +43,23 @@ HEADINGS = (
 def plan(
     spec: SpecName,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h200",
-    context: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 131072,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once, on all GPUs.")] = 32,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of one host.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 131072,
+    batch: Annotated[int, typer.Option(min=1, help="Concurrent sequences, over all GPUs.")] = 32,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in one host.")] = 1,
     model: Annotated[
         Path | None,
-        typer.Option(help="Folder with a Llama's config.json; else Llama 3.1 8B's sizes."),
+        typer.Option(help="Folder with a Llama config.json; default: Llama 3.1 8B's sizes."),
     ] = None,
     prefill_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of one prefill pass; a sequence if left out.")
+        int | None, typer.Option(min=1, help="Tokens per prefill pass; default: a sequence.")
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(help="Folder of nsagen bench's results; benchmarks/results/nvidia-<gpu>."),
+        typer.Option(help="Folder of bench results; default: benchmarks/results/nvidia-<gpu>."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what memory and time a model needs with a spec's attention, and with dense attention."""
+    """Estimate a model's memory and time with a spec's attention and with dense attention."""
     from nsagen.estimate.efficiency import efficiencies
     from nsagen.estimate.model import GPUS, USABLE, Load, needs
     from nsagen.spec import load_spec
@@ -194,13 +194,13 @@ def _print(rows: list[tuple[str, Needs, str]], gpu: Gpu, load: Any, model: Path 
     out = console()
     out.print(table)
     for line in (
-        f"Bytes are of one GPU; {USABLE:.0%} of its {_bytes(gpu.memory)} may be used. Split: GPUs "
+        f"Bytes are per GPU; {USABLE:.0%} of its {_bytes(gpu.memory)} may be used. Split: GPUs "
         "that share the heads x groups that share the batch.",
-        f"Times by the roofline are floors, at {gpu.flops / 1e12:.0f} TFLOP/s, "
+        f"Roofline times are lower bounds, at {gpu.flops / 1e12:.0f} TFLOP/s, "
         f"{gpu.bandwidth / 1e12:.2f} TB/s and links of {gpu.link / 1e9:.0f} GB/s "
-        f"({gpu.source}): prefill of one sequence; a step of the whole batch.",
+        f"({gpu.source}): prefill of one sequence; one step of the whole batch.",
         *(
-            f"M{time[1:]}: attention is as near to the roofline as it came there at the nearest "
+            f"M{time[1:]}: attention has the roofline efficiency measured there at the nearest "
             "sizes; the rest is the roofline."
             for time in dict.fromkeys(time for *_, time in rows if time != "roofline")
         ),

@@ -24,14 +24,12 @@ def tune(
         str | None,
         typer.Argument(
             metavar="[SPEC]",
-            help="A spec's path or a shipped one's name; left out: what generated/ was built from.",
+            help="A spec's path or a shipped spec's name; default: what generated/ was built from.",
         ),
     ] = None,
-    ops: Annotated[
-        list[str] | None, typer.Option("--op", help="Only this op; may be given again.")
-    ] = None,
+    ops: Annotated[list[str] | None, typer.Option("--op", help="Only this op; repeatable.")] = None,
     passes: Annotated[
-        list[str] | None, typer.Option("--pass", help="Only this pass; may be given again.")
+        list[str] | None, typer.Option("--pass", help="Only this pass; repeatable.")
     ] = None,
     seqlens: Annotated[
         str, typer.Option(help="Tokens (decoding: of context) to tune for, such as 2048,16384.")
@@ -44,24 +42,24 @@ def tune(
         typer.Option(
             "--param",
             metavar="NAME=VALUE",
-            help="Only workloads of this value, such as gqa_ratio=16; those without it stay.",
+            help="Only workloads with this value, such as gqa_ratio=16, or without this parameter.",
         ),
     ] = None,
     kv_heads: Annotated[
-        int | None, typer.Option(min=1, help="Key/value heads; default: those of 32 query heads.")
+        int | None, typer.Option(min=1, help="Key/value heads; default: as for 32 query heads.")
     ] = None,
     trials: Annotated[
-        int, typer.Option(min=1, help="Schedules to try for a workload and size.")
+        int, typer.Option(min=1, help="Schedules to try per workload and size.")
     ] = 200,
-    time: Annotated[str, typer.Option(help="Total time: 90s, 10m or 1h, shared out evenly.")] = "",
+    time: Annotated[str, typer.Option(help="Total time: 90s, 10m or 1h, divided evenly.")] = "",
     study: Annotated[
-        str | None, typer.Option(help="URL of the studies' storage; left out: a local file.")
+        str | None, typer.Option(help="URL of the studies' storage; default: a local file.")
     ] = None,
     objective: Annotated[
-        str, typer.Option(help="time: measured on the GPU. static: by compile-time resources.")
+        str, typer.Option(help="time: measure on the GPU. static: use compile-time resources.")
     ] = "time",
     target: Annotated[
-        str | None, typer.Option(help="With --objective static: an architecture, as cuda:100.")
+        str | None, typer.Option(help="With --objective static: an architecture, e.g. cuda:100.")
     ] = None,
     simulate: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Replay a recording; needs no GPU.")
@@ -75,15 +73,15 @@ def tune(
         ),
     ] = None,
     report: Annotated[
-        bool, typer.Option("--report", help="Write an HTML page about the searches, too.")
+        bool, typer.Option("--report", help="Also write an HTML page about the searches.")
     ] = False,
     sampler: Annotated[str, typer.Option(help="gp, tpe or random.")] = "gp",
     seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Processes that compile; all cores if left out.")
+        int | None, typer.Option(min=1, help="Compile processes; default: one per core.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of tuning records; left out: beside the spec.")
+        Path | None, typer.Option(help="Folder for tuning records; default: beside the spec.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")
@@ -91,8 +89,8 @@ def tune(
 ) -> None:
     """Find the fastest schedule of each workload and size on this machine's GPU.
 
-    Stop it at any time: the same command goes on from there. For several GPUs, run it once a
-    GPU (CUDA_VISIBLE_DEVICES=0, 1, ...) with the same --study.
+    Stop it at any time: the same command resumes. On several GPUs, run it once per GPU
+    (CUDA_VISIBLE_DEVICES=0, 1, ...) with the same --study.
     """
     _check_choices(objective, sampler, target)
     from nsagen.cli.tune_progress import Live, print_result, result_json
@@ -161,8 +159,8 @@ def _check_choices(objective: str, sampler: str, target: str | None) -> None:
             raise InvalidInputError(f"tune: {option} must be one of {names}; got {got!r}")
     if target is not None and objective != "static":
         raise InvalidInputError(
-            f"tune: --target goes with --objective static; got {target!r} with {objective}; "
-            "a measurement is always of the GPU that is there"
+            f"tune: --target needs --objective static; got {target!r} with {objective}; "
+            "leave --target out: a measurement always uses this machine's GPU"
         )
 
 

@@ -309,7 +309,7 @@ def test_doctor_tells_a_torch_for_cpus_on_a_machine_with_a_gpu(
     ran = Ran(capsys, "doctor", "--out", str(tmp_path), "--json")
     (problem,) = json.loads(ran.out)["problems"]
     assert ran.code == 1
-    assert problem.startswith("a GPU driver is here, but this torch is built for CPUs")
+    assert problem.startswith("a GPU driver is installed, but this torch is built for CPUs")
 
 
 def test_help_and_a_bad_spec_load_nothing_heavy() -> None:
