@@ -1,4 +1,4 @@
-"""`nsagen build`: render a spec's package, write it safely, and tell whether one is stale."""
+"""`nsagen build`: renders a spec's package, writes it safely, and tells whether one is stale."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nsagen.core.workload import Workload
 from nsagen.spec import Spec
 
 ResourceRows = dict[str, list[dict[str, Any]]]
-"""Variant name -> one dict a kernel and target: what the kernel uses there."""
+"""Variant name -> one dict per kernel and target: what the kernel uses there."""
 
 Compile = Callable[[Path, tuple[Variant, ...]], ResourceRows]
 """Compiles the variants whose files are in a folder."""
@@ -32,14 +32,14 @@ Compile = Callable[[Path, tuple[Variant, ...]], ResourceRows]
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build made.
+    """The result of a build.
 
     Attributes:
         folder: the package's folder.
         variants: the kernels, sorted by name.
-        written: files that changed, relative to the folder.
+        written: changed files, relative to the folder.
         removed: files that no longer belong to the package.
-        resources: of the kernels; empty unless compiled.
+        resources: of the kernels; empty if they were not compiled.
         notes: what a user must know, such as tuning records that a template change outdated.
     """
 
@@ -53,7 +53,7 @@ class BuildResult:
 
 @dataclass(frozen=True)
 class Stale:
-    """A file of a generated package that is not what a build would write.
+    """A file of a generated package that differs from what a build would write.
 
     Attributes:
         path: relative to the package's folder.
@@ -73,8 +73,8 @@ def build(
 ) -> BuildResult:
     """Render `spec` into `out_dir/<name>`; with `compile_all`, compile every variant too.
 
-    Files whose text is unchanged are not touched. A file is replaced in one step, kernels
-    before the table that names them, so that a reader never imports half a package.
+    Files whose text is unchanged are not touched. Each file is replaced in one step, kernels
+    before the table that names them, so a reader never imports half a package.
 
     Args:
         tuned: folder of tuning records; by default the spec's own.
@@ -83,13 +83,13 @@ def build(
 
     Raises:
         BuildError: a template fails, a compiled variant must not ship, or a file cannot be
-            written; the text names it.
+            written; the text names which.
     """
     folder = out_dir / spec.name
     plan = _render(spec, tuned, folder)
     variants, files = plan.variants, plan.files
     with _writing(folder):
-        check_free(folder, files)  # before a lock's file is written
+        check_free(folder, files)  # before writing a lock file
     with _writing(folder), locked(out_dir, spec.name):
         check_free(folder, files)
         resources, tritons = _kept_resources(folder, variants)
@@ -127,7 +127,7 @@ def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale
 def build_variant(workload: Workload, target: str, out_dir: Path) -> Path:
     """Render one workload with its target's default schedule to `out_dir/<name>.py`.
 
-    It is for this machine: the default of the algorithms that the installed Triton runs.
+    It is for this machine: the default is chosen among algorithms that the installed Triton runs.
 
     Safe under concurrent calls: the file appears whole or not at all.
     """
@@ -163,7 +163,7 @@ def _render(spec: Spec, records: Path | None, folder: Path) -> _Plan:
 def _kept_resources(
     folder: Path, variants: tuple[Variant, ...]
 ) -> tuple[ResourceRows, dict[str, str]]:
-    """What an earlier build measured for variants that are still the same, and their Tritons."""
+    """What an earlier build measured for unchanged variants, and their Triton versions."""
     manifest = read_manifest(folder)
     known = {} if manifest is None else manifest["variants"]
     kept: ResourceRows = {}
@@ -178,7 +178,7 @@ def _kept_resources(
 
 
 def _are_resources(rows: Any, variant: Variant) -> bool:
-    """Whether a manifest's rows look like what `compile_variants` finds for the variant."""
+    """Whether a manifest's rows look like the output of `compile_variants` for the variant."""
     return isinstance(rows, list) and all(
         isinstance(row, dict)
         and isinstance(row.get("kernel"), str)
@@ -198,12 +198,12 @@ def _orphans(folder: Path, files: dict[str, str]) -> list[str]:
 
 
 def _left_by_a_kill(folder: Path) -> list[str]:
-    """Temporary files of builds that were killed; nothing writes while the lock is held."""
+    """Temporary files of killed builds; nothing else writes while the lock is held."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob(TEMPORARY))
 
 
 def _left_alone(folder: Path, files: dict[str, str]) -> list[str]:
-    """A note on Python files of the package's folder that are the user's."""
+    """A note on Python files in the package's folder that belong to the user."""
     others = sorted(set(python_files(folder)) - files.keys())
     shown = f"{folder}: left {', '.join(others)} alone, which nsagen did not write"
     return [shown] if others else []

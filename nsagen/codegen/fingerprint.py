@@ -1,8 +1,8 @@
-"""A kernel's fingerprint: what of its source can change its speed or its results.
+"""A kernel's fingerprint: the part of its source that can change its speed or its results.
 
-A kernel's name, its tuning records and what is known of it compiled all stay true as long as its
-code stays the same, whatever else happens to the template, the schedule space beside it, or a
-knob's values. So comments, docstrings, error texts and the kernel's own name are left out.
+A kernel's name, tuning records and compiled resources all stay valid as long as its code stays
+the same, whatever else changes in the template, the schedule space beside it, or a knob's values.
+So the fingerprint omits comments, docstrings, error texts and the kernel's own name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 
 _BETWEEN_STATEMENTS = re.compile(r"\n\n\n(?=\S)")
-"""Two blank lines, as templates have them around functions."""
+"""Two blank lines, as templates put around functions."""
 
 
 def source_fingerprint(source: str, name: str) -> str:
@@ -32,7 +32,7 @@ def source_fingerprint(source: str, name: str) -> str:
 
 
 def code_fingerprint(source: str) -> str:
-    """16 hex digits over a module's code, wherever what it imports lies."""
+    """16 hex digits over a module's code, wherever its imports come from."""
     parts: list[str] = []
     body = ast.parse(source).body
     _note([node for node in body if not isinstance(node, ast.Import | ast.ImportFrom)], parts)
@@ -45,14 +45,14 @@ def _digest(parts: Iterable[str]) -> str:
 
 @functools.lru_cache(maxsize=512)  # most kernels of a template share most of their functions
 def _code(source: str) -> str:
-    """The statements of a source as text that says what they do."""
+    """A source's statements, as text that says what they do."""
     parts: list[str] = []
     _note(ast.parse(source).body, parts)
     return "\n".join(parts)
 
 
 def _note(node: object, parts: list[str]) -> None:
-    """Add the syntax tree as text, without what does not run and what only newer Pythons note."""
+    """Add the syntax tree as text, without what does not run and what only newer Pythons record."""
     if isinstance(node, ast.Raise) or _is_docstring(node):
         return
     if isinstance(node, list):

@@ -38,7 +38,7 @@ _FORMAT = (
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a package comes from, as its headers and manifest say it.
+    """Where a package comes from, as its headers and manifest state it.
 
     Attributes:
         spec_name: the package's name.
@@ -60,7 +60,7 @@ class Origin:
 
 
 def variant_header(variant: Variant, origin: Origin) -> str:
-    """Comment lines for the top of a kernel file: provenance, and how to make it again."""
+    """Comment lines for the top of a kernel file: provenance, and how to regenerate it."""
     params = (("dtype", variant.workload.dtype), *variant.workload.params)
     rows = {
         "Regenerate": origin.command,
@@ -89,7 +89,7 @@ def variant_header(variant: Variant, origin: Origin) -> str:
 
 
 def package_files(variants: tuple[Variant, ...], origin: Origin) -> dict[str, str]:
-    """Every file of the package but the manifest: path below its folder -> formatted text."""
+    """Every file of the package except the manifest: path below its folder -> formatted text."""
     files = {
         f"kernels/{variant.name}.py": render(
             variant.workload, variant.schedule, variant_header(variant, origin)
@@ -117,7 +117,7 @@ _Entries = list[tuple[Bucket, str]]
 def _table(variants: tuple[Variant, ...]) -> list[tuple[Workload, list[tuple[str, _Entries]]]]:
     """(workload, [(target, [(bucket, variant)])]); the bucket of any size comes last.
 
-    Of kernels for the same sizes, the one for particular releases of Triton comes first.
+    Of kernels for the same sizes, one for particular releases of Triton comes first.
     """
     table: dict[Workload, dict[str, _Entries]] = {}
     for variant in sorted(variants, key=lambda variant: variant.triton is None):
@@ -134,7 +134,7 @@ def _table(variants: tuple[Variant, ...]) -> list[tuple[Workload, list[tuple[str
 
 
 def _in_order(entries: _Entries) -> _Entries:
-    """Entries as the dispatcher tries them; one for any size where all name one variant."""
+    """Entries in the dispatcher's order; a single one for any size if all name one variant."""
     if len({name for _, name in entries}) == 1:
         return [(Bucket(), entries[0][1])]
     return sorted(entries, key=lambda entry: (entry[0] == Bucket(), entry[0].order))
@@ -147,11 +147,11 @@ def manifest_text(
     resources: dict[str, list[dict[str, Any]]],
     tritons: Mapping[str, str],
 ) -> str:
-    """`manifest.json`: the inputs' hashes, the variants and what they use once compiled.
+    """`manifest.json`: the inputs' hashes, the variants, and what they use once compiled.
 
     Args:
-        tritons: variant -> the version that its resources were compiled with; "unknown" is written
-            where it is not among them.
+        tritons: variant -> the version that compiled its resources; writes "unknown" for a
+            missing variant.
     """
     content = {
         "nsagen": __version__,
@@ -200,7 +200,7 @@ def sha256(text: str) -> str:
 
 
 def formatted(files: dict[str, str]) -> dict[str, str]:
-    """The files as the project's formatter lays them out, all in one run of it.
+    """The files as the project's formatter lays them out, all in one run.
 
     Raises:
         BuildError: ruff is missing or refuses a file.

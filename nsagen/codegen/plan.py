@@ -25,7 +25,7 @@ DEFAULT_PROVENANCE = "the architecture's default; not measured"
 
 @dataclass(frozen=True)
 class TunedSchedule:
-    """A schedule that tuning found for a workload, target and bucket, and how it is known."""
+    """A schedule that tuning found for a workload, target and bucket, and how it was found."""
 
     workload: Workload
     target: str
@@ -60,11 +60,11 @@ class Variant:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The targets that it is compiled for."""
+        """The targets to compile it for."""
         return tuple(dict.fromkeys(use.target for use in self.uses))
 
     def measured(self, target: str) -> bool:
-        """Whether it is there for the target because it won by measurement."""
+        """Whether it serves the target because it won by measurement."""
         return any(use.measured for use in self.uses if use.target == target)
 
     @property
@@ -73,11 +73,11 @@ class Variant:
 
     @property
     def triton(self) -> Releases | None:
-        """The releases of Triton that it runs with; None is every one."""
+        """The releases of Triton that it runs with; None means every release."""
         return space_for(self.workload, self.schedule.algorithm).triton
 
     def runs_with(self, release: Release | None) -> bool:
-        """Whether it runs with a release of Triton, if that is known."""
+        """Whether it runs with a release of Triton, if the release is known."""
         return self.triton is None or release is None or release in self.triton
 
     @property
@@ -90,7 +90,7 @@ def plan_variants(
 ) -> tuple[Variant, ...]:
     """Choose schedules for each workload and target; equal choices share one file.
 
-    What was tuned serves its bucket; the target's default schedule serves calls that no
+    A tuned schedule serves its bucket; the target's default schedule serves calls that no
     bucket covers.
 
     Returns:
@@ -116,7 +116,7 @@ def plan_variants(
 def _uses(
     workload: Workload, target: Target, tuned: Sequence[TunedSchedule]
 ) -> list[tuple[Schedule, Use]]:
-    """What serves a workload on a target: tuned buckets, what they leave, and another Triton."""
+    """What serves a workload on a target: tuned buckets, the remaining calls, other Tritons."""
     name = str(target)
     found = [
         (choice.schedule, Use(name, choice.bucket, choice.provenance, choice.measured))
@@ -127,6 +127,6 @@ def _uses(
     releases = {space_for(workload, schedule.algorithm).triton for schedule, _ in found}
     if needed := next(filter(None, releases), None):
         other = Use(name, Bucket(), FALLBACK_PROVENANCE.format(needed))
-        with suppress(UnsupportedWorkloadError):  # the dispatcher says then what it needs
+        with suppress(UnsupportedWorkloadError):  # the dispatcher then says what it needs
             found.append((fallback_schedule(workload, target), other))
     return found

@@ -1,7 +1,7 @@
 """Schedule spaces: every valid schedule of an algorithm, declared beside its template.
 
 A space lists its knobs, their values and what each trades, the rules that a valid
-schedule obeys, and the default for a target. Nothing else in nsagen knows a knob by name.
+schedule obeys, and the default for a target. Only a space knows its knobs by name.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def PowerOfTwo(name: str, low: int, high: int, trades: str) -> Knob:
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition that every valid schedule meets; `text` is what a violation is called."""
+    """A condition that every valid schedule meets; `text` describes a violation."""
 
     text: str
     holds: Callable[[Workload, Schedule, Target], bool]
@@ -69,11 +69,11 @@ class ScheduleSpace:
     Attributes:
         derive: arithmetic for the template, done in Python: (workload, schedule) -> names.
         shared_memory: estimated bytes a program needs, checked against the target's limit.
-        default: knob values to use where nothing was measured.
+        default: knob values to use when nothing was measured.
         supports: whether the algorithm covers a workload at all.
-        runs_on: whether it compiles for a target; not every one has what it is built on.
-        triton: the releases of Triton that it runs with; None is all that nsagen supports.
-        preferred: whether to use it, where nothing was measured, before those that are not. Of
+        runs_on: whether it compiles for a target; some targets lack what it is built on.
+        triton: the releases of Triton that it runs with; None means all that nsagen supports.
+        preferred: whether to use it before the others when nothing was measured. Among
             preferred ones, those for particular targets come first.
     """
 
@@ -96,7 +96,7 @@ class ScheduleSpace:
         return self.runs_on is _any_target
 
     def runs_with(self, release: Release | None) -> bool:
-        """Whether it runs with a release of Triton; None stands for one that it does run with."""
+        """Whether the algorithm runs with a release of Triton; None means one it runs with."""
         return self.triton is None or release is None or release in self.triton
 
     @property
@@ -118,7 +118,7 @@ class ScheduleSpace:
         return wrong
 
     def _unknown_values(self, schedule: Schedule) -> list[str]:
-        """Which knobs are missing, not this algorithm's, or have a value that they cannot have."""
+        """Which knobs are missing, foreign to this algorithm, or have a value they cannot have."""
         values = dict(schedule.knobs)
         wrong = [
             f"knob {knob.name} must be one of {list(knob.values)}, got {values.get(knob.name)!r}"
@@ -130,14 +130,14 @@ class ScheduleSpace:
         return wrong + [f"knob {name} is not one of this algorithm's" for name in unknown]
 
     def default_schedule(self, workload: Workload, target: Target) -> Schedule:
-        """The schedule to use where nothing was measured: the default, made to fit the target.
+        """The schedule to use when nothing was measured: the default, made to fit the target.
 
-        A default that breaks a rule or needs too much shared memory changes one knob by one value
+        If the default breaks a rule or needs too much shared memory, one knob changes by one value
         at a time, later knobs first, as long as that fixes a rule or needs less.
 
         Raises:
-            BuildError: the default has a knob or value that the space lacks, a defect in it.
-            UnsupportedWorkloadError: no such change fixes a broken rule, or needs little enough.
+            BuildError: the default has a knob or value that the space lacks: a bug in the space.
+            UnsupportedWorkloadError: no single-knob change fixes a rule or saves enough memory.
         """
         schedule = Schedule.of(self.algorithm, self.default(workload, target))
         if wrong := self._unknown_values(schedule):

@@ -1,4 +1,4 @@
-"""Templates: finding schedule spaces, rendering a variant to Python source, and naming it."""
+"""Templates: finds schedule spaces, renders a variant to Python source, and names it."""
 
 from __future__ import annotations
 
@@ -77,13 +77,13 @@ def space_for(workload: Workload, algorithm: str | None = None) -> ScheduleSpace
 def spaces_for(
     workload: Workload, target: Target, release: Release | None = None
 ) -> tuple[ScheduleSpace, ...]:
-    """Every space that covers a workload on a target, the one to use by default first.
+    """Every space that covers a workload on a target, the default choice first.
 
     Args:
-        release: of Triton; None where the kernels may meet any.
+        release: of Triton; None if the kernels may meet any.
 
     Raises:
-        UnsupportedWorkloadError: none does.
+        UnsupportedWorkloadError: no space does.
     """
     spaces = [
         space
@@ -103,11 +103,10 @@ def spaces_for(
 def default_schedule(
     workload: Workload, target: Target, release: Release | None = None
 ) -> Schedule:
-    """The schedule to use where nothing was measured: of the first algorithm that has a valid one.
+    """The schedule to use when nothing was measured: of the first algorithm with a valid one.
 
     Args:
-        release: of Triton; None where the kernel may meet any, for which `fallback_schedule` is
-            there.
+        release: of Triton; None if the kernel may meet any; see also `fallback_schedule`.
 
     Raises:
         UnsupportedWorkloadError: no algorithm covers the workload, or none fits the target.
@@ -116,7 +115,7 @@ def default_schedule(
 
 
 def fallback_schedule(workload: Workload, target: Target) -> Schedule:
-    """As `default_schedule`, of the algorithms that run with every Triton."""
+    """As `default_schedule`, among the algorithms that run with every Triton."""
     every = [space for space in spaces_for(workload, target) if space.triton is None]
     return _first_valid(every, workload, target)
 
@@ -136,7 +135,7 @@ def _first_valid(spaces: Iterable[ScheduleSpace], workload: Workload, target: Ta
 
 @dataclass(frozen=True)
 class Kernel:
-    """A rendered variant, which lacks only its header.
+    """A rendered variant without its header.
 
     Attributes:
         name: of the variant's file and main kernel.
@@ -148,7 +147,7 @@ class Kernel:
     _source: str
 
     def text(self, header: str) -> str:
-        """The Python source, unformatted, with comment lines for the file's top."""
+        """The Python source, unformatted, with comment lines at the top of the file."""
         return self._source.replace(_NAME, self.name).replace(_HEADER, header)
 
 
@@ -158,7 +157,7 @@ _HEADER = "# The header comes here."
 
 @functools.lru_cache(maxsize=1024)  # more than a package has; a search of schedules has no end
 def rendered(workload: Workload, schedule: Schedule) -> Kernel:
-    """A variant's code, and the name that follows from it.
+    """A variant's code, and the name derived from it.
 
     Raises:
         BuildError: the template uses an undefined name, or makes invalid Python.
@@ -219,6 +218,6 @@ def render(workload: Workload, schedule: Schedule, header: str) -> str:
 
 
 def forget() -> None:
-    """Read templates and spaces anew: they were edited, or lie elsewhere now."""
+    """Read templates and spaces again: they were edited or moved."""
     for cached in (environment, spaces_of, rendered):
         cached.cache_clear()

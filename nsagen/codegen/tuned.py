@@ -1,4 +1,4 @@
-"""From files of tuning records to what a build uses of them."""
+"""Turns files of tuning records into what a build uses of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nsagen.records.record import TuningRecord
 
 @dataclass(frozen=True)
 class Tuned:
-    """What the tuning records of a spec come to.
+    """What a spec's tuning records amount to.
 
     Attributes:
         choices: the schedules to use.
@@ -37,8 +37,8 @@ def tuned_schedules(
     """What a build uses of the records in some folders.
 
     For a workload, target and bucket, a measured record goes before a ranked one, and the newer
-    one before the older. A target's buckets come from one device and one run's sizes, so that
-    ranges of different runs do not overlap: the newest record decides which.
+    before the older. A target's buckets come from one device and one run's sizes, so that
+    ranges of different runs do not overlap; the newest record decides which.
 
     Raises:
         SpecError: a file is not one of tuning records.
@@ -72,7 +72,7 @@ def tuned_schedules(
 def outdated(record: TuningRecord, target: Target) -> str:
     """Why a record no longer holds; empty while it does.
 
-    It does while the winner's kernel renders to the code that was measured.
+    It holds while the winner's kernel renders to the code that was measured.
     """
     workload, schedule = record.workload, record.schedule
     try:
@@ -87,7 +87,7 @@ def outdated(record: TuningRecord, target: Target) -> str:
 
 
 def _preferred(records: list[tuple[str, TuningRecord]]) -> list[tuple[str, TuningRecord]]:
-    """The records to use of a workload and target: of one device, disjoint, the newest first."""
+    """The records to use for a workload and target: one device, disjoint, the newest first."""
     measured = [pair for pair in records if pair[1].objective == "time"]
     newest = sorted(measured or records, key=lambda pair: (pair[1].date, pair[0]), reverse=True)
     chosen: list[tuple[str, TuningRecord]] = []

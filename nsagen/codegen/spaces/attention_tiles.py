@@ -1,7 +1,7 @@
 """What the schedule spaces of attention over contiguous keys share.
 
-`row_tiles` walks the keys of a tile of rows forward; `two_passes` differentiates: one pass over
-tiles of rows computes dq, one over tiles of keys dk and dv. Beside the templates stand the spaces:
+`row_tiles` walks the keys of a tile of rows forward. `two_passes` differentiates: one pass over
+tiles of rows computes dq, another over tiles of keys dk and dv. The spaces are with the templates:
 templates/sliding_window_attention/space.py and templates/compressed_attention/space.py.
 """
 
@@ -50,20 +50,20 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def derive_two_passes(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """What `derive` gives, and whether a step of rows begins with a token's first head."""
+    """The values of `derive`, and whether a step of rows begins with a token's first head."""
     aligned = int(schedule.row_step) % int(workload.gqa_ratio) == 0
     return {**derive(workload, schedule), "whole_tokens": aligned}
 
 
 def row_tiles_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the query tile and of the key and value tiles that are on their way."""
+    """Bytes of the query tile and of the key and value tiles in flight."""
     block_d, block_dv = padded_sizes(workload)
     keys = int(schedule.num_stages) * int(schedule.block_n)
     return element_bytes(workload) * (int(schedule.block_m) * block_d + keys * (block_d + block_dv))
 
 
 def two_passes_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the tiles that a program keeps and those on their way, in the larger pass."""
+    """Bytes of the tiles that a program keeps and of those in flight, in the larger pass."""
     rows_of_tiles = max(
         int(schedule.block_m) + int(schedule.num_stages) * int(schedule.block_n),
         int(schedule.key_tile) + int(schedule.dkv_stages) * int(schedule.row_step),
@@ -72,13 +72,13 @@ def two_passes_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def row_tiles_registers(workload: Workload, schedule: Schedule) -> int:
-    """Registers a thread that the scores and the output tile take, both float32."""
+    """Registers per thread for the scores and the output tile, both float32."""
     columns = int(schedule.block_n) + padded_sizes(workload)[1]
     return int(schedule.block_m) * columns // (32 * int(schedule.num_warps))
 
 
 def two_passes_registers(workload: Workload, schedule: Schedule) -> int:
-    """Registers a thread that gradients, scores and their gradients take in the larger pass."""
+    """Registers per thread for gradients, scores and their gradients in the larger pass."""
     block_d, block_dv = padded_sizes(workload)
     dq = int(schedule.block_m) * (block_d + 2 * int(schedule.block_n))
     dkv = int(schedule.key_tile) * (block_d + block_dv + 2 * int(schedule.row_step))
@@ -109,14 +109,14 @@ TWO_PASSES_RULES = (
 
 
 def row_tiles_default(workload: Workload, target: Target) -> dict[str, Param]:
-    """Tiles that fill the matrix units and spill nothing, compiled with Triton 3.6 and 3.9."""
+    """Tiles that fill the matrix units without spills, compiled with Triton 3.6 and 3.9."""
     widest = max(padded_sizes(workload))
     loads = "pointers"
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
         block_m, block_n, warps, stages = (32, 32, 4, 1) if widest <= 64 else (16, 16, 4, 1)
     elif target.has_wgmma:
         group = int(workload.gqa_ratio)
-        few = widest > 128 or group != next_power_of_2(group)  # or rows take many divisions
+        few = widest > 128 or group != next_power_of_2(group)  # otherwise rows take many divisions
         block_m, block_n, warps, stages = (128, 64 if few else 128, 8, 2)
         if padded_sizes(workload)[1] > 128:  # the output tile alone takes 128 registers a thread
             block_m = 64
@@ -127,7 +127,7 @@ def row_tiles_default(workload: Workload, target: Target) -> dict[str, Param]:
         block_m, block_n, warps, stages = (64, 32, 4 if widest <= 128 else 8, 2)
     elif widest > 64:
         block_m, block_n, warps, stages = (128, 64, 8, 3)
-    else:  # a third stage spills; with heads of 32, so do long steps
+    else:  # a third stage spills; with heads of 32, long steps also spill
         block_m, block_n, warps, stages = (128, 64 if widest > 32 else 32, 8, 2)
     return {
         "block_m": block_m,
@@ -139,7 +139,7 @@ def row_tiles_default(workload: Workload, target: Target) -> dict[str, Param]:
 
 
 def two_passes_default(workload: Workload, target: Target) -> dict[str, Param]:
-    """Tiles that spill nothing worth mentioning, compiled with Triton 3.6 and 3.9."""
+    """Tiles without significant spills, compiled with Triton 3.6 and 3.9."""
     widest = max(padded_sizes(workload))
     roomy = target.shared_memory >= 128 * 1024
     stages = 2 if roomy and workload.dtype != "float32" else 1
@@ -152,7 +152,7 @@ def two_passes_default(workload: Workload, target: Target) -> dict[str, Param]:
     elif widest > 128:
         dq = dkv = (32, 16)
     elif target.has_wgmma:
-        # Steps of few tokens; finding the rows of many, or of parts of a token's heads, spills.
+        # Steps of few tokens: finding the rows of many, or of some of a token's heads, spills.
         row_step = 64 if int(workload.gqa_ratio) in (16, 32, 64) else 32
         dq, dkv, dkv_warps = (64, 64), (128, row_step), 8
     else:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from nsagen.core.workload import Workload
 
 PRODUCTS = ("linear", "mlp")
-"""The compress types that are matrix products; the others weigh a window's tokens."""
+"""The compress types that are matrix products; the others weight a window's tokens."""
 
 
 def out_dim(workload: Workload) -> int:
-    """Elements of a window's result in compression's kernels; of an mlp, after its first layer."""
+    """Elements of a window's result in compression's kernels; for an mlp, after its first layer."""
     return int(workload.mlp_hidden or workload.head_dim)

@@ -8,7 +8,7 @@ from nsagen.codegen.space import next_power_of_2
 from nsagen.core.workload import Workload
 
 LEAST_TILE = 16
-"""The least side of a tile that tl.dot multiplies."""
+"""The shortest side of a tile that tl.dot multiplies."""
 
 
 def element_bytes(workload: Workload) -> int:
@@ -19,10 +19,10 @@ def element_bytes(workload: Workload) -> int:
 def raw_peak(workload: Workload) -> bool:
     """Whether a softmax keeps its peak before the scale: p = exp2((s - peak) scale).
 
-    exp2(s scale - peak) is one instruction less a score, but a GPU fuses its product with the
-    subtraction, and so the largest score's exponent is what rounding took from peak = s scale. At
-    scores of 1e4 1e4 D that is up to 64 for heads of 128, which float16 cannot hold, and twice as
-    much for wider ones, which is past float32.
+    exp2(s scale - peak) saves one instruction a score. But a GPU fuses its product with the
+    subtraction, so the largest score's exponent is the rounding error of peak = s scale. At scores
+    of 1e4 1e4 D that is up to 64 for heads of 128, which float16 cannot hold, and twice as much
+    for wider heads, which is past float32.
     """
     return workload.dtype == "float16" or int(workload.head_dim) > 128
 
@@ -30,7 +30,7 @@ def raw_peak(workload: Workload) -> bool:
 def group_tile(workload: Workload) -> tuple[int, int]:
     """(query heads of a group that one program takes, padded, and the programs of a group).
 
-    All of them, unless their queries and what else has a row a head take more than 32 KiB.
+    All heads, unless their queries and other rows per head take more than 32 KiB.
     """
     group, sizes = int(workload.gqa_ratio), padded_heads(workload)
     padded = max(LEAST_TILE, next_power_of_2(group))

@@ -1,6 +1,6 @@
-"""What the schedule spaces of decoding share: keys and values of a row split among programs.
+"""What the schedule spaces of decoding share: keys and values of a row, split among programs.
 
-Beside the templates stand the spaces: templates/compressed_attention/space_decode.py and
+The spaces are beside the templates: templates/compressed_attention/space_decode.py and
 templates/native_sparse_attention/space.py.
 """
 
@@ -11,7 +11,7 @@ from nsagen.codegen.spaces.padding import element_bytes, padded_heads
 from nsagen.core.workload import Schedule, Workload
 
 PROGRAMS = (132, 216, 264, 324, 396, 444, 528, 1056, 2112)
-"""Two and three a multiprocessor of the targets, and more."""
+"""Two and three per multiprocessor of the targets, and more."""
 
 KNOBS = (
     Knob("programs", PROGRAMS, "a full GPU against combining"),
@@ -21,7 +21,7 @@ KNOBS = (
 )
 
 STEP_BYTES = 32 * 1024
-"""Of the keys and values of a default schedule's step, at most."""
+"""Most bytes of keys and values in a step of a default schedule."""
 
 
 def padded_group(workload: Workload) -> int:
@@ -36,7 +36,7 @@ def tile_bytes(workload: Workload, block_n: int) -> int:
 
 
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
-    """The steps in flight, of which the current one is in registers, queries and scores."""
+    """The steps in flight (the current one is in registers), queries and scores."""
     group, block_n = padded_group(workload), int(schedule.block_n)
     queries = group * padded_heads(workload)["block_d"] * element_bytes(workload)
     scores = group * block_n * 4
@@ -45,7 +45,7 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def default_step(workload: Workload) -> int:
-    """Keys a step: as many as STEP_BYTES allow, from 16 to 64."""
+    """Keys per step: as many as STEP_BYTES allows, from 16 to 64."""
     return next((n for n in (64, 32) if tile_bytes(workload, n) <= STEP_BYTES), 16)
 
 

@@ -1,6 +1,6 @@
 """The schedule space of attention pipelined over specialized warps, for the ops that have one.
 
-The template is shared as well: templates/shared/warp_specialized.py.j2.
+The template is shared too: templates/shared/warp_specialized.py.j2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TILE_ROWS = 128
 
 
 GLUON = Releases((3, 6), (3, 9))
-"""Whose Gluon, an experimental interface, the templates were written and run for."""
+"""The releases whose Gluon, an experimental interface, the templates were written and run for."""
 
 
 def supports(workload: Workload) -> bool:
@@ -34,7 +34,7 @@ def supports(workload: Workload) -> bool:
 
 
 def runs_on(target: Target) -> bool:
-    """Warpgroup products are Hopper's."""
+    """Warpgroup products exist only on Hopper."""
     return target.has_wgmma
 
 
@@ -47,7 +47,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the tiles that are on their way, and 1 KiB for barriers and alignment."""
+    """Bytes of the tiles in flight, and 1 KiB for barriers and alignment."""
     dim, v_dim = int(workload.head_dim), int(workload.v_head_dim)
     queries = TILE_ROWS * dim
     keys = int(schedule.num_stages) * int(schedule.block_n) * (dim + v_dim)
@@ -58,12 +58,12 @@ def space(op: str, block_n: int, *, preferred: bool) -> ScheduleSpace:
     """The space of an op's forward pass.
 
     Args:
-        block_n: keys a step where nothing was measured.
-        preferred: whether to use it there at all.
+        block_n: keys per step when nothing was measured.
+        preferred: whether to use the space at all in that case.
     """
 
     def default(workload: Workload, target: Target) -> dict[str, Param]:
-        """Three steps in flight: on an H200 a tenth faster than two, and four do not fit."""
+        """Three steps in flight: a tenth faster than two on an H200, and four do not fit."""
         return {"block_n": block_n, "num_stages": 3}
 
     return ScheduleSpace(

@@ -1,6 +1,6 @@
 """The schedule space of gradients pipelined over specialized warps, for the ops that have one.
 
-The pipelines are shared as well: templates/shared/pipeline_dq.py.j2 and pipeline_dk_dv.py.j2.
+The pipelines are shared too: templates/shared/pipeline_dq.py.j2 and pipeline_dk_dv.py.j2.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ KEY_TILE = 128
 """Keys of a program of the second pass: 64 for each of two groups of four warps."""
 
 LEAST_STEPS = 16
-"""Steps of rows that make it worth a program's while to load a tile of keys and store two."""
+"""Steps of rows that repay a program for loading a tile of keys and storing two."""
 
 
 COPY_BYTES = 16
-"""What a bulk copy's start along a tensor's last dimension must be a multiple of."""
+"""A bulk copy's start along a tensor's last dimension is a multiple of this."""
 
 
 def supports_gradients(workload: Workload) -> bool:
-    """As the forward pass, with groups whose statistics start where a bulk copy may.
+    """As in the forward pass, but only groups whose statistics start where a bulk copy may.
 
-    lse and delta of a token's group are 4 bytes a head. On an H200, copies of groups of 1 and 2
-    ended the kernel as an illegal instruction; those of 4 and more ran.
+    lse and delta of a token's group are 4 bytes a head. On an H200, copies for groups of 1 and 2
+    ended the kernel with an illegal instruction; those for 4 and more ran.
     """
     return supports(workload) and 4 * int(workload.gqa_ratio) % COPY_BYTES == 0
 
@@ -60,10 +60,10 @@ def space(
     """The space of an op's backward pass.
 
     Args:
-        knobs: beside those of the pipelines.
-        defaults: values of all knobs where nothing was measured.
-        least_group: query heads a key/value head from which on it is the default; with fewer, the
-            masks of more tokens a step spill.
+        knobs: in addition to those of the pipelines.
+        defaults: values of all knobs when nothing was measured.
+        least_group: query heads per key/value head from which it is the default; with fewer, the
+            masks of more tokens per step spill.
     """
 
     def default(workload: Workload, target: Target) -> dict[str, Param]:
