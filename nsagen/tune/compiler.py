@@ -1,7 +1,7 @@
-"""Compiling candidates ahead of their measurement, in processes that need no GPU.
+"""Compiles candidates before they are measured, in processes that need no GPU.
 
-What is compiled here is what a launch at the task's sizes finds in Triton's cache on disk, so
-that the GPU waits for no compiler.
+A launch at the task's sizes finds what is compiled here in Triton's cache on disk, so the GPU
+never waits for a compiler.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from nsagen.tune.task import Task
 COMPILE_LIMIT_S = 90.0
 
 FIRST = 2
-"""Schedules of a task that are compiled for its small sizes, too, before any is about to win."""
+"""Schedules of a task that are also compiled for its small sizes before any is about to win."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a worker says of a schedule.
+    """What a worker reports about a schedule.
 
     Attributes:
-        kernels: resources of each kernel, as `Resources` fields, and how it is launched.
-        identity: the same for schedules that are one; see `nsagen.tune.identity`.
+        kernels: resources of each kernel, as `Resources` fields, and its launch.
+        identity: equal for schedules that are the same; see `nsagen.tune.identity`.
         fingerprint: of the source; see `nsagen.codegen.fingerprint`.
     """
 
@@ -68,10 +68,10 @@ class Compiler:
         target_name: str,
         all_sizes: Sequence[Sizes],
     ) -> Compiled:
-        """Write the kernel file, and compile it. The first sizes count; others fill the cache."""
+        """Write and compile the kernel file. The first sizes count; others fill the cache."""
         target = parse_target(target_name)
         source = render(workload, schedule, header=f"# {workload}: {schedule}")
-        # A measurement may be reading it: tasks that differ in sizes alone share the file.
+        # A measurement may be reading it: tasks that differ only in sizes share the file.
         replace_file(path, source)
         found = self._compile(path, workload, target, all_sizes[0])
         for sizes in all_sizes[1:]:
@@ -109,7 +109,7 @@ class Compiler:
 
 @functools.lru_cache(maxsize=16)
 def _meta_case(workload: Workload, sizes: Sizes) -> Any:
-    """A case without data: half a second for long sequences, and the same for all schedules."""
+    """A case without data: half a second for long sequences, and the same for every schedule."""
     from nsagen.cases.base import cases_of
 
     return cases_of(workload).make_case(workload, sizes, "meta")
@@ -119,8 +119,8 @@ class CompilePool:
     """Compiles schedules in worker processes.
 
     Args:
-        folder: where kernel files are put.
-        workers: that compile; see `nsagen.core.worker.compile_workers`.
+        folder: where kernel files are written.
+        workers: processes that compile; see `nsagen.core.worker.compile_workers`.
     """
 
     def __init__(
@@ -141,20 +141,20 @@ class CompilePool:
         return self._folder / f"{kernel_name(task.workload, schedule)}.py"
 
     def start(self, task: Task, schedule: Schedule) -> None:
-        """Begin to compile a schedule, unless that has been done."""
+        """Start to compile a schedule, unless it was started before."""
         key = (task, schedule)
         if key not in self._futures:
-            # The first to run is compared with the reference, and all others with it.
+            # The first to run is compared with the reference, and all others with the first.
             few = self._begun[task] < FIRST
             self._begun[task] += 1
             sizes = (task.timed, task.checked) if few else (task.timed,)
             self._futures[key] = self._submit(task, schedule, sizes)
 
     def start_last(self, task: Task, schedule: Schedule) -> None:
-        """Begin to compile a schedule that is about to win for the sizes of its last check."""
+        """Start to compile a schedule that is about to win, for the sizes of its last check."""
         key = (task, schedule)
         if key not in self._last:
-            from nsagen.cases.verify import sizes_for  # imports torch, which nothing needs before
+            from nsagen.cases.verify import sizes_for  # imports torch
 
             sizes = (sizes_for(task.workload), task.checked)
             self._last[key] = self._submit(task, schedule, sizes)
@@ -165,7 +165,7 @@ class CompilePool:
         return future is not None and future.done()
 
     def finish_last(self, task: Task, schedule: Schedule) -> str:
-        """Wait for what `start_last` began; why it failed, or an empty text."""
+        """Wait for what `start_last` started; returns why it failed, or an empty text."""
         self.start_last(task, schedule)
         return self._last[task, schedule].result().reason
 
@@ -180,7 +180,7 @@ class CompilePool:
         return future is not None and future.done()
 
     def close(self) -> None:
-        """Drop what is waiting, and kill what is compiling."""
+        """Drop what is waiting and kill what is compiling."""
         self._pool.close()
 
     def _submit(self, task: Task, schedule: Schedule, sizes: tuple[Sizes, ...]) -> Future[Outcome]:
@@ -221,7 +221,7 @@ class CompilePool:
 
 
 def _too_much_shared_memory(kernels: Sequence[dict[str, Any]], target: Target) -> str:
-    """Why the binaries cannot be launched; spills and low occupancy are left to measurement."""
+    """Why the binaries cannot be launched; measurement judges spills and low occupancy."""
     limit = target.shared_memory
     over = [k["shared_bytes"] for k in kernels if k["shared_bytes"] > limit]
     return f"needs {max(over)} bytes of shared memory (limit {limit})" if over else ""

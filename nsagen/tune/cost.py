@@ -1,21 +1,21 @@
-"""The static cost model: ranking schedules by what their binaries use, with no GPU.
+"""The static cost model: ranks schedules by what their binaries use, without a GPU.
 
-The cost of a schedule is the sum over its kernels (those with matrix instructions, if any has
-them: the others prepare or add up, once, what those work on) of
+The cost of a schedule is the sum over its kernels of
 
     spills * matrix * latency * waves
 
-    spills   1 + spilled bytes a thread / 64: each is a round trip to local memory
+    spills   1 + spilled bytes a thread / 64: each spill is a round trip to local memory
     matrix   1 for the target's widest matrix instruction, 1.5 for mma.sync where wgmma or
-             tcgen05 exists, 4 for none
+             tcgen05 exists, 4 for no matrix instruction
     latency  1 + 8 / (resident warps * loads in flight): little to switch to while loads arrive
     waves    the last wave of programs runs as long as a full one: ceil(w) / w
 
-where as many programs are resident as registers, shared memory and threads of a multiprocessor
-allow. It has no unit and predicts no time: it says which of two binaries looks healthier. So
-the default, which a person chose with more knowledge, gives way only to a clearly lower cost,
-and a record that was measured always goes before one that was ranked. A measured search takes
-the cost as an order only: of what is compiled, the healthiest goes first.
+where registers, shared memory and threads of a multiprocessor limit the resident programs. If
+any kernel has matrix instructions, only those with them count: the others prepare or add up, once,
+what those work on. The cost has no unit and predicts no time: it says which of two binaries looks
+healthier. So the default, which a person chose with more knowledge, gives way only to a clearly
+lower cost, and a measured record always goes before a ranked one. A measured search uses the cost
+only as an order: the healthiest of the compiled schedules goes first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MOST_PROGRAMS = 32
 
 
 def static_cost(kernels: Sequence[Mapping[str, Any]], target: Target) -> float:
-    """The cost of a schedule from its kernels' resources; see this module's text."""
+    """The cost of a schedule from its kernels' resources; see the module's docstring."""
     main = [kernel for kernel in kernels if kernel["matrix"] != "none"]
     return sum(_kernel_cost(kernel, target) for kernel in main or kernels)
 

@@ -1,4 +1,4 @@
-"""The static objective: schedules ranked by the cost model alone; nothing is run."""
+"""The static objective: ranks schedules by the cost model alone; nothing runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nsagen.tune.task import Task
 
 
 class StaticEvaluator:
-    """Compiles and ranks."""
+    """Compiles and ranks schedules."""
 
     def __init__(self, pool: CompilePool) -> None:
         self._pool = pool

@@ -1,9 +1,9 @@
-"""How schedules become parameters of a study, and a sampler's proposals schedules again.
+"""Encodes schedules as parameters of a study, and decodes a sampler's proposals.
 
-Schedule spaces are small enough to be listed, or a large sample of them is. So a study's
-parameters are the union of all algorithms' knobs, each with static choices, and a proposal
-that is invalid or already measured is moved to the nearest schedule of the list that is
-neither: no evaluation is spent on what the rules exclude, and none twice.
+A schedule space is small enough to list, or a large sample of it is. A study's parameters are the
+union of all algorithms' knobs, each with static choices. A proposal that is invalid or already
+measured moves to the nearest listed schedule that is neither. So no evaluation is spent on what
+the rules exclude, and no schedule is evaluated twice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Kind = Literal["integer", "categorical"]
 """Ordered knobs as the index of their value, or every knob as one of unordered choices."""
 
 LISTED, SAMPLED = 20_000, 4096
-"""Combinations of an algorithm's knobs up to which all are listed, and how many are otherwise."""
+"""Most combinations of an algorithm's knobs that are all listed; the sample's size beyond that."""
 
 Coded = int | str
 """A parameter's value in a study."""
@@ -67,7 +67,7 @@ class Encoding:
         return len(self.schedules)
 
     def rank_of(self, schedule: Schedule) -> int:
-        """A schedule's place in the list; it is added if it is not there."""
+        """A schedule's place in the list; adds it if it is missing."""
         if schedule not in self._rank:
             self._rank[schedule] = len(self.schedules)
             self.schedules.append(schedule)
@@ -83,12 +83,12 @@ class Encoding:
         )
 
     def params_of(self, schedule: Schedule) -> dict[str, Coded]:
-        """A schedule's parameters; a knob that its algorithm lacks has its first value."""
+        """A schedule's parameters; a knob that its algorithm lacks takes its first value."""
         indices = zip(self._values, self._indices(schedule), strict=True)
         return {name: self._code(name, index) for name, index in indices}
 
     def schedule_of(self, params: Mapping[str, Coded]) -> Schedule:
-        """The schedule that parameters stand for; it need not be on the list, nor valid."""
+        """The schedule that parameters stand for; it may be unlisted or invalid."""
         values = {name: self._value(name, params[name]) for name in self._values}
         algorithm = str(values["algorithm"])
         return Schedule.of(algorithm, {name: values[name] for name in self._knobs[algorithm]})
@@ -96,7 +96,7 @@ class Encoding:
     def nearest(
         self, params: Mapping[str, Coded], taken: Collection[Schedule], seed: int
     ) -> Schedule | None:
-        """The listed schedule nearest to a proposal among those not taken; ties are drawn."""
+        """The untaken listed schedule nearest to a proposal; ties are drawn at random."""
         free = self.free(taken)
         if not len(free):
             return None
@@ -106,12 +106,12 @@ class Encoding:
         return self.schedules[np.random.default_rng(seed).choice(best)]
 
     def random(self, taken: Collection[Schedule], seed: int) -> Schedule | None:
-        """A schedule drawn evenly from those not taken; None when all are."""
+        """A schedule drawn evenly from the untaken ones; None when all are taken."""
         free = self.free(taken)
         return self.schedules[np.random.default_rng(seed).choice(free)] if len(free) else None
 
     def free(self, taken: Collection[Schedule]) -> NDArray[np.intp]:
-        """Ranks of the schedules that are not taken."""
+        """Ranks of the untaken schedules."""
         ranks = [self.rank_of(schedule) for schedule in taken]
         free = np.ones(len(self.schedules), dtype=bool)
         free[ranks] = False
@@ -144,7 +144,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class _Columns:
-    """Points in 0..1 for lists of indices: ordered knobs on a line, choices of others apart."""
+    """Points in 0..1 for lists of indices: one column per ordered knob, one per other choice."""
 
     values: Mapping[str, tuple[Param, ...]]
     ordered: Mapping[str, bool]
@@ -162,7 +162,7 @@ class _Columns:
 
 
 def combinations(workload: Workload, target: Target) -> int:
-    """Combinations of knobs, valid or not, of a workload's algorithms on a target."""
+    """Number of knob combinations, valid or not, of a workload's algorithms on a target."""
     return sum(_combinations(space) for space in _spaces(workload, target))
 
 
@@ -183,7 +183,7 @@ def _combinations(space: ScheduleSpace) -> int:
 def valid_schedules(workload: Workload, target: Target) -> tuple[Schedule, ...]:
     """Valid schedules of every algorithm that covers the workload and runs on the target.
 
-    All of them; of an algorithm with very many, a fixed random sample and its default.
+    All of them or, for an algorithm with very many, a fixed random sample and its default.
     """
     listed: list[Schedule] = []
     for space in _spaces(workload, target):
@@ -199,7 +199,7 @@ def _sample(
     space: ScheduleSpace, workload: Workload, target: Target, size: int
 ) -> Iterator[Schedule]:
     default = None
-    with contextlib.suppress(UnsupportedWorkloadError):  # it may have none that fits
+    with contextlib.suppress(UnsupportedWorkloadError):  # no default may fit
         default = space.default_schedule(workload, target)
     if default:
         yield default
@@ -221,7 +221,7 @@ def _sample(
 
 
 def _values_of(schedules: Sequence[Schedule]) -> dict[str, tuple[Param, ...]]:
-    """Parameter -> the values that occur: numbers ascending, others as they first occur."""
+    """Parameter -> the values that occur: numbers ascending, others in order of occurrence."""
     found: dict[str, dict[Param, None]] = {"algorithm": {}}
     for schedule in schedules:
         found["algorithm"].setdefault(schedule.algorithm)

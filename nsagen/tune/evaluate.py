@@ -1,4 +1,4 @@
-"""Evaluators: where the outcome of a schedule comes from. A search does not know which it has."""
+"""Evaluators: the source of a schedule's outcome. A search does not know which one it has."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ ROUNDS = 9
 
 @dataclass(frozen=True)
 class Final:
-    """A finalist timed in turn with the others.
+    """A finalist, timed in turn with the others.
 
     Attributes:
         ms: median over the rounds.
-        rounds: the median of each round, if there were rounds.
-        reason: why it is out of the race; empty if it is not.
+        rounds: the median of each round; empty without rounds.
+        reason: why it is out of the race; empty if it is still in.
     """
 
     schedule: Schedule
@@ -54,9 +54,9 @@ class Candidates:
 
     Attributes:
         schedules: every valid schedule.
-        default: the one to use where nothing is known.
-        others: the defaults of the other algorithms, which no search should reach by chance alone.
-        allows: whether a schedule that may not be listed is valid.
+        default: the one to use when nothing is known.
+        others: the defaults of the other algorithms, so that a search need not find them by chance.
+        allows: whether a schedule, listed or not, is valid.
     """
 
     schedules: tuple[Schedule, ...]
@@ -67,7 +67,7 @@ class Candidates:
 
 @functools.cache
 def candidates_for(workload: Workload, target: Target) -> Candidates:
-    """What the schedule spaces of a workload offer on a target, with the installed Triton."""
+    """What a workload's schedule spaces offer on a target with the installed Triton."""
     schedules = valid_schedules(workload, target)
     algorithms = sorted({schedule.algorithm for schedule in schedules})
 
@@ -81,40 +81,40 @@ def candidates_for(workload: Workload, target: Target) -> Candidates:
     others = []
     for algorithm in algorithms:
         if algorithm != default.algorithm:
-            with contextlib.suppress(UnsupportedWorkloadError):  # it may have none that fits
+            with contextlib.suppress(UnsupportedWorkloadError):  # no default may fit
                 others.append(space_for(workload, algorithm).default_schedule(workload, target))
     return Candidates(schedules, default, tuple(others), allows)
 
 
 class Evaluator(Protocol):
-    """Gives outcomes of schedules, and finals of the best few."""
+    """Gives outcomes of schedules, and compares the best few in finals."""
 
     def candidates(self, task: Task) -> Candidates:
         """The schedules of a task."""
         ...
 
     def start(self, task: Task, schedule: Schedule) -> None:
-        """Begin what can be done ahead, without waiting."""
+        """Start what can be done ahead, without waiting."""
         ...
 
     def ready(self, task: Task, schedule: Schedule) -> bool:
-        """Whether nothing that was started for a schedule is still going on."""
+        """Whether everything that was started for a schedule has ended."""
         ...
 
     def promise(self, task: Task, schedule: Schedule) -> float:
-        """Of those that are ready, the schedule with the least value is measured next."""
+        """The ready schedule with the lowest value is measured next."""
         ...
 
     def finish(self, task: Task, schedule: Schedule, best_ms: float | None) -> Outcome:
-        """The outcome of a schedule; waits for it."""
+        """Wait for a schedule's outcome."""
         ...
 
     def finals(self, task: Task, schedules: Sequence[Schedule]) -> list[Final]:
-        """The given schedules compared with more care, in the same order."""
+        """Compare the given schedules with more care; results are in the same order."""
         ...
 
     def start_last(self, task: Task, schedule: Schedule) -> None:
-        """Begin what `certify` needs, without waiting."""
+        """Start what `certify` needs, without waiting."""
         ...
 
     def last_ready(self, task: Task, schedule: Schedule) -> bool:
@@ -122,7 +122,7 @@ class Evaluator(Protocol):
         ...
 
     def certify(self, task: Task, schedule: Schedule) -> str:
-        """Why a schedule that is about to win must not; empty if it may."""
+        """Why a schedule that is about to win must not win; empty if it may."""
         ...
 
     def close(self) -> None:
@@ -194,7 +194,7 @@ class TimedEvaluator:
         self._worker.close()
 
     def _ask(self, task: Task, method: str, *args: object) -> Reply:
-        """Ask the worker, which first gets the task if it is new, or new to the task."""
+        """Ask the worker; a new worker, or one new to the task, gets the task first."""
         if self._opened != (task, self._worker.starts) or not self._worker.alive:
             failures = self._unopened.setdefault(task, [])
             if len(failures) >= OPEN_ATTEMPTS:

@@ -1,4 +1,4 @@
-"""The end of a search: its best schedules compared once more, and the record of the winner."""
+"""The end of a search: compares its best schedules once more and records the winner."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from nsagen.tune.settings import Device
 from nsagen.tune.task import fingerprint_or_none
 
 FINALISTS = 4
-"""Schedules that are compared in turn with the default in the end."""
+"""Schedules that are compared with the default at the end."""
 
 NEAR = 1.1
-"""Finalists are within this factor of the best: noise makes no winner of the others."""
+"""Finalists are within this factor of the best: noise cannot make a winner of the others."""
 
 MARGIN = {"time": 0.01, "static": 0.25}
-"""By how much another schedule must beat the default, which wins ties."""
+"""By how much another schedule must beat the default; the default wins ties."""
 
 
 class FinalRound:
     """A search's end, step by step: `compare`, then `certify` until there is a result.
 
-    `certify` needs the winner compiled once more. That begins as soon as it is known, and until
-    it is `ready` the device can serve another search.
+    `certify` needs the winner compiled once more. That starts as soon as the winner is known; until
+    it is `ready`, the device can serve another search.
 
     Args:
         ended: why the search ended, as the record notes it.
@@ -52,14 +52,14 @@ class FinalRound:
         return self._evaluator.last_ready(self._search.task, self._winner.schedule)
 
     def step(self) -> None:
-        """Take the next step; it uses the device."""
+        """Take the next step, which uses the device."""
         if self._winner is None:
             self._compare()
         else:
             self._certify(self._winner)
 
     def _compare(self) -> None:
-        """Time the best ones in turn with the default."""
+        """Time the best schedules in turn with the default."""
         measured = self._search.measured()
         able = self._search.best(len(measured))
         near = [m for m in able if (m.outcome.ms or 0.0) <= NEAR * (able[0].outcome.ms or 0.0)]
@@ -75,7 +75,7 @@ class FinalRound:
         self._choose(finals[0].reason)
 
     def _choose(self, reason: str) -> None:
-        """Pick the winner of those that still run; `reason`: why the others do not."""
+        """Pick the winner of those that still run; `reason` says why the others do not."""
         if not self._running:
             self.result = f"no finalist holds; {reason}"
             return
@@ -120,7 +120,7 @@ class FinalRound:
 
 
 def _apart(best: Sequence[Measured]) -> list[Schedule]:
-    """Schedules in the same order, of those that are one the first alone."""
+    """Schedules in the same order, with only the first of those that are identical."""
     found: dict[str, Schedule] = {}
     for one in best:
         found.setdefault(one.outcome.identity or str(one.schedule), one.schedule)
@@ -128,14 +128,14 @@ def _apart(best: Sequence[Measured]) -> list[Schedule]:
 
 
 def _six_digits(value: float) -> float:
-    """What a record's file keeps of a number."""
+    """A number as a record's file keeps it."""
     return float(f"{value:.6g}")
 
 
 def decide(running: Sequence[Final], default: Final | None, margin: float) -> Final:
     """The winner of finalists, fastest first: the default, unless another is clearly faster.
 
-    Clearly: by `margin` in the median, and in all rounds but one.
+    Clearly faster: by `margin` in the median, and in all rounds but one.
     """
     best = running[0]
     if default is None or best == default:

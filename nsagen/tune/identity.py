@@ -1,7 +1,7 @@
-"""When two schedules are one: same kernels, called in the same way.
+"""When two schedules are the same: same kernels, called in the same way.
 
 Knobs often change nothing: a loop too short to pipeline, a tile cut down to the problem. Such
-schedules take the same time, so the second one need not be measured.
+schedules take the same time, so only the first is measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NOT_CODE = re.compile(r"^\s*(?://|\.loc|\.file|\$L__tmp\d+:).*\n?|\s*//.*", re.
 
 
 class HostCalls(TorchDispatchMode):
-    """Notes what a launch asks of PyTorch beside its kernels."""
+    """Records what a launch asks of PyTorch besides its kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,12 +41,12 @@ class HostCalls(TorchDispatchMode):
 def identity_of(
     variant: str, calls: Sequence[RecordedLaunch], compiled: Sequence[Any], host: Sequence[str]
 ) -> str:
-    """16 hex digits over the assembly of a launch's kernels, their grids and arguments.
+    """16 hex digits over the assembly, grids and arguments of a launch's kernels.
 
     Args:
-        variant: its name, which kernels carry in theirs.
+        variant: its name, which its kernels carry in theirs.
         compiled: Triton's compiled kernel of each call.
-        host: what else the launch does, as `HostCalls` notes it.
+        host: what else the launch does, as `HostCalls` records it.
     """
     digest = hashlib.sha256(json.dumps(list(host)).encode())
     for call, kernel in zip(calls, compiled, strict=True):
@@ -63,13 +63,13 @@ def identity_of(
 
 
 def code_of(assembly: str, variant: str) -> str:
-    """Assembly without its kernel's name, comments and notes for debuggers."""
+    """Assembly without its kernel's name, comments and debug notes."""
     code, _, _ = assembly.replace(variant, "kernel").partition("\t.section\t.debug")
     return _NOT_CODE.sub("", code)
 
 
 def _shown(value: Any) -> str:
-    """An argument, a tensor by its layout."""
+    """An argument as text; a tensor as its layout."""
     if isinstance(value, torch.Tensor):
         return f"{value.dtype} {tuple(value.shape)} {value.stride()}"
     if isinstance(value, (list, tuple)):

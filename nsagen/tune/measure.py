@@ -1,4 +1,4 @@
-"""Measuring on a GPU: checked outputs first, then medians with a cold L2 and warm clocks.
+"""Measures on a GPU: checks outputs first, then takes medians with a cold L2 and warm clocks.
 
 Runs in a worker process (see `nsagen.core.worker`), which holds one task's inputs at a time.
 """
@@ -29,7 +29,7 @@ FLUSH_BYTES = 256 << 20
 """Written between timed runs: several times the largest L2 cache."""
 
 KEPT = 24
-"""Tasks whose inputs stay in memory while there is room: searches take turns."""
+"""Tasks whose inputs stay in memory while there is room, because searches take turns."""
 
 RUN_MS = 20.0
 """GPU time to spend on timing one schedule, flushes not counted."""
@@ -38,17 +38,17 @@ ROUND_MS = 4.0
 """GPU time to spend on a finalist in one round, flushes not counted."""
 
 HOPELESS = 2.0
-"""A schedule that takes this many times the best one's time is not timed any further."""
+"""A schedule that takes this many times the best one's time is timed no further."""
 
 CYCLES_A_SECOND = 2.0e9
-"""Of the clock that a wait on the device counts, at most."""
+"""An upper bound of the clock that counts a wait on the device."""
 
 MOST_WAIT_S = 0.02
 
 LEAST_RUNS, MOST_RUNS = 6, 40
 
 NEAR_TIES = 1e-3
-"""The share of an index output that rounding may decide differently, where scores nearly tie."""
+"""Share of an index output that rounding may decide differently, where scores nearly tie."""
 
 _BROKEN = ("CUDA error", "illegal", "misaligned", "unspecified launch failure", "device-side")
 
@@ -74,11 +74,11 @@ class _Inputs:
 
 @dataclass
 class _Opened:
-    """A task's inputs, and what right outputs are; made when first needed.
+    """A task's inputs and its expected outputs; made when first needed.
 
     Attributes:
         trusted: outputs at the timed sizes, of a schedule that met the reference at the small ones.
-        modules: kernel files that were loaded, and with them their binaries on the device.
+        modules: loaded kernel files, and with them their binaries on the device.
     """
 
     task: Task
@@ -98,7 +98,7 @@ class _Opened:
 
     @cached_property
     def checked(self) -> tuple[_Inputs, dict[str, torch.Tensor]]:
-        """Small inputs, and what the reference makes of them: computed once a task."""
+        """Small inputs and the reference's outputs for them: computed once a task."""
         small = self._inputs(self.task.checked, 0)
         return small, small.case.expected()
 
@@ -119,7 +119,7 @@ class GpuMeasurer:
     def __init__(self) -> None:
         self._kept: dict[Task, _Opened] = {}
         self._now: _Opened | None = None
-        self._launch_s = 5e-4  # that a launch takes on the host, as the last ones did
+        self._launch_s = 5e-4  # duration of the last launches on the host
         self._take_device()
 
     def _take_device(self) -> None:
@@ -133,7 +133,7 @@ class GpuMeasurer:
         return any(word in str(error) for word in _BROKEN)
 
     def identify(self) -> dict[str, str]:
-        """What a record notes of the device and the software on it."""
+        """What a record says of the device and its software."""
         return {
             "device": device_slug(),
             "name": torch.cuda.get_device_name(),
@@ -145,9 +145,9 @@ class GpuMeasurer:
         }
 
     def open(self, task: Task) -> None:
-        """Turn to a task: make its inputs, unless they are still there."""
+        """Switch to a task: make its inputs, unless they are still there."""
         opened = self._kept.pop(task, None) or _Opened(task, self.device)
-        self._kept[task] = opened  # the last one was used last
+        self._kept[task] = opened  # the last one used comes last
         while len(self._kept) > 1 and self._is_full():
             del self._kept[next(iter(self._kept))]
         try:
@@ -161,7 +161,7 @@ class GpuMeasurer:
         self._now = opened
 
     def _is_full(self) -> bool:
-        """Whether inputs of other tasks must go before more are made."""
+        """Whether inputs of other tasks must be freed before more are made."""
         if self.device == "cpu":
             return len(self._kept) > KEPT
         free, total = torch.cuda.mem_get_info()
@@ -171,11 +171,11 @@ class GpuMeasurer:
     def measure(self, path: Path, best_ms: float | None) -> Timing:
         """Check and time one schedule.
 
-        The first one that is right meets the reference at small sizes, and its outputs at the
-        timed ones are what all others must agree with; `certify` asks the reference about a winner.
+        The first correct one is compared with the reference at small sizes; all others must agree
+        with its outputs at the timed sizes. `certify` compares a winner with the reference.
 
         Args:
-            best_ms: the fastest so far; one far slower is timed roughly.
+            best_ms: the fastest so far; a much slower one is timed roughly.
 
         Raises:
             WrongOutputError: an output differs from the reference or from other schedules'.
@@ -193,7 +193,7 @@ class GpuMeasurer:
         return self._time(lambda: module.launch(*args), best_ms, error)
 
     def certify(self, path: Path) -> float:
-        """Hold a winner against the reference, at even and at ragged sizes; its largest error.
+        """Compare a winner with the reference at even and ragged sizes; returns its largest error.
 
         Raises:
             WrongOutputError: an output differs from the reference.
@@ -208,8 +208,8 @@ class GpuMeasurer:
     def compare(self, paths: Sequence[Path], rounds: int) -> list[list[float]]:
         """Medians of several schedules timed in turn: one list a schedule, one value a round.
 
-        The order rotates, so that drifting clocks and a neighbour's heat fall on all alike. A
-        schedule whose outputs differ from the first one's has an empty list.
+        The order rotates, so clock drift and heat from neighbours affect all alike. A
+        schedule whose outputs differ from the first one's gets an empty list.
         """
         assert self._now is not None
         inputs = self._now.timed
@@ -249,7 +249,7 @@ class GpuMeasurer:
     def _samples(self, call: Callable[[], Any], runs: int) -> list[float]:
         """Milliseconds of each of several runs, each with a cold L2 cache."""
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
-        # The device waits until all launches are queued, or it would wait for them in between.
+        # The device waits until all launches are queued; otherwise it would wait between them.
         before = time.perf_counter()
         torch.cuda._sleep(round(min(MOST_WAIT_S, runs * self._launch_s) * CYCLES_A_SECOND))
         for start, end in events:
@@ -262,7 +262,7 @@ class GpuMeasurer:
         return [start.elapsed_time(end) for start, end in events]
 
     def _warm(self, products: int) -> None:
-        """Work hard for some milliseconds, so that clocks are up when timing begins."""
+        """Work hard for some milliseconds, so that clocks are up when timing starts."""
         for _ in range(products):
             torch.mm(self._matrix, self._matrix)
 

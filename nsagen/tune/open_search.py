@@ -1,4 +1,4 @@
-"""A search under way: what of it is compiling, how far it is, and when it is over."""
+"""A running search: what is compiling, how far it has come, and when it is over."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nsagen.tune.search import Budget, Candidate, Search
 
 
 class OpenSearch:
-    """A search under way.
+    """A running search.
 
     Attributes:
         number: the task's place, from 1.
         count: evaluations so far, earlier runs' included.
-        best_ms: the least time that this run measured.
-        spent: seconds of the device that this run gave to it.
-        measuring: candidates that are with the device.
+        best_ms: the least time measured in this run.
+        spent: seconds of device time that this run gave it.
+        measuring: candidates that are on the device.
         final: its final round, once the search is over.
     """
 
@@ -40,11 +40,11 @@ class OpenSearch:
         self._begun = False
 
     def over(self) -> str:
-        """Why the search is over and nothing of it is with the device; empty otherwise."""
+        """Why the search is over with nothing left on the device; empty otherwise."""
         return "" if self.measuring else self._why()
 
     def _why(self) -> str:
-        """Why no more is to be measured; empty otherwise."""
+        """Why no more should be measured; empty otherwise."""
         late = self._deadline is not None and time.monotonic() > self._deadline
         if not self._ended and late and self.count > self._first:
             self._ended = "its time is up"
@@ -54,11 +54,11 @@ class OpenSearch:
 
     @property
     def pending(self) -> int:
-        """How many schedules are compiling, or wait for the device."""
+        """How many schedules are compiling or waiting for the device."""
         return len(self._pending)
 
     def has_room(self, most: int) -> bool:
-        """Whether fewer than `most` schedules are pending and more may be asked for."""
+        """Whether fewer than `most` schedules are pending and more can be asked for."""
         room = min(most, self._budget.trials - self.count - self.measuring)
         return not self._exhausted and len(self._pending) < room and not self._why()
 
@@ -72,9 +72,9 @@ class OpenSearch:
         return candidate
 
     def next(self, evaluator: Evaluator) -> Candidate | None:
-        """The most promising schedule that is compiled; it is with the device from now on.
+        """The most promising compiled schedule; from now on it is on the device.
 
-        The very first is the first that was asked for: all others' outputs must agree with its.
+        The first is always the one asked for first: all other outputs must agree with its own.
         """
         if self._why():
             return None
@@ -90,7 +90,7 @@ class OpenSearch:
         return chosen
 
     def tell(self, candidate: Candidate, outcome: Outcome) -> None:
-        """Take over what the device found."""
+        """Record what the device found."""
         self.measuring -= 1
         self.count += self.search.tell(candidate, outcome)
         if outcome.ms is not None:
@@ -98,7 +98,7 @@ class OpenSearch:
         self._ended = self.search.finished(self._budget)
 
     def give_up(self, running: dict[int, Any]) -> None:
-        """Leave what was asked for and not measured to a later search."""
+        """Leave what was asked for but not measured to a later search."""
         for candidate in self._pending:
             running.pop(candidate.trial._trial_id, None)
         self._pending.clear()

@@ -1,4 +1,4 @@
-"""What evaluating one schedule gave: a time, or the reason why there is none."""
+"""The result of evaluating one schedule: a time, or the reason why it has none."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Outcome:
         spread: interquartile range of the timings over their median.
         repeats: medians of the first, middle and last third of the timings.
         error: largest relative error of an output at the checked sizes.
-        compile_s: seconds that compiling took, in a process of its own.
+        compile_s: seconds spent on compiling, in a separate process.
         kernels: resources of each kernel, as `Resources` fields.
         fingerprint: of the kernel's source; see `kernel_fingerprint`.
-        identity: the same for schedules whose binaries and calls are; see `identity_of`.
-        twin: the schedule of the same identity that was measured in this one's place.
+        identity: equal for schedules with the same binaries and calls; see `identity_of`.
+        twin: the schedule of the same identity that was measured instead of this one.
     """
 
     ms: float | None = None
@@ -47,7 +47,7 @@ class Outcome:
 
     @classmethod
     def of_json(cls, values: Mapping[str, Any]) -> Outcome:
-        """The inverse of `as_json`; what another version of nsagen added is left out.
+        """The inverse of `as_json`; ignores what another version of nsagen added.
 
         Raises:
             ValueError: not an outcome, or one that cannot be understood.
@@ -64,7 +64,7 @@ class Outcome:
 
     @classmethod
     def of_trial(cls, attributes: Mapping[str, Any]) -> Outcome | None:
-        """What a study keeps of an evaluation; None where this version cannot understand it."""
+        """What a study keeps of an evaluation; None if this version cannot read it."""
         try:
             return cls.of_json(attributes["outcome"]) if "schedule" in attributes else None
         except (KeyError, TypeError, ValueError):
@@ -72,7 +72,7 @@ class Outcome:
 
 
 class WrongOutputError(Exception):
-    """A kernel computed something else than the reference."""
+    """A kernel's output differs from the reference."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Recordings: every schedule of a task measured once, so that searches can be replayed.
+"""Recordings: measures every schedule of a task once, so that searches can be replayed.
 
-A recording is gzipped JSON lines: one that says what was measured and where, one a schedule
-(its outcome, failures and compile time included), and last the ten best, timed in turn.
+A recording is gzipped JSON lines: one says what was measured and where, one per schedule gives
+its outcome (failures and compile time included), and the last holds the ten best, timed in turn.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Recording:
     """A task's outcomes by schedule.
 
     Attributes:
-        synthetic: made by a formula, not a GPU: it may test a search and support no claim.
-        facts: of the device and software; of the formula if synthetic.
+        synthetic: made by a formula, not a GPU: it may test a search but supports no claim.
+        facts: about the device and software, or about the formula if synthetic.
         refined: milliseconds of the best schedules, timed in turn: they define the optimum.
         others: the defaults of the other algorithms.
     """
@@ -54,7 +54,7 @@ class Recording:
     others: tuple[Schedule, ...] = ()
 
     def true_ms(self, schedule: Schedule) -> float:
-        """The best estimate of a schedule's time; infinite where it fails."""
+        """The best estimate of a schedule's time; infinite if it fails."""
         if schedule in self.refined:
             return self.refined[schedule]
         ms = self.outcomes[schedule].ms
@@ -62,7 +62,7 @@ class Recording:
 
     @property
     def optimum_ms(self) -> float:
-        """The least time of the best ones, timed in turn; without those, of all."""
+        """The least time of the best schedules, timed in turn; without those, of all."""
         if self.refined:
             return min(self.refined.values())
         return min(self.true_ms(schedule) for schedule in self.outcomes)
@@ -81,17 +81,17 @@ def record(
 ) -> int:
     """Measure every schedule of a task, in random order, into `path` (*.jsonl.gz).
 
-    Lines go to `path` without .gz as they come, so that a crash loses one schedule; running it
-    again goes on from there.
+    Lines go to `path` without .gz as they come, so a crash loses one schedule; running it
+    again continues from there.
 
     Args:
-        seconds: stop after this long; what was measured until then is a recording, too.
+        seconds: stop after this long; what was measured until then is still a recording.
 
     Returns:
         how many schedules have an outcome.
 
     Raises:
-        TuneError: `path`, or the file of its lines, is there and is not a recording of the task.
+        TuneError: `path`, or the file of its lines, exists and is not a recording of the task.
     """
     candidates = evaluator.candidates(task)
     check_free(path, task)
@@ -127,7 +127,7 @@ def _evaluated(
     ahead: int,
     end: float | None,
 ) -> Any:
-    """(schedule, outcome) pairs, while later schedules compile; ends at `end`."""
+    """(schedule, outcome) pairs, while later schedules compile; stops at `end`."""
     waiting, pending = deque(schedules), deque[Schedule]()
     best_ms: float | None = None
     while (waiting or pending) and (end is None or time.monotonic() < end):
@@ -136,7 +136,7 @@ def _evaluated(
             evaluator.start(task, pending[-1])
         ready = next((s for s in pending if evaluator.ready(task, s)), pending[0])
         pending.remove(ready)
-        outcome = evaluator.finish(task, ready, best_ms)  # one far slower is timed roughly
+        outcome = evaluator.finish(task, ready, best_ms)  # a much slower one is timed roughly
         best_ms = min(outcome.ms or math.inf, best_ms or math.inf)
         yield ready, outcome
 
@@ -145,7 +145,7 @@ def load_recording(path: Path) -> Recording:
     """Read a recording.
 
     Raises:
-        TuneError: no such file, or not a recording of this format.
+        TuneError: the file is missing, or is not a recording of this format.
     """
     try:
         data = path.read_bytes()
@@ -175,7 +175,7 @@ def check_free(path: Path, task: Task) -> None:
     """Refuse to record into a file that is not a recording of the task, finished or not.
 
     Raises:
-        TuneError: names the file, at `path` or where the lines go meanwhile.
+        TuneError: names the file, at `path` or at the file of its lines.
     """
     for file in {path, _plain(path)}:
         if os.path.lexists(file):
@@ -187,7 +187,7 @@ def _check_of(path: Path, task: Task) -> None:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
             head = file.readline(_LONGEST_LINE)
         if not head and path.suffix != ".gz":
-            return  # an empty file: a process was killed as it began
+            return  # an empty file: the process was killed as it started
         row = json.loads(head)
         if row.get("format") != FORMAT:
             raise ValueError("it has no header of one")
@@ -206,12 +206,12 @@ def _check_of(path: Path, task: Task) -> None:
 
 
 def _plain(path: Path) -> Path:
-    """Where the lines go while it is recorded."""
+    """Where the lines go during recording."""
     return path.with_suffix("") if path.suffix == ".gz" else path
 
 
 def _resume(plain: Path, task: Task) -> dict[Schedule, Outcome]:
-    """What an unfinished recording has of kernels as they are now, without a torn last line."""
+    """An unfinished recording's outcomes of unchanged kernels, without a torn last line."""
     if not plain.is_file():
         return {}
     lines = plain.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -228,7 +228,7 @@ def _resume(plain: Path, task: Task) -> dict[Schedule, Outcome]:
 
 
 def _row_of(line: str) -> dict[str, Any] | None:
-    """A line's row; None for one that is torn."""
+    """A line's row; None for a torn line."""
     try:
         row = json.loads(line) if line.endswith("\n") else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""Samplers that never repeat themselves, and that repeat their choices when a study resumes."""
+"""Samplers that never repeat a schedule, and that choose the same again when a study resumes."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ OPTUNA_SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = {
     ),
     "tpe": lambda seed: TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True),
 }
-"""Name -> Optuna's sampler of a seed, whose proposals are moved to the nearest new schedule."""
+"""Name -> makes Optuna's sampler from a seed; proposals move to the nearest new schedule."""
 
 SAMPLERS = ("gp", *OPTUNA_SAMPLERS, "random")
-"""What a search can be steered by; "gp" is `nsagen.tune.surrogate`."""
+"""What can steer a search; "gp" is `nsagen.tune.surrogate`."""
 
 DEFAULT_SAMPLER = "gp"
 """The best of `benchmarks/samplers.py`."""
 
 
 class SpaceSampler(BaseSampler):
-    """Proposes valid, new schedules only.
+    """Proposes only valid, new schedules.
 
     Each trial has its own generator, seeded by the trial's number: a search that was stopped
-    and resumed proposes what an uninterrupted one would have.
+    and resumed proposes the same schedules as an uninterrupted one.
     """
 
     def __init__(self, name: str, encoding: Encoding, seed: int = 0) -> None:
@@ -78,7 +78,7 @@ class SpaceSampler(BaseSampler):
             proposal = sampler.sample_relative(study, trial, several) if several else {}
             first = self._encoding.params_of(self._encoding.schedules[0])
             schedule = self._encoding.nearest({**first, **proposal}, taken, seed)
-        # When nothing is free, a repeat tells the search so.
+        # When no schedule is free, a repeat tells the search so.
         return self._encoding.params_of(schedule or self._encoding.schedules[0])
 
     def _expected_best(
@@ -110,8 +110,8 @@ def taken_schedules(study: Study, encoding: Encoding, asking: int | None = None)
     """The schedules that trials have measured or are measuring.
 
     Args:
-        asking: the number of a trial that is about to choose; of those after it count the ones that
-            have noted their schedule, for a trial that waited in the queue has an early number.
+        asking: the number of a trial that is about to choose. Later trials count only once they
+            have noted their schedule, because a trial that waited in the queue has an early number.
     """
     states = (TrialState.COMPLETE, TrialState.RUNNING)
     return {
@@ -123,7 +123,7 @@ def taken_schedules(study: Study, encoding: Encoding, asking: int | None = None)
 
 
 def _is_ours(trial: FrozenTrial, encoding: Encoding) -> bool:
-    """Whether a trial names a schedule and, once complete, has an outcome that can be read."""
+    """Whether a trial names a schedule and, once complete, has a readable outcome."""
     if trial.params.keys() != encoding.distributions.keys():
         return False
     return trial.state != TrialState.COMPLETE or Outcome.of_trial(trial.user_attrs) is not None

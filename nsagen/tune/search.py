@@ -1,4 +1,4 @@
-"""A search: one Optuna study of a task on a device, asked and told one schedule at a time."""
+"""A search: one Optuna study of a task on a device, advanced one schedule at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _log = logging.getLogger("nsagen.tune")
 _RETRIES = 20
 
 ANNOUNCEMENT_S = 1.0
-"""How long another process may take from asking for a trial to choosing its schedule."""
+"""Longest time another process may take from asking for a trial to choosing its schedule."""
 _UNKNOWN_PENALTY = math.log(1e3)
 
 
@@ -43,7 +43,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measured:
-    """A schedule and what its evaluation gave."""
+    """A schedule and the result of its evaluation."""
 
     schedule: Schedule
     outcome: Outcome
@@ -51,11 +51,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Budget:
-    """When a search ends, besides the time that its caller gives it.
+    """When a search ends, besides the time limit of its caller.
 
     Attributes:
-        trials: evaluations at most, failures included.
-        patience: evaluations without an improvement of `gain` after which none is expected.
+        trials: most evaluations, failures included.
+        patience: evaluations without an improvement of `gain` after which the search stops.
         gain: the least improvement that counts, as a share.
     """
 
@@ -78,7 +78,7 @@ class Search:
         sampler: str = DEFAULT_SAMPLER,
         seed: int = 0,
     ) -> None:
-        """Open or make the study, take over what is still true, and line up what goes first.
+        """Open or make the study, keep what is still true, and queue what goes first.
 
         Args:
             scope: what is measured and where, e.g. "time on nvidia-h200".
@@ -113,7 +113,7 @@ class Search:
             )
 
     def ask(self) -> Candidate | None:
-        """The next schedule to evaluate; None when all have been."""
+        """The next schedule to evaluate; None when all have been evaluated."""
         for _ in range(_RETRIES):
             trial = self._ask()
             schedule = self.encoding.schedule_of(trial.params)
@@ -122,13 +122,13 @@ class Search:
             if schedule not in others:
                 trial.set_user_attr("schedule", str(schedule))
                 return Candidate(trial, schedule)
-            self.study.tell(trial, state=TrialState.FAIL)  # another process was quicker
+            self.study.tell(trial, state=TrialState.FAIL)  # another process was faster
             if len(others) >= len(self.encoding):
                 return None
         return None
 
     def _await_announcements(self, number: int) -> None:
-        """Let earlier trials of other processes say what they take: one of two must yield."""
+        """Let earlier trials of other processes name their schedules: one of two must yield."""
         end = time.monotonic() + ANNOUNCEMENT_S
         while any(map(self._is_choosing, self._running(number))) and time.monotonic() < end:
             time.sleep(0.01)
@@ -138,7 +138,7 @@ class Search:
         return [trial for trial in trials if trial.number < before]
 
     def _is_choosing(self, trial: FrozenTrial) -> bool:
-        """Whether another process, which is alive as far as we know, has yet to name a schedule."""
+        """Whether another process, alive as far as we know, has yet to name a schedule."""
         who = trial.user_attrs.get("owner", "")
         return (
             "schedule" not in trial.user_attrs
@@ -147,7 +147,7 @@ class Search:
         )
 
     def _ask(self) -> optuna.Trial:
-        with warnings.catch_warnings():  # `heartbeats` sends the signs of life
+        with warnings.catch_warnings():  # `heartbeats` sends the heartbeats
             warnings.filterwarnings("ignore", "Heartbeat of storage", UserWarning)
             trial = self.study.ask()
         trial.set_user_attr("owner", owner())  # before the sampler takes its time
@@ -159,10 +159,10 @@ class Search:
         return trial
 
     def tell(self, candidate: Candidate, outcome: Outcome) -> bool:
-        """Report an evaluation. A failure gets a finite value, for failed trials teach nothing.
+        """Report an evaluation. A failure gets a finite value because failed trials teach nothing.
 
         Returns:
-            whether it counts: false where another trial has the same schedule by now.
+            whether it counts: false if another trial has the same schedule by now.
         """
         trial = candidate.trial
         value = self._penalty() if outcome.ms is None else math.log(max(outcome.ms, 1e-9))
@@ -176,7 +176,7 @@ class Search:
         return True
 
     def _add(self, candidate: Candidate, outcome: Outcome, value: float) -> bool:
-        """Keep an evaluation whose trial was given up, unless another one made it meanwhile."""
+        """Keep an evaluation whose trial was given up, unless another trial made it meanwhile."""
         if candidate.schedule in self._taken():
             return False
         attributes = {
@@ -196,7 +196,7 @@ class Search:
         return True
 
     def give_up(self) -> None:
-        """Leave what this process asked for and did not evaluate to a later search."""
+        """Leave what this process asked for but did not evaluate to a later search."""
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if trial.user_attrs.get("owner") == owner():
                 self.study.tell(trial.number, state=TrialState.FAIL)
@@ -214,7 +214,7 @@ class Search:
         return sorted(good, key=lambda m: (m.outcome.ms or 0.0, m.schedule))[:count]
 
     def finished(self, budget: Budget) -> str:
-        """Why the search ends by itself; empty while it goes on."""
+        """Why the search ends by itself; empty while it continues."""
         values = [t.value if outcome.ok else None for t, outcome in _evaluated(self.study)]
         if len(values) >= len(self.encoding):
             return "every schedule is measured"
@@ -230,7 +230,7 @@ class Search:
         return ""
 
     def _name(self, storage: BaseStorage, studies: Collection[str], stem: str) -> str:
-        """Of the study to go on with: the first whose kernels are all the same, or a new one."""
+        """Name of the study to continue: the first with unchanged kernels, or a new one."""
         for number in itertools.count(1):
             name = f"{stem}-{number}"
             if name not in studies or self._all_hold(name, storage):
@@ -247,10 +247,9 @@ class Search:
         return (outcome.fingerprint or None) == fingerprint_or_none(self.task, schedule)
 
     def _take_over(self, storage: BaseStorage, studies: Iterable[str]) -> None:
-        """Add earlier studies' measurements of kernels whose code is still the same.
+        """Add earlier studies' measurements of kernels whose code has not changed.
 
-        So neither a new value of a knob nor an edit of the template discards what it does not
-        concern.
+        So a new value of a knob or an edit of the template discards only what it concerns.
         """
         for name in studies:
             if name != self.study.study_name:
@@ -275,7 +274,7 @@ class Search:
         )
 
     def line_up(self, schedules: Iterable[Schedule]) -> None:
-        """Have schedules asked for next, in this order, unless that has been done."""
+        """Queue schedules to be asked for next, in this order, unless already queued."""
         taken = self._taken()
         waiting = [
             trial.system_attrs.get("fixed_params")
@@ -290,13 +289,13 @@ class Search:
         return taken_schedules(self.study, self.encoding, asking)
 
     def _penalty(self) -> float:
-        """The worst value seen: bad, and no outlier that would bend a model."""
+        """The worst value seen: bad, but not an outlier that would bend a model."""
         seen = [t.value for t, outcome in _evaluated(self.study) if outcome.ok]
         return max((value for value in seen if value is not None), default=_UNKNOWN_PENALTY)
 
 
 def schedule_from_text(text: str) -> Schedule:
-    """The schedule that `str` of one gave."""
+    """The schedule that a schedule's `str` describes."""
     algorithm, _, knobs = text.removesuffix(")").partition("(")
     pairs = (knob.split("=", 1) for knob in knobs.split(", ") if knob)
     return Schedule.of(algorithm, {name: _knob_value(value) for name, value in pairs})
@@ -309,7 +308,7 @@ def _knob_value(text: str) -> Param:
 
 
 def _evaluated(study: optuna.Study) -> list[tuple[FrozenTrial, Outcome]]:
-    """The trials of a study that ended, and what they gave, as far as this version reads them."""
+    """The trials of a study that ended, with their outcomes, as far as this version reads them."""
     found = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     pairs = [(trial, Outcome.of_trial(trial.user_attrs)) for trial in found]
     return [(trial, outcome) for trial, outcome in pairs if outcome is not None]

@@ -1,4 +1,4 @@
-"""Which workloads and sizes a run is about."""
+"""Which workloads and sizes a run covers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Selection:
     """Which of a spec's workloads to tune, and at which sizes; empty: all, and the defaults.
 
     Attributes:
-        params: name -> value that a workload's static parameter must have, where it has one.
+        params: name -> value that a workload's static parameter must have, if it has one.
     """
 
     ops: Sequence[str] = ()
@@ -34,7 +34,7 @@ class Selection:
         """The tasks of several specs, each once.
 
         Raises:
-            InvalidInputError: an op or pass that no spec has.
+            InvalidInputError: no spec has the op or pass.
         """
         workloads = sorted({w for spec in specs for w in spec.workloads() if _has_template(w)})
         _check_known("--op", self.ops, {w.op for w in workloads})
@@ -73,10 +73,10 @@ def _check_known(option: str, given: Sequence[str], known: set[str]) -> None:
 
 
 def specs_of(name: str | None, generated: Path) -> tuple[Spec, ...]:
-    """The named spec or, without a name, those that the folder of packages was built from.
+    """The named spec or, without a name, those from which the folder of packages was built.
 
     Raises:
-        SpecError: no such spec.
+        SpecError: the spec does not exist.
         InvalidInputError: no name, and no package in the folder.
     """
     if name is not None:

@@ -1,4 +1,4 @@
-"""One run of `nsagen tune`: which tasks, on what, kept where."""
+"""One run of `nsagen tune`: which tasks, on what device, and where results are kept."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ IDENTIFY_LIMIT_S = 60.0
 
 @dataclass(frozen=True)
 class Places:
-    """Where things are kept and run.
+    """Where to keep things and where to run.
 
     Attributes:
-        out: folder that records are written below; None: beside each spec.
+        out: folder below which records are written; None: beside each spec.
         url: of the storage of studies; None: a file in the user cache.
         target: for the static objective; None: the newest of the specs'.
         jobs: processes that compile.
-        check_report: refuses the page about a device's searches before any work, if it must not
+        check_report: refuses the page about a device's searches, before any work, if it must not
             be written; None: no page is wanted.
     """
 
@@ -68,7 +68,7 @@ class Places:
 
 
 class Watcher(Protocol):
-    """Is told how a run goes on."""
+    """Receives the progress of a run."""
 
     def step(self, step: Step) -> None:
         """A schedule was evaluated."""
@@ -81,14 +81,14 @@ class Watcher(Protocol):
 
 @dataclass
 class Result:
-    """What a run found.
+    """The result of a run.
 
     Attributes:
         device: its slug.
         url: of the storage of the studies; empty if nothing is kept.
         studies: names of the searches, one a task.
-        files: that were written.
-        records: in the order in which they were decided.
+        files: the files written.
+        records: in the order of their decision.
         failures: a line for each task without a record.
         notes: what else a reader must know.
     """
@@ -114,7 +114,7 @@ def tune(
         name: of the spec; None: those that ./generated was built from.
 
     Raises:
-        SpecError, InvalidInputError: the spec, or what is selected of it, is wrong.
+        SpecError, InvalidInputError: the spec, or the selection from it, is wrong.
         TuneError: no GPU answers, or the storage cannot be opened.
     """
     specs = specs_of(name, Path("generated"))
@@ -144,7 +144,7 @@ def tune(
 
 
 def simulate(path: Path, settings: Settings, places: Places, watcher: Watcher) -> Result:
-    """Search a recording as a GPU would be searched; nothing is kept unless a storage is named.
+    """Search a recording as if on a GPU; keeps nothing unless a storage is named.
 
     Raises:
         TuneError: not a recording.
@@ -179,10 +179,10 @@ def record(
     places: Places,
     watcher: Watcher,
 ) -> Result:
-    """Measure every schedule of the one workload and size that is selected, into `path`.
+    """Measure every schedule of the one selected workload and size, into `path`.
 
     Raises:
-        InvalidInputError: several are selected.
+        InvalidInputError: more than one is selected.
         TuneError: no GPU answers.
     """
     specs = specs_of(name, Path("generated"))
@@ -248,7 +248,7 @@ def evaluator_for(
 
 
 def identify(worker: Worker) -> tuple[Device, dict[str, Any]]:
-    """The device that a worker measures on, and all that it says of itself.
+    """The device that a worker measures on, and all facts that it reports about itself.
 
     Raises:
         TuneError: it has no GPU.

@@ -1,4 +1,4 @@
-"""What a tuner is told: the device, how to search, and how its progress is reported."""
+"""A tuner's input: the device, how to search, and how to report progress."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nsagen.tune.task import Task
 
 @dataclass(frozen=True)
 class Device:
-    """What outcomes are true of: a device, or a target that nothing was run on."""
+    """What outcomes hold for: a device, or a target on which nothing ran."""
 
     slug: str
     target: Target
@@ -28,7 +28,7 @@ class Settings:
 
     Attributes:
         seconds: for all tasks together; None: no limit.
-        ahead: schedules that are compiling while one is measured, of all searches together.
+        ahead: schedules that compile while one is measured, over all searches together.
     """
 
     objective: Objective = "time"

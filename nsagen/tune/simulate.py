@@ -1,4 +1,4 @@
-"""Replaying a recording: a search on a GPU that was measured before, without one."""
+"""Replays a recording: a search on a GPU that was measured before, without the GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ReplayEvaluator:
     """Gives the outcomes of a recording, noise included: a time is one of the repeats.
 
     Args:
-        seed: of which repeat a schedule gets.
+        seed: decides which repeat a schedule gets.
     """
 
     def __init__(self, recording: Recording, seed: int = 0) -> None:

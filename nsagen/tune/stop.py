@@ -14,9 +14,9 @@ _POLL_S = 0.1
 
 
 class Stoppable:
-    """Within this context the first Ctrl-C is noted, and raised by `check` or `wait`.
+    """In this context the first Ctrl-C is noted, and raised by `check` or `wait`.
 
-    A second one is raised at once. Outside of the main thread, where Python delivers no
+    A second one is raised at once. Outside the main thread, where Python delivers no
     signals, it changes nothing.
     """
 
@@ -49,7 +49,7 @@ class Stoppable:
             raise KeyboardInterrupt
 
     def wait(self, job: Future[T]) -> T:
-        """A job's result, waited for until Ctrl-C is pressed."""
+        """A job's result; stops waiting when Ctrl-C is pressed."""
         while True:
             try:
                 return job.result(timeout=_POLL_S)

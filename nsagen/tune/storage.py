@@ -27,10 +27,10 @@ from nsagen.core.errors import InvalidInputError, TuneError
 from nsagen.core.files import locked
 
 HEARTBEAT_S = 20
-"""Seconds between signs of life of a trial in a database that several machines share."""
+"""Seconds between heartbeats of a trial in a database that several machines share."""
 
 PROXY_PORT = 13000
-"""Of Optuna's gRPC proxy, where a URL names none."""
+"""Port of Optuna's gRPC proxy when a URL names none."""
 
 PROXY_WAIT_S = 10.0
 """Seconds that a proxy has to answer."""
@@ -39,7 +39,7 @@ _EXAMPLES = "sqlite:///tune.db, postgresql+psycopg://user@host/name, grpc://host
 
 
 def open_storage(url: str) -> BaseStorage:
-    """The storage that a URL names; files and tables are made as needed.
+    """The storage that a URL names; makes files and tables as needed.
 
     Args:
         url: of a database as SQLAlchemy writes it, `journal:///path` for Optuna's journal file,
@@ -62,12 +62,12 @@ def open_storage(url: str) -> BaseStorage:
         if scheme == "sqlite":
             path = _sqlite_path(rest)
             _check_sqlite(path)
-            with locked(path.parent, path.name):  # two that make the tables get in each other's way
+            with locked(path.parent, path.name):  # two processes that make the tables conflict
                 return _database(url, path)
         return _shared_database(url)
     except (InvalidInputError, TuneError):
         raise
-    except Exception as error:  # drivers raise their own types, and SQLAlchemy wraps some
+    except Exception as error:  # drivers raise their own types; SQLAlchemy wraps only some
         last = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TuneError(
             f"tune: --study {url}: must be a storage that can be opened; it said: {last}; "
@@ -76,18 +76,18 @@ def open_storage(url: str) -> BaseStorage:
 
 
 def sqlite_url(path: Path) -> str:
-    """The URL of a database in a local file, whatever its name is made of."""
+    """The URL of a database in a local file, whatever characters its name has."""
     return f"sqlite:///{quote(os.fsencode(path.absolute()))}"
 
 
 def _sqlite_path(rest: str) -> Path:
-    """The file that is meant by what follows `sqlite://` in a URL."""
+    """The file that the text after `sqlite://` in a URL names."""
     return Path(os.fsdecode(unquote_to_bytes(rest.removeprefix("/").partition("?")[0])))
 
 
 @contextlib.contextmanager
 def storage_errors(url: str) -> Iterator[None]:
-    """Let an error of the storage that `url` names, once open, end in a TuneError."""
+    """Turn an error of the open storage that `url` names into a TuneError."""
     try:
         yield
     except (StorageInternalError, SQLAlchemyError, OSError, *_proxy_errors()) as error:
@@ -102,7 +102,7 @@ def storage_errors(url: str) -> Iterator[None]:
 
 
 def _proxy(address: str) -> BaseStorage:
-    """Optuna's proxy at `host:port`, once it answers; what is behind it is the server's affair."""
+    """Optuna's proxy at `host:port`, once it answers; what is behind it is the server's concern."""
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal()):
         host, port = address, str(PROXY_PORT)
@@ -114,7 +114,7 @@ def _proxy(address: str) -> BaseStorage:
 
 
 def _proxy_errors() -> tuple[type[Exception], ...]:
-    """What a proxy that stopped answering raises, if its package is here at all."""
+    """What a proxy raises when it stops answering, if its package is installed."""
     try:
         import grpc
     except ImportError:
@@ -149,7 +149,7 @@ def _shared_database(url: str) -> RDBStorage:
 def _database(url: str, path: Path | None = None) -> RDBStorage:
     """A database by its URL or, for SQLite without options, by its file.
 
-    Optuna and SQLAlchemy each give a meaning to some characters of a URL: {}, % and others.
+    Optuna and SQLAlchemy each give special meaning to some characters of a URL: {}, % and others.
     """
     arguments: dict[str, Any] = {}
     if path is None:
@@ -157,10 +157,10 @@ def _database(url: str, path: Path | None = None) -> RDBStorage:
     elif "?" in url:
         arguments["connect_args"] = {"timeout": 60}
     else:
-        url = "sqlite:///study.db"  # of which no part is used
+        url = "sqlite:///study.db"  # no part of it is used
         arguments["creator"] = lambda: sqlite3.connect(path, timeout=60, check_same_thread=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # of heartbeats
+        warnings.simplefilter("ignore", ExperimentalWarning)  # about heartbeats
         storage = RDBStorage(
             url,
             engine_kwargs=arguments,
@@ -171,7 +171,7 @@ def _database(url: str, path: Path | None = None) -> RDBStorage:
 
         @event.listens_for(storage.engine, "connect")
         def _fast(connection: Any, record: object) -> None:
-            connection.execute("PRAGMA journal_mode=WAL")  # survives a kill, and is quick
+            connection.execute("PRAGMA journal_mode=WAL")  # survives a kill, and is fast
             connection.execute("PRAGMA synchronous=NORMAL")
 
         storage.engine.dispose()
@@ -186,7 +186,7 @@ def _journal(path: Path) -> JournalStorage:
 
 
 def _check_journal(path: Path) -> None:
-    """Refuse a file that is not a journal, before anything is cut off or added."""
+    """Refuse a file that is not a journal, before cutting or adding anything."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -199,10 +199,10 @@ def _check_journal(path: Path) -> None:
 
 
 def trim_torn_tail(path: Path) -> int:
-    """Cut an unfinished last line off a journal, and say how many bytes that were.
+    """Cut an unfinished last line off a journal, and return how many bytes it had.
 
-    A writer that was killed leaves half a record; the journal would load once more, and break
-    for good when the next record is appended to the half.
+    A writer that was killed leaves half a record. The journal would load once more, then break
+    for good when the next record is appended to that half.
     """
     if not path.is_file():
         return 0
@@ -215,19 +215,19 @@ def trim_torn_tail(path: Path) -> int:
 
 
 def owner() -> str:
-    """What a trial notes of the process that runs it: host, process and when that started."""
+    """What a trial notes about its process: host, process and when it started."""
     return f"{socket.gethostname()} {os.getpid()} {_started(os.getpid())}"
 
 
 def owner_is_dead(text: str) -> bool:
-    """Whether the noted process ran on this host and is gone; False where that can't be told."""
+    """Whether the noted process ran on this host and is gone; False if that is unknown."""
     host, _, rest = text.partition(" ")
     pid, _, started = rest.partition(" ")
     return host == socket.gethostname() and pid.isdigit() and _started(int(pid)) != started
 
 
 def _started(pid: int) -> str:
-    """When a process started, as the kernel counts it; empty if there is no such process."""
+    """When a process started, as the kernel counts it; empty if it does not exist."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -236,9 +236,9 @@ def _started(pid: int) -> str:
 
 
 def release_dead_trials(study: optuna.Study) -> int:
-    """Fail the running trials of processes that are gone, so that their schedules are free.
+    """Fail the running trials of dead processes, which frees their schedules.
 
-    On this host at once; on others when their heartbeat is overdue, where a storage has one.
+    At once on this host; on others when their heartbeat is overdue, if the storage has one.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -249,13 +249,13 @@ def release_dead_trials(study: optuna.Study) -> int:
         if owner_is_dead(trial.user_attrs.get("owner", "")) or _never_owned(trial)
     ]
     for trial in dead:
-        with contextlib.suppress(ValueError):  # another process was quicker
+        with contextlib.suppress(ValueError):  # another process was faster
             study.tell(trial.number, state=TrialState.FAIL)
     return len(dead)
 
 
 def _never_owned(trial: FrozenTrial) -> bool:
-    """Whether its process died before it could sign the trial: long ago, and unsigned."""
+    """Whether its process died before it could sign the trial: old and unsigned."""
     if "owner" in trial.user_attrs or trial.datetime_start is None:
         return False
     return (datetime.now() - trial.datetime_start).total_seconds() > 4 * HEARTBEAT_S
@@ -263,7 +263,7 @@ def _never_owned(trial: FrozenTrial) -> bool:
 
 @contextlib.contextmanager
 def heartbeats(storage: BaseStorage, running: dict[int, Any]) -> Iterator[None]:
-    """While this lasts, report that the trials in `running` (by id) are being worked on."""
+    """Meanwhile, report that the trials in `running` (by id) are being worked on."""
     if not isinstance(storage, RDBStorage):
         # The cached wrapper of a database offers the same methods.
         storage = getattr(storage, "_backend", storage)
@@ -275,7 +275,7 @@ def heartbeats(storage: BaseStorage, running: dict[int, Any]) -> Iterator[None]:
     def beat(database: RDBStorage) -> None:
         while not stop.wait(HEARTBEAT_S):
             for trial_id in list(running):
-                with contextlib.suppress(Exception):  # a lost beat is made up by the next one
+                with contextlib.suppress(Exception):  # the next beat makes up for a lost one
                     database.record_heartbeat(trial_id)
 
     thread = threading.Thread(target=beat, args=(storage,), daemon=True)

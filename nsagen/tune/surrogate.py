@@ -1,7 +1,7 @@
-"""A Gaussian process over the list of all schedules, and the schedule it expects most of.
+"""A Gaussian process over the list of all schedules, and the most promising schedule.
 
-General samplers search the space of parameters for the largest expected improvement. Here
-every schedule is known, so the expectation is computed for each of them: exact, and quicker.
+General samplers search the parameter space for the largest expected improvement. Here every
+schedule is known, so the expectation is computed for each one: exact, and faster.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.special import ndtr
 Array = NDArray[np.float64]
 
 CLIP = np.log(4.0)
-"""Values this far above the best one are all alike: far away is no reason to look closely."""
+"""Values this far above the best are treated alike: they need no precise model."""
 
 _SQRT5 = 5.0**0.5
 _LEAST_NOISE = 1e-5
@@ -72,7 +72,7 @@ class Process:
 
     @classmethod
     def fit(cls, x: Array, values: Array) -> Process:
-        """The process that is most probable given data, under mild priors of its parameters."""
+        """The most probable process given data, under mild priors of its parameters."""
         level = float(values.mean())
         y = values - level
         squares = (x[:, None, :] - x[None, :, :]) ** 2
@@ -101,7 +101,7 @@ class Process:
         return cls(x, y, level, lengths, noise, variance, factor)
 
     def extended(self, x: Array, values: Array) -> Process:
-        """The process with more data, its parameters unchanged."""
+        """The process with more data and the same parameters."""
         y = np.concatenate([self.y, values - self.level])
         return self._of(
             np.concatenate([self.x, x]), y, self.level, self.lengths, self.noise, self.variance

@@ -1,4 +1,4 @@
-"""Tasks: a workload and a bucket of run-time sizes, with the sizes that stand for the bucket."""
+"""Tasks: a workload and a bucket of run-time sizes, with the sizes that represent the bucket."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nsagen.core.errors import NsagenError
 from nsagen.core.workload import Schedule, Workload
 
 SEQLENS = (2048, 16384)
-"""Query tokens that stand for short and long calls of the forward and backward passes."""
+"""Query tokens that represent short and long calls of the forward and backward passes."""
 
 CONTEXTS = (16384,)
-"""Tokens that a decoding step looks back on."""
+"""Context tokens of a decoding step."""
 
 BATCHES = (1, 32)
-"""Rows that stand for small and large decoding steps."""
+"""Rows that represent small and large decoding steps."""
 
 _QUERY_HEADS = 32
 _KV_HEADS = 8
@@ -28,12 +28,12 @@ _KV_HEADS = 8
 
 @dataclass(frozen=True)
 class Task:
-    """What one search is about.
+    """The subject of one search.
 
     Attributes:
         bucket: the calls that the winner will serve.
-        timed: the sizes that are timed in their stead.
-        checked: smaller sizes, alike to a compiler, at which outputs meet the reference.
+        timed: the sizes that are timed to represent it.
+        checked: smaller sizes that compile alike, at which outputs are compared with the reference.
     """
 
     workload: Workload
@@ -59,10 +59,10 @@ def tasks_of(
     batches: Sequence[int] = (),
     kv_heads: int | None = None,
 ) -> tuple[Task, ...]:
-    """The tasks of workloads: one a workload and bucket.
+    """The tasks of workloads: one per workload and bucket.
 
-    The buckets' limits lie at the geometric mean of neighbouring sizes, and the outer ones are
-    open, so that together they cover every call.
+    The buckets' limits lie at the geometric mean of neighbouring sizes. The outer buckets are
+    open, so together they cover every call.
 
     Args:
         seqlens: query tokens or, for decoding, tokens of context; the defaults if empty.
@@ -135,7 +135,7 @@ def _few_tokens(workload: Workload) -> int:
 
 
 def fingerprint_or_none(task: Task, schedule: Schedule) -> str | None:
-    """The fingerprint of a schedule's kernel; None where it renders to nothing."""
+    """The fingerprint of a schedule's kernel; None if it cannot be rendered."""
     try:
         return kernel_fingerprint(task.workload, schedule)
     except NsagenError:

@@ -1,9 +1,9 @@
-"""The tuner: several searches at a time share the compilers and the device.
+"""The tuner: several concurrent searches share the compilers and the device.
 
-A search alone leaves the device idle: its next schedules depend on what was measured, and
-compiling one takes longer than measuring it. So as many searches are open as keep all compilers
-busy. Whichever has a schedule compiled may measure it; of several, the one that has used the
-device least. A search that ends makes room for the next one.
+A single search leaves the device idle: its next schedules depend on what was measured, and
+compiling takes longer than measuring. So enough searches run to keep every compiler busy. Any
+search with a compiled schedule may measure it; among several, the one that has used the device
+least goes first. A search that ends makes room for the next.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ ASKS_A_TURN = 2
 """Schedules that are chosen between two looks at the device."""
 
 RESERVE = 0.1
-"""Share of the time that is kept for the last comparisons."""
+"""Share of the time that is reserved for the last comparisons."""
 
 _PAUSE_S = 0.005
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What the device is at, and what to do with its result."""
+    """The device's current work, and what to do with the result."""
 
     open_search: OpenSearch
     future: Future[Any]
@@ -58,7 +58,7 @@ class _Job:
 
 
 class Tuner:
-    """Tunes tasks on one device; searches of the same storage may run beside it."""
+    """Tunes tasks on one device; other processes may search the same storage at the same time."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Tuner:
         """Search every task; `on_record` gets each record as soon as it is decided.
 
         Returns:
-            a line for each task that gave no record, and why.
+            a line for each task without a record, with the reason.
         """
         seconds = self._settings.seconds
         self._end = None if seconds is None else time.monotonic() + seconds * (1 - RESERVE)
@@ -113,9 +113,9 @@ class Tuner:
                 job = following
 
     def _ordered(self, tasks: Sequence[Task]) -> list[Task]:
-        """One task of each op and pass, then the next of each: neighbours' winners come in time.
+        """One task of each op and pass, then the next of each: neighbours' winners arrive in time.
 
-        Those with few schedules go first: the time that they leave goes to the others.
+        Tasks with few schedules go first, because the time they leave goes to the others.
         """
         groups: dict[tuple[str, str], list[Task]] = defaultdict(list)
         for task in tasks:
@@ -129,7 +129,7 @@ class Tuner:
 
     @contextmanager
     def _released(self) -> Iterator[None]:
-        """In the end, however it comes, leave no schedule to this process that it won't measure."""
+        """On any exit, release the schedules that this process will not measure."""
         try:
             yield
         finally:
@@ -137,9 +137,9 @@ class Tuner:
                 open_search.give_up(self._running)
 
     def _admit(self) -> None:
-        """Open a search if there is room; it gets its share of the time that is left.
+        """Open a search if there is room; it gets its share of the remaining time.
 
-        One at a time, for the compilers and the device have work before all are open.
+        One at a time: the compilers and the device have work before all are open.
         """
         while self._waiting and self._searching() < self._width:
             number, task = self._waiting.popleft()
@@ -164,24 +164,24 @@ class Tuner:
 
     @property
     def _scope(self) -> str:
-        """What a study's outcomes are true of: another Triton may compile other kernels."""
+        """What a study's outcomes hold for: another Triton may compile other kernels."""
         device = self._device
         with_ = f", triton {device.triton}" if device.triton else ""
         return f"{self._settings.objective} on {device.slug}{with_}"
 
     def _searching(self) -> int:
-        """Open searches that still ask for schedules: those that are decided need no compiler."""
+        """Open searches that still ask for schedules: the final round needs no compiler."""
         return sum(open_search.final is None for open_search in self._open)
 
     def _deadline(self) -> float | None:
-        """When a search that begins now must end: as many share the device as are open."""
+        """When a search that starts now must end: all open searches share the device."""
         if self._end is None:
             return None
         now, left = time.monotonic(), len(self._waiting) + self._searching() + 1
         return now + max(0.0, self._end - now) * min(1.0, self._width / left)
 
     def _conclude(self, open_search: OpenSearch) -> None:
-        """End a search that is over, and get ready to decide it; its record may stand already."""
+        """End a search that is over and prepare its decision; its record may exist already."""
         if open_search.final is not None or not (ended := open_search.over()):
             return
         open_search.give_up(self._running)
@@ -199,9 +199,9 @@ class Tuner:
         return self._settings.objective
 
     def _fill(self) -> None:
-        """Ask for schedules, and have them compiled: first where fewest are on their way.
+        """Ask for schedules and compile them, starting with the search that has fewest pending.
 
-        A few at a time, for the device must not wait while many are chosen.
+        A few at a time: the device must not wait while many are chosen.
         """
         for open_search in self._open:
             self._conclude(open_search)
@@ -217,7 +217,7 @@ class Tuner:
         """Give the device something to do, if anything is ready.
 
         Args:
-            busy: the search whose job is still going on; it cannot be decided meanwhile.
+            busy: the search whose job is still running; it cannot be decided meanwhile.
         """
         # Decisions first: they are short, and each makes room.
         for open_search in sorted(self._open, key=lambda c: (c.final is None, c.spent)):
@@ -251,7 +251,7 @@ class Tuner:
         return _Job(open_search, self._thread.submit(call, *args), time.monotonic(), then)
 
     def _finish(self, job: _Job, on_record: Callable[[TuningRecord], None]) -> None:
-        """Wait for the device, and take over what it found."""
+        """Wait for the device, and record what it found."""
         result = self._stop.wait(job.future)
         open_search = job.open_search
         now = time.monotonic()
@@ -308,7 +308,7 @@ class Tuner:
 
 
 def _still_holds(known: TuningRecord, search: Search) -> bool:
-    """Whether nothing was measured since a record was made of this very search."""
+    """Whether nothing was measured since this search's record was made."""
     task = search.task
     return known.measured == len(search.measured()) and known.fingerprint == fingerprint_or_none(
         task, known.schedule
