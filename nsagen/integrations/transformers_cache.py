@@ -35,8 +35,7 @@ ROUND = 256
 KEPT = 128
 """Tokens of a first pass that `crop` can take back."""
 
-_STATIC = (StaticLayer, StaticSlidingWindowLayer)
-_REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer, *_STATIC)
+_REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 class NSALayer(CacheLayerMixin):
@@ -246,6 +245,7 @@ def layer_of(cache: Cache, index: int, sparsity: Sparsity) -> NSALayer:
     if isinstance(layer, NSALayer):
         return layer
     check_replaceable(layer)
-    capacity = layer.max_cache_len if isinstance(layer, _STATIC) else None
+    # A sliding layer has room for its window, and NSA keeps every token.
+    capacity = layer.max_cache_len if type(layer) is StaticLayer else None
     cache.layers[index] = made = NSALayer(sparsity, capacity)
     return made

@@ -84,12 +84,14 @@ class Inputs:
         layers: indices of the layers that have NSA.
         sparsity: their settings.
         rope: makes their tables.
+        window: tokens that the layers which stay dense see; None without such layers.
     """
 
     names: tuple[str, ...]
     layers: tuple[int, ...]
     sparsity: Sparsity
     rope: RopeSource
+    window: int | None = None
 
     def __call__(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -105,6 +107,7 @@ class Inputs:
         tokens = ids if embeds is None else embeds
         if tokens is None or (ids is not None and embeds is not None):
             return (), kwargs  # the model refuses both
+        _check_shape(tokens, embeds is not None)
         given = self._given(model, kwargs, tokens)
         call, position_ids = self._call(given)
         if kwargs.get("position_ids") is None and position_ids is not None:
@@ -165,7 +168,7 @@ class Inputs:
             batch,
             length,
             tokens.device,
-            None if mask is None else mask.to(tokens.device) != 0,
+            None if mask is None else _real(mask.to(tokens.device), wait=length > 1),
             _checked_rows("position_ids", kwargs.get("position_ids"), batch, length),
             _checked_cu_seqlens(kwargs, batch, length),
             _checked_rows("seq_idx", kwargs.get("seq_idx"), batch, length),
@@ -173,6 +176,8 @@ class Inputs:
             caches,
             recording,
         )
+        if self.window is not None and given.mask is not None:
+            _check_windows(given.mask, length, self.window)
         position = kwargs.get("cache_position")
         if position is not None:
             expected = torch.arange(seen, seen + length, device=position.device)
@@ -197,6 +202,9 @@ class Inputs:
         layers = [cache.layers[i] for i in used if i < len(cache.layers)]
         for layer in layers:
             check_replaceable(layer)
+            if isinstance(layer, NSALayer) and layer.sparsity != self.sparsity:
+                rule = "must be one that a model with the same settings of attention filled"
+                refuse("cache", rule, str(layer.sparsity), "start from an empty cache")
         states = [layer.state if isinstance(layer, NSALayer) else None for layer in layers]
         if not states or all(state is None for state in states):
             return None
@@ -416,15 +424,52 @@ def _checked_mask(mask: Any, batch: int, seen: int, tokens: int) -> Tensor | Non
     return mask
 
 
+def _real(mask: Tensor, wait: bool) -> Tensor:
+    """bool [B, N], True for tokens. Read as bool, an additive mask (0 and -inf) would mean the
+    opposite, and document numbers would be lost."""
+    if mask.dtype == torch.bool:
+        return mask
+    rule = "must be 1 for a token and 0 for padding"
+    advice = "mark packed documents by position_ids; for an additive mask, pass mask == 0"
+    clear = ((mask == 0) | (mask == 1)).all()
+    refuse_unless(clear, "attention_mask", rule, "other values", advice, wait=wait)
+    return mask != 0
+
+
+def _check_windows(mask: Tensor, new: int, window: int) -> None:
+    """Layers that stay dense count padding in their windows: it must not push a token out."""
+    upto = mask.cumsum(1)
+    inside = upto - nn.functional.pad(upto, (window, 0))[:, : upto.shape[1]]
+    whole = (inside == upto.clamp(max=window)) | ~mask
+    rule = f"must have no padding between the last {window} tokens, which sliding layers see"
+    advice = "pad on the left before the first tokens, or compute each row by itself"
+    holds = whole[:, -new:].all()
+    refuse_unless(holds, "attention_mask", rule, "such padding", advice, wait=new > 1)
+
+
+def _check_shape(tokens: Tensor, embeds: bool) -> None:
+    """[B, T] or [B, T, hidden], with a token at least."""
+    if tokens.dim() != 2 + embeds or not tokens.shape[1]:
+        name = "inputs_embeds" if embeds else "input_ids"
+        rule = (
+            f"must be [batch, tokens{', hidden' if embeds else ''}] with at least one token a row"
+        )
+        refuse(name, rule, str(list(tokens.shape)), "add the missing dimension or token")
+
+
 def _checked_rows(name: str, values: Any, batch: int, tokens: int) -> Tensor | None:
     """[B, T], from [1, T] or that."""
     if values is None:
         return None
-    fits = isinstance(values, Tensor) and values.dim() == 2 and not values.is_floating_point()
+    fits = isinstance(values, Tensor) and values.dim() == 2 and _counts(values)
     if not fits or values.shape[0] not in (1, batch) or values.shape[1] != tokens:
         came = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else str(values)
         refuse(name, f"must be integers [1 or {batch}, {tokens}]", came, "leave it out")
     return values.expand(batch, tokens)
+
+
+def _counts(values: Tensor) -> bool:
+    return values.dtype != torch.bool and not values.is_floating_point()
 
 
 def _checked_cu_seqlens(kwargs: dict[str, Any], batch: int, tokens: int) -> Tensor | None:
@@ -437,7 +482,7 @@ def _checked_cu_seqlens(kwargs: dict[str, Any], batch: int, tokens: int) -> Tens
         return None
     if batch != 1:
         refuse("cu_seq_lens_q", "is for one row", f"{batch} rows", "flatten the batch to one row")
-    if ends.dim() != 1 or ends.shape[0] < 1 or ends.is_floating_point():
+    if ends.dim() != 1 or ends.shape[0] < 1 or not _counts(ends):
         rule = "must be integers [documents + 1]"
         refuse("cu_seq_lens_q", rule, f"{ends.dtype} {list(ends.shape)}", "start it with 0")
     rises = (ends[0] == 0) & (ends[-1] == tokens) & (ends.diff() >= 0).all()

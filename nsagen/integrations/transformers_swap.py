@@ -100,7 +100,7 @@ def _swap_layers(base: Any, sparsity: Sparsity, dispatcher: Any, gates: Gates) -
         layer.self_attn = module.train(dense.training)
         swapped.append(index)
     names = tuple(inspect.signature(base.forward).parameters)
-    hook = Inputs(names, tuple(swapped), sparsity, rope)
+    hook = Inputs(names, tuple(swapped), sparsity, rope, config.sliding_window if keeps else None)
     base.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
 

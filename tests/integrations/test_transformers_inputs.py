@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable
@@ -179,6 +180,16 @@ def test_the_page_lists_every_input() -> None:
         assert f"| `{name}` |" in text, name
 
 
+def test_tokens_of_other_shapes(model: Any) -> None:
+    for name, wrong in (
+        ("input_ids", IDS[0]),
+        ("input_ids", IDS[:, :0]),
+        ("inputs_embeds", torch.zeros(2, 30)),
+    ):
+        with pytest.raises(InvalidInputError, match=rf"{name}: must be \[batch, tokens"):
+            model(**{name: wrong})
+
+
 class TestPositionIds:
     @torch.no_grad()
     def test_shifted_positions_are_the_same_text(self, model: Any) -> None:
@@ -228,7 +239,8 @@ class TestPositionIds:
         assert distance(logits, whole) < 1e-5
 
     def test_other_shapes(self, model: Any) -> None:
-        for wrong in (torch.arange(30), torch.arange(29)[None], torch.zeros(3, 2, 30)):
+        bools = torch.ones(1, 30, dtype=torch.bool)
+        for wrong in (torch.arange(30), torch.arange(29)[None], torch.zeros(3, 2, 30), bools):
             with pytest.raises(InvalidInputError, match=r"position_ids: must be integers \[1 or 2"):
                 model(IDS, position_ids=wrong)
 
@@ -280,6 +292,44 @@ class TestMasks:
                     InvalidInputError, match=rf"\[batch, tokens\] = \[2, {20 + new}"
                 ):
                     model(attention_mask=mask[:, 20 : 20 + new], **more)
+
+    @pytest.mark.parametrize("kind", ["Gemma3", "Llama"])
+    @torch.no_grad()
+    def test_padding_inside_the_window_of_a_sliding_layer(self, kind: str) -> None:
+        """It would take the place of tokens there; NSA layers do not count it."""
+        model, ids = trained(sparse(kind)), tokens(1, 44)
+        mask = torch.ones_like(ids)
+        mask[0, 20:23] = 0
+        cache = DynamicCache(config=model.config)
+        first = model(ids[:, :24], past_key_values=cache, attention_mask=mask[:, :24])
+        whole = alone(model, ids[0, mask[0] == 1])
+        assert distance(first.logits[0, -1], whole[20]) < 1e-5
+        for new in (1, 20):  # behind the cache, and one token
+            given = {"input_ids": ids[:, 24 : 24 + new], "attention_mask": mask[:, : 24 + new]}
+            held = copy.deepcopy(cache)
+            if kind == "Gemma3":
+                with pytest.raises(InvalidInputError, match="no padding between the last 24"):
+                    model(past_key_values=held, **given)
+            else:
+                logits = model(past_key_values=held, **given).logits[0]
+                assert distance(logits, whole[21 : 21 + new]) < 1e-5
+
+    @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16])
+    @torch.no_grad()
+    def test_masks_of_any_dtype(self, model: Any, dtype: torch.dtype) -> None:
+        ids, mask = left_padded()
+        logits = model(ids, attention_mask=mask.to(dtype)).logits[mask == 1]
+        assert distance(logits, alone(model, IDS[0], IDS[1, 7:])) < 1e-5
+
+    @pytest.mark.parametrize("kind", ["additive", "numbers of documents", "nan"])
+    def test_masks_that_are_not_ones_and_zeros(self, model: Any, kind: str) -> None:
+        masks = {
+            "additive": torch.zeros(2, 30).index_fill(1, torch.arange(7), float("-inf")),
+            "numbers of documents": torch.tensor([1] * 12 + [2] * 18).expand(2, -1),
+            "nan": torch.full((2, 30), float("nan")),
+        }
+        with pytest.raises(InvalidInputError, match="must be 1 for a token and 0 for padding; got"):
+            model(IDS, attention_mask=masks[kind])
 
     def test_prepared_masks_are_refused(self, model: Any) -> None:
         with pytest.raises(InvalidInputError, match=r"got \[1, 1, 30, 30\]; NSA chooses itself"):
@@ -408,6 +458,13 @@ class TestCaches:
         with torch.no_grad():
             dense()(IDS, past_key_values=cache)
             with pytest.raises(InvalidInputError, match="DynamicLayer that holds tokens"):
+                model(IDS, past_key_values=cache)
+
+    def test_a_cache_of_a_model_with_other_settings(self, model: Any) -> None:
+        cache = DynamicCache()
+        with torch.no_grad():
+            sparse(kernel_size=16, kernel_stride=8, block_size=16)(IDS, past_key_values=cache)
+            with pytest.raises(InvalidInputError, match=r"cache: .*the same settings of attention"):
                 model(IDS, past_key_values=cache)
 
     def test_a_cache_that_a_failed_call_left_uneven(self, model: Any) -> None:

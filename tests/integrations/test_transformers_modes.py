@@ -176,6 +176,14 @@ class TestStaticCache:
         static = model.generate(ids, cache_implementation="static", **wanted)
         assert torch.equal(static, model.generate(ids, **wanted))
 
+    @torch.no_grad()
+    def test_a_window_of_layers_that_all_slide_is_no_bound(self) -> None:
+        """Transformers makes room for the window alone; NSA layers keep every token."""
+        model = trained(apply_nsa(build(KINDS["Mistral"], sliding_window=16), ATTENTION))
+        wanted = {"max_new_tokens": 6, "do_sample": False}
+        static = model.generate(IDS, cache_implementation="static", **wanted)
+        assert torch.equal(static, model.generate(IDS, **wanted))
+
     def test_it_never_grows(self, model: Any) -> None:
         cache = StaticCache(config=model.config, max_cache_len=32)
         with torch.no_grad():
