@@ -20,8 +20,9 @@ HEAD = """\
 # Kernels on every target
 
 What the default schedule of every workload of every shipped spec compiles to, on a CPU with no GPU
-and the compiler of Triton {triton}; each row names its version. Registers and spills are per thread,
-for the kernel of a call that uses most. Shared memory is the most that a program of the call needs.
+and the compiler of Triton {triton}; each row names its version. Registers and spills are per
+thread, for the kernel of a call that uses most. Shared memory is the most that a program of the
+call needs.
 
 This page is generated from `docs/support.json`, which `python docs/generate.py --support` measures.
 
