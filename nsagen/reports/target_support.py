@@ -30,9 +30,10 @@ class Usage(NamedTuple):
 
     Attributes:
         registers: of 32 bits, a thread.
-        spill_bytes: a thread.
+        spill_bytes: of the stack, a thread.
         shared_bytes: a program.
         matrix: the matrix instructions used, apart by commas; "" if there are none.
+        loop_spills: loads and stores of the stack inside loops.
         error: why it does not compile; "" if it does.
         triton: the version that compiled it.
     """
@@ -41,6 +42,7 @@ class Usage(NamedTuple):
     spill_bytes: int
     shared_bytes: int
     matrix: str
+    loop_spills: int = 0
     error: str = ""
     triton: str = ""
 
@@ -142,25 +144,29 @@ def usage_of(variant: Variant) -> Usage:
             path.write_text(source, encoding="utf-8")
             found = compiled_resources(path, variant.workload, KNOWN_TARGETS[variant.target])
     except NsagenError as error:
-        return Usage(0, 0, 0, "", str(error), triton_version())
+        return Usage(0, 0, 0, "", 0, str(error), triton_version() or "unknown")
     return Usage(
         registers=max(one.registers for one in found),
         spill_bytes=max(one.spill_bytes for one in found),
         shared_bytes=max(one.shared_bytes for one in found),
         matrix=", ".join(sorted({one.matrix for one in found} - {"none"})),
-        triton=triton_version(),
+        loop_spills=max(one.loop_spills for one in found),
+        triton=triton_version() or "unknown",
     )
 
 
 def problems(table: Table, wanted: Iterable[Variant]) -> Iterator[str]:
-    """Each variant that does not compile or fit, or spills, in words."""
+    """Each variant that does not compile or fit, or spills in a loop, in words."""
     for variant in wanted:
         usage = table[variant.name, variant.target]
         limit = KNOWN_TARGETS[variant.target].shared_memory
         if usage.error:
             yield f"{variant}: {usage.error}"
-        if usage.spill_bytes:
-            yield f"{variant}: spills {usage.spill_bytes} bytes; {variant.schedule}"
+        if usage.loop_spills:
+            yield (
+                f"{variant}: loads or stores the stack {usage.loop_spills} times in loops; "
+                f"{variant.schedule}"
+            )
         if usage.shared_bytes > limit:
             yield f"{variant}: needs {usage.shared_bytes} of {limit} bytes; {variant.schedule}"
 

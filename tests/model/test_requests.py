@@ -131,7 +131,7 @@ def test_ends_and_ids_without_values_or_beyond_int32_are_refused(model: ToyNSALl
     for call in (model.generate, model, dense):
         with pytest.raises(InvalidInputError, match=r"from 0 to N=5 .*got \[0, 4294967301\]"):
             call(ids, wrapping)
-    with pytest.raises(InvalidInputError, match="input_ids must be where the weights are, got m"):
+    with pytest.raises(InvalidInputError, match=r"input_ids must be where the weights are, got m"):
         model.generate(ids.to("meta"), wrapping.to("meta"))
 
 
