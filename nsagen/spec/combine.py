@@ -1,4 +1,4 @@
-"""From a spec's lists of values to attention shapes: the cross product, less what is excluded."""
+"""Turns a spec's lists of values into attention shapes: the cross product without exclusions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nsagen.spec.schema import SpecFile
 from nsagen.spec.shape import PARAMETERS, AttentionShape, violations
 
 MAX_SHAPES = 4096
-"""Attention shapes that one spec may have, before `exclude`."""
+"""Most attention shapes of one spec, before `exclude`."""
 
 
 def combine(
     checked: SpecFile, document: Document
 ) -> tuple[tuple[AttentionShape, ...], list[Problem]]:
-    """The attention shapes that the lists make and `exclude` leaves, sorted, and what is wrong."""
+    """The attention shapes from the lists minus those excluded, sorted, and the problems found."""
     attention = checked.attention
     values = {name: getattr(attention, name) or (0,) for name in PARAMETERS}  # 0: left out
     total = math.prod(len(listed) for listed in values.values())
@@ -32,7 +32,7 @@ def combine(
         assignment["v_head_dim"] = assignment["v_head_dim"] or assignment["head_dim"]
         assignment["v_compress_type"] = assignment["v_compress_type"] or ""
         shapes.append(AttentionShape(**assignment))
-    shapes = list(dict.fromkeys(shapes))  # sizes of an mlp make no difference without one
+    shapes = list(dict.fromkeys(shapes))  # without an mlp, its sizes make no difference
     kept, unused = _without_excluded(shapes, checked)
     problems = [
         document.problem(
@@ -73,7 +73,7 @@ def _without_excluded(
 def _broken_rules(
     shapes: list[AttentionShape], document: Document, *, many: bool
 ) -> Iterator[Problem]:
-    """Each combination of parameters that breaks a rule, once, however many shapes have it."""
+    """Each combination of parameters that breaks a rule, once, in however many shapes it occurs."""
     seen = set()
     for shape in shapes:
         for broken in violations(shape):

@@ -1,8 +1,8 @@
-"""Reading a YAML file into plain values that remember their lines.
+"""Reads a YAML file into plain values that remember their lines.
 
 YAML is read as a small subset: mappings, lists, text, whole numbers, true and false.
-Anchors, tags, several documents and deep nesting are refused, so that no file can cost
-more than its size, and a number is never read in a base that its author didn't mean.
+Anchors, tags, several documents and deep nesting are refused, so no file can cost more than its
+size, and a number is never read in a base that its author didn't mean.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fal
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """One thing wrong with a spec: the line (from 1), the key, and the rule, value and remedy."""
+    """One problem in a spec: the line (from 1), the key, and the rule, value and remedy."""
 
     line: int
     key: str
@@ -53,7 +53,7 @@ def spec_error(name: str, problems: Iterable[Problem]) -> SpecError:
 
 
 def _printable(text: str) -> str:
-    """The text with an escape for each character that could act on a terminal."""
+    """The text with an escape for each character that could control a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -65,7 +65,7 @@ def key_text(path: Location) -> str:
 
 @dataclass
 class Document:
-    """A YAML file's values, the line of each, and what is wrong with its form."""
+    """A YAML file's values, the line of each, and the problems in its form."""
 
     values: Any = None
     lines: dict[Location, int] = field(default_factory=dict)
@@ -73,11 +73,11 @@ class Document:
     problems: list[Problem] = field(default_factory=list)
 
     def known(self, path: Location) -> Location:
-        """The location itself or, for the only value of a key that has no list, the key's."""
+        """The location itself or, for the only value of a key without a list, the key's."""
         return path[:-1] if path and path[-1] == 0 and path not in self.lines else path
 
     def problem(self, path: Location, text: str) -> Problem:
-        """A problem with a value, on its line or, for a missing one, that of what lacks it."""
+        """A problem with a value, on its line; for a missing value, on the line of its parent."""
         path = near = self.known(path)
         while near and near not in self.lines:
             near = near[:-1]
@@ -85,7 +85,7 @@ class Document:
 
 
 def is_file(path: Path) -> bool:
-    """Whether a path is a regular file; False for one that no file can have."""
+    """Whether a path is a regular file; False for an impossible path."""
     try:
         return path.is_file()
     except OSError:  # such as a name that is too long
@@ -96,7 +96,7 @@ def read_text(path: Path, name: str) -> str:
     """The text of a spec file.
 
     Raises:
-        SpecError: no such file, not a file, too large, or not UTF-8.
+        SpecError: the file is missing, not a file, too large, or not UTF-8.
     """
     try:
         if not path.exists():
@@ -126,10 +126,10 @@ def read_text(path: Path, name: str) -> str:
 
 
 def parse(text: str, name: str) -> Document:
-    """Parse the YAML of a spec; `problems` holds what is wrong with single values.
+    """Parse a spec's YAML; `problems` holds what is wrong with single values.
 
     Raises:
-        SpecError: the text is not YAML, or not the subset that specs are written in.
+        SpecError: the text is not YAML, or not the subset that specs use.
     """
     try:
         check_form(text, name)
@@ -154,7 +154,7 @@ def parse(text: str, name: str) -> Document:
 
 
 def check_form(text: str, name: str, loader: Any = yaml.SafeLoader) -> None:
-    """Refuse what none of the project's files needs, before any tree is built.
+    """Refuse features that no file of the project needs, before building any tree.
 
     Raises:
         SpecError: anchors, tags, a second document or deep nesting; the text names the line.

@@ -1,7 +1,7 @@
-"""From what pydantic finds wrong to problems that a person can act on.
+"""Turns pydantic's findings into problems that a person can act on.
 
-The rule in a problem's text comes from the JSON Schema, so that the check, the editor's
-completion and the message cannot disagree.
+The rule in a problem's text comes from the JSON Schema, so the check, the editor's completion
+and the message cannot disagree.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def schema_problems(error: ValidationError, document: Document) -> Iterator[Prob
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """`did you mean 'topk'?`, or the words to choose from when none is near."""
+    """`did you mean 'topk'?`, or the words to choose from if no word is near."""
     near = difflib.get_close_matches(word.lower().replace("-", "_"), known, 1)
     return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
 
 
 def shown(location: Location, value: Any, document: Document) -> str:
-    """A value as the author wrote it, cut to a line."""
+    """A value as the author wrote it, cut to one line."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, (list, tuple)):
@@ -150,7 +150,7 @@ def _schema() -> dict[str, Any]:
 
 
 def _schema_at(location: Location) -> dict[str, Any]:
-    """The JSON Schema of the value at a location; of a list's items inside a list."""
+    """The JSON Schema of the value at a location; inside a list, of the list's items."""
     node = _schema()
     for part in location:
         node = _resolved(node)

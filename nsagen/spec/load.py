@@ -1,4 +1,4 @@
-"""`load_spec`: find a spec, check all of it, and enumerate its shapes and workloads."""
+"""`load_spec`: finds a spec, checks all of it, and enumerates its shapes and workloads."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Spec:
         description: free text; may be empty.
         passes: the passes to make kernels for, sorted.
         targets: the GPU architectures to make kernels for, as in `nsagen.core.target`, sorted.
-        branches: those that kernels are made for, in the order of a gate's columns.
+        branches: the branches to make kernels for, in the order of a gate's columns.
         shapes: the attention shapes, sorted.
         label: what to give `nsagen build` to read this spec again: the name of a shipped spec,
-            else a path from the project's root; never a path of the machine.
+            or a path from the project's root; never a path of the machine.
         sha256: hex digest of the file's text.
         tuned_folder: where this machine keeps the spec's tuning records, one file a device.
         source: its file on this machine.
-        shipped_tuned: the records that an installed nsagen has of its own spec, if it is one.
+        shipped_tuned: the records that an installed nsagen ships for its own spec, if it is one.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Spec:
     shipped_tuned: Path | None = field(default=None, compare=False)
 
     def attention_shapes(self) -> tuple[AttentionShape, ...]:
-        """Every combination of the attention's values but the excluded ones, sorted."""
+        """Every combination of the attention's values except the excluded ones, sorted."""
         return self.shapes
 
     def build_command(self, out: Path = GENERATED, tuned: Path | None = None) -> str:
@@ -81,7 +81,7 @@ def load_spec(path_or_name: str | Path) -> Spec:
     """Load a spec by path, or by name: `tiny` is ./specs/tiny.yaml or else the shipped one.
 
     Raises:
-        SpecError: no such spec, or it is invalid; one `file:line: key: rule; got; do` a problem.
+        SpecError: no such spec, or it is invalid; one `file:line: key: rule; got; do` per problem.
     """
     path, shown = _find(path_or_name)
     text = read_text(path, shown)
@@ -139,7 +139,7 @@ def _find(path_or_name: str | Path) -> tuple[Path, str]:
 
 
 def _is_packaged(path: Path) -> bool:
-    """Whether a spec lies in an installed package, which is no place for a user's records."""
+    """Whether a spec lies in an installed package, which must not hold a user's records."""
     return specs_dir().name == "_specs" and path.resolve().parent == specs_dir().resolve()
 
 
@@ -155,7 +155,7 @@ def _label(given: Path) -> str:
     root = next(_roots(path), None)
     if root is not None:
         label = path.relative_to(root).as_posix()
-    elif path.parent.name == "specs":  # of a project that says so in no other way
+    elif path.parent.name == "specs":  # of a project without any other mark
         label = f"specs/{path.name}"
     else:
         label = path.name if given.is_absolute() else given.as_posix()
@@ -164,7 +164,7 @@ def _label(given: Path) -> str:
 
 
 def _roots(path: Path) -> Iterator[Path]:
-    """The folders above a path that are a project's, the innermost first."""
+    """The folders above a path that are project roots, the innermost first."""
     for folder in path.parents:
         if (folder / "pyproject.toml").is_file() or (folder / ".git").exists():
             yield folder

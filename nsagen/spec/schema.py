@@ -32,7 +32,7 @@ DEFAULT_PASSES = ("forward", "decode")
 DEFAULT_TARGETS = ("cuda:80", "cuda:90")
 
 MAX_VALUES = 64
-"""Values that one list may have."""
+"""Most values of one list."""
 
 T = TypeVar("T")
 
@@ -232,7 +232,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _pruned(schema: Any) -> Any:
-    """Without pydantic's titles, and without the nulls that stand for a key left out."""
+    """Without pydantic's titles, and without the nulls that stand for an omitted key."""
     if isinstance(schema, list):
         return [_pruned(item) for item in schema if item != {"type": "null"}]
     if not isinstance(schema, dict):

@@ -20,7 +20,7 @@ _SERVES = {
     ("sliding_window_attention", "forward"): {"sliding"},
     ("sliding_window_attention", "backward"): {"sliding"},
 }
-"""The branches that an op and pass are for; all, where it is not here."""
+"""The branches that an op and pass serve; all branches if it is missing here."""
 
 
 @dataclass(frozen=True, order=True)
@@ -34,15 +34,15 @@ class AttentionShape:
         compress_type: one of `nsagen.core.workload.COMPRESS_TYPES`, for keys.
         kernel_size: tokens that one window compresses; kernel_stride: tokens between windows.
         block_size: tokens of a block that is selected as a whole.
-        topk: blocks selected a token; init_blocks and local_blocks of them always are.
-        window_size: keys that a token sees in sliding-window attention, itself among them;
-            0: there is no such branch.
+        topk: blocks selected per token; always including init_blocks and local_blocks.
+        window_size: keys that a token sees in sliding-window attention, its own included;
+            0: the branch does not exist.
         with_pe: whether compression adds a position embedding to keys.
         v_compress_type: for values; "" becomes compress_type.
-        mlp_hidden: elements between the layers of an mlp, of keys and of values alike; 0 becomes
-            head_dim. Always 0 where neither is compressed by an mlp.
+        mlp_hidden: elements between the layers of an mlp, for keys and values alike; 0 becomes
+            head_dim. Always 0 if an mlp compresses neither.
         v_with_pe: whether compression adds a position embedding to values.
-        branch_kv: "shared" where all branches read the same keys and values, or "separate".
+        branch_kv: "shared" if all branches read the same keys and values, else "separate".
     """
 
     head_dim: int
@@ -70,7 +70,7 @@ class AttentionShape:
         object.__setattr__(self, "mlp_hidden", hidden)
 
     def said(self) -> dict[str, Param]:
-        """The parameters, without optional ones that are as they would be if left out."""
+        """The parameters, without optional ones that have the value they would get if omitted."""
         optional = {f.name: f.default for f in fields(self) if f.default is not MISSING}
         left_out = asdict(replace(self, **optional))
         values = asdict(self).items()
@@ -90,7 +90,7 @@ class AttentionShape:
             if pass_ not in passes or not on & _SERVES.get((op, pass_), on):
                 continue
             used = shape
-            if op == "native_sparse_attention":  # as the op calls it: the least of what is off
+            if op == "native_sparse_attention":  # as the op calls it: the least for branches off
                 window = self.window_size if "sliding" in on else 1
                 topk = self.topk if "selected" in on else 1
                 used = shape | {"window_size": window, "topk": topk}
@@ -99,7 +99,7 @@ class AttentionShape:
                 yield self._workload(op, pass_, {name: of_values[name] for name in names})
 
     def _least(self, on: Collection[str]) -> AttentionShape:
-        """As a model calls the ops: what compresses for a branch that is off is a plain mean."""
+        """As a model calls the ops: compression for a branch that is off is a plain mean."""
         if "compressed" in on:
             return self
         values = replace(self, v_compress_type="avgpool", v_with_pe=False)
@@ -122,7 +122,7 @@ class Violation:
     Attributes:
         key: the parameter to look at first.
         rule: what must hold.
-        names: the parameters that it involves.
+        names: the parameters involved.
         remedy: what to do.
     """
 
@@ -133,9 +133,9 @@ class Violation:
 
 
 def violations(shape: AttentionShape) -> Iterator[Violation]:
-    """The rules between parameters that the shape breaks (the schema has those of single values).
+    """The rules between parameters that the shape breaks (the schema has those for single values).
 
-    kernel_stride divides kernel_size and block_size, so that windows and blocks lie on one grid
+    kernel_stride divides kernel_size and block_size, so windows and blocks lie on one grid
     and a window shares a whole number of strides with a block.
     """
     size, stride, block = shape.kernel_size, shape.kernel_stride, shape.block_size
