@@ -39,11 +39,11 @@ _Other = tuple[TuningRecord | None, dict[str, Any]]
 _log = logging.getLogger("nsagen.records")
 
 MAX_BYTES = 16 << 20
-"""That a file of records may have: room for some ten thousand."""
+"""Largest size of a file of records: room for about ten thousand."""
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Refuses a key that occurs twice, of which YAML's own would keep the last."""
+    """Refuses a key that occurs twice; YAML's own loader would keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -61,11 +61,11 @@ class DeviceRecords:
     """The records of one file.
 
     Attributes:
-        device: its slug, e.g. "nvidia-h200"; "static-cuda-90" if nothing was run.
+        device: its slug, e.g. "nvidia-h200"; "static-cuda-90" if nothing ran.
         target: the device's architecture.
         sha256: of the file's bytes.
-        others: rows of other versions of nsagen as they stand in the file, each with its record,
-            or None where this version cannot read it.
+        others: rows of other versions of nsagen as they are in the file, each with its record,
+            or None if this version cannot read it.
     """
 
     device: str
@@ -110,7 +110,7 @@ def load_records(path: Path) -> DeviceRecords:
         key = ".".join(str(part) for part in first["loc"]) or "file"
         got = repr(first.get("input"))[:60]
         raise SpecError(f"{path}: {key}: {first['msg']}; got {got}; {remedy}") from None
-    except (NsagenError, yaml.YAMLError, ValueError) as error:  # numbers of too many digits
+    except (NsagenError, yaml.YAMLError, ValueError) as error:  # numbers with too many digits
         raise SpecError(f"{path}: {' '.join(str(error).split())}; {remedy}") from None
     records += tuple(record for record, _ in others if record is not None)
     if unread := sum(record is None for record, _ in others):
@@ -125,9 +125,9 @@ def load_records(path: Path) -> DeviceRecords:
 
 
 def _of_other_versions(content: Any) -> tuple[Any, tuple[_Other, ...]]:
-    """A file's content without the records of other versions, and those as far as they are read.
+    """A file's content without other versions' records, and those records as far as readable.
 
-    What this version wrote must be right to the letter; of others, unknown keys are passed over.
+    Records of this version must be exactly right; unknown keys in others are ignored.
     """
     if not (isinstance(content, dict) and isinstance(content.get("records"), list)):
         return content, ()
@@ -153,12 +153,12 @@ def _read_other(row: dict[str, Any]) -> TuningRecord | None:
 
 
 def load_folder(folder: Path) -> tuple[DeviceRecords, ...]:
-    """The records of every device in a folder, by name of the file; empty without one."""
+    """The records of every device in a folder, by file name; empty if the folder is missing."""
     return tuple(load_records(path) for path in visible(folder.glob("*.yaml")))
 
 
 def save_records(folder: Path, device: str, target: str, new: Iterable[TuningRecord]) -> Path:
-    """Merge records into a device's file; its others stay. Safe under concurrent calls.
+    """Merge records into a device's file and keep its others. Safe under concurrent calls.
 
     Returns:
         the file's path, `folder/<device>.yaml`.
@@ -176,7 +176,7 @@ def save_records(folder: Path, device: str, target: str, new: Iterable[TuningRec
 
 
 def _no_older(record: TuningRecord, newest: str) -> TuningRecord:
-    """The record, dated after those that are there: a clock that was set back makes it no older.
+    """The record, dated no earlier than the existing ones, even if a clock was set back.
 
     The newest record decides which buckets a build uses.
     """
@@ -192,10 +192,10 @@ def _no_older(record: TuningRecord, newest: str) -> TuningRecord:
 def records_text(
     device: str, target: str, records: Iterable[TuningRecord], others: Iterable[_Other] = ()
 ) -> str:
-    """A file's text: one record a workload, bucket, objective and sizes, in a fixed order.
+    """A file's text: one record per workload, bucket, objective and sizes, in a fixed order.
 
     Args:
-        others: rows that another version wrote, as they were read; they stay as they are.
+        others: rows that another version wrote; they stay exactly as they were read.
     """
     as_written = {record.key: row for record, row in others if record is not None}
     unread = [row for record, row in others if record is None]
@@ -242,7 +242,7 @@ def _schedule(schedule: Schedule) -> dict[str, Any]:
 
 
 def _flow(value: Any) -> str:
-    """A value as YAML on one line; every text is quoted, so that none is read as something else."""
+    """A value as YAML on one line; every text is quoted, so YAML never reads it as another type."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
@@ -321,7 +321,7 @@ class _RecordRow(_Strict):
     date: str
 
     def record(self) -> TuningRecord:
-        """The record; raises InvalidInputError for a workload or bucket that cannot be."""
+        """The record; raises InvalidInputError for an impossible workload or bucket."""
         row = {name: getattr(self, name) for name in type(self).model_fields}
         w = self.workload
         if own := {"op", "pass_", "dtype"} & w.params.keys():

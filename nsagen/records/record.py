@@ -1,4 +1,4 @@
-"""A tuning record: the best schedule known of a workload and bucket, with its evidence."""
+"""A tuning record: the best known schedule of a workload and bucket, with its evidence."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Timed:
 
 @dataclass(frozen=True)
 class TuningRecord:
-    """The best schedule known of a workload and bucket on a device.
+    """The best known schedule of a workload and bucket on a device.
 
     Attributes:
         objective: "time": measured; "static": ranked by compile-time resources, never run.
-        sizes: that were timed, as text.
+        sizes: the timed sizes, as text.
         fingerprint: of the winner's kernel; see `kernel_fingerprint`.
         ms: time in milliseconds, or cost without a unit.
         spread: (slowest - fastest round) / median of the winner, in the final comparison.
         default: the architecture's default, timed beside the winner; None if it cannot run.
-        runner_up: the best schedule but the winner, if any.
+        runner_up: the best schedule except the winner, if any.
         measured, failed, of: evaluations, how many gave no time, and how many schedules are valid.
         ended: why the search ended.
         date: when, in UTC, as YYYY-MM-DDTHH:MM:SSZ.
@@ -57,10 +57,10 @@ class TuningRecord:
 
     @property
     def key(self) -> tuple[Workload, Bucket, Objective, str]:
-        """What a file has one record of.
+        """The key under which a file has one record.
 
-        Sizes count: runs of one size each have the same bucket, of all calls, and a later one must
-        not discard what an earlier one measured.
+        Sizes are part of it: runs of one size each have the same bucket, all calls, and a later run
+        must not discard what an earlier one measured.
         """
         return (self.workload, self.bucket, self.objective, self.sizes)
 
