@@ -1,6 +1,6 @@
-"""The running side: which kernel serves a call, on which device, and what happens on a miss.
+"""The running side: which kernel serves a call, on which device, and what a miss does.
 
-Importing it needs neither torch nor triton, so that generated tables load fast.
+Importing it needs neither torch nor triton, so generated tables load fast.
 """
 
 from nsagen.core.bucket import Bucket, Table

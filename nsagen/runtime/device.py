@@ -1,4 +1,4 @@
-"""What a device is called: its target for tables, its slug for tuning records."""
+"""A device's names: its target for tables, its slug for tuning records."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     import torch
 
 INTERPRETED_TARGET = "cuda:80"
-"""Whose default schedule an interpreted CPU call takes where the table has nothing for it."""
+"""An interpreted CPU call uses this target's default schedule if the table has no kernel."""
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter is on, so that kernels run on CPU tensors."""
+    """Whether Triton's interpreter is on, which runs kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") in ("1", "true", "on")
 
 
@@ -25,7 +25,7 @@ def target_of(device: torch.device) -> str:
     """The target of a device: "cuda:90" for compute capability 9.0, "hip:gfx942" on ROCm.
 
     Raises:
-        UnsupportedWorkloadError: the device is no GPU that Triton compiles for.
+        UnsupportedWorkloadError: the device is not a GPU that Triton compiles for.
     """
     if device.type != "cuda":
         raise UnsupportedWorkloadError(
@@ -36,7 +36,7 @@ def target_of(device: torch.device) -> str:
 
 
 def device_slug(device: torch.device | None = None) -> str:
-    """The device's name as files carry it, e.g. `nvidia-h200`; the current GPU by default."""
+    """The device's name as files use it, e.g. `nvidia-h200`; the current GPU by default."""
     return _slug_of_index(_index(device))
 
 
@@ -65,5 +65,5 @@ def _slug_of_index(index: int) -> str:
 
 
 def slug(name: str) -> str:
-    """Lower case, with every run of other characters than letters and digits as one dash."""
+    """Lower case, with every run of characters other than letters and digits as one dash."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -56,13 +56,13 @@ class Dispatcher:
         name: of the spec that the package was generated from.
         package: import name of the folder with the kernels, e.g. "generated.llama8b.kernels".
         table: workload -> target -> ((bucket, module name), ...).
-        triton: module name -> the releases of Triton that the kernel needs, where it needs
-            particular ones. With another, calls go to what the table has for every Triton.
+        triton: module name -> the releases of Triton that the kernel needs, if it needs particular
+            ones. With another release, calls go to kernels of the table that run with every Triton.
         on_missing: "build" builds a variant that the table lacks with its target's default
             schedule and logs one line; "error" raises `UnsupportedWorkloadError`.
 
     Attributes:
-        key: what custom ops carry in place of the object; see `lookup`.
+        key: what custom ops carry instead of the object; see `lookup`.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class Dispatcher:
 
         Args:
             device: where the tensors are.
-            tokens: query tokens of the call; when decoding, its rows.
+            tokens: query tokens of the call or, when decoding, its rows.
             context: tokens that a query may look back on, if known without asking the device.
 
         Raises:
-            UnsupportedWorkloadError: no variant covers the call, and none may or can be built.
+            UnsupportedWorkloadError: no variant covers the call, and building is off or impossible.
             InvalidInputError: bfloat16 in Triton's interpreter, whose tl.dot is wrong on it.
         """
         choices = self._choices.get((workload, device))
@@ -119,7 +119,7 @@ class Dispatcher:
         return tuple(self._table)
 
     def describe(self) -> list[dict[str, Any]]:
-        """One row a variant of the table: its workload, target, sizes and module."""
+        """One row per variant of the table: its workload, target, sizes and module."""
         return [
             {
                 "op": workload.op,
@@ -139,7 +139,7 @@ class Dispatcher:
         ]
 
     def with_on_missing(self, on_missing: OnMissing) -> Dispatcher:
-        """This dispatcher, or one on the same table that treats a miss in the other way."""
+        """This dispatcher, or one on the same table that treats a miss the other way."""
         if on_missing == self.on_missing:
             return self
         with LOCK:
@@ -221,9 +221,9 @@ class Dispatcher:
 
 
 def register(dispatcher: Dispatcher, key: str) -> str:
-    """Keep a dispatcher under `key`, or under `key#2`, `key#3`, ... when that is taken.
+    """Keep a dispatcher under `key`, or under `key#2`, `key#3`, ... if that is taken.
 
-    The key of a process's first dispatcher of a name is the name alone, and so the same in
+    The key of a process's first dispatcher of a name is the name alone, so it is the same in
     every process: exported graphs rely on it.
     """
     with LOCK:
@@ -236,7 +236,7 @@ def register(dispatcher: Dispatcher, key: str) -> str:
 
 
 def lookup(key: str) -> Dispatcher:
-    """The dispatcher that is registered under `key`.
+    """The dispatcher registered under `key`.
 
     Raises:
         InvalidInputError: no dispatcher has that key in this process.
@@ -255,7 +255,7 @@ def lookup(key: str) -> Dispatcher:
 
 
 def default_dispatcher() -> Dispatcher:
-    """The dispatcher of calls that name none."""
+    """The dispatcher of calls that name no dispatcher."""
     with LOCK:
         return _default()
 

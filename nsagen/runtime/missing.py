@@ -9,7 +9,7 @@ from nsagen.core.workload import Param, Workload
 def unsupported(
     workload: Workload, target: str, dispatcher: str, reason: str
 ) -> UnsupportedWorkloadError:
-    """The error to raise where `dispatcher` has no kernel for `workload` on `target`."""
+    """The error to raise if `dispatcher` has no kernel for `workload` on `target`."""
     return UnsupportedWorkloadError(
         f"dispatcher {dispatcher}: every call needs a variant; none covers {workload} "
         f"on {target}: {reason}; add to the spec and run nsagen build:\n"

@@ -1,4 +1,4 @@
-"""`nsagen.load`: find a generated package and hand out its dispatcher."""
+"""`nsagen.load`: finds a generated package and returns its dispatcher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nsagen.runtime.dispatcher import Dispatcher, OnMissing
 _log = logging.getLogger("nsagen.runtime")
 
 _PREFIX = "_nsagen_generated_"
-"""Of the names of packages that were imported from a folder."""
+"""Prefix of the names of packages that were imported from a folder."""
 
 
 def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:
@@ -33,7 +33,7 @@ def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:
             `UnsupportedWorkloadError`.
 
     Raises:
-        InvalidInputError: the name is no spec's, or no such package is found.
+        InvalidInputError: the name is not a spec's name, or the package was not found.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise InvalidInputError(
@@ -46,7 +46,7 @@ def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:
         if not re.fullmatch(rf"(generated\.|{_PREFIX}\w+_){name}\.dispatcher", error.name or ""):
             raise
         dispatcher = None
-    if not isinstance(dispatcher, Dispatcher):  # a build that was cut short wrote only kernels
+    if not isinstance(dispatcher, Dispatcher):  # an interrupted build wrote only kernels
         raise InvalidInputError(
             f"nsagen.load: a package must be whole; generated.{name} has no dispatcher; "
             f"{remedy(name, _folder_of(name))}"
@@ -95,7 +95,7 @@ def _folder_of(name: str) -> Path | None:
 
 
 def _on_path(name: str) -> Path | None:
-    """The folder of a package on `sys.path`, where the working folder may be a part of that."""
+    """The folder of a package on `sys.path`, which may include the working folder."""
     for entry in sys.path:
         folder = Path(entry, "generated", name)
         if (folder / "__init__.py").is_file():
@@ -104,7 +104,7 @@ def _on_path(name: str) -> Path | None:
 
 
 def _is_of_nsagen(module: ModuleType, name: str) -> bool:
-    """Whether a package lies beside nsagen's own code: a checkout, which has one of each spec."""
+    """Whether a package lies beside nsagen's own code: a checkout has one for each spec."""
     return _is_of(module, Path(__file__).parents[2] / "generated" / name)
 
 

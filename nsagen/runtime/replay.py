@@ -1,12 +1,12 @@
-"""Repeating kernel launches at a fraction of their cost on the host.
+"""Repeats kernel launches at a fraction of their cost on the host.
 
-A `launch` computes grids, strides and workspaces, and Triton then looks at every argument anew to
-find the compiled kernel: tens of microseconds a kernel. For calls that differ in nothing but the
-addresses of their tensors all of it gives what it gave before. So one of such calls is recorded as
-it runs, and the others hand the new addresses to the kernels that it launched.
+A `launch` computes grids, strides and workspaces, and Triton then examines every argument again
+to find the compiled kernel: tens of microseconds a kernel. For calls that differ only in the
+addresses of their tensors, all of this gives the same result. So one such call is recorded while
+it runs, and the others pass the new addresses to the kernels that it launched.
 
 A `Program` is such a recording: allocations, launches and a few PyTorch operations in order.
-Programs of several calls join into one, whose tensors are found by name of place alone.
+Programs of several calls join into one, whose tensors are found only by name of place.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _REPEATED = {
     _aten.zero_.default,
     _aten.fill_.Scalar,
 }
-"""PyTorch operations that a `launch` may use between kernels: all they read is tensors."""
+"""PyTorch operations that a `launch` may use between kernels: they read only tensors."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a pointer goes: bytes into the tensor of a slot.
+    """Where a pointer goes: an offset in bytes into the tensor of a slot.
 
     The first slots hold a program's inputs, the others what its steps make, in order.
     """
@@ -65,7 +65,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A tensor descriptor of a bulk copy: all but the address of its tensor."""
+    """A tensor descriptor of a bulk copy: everything except the address of its tensor."""
 
     kind: type
     fields: Mapping[str, Any]
@@ -107,7 +107,7 @@ class Program:
 
     Attributes:
         inputs: how many tensors it takes.
-        outputs: the slots of what it returns.
+        outputs: the slots of the tensors that it returns.
         device: where the tensors are; None for a CPU.
     """
 
@@ -121,8 +121,8 @@ class Program:
         object.__setattr__(self, "_run", functools.partial(_repeat, *_compiled(self)))
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
-        """Launch the kernels on a call's tensors; returns the outputs, or None where that is
-        impossible: addresses that are aligned in another way, or a profiler's hooks in Triton."""
+        """Launch the kernels on a call's tensors; returns the outputs, or None if that is
+        impossible: addresses with another alignment, or a profiler's hooks in Triton."""
         return self._run(tensors)
 
 
@@ -140,7 +140,7 @@ Empty = Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]
 
 
 def allocator(device: torch.device) -> Empty:
-    """Makes empty tensors by shape, strides and dtype; on a GPU, which must be the current one."""
+    """Makes empty tensors by shape, strides and dtype; a GPU must be the current device."""
     if device.type == "cuda" and _empty_strided_cuda is not None:
         return _empty_strided_cuda
     kind = torch.device(device.type)
@@ -154,8 +154,8 @@ def allocator(device: torch.device) -> Empty:
 def _compiled(program: Program) -> tuple[Any, ...]:
     """What `_repeat` needs besides the tensors: steps on flat lists of values and tensors.
 
-    `values` holds the inputs' addresses, the constants, and then, as steps make them, the slots'
-    addresses, one for each offset that is used, and maps of bulk copies.
+    `values` holds the inputs' addresses, the constants and then, as steps make them, the slots'
+    addresses (one for each offset in use) and maps of bulk copies.
     """
     makers = {}  # slot -> the step that makes it
     for step in program.steps:
@@ -224,8 +224,8 @@ Expanded = tuple[Callable[..., None], list[Any], list[tuple[int, Place, Callable
 def _expanded(step: Run, constant: Callable[[Any], int]) -> Expanded:
     """How a kernel is launched, on which places and constants, and its bulk copies' descriptors.
 
-    Of a descriptor, the place among the arguments, the place of its tensor, and what makes it from
-    the address.
+    For a descriptor: its place among the arguments, the place of its tensor, and what makes it
+    from the address.
     """
     compiled = step.compiled
     direct = _direct_launcher(compiled)
@@ -248,7 +248,7 @@ def _expanded(step: Run, constant: Callable[[Any], int]) -> Expanded:
 
 
 def _by_launcher(compiled: Any) -> Callable[..., None]:
-    """Launches by Triton's own launcher of a kernel."""
+    """Launches through Triton's own launcher of a kernel."""
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
 
     def launch(x: int, y: int, z: int, stream: int, *args: Any) -> None:
@@ -258,10 +258,10 @@ def _by_launcher(compiled: Any) -> Callable[..., None]:
 
 
 def _direct_launcher(compiled: Any) -> tuple[Callable[..., None], list[dict[str, Any]]] | None:
-    """What Triton 3.6's launcher of a kernel calls in the end, and what it knows of descriptors.
+    """What Triton 3.6's launcher of a kernel finally calls, and what it knows of descriptors.
 
     The launcher is Python: for each call it looks for memory that hardly any kernel needs, and
-    takes descriptors apart. None where a launcher is not as expected.
+    takes descriptors apart. None if a launcher is not as expected.
     """
     run = compiled.run
     names = ("launch", "launch_cooperative_grid", "launch_pdl", "num_ctas")
@@ -271,7 +271,7 @@ def _direct_launcher(compiled: Any) -> tuple[Callable[..., None], list[dict[str,
     if run.global_scratch_size or run.profile_scratch_size:
         return None
     launch, metas = run.launch, []
-    if isinstance(launch, types.FunctionType):  # takes descriptors apart, and then launches
+    if isinstance(launch, types.FunctionType):  # takes descriptors apart, then launches
         cells = (cell.cell_contents for cell in launch.__closure__ or ())
         held = dict(zip(launch.__code__.co_freevars, cells, strict=True))
         launch, metas = held.get("launcher"), held.get("tensordesc_meta")
@@ -279,7 +279,7 @@ def _direct_launcher(compiled: Any) -> tuple[Callable[..., None], list[dict[str,
             return None
     function, metadata = compiled.function, compiled.packed_metadata
     before = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata)
-    before = (*before, None, None, None)  # no metadata of the launch, no hooks
+    before = (*before, None, None, None)  # no launch metadata, no hooks
 
     def direct(x: int, y: int, z: int, stream: int, *args: Any) -> None:
         launch(x, y, z, stream, *before, *args)
@@ -291,7 +291,7 @@ _MAX_MAPS = 64
 
 
 def _map_maker(fields: Mapping[str, Any], meta: dict[str, Any]) -> Callable[[int], Any]:
-    """Makes what the GPU reads of a descriptor, from an address; the last ones are kept."""
+    """Makes what the GPU reads of a descriptor, from an address; keeps the last ones."""
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
     from triton.runtime import driver
 
@@ -321,7 +321,7 @@ def _descriptor(kind: type, fields: dict[str, Any], address: int) -> Any:
 
 
 def _last_uses(program: Program) -> dict[int, int]:
-    """The last step that uses each slot that a step makes, for those that are not returned."""
+    """The last step that uses each slot made by a step, for those that are not returned."""
     last: dict[int, int] = {}
     slot = program.inputs
     for position, step in enumerate(program.steps):
@@ -423,16 +423,16 @@ def _launch_described(
 
 
 class ReplayedLaunch:
-    """A generated kernel's `launch`, for calls alike in all but the addresses of their tensors.
+    """A generated kernel's `launch`, for calls that differ only in the addresses of their tensors.
 
-    The caller sees to it that they are: that shapes, strides, dtypes, devices and all other
-    arguments agree with the first call's, and that it runs on the tensors' device. What cannot be
-    repeated is launched as ever: by a `launch` that does more than allocate and launch, for
-    addresses that are aligned in another way, and while a profiler has hooks in Triton.
+    The caller ensures this: shapes, strides, dtypes, devices and all other arguments agree with
+    the first call's, and the call runs on the tensors' device. Calls that cannot be repeated are
+    launched as usual: a `launch` that does more than allocate and launch, addresses with another
+    alignment, and calls while a profiler has hooks in Triton.
 
     Args:
-        after: calls to make before one is recorded, which takes a few times as long: it is in vain
-            for calls that never come again.
+        after: calls to make before recording one. Recording takes a few times as long as a call and
+            is wasted on calls that never come again.
     """
 
     def __init__(self, launch: Launch, after: int = 0) -> None:
@@ -455,11 +455,11 @@ class ReplayedLaunch:
 
 
 def record(launch: Launch, args: tuple[object, ...]) -> Program | None:
-    """Run a call of `launch`; returns how to repeat it, or None where that cannot be known.
+    """Run a call of `launch`; returns how to repeat it, or None if that cannot be known.
 
     The program takes the call's tensors in order. What is repeated must follow from shapes,
-    strides and dtypes alone. A `launch` that computes anything else on tensors is no such thing,
-    and so it is watched for what it does beside launching.
+    strides and dtypes alone. A `launch` that computes anything else on tensors does not qualify,
+    so the recorder watches what it does besides launching.
     """
     from triton import JITFunction
 
@@ -485,26 +485,26 @@ class Recorder:
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._inputs = list(inputs)
-        self._slots: list[Tensor] = list(inputs)  # also keeps ids and addresses from coming again
+        self._slots: list[Tensor] = list(inputs)  # also keeps ids and addresses from being reused
         self._of_id = {id(tensor): slot for slot, tensor in enumerate(inputs)}
         self._of_storage: dict[int, int] = {}
         self._steps: list[Step] = []
-        # One tensor that comes twice has two places, and which one is meant is unknown.
+        # A tensor that is passed twice has two places, and which one is meant is unknown.
         self._failed = not 1 <= len(inputs) == len(self._of_id)
 
     def fail(self) -> None:
-        """Something happened that cannot be repeated."""
+        """Note that something happened that cannot be repeated."""
         self._failed = True
 
     def program(self, outputs: Iterable[Tensor]) -> Program | None:
-        """The steps so far, with outputs that they made."""
+        """The steps so far, with the outputs that they made."""
         slots = [self._of_id.get(id(tensor), -1) for tensor in outputs]
         if self._failed or min(slots, default=0) < 0:
             return None
         return Program(len(self._inputs), tuple(self._steps), tuple(slots), self._inputs[0].device)
 
     def made(self, tensor: Tensor) -> None:
-        """The tensor of the next slot."""
+        """Record the tensor of the next slot."""
         self._of_id[id(tensor)] = len(self._slots)
         self._of_storage[tensor.untyped_storage().data_ptr()] = len(self._slots)
         self._slots.append(tensor)
@@ -516,7 +516,7 @@ class Recorder:
     def applied(
         self, function: Callable[..., Tensor], args: tuple, named: Mapping[str, Any], result: Tensor
     ) -> None:
-        """A function of whole tensors that gave another, or changed one in place."""
+        """Record a function of whole tensors that returned a new one, or changed one in place."""
         places = [self._argument(arg) for arg in args]
         whole = all(
             self._slots[place.slot] is arg or meta_of(self._slots[place.slot]) == meta_of(arg)
@@ -547,7 +547,7 @@ class Recorder:
     def called(
         self, program: Program | None, outputs: Iterable[Tensor], tensors: Sequence[Tensor]
     ) -> None:
-        """A call that made some outputs and then ran a program on tensors, these among them."""
+        """Record a call that made some outputs, then ran a program on tensors including them."""
         if program is None:
             return self.fail()
         for output in outputs:
@@ -582,11 +582,11 @@ class Recorder:
                 self._steps.append(Apply(step.function, args, step.named, step.makes_slot))
             if isinstance(step, Allocate) or (isinstance(step, Apply) and step.makes_slot):
                 slots.append(Place(len(self._slots)))
-                self._slots.append(self._inputs[0])  # a workspace: the call's alone
+                self._slots.append(self._inputs[0])  # a workspace: only this call uses it
         return None
 
     def _argument(self, value: Any) -> Any:
-        """An argument with its tensors as places."""
+        """An argument with its tensors replaced by places."""
         if isinstance(value, Tensor):
             place = self._place(value)
             if place is None:
@@ -626,7 +626,7 @@ def _offset(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class _RecordedKernel:
-    """Stands in for a kernel: launches it and notes how."""
+    """Stands in for a kernel: launches it and records how."""
 
     kernel: Any
     recorder: Recorder

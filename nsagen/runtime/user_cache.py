@@ -2,9 +2,9 @@
 
     <root>/<nsagen version>-<hash of what generates>/<target>-triton-<release>/<variant>.py
 
-Files appear whole or not at all and are never changed afterwards, so processes share the
-folder without locks. A new version, or an edit of what generates, starts a new folder. A file
-that a crash or an edit damaged is built again.
+Files appear whole or not at all and never change afterwards, so processes share the
+folder without locks. A new version, or an edit of the generating code, starts a new folder. A
+file that a crash or an edit damaged is built again.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def cache_folder() -> Path:
 
 
 def cached_variant(workload: Workload, target: str, who: str) -> Path:
-    """The kernel file of a workload with the target's default schedule, built if need be.
+    """The kernel file of a workload with the target's default schedule, built if needed.
 
     Logs one line when it builds; a hit imports nothing of the generating side.
 
     Args:
-        target: as devices name it; one that has no limits on record takes its predecessor's.
-        who: the dispatcher's name, for the texts.
+        target: as devices name it; one without recorded limits uses its predecessor's.
+        who: the dispatcher's name, for log and error texts.
 
     Raises:
         UnsupportedWorkloadError: no template covers the workload, or it cannot be built here.
     """
-    with LOCK:  # of several threads that miss one kernel, one builds it
+    with LOCK:  # if several threads miss one kernel, one builds it
         return _cached_variant(workload, target, who)
 
 
@@ -85,7 +85,7 @@ def load_kernel(path: Path) -> ModuleType:
     """Import a kernel file from the cache.
 
     Raises:
-        BuildError: the file is no kernel.
+        BuildError: the file is not a kernel.
     """
     folder = re.sub(r"\W", "_", path.parent.name)
     return import_once(path, f"nsagen_cached_{folder}_")
@@ -95,7 +95,7 @@ def load_kernel(path: Path) -> ModuleType:
 def _generator_hash() -> str:
     """8 hex digits over every template and schedule space, and the code that renders them.
 
-    Text, unlike a kernel's fingerprint: a hit must not have to render anything.
+    It hashes text, unlike a kernel's fingerprint: a hit must not have to render anything.
     """
     digest = hashlib.sha256()
     for root in (templates_dir(), _CODEGEN):
@@ -106,7 +106,7 @@ def _generator_hash() -> str:
 
 
 def _known_target(workload: Workload, target: str, who: str) -> str:
-    """The target itself or, for a newer GPU than any on record, the nearest older one."""
+    """The target itself or, for a newer GPU than any known, the nearest older one."""
     from nsagen.core.target import KNOWN_TARGETS
 
     if workload.dtype not in DTYPES:
