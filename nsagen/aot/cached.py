@@ -1,10 +1,10 @@
-"""Resources of compiled kernels, remembered on disk: what did not change is not compiled again.
+"""Resources of compiled kernels, cached on disk: unchanged code is not compiled again.
 
     <user cache>/compiled/<key>.json
 
 The key covers the kernel's fingerprint, the target, the version of Triton, the environment's
-settings of its compiler, and the code that compiles and measures, so that nothing has to be thrown
-away.
+settings of its compiler, and the code that compiles and measures, so no entry ever has to be
+deleted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nsagen.aot.resources import Resources
 
 _CHOICES = ("TRITON_PTXAS", "TRITON_DEFAULT_FP_FUSION")
-"""What Triton puts into its own keys in another way."""
+"""Settings that Triton puts into its own keys in another way."""
 
 _NAME = "{kernel}"
 """Stands for the kernel's own name."""
@@ -39,7 +39,7 @@ def compiled_resources(path: Path, workload: Workload, target: Target) -> tuple[
     """As `compile_variant`, from an earlier run if there was one for the same code.
 
     Raises:
-        BuildError: Triton cannot compile a kernel for the target; this is not remembered.
+        BuildError: Triton cannot compile a kernel for the target; this is not cached.
     """
     from nsagen.aot.resources import Resources  # imports triton
 
@@ -48,18 +48,18 @@ def compiled_resources(path: Path, workload: Workload, target: Target) -> tuple[
         rows = json.loads(memory.read_text(encoding="utf-8"))
         return tuple(Resources(**{**row, "kernel": _named(row, path)}) for row in rows)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass  # none, or one that something else wrote: compile
+        pass  # missing, or written by something else: compile
     from nsagen.aot.compile import compile_variant
 
     found = compile_variant(path, workload, target)
     rows = [{**asdict(one), "kernel": one.kernel.replace(path.stem, _NAME)} for one in found]
-    with contextlib.suppress(OSError):  # a folder that cannot be written to only means no memory
+    with contextlib.suppress(OSError):  # an unwritable folder only means that nothing is cached
         replace_file(memory, json.dumps(rows, indent=1) + "\n")
     return found
 
 
 def compile_key(path: Path, workload: Workload, target: Target) -> str:
-    """Hex digest over all that the resources of a kernel file on a target depend on."""
+    """Hex digest over everything that a kernel file's resources on a target depend on."""
     fingerprint = source_fingerprint(path.read_text(encoding="utf-8"), path.stem)
     compiler = (str(triton_version()), json.dumps(_knobs(), sort_keys=True))
     parts = (fingerprint, workload.op, workload.pass_, str(target), *compiler, _tools(workload.op))
@@ -67,7 +67,7 @@ def compile_key(path: Path, workload: Workload, target: Target) -> str:
 
 
 def _knobs() -> dict[str, str]:
-    """The environment's settings of the compiler: those that Triton lists, and which ptxas."""
+    """The environment's compiler settings: those that Triton lists, and which ptxas."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
 
     chosen = {name: value for name, value in os.environ.items() if name.startswith(_CHOICES)}
@@ -76,7 +76,7 @@ def _knobs() -> dict[str, str]:
 
 @functools.cache
 def _tools(op: str) -> str:
-    """Fingerprints of what makes an op's example call, compiles it and reads what it uses."""
+    """Fingerprints of the code that makes an op's example call, compiles it and reads resources."""
     package = Path(__file__).resolve().parents[1]
     files = [package / "aot" / f"{name}.py" for name in ("compile", "resources", "cubin", "cached")]
     files += sorted((package / "cases").glob(f"{op}*.py"))

@@ -1,9 +1,9 @@
-"""Ahead-of-time compilation of variants for any target, with no GPU present.
+"""Ahead-of-time compilation of variants for any target, without a GPU.
 
-A kernel is compiled exactly as its own `launch` would compile it: the launch runs on
-meta tensors, its kernel calls are recorded instead of executed, and each is then handed to
-Triton's own just-in-time path with a driver that only names the target. So what was compiled
-here is what a launch of the same sizes finds in Triton's cache on disk.
+A kernel is compiled exactly as its own `launch` would compile it. The launch runs on meta
+tensors, its kernel calls are recorded instead of executed, and each goes to Triton's own
+just-in-time path with a driver that only names the target. So a launch of the same sizes finds
+the compiled kernel in Triton's cache on disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nsagen.core.importing import import_file
 from nsagen.core.target import Target
 from nsagen.core.workload import Workload
 
-# A plausible call: what is compiled depends on it only through specialization of sizes.
+# A plausible call: compilation depends on it only through specialization of sizes.
 _EXAMPLE_SIZES = Sizes(seqlens=(4096,), kv_heads=4, capacity=8192)
 _EXAMPLE_DECODE_SIZES = Sizes(seqlens=(4095, 1000), kv_heads=4, capacity=8192)
 
@@ -45,7 +45,7 @@ class RecordedLaunch:
 
 @dataclass
 class _Recorder:
-    """Stands in for a kernel in a module and notes how it is called."""
+    """Stands in for a kernel in a module and records how it is called."""
 
     kernel: Any
     calls: list[RecordedLaunch] = field(default_factory=list)
@@ -109,7 +109,7 @@ def recorded_launches(
     """The first call of each kernel that a variant's `launch` makes, in order.
 
     Args:
-        sizes: of the call; by default plausible ones, which decide the specialization only.
+        sizes: of the call; plausible ones by default, which decide only the specialization.
 
     Raises:
         BuildError: `launch` calls no kernel.
@@ -120,7 +120,7 @@ def recorded_launches(
 
 
 def all_launches(path: Path, case: Case) -> list[RecordedLaunch]:
-    """Every kernel call that a variant's `launch` makes of a case on meta tensors, in order.
+    """Every kernel call that a variant's `launch` makes for a case on meta tensors, in order.
 
     Raises:
         BuildError: `launch` calls no kernel.
@@ -147,7 +147,7 @@ def compile_variant(
     """Compile every kernel that a variant's `launch` calls, and read what each one uses.
 
     Returns:
-        one `Resources` a kernel, in the order of first launch.
+        one `Resources` per kernel, in the order of first launch.
 
     Raises:
         BuildError: Triton cannot compile a kernel for the target.
@@ -168,7 +168,7 @@ def compile_launch(call: RecordedLaunch, target: Target, variant: str) -> Any:
     try:
         with _compiling_for(target):
             return call.kernel.warmup(*args, grid=(1,), **call.options)
-    except Exception as error:  # Triton raises many types here; each means the same to a build
+    except Exception as error:  # Triton raises many types here; all mean the same to a build
         said = str(error).strip() or type(error).__name__  # an assertion may have no text
         raise BuildError(
             f"{variant}: kernel {call.kernel.__name__} must compile for {target}; "

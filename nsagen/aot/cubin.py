@@ -1,7 +1,7 @@
-"""What NVIDIA's binaries say of themselves, read from the file itself.
+"""What NVIDIA's binaries state about themselves, read from the file.
 
-A cubin is an ELF file. Its section .nv.info is a list of attributes; two of them are what a
-disassembler would print, three orders of magnitude sooner than one starts.
+A cubin is an ELF file. Its section .nv.info is a list of attributes. Two of them hold what a
+disassembler would print; reading them is a thousand times faster than starting one.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from nsagen.core.errors import BuildError
 
 _REGISTERS, _STACK = 0x2F, 0x11
-"""Attributes EIATTR_REGCOUNT and EIATTR_FRAME_SIZE: (symbol, value), one a function."""
+"""Attributes EIATTR_REGCOUNT and EIATTR_FRAME_SIZE: (symbol, value), one per function."""
 
 _SIZED = 4
-"""Format of an attribute whose data follow its size; others carry their value in its place."""
+"""Format of an attribute whose data follow its size; others have their value there instead."""
 
 
 def cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes a thread of the hungriest function of a cubin.
+    """Registers and stack bytes per thread of the cubin function that uses most.
 
     Raises:
         BuildError: not a cubin.

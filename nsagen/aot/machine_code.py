@@ -1,7 +1,7 @@
 """Machine code: which instructions of a kernel lie in loops.
 
-nvdisasm, which comes with Triton, prints it. That takes a second or so: only kernels that use the
-stack (`stack_traffic_in_loops`) and tests ask it.
+nvdisasm, which comes with Triton, prints it. That takes about a second, so it runs only for
+tests and for kernels that use the stack (`stack_traffic_in_loops`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def instructions(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
     """The instructions of a cubin's kernel, and the address of each label.
 
     Raises:
-        BuildError: nvdisasm is not there, or cannot read it.
+        BuildError: nvdisasm is missing, or cannot read it.
     """
     nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -54,7 +54,7 @@ def instructions(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
-    """What nvdisasm printed."""
+    """Parse what nvdisasm printed."""
     found: list[Instruction] = []
     labels: dict[str, int] = {}
     waiting: list[str] = []
@@ -72,7 +72,7 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
 def loops(code: list[Instruction], labels: dict[str, int]) -> list[tuple[int, int]]:
     """(first, last) address of each loop: a branch back, and what it jumps over.
 
-    A kernel ends in a branch to itself, which is none.
+    A kernel ends in a branch to itself, which does not count.
     """
     spans = []
     for instruction in code:
@@ -85,7 +85,7 @@ def loops(code: list[Instruction], labels: dict[str, int]) -> list[tuple[int, in
 
 
 def stack_traffic_in_loops(cubin: bytes) -> int:
-    """How many loads and stores of the stack lie in loops: what a spill costs at each step."""
+    """How many loads and stores of the stack lie in loops: the cost of a spill at each step."""
     code, labels = instructions(cubin)
     spans = loops(code, labels)
     return sum(
@@ -101,7 +101,7 @@ _GCN_STACK = re.compile(r"^\s+(scratch_(load|store)|buffer_(load|store)\S*\s.*\s
 
 
 def gcn_stack_traffic_in_loops(assembly: str) -> int:
-    """As `stack_traffic_in_loops`, of AMD's assembly, where a line stands for an address."""
+    """As `stack_traffic_in_loops`, for AMD's assembly, where a line stands for an address."""
     lines = assembly.splitlines()
     labels = {found[1]: n for n, line in enumerate(lines) if (found := _GCN_LABEL.match(line))}
     spans = [

@@ -19,9 +19,9 @@ class Resources:
     """Resources of one kernel on one target.
 
     Attributes:
-        registers: 32-bit registers a thread.
-        spill_bytes: stack bytes a thread (local memory).
-        shared_bytes: shared memory a program, static and dynamic.
+        registers: 32-bit registers per thread.
+        spill_bytes: stack bytes per thread (local memory).
+        shared_bytes: shared memory per program, static and dynamic.
         matrix: the matrix instruction used: "wgmma", "mma.sync", "tcgen05", "mfma" or "none".
         loop_spills: loads and stores of the stack that lie in loops, counted in the machine code.
     """
@@ -35,10 +35,10 @@ class Resources:
     loop_spills: int = 0
 
     def problems(self, target: Target, *, measured: bool = False) -> list[str]:
-        """Why this kernel must not ship for the target; empty when it may.
+        """Why this kernel must not ship for the target; empty if it may.
 
         Args:
-            measured: whether the schedule won by measurement; its loops may spill then.
+            measured: whether the schedule won by measurement; its loops may then spill.
         """
         found = []
         if not measured and self.loop_spills:
@@ -56,7 +56,7 @@ def read_resources(kernel: str, compiled: Any, target: Target) -> Resources:
     """Read a compiled kernel's resources from its binary.
 
     Raises:
-        BuildError: the binary is none that this can read.
+        BuildError: the binary has an unknown format.
     """
     if target.backend == "hip":
         return _read_amd(kernel, compiled, target)

@@ -1,4 +1,4 @@
-"""Compiling every variant of a package, in worker processes."""
+"""Compiles every variant of a package in worker processes."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def compile_variants(
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> ResourceRows:
-    """Compile every variant for each of its targets in worker processes, unless it is unchanged.
+    """Compile every changed variant for each of its targets in worker processes.
 
-    Those that do not run with the installed Triton are left out.
+    Variants that do not run with the installed Triton are left out.
 
     Raises:
         BuildError: names each variant that fails, spills badly or exceeds shared memory.

@@ -1,4 +1,4 @@
-"""Memory that a kernel's `launch` allocates beside its inputs and outputs, without running it."""
+"""Memory that a kernel's `launch` allocates besides inputs and outputs, without running it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from nsagen.core.workload import Workload
 
 
 class _Allocations(TorchDispatchMode):
-    """Sums the bytes of every new storage; nothing that was made is counted as freed."""
+    """Sums the bytes of every new storage; counts nothing as freed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
-        self._kept: list[torch.Tensor] = []  # so that no storage's identity is used again
+        self._kept: list[torch.Tensor] = []  # so that no storage's identity is reused
         self._known: set[int] = set()
 
     def knows(self, *tensors: object) -> None:
-        """Count none of these."""
+        """Exclude these from the count."""
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor):
                 self._known.add(tensor.untyped_storage()._cdata)
@@ -47,7 +47,7 @@ def workspace_bytes(path: Path, workload: Workload, sizes: Sizes) -> int:
     """Bytes that one call of a kernel file's `launch` allocates: an upper bound of what it holds.
 
     Args:
-        path: of the kernel file.
+        path: the kernel file.
         sizes: of the call, which runs on the device "meta": no size is too large.
     """
     module = import_file(path)
