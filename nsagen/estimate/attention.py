@@ -1,4 +1,4 @@
-"""What attention computes and reads, by counting: a sequence's operations, a step's keys."""
+"""Counts what attention computes and reads: a sequence's operations, a step's keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Pairs:
     sums: float
 
     def operations(self, config: ToyLlamaConfig) -> float:
-        """Of one query head."""
+        """Operations of one query head."""
         k_dim, v_dim = head_dims(config)
         return 2 * (k_dim * self.scores + v_dim * self.sums)
 
@@ -28,8 +28,8 @@ class Pairs:
 def attended_pairs(config: ToyLlamaConfig, tokens: int) -> Pairs:
     """What attention computes in a sequence of `tokens`.
 
-    NSA: windows, whose scores the selection computes once more, blocks, and the sliding window; of
-    the branches that are on. Selection needs the windows' scores; its own values it does not.
+    For NSA, the branches that are on: windows, whose scores the selection computes once more,
+    blocks, and the sliding window. Selection needs the windows' scores, but not their values.
     """
 
     def capped(limit: int) -> float:
@@ -58,7 +58,7 @@ def attended_pairs(config: ToyLlamaConfig, tokens: int) -> Pairs:
 
 
 def keys_read(config: ToyLlamaConfig, context: int) -> int:
-    """Keys, and as many values, that a decoding step reads of one sequence and head."""
+    """Keys, and equally many values, that a decoding step reads of one sequence and head."""
     if not isinstance(config, ToyNSALlamaConfig):
         return context
     read = 0

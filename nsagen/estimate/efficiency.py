@@ -1,4 +1,4 @@
-"""How near attention came to its roofline on a GPU: read from results of `nsagen bench`."""
+"""How near attention came to a GPU's roofline, read from results of `nsagen bench`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPE = {
     **{"gqa_ratio": 16, "head_dim": 128, "kernel_size": 32, "kernel_stride": 16},
     **{"block_size": 64, "topk": 16, "window_size": 512},
 }
-"""Of the NSA that benchmarks run unless they are told otherwise."""
+"""Parameters of the NSA that benchmarks run by default."""
 
 Points = tuple[tuple[float, float], ...]
 """(size, share of the roofline), by size."""
@@ -24,10 +24,10 @@ Points = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of the roofline that attention reaches; the roofline itself without points.
+    """Shares of the roofline that attention reaches; without points, the roofline itself.
 
     Attributes:
-        source: where they are from.
+        source: where they come from.
         prefill: by tokens of a sequence.
         decode: by bytes that a step reads of a layer's cache.
     """
@@ -37,11 +37,11 @@ class Efficiency:
     decode: Points = ()
 
     def of_prefill(self, tokens: int) -> float:
-        """Of one sequence's forward pass."""
+        """Share for one sequence's forward pass."""
         return between(self.prefill, tokens)
 
     def of_decode(self, cache_bytes: float) -> float:
-        """Of one layer of a decoding step."""
+        """Share for one layer of a decoding step."""
         return between(self.decode, cache_bytes)
 
 
@@ -49,7 +49,7 @@ ROOFLINE = Efficiency()
 
 
 def between(points: Points, size: float) -> float:
-    """The share at a size, on a line over the logarithm of sizes; the nearest one beyond them."""
+    """The share at a size, interpolated over the logarithm of sizes; beyond them, the nearest."""
     if not points:
         return 1.0
     if size <= points[0][0]:
@@ -62,15 +62,15 @@ def between(points: Points, size: float) -> float:
 
 
 def efficiencies(folder: Path, flops: float, bandwidth: float) -> tuple[Efficiency, Efficiency]:
-    """NSA's, of `SHAPE`, and dense attention's; the roofline where a folder has no such results.
+    """NSA's, of `SHAPE`, and dense attention's; the roofline if a folder lacks such results.
 
     Args:
-        folder: of a device's results, with prefill.json and decode.json or one of them.
-        flops: operations a second that the roofline has.
-        bandwidth: bytes a second that it has.
+        folder: a device's results, with prefill.json, decode.json or both.
+        flops: operations a second of the roofline.
+        bandwidth: bytes a second of the roofline.
 
     Raises:
-        InvalidInputError: a file is there that no benchmark wrote.
+        InvalidInputError: a file exists that no benchmark wrote.
     """
     prefill, device = _rows(folder / "prefill.json")
     decode, other = _rows(folder / "decode.json")
@@ -97,12 +97,12 @@ def efficiencies(folder: Path, flops: float, bandwidth: float) -> tuple[Efficien
 
 
 def is_measured(parameters: Mapping[str, Any]) -> bool:
-    """Whether an attention with these static parameters is the one that benchmarks run."""
+    """Whether benchmarks run an attention with these static parameters."""
     return all(parameters[name] == value for name, value in SHAPE.items())
 
 
 def _rows(path: Path) -> tuple[Sequence[Mapping[str, Any]], str]:
-    """Rows and device of a result; none where there is no file, or other shapes were measured."""
+    """Rows and device of a result; none if the file is missing or measured other shapes."""
     if not path.is_file():
         return [], ""
     try:

@@ -1,8 +1,8 @@
 """What a model needs on given GPUs: memory by counting, time by the roofline.
 
 Memory is exact for weights and cache: their sizes come from the model's own code. Time is the
-longer of its operations at a GPU's matrix rate and its bytes at its memory rate, attention as
-near to these as was measured, plus what the GPUs exchange. `docs/scaling.md` has the formulas
+longer of its operations at a GPU's matrix rate and its bytes at its memory rate, with attention
+as near to these as was measured, plus what the GPUs exchange. `docs/scaling.md` has the formulas
 and the layout over GPUs.
 """
 
@@ -31,7 +31,7 @@ class Gpu:
         flops: 16-bit matrix operations a second, without sparsity.
         bandwidth: bytes a second of its memory.
         link: bytes a second to the other GPUs of a host, each way.
-        source: where the rates are from.
+        source: where the rates come from.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Load:
 
     Attributes:
         context: tokens of a sequence, prompt and new ones together.
-        batch: sequences at once, on all GPUs together.
+        batch: concurrent sequences, on all GPUs together.
         gpus: GPUs of one host.
         prefill_tokens: tokens that one prefill pass computes.
     """
@@ -72,7 +72,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Split:
-    """How a model lies on GPUs: `tensor` of them share each layer's heads, in `data` groups."""
+    """How GPUs share a model: `tensor` of them share each layer's heads, in `data` groups."""
 
     tensor: int
     data: int
@@ -80,15 +80,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Needs:
-    """Of one GPU: bytes, seconds, and the largest loads that fit.
+    """Needs of one GPU: bytes, seconds, and the largest loads that fit.
 
     Attributes:
         weights, cache, workspace: bytes; workspace is a prefill pass's intermediate results.
         prefill: seconds to prefill one sequence of the whole context.
         decode: seconds of a step that adds a token to each sequence of the batch.
         fits: whether weights, cache and workspace fit into the GPU.
-        largest_batch: for the context, on all GPUs together; 0: not even one.
-        largest_context: for the batch; 0: none.
+        largest_batch: for the context, on all GPUs together; 0 if not even one fits.
+        largest_context: for the batch; 0 if no context fits.
     """
 
     split: Split
@@ -103,13 +103,13 @@ class Needs:
 
 
 def split_of(config: ToyLlamaConfig, gpus: int) -> Split:
-    """As many GPUs a group as divide both the GPUs and the key/value heads."""
+    """The largest group size that divides both the GPUs and the key/value heads."""
     tensor = max(n for n in range(1, gpus + 1) if gpus % n == config.num_key_value_heads % n == 0)
     return Split(tensor, gpus // tensor)
 
 
 def needs(config: ToyLlamaConfig, gpu: Gpu, load: Load, efficiency: Efficiency = ROOFLINE) -> Needs:
-    """What `load` takes of each GPU, with attention as near to the roofline as `efficiency` says.
+    """What `load` takes of each GPU, with attention at `efficiency`'s share of the roofline.
 
     Raises:
         InvalidInputError: a number of the load is not positive.
@@ -141,13 +141,13 @@ def needs(config: ToyLlamaConfig, gpu: Gpu, load: Load, efficiency: Efficiency =
 
 
 def weight_bytes(config: ToyLlamaConfig) -> int:
-    """16-bit weights of the whole model; counted on one and on two layers, for all are alike."""
+    """16-bit weights of the whole model; counted on one and two layers, as all are alike."""
     one, two = (_parameters(replace(config, num_hidden_layers=n)) for n in (1, 2))
     return 2 * (one + (config.num_hidden_layers - 1) * (two - one))
 
 
 def _parameters(config: ToyLlamaConfig) -> int:
-    short = replace(config, max_position_embeddings=1)  # rope tables are no weights
+    short = replace(config, max_position_embeddings=1)  # rope tables are not weights
     kind = ToyNSALlama if isinstance(config, ToyNSALlamaConfig) else ToyLlama
     with torch.device("meta"):
         model = kind(short)  # type: ignore[arg-type]
@@ -163,7 +163,7 @@ def cache_bytes(config: ToyLlamaConfig, context: int, batch: int, split: Split) 
 def workspace_bytes(config: ToyLlamaConfig, tokens: int, batch: int, split: Split) -> int:
     """Intermediate results of a prefill pass on one GPU, and the logits of its sequences.
 
-    The larger of a layer's two halves, beside the residual stream and the norm's output: the
+    The larger of a layer's two halves, plus the residual stream and the norm's output: the
     attention's q, k, v, output (for NSA an output of each branch, gates, statistics, indices and
     keys and values of each branch that has its own), or the feed-forward's two inner rows and
     their product.
@@ -187,7 +187,7 @@ def workspace_bytes(config: ToyLlamaConfig, tokens: int, batch: int, split: Spli
 
 
 def _matrix_parameters(config: ToyLlamaConfig) -> int:
-    """Parameters that every token is multiplied with: all but the embedding and the head."""
+    """Parameters that multiply every token: all but the embedding and the head."""
     return weight_bytes(config) // 2 - 2 * config.vocab_size * config.hidden_size
 
 
@@ -220,13 +220,13 @@ def _decode_seconds(
 
 
 def _exchange_seconds(config: ToyLlamaConfig, gpu: Gpu, tokens: int, split: Split) -> float:
-    """Two sums a layer over the GPUs of a group: each sends and gets 2 (n-1)/n of the rows."""
+    """Two sums per layer over the GPUs of a group: each sends and gets 2 (n-1)/n of the rows."""
     share = 2 * (split.tensor - 1) / split.tensor
     return 2 * config.num_hidden_layers * tokens * config.hidden_size * 2 * share / gpu.link
 
 
 def _largest(fits: Callable[[int], bool], limit: int = 1 << 40) -> int:
-    """The largest number from 1 that fits, 0 if none does; what fits must be an unbroken range."""
+    """The largest fitting number from 1, or 0; what fits must be an unbroken range."""
     low, high = 0, 1
     while high < limit and fits(high):
         low, high = high, 2 * high
