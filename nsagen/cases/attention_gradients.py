@@ -23,10 +23,10 @@ def gradient_case(
     """A case of `launch(do, q, k, v, *offsets, o, lse, dq, dk, dv, softmax_scale)`.
 
     Args:
-        forward_case: of the forward pass; its last argument is the scale, its outputs o and lse.
+        forward_case: of the forward pass; its last argument is the scale; outputs o and lse.
         inputs: its q, k and v.
         offsets: its cu_seqlens.
-        forward: the reference with everything but (q, k, v) given.
+        forward: the reference with everything except (q, k, v) given.
         seed: of do.
     """
     o, lse = forward_case.outputs["o"], forward_case.outputs["lse"]

@@ -1,7 +1,7 @@
-"""A case: example inputs of one call of an op, its expected outputs and its least cost.
+"""A case: example inputs of one call of an op, its expected outputs and its minimum cost.
 
-Tests, `verify`, tuning, benchmarks and ahead-of-time compilation all take their
-inputs from here, so that each op is exercised in one way only.
+Tests, `verify`, tuning, benchmarks and ahead-of-time compilation all take their inputs from
+here, so each op is exercised in only one way.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ THRESHOLDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 @dataclass(frozen=True)
 class Cost:
-    """The least work that a call can be done with.
+    """The least work that a call needs.
 
     Attributes:
         flops: multiplications and additions of its matrix products.
@@ -51,8 +51,8 @@ class Case:
 
     Attributes:
         args: inputs and outputs in the order of `launch`.
-        outputs: the output tensors by name; the same objects as in `args`, poisoned before.
-        expected: computes the same outputs by the float64 reference.
+        outputs: the output tensors by name; the same objects as in `args`, poisoned beforehand.
+        expected: computes the same outputs with the float64 reference.
         cost: the least work of the call.
     """
 
@@ -80,7 +80,7 @@ def cu_seqlens_of(seqlens: tuple[int, ...], device: torch.device | str) -> torch
 def poisoned(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
-    """An output that shows every element which a kernel forgets to write."""
+    """An output that shows every element that a kernel forgets to write."""
     if dtype.is_floating_point:
         return torch.full(shape, float("nan"), dtype=dtype, device=device)
     return torch.full(shape, -(1 << 20), dtype=dtype, device=device)
@@ -89,7 +89,7 @@ def poisoned(
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     """||out - expected|| / ||expected|| in float64; infinities must agree in place and sign.
 
-    Computed where `out` is. Returns inf when a NaN or an infinity stands where the other has none.
+    Computed where `out` is. Returns inf if a NaN or an infinity has no counterpart in the other.
     """
     out, expected = out.double(), expected.to(out.device).double()
     finite = torch.isfinite(expected)

@@ -91,7 +91,7 @@ def expected_blocks(
     scale: float,
     q_start: Tensor | None = None,
 ) -> Tensor:
-    """The float64 reference's choice, and the kernel's where float32 cannot tell them apart."""
+    """The float64 reference's choice, or the kernel's where float32 cannot tell them apart."""
     expected = []
     ends, key_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     firsts = [0] * (len(ends) - 1) if q_start is None else q_start.tolist()
@@ -111,9 +111,9 @@ def expected_blocks(
 def allow_near(came: Tensor, scores: Tensor, tokens: Tensor, rule: BlockRule) -> Tensor:
     """The exact choice [HK, C, topk], but `came` in rows that only swap nearly equal blocks.
 
-    Such a row must hold as many different candidates in ascending order, among them all forced
-    blocks, and its scores, in order, must be as near the best ones. Scores that are equal in
-    float64 are equal in float32: there the lower index is right and nothing else.
+    Such a row must hold equally many different candidates in ascending order, including all forced
+    blocks, and its scores, in order, must be equally near the best ones. Scores that are equal in
+    float64 are equal in float32: there only the lower index is right.
     """
     chosen = select_blocks(scores, tokens, rule)
     blocks, own = torch.arange(scores.shape[-1], device=scores.device), tokens // rule.block_size

@@ -22,8 +22,8 @@ _OWN_CACHES = ("v_raw", "k_window_cache", "v_window_cache")
 def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
     """Rows at the positions `sizes.seqlens` (-1: idle), in permuted slots of larger caches.
 
-    The caches hold infinity but for the tokens of windows that rows complete, the new ones
-    excepted: a kernel that reads another entry spreads it, and errors count only what is written.
+    The caches hold infinity except for the earlier tokens of windows that rows complete. A kernel
+    that reads another entry spreads it, and errors count only what is written.
     """
     params: dict[str, Any] = workload.named()
     dim, v_dim = params["head_dim"], params["v_head_dim"]
@@ -87,7 +87,7 @@ def _is_separate(params: dict[str, Any]) -> bool:
 
 
 def _double(x: Any) -> Any:
-    """In float64: a tensor, an mlp's two, or nothing."""
+    """In float64: a tensor, an mlp's two tensors, or None."""
     if isinstance(x, tuple):
         return tuple(one.double() for one in x)
     return None if x is None else x.double()
@@ -125,7 +125,7 @@ def _completes(position: int, params: dict[str, Any]) -> bool:
 def _caches(
     sizes: Sizes, params: dict[str, Any], slots: Tensor, random: RandomCaches
 ) -> dict[str, Tensor]:
-    """The five caches, or with those of separate branches eight, contiguous."""
+    """The five caches, or eight with those of separate branches, contiguous."""
     size, stride = params["kernel_size"], params["kernel_stride"]
     dim, v_dim = params["head_dim"], params["v_head_dim"]
     places, heads, length = len(slots) + 1, sizes.kv_heads, sizes.capacity
@@ -155,7 +155,7 @@ def _caches(
 
 
 def _cost(sizes: Sizes, params: dict[str, Any], element: int) -> Cost:
-    """Every row's token in and out; a window's tokens and weights where a row completes one."""
+    """Every row's token in and out; a window's tokens and weights if a row completes one."""
     dim, v_dim, size = params["head_dim"], params["v_head_dim"], params["kernel_size"]
     heads, live = sizes.kv_heads, sum(position >= 0 for position in sizes.seqlens)
     tokens = 6 * (dim + v_dim) if _is_separate(params) else 3 * dim + 2 * v_dim

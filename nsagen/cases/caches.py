@@ -32,7 +32,7 @@ class RandomCaches:
         return torch.randperm(rows + 1, generator=generator)[:rows].to(torch.int32)
 
     def cache(self, slots: Tensor, lengths: list[int], *shape: int) -> Tensor:
-        """[len(slots) + 1, *shape]: NaN but the first lengths[row] entries of a row's slot."""
+        """[len(slots) + 1, *shape]: NaN except the first lengths[row] entries of a row's slot."""
         cache = poisoned((len(slots) + 1, *shape), self.dtype, self.device)
         for slot, length in zip(slots.tolist(), lengths, strict=True):
             cache[slot, :length] = self.normal(length, *shape[1:])
@@ -44,7 +44,7 @@ class Pages:
     """Which pages of a shared pool hold each slot's tokens, in any order.
 
     Attributes:
-        page_size: tokens of a page.
+        page_size: tokens per page.
         count: pages of the pool; the last ones belong to no slot.
         table: int32 [slots, max_pages] on the CPU. Entries past a slot's last page name no page:
             a kernel that looks one up reads far outside.
@@ -56,7 +56,7 @@ class Pages:
 
     @classmethod
     def of(cls, slots: Tensor, lengths: list[int], sizes: Sizes) -> Pages | None:
-        """Pages for the first lengths[row] tokens of each row's slot; None for no pages."""
+        """Pages for the first lengths[row] tokens of each row's slot; None without pages."""
         if sizes.page_size is None:
             return None
         counts = [-(-length // sizes.page_size) for length in lengths]
@@ -74,7 +74,7 @@ class Pages:
         Args:
             cache: the contiguous cache.
             unit: tokens from one entry to the next.
-            fill: of what no slot's entries fill.
+            fill: value of entries that no slot uses.
         """
         rows = self.page_size // unit
         pool = cache.new_full((self.count, rows, *cache.shape[2:]), fill)

@@ -59,7 +59,7 @@ def window_results(
     pe: torch.Tensor | None,
     cu_seqlens: torch.Tensor,
 ) -> torch.Tensor:
-    """What kernels compute, by the reference: of an mlp the first layer."""
+    """What kernels compute, by the reference; for an mlp, the first layer."""
     sizes = {
         "kernel_size": int(workload.kernel_size),
         "kernel_stride": int(workload.kernel_stride),
@@ -83,7 +83,7 @@ def compress_weight(
 
     Args:
         normal: makes a tensor of a shape.
-        hidden: of mlp, the hidden size.
+        hidden: the hidden size of an mlp.
     """
     if kind == "avgpool":
         return None

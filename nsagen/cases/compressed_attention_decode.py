@@ -22,8 +22,8 @@ _STATICS = ("kernel_size", "kernel_stride", "block_size", "topk", "init_blocks",
 def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
     """Rows at the positions `sizes.seqlens` (-1: idle), in permuted slots of larger caches.
 
-    Whatever a row must not read is NaN: windows that end after its token, and spare slots. Blocks
-    that float32 cannot tell apart may be chosen either way, as in the forward pass.
+    Everything that a row must not read is NaN: windows that end after its token, and spare slots.
+    If float32 cannot tell blocks apart, either may be chosen, as in the forward pass.
     """
     params: dict[str, Any] = dict(workload.params)
     size, stride = params["kernel_size"], params["kernel_stride"]
@@ -73,7 +73,7 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
 
 
 def _scores(workload: Workload, q: Tensor, keys: Tensor, at: Tensor, scale: float) -> Tensor:
-    """What the blocks up to a token's own get of its probability, [HK, 1, blocks]."""
+    """The share of a token's probability in the blocks up to its own, [HK, 1, blocks]."""
     rule = rule_of(workload)
     lse = scores_of(q, keys, scale).logsumexp(-1).permute(2, 0, 1).flatten(1)
     blocks = int(at) // rule.block_size + 1

@@ -1,8 +1,8 @@
-"""Put a foreign implementation of an op through the cases that nsagen's own kernels must pass.
+"""Runs a foreign implementation of an op through the cases that nsagen's own kernels must pass.
 
-`nsagen verify --implementation module:function --op OP` calls a function that has the public
-signature of one of these ops, and compares what it returns, its gradients and its manners with
-the float64 reference:
+`nsagen verify --implementation module:function --op OP` calls a function with the public
+signature of one of these ops, and compares its results, gradients and behaviour with the float64
+reference:
 
     topk_sparse_attention(q, k, v, topk_idx, block_size, cu_seqlens, softmax_scale) -> o
     sliding_window_attention(q, k, v, window_size, cu_seqlens, softmax_scale) -> o
@@ -38,12 +38,12 @@ OPS = ("topk_sparse_attention", "sliding_window_attention", "compressed_attentio
 
 @dataclass(frozen=True)
 class Setting:
-    """The sizes that every case of a run has.
+    """The sizes shared by all cases of a run.
 
     Attributes:
-        gqa_ratio: query heads a key/value head; kv_heads: of those.
-        window_size: tokens that the sliding window sees, the query's own among them.
-        topk: blocks a token, with init_blocks at the start and local_blocks up to its own.
+        gqa_ratio: query heads per key/value head; kv_heads: key/value heads.
+        window_size: tokens that the sliding window sees, the query's own included.
+        topk: blocks per token, with init_blocks at the start and local_blocks up to its own.
     """
 
     dtype: str = "bfloat16"
@@ -67,7 +67,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Call:
-    """Tensors of one call: q [N, HQ, D], k and v [T, HK, D], offsets, and blocks where needed."""
+    """Tensors of one call: q [N, HQ, D], k and v [T, HK, D], offsets, and blocks if needed."""
 
     q: Tensor
     k: Tensor
@@ -95,7 +95,7 @@ def load_implementation(text: str) -> Callable[..., Any]:
     """The function that `module:function` names.
 
     Raises:
-        InvalidInputError: no such module or function; the text says which.
+        InvalidInputError: the module or function does not exist; the text says which.
     """
     module_name, _, name = text.partition(":")
     rule = f"verify: --implementation must be module:function that can be imported; got {text!r}"
@@ -115,7 +115,7 @@ def setting_of(texts: Sequence[str], seed: int) -> Setting:
     """The usual sizes with some changed, `NAME=VALUE` each.
 
     Raises:
-        InvalidInputError: no such size, or no such value.
+        InvalidInputError: an unknown size, or an invalid value.
     """
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Setting)}
     changed: dict[str, Any] = {"seed": seed}
@@ -136,7 +136,7 @@ def setting_of(texts: Sequence[str], seed: int) -> Setting:
 
 
 def default_device() -> torch.device:
-    """The current GPU; a CPU where there is none."""
+    """The current GPU, or a CPU without one."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -145,7 +145,7 @@ def default_device() -> torch.device:
 def verify_implementation(
     function: Callable[..., Any], op: str, setting: Setting, device: torch.device | str
 ) -> Iterator[Row]:
-    """A row for each output of each case, as the cases are done.
+    """A row for each output of each case, as the cases finish.
 
     A case that the function answers with an exception is `refused`, which is honest but not `ok`.
     """
@@ -162,7 +162,7 @@ def verify_implementation(
                 yield row | found
         except _NotHere as reason:
             yield row | {"result": "skipped", "note": str(reason)}
-        except Exception as error:  # whatever a foreign function raises is its answer
+        except Exception as error:  # any exception of a foreign function is its answer
             text = (str(error).strip() or "no message").splitlines()[0]
             yield row | {"result": "refused", "note": f"{type(error).__name__}: {text}"}
 
@@ -238,7 +238,7 @@ class _Run:
         )
 
     def blocks(self, lengths: tuple[int, ...]) -> Tensor:
-        """int32 [HK, N, topk]: the first and the nearest blocks and random others, then -1."""
+        """int32 [HK, N, topk]: the first, the nearest and random other blocks, then -1."""
         s = self.setting
         own = torch.cat([torch.arange(n) // s.block_size for n in (*lengths, 0)])[:, None]
         block = torch.arange(max(s.topk, -(-max(lengths) // s.block_size)))
@@ -251,7 +251,7 @@ class _Run:
         return picked.masked_fill(picked == past, -1).to(torch.int32).contiguous()
 
     def output(self, call: Call) -> Tensor:
-        """o alone."""
+        """Only o."""
         found = self.contract.apply(self.function, call)
         return found[0] if isinstance(found, tuple) else found
 
@@ -262,7 +262,7 @@ class _Run:
         return [o.detach(), *torch.autograd.grad(o, leaves, do)]
 
     def expected(self, call: Call, do: Tensor) -> list[Tensor]:
-        """The same, of the float64 reference."""
+        """The same, from the float64 reference."""
         leaves = [x.detach().double().requires_grad_() for x in (call.q, call.k, call.v)]
         wide = dataclasses.replace(call, q=leaves[0], k=leaves[1], v=leaves[2])
         o = self.contract.expect(wide)
@@ -322,7 +322,7 @@ def _any_order(run: _Run) -> Iterator[Row]:
 
 
 def _selection(run: _Run) -> Iterator[Row]:
-    """The blocks have the best scores, forced ones among them, ascending, then -1."""
+    """The blocks have the best scores, including forced ones, ascending, then -1."""
     if run.op != "compressed_attention":
         raise _NotHere("selects no blocks")
     s = run.setting
@@ -347,7 +347,7 @@ def _selection(run: _Run) -> Iterator[Row]:
 
 
 def _poisoned(run: _Run) -> Iterator[Row]:
-    """Whatever lies around the inputs is NaN, and the other sequence is: neither reaches a row."""
+    """Everything around the inputs is NaN, and so is the other sequence: neither reaches a row."""
     call = run.call((run.setting.block_size + 9, run.setting.block_size * 2))
 
     def inside(x: Tensor) -> Tensor:
@@ -395,7 +395,7 @@ def _strides(run: _Run) -> Iterator[Row]:
 
 
 def _far_strides(run: _Run) -> Iterator[Row]:
-    """Tokens whose last ones lie past 2^31 elements, in memory of which only a part is written."""
+    """Tokens whose last ones lie past 2^31 elements, in memory that is only partly written."""
     if run.device.type != "cuda" or torch.cuda.mem_get_info(run.device)[0] < 20 << 30:
         raise _NotHere("needs a GPU with 20 GiB free")
     call = run.call((run.setting.block_size * 3 + 5,))
@@ -445,7 +445,7 @@ def _offset_keys(run: _Run) -> Iterator[Row]:
 
 
 def _replay(run: _Run) -> Iterator[Row]:
-    """A captured CUDA graph, replayed with new inputs, gives an eager call's bits."""
+    """A captured CUDA graph, replayed with new inputs, gives the same bits as an eager call."""
     if run.device.type != "cuda":
         raise _NotHere("needs a GPU")
     first, second = (run.call((run.setting.long,)) for _ in range(2))

@@ -23,11 +23,11 @@ def make_case(
 ) -> Case:
     """Rows at the positions `sizes.seqlens` (-1: idle), in permuted slots of larger caches.
 
-    Each row selects its first and last block and random others. Whatever a row must not read is
-    NaN: tokens after its own, and spare slots.
+    Each row selects its first and last block and random others. Everything that a row must not
+    read is NaN: tokens after its own, and spare slots.
 
     Args:
-        own_window: whether the sliding branch has caches of its own.
+        own_window: whether the sliding branch has its own caches.
     """
     params: dict[str, Any] = dict(workload.params)
     head_dim, v_dim = params["head_dim"], params["v_head_dim"]

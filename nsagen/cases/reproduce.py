@@ -33,7 +33,7 @@ class Reproduction:
     """A workload, an algorithm, the target whose default schedule to take, and a call's sizes.
 
     Attributes:
-        algorithm: None for the one that the target uses by default.
+        algorithm: None for the target's default one.
         sizes: of the call; in decode, positions of the new tokens.
         seed: of the random inputs.
     """
@@ -46,7 +46,7 @@ class Reproduction:
 
     @property
     def command(self) -> str:
-        """One line for a shell that runs exactly this again."""
+        """A shell command that runs exactly this again."""
         sizes = self.sizes
         seqlens = ",".join(map(str, sizes.seqlens))
         options = f"--target {self.target} --seqlens={seqlens} --kv-heads {sizes.kv_heads}"
@@ -62,7 +62,7 @@ class Reproduction:
         """The schedule that runs.
 
         Raises:
-            UnsupportedWorkloadError: the algorithm has none for the workload and target.
+            UnsupportedWorkloadError: the algorithm has no schedule for the workload and target.
         """
         target = KNOWN_TARGETS[self.target]
         if self.algorithm is None:
@@ -71,7 +71,7 @@ class Reproduction:
         return space.default_schedule(self.workload, target)
 
     def run(self) -> list[str]:
-        """What is wrong with the kernel's outputs; empty when all agree with the reference."""
+        """What is wrong with the kernel's outputs; empty if all agree with the reference."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         cases = cases_of(self.workload)
         case: Case = cases.make_case(self.workload, self.sizes, device, self.seed)
@@ -87,7 +87,7 @@ class Reproduction:
 
 
 def _difference(name: str, out: torch.Tensor, right: torch.Tensor) -> str:
-    """Empty when an output is as near to the reference as its dtype allows."""
+    """Empty if an output is as near to the reference as its dtype allows."""
     if out.shape != right.shape:
         return f"{name} has shape {tuple(out.shape)}, not {tuple(right.shape)}"
     if not out.dtype.is_floating_point:
@@ -107,7 +107,7 @@ def parse_workload(text: str) -> Workload:
     """The workload that `workload_text` names.
 
     Raises:
-        InvalidInputError: it names none.
+        InvalidInputError: it names no workload.
     """
     op, pass_, dtype, *rest = (*text.split(), "", "", "")
     params = dict(part.partition("=")[::2] for part in rest if part)
@@ -125,7 +125,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the call that the command line names; 0 when the kernel agrees with the reference."""
+    """Run the call that the command line names; 0 if the kernel agrees with the reference."""
     parser = argparse.ArgumentParser(prog="python -m nsagen.cases.reproduce", description=__doc__)
     parser.add_argument("workload", help="e.g. 'rope forward float32 head_dim=72'")
     parser.add_argument("--target", choices=KNOWN_TARGETS, default="cuda:90")

@@ -104,7 +104,7 @@ def random_blocks(
     """int32 [HK, N, TOPK]: initial and local blocks and random others; ascending, then -1."""
     parts = [torch.empty((sizes.kv_heads, 0, TOPK), dtype=torch.int32, device=device)]
     for length in sizes.seqlens:
-        for start in range(0, length, 4096):  # bounds the memory that the scores take
+        for start in range(0, length, 4096):  # bounds the memory for the scores
             t = torch.arange(start, min(start + 4096, length), device=device)[:, None]
             parts.append(_chosen(t, sizes.kv_heads, -(-length // block_size), block_size, random))
     return torch.cat(parts, 1)
@@ -127,7 +127,7 @@ def _chosen(
 def in_any_order(topk_idx: torch.Tensor, seed: int) -> torch.Tensor:
     """Block indices rewritten as callers may write them.
 
-    A quarter of the entries repeat another one of their row, a tenth name no block (-1, negative
+    A quarter of the entries repeat another entry of their row, a tenth name no block (-1, negative
     or past any sequence), and each row is shuffled.
     """
     random = torch.Generator().manual_seed(seed)

@@ -18,10 +18,10 @@ def make_case(
     seed: int = 0,
     topk_idx: torch.Tensor | None = None,
 ) -> Case:
-    """The forward pass's inputs, what it makes of them, and a random gradient of its output.
+    """The forward pass's inputs and outputs, and a random gradient of its output.
 
     Args:
-        topk_idx: the blocks, in place of random ones.
+        topk_idx: the blocks, instead of random ones.
     """
     x = make_inputs(workload, sizes, device, seed)
     if topk_idx is not None:

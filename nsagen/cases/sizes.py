@@ -1,4 +1,4 @@
-"""The run-time sizes of a call; apart from the cases, which need torch."""
+"""The run-time sizes of a call; separate from the cases, which need torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Sizes:
         seqlens: tokens of each packed sequence; in decode, the position of each row's new token.
         kv_heads: key/value heads HK.
         capacity: decode only: tokens that the cache can hold for each sequence.
-        page_size: decode only: tokens of a cache page; None where a sequence's tokens adjoin.
+        page_size: decode only: tokens of a cache page; None if a sequence's tokens are contiguous.
         any_order: whether block indices are written in every way that their contract allows: in
             any order, repeated, between entries that name no block.
     """

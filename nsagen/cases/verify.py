@@ -1,4 +1,4 @@
-"""`nsagen verify`: run a spec's kernels and compare every output with the float64 reference."""
+"""`nsagen verify`: runs a spec's kernels and compares every output with the float64 reference."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def verify(
     """Build the spec's kernels in a temporary folder, run those for this device, and compare.
 
     Args:
-        ops: only these; all by default.
+        ops: only these ops; all by default.
         progress: called with (what was done, how many are done, how many in all).
 
     Returns:
-        one row an output of each kernel, in the order of the kernels' names.
+        one row per output of each kernel, in the order of the kernels' names.
 
     Raises:
-        InvalidInputError: an op that the spec does not have.
-        UnsupportedWorkloadError: no GPU and no interpreter, or a GPU that the spec leaves out.
+        InvalidInputError: the spec does not have an op.
+        UnsupportedWorkloadError: no GPU and no interpreter, or a GPU that the spec omits.
     """
     known = sorted({workload.op for workload in spec.workloads()})
     for op in ops or ():
@@ -67,7 +67,7 @@ def verify(
 
 
 def _device(spec: Spec) -> tuple[torch.device, str | None]:
-    """Where kernels run, and whose variants; None for all of them, in the interpreter."""
+    """Where kernels run, and the target whose variants run; None for all, in the interpreter."""
     if interpreting():
         return torch.device("cpu"), None
     if not torch.cuda.is_available():
@@ -110,7 +110,7 @@ def _verified(variant: Variant, path: Path, device: torch.device, seed: int) -> 
         case: Case = cases_of(workload).make_case(workload, sizes_for(workload), device, seed)
         import_file(path).launch(*case.args)
         expected = case.expected()
-    except Exception as error:  # whatever a kernel fails with is a finding about that kernel
+    except Exception as error:  # any failure of a kernel is a finding about that kernel
         text = str(error).strip() or "no message"
         yield row | {
             "result": "failed",
@@ -126,7 +126,7 @@ def _compared(out: torch.Tensor, wanted: torch.Tensor) -> Row:
         return {"result": "failed", "note": f"shape {tuple(out.shape)}, not {tuple(wanted.shape)}"}
     if out.dtype.is_floating_point:
         error, threshold = relative_error(out, wanted), THRESHOLDS[out.dtype]
-    else:  # indices: the share that differs, of which none may
+    else:  # indices: the share that differs, which must be 0
         differ = out.cpu() != wanted.cpu()
         error, threshold = (differ.double().mean().item() if differ.numel() else 0.0), 0.0
     return {
@@ -139,7 +139,7 @@ def _compared(out: torch.Tensor, wanted: torch.Tensor) -> Row:
 def sizes_for(workload: Workload) -> Sizes:
     """Run-time sizes that reach a workload's edges: empty and short sequences, and a long one.
 
-    The long one has more blocks than topk and more tokens than the window. Block indices are
+    The long sequence has more blocks than topk and more tokens than the window. Block indices are
     written in every way that callers may write them.
     """
     params = dict(workload.params)
