@@ -1,1 +1,1 @@
-"""Pictures as self-contained HTML: no scripts from elsewhere, light and dark, any width."""
+"""Pictures as self-contained HTML: no external scripts, light and dark, any width."""

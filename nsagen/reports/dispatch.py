@@ -18,7 +18,7 @@ LARGEST = 1 << 20
 
 
 def section(dispatcher: Dispatcher, manifest: Mapping[str, Any], target: str) -> str:
-    """A row a workload; its variants side by side, as wide as the logarithm of their sizes."""
+    """One row per workload; its variants side by side, as wide as the logarithm of their sizes."""
     rows = [row for row in dispatcher.describe() if row["target"] == target]
     variants: Mapping[str, Any] = manifest["variants"]
     algorithms = sorted({str(variants[row["variant"]]["algorithm"]) for row in rows})

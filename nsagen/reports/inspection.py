@@ -1,4 +1,4 @@
-"""`nsagen inspect --html`: a spec's kernels, and what its attention looks at."""
+"""`nsagen inspect --html`: a spec's kernels, and what its attention sees."""
 
 from __future__ import annotations
 
@@ -58,5 +58,5 @@ def _usual_target(spec: Spec) -> str:
 
 
 def _widest(shapes: tuple[AttentionShape, ...]) -> AttentionShape:
-    """The shape that selects most blocks; of these the first."""
+    """The shape that selects the most blocks; the first of several."""
     return max(shapes, key=lambda shape: shape.topk)

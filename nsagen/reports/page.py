@@ -1,4 +1,4 @@
-"""The page that all pictures share: one style sheet, and the colours of the three branches."""
+"""The page shared by all pictures: one style sheet, and the colours of the three branches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MARK = re.compile(rb'\A<!doctype html>.*<meta name="generator" content="nsagen 
 
 
 def check_free(path: Path, remedy: str) -> None:
-    """Refuse to write a page over a file that is not a page of nsagen's.
+    """Refuse to write a page over a file that is not a page of nsagen.
 
     Args:
         remedy: as in `nsagen.core.files.check_own`, which says what it raises.

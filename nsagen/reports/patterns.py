@@ -23,7 +23,7 @@ MAX_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence, and what the reference says of it, for one key/value head.
+    """One sequence and the reference's results for it, for one key/value head.
 
     Attributes:
         shape: the attention's parameters.
@@ -41,9 +41,9 @@ class Example:
 
 
 def example_of(shape: AttentionShape, seed: int = 0) -> Example:
-    """Select the blocks of a made-up sequence, in float32, without weights of any model.
+    """Select the blocks of a made-up sequence, in float32, without a model's weights.
 
-    The sequence changes its subject now and then and comes back to earlier ones: queries and
+    The sequence changes its subject now and then and returns to earlier ones; queries and
     keys of a subject are alike.
     """
     tokens = min(MAX_TOKENS, max(4 * shape.topk * shape.block_size, 2 * shape.window_size))
@@ -101,7 +101,7 @@ COLOURS = {
     "selected": (("var(--selected)", "selected by score"), ("var(--forced)", "always selected")),
     "sliding": (("var(--sliding)", "sliding window"),),
 }
-"""What the legend says of each branch."""
+"""The legend's text for each branch."""
 
 
 def section(example: Example, branches: Sequence[str] = BRANCHES) -> str:

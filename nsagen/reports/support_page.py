@@ -1,4 +1,4 @@
-"""docs/support.md, from what docs/support.json says of the kernels."""
+"""docs/support.md, made from docs/support.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nsagen tune --report`: one HTML page about the searches, whole in itself."""
+"""`nsagen tune --report`: one self-contained HTML page about the searches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_report(path: Path) -> None:
 
     Raises:
         TuneError: plotly is missing.
-        InvalidInputError: a file is there that is not a page of nsagen's.
+        InvalidInputError: a file exists that is not a page of nsagen.
     """
     if importlib.util.find_spec("plotly") is None:
         raise TuneError(
@@ -77,7 +77,7 @@ def _record_row(record: TuningRecord) -> str:
 
 
 def _section(study: optuna.Study, *, opened: bool) -> str:
-    """A search's plots, drawn once the section is opened, and the reasons of what failed."""
+    """A search's plots, drawn once the section is opened, and the reasons for its failures."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     good = [t for t in trials if t.user_attrs["outcome"]["ms"] is not None]
     failed = Counter(
@@ -169,7 +169,7 @@ def _place(value: str) -> tuple[int, str]:
 
 
 def _shown(trial: FrozenTrial, name: str) -> str:
-    """A knob's own value, which the study codes as an index; `-` if the algorithm lacks it."""
+    """A knob's own value, which the study encodes as an index; `-` if the algorithm lacks it."""
     algorithm, _, knobs = trial.user_attrs["schedule"].rstrip(")").partition("(")
     if name == "algorithm":
         return algorithm
@@ -178,7 +178,7 @@ def _shown(trial: FrozenTrial, name: str) -> str:
 
 
 def _plot(figure) -> str:
-    """A place for a plot and what it shows, on the page's own ground."""
+    """A plot's container and data, on the page's own background."""
     clear = "rgba(0, 0, 0, 0)"
     figure.update_layout(template="none", paper_bgcolor=clear, plot_bgcolor=clear)
     figure.update_layout(margin={"r": 40, "t": 90, "b": 60})
