@@ -1,4 +1,4 @@
-"""Benchmarks that users can run again: `nsagen bench`, or `python -m nsagen.bench.<name>`.
+"""Benchmarks that users can rerun: `nsagen bench`, or `python -m nsagen.bench.<name>`.
 
-Nothing here needs more than torch and triton to measure; plots need matplotlib.
+Measuring here needs only torch and triton; plots need matplotlib.
 """

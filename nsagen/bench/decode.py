@@ -47,7 +47,7 @@ from nsagen.ops import LINEAR_DECODE_ROWS
 BATCHES = (1, 4, 32)
 CONTEXTS = (4096, 32768, 131072)
 
-# The heads that public NSA implementations are measured on; the rest is the paper's.
+# The heads on which public NSA implementations are measured; the rest is the paper's.
 ATTENTION = ToyNSALlamaConfig(num_attention_heads=64, num_key_value_heads=4, num_hidden_layers=1)
 
 # The guide's example model: 8 layers, 2.2e9 parameters.
@@ -72,7 +72,7 @@ class Plan:
     Attributes:
         batches, contexts: of attention; each batch at each context.
         attention: heads and sparsity of attention.
-        model: of the layers and the whole step; None for neither.
+        model: of the layers and the whole step; None to skip both.
         step_batch, step_context: of these.
         new_tokens: of a call of `generate`.
     """
@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def linear_batches(self) -> list[int]:
-        """Batches that the layers of a step are timed at."""
+        """Batches at which the layers of a step are timed."""
         return [n for n in sorted({self.step_batch, *self.batches}) if n <= LINEAR_DECODE_ROWS]
 
 
@@ -97,11 +97,11 @@ def run(
     progress: Callable[[str, int, int], None] | None = None,
     device: str = "cuda",
 ) -> list[dict[str, Any]]:
-    """One row a measurement.
+    """One row per measurement.
 
     Returns:
         rows with `what`, `batch`, `tokens` of context, `ms`, and where they apply `floor_ms`,
-        `of_floor` (the floor's share of the time), `torch_ms` (what PyTorch takes for the same;
+        `of_floor` (the floor's share of the time), `torch_ms` (PyTorch's time for the same;
         for attention: dense), `of_torch` (time over PyTorch's) and `torch` (how).
     """
     rate = measure_ceilings().bytes
@@ -138,7 +138,7 @@ class _Bench:
             yield from self.steps(self.plan.model)
 
     def attention(self, batch: int, context: int) -> dict[str, Any]:
-        """One layer's attention of a token a sequence, from appending it to the gated sum."""
+        """One layer's attention for a token per sequence, from appending it to the gated sum."""
         caches = AttentionCaches(self.plan.attention, batch, context, self.device, self.plan.dtype)
         dense_ms, how = self._dense(caches)
         return {
@@ -162,7 +162,7 @@ class _Bench:
                 try:
                     with sdpa_kernel(backend):
                         ms = milliseconds(graphed(call))
-                except RuntimeError:  # this backend takes no such call
+                except RuntimeError:  # this backend does not accept such a call
                     continue
                 found.append((ms, f"{call.__name__} by {backend.name}"))
         return min(found, default=(None, "which no backend takes"))
@@ -177,7 +177,7 @@ class _Bench:
                 yield {"what": f"host: {name}{what}", "batch": 1, "tokens": 64, "ms": ms}
 
     def linear_layers(self, config: ToyNSALlamaConfig) -> Iterator[dict[str, Any]]:
-        """A step's products with what stands around them, beside the products by PyTorch."""
+        """A step's products with their surrounding operations, next to PyTorch's products."""
         for batch, (name, shape) in itertools.product(
             self.plan.linear_batches, layer_shapes(config).items()
         ):
@@ -195,7 +195,7 @@ class _Bench:
 
     @torch.no_grad()
     def steps(self, config: ToyNSALlamaConfig) -> Iterator[dict[str, Any]]:
-        """A step of the whole model: replayed, launched one by one, and within `generate`."""
+        """A step of the whole model: replayed, launched separately, and within `generate`."""
         batch, context = self.plan.step_batch, self.plan.step_context
         longest = context + max(2048, self.plan.new_tokens)  # each timed step is a token further
         limits = InferenceConfig(batch, longest, self.plan.new_tokens)
@@ -214,7 +214,7 @@ class _Bench:
         yield {"what": "step, within generate", **row, "ms": self._generate_ms(model)}
 
     def _generate_ms(self, model: ToyNSALlama) -> float:
-        """A token's time in `generate`, by the difference of a longer and a shorter call."""
+        """A token's time in `generate`: the difference of a longer and a shorter call."""
         batch, context = self.plan.step_batch, self.plan.step_context
         ids = torch.randint(0, model.config.vocab_size, (batch * context,), device=self.device)
         ends = torch.arange(batch + 1, dtype=torch.int32, device=self.device) * context
@@ -240,7 +240,7 @@ def plan_of(
 
 
 def check_free(folder: Path | None = None) -> None:
-    """Refuse a folder where `save` would replace what is not nsagen's; call it before `run`.
+    """Refuse a folder where `save` would replace files that are not nsagen's; call before `run`.
 
     Raises:
         InvalidInputError: names the file.
@@ -251,7 +251,7 @@ def check_free(folder: Path | None = None) -> None:
 
 
 def save(rows: Sequence[dict[str, Any]], folder: Path | None = None) -> Path:
-    """Write the rows and, where matplotlib is installed, their figure beside them."""
+    """Write the rows and, if matplotlib is installed, their figure beside them."""
     path = write_results("decode", rows, folder)
     if importlib.util.find_spec("matplotlib"):
         plot.plot(path)

@@ -19,7 +19,7 @@ from nsagen.runtime import dispatcher as registry
 
 
 class NoLaunch:
-    """Stands in for a dispatcher: its kernels do nothing, so that what is left is the host's work.
+    """Stands in for a dispatcher: its kernels do nothing, so only the host's work is left.
 
     It looks its kernel up in a table, as a dispatcher does once it knows a workload.
     """
@@ -35,12 +35,12 @@ class NoLaunch:
 
 
 class AttentionCaches:
-    """A random cache of one layer, full but for the token that each sequence gets now.
+    """A random cache of one layer, full except for the token that each sequence gets now.
 
     Args:
         config: heads and sparsity.
         batch: sequences.
-        context: tokens of each, the new one among them.
+        context: tokens of each, including the new one.
         dispatcher: of the kernels; by default they are built when missing.
     """
 
@@ -81,7 +81,7 @@ class AttentionCaches:
         return self._branches(*self._compressed(self._append()))
 
     def ops(self) -> dict[str, Callable[[], object]]:
-        """The same op by op."""
+        """The same, op by op."""
         return {
             "cache_append": self._append,
             "compressed_attention_decode": lambda: self._compressed(self.q),
@@ -94,7 +94,7 @@ class AttentionCaches:
         return F.scaled_dot_product_attention(self.q[:, :, None], k, v, enable_gqa=True)
 
     def dense_grouped(self) -> Tensor:
-        """The same with the heads of a group as rows of one matrix, which some kernels prefer."""
+        """The same with a group's heads as rows of one matrix, which some kernels prefer."""
         k, v = (tensor.transpose(1, 2) for tensor in (self.cache.k, self.cache.v))
         return F.scaled_dot_product_attention(self.q.unflatten(1, (k.shape[1], -1)), k, v)
 
@@ -107,7 +107,7 @@ class AttentionCaches:
         return self.context * self._bytes_an_entry() + self.q.nbytes
 
     def _bytes_an_entry(self) -> int:
-        """Of keys and values of all sequences."""
+        """For keys and values of all sequences."""
         return 2 * self.k.nbytes
 
     def _append(self) -> Tensor:
@@ -163,7 +163,7 @@ def layer_shapes(config: ToyNSALlamaConfig) -> dict[str, tuple[int, int]]:
 def layer_x(
     name: str, shape: tuple[int, int], rows: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Random x and weight of a product, and what a step puts around it."""
+    """Random x and weight of a product, and the operations around it in a step."""
     out_features, in_features = shape
     x = torch.randn(rows, in_features, device=device, dtype=dtype)
     weight = torch.randn(out_features, in_features, device=device, dtype=dtype)
@@ -178,7 +178,7 @@ def layer_x(
 
 
 def step_bytes(model: ToyNSALlama, batch: int, context: int) -> int:
-    """What a step must read: every weight but the embeddings once, and the cache's entries."""
+    """What a step must read: every weight except the embeddings once, and the cache's entries."""
     weights = sum(weight.nbytes for weight in model.parameters())
     weights -= model.model.embed_tokens.weight.nbytes
     config, size = model.config, model.lm_head.weight.element_size()

@@ -1,4 +1,4 @@
-"""Dense causal attention through PyTorch: what sparse attention has to be faster than."""
+"""Dense causal attention through PyTorch: what sparse attention must beat."""
 
 from __future__ import annotations
 

@@ -17,12 +17,12 @@ from nsagen.cases.base import Cost
 from nsagen.core.errors import UnsupportedWorkloadError
 
 WARMUP_MS, REPEAT_MS = 25, 150
-"""For how long a call is repeated, unmeasured and then measured."""
+"""How long a call is repeated, first unmeasured, then measured."""
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the GPU reached in the same run.
+    """Rates that the GPU reached in the same run.
 
     Attributes:
         flops: operations/s of a bfloat16 matrix product of 8192 x 8192 x 8192.
@@ -33,7 +33,7 @@ class Ceilings:
     bytes: float
 
     def floor_ms(self, cost: Cost) -> float:
-        """The least time that work can take: its operations or its bytes, whichever is longer."""
+        """The least time for the work: its operations or its bytes, whichever takes longer."""
         return 1e3 * max(cost.flops / self.flops, cost.bytes / self.bytes)
 
 
@@ -45,10 +45,10 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
-    """The call as a replayed CUDA graph, free of the host's time."""
+    """The call as a replayed CUDA graph, without the host's time."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # loads kernels, which a capture may not
+    with torch.cuda.stream(side):  # loads kernels, which is forbidden in a capture
         call()
         call()
     torch.cuda.current_stream().wait_stream(side)
@@ -59,7 +59,7 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def host_milliseconds(call: Callable[[], object], calls: int = 200) -> float:
-    """Mean time of a call on the host, for few enough calls that no queue of a GPU fills."""
+    """Mean time of a call on the host, for few enough calls that no GPU queue fills."""
     for _ in range(calls // 10):
         call()
     torch.cuda.synchronize()
@@ -76,7 +76,7 @@ class HostCost:
     """What one eager call costs on the host.
 
     Attributes:
-        ms: how long the call takes to return, the GPU's queue not being full.
+        ms: how long the call takes to return while the GPU's queue is not full.
         launches: kernels, copies and fills that it starts.
     """
 
@@ -84,20 +84,20 @@ class HostCost:
     launches: int
 
     def columns(self, gpu_ms: float) -> dict[str, Any]:
-        """A row's cells: `host_ms`, `launches`, and as `bound` whether the host is what takes the
-        time of a call that needs `gpu_ms`."""
+        """A row's cells: `host_ms`, `launches`, and as `bound` whether the host limits a call that
+        needs `gpu_ms`."""
         bound = "host" if self.ms > gpu_ms else ""
         return {"host_ms": self.ms, "launches": self.launches, "bound": bound}
 
 
 _QUEUE = 500
-"""Launches that surely wait in the GPU's queue before the host has to."""
+"""Launches that surely fit in the GPU's queue before the host has to wait."""
 
 HOST_COLUMNS = {"host_ms": ">9.3f", "launches": ">9", "bound": ">6"}
 
 
 def host_cost(call: Callable[[], object]) -> HostCost:
-    """Measure what a call costs on the host; it has been made a few times before."""
+    """Measure what a call costs on the host; it has been called a few times before."""
     launches = sum(launched(call).values())
     calls = max(3, min(50, _QUEUE // max(1, launches)))
     times = []

@@ -1,4 +1,4 @@
-"""Figures of benchmark results: time over sequence length, each beside dense attention."""
+"""Figures of benchmark results: time over sequence length, next to dense attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nsagen.core.version import __version__
 from nsagen.reports.page import ALGORITHM_HUES
 
 PASSES = {"prefill": ("ms",), "train": ("forward_ms", "backward_ms")}
-"""Which times of a result's rows are drawn."""
+"""The times of a result's rows to draw."""
 
 TITLES = {"ms": "forward", "forward_ms": "forward", "backward_ms": "backward"}
 
@@ -79,7 +79,7 @@ def plot(path: Path, out: Path | None = None) -> Path:
 
 
 def check_free(path: Path) -> None:
-    """Refuse to draw over a file that is not a figure of nsagen's.
+    """Refuse to draw over a file that is not a figure of nsagen.
 
     Raises:
         InvalidInputError: names the file.
@@ -108,7 +108,7 @@ def _draw(axis: Any, rows: list[dict[str, Any]], key: str) -> None:
 
 
 def _draw_decode(axis: Any, rows: list[dict[str, Any]]) -> None:
-    """Time by context beside dense attention, and the least that reading the bytes takes."""
+    """Time by context next to dense attention, and the least time to read the bytes."""
     for key, label, style in (
         ("torch_ms", "dense attention", {"color": DENSE}),
         ("ms", "NSA, whole attention", {"color": NSA}),
@@ -123,7 +123,7 @@ def _draw_decode(axis: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _finish(axis: Any, rows: list[dict[str, Any]]) -> None:
-    """What all panels share: logarithmic axes, marked at the lengths that were measured."""
+    """What all panels share: logarithmic axes, marked at the measured lengths."""
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xlabel("tokens")

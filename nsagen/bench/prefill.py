@@ -39,7 +39,7 @@ PARTS = (
     "sliding_window_attention",
     "gated_sum",
 )
-"""The ops that `attention` consists of; compression and rope come before it."""
+"""The ops that make up `attention`; compression and rope come before it."""
 
 COLUMNS = {
     "what": "<34",
@@ -59,7 +59,7 @@ def run(
     dispatcher: Dispatcher | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row an op and length.
+    """One row per op and length.
 
     Returns:
         rows with `what`, `tokens`, `ms`, `floor_ms` (see `Ceilings.floor_ms`), `of_floor` (the
@@ -120,7 +120,7 @@ def cost_of(shape: Shape, op: str, pass_: str, tokens: int) -> Cost:
 
 
 def _op_calls(inputs: Inputs) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Each op of the forward pass on the tensors that the ones before it make."""
+    """Each op of the forward pass, on the tensors that the earlier ones make."""
     s, key = inputs.shape, registry.DEFAULT if inputs.dispatcher is None else inputs.dispatcher.key
     window = (s.kernel_size, s.kernel_stride)
     scale = s.head_dim**-0.5

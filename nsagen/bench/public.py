@@ -1,4 +1,4 @@
-"""Other implementations of Native Sparse Attention, measured where they are installed."""
+"""Other implementations of Native Sparse Attention, measured if they are installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results as files: rows of numbers with their device, versions and command beside them."""
+"""Results as files: rows of numbers with their device, versions and command."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_results(name: str, rows: Sequence[Row], folder: Path | None = None) ->
     """Write `<name>.json` with the rows and their provenance; returns its path.
 
     Raises:
-        InvalidInputError: a file is there that is not nsagen's results.
+        InvalidInputError: a file exists that is not nsagen's results.
     """
     path = check_free(name, folder)
     content = {"provenance": provenance(), "rows": [dict(row) for row in rows]}
@@ -62,7 +62,7 @@ def check_free(name: str, folder: Path | None = None) -> Path:
     """Where `write_results` writes; call it before a benchmark runs.
 
     Raises:
-        InvalidInputError: a file is there that is not nsagen's results.
+        InvalidInputError: a file exists that is not nsagen's results.
     """
     path = (folder or results_folder()) / f"{name}.json"
     check_own(path, _MARK, "results", "choose another --out")
@@ -70,7 +70,7 @@ def check_free(name: str, folder: Path | None = None) -> Path:
 
 
 def table_text(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    """A table of plain text.
+    """A plain-text table.
 
     Args:
         columns: key of a row -> format of its values, e.g. `{"op": "<26", "ms": ">10.3f"}`;
@@ -91,7 +91,7 @@ def table_text(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
 
 
 def _command() -> str:
-    """What was typed, but for where to write: that is no part of what was measured."""
+    """The typed command, except where to write, which is not part of what was measured."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out")
     _, given = parser.parse_known_args(sys.argv[1:])

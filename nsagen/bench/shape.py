@@ -114,7 +114,7 @@ class Inputs:
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        """What has a gradient."""
+        """The tensors that have a gradient."""
         return self.q, self.k, self.v, self.ck, self.cv, self.gate
 
     def compressed(self) -> tuple[Tensor, Tensor]:

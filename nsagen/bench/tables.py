@@ -1,4 +1,4 @@
-"""Benchmark results as tables for documents: a number in one is a number that was measured."""
+"""Benchmark results as tables for documents: every number in them was measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADS = {
 
 
 def markdown(path: Path) -> str:
-    """The whole attention beside dense attention, and what the numbers are true of.
+    """The whole attention next to dense attention, and what the numbers hold for.
 
     Args:
         path: JSON that `nsagen bench prefill`, `train` or `decode` wrote.
@@ -55,7 +55,7 @@ def _decode(rows: Rows) -> Iterator[list[str]]:
 
 
 def _pairs(rows: Rows) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Of each length, dense attention and the whole of ours."""
+    """For each length, dense attention and our whole attention."""
     dense = {row["tokens"]: row for row in rows if row["what"].startswith("dense")}
     for row in rows:
         if row["what"] == "attention":

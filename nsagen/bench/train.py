@@ -1,4 +1,4 @@
-"""Forward and backward pass over one long sequence, of each op, all of them, and dense attention.
+"""Forward and backward pass over one long sequence: each op, all of them, and dense attention.
 
 nsagen bench train --seqlens 8192 32768 65536
 """
@@ -48,12 +48,12 @@ def run(
     dispatcher: Dispatcher | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row an op and length.
+    """One row per op and length.
 
     Returns:
         rows with `what`, `tokens`, `forward_ms`, `backward_ms`, `floor_ms` and `tflops` (of the
         backward pass, whose products are 2.5 times the forward's), `of_dense` (backward over dense
-        cuDNN's) and, for the whole attention, `peak_gib`: the most memory held beside inputs,
+        cuDNN's) and, for the whole attention, `peak_gib`: the most memory held besides inputs,
         outputs and gradients.
     """
     ceilings = measure_ceilings()
@@ -106,7 +106,7 @@ def _rows_of_length(
 def _branch_calls(
     inputs: Inputs,
 ) -> dict[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]]:
-    """Each differentiable op of the attention, and what its gradients are of."""
+    """Each differentiable op of the attention, and the tensors whose gradients it gives."""
     s = inputs.shape
     with torch.no_grad():
         topk_idx = inputs.compressed()[1]
@@ -159,7 +159,7 @@ def host_of_training(call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Ho
 
 
 def peak_memory(inputs: Inputs) -> float:
-    """GiB held at most during forward and backward, beside inputs, output and gradients."""
+    """Most GiB held during forward and backward, besides inputs, output and gradients."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
