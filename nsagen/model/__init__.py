@@ -1,4 +1,4 @@
-"""ToyNSALlama and what it is made of: configurations, rope, attention, caches, generation."""
+"""ToyNSALlama and its parts: configurations, rope, attention, caches, generation."""
 
 from nsagen.model.cache import KVCache, NSACache
 from nsagen.model.configs import InferenceConfig, ToyLlamaConfig, ToyNSALlamaConfig

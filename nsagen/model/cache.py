@@ -1,8 +1,8 @@
 """Key/value caches for generation: dense, and for Native Sparse Attention.
 
-A slot holds one sequence: in max_length tokens of its own, or in pages that it takes as it needs.
-Tensors are allocated once; their sizes are known beforehand from `cache_shapes`, which
-`InferenceConfig.cache_bytes` reports.
+A slot holds one sequence: in max_length tokens of its own, or in pages that it takes as needed.
+Tensors are allocated once; `cache_shapes` gives their sizes beforehand, and
+`InferenceConfig.cache_bytes` reports them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Cache(Generic[Layer]):
         return self.pages is not None
 
     def tensors(self) -> Iterator[Tensor]:
-        """All layers' keys, values and what else is kept of them."""
+        """All layers' keys, values and everything else kept of them."""
         return iter(self._tensors.values())
 
     @property
@@ -79,7 +79,7 @@ class _Cache(Generic[Layer]):
         return table + sum(tensor.nbytes for tensor in self._tensors.values())
 
     def reserve(self, slot: int, tokens: int, who: str = "cache") -> None:
-        """Make sure that a slot can hold `tokens` tokens; only pages can run out.
+        """Ensure that a slot can hold `tokens` tokens; only pages can run out.
 
         Raises:
             CapacityError: too few pages are free; nothing has changed.
@@ -88,7 +88,7 @@ class _Cache(Generic[Layer]):
             self.pages.reserve(slot, tokens, who)
 
     def release(self, slot: int) -> None:
-        """Give up a slot's sequence. Nothing is cleared, and other slots go on."""
+        """Give up a slot's sequence. Nothing is cleared, and other slots continue."""
         if self.pages is not None:
             self.pages.release(slot)
 
@@ -129,7 +129,7 @@ class NSACache(_Cache[NSALayerCache]):
     """What Native Sparse Attention reads while decoding, of all layers of a `ToyNSALlama`.
 
     Args:
-        paged, page_size: as in `InferenceConfig`, which gives them unless they are given here.
+        paged, page_size: as in `InferenceConfig`, whose values are the default.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""config.json of a Llama checkpoint: to the toy models' configurations and back."""
+"""config.json of a Llama checkpoint, to and from the toy models' configurations."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from nsagen.model.configs import ToyLlamaConfig, ToyNSALlamaConfig
 from nsagen.model.sparsity import SETTINGS, stored_settings
 
 SPARSITY = (*SETTINGS, "v_head_dim")
-"""The settings that NSA adds to a Llama: in config.json they lie below `nsa`."""
+"""The settings that NSA adds to a Llama: config.json has them below `nsa`."""
 
 NSA_TYPE = "nsagen_toy_llama"
-"""The model_type of a `ToyNSALlama`'s folder; before it had one, it was "llama"."""
+"""The model_type of a `ToyNSALlama`'s folder; before this type existed, it was "llama"."""
 
 _SAME_NAME = (
     "vocab_size",
@@ -35,7 +35,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json.
 
     Raises:
-        InvalidInputError: no such file, or it is not a JSON object.
+        InvalidInputError: the file is missing, or is not a JSON object.
     """
     path = folder / "config.json"
     try:
@@ -54,7 +54,7 @@ def dense_config(raw: Mapping[str, Any], folder: Path) -> ToyLlamaConfig:
     """The structure that a Llama's config.json describes.
 
     Raises:
-        InvalidInputError: it is no Llama, or has what ToyLlama lacks: biases, another activation.
+        InvalidInputError: not a Llama, or it has what ToyLlama lacks: biases, another activation.
     """
     where = f"{folder}/config.json"
     kind = raw.get("model_type")
@@ -108,7 +108,7 @@ def nsa_config(
     """`dense_config` with the folder's own NSA settings, then the overrides.
 
     Raises:
-        InvalidInputError: as `dense_config`; a setting that NSA doesn't have.
+        InvalidInputError: as `dense_config`; or a setting that NSA doesn't have.
     """
     dense = dense_config(raw, folder)
     stored = raw.get("nsa") or {}
@@ -129,8 +129,8 @@ def nsa_config(
 def rope_settings(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     """rope_theta and rope_scaling, as Transformers 4 (two keys) or 5 (rope_parameters) has them.
 
-    Where it has both, what Transformers 5 takes: rope_scaling before rope_parameters, and the theta
-    in it before the one beside it.
+    If both exist, it returns what Transformers 5 uses: rope_scaling before rope_parameters, and the
+    theta inside it before the one beside it.
     """
     parameters = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     theta = parameters.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
@@ -139,7 +139,7 @@ def rope_settings(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]
 
 
 def _checked_rope(raw: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
-    """`rope_settings` of a model whose rope turns whole heads, the same in all layers."""
+    """`rope_settings` of a model whose rope turns whole heads, equally in all layers."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     advice = "such a model cannot be loaded"
     require(
@@ -192,7 +192,7 @@ WEIGHTS = {
 
 
 def config_dtype(raw: Mapping[str, Any], otherwise: torch.dtype = torch.bfloat16) -> torch.dtype:
-    """The dtype that config.json names, else another one.
+    """The dtype that config.json names, or else `otherwise`.
 
     Raises:
         InvalidInputError: not one of `WEIGHTS`.
@@ -205,10 +205,10 @@ def config_dtype(raw: Mapping[str, Any], otherwise: torch.dtype = torch.bfloat16
 
 
 def checked_dtype(where: str, dtype: Any, given: Any = None) -> torch.dtype:
-    """A dtype that weights may have; `given`: what named it.
+    """Check that weights may have a dtype; `given` is what named it.
 
     Raises:
-        InvalidInputError: another one.
+        InvalidInputError: weights cannot have it.
     """
     known = ", ".join(str(known).removeprefix("torch.") for known in WEIGHTS.values())
     require(
@@ -222,7 +222,7 @@ def checked_dtype(where: str, dtype: Any, given: Any = None) -> torch.dtype:
 
 
 def config_json(model_config: ToyLlamaConfig, tied: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """What config.json says of a model; `tied`: embedding and head share their weights."""
+    """config.json's content for a model; `tied`: embedding and head share their weights."""
     config = asdict(model_config)
     scaling = dict(config.pop("rope_scaling") or {"rope_type": "default"})
     theta = config.pop("rope_theta")
@@ -234,7 +234,7 @@ def config_json(model_config: ToyLlamaConfig, tied: bool, dtype: torch.dtype) ->
     config = {name: value for name, value in config.items() if name not in SPARSITY}
     content: dict[str, Any] = {
         "architectures": ["ToyNSALlama" if nsa else "LlamaForCausalLM"],
-        # Of this type, Transformers refuses it: as a Llama it would load without the new weights.
+        # Transformers refuses this type: as a Llama it would load without the new weights.
         "model_type": NSA_TYPE if nsa else "llama",
         **config,
         "hidden_act": "silu",

@@ -1,4 +1,4 @@
-"""Llama checkpoint folders (config.json and safetensors) to and from the toy models.
+"""Llama checkpoint folders (config.json and safetensors), to and from the toy models.
 
 Needs safetensors only, not Transformers.
 """
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 _EMBEDDING = "model.embed_tokens.weight"
 
 _SCALES = ("scale", "scale_inv", "scales", "qweight", "qzeros", "g_idx", "SCB", "absmax")
-"""How the names of what a quantized weight has beside it end."""
+"""Endings of the names of the tensors that accompany a quantized weight."""
 
 _NO_SHAPE = ("dispatcher", "kernel_stride", "block_size", "topk", "init_blocks", "local_blocks")
-"""What may be loaded with any value: no parameter's shape depends on it."""
+"""Settings that may be loaded with any value: no parameter's shape depends on them."""
 
 _NEW = ("gate.", "compress_", "intra_block_pe", "k_proj_", "v_proj_")
-"""How the names of the parameters begin that NSA adds to a layer's attention."""
+"""Beginnings of the names of the parameters that NSA adds to a layer's attention."""
 
 
 class Pretrained(nn.Module):
@@ -60,12 +60,12 @@ class Pretrained(nn.Module):
         inference_config: InferenceConfig | None,
         settings: Mapping[str, Any],
     ) -> Self:
-        """A model of the structure that a folder's config.json describes, its weights not set.
+        """A model with the structure that a folder's config.json describes, without its weights.
 
         Args:
-            raw: what config.json holds.
+            raw: the content of config.json.
             folder: where it is, for error texts.
-            settings: what `from_pretrained` was given beside its named arguments.
+            settings: what `from_pretrained` was given besides its named arguments.
         """
         raise NotImplementedError
 
@@ -82,12 +82,12 @@ class Pretrained(nn.Module):
         device: torch.device | str = "cpu",
         **more: Any,
     ) -> Self:
-        """A model with the weights of a Llama checkpoint folder, held once while they load.
+        """A model with the weights of a Llama checkpoint folder; loading holds them only once.
 
         Args:
             folder: holds config.json and model.safetensors, or several files and their index.
             inference_config: limits of `generate`.
-            dtype: of the weights; by default what config.json says, else that of the file.
+            dtype: of the weights; by default what config.json says, or else the file's.
             device: where to put them.
             more: a ToyNSALlama also takes `dispatcher` and any setting of its attention, such as
                 `topk`; from a dense checkpoint its new parameters start as
@@ -129,11 +129,11 @@ class Pretrained(nn.Module):
     def save_pretrained(
         self, folder: str | PathLike[str], max_shard_bytes: int = 5 * 10**9
     ) -> None:
-        """Write config.json and the weights into a folder, which is made if need be.
+        """Write config.json and the weights into a folder, which is made if needed.
 
         Args:
             folder: a ToyLlama's can be read by Transformers as a LlamaForCausalLM.
-            max_shard_bytes: largest file; more weights go to several files and an index.
+            max_shard_bytes: largest file; more weights go to several files with an index.
         """
         folder, tensors = Path(folder), dict(self.state_dict())
         self._check_saved(tensors)
@@ -166,7 +166,7 @@ def _is_new(name: str) -> bool:
 
 
 def _check_stored(folder: Path, stored: Mapping[str, Path]) -> None:
-    """Refuse weights that are not numbers as they are: integers, or 8 bits with scales."""
+    """Refuse weights that cannot be used as they are: integers, or 8 bits with scales."""
     kinds = {name: stored_dtype(path, name) for name, path in stored.items()}
     found = [f"{name} of {kind}" for name, kind in kinds.items() if kind not in WEIGHTS]
     require(
@@ -179,7 +179,7 @@ def _check_stored(folder: Path, stored: Mapping[str, Path]) -> None:
 
 
 def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """The settings with which a folder of NSA is asked to be loaded, and which it does not have."""
+    """The requested settings of an NSA folder that differ from its own."""
     stored = raw.get("nsa") or {}
     return [
         name
@@ -203,10 +203,10 @@ def _fill(
     optional: set[str],
     changed: Sequence[str],
 ) -> None:
-    """Copy every stored tensor into its parameter; all but the optional must be there.
+    """Copy every stored tensor into its parameter; only the optional ones may be missing.
 
     Args:
-        changed: settings that the caller gave and the folder has other values of.
+        changed: settings that the caller gave and that differ from the folder's.
     """
     wanted = dict(model.named_parameters(remove_duplicate=False))  # tied ones by both names
     # Old checkpoints store this buffer, which follows from the config.
@@ -232,7 +232,7 @@ def _fill(
 
 
 def _advice(missing: Sequence[str], unexpected: Sequence[str], changed: Sequence[str]) -> str:
-    """What to do about a folder whose tensors are not those of the model."""
+    """What to do about a folder whose tensors do not match the model."""
     if changed:
         return f"leave out {', '.join(changed)}, with which its weights were not made"
     if any(name.endswith(_SCALES) for name in unexpected):

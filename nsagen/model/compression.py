@@ -1,8 +1,8 @@
 """The weights that compress a window of keys, or of values, into one token.
 
-With the initial weights a window's result is its mean: exactly, but for "mlp" with fewer than
-two hidden units for each component. Its silu is only a half of a line around 0; two units that
-see +x and -x are a whole one, silu(x) - silu(-x) = x.
+With the initial weights a window's result is its mean: exactly, except for "mlp" with fewer than
+two hidden units per component. Near 0, silu is only half of a line; two units that see +x and -x
+make a whole one, silu(x) - silu(-x) = x.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 Weights = Tensor | tuple[Tensor, Tensor] | None
-"""What `ops.compress` takes: none for "avgpool", two for "mlp"."""
+"""What `ops.compress` takes: None for "avgpool", two tensors for "mlp"."""
 
 MLP_INPUT = 0.25
-"""What a unit that is alone for its component multiplies the mean m by: its result is
+"""Factor by which a unit that is alone for its component multiplies the mean m: its result is
 m * (1 + tanh(MLP_INPUT * m / 2)). Smaller is nearer to the mean, and slower to train."""
 
 
 class PlainWeights(nn.Module):
-    """One tensor as a module of its own, so that adapters can name it."""
+    """One tensor in its own module, so that adapters can name it."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def mean_weights(
 
     Args:
         hidden: units of "mlp"; with fewer than `dim` the last components are 0, and units past
-            2 * dim start at random and have no part in the result yet.
+            2 * dim start at random and do not affect the result yet.
     """
     mean = torch.eye(dim) / size
     if compress_type == "avgpool":
@@ -86,7 +86,7 @@ def mean_weights(
 def _mean_units(dim: int, hidden: int) -> tuple[Tensor, Tensor]:
     """[dim, hidden] and [hidden, dim] with silu(m @ up) @ down close to m.
 
-    The first `dim` units see a component each; as many as are left, up to `dim`, the same
+    The first `dim` units see one component each; of the remaining ones, up to `dim` see the same
     components with a minus.
     """
     units = torch.arange(min(hidden, 2 * dim))
@@ -109,7 +109,7 @@ def holder_of(weights: Weights, **where: Any) -> Holder:
 def weights_of(holder: Holder, like: Tensor) -> Weights:
     """The weights as an op takes them, in the dtype of `like`.
 
-    A module is called, not read: adapters may have wrapped it.
+    A module is called, not read, because adapters may have wrapped it.
     """
     if isinstance(holder, nn.Module):
         return holder(like)

@@ -1,6 +1,6 @@
 """Configurations of the toy models and of inference. Frozen and checked when built.
 
-Names follow the Transformers Llama configuration wherever both have the thing.
+Names follow the Transformers Llama configuration wherever both have the setting.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ToyLlamaConfig:
 
 @dataclass(frozen=True)
 class ToyNSALlamaConfig(Sparsity, ToyLlamaConfig):
-    """A Llama-like model with Native Sparse Attention: both classes' fields, and one more.
+    """A Llama-like model with Native Sparse Attention: both classes' fields, plus one.
 
     Attributes:
         v_head_dim: size of a value head, by the rule of head_dim; None for head_dim.
@@ -102,15 +102,15 @@ class InferenceConfig:
     """Limits of cached generation, which size the cache, and how it runs.
 
     Attributes:
-        max_batch_size: sequences that are generated at once; slots of the cache.
+        max_batch_size: sequences generated at once; slots of the cache.
         max_length: longest sequence in tokens, prompt and new tokens together.
-        max_new_tokens: new tokens a `generate` makes unless told otherwise.
+        max_new_tokens: new tokens that `generate` makes by default.
         prefill_chunk_size: most prompt tokens that run at once; None for whole prompts.
         cuda_graph: capture a decoding step and replay it; CPUs have no graphs and ignore it.
-        paged: keep the cache in pages that sequences take as they need, not in max_length
-            tokens a slot. For Native Sparse Attention.
+        paged: keep the cache in pages that sequences take as needed, not in max_length
+            tokens per slot. For Native Sparse Attention.
         page_size: tokens of a page; a multiple of the model's block_size.
-        num_pages: pages in all; None for as many as full slots would take.
+        num_pages: pages in total; None for as many as full slots would take.
 
     Raises:
         InvalidInputError: a value is not a positive integer, or a switch not a bool.
@@ -173,8 +173,8 @@ def cache_shapes(config: ToyLlamaConfig, limits: InferenceConfig) -> dict[str, t
     if not isinstance(config, ToyNSALlamaConfig):
         return dict.fromkeys(("k", "v"), (layers, places, length, heads, dim))
     size, stride = config.kernel_size, config.kernel_stride
-    # One window at least, so that kernels never see an empty tensor. A page has the windows that
-    # begin in it.
+    # At least one window, so that kernels never see an empty tensor. A page has the windows that
+    # start in it.
     windows = length // stride if limits.paged else max(1, (length - size) // stride + 1)
     lengths = layer_lengths(config, length, windows)
     dims = {name: config.value_dim if "v" in name else dim for name in lengths}
@@ -185,11 +185,11 @@ def cache_shapes(config: ToyLlamaConfig, limits: InferenceConfig) -> dict[str, t
 
 
 def check_inference_config(config: ToyLlamaConfig, limits: InferenceConfig | None) -> None:
-    """Check that a cache suits its model.
+    """Check that a cache fits its model.
 
     Raises:
-        InvalidInputError: not an InferenceConfig; max_length passes max_position_embeddings; pages
-            for dense attention, or pages that would split a block.
+        InvalidInputError: max_length exceeds max_position_embeddings; pages for dense attention,
+            or pages that would split a block.
     """
     if limits is None:
         return

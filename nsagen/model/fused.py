@@ -1,9 +1,9 @@
 """Fused products of inference: when a model may use them, and the joined weights that they read.
 
 In inference on kernels, layers that read the same input run as one product, and a norm, a
-residual or an activation goes into the product beside it. That reads weights past the modules that
-hold them. So it is done only while every module is what nsagen made: a hook, an adapter, a
-quantized layer or any other module takes the whole model to calling its modules, as forward does.
+residual or an activation is fused into the product beside it. That reads weights without calling
+the modules that hold them. So it happens only while every module is exactly nsagen's own: with a
+hook, an adapter, a quantized layer or any other module, the whole model calls its modules.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from nsagen import ops
 _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList)
 
 CAPTURING = threading.Lock()
-"""Held while a step is captured: that begins with waiting for the device, which another capture
-forbids."""
+"""Held while a step is captured: a capture starts by waiting for the device, which another
+capture forbids."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class WeightState:
 
 
 def state_of(model: nn.Module) -> WeightState | None:
-    """The state of a model's weights; None where it has a module that must be called."""
+    """The state of a model's weights; None if it has a module that must be called."""
     if not is_bare_below(model):
         return None
     tensors, joined = [], []
@@ -56,7 +56,7 @@ def state_of(model: nn.Module) -> WeightState | None:
 
 
 def is_bare_below(model: nn.Module) -> bool:
-    """Whether all modules of a model are bare. A step waits for it, so it is quick."""
+    """Whether all modules of a model are bare. It is fast, because each step waits for it."""
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:
         return False
     todo = list(model.__dict__["_modules"].values())
@@ -76,22 +76,22 @@ def may_fuse(model: nn.Module, weight: Tensor) -> bool:
 
 
 def renew_joined(model: nn.Module) -> None:
-    """Have joined weights copied anew when they are next read: some writes leave no version."""
-    with CAPTURING:  # where they are read, and must not be copied
+    """Copy joined weights again when they are next read: some writes leave no version."""
+    with CAPTURING:  # captures read them, so they must not be copied then
         for module in _walk(model):
             if isinstance(module, JoinsWeights):
                 module.joined.renew()
 
 
 def refresh_joined(model: nn.Module) -> None:
-    """Copy weights that were written to into the joined ones, in place."""
+    """Copy changed weights into the joined ones, in place."""
     for module in _walk(model):
         if isinstance(module, JoinsWeights) and module.joined.address:
             module.joined_weight()
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether calling a module does what its class in nsagen or PyTorch says, and no more."""
+    """Whether calling a module does only what its class in nsagen or PyTorch says."""
     own, kind = module.__dict__, type(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
         return False
@@ -118,9 +118,9 @@ def _walk(model: nn.Module) -> list[nn.Module]:
 class JoinedWeight:
     """The weights of several linear layers in one matrix, so that one product does their work.
 
-    A copy, in memory of its own: the parameters stay what and where they are. It is made when it
-    is first read, written anew in place when a weight was written to or `renew` was called, and
-    made anew where a weight has moved. Copies and pickles of it are empty.
+    It is a separate copy: the parameters stay what and where they are. It is made at the first
+    read, updated in place after a weight changed or `renew` was called, and made again after a
+    weight moved. Copies and pickles of it are empty.
     """
 
     def __init__(self) -> None:
@@ -134,11 +134,11 @@ class JoinedWeight:
 
     @property
     def address(self) -> int:
-        """Where it lies; 0 while there is none."""
+        """Its address; 0 while it does not exist."""
         return 0 if self._held is None else self._held[1].data_ptr()
 
     def renew(self) -> None:
-        """Copy the weights again at the next reading."""
+        """Copy the weights again at the next read."""
         if self._held is not None:
             self._held = ([], self._held[1])
 

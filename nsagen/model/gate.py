@@ -1,4 +1,4 @@
-"""The gates of the branches: one number from 0 to 1 for each token, head and branch that is on."""
+"""The gates of the branches: one number from 0 to 1 per token, head and branch that is on."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def first_layer(gate: Gate) -> nn.Linear:
 
 
 def after_first_layer(gate: Gate, y: Tensor, dispatcher: Any) -> Tensor:
-    """The gate from what its first layer made of x; without gradients. A linear gate's y has been
-    through the sigmoid already."""
+    """The gate from the output y of its first layer; without gradients. A linear gate's y has
+    already been through the sigmoid."""
     if not isinstance(gate, MLPGate):
         return y
     return project(F.silu(y), gate.down_proj.weight, sigmoid_from=0, dispatcher=dispatcher)

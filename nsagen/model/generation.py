@@ -1,4 +1,4 @@
-"""Generation with a cache: the prompts first, packed, then token by token."""
+"""Generation with a cache: first the packed prompts, then token by token."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ else:
 class Generation(nn.Module, Generic[Cache]):
     """Gives a model `generate`. The model brings `new_cache` and its parts.
 
-    Nothing of a call is kept on the model but an idle batch, whose cache the next call takes; a
-    call that comes while another runs makes its own.
+    The model keeps nothing of a call except an idle batch, whose cache the next call takes. A call
+    that comes while another runs makes its own batch.
     """
 
     config: ToyLlamaConfig
@@ -56,7 +56,7 @@ class Generation(nn.Module, Generic[Cache]):
         self._idle_batches: deque[ContinuousBatch] = deque(maxlen=1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles have no cache, nor steps captured for another model's weights."""
+        """Copies and pickles have no cache, and no steps captured for another model's weights."""
         return {**self.__dict__, "_idle_batches": deque(maxlen=1)}
 
     def new_cache(self) -> Cache:
@@ -64,7 +64,7 @@ class Generation(nn.Module, Generic[Cache]):
         raise NotImplementedError
 
     def hidden(self, input_ids: Tensor, rows: CachedRows, cache: Cache) -> Tensor:
-        """What `head` takes, of tokens behind those that the cache holds: [N, hidden_size]."""
+        """Input of `head` for tokens that follow those in the cache: [N, hidden_size]."""
         return (self.model.before_norm if rows.fused else self.model)(input_ids, rows, cache)
 
     def head(self, hidden: Tensor, fused: bool) -> Tensor:
@@ -75,7 +75,7 @@ class Generation(nn.Module, Generic[Cache]):
         return project(hidden, weight, norm=norm, dispatcher=self.dispatcher)
 
     def may_fuse(self) -> bool:
-        """Whether a pass now runs as fused products; see `nsagen.model.fused`."""
+        """Whether a pass would now run as fused products; see `nsagen.model.fused`."""
         return may_fuse(self, self._weight())
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class Generation(nn.Module, Generic[Cache]):
             cu_seqlens: int32 [batch+1], where each piece starts.
             lengths: tokens of each piece.
             slots: the sequences' places in the cache; 0, 1, 2, ... by default.
-            starts: tokens of each sequence that the cache holds already; none by default.
+            starts: tokens of each sequence that the cache already holds; 0 by default.
 
         Returns:
             float32 [batch, vocab], logits of the last tokens.
@@ -133,8 +133,8 @@ class Generation(nn.Module, Generic[Cache]):
         return next(self.parameters())
 
     def _take_batch(self) -> ContinuousBatch:
-        """An empty batch for one call alone: the idle one, or a new one where there is none, or
-        where it is for other weights or limits."""
+        """An empty batch for this call only: the idle one, or a new one if there is no idle one or
+        it has other weights or limits."""
         weight = self._weight()
         wanted = (weight.device, weight.dtype, self.inference_config)
         try:
@@ -161,28 +161,28 @@ class Generation(nn.Module, Generic[Cache]):
     ) -> Tensor:
         """Continue each prompt of a packed batch.
 
-        All is checked before any work. The prompts' lengths are read back from the device;
-        tokens follow a step late, so that the device never waits for it. Calls may overlap, from
-        threads or from `stream`: each has a cache of its own, allocated while the others run.
+        Everything is checked before any work. The prompts' lengths are read back from the device;
+        tokens arrive one step late, so the device never waits for them. Calls may overlap, from
+        threads or from `stream`: each has its own cache, allocated while the others run.
 
         Args:
             input_ids: int64 [N], the prompts concatenated, none of them empty.
             cu_seqlens: int32 [batch+1], where each prompt starts; the last entry is N.
             max_new_tokens: tokens to make for each; -1 for `inference_config.max_new_tokens`.
-            sampling: how tokens are chosen, for all prompts or one for each; by default the most
+            sampling: how tokens are chosen, for all prompts or one per prompt; by default the most
                 likely ones.
-            stop_tokens: tokens that end a sequence; the one that does is its last.
+            stop_tokens: tokens that end a sequence; the stop token is the sequence's last.
             stream: called with each new token in its sequence's order; `sequence` is the
                 prompt's index in the batch.
-            cuda_graph: replay captured steps; `inference_config.cuda_graph` unless given.
+            cuda_graph: replay captured steps; `inference_config.cuda_graph` by default.
 
         Returns:
             int64 [batch, max_new_tokens]; -1 after a sequence's end.
 
         Raises:
             InvalidInputError: names the sequence and the limit that it breaks.
-            CapacityError: the pages of the cache do not suffice; names the first sequence that
-                finds too few.
+            CapacityError: the cache has too few pages; names the first sequence that lacks
+                some.
             Exception: what `stream` or a step raised; the model is ready for the next call.
         """
         limits = check_inference("generate", self)

@@ -1,4 +1,4 @@
-"""Queries, keys and values on their way from the projections to the branches."""
+"""Queries, keys and values between the projections and the branches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class KV(NamedTuple):
 
 @dataclass(frozen=True)
 class Heads:
-    """What the projections make of tokens, before rope.
+    """The projections' results for tokens, before rope.
 
     Attributes:
         q: [N, HQ, D].
@@ -36,8 +36,8 @@ class Branches:
     """What the branches read; queries and keys are after rope.
 
     Attributes:
-        windows: compressed keys and values; None where nothing reads them.
-        q_start, cu_seqlens_k: given where sequences have more keys than queries.
+        windows: compressed keys and values; None if nothing reads them.
+        q_start, cu_seqlens_k: set if sequences have more keys than queries.
     """
 
     q: Tensor

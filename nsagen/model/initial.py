@@ -1,15 +1,15 @@
-"""What a model's new parameters start as when its dense attention becomes NSA.
+"""Initial values of a model's new parameters when its dense attention becomes NSA.
 
-A swapped model of Transformers has gates with a bias and weights of 0, so that they start as the
+A swapped model of Transformers has gates with a bias and weights of 0, so they start as the
 constants `INITIAL_GATES`: the selected and the sliding branch add up to 1, and the output is the
-dense one wherever both see every token, but for the small share of the compressed branch.
+dense one wherever both see every token, except for the small share of the compressed branch.
 
 A `ToyNSALlama`'s gates have no bias: with weights of 0 each is 1/2. Its compressed values start
-at 0, where they have weights that allow it (not "avgpool" and "sigmoid_mul"), so that again the
-other two branches alone make the output.
+at 0 if their weights allow it (not "avgpool" and "sigmoid_mul"), so again only the other two
+branches make the output.
 
-Of an MLP gate only the last layer starts so. Branches with their own keys and values start with
-copies of the dense ones' projections.
+In an MLP gate only the last layer starts this way. Branches with their own keys and values start
+with copies of the dense ones' projections.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Gates = tuple[float, float, float]
 """Shares of the compressed, selected and sliding branch, each between 0 and 1."""
 
 INITIAL_GATES: Gates = (0.002, 0.98, 0.02)
-"""Small enough for the compressed branch to do no harm, large enough for it to be trained."""
+"""Small enough that the compressed branch does no harm, large enough that it can be trained."""
 
 
 def constant_gate(
@@ -44,7 +44,7 @@ def constant_gate(
     """A gate whose sigmoid is `gates` for every token and head, whatever the input.
 
     Args:
-        on: the branches that have one.
+        on: the branches that have a gate.
         hidden: units of an MLP; None for a linear layer.
 
     Raises:
@@ -68,7 +68,7 @@ def constant_gate(
 
 @torch.no_grad()
 def start_from_dense(attention: NativeSparseAttention, std: float) -> None:
-    """Set all else of a toy model's attention, whose Llama projections are set, as said above.
+    """Set the rest of a toy model's attention, whose Llama projections are set, as said above.
 
     Args:
         std: of the weights that start at random.

@@ -15,7 +15,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def layer_lengths(sparsity: Sparsity, tokens: int, windows: int) -> dict[str, int]:
-    """The tensors of an `NSALayerCache` and their entries, for so many tokens and windows."""
+    """The tensors of an `NSALayerCache` and their entries, for given tokens and windows."""
     size = sparsity.kernel_size
     lengths = {"k": tokens, "v": tokens, "ck": windows, "cv": windows, "k_raw": size}
     if sparsity.branch_kv == "separate":
@@ -56,9 +56,9 @@ class NSALayerCache:
         cv: [slots, windows, HK, Dv], compressed values.
         k_raw: [slots, kernel_size, HK, D], the last keys before rope: token t at index
             t % kernel_size. Compression happens before rope, so the next window needs them.
-        v_raw: [slots, kernel_size, HK, Dv], the compressed branch's last values, where these are
-            its own; then k_raw has its keys.
-        k_window, v_window: like k and v, where the sliding branch does not read these.
+        v_raw: [slots, kernel_size, HK, Dv], the compressed branch's last values, if it has its
+            own; then k_raw has its keys.
+        k_window, v_window: like k and v, if the sliding branch does not read these.
         block_table: int32 [slots, pages_per_slot], the pages of each slot; None without pages.
     """
 
@@ -74,7 +74,7 @@ class NSALayerCache:
 
     @property
     def of_tokens(self) -> tuple[Pair, Pair]:
-        """Keys and values that the selected and that the sliding branch reads."""
+        """Keys and values that the selected and the sliding branch read."""
         selected = (self.k, self.v)
         if self.k_window is None or self.v_window is None:
             return selected, selected
@@ -86,9 +86,9 @@ class NSALayerCache:
         return {n: t for n, t in named.items() if t is not None and n != "block_table"}
 
     def tokens_before(self, windows: WindowRows, k: Tensor, v: Tensor) -> Pair:
-        """What a pass compresses: its own tokens' keys before rope and values, behind earlier ones.
+        """What a pass compresses: its own tokens' keys before rope and values, after earlier ones.
 
-        The rings of these are read before `fill` writes to them.
+        These read the rings before `fill` writes to them.
         """
         keys = windows.with_carried(k, self.k_raw, windows.carried)
         if self.v_raw is not None:

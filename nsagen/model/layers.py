@@ -1,4 +1,4 @@
-"""The parts of a Llama layer that have nothing to do with attention."""
+"""The parts of a Llama layer other than attention."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class RMSNorm(nn.Module):
 
 
 FUSED_ROWS = 16
-"""Most rows for which a GPU runs a product and what follows it in one launch.
+"""Most rows for which a GPU runs a product and its following operations in one launch.
 
 At 4 rows on an H200 the guide's products with what follows took 13.8 + 12.8 + 60.1 + 31.9 us a
 layer in a graph, cuBLAS's alone 16.2 + 14.6 + 58.3 + 33.5. Above 16 rows cuBLAS gains: it reads x
@@ -75,7 +75,7 @@ def project(
     sigmoid_from: int | None = None,
     dispatcher: Any = None,
 ) -> Tensor:
-    """x @ weight.T with what stands around it in a layer, by one kernel for up to FUSED_ROWS rows.
+    """x @ weight.T with its surrounding operations, by one kernel for up to FUSED_ROWS rows.
 
     Without gradients.
 

@@ -1,7 +1,7 @@
-"""Logits in float32, without another tensor of them in the weights' dtype.
+"""Logits in float32, without a second tensor of them in the weights' dtype.
 
-A vocabulary is large: of 10144 tokens over 128288 entries, converting 16-bit logits took about 4 ms
-on an H200, and rounding makes logits equal that are not.
+A vocabulary is large: converting 16-bit logits of 10144 tokens over 128288 entries took about 4 ms
+on an H200, and rounding makes different logits equal.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def logits_of(x: Tensor, head: nn.Linear) -> Tensor:
 
 
 def _rounds_needlessly(x: Tensor, head: nn.Linear) -> bool:
-    """Whether one product can write float32: not where another part of the program changed the
+    """Whether one product can write float32: not if another part of the program changed the
     layer, by a hook, a subclass or a weight of another kind."""
     if torch.compiler.is_compiling():  # which fuses the conversion itself
         return False

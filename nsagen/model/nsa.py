@@ -30,10 +30,10 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
         num_q_heads: query heads HQ; a multiple of num_kv_heads.
         num_kv_heads: key/value heads HK.
         head_dim: head size D; v_head_dim: of values, Dv; None for head_dim.
-        kernel_size, kernel_stride: tokens a compression window covers; from one to the next.
+        kernel_size, kernel_stride: tokens in a compression window; tokens between window starts.
         block_size: tokens of a selection block.
-        topk, init_blocks, local_blocks: blocks a query selects; of them always the first ones
-            and the last ones up to its own.
+        topk, init_blocks, local_blocks: blocks that a query selects, always including the first
+            ones and the last ones up to its own.
         window_size: tokens of the sliding window, the query's own included.
         branches, branch_kv, v_compress_type, mlp_hidden, v_with_pe, gate_type, gate_hidden: the
             paper's own form; see `Sparsity`.
@@ -43,7 +43,7 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
         initializer_range: standard deviation of the initial projections.
         generator: source of the initial weights; None for PyTorch's own.
 
-    Beside q_proj, k_proj, v_proj and o_proj, which are Llama's, the parameters are
+    Besides q_proj, k_proj, v_proj and o_proj, which are Llama's, the parameters are
 
     - `gate`: a linear layer, or for an "mlp" gate two, `gate.up_proj` and `gate.down_proj`, for
       each head and branch that is on;
@@ -57,11 +57,11 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
       `v_proj_sliding`; k_proj and v_proj are then the selected branch's, or the sliding one's
       where that is off.
 
-    What only a branch that is off would read is not there. Without the compressed branch the
-    compression of keys, by which the selected one chooses, cannot be trained: it is constant.
+    Parameters that only an inactive branch would read do not exist. Without the compressed branch,
+    the compression of keys, by which the selected branch chooses, is constant and untrained.
 
     Raises:
-        InvalidInputError: parameters that do not fit each other.
+        InvalidInputError: parameters that do not fit together.
     """
 
     rotary_emb: RotaryEmbedding
@@ -147,7 +147,7 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
         Args:
             x: [N, hidden_size].
             cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N.
-            packed: the layout, where the caller has it already.
+            packed: the layout, if the caller already has it.
             cache: earlier tokens of the sequences, to which these are added; `packed` then says
                 where. Without gradients.
 

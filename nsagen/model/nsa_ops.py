@@ -1,4 +1,4 @@
-"""What Native Sparse Attention does with its parameters, wherever these come from."""
+"""What Native Sparse Attention does with its parameters, wherever they come from."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class NSAOps(nn.Module):
     intra_block_pe_value: Holder
 
     def add_compression(self, generator: torch.Generator | None = None, **where: Any) -> None:
-        """Make the parameters of compression, as they start.
+        """Make the initial parameters of compression.
 
-        Without the compressed branch keys compress for selection alone, which has no gradient:
-        then these are constants.
+        Without the compressed branch, keys are compressed only for selection, which has no
+        gradient: then these are constants.
 
         Args:
-            where: their device and dtype; PyTorch's own by default.
+            where: their device and dtype; PyTorch's defaults if omitted.
         """
         s, shape = self.sparsity, (self.num_kv_heads, self.sparsity.kernel_size)
         hidden = s.mlp_units(self.head_dim)
@@ -67,11 +67,11 @@ class NSAOps(nn.Module):
                     made.requires_grad_(False)
 
     def held(self, weights: Weights, **where: Any) -> Holder:
-        """What the module keeps of weights of compression."""
+        """What the module keeps of compression weights."""
         return holder_of(weights, **where)
 
     def projections(self) -> list[nn.Linear]:
-        """Those of queries, then of keys and values of each branch that has its own."""
+        """Projections of queries, then of keys and values of each branch that has its own."""
         layers = [self.q_proj, self.k_proj, self.v_proj]
         for branch in self.sparsity.kv_branches[1:]:
             layers += [getattr(self, name) for name in PROJECTIONS[branch]]
@@ -82,7 +82,7 @@ class NSAOps(nn.Module):
         return self.split([layer(x) for layer in self.projections()])
 
     def split(self, projected: Sequence[Tensor]) -> Heads:
-        """The heads in what each of `projections` made."""
+        """The heads in the outputs of `projections`."""
         q, *rest = projected
         pairs = [
             KV(self.key(k), v.unflatten(-1, (self.num_kv_heads, -1)))
@@ -95,11 +95,11 @@ class NSAOps(nn.Module):
         return Heads(q, compressed, selected, own[0] if own else selected)
 
     def query(self, q: Tensor) -> Tensor:
-        """[N, HQ, D] before rope from what the projection made."""
+        """[N, HQ, D] before rope, from the projection's output."""
         return q.unflatten(-1, (self.num_q_heads, -1))
 
     def key(self, k: Tensor) -> Tensor:
-        """[N, HK, D] before rope from what the projection made."""
+        """[N, HK, D] before rope, from the projection's output."""
         return k.unflatten(-1, (self.num_kv_heads, -1))
 
     def gates(self, x: Tensor) -> Tensor:
@@ -131,8 +131,8 @@ class NSAOps(nn.Module):
         return KV(ck, cv)
 
     def _compression(self, like: Tensor) -> tuple[Any, ...]:
-        """Weights and position embeddings of keys and of values, in the dtype of the tokens: under
-        autocast the parameters have another one."""
+        """Weights and position embeddings of keys and of values, in the dtype of the tokens:
+        under autocast the parameters have another one."""
         holders = (self.compress_key, self.compress_value)
         holders += (self.intra_block_pe, self.intra_block_pe_value)
         return tuple(weights_of(holder, like) for holder in holders)
@@ -151,7 +151,7 @@ class NSAOps(nn.Module):
     def append(
         self, heads: Heads, rows: PrefillRows, cache: NSALayerCache, tables: Tables
     ) -> Branches:
-        """Write pieces of sequences to the cache; what the branches read of these pieces alone."""
+        """Write pieces of sequences to the cache; returns what the branches read of only these."""
         made = None
         if self.sparsity.needs_windows:
             made = self._new_windows(heads.compressed, rows, cache, tables)
@@ -175,7 +175,7 @@ class NSAOps(nn.Module):
         return KV(self.rope(ck[:made], windows.positions, tables), cv[:made])
 
     def with_context(self, seen: Branches, rows: PrefillRows, cache: NSALayerCache) -> Branches:
-        """All keys and values that the queries see, from the cache, which holds the new ones."""
+        """All keys and values that the queries see, from the cache, which includes the new ones."""
         if rows.context is None:
             return seen
         assert rows.windows is not None
@@ -220,7 +220,7 @@ class NSAOps(nn.Module):
         cache: NSALayerCache,
         tables: Tables,
     ) -> Tensor:
-        """Append one token of each sequence to the cache and attend with it: [R, HQ * Dv]."""
+        """Append one token of each sequence to the cache and attend from it: [R, HQ * Dv]."""
         rows, s = (positions, slots), self.sparsity
         common = {"block_table": cache.block_table, "dispatcher": self.dispatcher}
         w_k, w_v, pe, pe_v = self._compression(heads.compressed.k)
@@ -260,7 +260,7 @@ class NSAOps(nn.Module):
 
 
 def _separate(heads: Heads, cache: NSALayerCache) -> SeparateKV | None:
-    """What `cache_append` takes where the compressed branch has keys and values of its own."""
+    """What `cache_append` takes if the compressed branch has its own keys and values."""
     if cache.v_raw is None:
         return None
     _, sliding = cache.of_tokens

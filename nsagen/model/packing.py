@@ -1,4 +1,4 @@
-"""Where each row of a packed batch belongs: computed once a forward, shared by all layers."""
+"""Where each row of a packed batch belongs: computed once per forward, shared by all layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nsagen.ops.lengths import Lengths
 def to_device(
     values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Values of the host on a device, for which the host does not wait."""
+    """Host values on a device, without making the host wait."""
     return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
@@ -30,7 +30,7 @@ class Packed:
         cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N.
         sequence: int64 [N], the sequence of each token.
         positions: int32 [N], each token's position within its sequence.
-        lengths: the sequences' lengths, where the host knows them; dense attention needs them.
+        lengths: the sequences' lengths, if the host knows them; dense attention needs them.
         prepared: what the ops of sparse attention need of the lengths.
     """
 
@@ -62,7 +62,7 @@ class Packed:
         return cls(cu_seqlens, sequence, prepared.positions, known, prepared)
 
     def lengths_for(self, kernel_size: int, kernel_stride: int) -> Lengths:
-        """The prepared lengths for windows of these sizes; made here where they are not."""
+        """The prepared lengths for windows of these sizes; made here if missing."""
         sizes = (kernel_size, kernel_stride)
         made = self.prepared
         if made is not None and (made.kernel_size, made.kernel_stride) == sizes:
@@ -75,8 +75,8 @@ def check_packed(
 ) -> Tensor:
     """Check a packed batch as far as that is free; returns cu_seqlens as int32.
 
-    Only a batch on the CPU, or one so large that a sequence may pass `max_positions`, has its
-    lengths read; none where that is None.
+    The lengths are read only for a batch on the CPU, or one so large that a sequence may pass
+    `max_positions`; never if that is None.
 
     Raises:
         InvalidInputError: wrong shapes, dtypes or devices; cu_seqlens that does not run from 0

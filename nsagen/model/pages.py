@@ -11,8 +11,8 @@ from nsagen.model.configs import InferenceConfig
 class PagePool:
     """Hands the pages of a cache to slots, whole sequences at a time.
 
-    A sequence gets at once all pages that it can ever need, so that it never runs out of them
-    half-way, and the table changes only when a sequence comes or goes.
+    A sequence gets at once all pages that it can ever need. So it never runs out halfway, and the
+    table changes only when a sequence comes or goes.
 
     Args:
         limits: the cache's; they fix its pages.
@@ -33,11 +33,11 @@ class PagePool:
 
     @property
     def free_pages(self) -> int:
-        """Pages that no slot has."""
+        """Pages that no slot owns."""
         return len(self._free)
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that hold so many tokens."""
+        """Pages that hold a number of tokens."""
         return -(-tokens // self.limits.page_size)
 
     def capacity(self, slot: int) -> int:
@@ -45,7 +45,7 @@ class PagePool:
         return len(self._taken.get(slot, ())) * self.limits.page_size
 
     def reserve(self, slot: int, tokens: int, who: str) -> None:
-        """Give a slot pages for `tokens` tokens, beside those that it has.
+        """Give a slot enough pages for `tokens` tokens, in addition to those that it has.
 
         Raises:
             CapacityError: names `who`; nothing has changed.
@@ -64,7 +64,7 @@ class PagePool:
         new = self._free[: -needed - 1 : -1]
         places = slice(len(taken), len(taken) + needed)
         self.table[slot, places] = torch.tensor(new, dtype=torch.int32, device=self.table.device)
-        self._taken[slot] = taken + new  # last, so that a failure before it takes nothing
+        self._taken[slot] = taken + new  # last, so that an earlier failure takes nothing
         del self._free[-needed:]
 
     def release(self, slot: int) -> None:

@@ -16,7 +16,7 @@ Index = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive tokens of one sequence, the ones before them being in the cache already.
+    """Consecutive tokens of one sequence; the cache already holds the ones before them.
 
     Attributes:
         slot: the sequence's place in the cache.
@@ -56,7 +56,7 @@ class Context:
         lengths: entries of each sequence.
         cu_seqlens: int32 [batch+1], where each sequence's entries start.
         index: where they lie in a cache.
-        view: (slot, entries) where they lie in one piece, so that none need be copied.
+        view: (slot, entries) if they are contiguous, so that nothing need be copied.
     """
 
     lengths: tuple[int, ...]
@@ -76,11 +76,11 @@ class Context:
 class WindowRows:
     """The compression windows that the tokens of a pass complete.
 
-    A window may begin with tokens of earlier passes: keys before rope that the cache kept for it,
-    and values. They stand before the sequence's new tokens in what is compressed.
+    A window may start with tokens of earlier passes: keys before rope that the cache kept for
+    this, and values. They come before the sequence's new tokens in what is compressed.
 
     Attributes:
-        carried: places in k_raw of those earlier tokens; None where there are none.
+        carried: places in k_raw of those earlier tokens; None without any.
         carried_values: the same tokens in the cache of values.
         order: int64, rows of [carried, new] that bring both into the sequences' order.
         cu_seqlens: int32 [batch+1], where each sequence starts in what is compressed.
@@ -88,8 +88,8 @@ class WindowRows:
         positions: int32 [M], of the windows' first tokens.
         kept: int64, rows of the new tokens whose keys the cache keeps for windows to come.
         raw: where they go in k_raw.
-        ends: int32 [batch+1], where each sequence's windows start if none were there before.
-        context: all windows that the queries see; None where the pass makes them all.
+        ends: int32 [batch+1], where each sequence's windows start if it had no earlier ones.
+        context: all windows that the queries see; None if the pass makes them all.
     """
 
     carried: Index | None
@@ -119,9 +119,9 @@ class PrefillRows:
         cu_seqlens: int32 [batch+1], where each piece starts.
         positions: int32 [N], of each token in its sequence.
         index: where the tokens go in a cache.
-        q_start: int32 [batch], position of each piece's first token; None where all are 0.
-        context: all tokens that the queries see; None where the pass holds them all.
-        windows: the same for compressed keys and values, where there are any.
+        q_start: int32 [batch], position of each piece's first token; None if all are 0.
+        context: all tokens that the queries see; None if the pass holds them all.
+        windows: the same for compressed keys and values, if there are any.
         fused: whether layers run as fused products; see `nsagen.model.fused`.
     """
 
@@ -136,7 +136,7 @@ class PrefillRows:
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], cache: Places, fused: bool = False) -> PrefillRows:
-        """Lay out a pass. The lengths are known on the host, so the device is never asked."""
+        """Lay out a pass. The host knows the lengths, so the device is never asked."""
         device = cache.device
         lengths = [piece.length for piece in pieces]
         owner, position = _runs([piece.start for piece in pieces], lengths, device)
@@ -160,7 +160,7 @@ class PrefillRows:
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """One new token of each of several sequences, behind what a cache holds of them.
+    """One new token of each of several sequences, after those that a cache holds.
 
     Attributes:
         positions: int32 [R], of the tokens; -1: an idle row.
@@ -196,7 +196,7 @@ def _window_rows(pieces: Sequence[Piece], cache: Places, continued: bool) -> Win
     made = [b - a for a, b in zip(before, after, strict=True)]
     owner, window = _runs(before, made, device)
 
-    # The first window to complete begins at most kernel_size - 1 tokens before the piece.
+    # The first window to complete starts at most kernel_size - 1 tokens before the piece.
     first = [window * stride for window in before]
     carry = [piece.start - token for piece, token in zip(pieces, first, strict=True)]
     carried = carried_values = order = None
@@ -248,7 +248,7 @@ def _numbers(values: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
-    """Where each of several lengths starts, one after the other."""
+    """Where each of several lengths starts when laid end to end."""
     return list(accumulate(lengths, initial=0))[:-1]
 
 
@@ -265,7 +265,7 @@ def _alternate(one: Sequence[int], other: Sequence[int]) -> list[int]:
 def _runs(
     firsts: Sequence[int], counts: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Runs of consecutive numbers, one after the other: firsts[i], counts[i] of them.
+    """Runs of consecutive numbers, laid end to end: firsts[i], counts[i] of them.
 
     Returns:
         the run of each number and the numbers, both int64.

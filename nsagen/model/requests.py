@@ -1,4 +1,4 @@
-"""What generation accepts: a request is checked whole, and copied, before any work."""
+"""Generation's input: a request is checked completely, and copied, before any work."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PROMPT_DTYPES = (torch.int64, torch.int32)
 
 @dataclass(frozen=True)
 class Request:
-    """What a sequence is asked for, checked.
+    """A checked request for a sequence.
 
     Attributes:
-        prompt: int64 [L] where the weights are; memory of its own.
-        limit: new tokens at most.
+        prompt: int64 [L] on the weights' device, in its own memory.
+        limit: most new tokens.
         stop_tokens: tokens that end the sequence.
         sampling: how tokens are chosen.
     """
@@ -45,7 +45,7 @@ def check_inference(where: str, model: Any) -> InferenceConfig:
     """Check that the model can generate at all; returns its limits.
 
     Raises:
-        InvalidInputError: no InferenceConfig, weights that no kernel takes or that are not there.
+        InvalidInputError: no InferenceConfig, or weights that are missing or that no kernel takes.
     """
     limits = model.inference_config
     name = type(model).__name__
@@ -77,7 +77,7 @@ def check_inference(where: str, model: Any) -> InferenceConfig:
 
 
 def _check_wrapping(where: str, model: Any) -> None:
-    """Refuse what would take part in forward, but not here."""
+    """Refuse wrappers that would take part in forward, but not here."""
     own, name = model.__dict__, type(model).__name__
     hooks = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
     hooks += [own["forward"]] if "forward" in own else []
@@ -279,7 +279,7 @@ def check_samplings(where: str, sampling: Any, batch: int) -> Sequence[SamplingC
     """The settings of each of `batch` sequences, from one for all or one for each.
 
     Raises:
-        InvalidInputError: not as many as sequences, or something else among them.
+        InvalidInputError: the wrong number of settings, or a value of another type among them.
     """
     if sampling is None or isinstance(sampling, SamplingConfig):
         return [check_sampling(where, sampling)] * batch
@@ -294,7 +294,7 @@ def check_samplings(where: str, sampling: Any, batch: int) -> Sequence[SamplingC
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is an integer of Python, NumPy or a tensor without dimensions; no bool."""
+    """Whether a value is a Python, NumPy or zero-dimensional tensor integer, and not a bool."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool):
         return False
     try:

@@ -1,7 +1,7 @@
 """Rotary position embedding: settings, frequencies and tables.
 
-Rotate-half convention and `llama3` scaling as in Transformers' Llama, so that its
-checkpoints mean the same here.
+Rotate-half convention and `llama3` scaling as in Transformers' Llama, so its checkpoints mean
+the same here.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _check_rope_scaling(scaling: Mapping[str, Any] | None) -> None:
 
 
 def inverse_frequencies(config: RopeConfig) -> Tensor:
-    """Radians a token that each pair of a head turns: float32 [D/2].
+    """Radians per token by which each pair of a head turns: float32 [D/2].
 
     Plain: theta^(-2i/D). "llama3" keeps frequencies whose wavelength is below
     original/high_freq_factor, divides those above original/low_freq_factor by `factor`, and

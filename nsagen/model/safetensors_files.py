@@ -20,8 +20,8 @@ INDEX = "model.safetensors.index.json"
 def tensor_names(folder: Path) -> dict[str, Path]:
     """Every tensor of a folder and the file that holds it.
 
-    One whole file goes before an index, which an earlier checkpoint may have left; so Transformers
-    reads them.
+    A single file takes precedence over an index, which an earlier checkpoint may have left;
+    Transformers reads them the same way.
 
     Raises:
         InvalidInputError: no safetensors, a damaged file, or an index that leaves the folder.
@@ -62,7 +62,7 @@ def read_tensors(path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor
     """The named tensors of one file, one after another, on the CPU.
 
     Raises:
-        InvalidInputError: the file is damaged or lacks one.
+        InvalidInputError: the file is damaged or lacks one of them.
     """
     with _opened(path) as file:
         for name in names:
@@ -103,8 +103,8 @@ def _opened(path: Path) -> safe_open:
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
     """Write tensors to one file or to numbered ones with an index; replaces what was there.
 
-    Whenever it is cut short, the folder holds the old tensors, or the new ones, or no index, which
-    reading refuses; never some of each.
+    If it is interrupted, the folder holds the old tensors, or the new ones, or no index, which
+    reading refuses; never a mix.
 
     Raises:
         InvalidInputError: max_shard_bytes is not positive.
@@ -139,7 +139,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU; one that layers share is written for each of them."""
+    """The tensors on the CPU; a tensor that layers share is written for each of them."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -157,7 +157,7 @@ def replace_json(path: Path, content: object) -> None:
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Tensors in order, as many a shard as fit; a tensor larger than the limit has its own."""
+    """Tensors in order, as many per shard as fit; one larger than the limit has its own shard."""
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():

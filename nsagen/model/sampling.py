@@ -1,4 +1,4 @@
-"""Choosing the next token: greedy or by chance, each sequence by its own settings and seed."""
+"""Chooses the next token: greedily or at random, per sequence by its own settings and seed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 class SamplingConfig:
     """How a sequence's tokens are chosen.
 
-    The same settings and prompt give the same tokens whatever else is in the batch, as far as
-    its logits are the same: the chance at a position depends on the seed and the position alone.
+    The same settings and prompt give the same tokens whatever else is in the batch, as long as
+    the logits are the same: the random number at a position depends only on seed and position.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely token, whatever the rest says.
-        top_k: choose among so many most likely tokens; 0 for all.
+        temperature: divides the logits; 0 takes the most likely token, whatever the other settings.
+        top_k: choose among this many most likely tokens; 0 for all.
         top_p: of these, among the fewest whose probabilities reach top_p; 1 for all.
         seed: of the sequence.
 
@@ -107,7 +107,7 @@ class SamplingRows:
             t[:rows] for t in (self.temperature, self.top_k, self.top_p, self.seed)
         )
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # Stable, so that the first of equals is the greedy choice, as it is argmax's.
+        # Stable, so the first of equals is the greedy choice, as with argmax.
         values, order = torch.sort(wide, dim=-1, descending=True, stable=True)
         rank = torch.arange(logits.shape[1], device=logits.device)
         values = values / torch.where(temperature > 0, temperature, 1.0)
@@ -124,18 +124,18 @@ class SamplingRows:
 
 
 def _in_float32(temperature: float) -> float:
-    """A temperature by which float32 logits can be divided; beyond it, choices are the same."""
+    """A temperature that can divide float32 logits; beyond its range, choices are the same."""
     return min(max(temperature, 1e-30), 1e30) if temperature > 0 else 0.0
 
 
 def uniform(seed: Tensor, position: Tensor) -> Tensor:
-    """A number in [0, 1) for each seed and position, int64: float64, the same on any device."""
+    """A number in [0, 1) for each int64 seed and position: float64, the same on any device."""
     bits = _mixed(_mixed(seed + _GOLDEN) + position * _GOLDEN)
     return _shifted(bits, 11).to(torch.float64) * 2.0**-53
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """splitmix64's scrambling of 64 bits."""
+    """splitmix64's mixing of 64 bits."""
     x = (x ^ _shifted(x, 30)) * _MIX[0]
     x = (x ^ _shifted(x, 27)) * _MIX[1]
     return x ^ _shifted(x, 31)

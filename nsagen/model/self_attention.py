@@ -61,7 +61,7 @@ class SelfAttention(JoinsWeights):
         Args:
             x: [N, hidden_size].
             cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N.
-            packed: the layout with its lengths, where the caller has it already.
+            packed: the layout with its lengths, if the caller already has it.
             cache: earlier tokens of the sequences, to which these are added; `packed` then says
                 where. Without gradients.
 
@@ -113,7 +113,7 @@ class SelfAttention(JoinsWeights):
     ) -> Tensor:
         positions = rows.positions.clamp(min=0)
         q, k, v = self._heads(q, k, v, positions)
-        # An idle row writes back what is there, so that a step never asks which rows are idle.
+        # An idle row writes back what was there, so a step never asks which rows are idle.
         index = (rows.slots.to(torch.int64), positions.to(torch.int64))
         idle = (rows.positions < 0)[:, None, None]
         cache.k[index] = torch.where(idle, cache.k[index], k)

@@ -1,4 +1,4 @@
-"""Sequences on their way through a running batch."""
+"""Sequences in a running batch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from nsagen.model.requests import Request
 Finished = Literal["", "stop", "length", "error"]
 
 NO_TOKEN = -1
-"""Stands where there is no token: after a sequence's end, and beside an error."""
+"""Means no token: after a sequence's end, and beside an error."""
 
 DROPPED = -1
-"""In place of a count of received tokens: what else arrives is not for anyone to see."""
+"""Replaces a count of received tokens: any later tokens are dropped."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class NewToken:
     Attributes:
         sequence: which one, as `add` numbered it.
         token: the token; -1 beside an error.
-        finished: "" while the sequence goes on; "stop" after one of its stop tokens, "length"
-            after its last allowed one, "error" where its part of a step failed.
-        error: what failed; None but for "error".
+        finished: "" while the sequence runs; "stop" after one of its stop tokens, "length" after
+            its last allowed one, "error" if its part of a step failed.
+        error: what failed; None except for "error".
     """
 
     sequence: int
@@ -58,8 +58,8 @@ class RunningSequence:
 
     Attributes:
         computed: tokens of the prompt that the cache holds.
-        alone: whether its prompt runs in passes of its own, since one with others failed.
-        chosen: new tokens that the device has been asked for.
+        alone: whether its prompt runs in separate passes, because one with others failed.
+        chosen: new tokens requested from the device.
         received: new tokens that the host has seen.
         newest: the readout of its newest token and its place there.
         ended: whether it has left the batch.

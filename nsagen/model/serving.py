@@ -50,23 +50,23 @@ class ContinuousBatch:
     """Runs sequences together that start and end at different times.
 
     A step runs at most one pass over waiting prompts (`InferenceConfig.prefill_chunk_size` bounds
-    how long it holds up the others) and one token of every running sequence. A slot that a
-    sequence leaves is used again without clearing the others. Tokens reach the host a step late,
-    so that the device never waits for it: a sequence may compute one token past its stop token,
-    which is dropped.
+    how long it delays the others) and one token of every running sequence. A slot that a
+    sequence leaves is reused without clearing the others. Tokens reach the host one step late, so the
+    device never waits for it: a sequence may compute one token past its stop token, which is
+    dropped.
 
         batch = ContinuousBatch(model)
         first = batch.add(prompt, stop_tokens=[2])
         for new in batch.run():
             print(new.sequence, new.token, new.finished)
 
-    Results wait for their reader: leaving the loop loses none, and the next `run` or `step` goes
-    on with them. Where a pass or a step fails, its sequences run again one by one; those that
-    fail alone end with a `NewToken` that has the error, and the others go on. If several run and
+    Results wait for their reader: leaving the loop loses none, and the next `run` or `step`
+    continues with them. If a pass or a step fails, its sequences run again separately. Those that
+    fail alone end with a `NewToken` that has the error, and the others continue. If several run and
     each fails, the step raises, and all of them stay as they were.
 
-    Threads may share a batch: each method waits until the one before it is done. All that belongs
-    to a call is in the batch; several batches of one model know nothing of each other.
+    Threads may share a batch: each method waits until the one before it is done. All state of a
+    call is in the batch; several batches of one model are independent.
 
     Args:
         model: a `ToyNSALlama` or `ToyLlama` with an InferenceConfig.
@@ -91,7 +91,7 @@ class ContinuousBatch:
         check_cuda_graph("ContinuousBatch", self.cuda_graph)
         if self.cuda_graph is None:
             self.cuda_graph = self.limits.cuda_graph
-        # Tensors made in inference mode could not be written outside of it later.
+        # Tensors made in inference mode could not be written outside it later.
         with torch.inference_mode(False):
             self.cache = self.model.new_cache()
             self._step = DecodeStep(self.model, self.cache)
@@ -120,22 +120,22 @@ class ContinuousBatch:
         stop_tokens: Iterable[int] = (),
         sampling: SamplingConfig | None = None,
     ) -> int:
-        """Let a sequence into the batch; its first token comes from a later step.
+        """Add a sequence to the batch; its first token comes from a later step.
 
-        All is checked before anything is taken, so a refused request costs nothing.
+        Everything is checked before anything is taken, so a refused request costs nothing.
 
         Args:
             prompt: int64 or int32 [L], not empty, on any device; copied.
             max_new_tokens: tokens to make; -1 for `InferenceConfig.max_new_tokens`.
-            stop_tokens: tokens that end the sequence; the one that does is its last.
+            stop_tokens: tokens that end the sequence; the stop token is its last.
             sampling: how tokens are chosen; the most likely ones by default.
 
         Returns:
-            the sequence's number: 0, 1, 2, ... in the order of calls; none comes twice.
+            the sequence's number: 0, 1, 2, ... in the order of calls; never reused.
 
         Raises:
             InvalidInputError: a prompt or limit that the cache can never take.
-            CapacityError: no slot or too few pages are free now; the batch is as it was.
+            CapacityError: no slot or too few pages are free now; the batch is unchanged.
         """
         with self._lock:
             where = f"ContinuousBatch: sequence {self._count}"
@@ -149,7 +149,7 @@ class ContinuousBatch:
             return self.admit(where, Request(copied, limit, stops, sampling))
 
     def admit(self, where: str, request: Request) -> int:
-        """`add` what is checked already."""
+        """`add` for a request that is already checked."""
         with self._lock:
             self._check_cache(where)
             if not self._free_slots:
@@ -168,12 +168,9 @@ class ContinuousBatch:
             return one.number
 
     def cancel(self, sequence: int) -> None:
-        """Take a sequence out of the batch, if it is still in it: no more of it is seen.
+        """Take a sequence out of the batch, if it is still in it; returns no more of its tokens.
 
-        What has been computed for it, but not been read, is dropped.
-
-        Raises:
-            InvalidInputError: not an integer.
+        Tokens that were computed but not read are dropped.
         """
         with self._lock:
             require(
@@ -192,7 +189,7 @@ class ContinuousBatch:
                 self._end(one)
 
     def clear(self) -> None:
-        """Take all sequences out of the batch, and drop what has not been read of them."""
+        """Take all sequences out of the batch, and drop their unread tokens."""
         with self._lock:
             for one in self._unread.values():
                 one.received, one.ended = DROPPED, True
@@ -203,7 +200,7 @@ class ContinuousBatch:
             self._free_slots = self._all_slots()
 
     def step(self) -> list[NewToken]:
-        """Run a pass over waiting prompts and a step of running sequences; the tokens so far.
+        """Run a pass over waiting prompts and a step of running sequences; returns tokens so far.
 
         Raises:
             InvalidInputError: called while a step of this batch runs, as from a hook.
@@ -237,7 +234,7 @@ class ContinuousBatch:
 
     @contextmanager
     def _working(self) -> Iterator[None]:
-        """One step at a time, whatever thread or hook asks for it; without gradients."""
+        """One step at a time, whichever thread or hook asks; without gradients."""
         with self._lock:
             if self._at_work:
                 raise InvalidInputError(
@@ -281,7 +278,7 @@ class ContinuousBatch:
         try:
             ready = self._run_pieces(chosen)
         except BaseException as error:
-            # The cache may hold a part of the pass: these prompts begin anew, each by itself.
+            # The cache may hold a part of the pass: these prompts restart, each by itself.
             for one, _ in chosen:
                 one.computed, one.alone = 0, True
             if not isinstance(error, Exception):
@@ -317,8 +314,8 @@ class ContinuousBatch:
     def _run_pieces(
         self, chosen: Sequence[tuple[RunningSequence, Piece]]
     ) -> tuple[list[RunningSequence], Tensor, Tensor] | None:
-        """Run a pass: the sequences whose prompts are done, their first tokens, and where on the
-        host these go; None where no prompt is done."""
+        """Run a pass; returns the sequences whose prompts are done, their first tokens, and where
+        these go on the host. None if no prompt is done."""
         pieces = [piece for _, piece in chosen]
         tokens = [one.request.prompt[piece.start : piece.end] for one, piece in chosen]
         rows = PrefillRows.of(pieces, self.cache, self.model.may_fuse())
@@ -358,12 +355,12 @@ class ContinuousBatch:
             )
             failed = self._run_apart(together)
             if len(failed) == len(together):
-                raise  # no sequence's own fault, as far as this can tell
+                raise  # not one sequence's fault, as far as this can tell
             for one, own in failed.items():
                 self._fail(one, own)
 
     def _run_apart(self, sequences: Sequence[RunningSequence]) -> dict[RunningSequence, Exception]:
-        """A step of each sequence by itself; those that fail, and how."""
+        """Run a step of each sequence separately; returns those that fail, and how."""
         failed = {}
         for one in sequences:
             try:
@@ -374,7 +371,7 @@ class ContinuousBatch:
         return failed
 
     def _run_rows(self, sequences: list[RunningSequence]) -> None:
-        """A step of these sequences; where it fails, they are as they were."""
+        """Run a step of these sequences; if it fails, they stay as they were."""
         try:
             self._seat(sequences)
             host = self._host_memory(len(sequences))
@@ -382,7 +379,7 @@ class ContinuousBatch:
             count = min(1 << (len(sequences) - 1).bit_length(), self.limits.max_batch_size)
             tokens = self._step.run(count, cuda_graph=bool(self.cuda_graph))
         except BaseException:
-            self._rows = None  # what the device holds of them is not known
+            self._rows = None  # what the device holds of them is unknown
             raise
         self._requested(sequences, tokens[: len(sequences)], host)
 
@@ -400,18 +397,18 @@ class ContinuousBatch:
         self._rows = list(sequences)
 
     def _restore_newest(self) -> None:
-        """After a failure: the newest tokens as the host has them."""
+        """After a failure, restore the newest tokens from the host's copy."""
         known = [(one.slot, *one.newest) for one in self._running if one.newest is not None]
         slots = self._to_device([slot for slot, *_ in known])
         self._step.newest[slots] = self._to_device([r.on_host()[place] for _, r, place in known])
 
     def _host_memory(self, count: int) -> Tensor:
-        """Where new tokens go on the host. Allocated before a step, which then cannot fail."""
+        """Host memory for new tokens. Allocated before a step, so the step cannot fail on it."""
         pinned = self.cache.device.type == "cuda"
         return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=pinned)
 
     def _requested(self, sequences: list[RunningSequence], tokens: Tensor, host: Tensor) -> None:
-        """Send new tokens on their way to the host, and end sequences that need no more."""
+        """Start copying new tokens to the host, and end sequences that need no more."""
         host.copy_(tokens, non_blocking=True)
         arrived = None
         if tokens.is_cuda:
@@ -426,7 +423,7 @@ class ContinuousBatch:
                 self._end(one)
 
     def _receive(self, in_flight: bool) -> None:
-        """Take in the tokens that have arrived; the newest ones may stay in flight."""
+        """Process the tokens that have arrived; the newest ones may stay in flight."""
         while len(self._readouts) > int(in_flight):
             readout = self._readouts[0]
             tokens = readout.on_host()
@@ -446,7 +443,7 @@ class ContinuousBatch:
             self._end(one)
 
     def _fail(self, one: RunningSequence, error: Exception) -> None:
-        """End a sequence by an error, which comes after the tokens that it has."""
+        """End a sequence with an error, which comes after its tokens."""
         self._receive(in_flight=False)
         if one.number not in self._unread:
             return
@@ -456,7 +453,7 @@ class ContinuousBatch:
         self._end(one)
 
     def _end(self, one: RunningSequence) -> None:
-        """Free a sequence's slot. Work in flight comes before that of its next sequence."""
+        """Free a sequence's slot. Work in flight runs before that of the slot's next sequence."""
         if one.ended:
             return
         one.ended = True
@@ -473,5 +470,5 @@ class ContinuousBatch:
 
 
 def _free_frames(error: Exception) -> None:
-    """Let go of the tensors of a failed pass, which the error's traceback holds."""
+    """Release the tensors of a failed pass, which the error's traceback holds."""
     traceback.clear_frames(error.__traceback__)

@@ -16,7 +16,7 @@ GATE_TYPES = ("linear", "mlp")
 
 @dataclass(frozen=True)
 class Sparsity:
-    """What Native Sparse Attention needs to know beside the sizes of its heads.
+    """The settings of Native Sparse Attention besides the sizes of its heads.
 
     Attributes:
         compress_type: how a window of keys becomes one: "avgpool", "weightedpool", "linear",
@@ -64,7 +64,7 @@ class Sparsity:
         _check_sizes(self)
         for name, derived in vars(Sparsity).items():
             if isinstance(derived, cached_property):
-                getattr(self, name)  # now, for code that torch.compile traces may set nothing
+                getattr(self, name)  # now: code that torch.compile traces may not set it
 
     @cached_property
     def on(self) -> tuple[str, ...]:
@@ -78,12 +78,12 @@ class Sparsity:
 
     @cached_property
     def key_type(self) -> str:
-        """How keys compress; the cheapest way where nothing reads them."""
+        """How keys compress; the cheapest way if nothing reads them."""
         return self.compress_type if self.needs_windows else "avgpool"
 
     @cached_property
     def value_type(self) -> str:
-        """How values compress; the cheapest way where nothing reads them."""
+        """How values compress; the cheapest way if nothing reads them."""
         if "compressed" not in self.on:
             return "avgpool"
         return self.v_compress_type or self.compress_type
@@ -95,8 +95,8 @@ class Sparsity:
 
     @cached_property
     def kv_branches(self) -> tuple[str, ...]:
-        """The branches with key and value projections. Those of the selected branch serve all that
-        have none: every one if shared, and the sliding one where the selected is off."""
+        """The branches with key and value projections. The selected branch's
+        serve those without: every branch if shared, and the sliding one if selected is off."""
         if self.branch_kv == "shared":
             return ("selected",)
         both = "selected" in self.on and "sliding" in self.on
@@ -122,7 +122,7 @@ class Sparsity:
         return {**self.window_sizes, **{name: getattr(self, name) for name in names}}
 
     def settings(self) -> dict[str, Any]:
-        """The fields above alone, of this or a class that adds its own."""
+        """Only the fields above, of this class or one that adds its own."""
         return {name: getattr(self, name) for name in SETTINGS}
 
 
@@ -132,14 +132,14 @@ SETTINGS = tuple(field.name for field in fields(Sparsity))
 
 def settings_of(source: Any) -> dict[str, Any]:
     """The settings that an object has as attributes: a `Sparsity`, or an `AttentionShape` of a
-    spec, which has no MLP by a size of 0."""
+    spec, whose size of 0 means no MLP."""
     given = {name: getattr(source, name) for name in SETTINGS if hasattr(source, name)}
     return {n: v for n, v in given.items() if (n, v) != ("mlp_hidden", 0)}
 
 
 def stored_settings(sparsity: Sparsity) -> dict[str, Any]:
     """`settings` as a checkpoint's config.json has them: those of the paper's own form, from
-    `branches` on, only where they are not the default."""
+    `branches` on, appear only if they differ from the default."""
     first = SETTINGS.index("branches")
     given = sparsity.settings()
     usual = {field.name: field.default for field in fields(Sparsity)}

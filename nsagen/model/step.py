@@ -32,17 +32,17 @@ class Row:
 class DecodeStep:
     """Gives each row's newest token to the model and puts the next one in its place.
 
-    All state lies on the device in buffers whose memory never moves, and a step reads none of it
-    on the host. So a CUDA graph of a step, once captured for a number of rows, replays for any
-    sequences in them.
+    All state is in device buffers whose memory never moves, and a step reads none of it on the
+    host. So a CUDA graph of a step, once captured for a number of rows, replays for any sequences
+    in them.
 
     Args:
-        model: what decodes; its weights may change in place, and graphs are captured anew when
+        model: what decodes; its weights may change in place, and graphs are captured again when
             they move.
         cache: the model's.
 
     Attributes:
-        newest: int64 [slots], the newest token of the sequence in each slot that is in no row.
+        newest: int64 [slots], by slot, the newest tokens of sequences that are in no row.
         tokens: int64 [rows], the rows' newest tokens.
         positions: int32 [rows], their positions; -1: an idle row.
         slots: int32 [rows].
@@ -62,7 +62,7 @@ class DecodeStep:
         self._pool: Any = None
 
     def fill(self, rows: Sequence[Row], kept: Sequence[int]) -> None:
-        """Change which sequences the rows are.
+        """Change which sequences the rows hold.
 
         Args:
             rows: the new ones; those without an old row find their newest token in `newest`.
@@ -81,7 +81,7 @@ class DecodeStep:
         self._rows = tuple(rows)
 
     def run(self, count: int, *, cuda_graph: bool) -> Tensor:
-        """Run a step of the first `count` rows; the idle ones among them do nothing.
+        """Run a step of the first `count` rows; idle rows do nothing.
 
         Returns:
             `tokens[:count]`, which the next step changes.
@@ -94,7 +94,7 @@ class DecodeStep:
             return self.compute(count, sampled)
         if state.addresses != self._state.addresses:
             self._graphs.clear()
-            self._pool = None  # the allocator gives a pool up with the last graph that used it
+            self._pool = None  # the allocator drops a pool with the last graph that used it
         elif state.versions != self._state.versions:
             refresh_joined(self.model)
         if (count, sampled) not in self._graphs:
@@ -105,7 +105,7 @@ class DecodeStep:
         return self.tokens[:count]
 
     def compute(self, count: int, sampled: bool) -> Tensor:
-        """What `run` does, launch by launch."""
+        """The work of `run`, launch by launch."""
         tokens, positions = self.tokens[:count], self.positions[:count]
         logits = self.model.step_logits(tokens, positions, self.slots[:count], self.cache)
         chosen = self.sampling.sample(logits, positions + 1) if sampled else logits.argmax(-1)

@@ -1,4 +1,4 @@
-"""A small Llama with dense attention. Compare it with `toy_nsa_llama.py`: that is the adaptation.
+"""A small Llama with dense attention. The difference to `toy_nsa_llama.py` is the adaptation.
 
 Weights have the names of Transformers' Llama.
 """
@@ -63,7 +63,7 @@ class ToyLlamaLayer(nn.Module):
 
 
 class ToyLlamaModel(nn.Module):
-    """Everything of a `ToyLlama` but the language model head."""
+    """A `ToyLlama` without the language model head."""
 
     def __init__(self, config: ToyLlamaConfig, generator: torch.Generator | None) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class ToyLlamaModel(nn.Module):
     def before_norm(
         self, input_ids: Tensor, rows: Packed | CachedRows, cache: KVCache | None = None
     ) -> Tensor:
-        """What the last layer makes of tokens, behind those that the cache holds."""
+        """The last layer's output for tokens that follow those in the cache."""
         x = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
             x = layer(x, rows) if cache is None else layer(x, rows, cache[index])

@@ -70,7 +70,7 @@ class ToyNSALlamaLayer(nn.Module):
 
 
 class ToyNSALlamaModel(nn.Module):
-    """Everything of a `ToyNSALlama` but the language model head."""
+    """A `ToyNSALlama` without the language model head."""
 
     def __init__(
         self, config: ToyNSALlamaConfig, dispatcher: Any, generator: torch.Generator | None
@@ -94,7 +94,7 @@ class ToyNSALlamaModel(nn.Module):
     def before_norm(
         self, input_ids: Tensor, rows: Packed | CachedRows, cache: NSACache | None = None
     ) -> Tensor:
-        """What the last layer makes of tokens, behind those that the cache holds."""
+        """The last layer's output for tokens that follow those in the cache."""
         x = self.embed_tokens(input_ids)
         for index, layer in enumerate(self.layers):
             x = layer(x, rows) if cache is None else layer(x, rows, cache[index])
