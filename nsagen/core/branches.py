@@ -14,7 +14,7 @@ def branches_on(op: str, branches: Sequence[str], window_size: int) -> tuple[str
     """The branches to compute, in the order of `BRANCHES`; a window of 0 turns the sliding one off.
 
     Raises:
-        InvalidInputError: an unknown branch, or none left.
+        InvalidInputError: an unknown branch, or no branch left.
     """
     for name in branches:
         if name not in BRANCHES:

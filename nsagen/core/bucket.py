@@ -1,4 +1,4 @@
-"""Dispatch tables: from a workload and target to kernels, one a range of run-time sizes."""
+"""Dispatch tables: from a workload and target to kernels, one per range of run-time sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nsagen.core.errors import InvalidInputError
 from nsagen.core.workload import Workload
 
 Range = tuple[int | None, int | None]
-"""A closed range (least, greatest); None is no limit."""
+"""A closed range (least, greatest); None means no limit."""
 
 _ANY: Range = (None, None)
 
@@ -19,7 +19,7 @@ class Bucket:
     """A range of run-time sizes, closed at both ends. `Bucket()` covers every call.
 
     Attributes:
-        tokens: query tokens of the call; when decoding, its rows.
+        tokens: query tokens of the call or, when decoding, its rows.
         context: tokens that a query may look back on. A call that does not know its
             context is covered only by buckets without limits on it.
     """
@@ -43,7 +43,7 @@ class Bucket:
 
     @property
     def source(self) -> str:
-        """Python that makes the bucket, as generated tables have it."""
+        """Python that makes the bucket, as generated tables write it."""
         limits = (("tokens", self.tokens), ("context", self.context))
         return f"Bucket({', '.join(f'{n}={v}' for n, v in limits if v != _ANY)})"
 
@@ -61,7 +61,7 @@ class Bucket:
 def covers_all(buckets: Iterable[Bucket]) -> bool:
     """Whether every call falls into one of the buckets, whether or not it knows its context."""
     ranges = [bucket.tokens for bucket in buckets if bucket.context == _ANY]
-    reached = -1  # calls of up to so many tokens are covered
+    reached = -1  # calls of up to this many tokens are covered
     for least, greatest in sorted(ranges, key=lambda limits: limits[0] or 0):
         if (least or 0) > reached + 1:
             return False

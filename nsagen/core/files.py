@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, seals that show a damaged one, and locks."""
+"""Files that appear whole or not at all, seals that reveal a damaged one, and locks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from nsagen.core.errors import InvalidInputError
 
 TEMPORARY = ".nsagen-*.tmp"
-"""Pattern of the names of files that are being written; a process that is killed leaves one."""
+"""Pattern for names of files being written; a killed process leaves one behind."""
 
 _log = logging.getLogger("nsagen.files")
 _MARK = "# sha256 of the lines above: "
@@ -27,7 +27,7 @@ _HEAD_BYTES = 4096
 
 
 def replace_file(path: Path, content: str | bytes) -> bool:
-    """Write a file in one step unless it already says so; whether it changed."""
+    """Write a file in one step unless it already has the content; returns whether it changed."""
     data = content.encode() if isinstance(content, str) else content
     if path.is_file() and path.read_bytes() == data:
         return False
@@ -41,7 +41,7 @@ def replace_file(path: Path, content: str | bytes) -> bool:
             os.chmod(temporary, 0o644)
         _forget_bytecode(path)
         _put(temporary, path)
-        _forget_bytecode(path)  # of a process that imported the old file in between
+        _forget_bytecode(path)  # from a process that imported the old file in between
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -51,10 +51,10 @@ def replace_file(path: Path, content: str | bytes) -> bool:
 def check_own(path: Path, mark: re.Pattern[bytes], what: str, remedy: str) -> None:
     """Refuse to replace a file that nsagen did not write; call it before any work.
 
-    A missing or empty file is free, and so is what is no file, such as /dev/stdout.
+    A missing or empty file is free, and so is anything that is not a file, such as /dev/stdout.
 
     Args:
-        mark: matches the head of what nsagen writes there.
+        mark: matches the start of what nsagen writes there.
         what: nsagen writes there, for the error.
         remedy: the rest of the error, after "move it away, or".
 
@@ -87,10 +87,10 @@ def _put(temporary: str, path: Path) -> None:
 
 
 def _forget_bytecode(path: Path) -> None:
-    """Remove what Python keeps of a module, beside it or where PYTHONPYCACHEPREFIX says.
+    """Remove Python's bytecode of a module, beside it or where PYTHONPYCACHEPREFIX says.
 
-    It tells versions apart by size and by the second of their time: another of the same size, made
-    within a second or after the clock was set back, would not be read.
+    Python tells versions apart by size and by the second of their time. Another version of the same
+    size, made within a second or after the clock was set back, would not be read.
     """
     if path.suffix != ".py":
         return
@@ -107,7 +107,7 @@ def _forget_bytecode(path: Path) -> None:
 def locked(folder: Path, name: str) -> Iterator[None]:
     """Let one process at a time do what `name` stands for in a folder; a second one waits.
 
-    On file systems that have no locks it goes on without.
+    On file systems without locks it continues without one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = _open_lock(folder / f".{name}.lock")
@@ -126,7 +126,7 @@ def locked(folder: Path, name: str) -> Iterator[None]:
 
 
 def _open_lock(path: Path) -> int:
-    """Open a lock's file, for writing where that is allowed: it may be another user's."""
+    """Open a lock's file, for writing if that is allowed: it may be another user's."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except PermissionError:
@@ -136,14 +136,14 @@ def _open_lock(path: Path) -> int:
 def sealed(text: str) -> str:
     """The text with a last line that holds its hash.
 
-    A kernel cut off between two lines is often valid Python that launches nothing. Packages have a
-    manifest against that; a file of the user cache stands alone and carries its own hash.
+    A kernel cut off between two lines is often valid Python that launches nothing. A package's
+    manifest protects against that; a file of the user cache stands alone and carries its own hash.
     """
     return f"{text}{_MARK}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file can be read and ends with the hash of what it holds."""
+    """Whether a file can be read and ends with the hash of its content."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError):

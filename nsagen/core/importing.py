@@ -1,4 +1,4 @@
-"""Importing Python files from their paths."""
+"""Imports Python files from their paths."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from types import ModuleType
 from nsagen.core.errors import BuildError
 
 LOCK = threading.RLock()
-"""Held while a package, a kernel or a dispatcher is looked up and, if need be, made.
+"""Held while a package, a kernel or a dispatcher is looked up and, if needed, made.
 
-One lock for all of them, since each may need another: a package's module makes a dispatcher.
+One lock for all, because each may need another: a package's module makes a dispatcher.
 """
 
 
 def import_file(path: Path) -> ModuleType:
-    """A module made from a file, a new one each time; `sys.modules` does not get it.
+    """A new module made from a file each time; `sys.modules` does not get it.
 
     Raises:
         BuildError: not a Python file.
@@ -30,7 +30,7 @@ def import_file(path: Path) -> ModuleType:
 def import_once(path: Path, prefix: str) -> ModuleType:
     """The module of a file, or the package of an `__init__.py`, made once a process.
 
-    Threads that come meanwhile wait until it is whole.
+    Other threads wait until it is complete.
 
     Args:
         prefix: of its name in `sys.modules`; a hash of the path follows, as several folders may

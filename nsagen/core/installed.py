@@ -1,4 +1,4 @@
-"""Versions of what is installed, without importing it."""
+"""Versions of installed software, without importing it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def version_of(distribution: str) -> str | None:
-    """The version of a distribution; None where there is none of that name."""
+    """The version of a distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -22,8 +22,8 @@ def version_of(distribution: str) -> str | None:
 def triton_version() -> str | None:
     """`triton.__version__`, whatever the wheel is called; None without Triton.
 
-    A distribution `triton` that says more (such as a commit), or another version, is named too:
-    then what it compiles may differ.
+    A distribution `triton` with more detail (such as a commit) or another version is named too,
+    because what it compiles may differ.
     """
     own = _own_version()
     named = version_of("triton")
@@ -34,7 +34,7 @@ def triton_version() -> str | None:
 
 
 def driver_version() -> str | None:
-    """The version of NVIDIA's driver; None where nvidia-smi is missing, hangs or tells none."""
+    """The version of NVIDIA's driver; None if nvidia-smi is missing, hangs or reports none."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None

@@ -21,7 +21,7 @@ def _find(name: str) -> Path:
 
 
 def visible(paths: Iterable[Path]) -> list[Path]:
-    """The given paths in order, but for those whose name begins with a dot.
+    """The given paths in order, except those whose name begins with a dot.
 
     Editors and file systems leave such files: locks, copies and attributes of others.
     """
@@ -29,7 +29,7 @@ def visible(paths: Iterable[Path]) -> list[Path]:
 
 
 def templates_dir() -> Path:
-    """The folder of the templates, one folder an op below it."""
+    """The folder of the templates, with one folder per op."""
     return _find("templates")
 
 

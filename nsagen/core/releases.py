@@ -1,4 +1,4 @@
-"""Releases of Triton: the installed one, and the range that an algorithm is known to run with."""
+"""Releases of Triton: the installed one, and the range with which an algorithm is known to run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Releases:
 
 @functools.cache
 def installed_release() -> Release | None:
-    """The release of Triton that this process imports; None without one, or of an odd version."""
+    """The release of Triton that this process imports; None without Triton, or for an odd one."""
     try:
         import triton
     except ImportError:

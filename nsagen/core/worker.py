@@ -1,11 +1,11 @@
-"""Worker processes that may crash, hang or be killed without harm to the command that uses them.
+"""Worker processes that may crash, hang or be killed without harming the command that uses them.
 
 A worker makes one `Server` object and calls its methods as asked, one at a time. It is
-replaced when it dies, when an answer is late, and when the server says that an error has left
+replaced when it dies, when an answer is late, and when the server reports that an error has made
 it unusable (after an illegal memory access every later CUDA call of a process fails).
 
-A worker and the programs that it starts are one process group. The group ends with the worker
-that is closed, and with the process that made it, however that ends.
+A worker and the programs that it starts are one process group. The group ends when the worker
+is closed, or when the process that made it ends in any way.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _NOT_INHERITED = (
     "PYTHONSAFEPATH",
     "PYTHONWARNINGS",
 )
-"""Variables that are right for the parent and would change what a worker does."""
+"""Variables that are right for the parent but would change what a worker does."""
 
 # Started with -P, so that no file of the working folder is imported in place of a module.
 _MAIN = """
@@ -64,7 +64,7 @@ class Server(Protocol):
     """What runs in a worker. Its other methods are what the worker can be asked for."""
 
     def is_broken_by(self, error: Exception) -> bool:
-        """Whether nothing that this process does after the error can be trusted."""
+        """Whether this process can no longer be trusted after the error."""
         ...
 
 
@@ -84,8 +84,8 @@ class Worker:
         server: the class to make in it, as "module:class".
         environment: variables to set in it.
 
-    Make it, and first ask it, in a thread that lives as long as it is needed: Linux takes the
-    end of the thread that started a process for the end of its parent.
+    Make it and first ask it in a thread that lives as long as it is needed: Linux treats the
+    end of the thread that started a process as the end of its parent.
     """
 
     def __init__(self, server: str, environment: Mapping[str, str] | None = None) -> None:
@@ -102,7 +102,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether the process that answered last still runs, with what it has in memory."""
+        """Whether the process that answered last still runs, with its state in memory."""
         return self._process is not None and self._process.poll() is None
 
     def ask(self, method: str, *args: Any, limit_s: float) -> Reply:
@@ -130,7 +130,7 @@ class Worker:
             reply: Reply = connection.recv()
         except (EOFError, OSError):
             return Reply(reason=self._obituary())
-        except BaseException:  # Ctrl-C: what the process is at cannot be trusted to end
+        except BaseException:  # Ctrl-C: the process cannot be trusted to finish its work
             self._kill()
             raise
         if reply.broken:
@@ -138,14 +138,14 @@ class Worker:
         return reply
 
     def close(self) -> None:
-        """End the worker for good: kill its process, and those that it started."""
+        """End the worker for good: kill its process and those that it started."""
         with self._lock:
             self._over = True
         self._kill()
         self._errors.close()
 
     def _kill(self) -> None:
-        with self._lock:  # another thread may be closing it, too
+        with self._lock:  # another thread may be closing it too
             connection, self._connection = self._connection, None
             process, self._process = self._process, None
             lifeline, self._lifeline = self._lifeline, None
@@ -160,7 +160,7 @@ class Worker:
             os.close(lifeline)
 
     def spawn(self) -> None:
-        """Begin to start the process; the first request waits until it is there."""
+        """Start the process in the background; the first request waits for it."""
         self._kill()
         with self._lock:
             if self._over:
@@ -216,7 +216,7 @@ class Worker:
         raise WorkerError(f"worker {self._server}: must start; {text}; see nsagen doctor")
 
     def _obituary(self) -> str:
-        """How the process ended, and the last thing it said."""
+        """How the process ended, and its last output."""
         process = self._process
         if process is None:  # another thread has closed the worker
             return _CLOSED
@@ -246,7 +246,7 @@ def serve(server: Server, connection: Connection) -> None:
             return
         try:
             reply = Reply(getattr(server, method)(*args))
-        except Exception as error:  # whatever it is, it concerns this request only
+        except Exception as error:  # any error concerns only this request
             lines = str(error).strip().splitlines() or ["no message"]
             reason = f"{type(error).__name__}: {lines[0][:200]}"
             reply = Reply(reason=reason, broken=server.is_broken_by(error))
@@ -254,7 +254,7 @@ def serve(server: Server, connection: Connection) -> None:
 
 
 class WorkerPool:
-    """Workers that share a queue of calls; leaving the `with` block cancels what has not begun.
+    """Workers that share a queue of calls; leaving the `with` block cancels what has not started.
 
     Args:
         workers: all of one server.
@@ -268,7 +268,7 @@ class WorkerPool:
             self._idle.put(worker)
 
     def submit(self, call: Callable[[Worker], T]) -> Future[T]:
-        """Have a call made with the next worker that is free."""
+        """Have the next free worker make a call."""
         return self._threads.submit(self._call, call)
 
     def _call(self, call: Callable[[Worker], T]) -> T:
@@ -279,7 +279,7 @@ class WorkerPool:
             self._idle.put(worker)
 
     def close(self) -> None:
-        """Drop what is waiting, and kill what is going on."""
+        """Drop waiting calls and kill running ones."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
             worker.close()
@@ -298,7 +298,7 @@ class WorkerPool:
 
 
 class Caller:
-    """A server for functions: those that a module has by name."""
+    """A server for functions that a module has by name."""
 
     def is_broken_by(self, error: Exception) -> bool:
         return False
@@ -312,7 +312,7 @@ def map_in_workers(
 ) -> Generator[T, None, None]:
     """A function's results for several tuples of arguments, in their order, from processes.
 
-    Close the iterator to cancel what has not begun and kill what is going on.
+    Close the iterator to cancel what has not started and kill what is running.
 
     Args:
         function: of a module, by whose name a process finds it.
@@ -336,7 +336,7 @@ def map_in_workers(
 
 
 def compile_workers(count: int, server: str) -> list[Worker]:
-    """Workers that begin to start now. They see no GPU: there is nothing there for them."""
+    """Workers that start now. They see no GPU because they need none."""
     hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     workers = [Worker(server, hidden) for _ in range(count)]
     for worker in workers:
@@ -345,10 +345,10 @@ def compile_workers(count: int, server: str) -> list[Worker]:
 
 
 def _search_path() -> list[str]:
-    """Where a worker looks for modules: where this process does, in an order that is safe.
+    """Where a worker looks for modules: where this process does, in a safe order.
 
-    The standard library goes first and the working folder last, where it may stand for what
-    somebody calls from there, but hides nothing.
+    The standard library goes first and the working folder last, where it can supply a caller's own
+    modules but hides nothing.
     """
     library = os.path.dirname(os.__file__)
     standard = (library, os.path.join(library, "lib-dynload"))
@@ -369,7 +369,7 @@ def _search_path() -> list[str]:
 def _die_with_parent(lifeline: int) -> None:
     """End this process group when the other end of a pipe closes: the parent is gone.
 
-    A thread sees to that, whatever the others wait for. Where one of them hangs in C and holds
+    A thread does this, whatever the others wait for. If one of them hangs in C and holds
     Python's lock, Linux ends this process a second later.
     """
 
@@ -386,7 +386,7 @@ def _die_with_parent(lifeline: int) -> None:
 
 
 def main(server: str, descriptor: int, lifeline: int) -> None:
-    """Run a worker: what `Worker` starts in a process of its own."""
+    """Run a worker: what `Worker` starts in its own process."""
     for inherited in (descriptor, lifeline):
         os.set_inheritable(inherited, False)  # programs that this process starts must not hold it
     _die_with_parent(lifeline)

@@ -1,8 +1,8 @@
 """Workloads and schedules: what a kernel computes, and how.
 
-Static parameters change a kernel's meaning and live in `Workload`; knobs change
-only its speed and live in `Schedule`. The two never mix. This module is imported
-by both the generating and the running side, so it needs the standard library only.
+Static parameters change a kernel's meaning and live in `Workload`; knobs change only its speed and
+live in `Schedule`. The two never mix. Both the generating and the running side import this module,
+so it needs only the standard library.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ OPTIONAL_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
     ("compress", "backward"): _HIDDEN,
     ("cache_append", "decode"): ("v_compress_type", *_HIDDEN, "v_with_pe", "branch_kv"),
 }
-"""More static parameters, which a workload leaves out where they say nothing: `v_compress_type`
-where it is compress_type, `mlp_hidden` where no type is mlp, `v_with_pe` where it is false, and
-`branch_kv` where it is "shared"."""
+"""More static parameters, which a workload omits when they say nothing: `v_compress_type`
+if it is compress_type, `mlp_hidden` if no type is mlp, `v_with_pe` if it is false, and
+`branch_kv` if it is "shared"."""
 
 PARAMETERS = {
     "head_dim": "D: elements of a query and a key",
@@ -132,12 +132,12 @@ _SHORT = {
 
 
 def parameter_names(op: str, pass_: str) -> tuple[str, ...]:
-    """All static parameters of an op and pass, those that can be left out after the others."""
+    """All static parameters of an op and pass; those that can be omitted come last."""
     return STATIC_PARAMS[op, pass_] + OPTIONAL_PARAMS.get((op, pass_), ())
 
 
 def _defaults(params: Mapping[str, Param]) -> dict[str, Param]:
-    """What each parameter is where a workload of these leaves it out; no mlp is without a size."""
+    """The value of each parameter that a workload omits; an mlp always has a size."""
     kind = params.get("compress_type", "")
     defaults: dict[str, Param] = {"v_compress_type": kind, "v_with_pe": False}
     defaults["branch_kv"] = BRANCH_KV[0]
@@ -186,13 +186,13 @@ class Workload:
                 f"workload {op} {pass_}: needs exactly the parameters "
                 f"{', '.join((*names, *missing))}; got {', '.join(sorted(params)) or 'none'}"
             )
-        if "mlp_hidden" in defaults:  # whatever it was given as, nothing has that size
+        if "mlp_hidden" in defaults:  # whatever the given value, nothing has that size
             params = params | {"mlp_hidden": 0}
         told = [n for n in optional if params.get(n, defaults.get(n)) != defaults.get(n)]
         return cls(op, pass_, dtype, tuple((name, params[name]) for name in (*names, *told)))
 
     def named(self) -> dict[str, Param]:
-        """Every static parameter by name, also those that are left out."""
+        """Every static parameter by name, including omitted ones."""
         values = dict(self.params)
         optional = OPTIONAL_PARAMS.get((self.op, self.pass_), ())
         return {**{n: v for n, v in _defaults(values).items() if n in optional}, **values}
