@@ -11,7 +11,7 @@ from nsagen.core.workload import Param, Schedule, Workload
 
 _MAX_WINDOWS = 256
 _LEAST_COLUMNS = 16
-"""The fewest columns of a matrix product; a single head of few tokens is padded to them."""
+"""The fewest columns of a matrix product; a single head of few tokens is padded to this."""
 
 
 def step_pad(workload: Workload) -> int:
@@ -22,8 +22,8 @@ def step_pad(workload: Workload) -> int:
 def pieces(group: int, tokens: int, columns: int) -> list[dict[str, Any]]:
     """Split a group's heads into matrix products of powers of two, large ones first.
 
-    A group of 12 becomes 8 + 4 heads rather than 16 of which four are padding. What is left after
-    a smaller product is padded: each further product costs registers, too.
+    A group of 12 becomes 8 + 4 heads rather than 16 with four of padding. The remainder after a
+    smaller product is padded, because each further product also costs registers.
     """
     least, most = max(1, _LEAST_COLUMNS // tokens), columns // tokens
     found: list[dict[str, Any]] = []
@@ -57,7 +57,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the tile's queries, the keys on their way, and one plane that changes its layout."""
+    """Bytes of the tile's queries, the keys in flight, and one plane that changes its layout."""
     row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
     tokens, windows = int(schedule.tokens), int(schedule.windows)
     heads = pieces(int(workload.gqa_ratio), tokens, int(schedule.columns))
@@ -67,13 +67,13 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
-    """Tokens, and what fits the registers with them: compiled for sm_80 to sm_120 and gfx942."""
+    """Tokens, and the knobs that fit registers with them: compiled for sm_80 to sm_120, gfx942."""
     group = int(workload.gqa_ratio)
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
         tokens, warps = (8, 4) if group > 4 else (16, 8)
         knobs = {"tokens": tokens, "columns": 32, "windows": 16, "segment": 256}
         return {**knobs, "num_warps": warps}
-    wide = int(workload.head_dim) > 128  # twice the addresses of keys on their way
+    wide = int(workload.head_dim) > 128  # twice the addresses of keys in flight
     # Four warps spill on Blackwell, on parts whose shared memory holds few tokens of a group, and
     # with products of several sizes.
     crowded = target.backend == "cuda" and target.shared_memory < 128 * 1024
@@ -90,16 +90,16 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
         return {"tokens": tokens, "columns": 256, "windows": 64, "segment": segment}
     if group > 4 and (target.arch == "100" or group < 8):
         return {"tokens": 16, "columns": 256, "windows": 64, "segment": 64, "num_warps": 8}
-    tokens = 16 if int(workload.head_dim) <= 32 else 32  # with heads of 32, as many spill
+    tokens = 16 if int(workload.head_dim) <= 32 else 32  # with heads of 32, 32 tokens spill
     if group > 2:
         return {"tokens": tokens, "columns": 256, "windows": 64, "segment": 64}
     return {"tokens": tokens, "columns": 64, "windows": 128, "segment": 64, "num_warps": 8}
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
-    """Two programs a multiprocessor, which take turns, if a tile is small enough for that.
+    """Two programs per multiprocessor, which take turns, if a tile is small enough.
 
-    While one multiplies, the other one takes exponentials, sums or selects.
+    While one multiplies, the other computes exponentials, sums or selects.
     """
     stages = 1 if workload.dtype == "float32" else 3
     knobs = {"num_warps": 4, "num_stages": stages, "programs": 2 * target.num_sms}
@@ -112,15 +112,15 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
             knobs["num_stages"] = stages - 1
         elif tokens > 8:
             knobs["tokens"] = tokens // 2
-        elif budget < target.shared_memory:  # one program, then
+        elif budget < target.shared_memory:  # then one program
             budget = target.shared_memory
         elif tokens > 1:
             knobs["tokens"] = tokens // 2
         elif int(knobs["windows"]) > max(16, step_pad(workload)):
             knobs["windows"] = int(knobs["windows"]) // 2
         else:
-            break  # one token's heads are too many: the space's own check says so
-    if int(knobs["tokens"]) <= 8 and int(knobs["windows"]) == 128:  # too few tokens for as many
+            break  # one token's heads are too many: the space's own check reports it
+    if int(knobs["tokens"]) <= 8 and int(knobs["windows"]) == 128:  # too few tokens for this many
         knobs |= {"windows": max(64, step_pad(workload)), "num_warps": 4}
     return knobs
 

@@ -38,7 +38,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of two tiles of queries and of the keys on their way, and 1 KiB for barriers."""
+    """Bytes of two tiles of queries and of the keys in flight, and 1 KiB for barriers."""
     return 2 * COLUMNS * int(workload.head_dim) * (2 + int(schedule.num_stages)) + 1024
 
 

@@ -72,13 +72,13 @@ def elements(workload: Workload, schedule: Schedule) -> float:
 
 
 def query_heads(workload: Workload, num_warps: int) -> int:
-    """Heads that give each thread of some warps a load of 16 bytes a half."""
+    """Heads that give each thread of some warps a load of 16 bytes per half."""
     each = 4 if workload.dtype == "float32" else 8
     return max(1, 32 * num_warps * each // next_power_of_2(int(workload.head_dim) // 2))
 
 
 def default_pool(workload: Workload, target: Target) -> dict[str, Param]:
-    """Small programs, as most of a step's time is a launch; 32 elements a thread of a window."""
+    """Small programs, as most of a step's time is a launch; 32 elements of a window per thread."""
     dim = next_power_of_2(max(int(workload.head_dim) // 2, int(workload.v_head_dim)))
     window = next_power_of_2(int(workload.kernel_size)) * dim
     num_warps = min(8, max(4, window // (32 * 32)))
@@ -98,7 +98,7 @@ def default_matmul(workload: Workload, target: Target) -> dict[str, Param]:
 
 
 def matmul_shared_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the tokens and weights that are on their way."""
+    """Bytes of the tokens and weights in flight."""
     width = element_bytes(workload)
     wide = next_power_of_2(max(int(workload.head_dim), int(workload.v_head_dim)))
     step = wide * (int(schedule.block_rows) + int(schedule.columns))

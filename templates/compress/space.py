@@ -29,7 +29,7 @@ def units_of(workload: Workload) -> int:
 
 
 def places_of(workload: Workload) -> int:
-    """Sums that a unit needs: one a place in a window, unless all places weigh the same."""
+    """Sums that a unit needs: one per place in a window, unless all places have equal weight."""
     return 1 if workload.compress_type == "avgpool" else units_of(workload)
 
 
@@ -50,18 +50,18 @@ def elements(workload: Workload, rows: int, num_warps: int) -> float:
 
 
 def pool_supports(workload: Workload) -> bool:
-    """Whether a few sums suffice, and shifting them is little work beside reading the tokens."""
+    """Whether a few sums suffice, and shifting them is little work next to reading the tokens."""
     units, stride = units_of(workload), int(workload.kernel_stride)
     return workload.compress_type not in PRODUCTS and units <= min(8, max(1, stride))
 
 
 def default_pool(workload: Workload, target: Target) -> dict[str, Param]:
-    """Small tiles, for many programs, of which at least half of the units start a window."""
+    """Small tiles, for many programs, in which at least half of the units start a window."""
     units = max(least_rows(workload), 2 * next_power_of_2(units_of(workload)))
     sums = places_of(workload) * elements(workload, units, 4)
     unroll = default_unroll(int(workload.kernel_stride))
     gated = workload.compress_type == "sigmoid_mul"
-    if target.arch == "120" or (target.arch == "100" and gated):  # four tokens a step spill
+    if target.arch == "120" or (target.arch == "100" and gated):  # four tokens per step spill
         unroll = min(unroll, 2)
     return {
         "block_units": units,
@@ -80,12 +80,12 @@ def default_reread(workload: Workload, target: Target) -> dict[str, Param]:
 
 
 def least_rows(workload: Workload) -> int:
-    """Rows that give each thread of 4 warps a load of 16 bytes a step, and 16 at least."""
+    """Rows that give each thread of 4 warps a load of 16 bytes per step; at least 16."""
     return max(16, 1024 // next_power_of_2(int(workload.head_dim)))
 
 
 def default_unroll(tokens: int) -> int:
-    """Steps of 4 tokens where these divide the tokens to walk."""
+    """Steps of 4 tokens if these divide the tokens to walk."""
     return max(n for n in (1, 2, 4) if tokens % n == 0)
 
 
@@ -154,14 +154,14 @@ def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def matmul_shared_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the tokens and weights that are on their way."""
+    """Bytes of the tokens and weights in flight."""
     width = element_bytes(workload)
     step = int(schedule.block_k) * (int(schedule.block_m) + int(schedule.block_n))
     return width * int(schedule.num_stages) * step
 
 
 def widest(workload: Workload) -> int:
-    """The widest tile of columns: all of them, padded; 16 at least, as products need."""
+    """The widest tile of columns: all of them, padded; at least 16, as products need."""
     return max(16, next_power_of_2(out_dim(workload)))
 
 

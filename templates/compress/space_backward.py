@@ -20,7 +20,7 @@ def block_d(workload: Workload) -> int:
 
 
 def block_out(workload: Workload) -> int:
-    """Elements of a row of dy padded to a power of two; 16 at least, as products need."""
+    """Elements of a row of dy padded to a power of two; at least 16, as products need."""
     return max(16, next_power_of_2(out_dim(workload)))
 
 
@@ -128,7 +128,7 @@ def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def matmul_shared_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the tiles that are on their way in the larger of the two products."""
+    """Bytes of the tiles in flight in the larger of the two products."""
     width = element_bytes(workload)
     dx_step = int(schedule.block_k) * (int(schedule.block_units) + int(schedule.block_n))
     dw_step = int(schedule.block_windows) * (int(schedule.block_rows) + int(schedule.block_cols))
@@ -207,7 +207,7 @@ def derive_gates(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def default_gates(workload: Workload, target: Target) -> dict[str, Param]:
-    """As pooling, but for two sums of 8 elements a thread a place, of 2 places at most."""
+    """As pooling, except for two sums of 8 elements a thread per place, of at most 2 places."""
     size = int(workload.kernel_size)
     return {
         "block_tokens": max(4, 2048 // block_d(workload)),

@@ -9,7 +9,7 @@ from nsagen.codegen.spaces import attention_tiles
 from nsagen.core.workload import Schedule, Workload
 
 LEAST_STEPS = 16
-"""Steps of rows that make it worth a program's while to load a tile of windows and store two."""
+"""Steps of rows that repay a program for loading a tile of windows and storing two."""
 
 
 def derive_backward(workload: Workload, schedule: Schedule) -> dict[str, Any]:

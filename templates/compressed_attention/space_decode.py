@@ -12,7 +12,7 @@ from nsagen.core.workload import Param, Schedule, Workload
 
 _MAX_WINDOWS = 256
 _SCORES_A_THREAD = 8
-"""Of a head and block: few enough that the code is short, as it runs once and must be fetched."""
+"""For a head and block: few, which keeps the code short; it runs once and must be fetched."""
 
 
 def _step_pad(workload: Workload) -> int:
@@ -41,7 +41,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
-    """About 32 KiB a step, as many of them in flight as leave room for two programs a processor."""
+    """About 32 KiB per step; as many in flight as leave room for two programs per processor."""
     block_n = max(split_kv.default_step(workload), _step_pad(workload))
     step = split_kv.tile_bytes(workload, block_n)
     room = (target.shared_memory // 2 - 8 * 1024) // step

@@ -25,14 +25,14 @@ def elements(workload: Workload, schedule: Schedule) -> float:
 
 
 def default_forward(workload: Workload, target: Target) -> dict[str, Param]:
-    """Two loads of 16 bytes a thread and branch: six in flight."""
+    """Two loads of 16 bytes per thread and branch: six in flight."""
     each = 8 if workload.dtype == "float32" else 16
     rows = 4 * 32 * each // next_power_of_2(int(workload.v_head_dim))
     return {"block_rows": rows, "num_warps": 4}
 
 
 def default_backward(workload: Workload, target: Target) -> dict[str, Param]:
-    """One load of 16 bytes a thread and tensor: do and the branches make four in flight."""
+    """One load of 16 bytes per thread and tensor: do and the branches make four in flight."""
     each = 4 if workload.dtype == "float32" else 8
     rows = 4 * 32 * each // next_power_of_2(int(workload.v_head_dim))
     return {"block_rows": rows, "num_warps": 4}

@@ -16,7 +16,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the tiles on their way, at the number of rows that takes most.
+    """Bytes of the tiles in flight, at the number of rows that takes most.
 
     The launch halves the step above 16 rows, and doubles the tile above 32.
     """
@@ -27,10 +27,10 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
-    """One warp and its 16 rows, long steps, and as many bytes on their way as fit thrice in an SM.
+    """One warp and its 16 rows, long steps, and as many bytes in flight as fit thrice in an SM.
 
     Small programs balance the GPU: on an H200, streams of 16 rows by one warp were the fastest or
-    within a hundredth of it for weights of 33 MB to 235 MB, and larger tiles lost up to a tenth.
+    within a hundredth of it for weights of 33 MB to 235 MB; larger tiles lost up to a tenth.
     """
     columns = 8 if target.backend == "cuda" else 16
     if workload.dtype == "float32":  # no tensor cores: the products take registers

@@ -26,10 +26,10 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
-    """About 32 KiB a step; three programs a processor where two steps of each fit, else two.
+    """About 32 KiB per step; three programs per processor if two steps of each fit, else two.
 
-    Splits come in multiples of a branch's steps, so that programs are few and equal: as many as
-    run at once, and not half as many again.
+    Splits come in multiples of a branch's steps, so programs are few and equal: as many as run at
+    once, rather than half as many again.
     """
     block_n = split_kv.default_step(workload)
     step = split_kv.tile_bytes(workload, block_n)

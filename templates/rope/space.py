@@ -23,7 +23,7 @@ def elements(workload: Workload, schedule: Schedule) -> float:
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
-    """Two loads of 16 bytes a thread and half."""
+    """Two loads of 16 bytes per thread and half."""
     each = 8 if workload.dtype == "float32" else 16
     rows = 4 * 32 * each // next_power_of_2(int(workload.head_dim) // 2)
     return {"block_rows": rows, "num_warps": 4}

@@ -23,7 +23,7 @@ def tiles_block(workload: Workload, schedule: Schedule, target: Target) -> bool:
 
 
 def whole_block(workload: Workload) -> int:
-    """The least block_n that covers a block in one step."""
+    """The smallest block_n that covers a block in one step."""
     return max(LEAST_TILE, next_power_of_2(int(workload.block_size)))
 
 
@@ -44,9 +44,9 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the key and value tiles that are on their way, and of the query tile.
+    """Bytes of the key and value tiles in flight, and of the query tile.
 
-    A step's own tiles are read at once by mma.sync, so one buffer less than num_stages does.
+    mma.sync reads a step's own tiles at once, so one buffer fewer than num_stages is enough.
     float32's probabilities go through shared memory on their way to the second product.
     """
     width = element_bytes(workload)
@@ -58,7 +58,7 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
-    """Small programs, so that many are at a time: steps of 8 KiB, 64 results a thread.
+    """Small programs, so that many run at a time: steps of 8 KiB, 64 results per thread.
 
     Of the schedules timed on an H200 (16 heads of 128 a group, 32768 tokens) these were the
     fastest: 6.5 ms, where steps of 32 KiB in two warps took 9.3.
@@ -79,8 +79,8 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
 
 
 def derive_shared_blocks(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """Sizes of steps over each token's own blocks and over common ones: those are one token's size
-    times the tokens at most, so that they take no more shared memory.
+    """Sizes of steps over each token's own blocks and over common ones. The latter are at most one
+    token's size times the tokens, so they take no more shared memory.
     """
     group, block_size = int(workload.gqa_ratio), int(workload.block_size)
     block_g, block_n = max(LEAST_TILE, next_power_of_2(group)), int(schedule.block_n)
@@ -98,7 +98,7 @@ def derive_shared_blocks(workload: Workload, schedule: Schedule) -> dict[str, An
 
 
 def shared_blocks_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the key and value tiles that are on their way, and of the query tiles."""
+    """Bytes of the key and value tiles in flight, and of the query tiles."""
     sizes = derive_shared_blocks(workload, schedule)
     step = int(schedule.block_n) * (sizes["block_d"] + sizes["block_dv"])
     buffers = max(1, int(schedule.num_stages) - 1)
@@ -107,7 +107,7 @@ def shared_blocks_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def shared_blocks_fit(workload: Workload, schedule: Schedule, target: Target) -> bool:
-    """Scores and output of a tile take at most 256 registers a thread."""
+    """Scores and output of a tile take at most 256 registers per thread."""
     sizes = derive_shared_blocks(workload, schedule)
     columns = max(sizes["share_n"], int(schedule.block_n)) + sizes["block_dv"]
     rows = int(schedule.share_tokens) * sizes["block_g"]
@@ -115,7 +115,7 @@ def shared_blocks_fit(workload: Workload, schedule: Schedule, target: Target) ->
 
 
 def default_shared_blocks(workload: Workload, target: Target) -> dict[str, Param]:
-    """query_major's programs, two tokens each: the fastest of those timed, and slower than it."""
+    """query_major's programs, two tokens each: the fastest of those timed, but slower than it."""
     knobs = default(workload, target)
     return {
         "block_n": knobs["block_n"],
@@ -127,11 +127,11 @@ def default_shared_blocks(workload: Workload, target: Target) -> dict[str, Param
 
 
 def prefers_key_major(workload: Workload, target: Target) -> bool:
-    """Small groups, whose partial results weigh less than the blocks each token would read.
+    """Small groups, whose partial results cost less than the blocks each token would read.
 
     Not measured: a token writes and reads topk G Dv elements, or reads topk B (D + Dv) from L2.
-    A whole block must fit the target's shared memory. float32 has no matrix instruction that is
-    exact, and the plain products of a whole block spill.
+    A whole block must fit the target's shared memory. float32 has no exact matrix instruction,
+    and the plain products of a whole block spill.
     """
     if workload.dtype == "float32":
         return False
@@ -159,7 +159,7 @@ def derive_key_major(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def key_major_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of a block's keys and values, and of the queries in work and on their way."""
+    """Bytes of a block's keys and values, and of the queries in use and in flight."""
     sizes = derive_key_major(workload, schedule)
     keys = sizes["block_b"] * (sizes["block_d"] + sizes["block_dv"])
     buffers = min(2, int(schedule.num_stages))
@@ -188,7 +188,7 @@ STEP_KNOBS = (
     Knob("num_warps", (1, 2, 4, 8), "threads for the same tile"),
     Knob("num_stages", (1, 2, 3, 4), "steps that are loading, against shared memory"),
 )
-"""Of steps over a token's own blocks."""
+"""For steps over a token's own blocks."""
 
 SPACES = (
     ScheduleSpace(
@@ -244,7 +244,7 @@ SPACES = (
         derive=derive_shared_blocks,
         shared_memory=shared_blocks_memory,
         default=default_shared_blocks,
-        # What neighbours have in common depends on the text: tuning on it decides.
+        # What neighbours have in common depends on the text, so tuning on it decides.
         preferred=lambda workload, target: False,
     ),
 )

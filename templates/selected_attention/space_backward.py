@@ -21,11 +21,11 @@ PIPELINE_ROWS = 64
 """Rows, tokens times heads, of a step of the pipeline."""
 
 WGMMA_ROWS = 64
-"""Rows of a warp group's product; with fewer, others are used."""
+"""Rows of a warp group's product; with fewer, other instructions are used."""
 
 
 def key_tile(workload: Workload, schedule: Schedule) -> int:
-    """Keys of a program of the key blocks' pass: a block where the schedule says nothing."""
+    """Keys of a program of the key blocks' pass: a block unless the schedule says otherwise."""
     return int(dict(schedule.knobs).get("key_tile", block_b(workload)))
 
 
@@ -50,7 +50,7 @@ FOUR_WARPS = 64 * 256
 
 
 def gradient_elements(workload: Workload, keys: int | None = None) -> int:
-    """Elements of dk and dv of so many keys, or of a block's, padded."""
+    """Elements of dk and dv for `keys` keys, or for a block's, padded."""
     sizes = padded_heads(workload)
     return (keys or block_b(workload)) * (sizes["block_d"] + sizes["block_dv"])
 
@@ -87,10 +87,10 @@ def derive_two_pass(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def key_pass_memory(workload: Workload, schedule: Schedule, *, shares: bool = False) -> int:
-    """Bytes of a block's keys and values, of queries in work and on their way, and of p and ds.
+    """Bytes of a block's keys and values, of queries in use and in flight, and of p and ds.
 
-    What was found by compiling for Ampere and Hopper, with the largest of it. Tiles with fewer rows
-    than a warp group's product are read in two layouts, and lie there in both.
+    Found by compiling for Ampere and Hopper, using the larger result. Tiles with fewer rows
+    than a warp group's product are read in two layouts, and are stored in both.
 
     Args:
         shares: whether a step also has its share of dq, which goes through shared memory.
@@ -102,7 +102,7 @@ def key_pass_memory(workload: Workload, schedule: Schedule, *, shares: bool = Fa
     small = not exact and min(block_b, block_m) < WGMMA_ROWS
     if small:
         buffers = 2
-    elif by_key and not shares:  # a step's products are in flight while the next one's begin
+    elif by_key and not shares:  # a step's products are in flight while the next step's start
         buffers = stages
     else:  # queries are found through a list that is loaded before them: one stage is the list's
         buffers = min(2, stages)
@@ -123,7 +123,7 @@ def key_major_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def query_pass_memory(workload: Workload, block_n: int, num_stages: int) -> int:
-    """Bytes of the keys and values that are on their way, and of the group's rows of q and do."""
+    """Bytes of the keys and values in flight, and of the group's rows of q and do."""
     sizes = padded_heads(workload)
     block_g, _ = group_tile(workload)
     rows = max(1, num_stages - 1) * block_n + block_g
@@ -131,20 +131,20 @@ def query_pass_memory(workload: Workload, block_n: int, num_stages: int) -> int:
 
 
 def two_pass_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes that the hungrier of the two passes needs."""
+    """Bytes needed by the pass that uses more."""
     first = query_pass_memory(workload, int(schedule.block_n), int(schedule.num_stages))
     return max(first, key_pass_memory(workload, schedule))
 
 
 def default_part_tokens(workload: Workload) -> int:
-    """About 16 thousand rows a part, in 1024 to 4096 tokens."""
+    """About 16 thousand rows per part, in 1024 to 4096 tokens."""
     return min(4096, max(1024, next_power_of_2(16384 // int(workload.gqa_ratio))))
 
 
 def default_key_tile(workload: Workload) -> int:
-    """A block, or as much of it as the registers of eight warps hold dk and dv of.
+    """A block, or as much of it as eight warps can hold dk and dv for in registers.
 
-    float32 has no matrix instruction that is exact, and plain products hold operands in registers.
+    float32 has no exact matrix instruction, and plain products hold operands in registers.
     """
     most = 2 * FOUR_WARPS
     if workload.dtype == "float32":
@@ -196,9 +196,9 @@ def default_keys(
 
 
 def default_queries(workload: Workload, target: Target) -> dict[str, Param]:
-    """The first pass's part of a schedule: what measured fastest for the forward pass's like loop.
+    """The first pass's part of a schedule: the fastest for the forward pass's similar loop.
 
-    Small programs, so that many are at a time: steps of 8 KiB, 64 results a thread.
+    Small programs, so that many run at a time: steps of 8 KiB, 64 results per thread.
     """
     exact = workload.dtype == "float32"  # no matrix instruction is exact: plain FMA
     sizes = padded_heads(workload)
@@ -223,8 +223,8 @@ def default_queries(workload: Workload, target: Target) -> dict[str, Param]:
 
 
 def default_two_pass(workload: Workload, target: Target) -> dict[str, Param]:
-    """For dk and dv, no spills; where four warps can hold them, two programs a multiprocessor."""
-    # Where shared memory is small, a third stage of queries spills; with longer blocks, a second.
+    """For dk and dv, no spills; if four warps can hold them, two programs per multiprocessor."""
+    # With little shared memory, a third stage of queries spills; with longer blocks, a second.
     keys = default_key_tile(workload)
     few = target.shared_memory < 128 * 1024 and keys <= 64
     wanted = (("keys", 32, 4, 2 if few else 3),)
@@ -241,7 +241,7 @@ def default_two_pass(workload: Workload, target: Target) -> dict[str, Param]:
 
 
 def share_dtype(workload: Workload) -> str:
-    """What a key block's share of dq is kept in: bfloat16 has float32's range, float16 has not."""
+    """The dtype of a key block's share of dq: bfloat16 has float32's range, float16 does not."""
     return "bfloat16" if workload.dtype == "bfloat16" else "float32"
 
 
@@ -260,7 +260,7 @@ def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
     if target.has_wgmma and block_b(workload) >= 64:  # a block is the rows of dk and dv
         few = 32 if odd or block_b(workload) > 64 else 128
         wanted = (("queries", 16 if crowded else few, 8, 2),)
-    elif crowded and odd:  # which spill by keys, where shared memory allows for the other
+    elif crowded and odd:  # which spill by keys, if shared memory allows the other
         wanted = (("queries", 16, 8, 2), ("keys", 16, 8, 2))
     elif held >= FOUR_WARPS:
         wanted = (("keys", 16 if crowded else 32, 8, 2),)
@@ -268,7 +268,7 @@ def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
 
 
 def prefers_key_major(workload: Workload, target: Target) -> bool:
-    """Small groups, whose shares of dq weigh less than the blocks two passes would read for them.
+    """Small groups, whose shares of dq cost less than the blocks two passes would read for them.
 
     Not measured: a token's shares are 2 topk G D elements, its blocks 2 topk B D. A whole block
     must fit the target's shared memory.
@@ -281,10 +281,10 @@ def prefers_key_major(workload: Workload, target: Target) -> bool:
 def supports_pipeline(workload: Workload) -> bool:
     """bfloat16 heads, and groups and blocks that fill a warp group's products exactly.
 
-    Shares of dq leave in the inputs' dtype: those of float16 could overflow where dq does not.
+    Shares of dq leave in the inputs' dtype: those of float16 could overflow although dq does not.
 
-    Two tokens a step or more: on an H200, groups of 64, of one, mostly end in an illegal access,
-    for a reason that was not found (benchmarks/NOTES.md, "What is left").
+    Two tokens per step or more: on an H200, groups of 64 with one token mostly end in an illegal
+    access, for an unknown reason (benchmarks/NOTES.md, "What is left").
     """
     group, dim = int(workload.gqa_ratio), int(workload.head_dim)
     return (
@@ -306,7 +306,7 @@ def derive_pipeline(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def pipeline_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the block, of the steps on their way, of ds, sums and shares on their way out."""
+    """Bytes of the block, of the steps in flight, of ds, sums and shares on their way out."""
     dim, rows = int(workload.head_dim), PIPELINE_ROWS
     tiles = 2 * 2 * dim * (64 + rows * int(schedule.row_stages))
     return tiles + 2 * 2 * 64 * rows + 4 * 64 * dim + 2 * 2 * rows * dim + 4096
@@ -390,7 +390,7 @@ SPACES = (
         supports=supports_pipeline,
         runs_on=runs_on,
         triton=GLUON,
-        # On an H200 (16 heads of 128 a group, 32768 tokens) 12.1 ms, where two_pass took 15.0; but
+        # On an H200 (16 heads of 128 a group, 32768 tokens) 12.1 ms; two_pass took 15.0. But
         # its loop reloads some addresses from the stack, and no default may spill: tuning finds it.
         preferred=lambda workload, target: False,
     ),

@@ -10,7 +10,7 @@ from nsagen.core.workload import Param, Workload
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
     """A window is few steps: short ones waste less at its edges, and a second program on the same
-    multiprocessor hides where one begins and ends."""
+    multiprocessor hides where one starts and ends."""
     knobs = attention_tiles.row_tiles_default(workload, target)
     if target.has_wgmma and workload.dtype != "float32":
         wide = attention_tiles.padded_sizes(workload)[1] > 128  # four warps spill
