@@ -50,8 +50,8 @@ class ContinuousBatch:
     """Runs sequences together that start and end at different times.
 
     A step runs at most one pass over waiting prompts (`InferenceConfig.prefill_chunk_size` bounds
-    how long it delays the others) and one token of every running sequence. A slot that a
-    sequence leaves is reused without clearing the others. Tokens reach the host one step late, so the
+    how long it delays the others) and one token of every running sequence. A slot that a sequence
+    leaves is reused without clearing the others. Tokens reach the host one step late, so the
     device never waits for it: a sequence may compute one token past its stop token, which is
     dropped.
 
