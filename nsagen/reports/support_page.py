@@ -29,7 +29,7 @@ This page is generated from `docs/support.json`, which `python docs/generate.py 
 ## Shipped specs
 
 The number of kernels of each spec on each target. All of them compile, fit the target's shared
-memory and spill no registers. To list the schedules of a spec:
+memory and neither load nor store the stack in a loop. To list the schedules of a spec:
 
 ```sh
 nsagen inspect {example}

@@ -1,8 +1,8 @@
 """What nsagen's kernels use on each target, compiled without a GPU: docs/support.json.
 
 It holds the default schedules of every workload of every shipped spec, on every target, by kernel
-name. A name covers template and schedule, so missing or stale entries show without compiling, and
-only changed kernels are compiled again.
+name. A name covers template and schedule, so what is missing or left over shows without compiling,
+and only what changed is compiled anew.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from nsagen.spec import Spec, load_spec, shipped_specs
 
 
 class Usage(NamedTuple):
-    """What the kernel that uses most, of those that a call launches, uses on one target.
+    """What the hungriest of the kernels that a call launches uses, on one target.
 
     Attributes:
-        registers: of 32 bits, per thread.
-        spill_bytes: per thread.
-        shared_bytes: per program.
-        matrix: the matrix instructions used, separated by commas; "" without any.
+        registers: of 32 bits, a thread.
+        spill_bytes: of the stack, a thread.
+        shared_bytes: a program.
+        matrix: the matrix instructions used, apart by commas; "" if there are none.
+        loop_spills: loads and stores of the stack inside loops.
         error: why it does not compile; "" if it does.
         triton: the version that compiled it.
     """
@@ -62,11 +63,11 @@ Table = dict[tuple[str, str], Usage]
 """(kernel name, target) -> what it uses."""
 
 SPECS = ("llama8b", "nsa_paper")
-"""The specs whose kernels the page lists; of the second, only those that compress."""
+"""The specs whose kernels the page lists; of the second one, those that compress."""
 
 
 def listed() -> tuple[Workload, ...]:
-    """The workloads that the page lists: the first spec's, and each way to compress of others."""
+    """The workloads that the page lists: the first spec's, and of others each way to compress."""
     usual, paper = (load_spec(name) for name in SPECS)
     found = [*representative(usual), *(w for w in representative(paper) if _compresses(w))]
     shape, passes = usual.shapes[-1], usual.passes
@@ -82,7 +83,7 @@ def _compresses(workload: Workload) -> bool:
 
 
 def representative(spec: Spec) -> tuple[Workload, ...]:
-    """The last workload of each op, pass and compress_type: the most heads, blocks and inputs."""
+    """Of each op, pass and compress_type the last workload: the most heads, blocks and inputs."""
     largest: dict[tuple[str, str, str], Workload] = {}
     for workload in spec.workloads():
         kind = str(dict(workload.params).get("compress_type", ""))
@@ -100,7 +101,7 @@ def variants(workloads: Iterable[Workload]) -> list[Variant]:
     """The default schedules of workloads on every target.
 
     Raises:
-        UnsupportedWorkloadError: no algorithm covers a workload on a target.
+        UnsupportedWorkloadError: no algorithm covers one on a target.
     """
     found = []
     for workload in workloads:
@@ -116,7 +117,7 @@ def measure(
     jobs: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Table:
-    """Compile variants in worker processes, except known ones; sorted by name."""
+    """Compile variants in worker processes, but for those that are known; in the order of names."""
     known = known or {}
     wanted = sorted(wanted, key=lambda variant: (variant.name, variant.target))
     table = {(v.name, v.target): known.get((v.name, v.target)) for v in wanted}
@@ -155,7 +156,7 @@ def usage_of(variant: Variant) -> Usage:
 
 
 def problems(table: Table, wanted: Iterable[Variant]) -> Iterator[str]:
-    """A description of each variant that does not compile or fit, or that spills."""
+    """Each variant that does not compile or fit, or spills in a loop, in words."""
     for variant in wanted:
         usage = table[variant.name, variant.target]
         limit = KNOWN_TARGETS[variant.target].shared_memory
@@ -171,7 +172,7 @@ def problems(table: Table, wanted: Iterable[Variant]) -> Iterator[str]:
 
 
 def lacking(table: Table, wanted: Iterable[Variant]) -> list[Variant]:
-    """The variants missing from a table because their template or schedule changed."""
+    """The variants that a table does not have: their template or schedule changed since."""
     return [variant for variant in wanted if (variant.name, variant.target) not in table]
 
 
@@ -186,8 +187,8 @@ def read(path: Path) -> Table:
 
 
 def write(path: Path, table: Table) -> None:
-    """Write a table, one kernel per line."""
-    kernels: dict[str, dict[str, Usage]] = {}
+    """Write a table: by version of Triton, a kernel a line."""
+    versions: dict[str, dict[str, dict[str, list[int | str]]]] = {}
     for (name, target), usage in table.items():
         kernels = versions.setdefault(usage.triton, {})
         kernels.setdefault(name, {})[target] = _short(usage)
