@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from nsagen.codegen.template import default_schedule, space_for
+from nsagen.codegen.template import default_schedule, rendered, space_for
 from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.core.releases import installed_release
 from nsagen.core.target import Target
@@ -67,7 +67,11 @@ class Candidates:
 
 @functools.cache
 def candidates_for(workload: Workload, target: Target) -> Candidates:
-    """What a workload's schedule spaces offer on a target with the installed Triton."""
+    """What a workload's schedule spaces offer on a target with the installed Triton.
+
+    Raises:
+        BuildError: a template is missing or does not render.
+    """
     schedules = valid_schedules(workload, target)
     algorithms = sorted({schedule.algorithm for schedule in schedules})
 
@@ -83,6 +87,8 @@ def candidates_for(workload: Workload, target: Target) -> Candidates:
         if algorithm != default.algorithm:
             with contextlib.suppress(UnsupportedWorkloadError):  # no default may fit
                 others.append(space_for(workload, algorithm).default_schedule(workload, target))
+    for schedule in (default, *others):
+        rendered(workload, schedule)  # a template that is missing or broken is no schedule's fault
     return Candidates(schedules, default, tuple(others), allows)
 
 

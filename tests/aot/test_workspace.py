@@ -15,7 +15,8 @@ MIB = 1 << 20
 BYTES_A_TOKEN = {
     ("compress", "backward"): 2,
     ("compressed_attention", "backward"): 256,  # delta: 4 bytes a query head
-    ("selected_attention", "backward"): 8960,  # partial dk and dv, and which tokens chose a block
+    # partial dk and dv, which tokens chose a block, and a copy of topk_idx without its repeats
+    ("selected_attention", "backward"): 9100,
     # lse in base 2 and delta, those of a key/value head together: 8 bytes a query head
     ("sliding_window_attention", "backward"): 512,
 }

@@ -166,7 +166,10 @@ class TestCheckpoint:
         (["--attention", "flash"], "must be nsa or dense; got 'flash'"),
         (["--prompt", ""], "the prompt must have a token"),
         (["--device", "tpu9"], "must be cuda or cpu; got 'tpu9'"),
-        (["--kernels", "never_built"], "run: nsagen build specs/never_built.yaml"),
+        (
+            ["--kernels", "never_built"],
+            "give nsagen build the path of its spec: no never_built.yaml is in ./specs",
+        ),
         (["--model", "no/such/folder", "--prompt", "x"], "needs the checkpoint's tokenizer.json"),
     ],
 )

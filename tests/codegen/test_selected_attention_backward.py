@@ -39,6 +39,7 @@ def shared_bytes(call: RecordedLaunch, target: Target, monkeypatch: pytest.Monke
     def stop(self, src, metadata, *_):
         raise _SharedBytes(metadata["shared"])
 
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")  # a cached kernel skips all steps
     monkeypatch.setattr(llvm, "optimize_module", lambda *_, **__: None)
     monkeypatch.setattr(CUDABackend, "make_ptx", stop)
     with pytest.raises(BuildError) as stopped:

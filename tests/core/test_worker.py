@@ -125,7 +125,8 @@ def test_a_worker_that_cannot_start_says_why() -> None:
 
 
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
 from nsagen.core.worker import Worker
 worker = Worker("tests.core.test_worker:Naughty")
 print(worker.ask("pid", limit_s=60).value, flush=True)
