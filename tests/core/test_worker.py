@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -124,9 +125,18 @@ def test_a_worker_that_cannot_start_says_why() -> None:
         Worker("tests.core.test_worker:NeverStarts").ask("pid", limit_s=60)
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A shell starts what runs in its background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 PARENT = """
 import signal, sys
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup, and SIGINT in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from nsagen.core.worker import Worker
 worker = Worker("tests.core.test_worker:Naughty")
 print(worker.ask("pid", limit_s=60).value, flush=True)
