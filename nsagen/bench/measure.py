@@ -53,7 +53,7 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
         call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):  # PyTorch's own stream may be another GPU's
         call()
     return graph.replay
 

@@ -453,7 +453,7 @@ def _replay(run: _Run) -> Iterator[Row]:
     run.output(first)
     torch.cuda.synchronize(run.device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(run.device)):
         o = run.output(first)
     for name in ("q", "k", "v", "topk_idx"):
         getattr(first, name).copy_(getattr(second, name))

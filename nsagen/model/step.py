@@ -60,6 +60,7 @@ class DecodeStep:
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._state = WeightState((), ())
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def fill(self, rows: Sequence[Row], kept: Sequence[int]) -> None:
         """Change which sequences the rows hold.
@@ -124,17 +125,21 @@ class DecodeStep:
             self.positions.copy_(positions)
 
     def _captured(self, count: int, sampled: bool) -> torch.cuda.CUDAGraph:
-        side = torch.cuda.Stream(self.cache.device)
-        side.wait_stream(torch.cuda.current_stream(self.cache.device))
+        device = self.cache.device
+        # Without a stream of its own, PyTorch captures on one that belongs to the GPU which was
+        # current at the process's first capture. Graphs that share a pool share their stream.
+        side = self._stream = self._stream or torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # loads kernels and workspaces, which a capture may not
             for _ in range(2):
                 self.compute(count, sampled)
-        torch.cuda.current_stream(self.cache.device).wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(side)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads may launch and allocate meanwhile: that does not touch this capture.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        mode = "thread_local"
+        with torch.cuda.graph(graph, self._pool, side, capture_error_mode=mode):
             self.compute(count, sampled)
         return graph
 
