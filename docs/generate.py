@@ -69,6 +69,17 @@ RULES = """\
 - `kernel_size` and `block_size` are multiples of `kernel_stride`, so that windows and blocks align
   to the same grid.
 - `topk` is at least `init_blocks + local_blocks`: these blocks are always selected.
+- The keys from `scorer` on name another member of the block-sparse family than NSA: MiniMax-M3's
+  learned index, MiniCPM's InfLLM-V2, MoBA. They need `branches: selected`.
+- `scorer: index` needs `index_heads`, `index_head_dim`, `kernel_size: 1`, `kernel_stride: 1`,
+  `score_norm: none`, `score_heads: each` and `score_pool: max`, and no other scorer takes the first
+  two.
+- `score_norm: none` needs `score_pool: max`, and takes no `lse_windows`.
+- `score_heads: each` needs `gqa_ratio: 1` with compressed keys: attention takes one selection per
+  key/value head.
+- Members other than NSA compress keys by their plain mean: `compress_type: avgpool`,
+  `with_pe: false`.
+- `rotary_dim` is at most `head_dim`.
 - Every entry of `exclude` matches a combination, and at least one combination remains.
 - The lists make at most 4096 combinations.
 """
@@ -106,7 +117,12 @@ def _table(section: dict[str, Any], definitions: dict[str, Any]) -> str:
     return "\n".join(rows) + "\n"
 
 
-AS = {"v_head_dim": "head_dim", "v_compress_type": "compress_type", "mlp_hidden": "head_dim"}
+AS = {
+    "v_head_dim": "head_dim",
+    "v_compress_type": "compress_type",
+    "mlp_hidden": "head_dim",
+    "rotary_dim": "head_dim",
+}
 """The keys whose value is another one's where they are left out."""
 
 

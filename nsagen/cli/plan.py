@@ -114,6 +114,11 @@ def _configs(spec: Spec, folder: Path | None) -> Iterator[tuple[str, ToyLlamaCon
     from nsagen.model.sparsity import settings_of
 
     shapes = spec.shapes
+    if members := [name for shape in shapes for name in shape.family_keys]:
+        raise InvalidInputError(
+            f"plan: can estimate NSA and dense attention only; got {spec.label} with {members[0]}, "
+            "another member of the family; leave those keys out to estimate NSA of these heads"
+        )
     seen: set[tuple[Any, ...]] = set()
     for ratio in dict.fromkeys(shape.gqa_ratio for shape in shapes):
         like = [shape for shape in shapes if shape.gqa_ratio == ratio]

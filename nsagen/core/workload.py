@@ -86,14 +86,16 @@ STATIC_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
 """The static parameters of each (op, pass), in the order in which names and headers show them."""
 
 _HIDDEN = ("mlp_hidden",)
+_SCORING = ("score_norm", "score_heads", "score_pool")
 OPTIONAL_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("block_selection", "forward"): _SCORING,
     ("compress", "forward"): _HIDDEN,
     ("compress", "backward"): _HIDDEN,
     ("cache_append", "decode"): ("v_compress_type", *_HIDDEN, "v_with_pe", "branch_kv"),
 }
 """More static parameters, which a workload omits when they say nothing: `v_compress_type`
-if it is compress_type, `mlp_hidden` if no type is mlp, `v_with_pe` if it is false, and
-`branch_kv` if it is "shared"."""
+if it is compress_type, `mlp_hidden` if no type is mlp, `v_with_pe` if it is false,
+`branch_kv` if it is "shared", and what ranks blocks where it is as in NSA."""
 
 PARAMETERS = {
     "head_dim": "D: elements of a query and a key",
@@ -112,6 +114,9 @@ PARAMETERS = {
     "v_with_pe": "whether a window's values have one",
     "mlp_hidden": "hidden elements of the MLP that compresses",
     "branch_kv": "whether all branches read the same keys and values, or each its own",
+    "score_norm": "whether products become a head's probabilities or stay as they are",
+    "score_heads": "whether a group's heads sum their scores, or each selects for itself",
+    "score_pool": "how windows become a block's score: a sum by shared tokens, or the maximum",
 }
 """What each static parameter means, and its symbol in formulas."""
 
@@ -141,6 +146,7 @@ def _defaults(params: Mapping[str, Param]) -> dict[str, Param]:
     kind = params.get("compress_type", "")
     defaults: dict[str, Param] = {"v_compress_type": kind, "v_with_pe": False}
     defaults["branch_kv"] = BRANCH_KV[0]
+    defaults |= {"score_norm": "softmax", "score_heads": "sum", "score_pool": "overlap"}
     if "mlp" not in (kind, params.get("v_compress_type")):
         defaults["mlp_hidden"] = 0
     return defaults

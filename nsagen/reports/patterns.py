@@ -49,25 +49,27 @@ def example_of(shape: AttentionShape, seed: int = 0) -> Example:
     tokens = min(MAX_TOKENS, max(4 * shape.topk * shape.block_size, 2 * shape.window_size))
     random = torch.Generator().manual_seed(seed)
     subject = _subjects(tokens, shape.block_size, random)
-    q, k = _vectors(subject, shape.gqa_ratio, shape.head_dim, random)
+    group = 1 if shape.score_heads == "each" else shape.gqa_ratio
+    q, k = _vectors(subject, group, shape.index_head_dim or shape.head_dim, random)
     ends = torch.tensor([0, tokens], dtype=torch.int32)
     size, stride = shape.kernel_size, shape.kernel_stride
     ck, window_ends = reference.avgpool_compress(k, None, ends, size, stride)
-    _, lse = reference.compressed_attention_forward(
-        q, ck, ck, ends, window_ends, kernel_size=size, kernel_stride=stride
-    )
+    lse = reference.compressed_lse(q, ck, ends, window_ends, kernel_size=size, kernel_stride=stride)
     blocks = reference.block_selection(
-        *(q, ck, lse, ends, window_ends),
+        *(q, ck, lse if shape.score_norm == "softmax" else None, ends, window_ends),
         kernel_size=size,
         kernel_stride=stride,
         block_size=shape.block_size,
         topk=shape.topk,
         init_blocks=shape.init_blocks,
         local_blocks=shape.local_blocks,
+        score_norm=shape.score_norm,
+        score_heads=shape.score_heads,
+        score_pool=shape.score_pool,
     )
     queries = [round((i + 1) * tokens / ROWS) - 1 for i in range(ROWS)]
     last = torch.arange(ck.shape[0]) * stride + size - 1
-    scores = scores_of(q[queries], ck, shape.head_dim**-0.5)[0]  # [G, queries, M]
+    scores = scores_of(q[queries], ck, q.shape[-1] ** -0.5)[0]  # [G, queries, M]
     probabilities = (scores - lse[queries].T[..., None]).exp()
     hidden = last > torch.tensor(queries)[:, None]
     probabilities = probabilities.masked_fill(hidden, 0.0).mean(0)
@@ -138,7 +140,7 @@ def _panels(example: Example) -> dict[str, str]:
             "Selected attention",
             _selected(example),
             f"{shape.topk} blocks of {shape.block_size} tokens: the first {shape.init_blocks} and "
-            f"last {shape.local_blocks} always, the rest by the compressed attention's mass.",
+            f"last {shape.local_blocks} always, the rest by {_ranking(shape)}.",
         ),
         "sliding": _panel(
             "Sliding-window attention",
@@ -146,6 +148,15 @@ def _panels(example: Example) -> dict[str, str]:
             f"the last {shape.window_size} tokens, the query's own among them.",
         ),
     }
+
+
+def _ranking(shape: AttentionShape) -> str:
+    """What ranks blocks, in words."""
+    if shape.scorer == "index":
+        return "a learned index"
+    if shape.score_norm == "none":
+        return "their compressed keys"
+    return "the compressed attention's " + ("maximum" if shape.score_pool == "max" else "mass")
 
 
 def _panel(title: str, shapes: str, caption: str) -> str:

@@ -47,6 +47,14 @@ def combine(
     if checked.branches == ("sliding",) and any(not shape.window_size for shape in kept):
         text = "one branch must be on; got sliding alone, and window_size 0; name another, too"
         problems.append(document.problem(("branches",), text))
+    members = [name for shape in kept for name in shape.family_keys]
+    if members and checked.branches != ("selected",):
+        text = (
+            "must be selected alone with the keys that make attention another member of the "
+            f"family than NSA; got {', '.join(checked.branches)}, and {members[0]}; "
+            "write branches: selected, or leave those keys out"
+        )
+        problems.append(document.problem(("branches",), text))
     problems += _broken_rules(kept, document, many=total > 1)
     return tuple(sorted(kept)), problems
 

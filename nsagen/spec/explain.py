@@ -96,7 +96,7 @@ def _wrong_value(location: Location, value: Any, document: Document) -> str:
 
 def _rule(schema: dict[str, Any]) -> str:
     if "enum" in schema:
-        return f"one of {', '.join(schema['enum'])}"
+        return f"one of {', '.join(map(str, schema['enum']))}"
     match schema.get("type"):
         case "integer" if "minimum" in schema:
             step = schema.get("multipleOf")
@@ -121,7 +121,9 @@ def _remedy(schema: dict[str, Any], value: Any) -> str:
         alias = _ALIASES.get(value.lower())
         if alias in schema["enum"]:
             return f"did you mean {alias!r}?"
-        return nearest(value, schema["enum"])
+        return nearest(value, [str(known) for known in schema["enum"]])
+    if "enum" in schema:
+        return f"choose from {', '.join(map(str, schema['enum']))}"
     if schema.get("type") == "boolean" and str(value).lower() in _TRUTH:
         return f"write {_TRUTH[str(value).lower()]}"
     if schema.get("type") == "integer":

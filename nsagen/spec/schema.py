@@ -99,9 +99,18 @@ GqaRatio = Annotated[int, Field(ge=1, le=64)]
 DType = Literal["float16", "bfloat16", "float32"]
 CompressType = Literal["avgpool", "weightedpool", "linear", "sigmoid_mul", "mlp"]
 BranchKV = Literal["shared", "separate"]
+Scorer = Literal["compressed", "index"]
+ScoreNorm = Literal["softmax", "none"]
+ScoreHeads = Literal["sum", "each"]
+ScorePool = Literal["overlap", "max"]
+PoolRope = Literal["before", "after"]
+LseWindows = Literal[1, 4]
+OutputGate = Literal["none", "sigmoid"]
+RotaryDim = Annotated[int, Field(ge=2, le=256, multiple_of=2)]
+DenseLen = Annotated[int, Field(ge=0, le=1 << 24)]
 MlpHidden = Annotated[int, Field(ge=16, le=1024, multiple_of=8)]
-KernelSize = Annotated[int, Field(ge=1, le=1024)]
-BlockSize = Annotated[int, Field(ge=1, le=1024)]
+KernelSize = Annotated[int, Field(ge=1, le=4096)]
+BlockSize = Annotated[int, Field(ge=1, le=4096)]
 TopK = Annotated[int, Field(ge=1, le=1024)]
 FixedBlocks = Annotated[int, Field(ge=0, le=1024)]
 WindowSize = Annotated[int, Field(ge=0, le=1 << 20)]
@@ -163,6 +172,50 @@ class AttentionSection(_Strict):
         default=("shared",),
         description="whether all branches share keys and values, or each has its own",
     )
+    scorer: Many[Scorer] = Field(
+        default=("compressed",),
+        description="what ranks blocks: compressed keys, or a learned index with queries and keys "
+        "of its own",
+    )
+    index_heads: Many[GqaRatio] | None = Field(
+        default=None,
+        description="with scorer index: index query heads, one per key/value head; they share one "
+        "index key head",
+    )
+    index_head_dim: Many[HeadDim] | None = Field(
+        default=None, description="with scorer index: size of an index query and key head"
+    )
+    score_norm: Many[ScoreNorm] = Field(
+        default=("softmax",),
+        description="whether a head's scores become probabilities before heads and windows are "
+        "combined",
+    )
+    score_heads: Many[ScoreHeads] = Field(
+        default=("sum",),
+        description="whether a group's query heads sum their scores, or each selects for itself",
+    )
+    score_pool: Many[ScorePool] = Field(
+        default=("overlap",),
+        description="how windows become a block's score: a sum weighted by shared tokens, or the "
+        "maximum",
+    )
+    pool_rope: Many[PoolRope] = Field(
+        default=("before",), description="whether keys are compressed before or after rope"
+    )
+    lse_windows: Many[LseWindows] = Field(
+        default=(1,),
+        description="windows that one key of the softmax's normalizer stands for; 4 is nearly "
+        "exact at a quarter of the cost",
+    )
+    output_gate: Many[OutputGate] = Field(
+        default=("none",), description="whether a sigmoid gate multiplies the attention's output"
+    )
+    rotary_dim: Many[RotaryDim] | None = Field(
+        default=None, description="elements of a head that rope rotates; left out: all of them"
+    )
+    dense_len: Many[DenseLen] = Field(
+        default=(0,), description="sequences with fewer tokens use dense attention; 0: none do"
+    )
 
 
 class ExcludeEntry(_Strict):
@@ -185,6 +238,17 @@ class ExcludeEntry(_Strict):
     with_pe: Many[bool] | None = None
     v_with_pe: Many[bool] | None = None
     branch_kv: Many[BranchKV] | None = None
+    scorer: Many[Scorer] | None = None
+    index_heads: Many[int] | None = None
+    index_head_dim: Many[int] | None = None
+    score_norm: Many[ScoreNorm] | None = None
+    score_heads: Many[ScoreHeads] | None = None
+    score_pool: Many[ScorePool] | None = None
+    pool_rope: Many[PoolRope] | None = None
+    lse_windows: Many[int] | None = None
+    output_gate: Many[OutputGate] | None = None
+    rotary_dim: Many[int] | None = None
+    dense_len: Many[int] | None = None
 
     @model_validator(mode="after")
     def _not_empty(self) -> ExcludeEntry:

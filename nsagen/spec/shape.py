@@ -22,6 +22,14 @@ _SERVES = {
 }
 """The branches that an op and pass serve; all branches if it is missing here."""
 
+_FAMILY = {
+    ("block_selection", "forward"),
+    ("selected_attention", "forward"),
+    ("selected_attention", "backward"),
+    ("native_sparse_attention", "decode"),
+}
+"""What every member of the family besides NSA runs; see `AttentionShape._member_workloads`."""
+
 
 @dataclass(frozen=True, order=True)
 class AttentionShape:
@@ -43,6 +51,20 @@ class AttentionShape:
             head_dim. Always 0 if an mlp compresses neither.
         v_with_pe: whether compression adds a position embedding to values.
         branch_kv: "shared" if all branches read the same keys and values, else "separate".
+
+    The rest names another member of the family; the defaults are NSA's.
+
+    Attributes:
+        scorer: "compressed" if blocks are ranked by compressed keys, "index" if by index queries
+            and keys of their own.
+        index_heads: index query heads, one per key/value head; index_head_dim: size of each. 0
+            with scorer "compressed".
+        score_norm, score_heads, score_pool: as in `nsagen.ops.reference.block_selection.Scoring`.
+        pool_rope: "before" if keys are compressed before rope, "after" if after it.
+        lse_windows: windows that one key of the softmax's normalizer stands for.
+        output_gate: "sigmoid" if a gate multiplies the attention's output, else "none".
+        rotary_dim: elements of a head that rope rotates; 0 becomes head_dim.
+        dense_len: sequences with fewer tokens use dense attention.
     """
 
     head_dim: int
@@ -62,12 +84,30 @@ class AttentionShape:
     mlp_hidden: int = 0
     v_with_pe: bool = False
     branch_kv: str = BRANCH_KV[0]
+    scorer: str = "compressed"
+    index_heads: int = 0
+    index_head_dim: int = 0
+    score_norm: str = "softmax"
+    score_heads: str = "sum"
+    score_pool: str = "overlap"
+    pool_rope: str = "before"
+    lse_windows: int = 1
+    output_gate: str = "none"
+    rotary_dim: int = 0
+    dense_len: int = 0
 
     def __post_init__(self) -> None:
         types = (self.compress_type, self.v_compress_type or self.compress_type)
         hidden = (self.mlp_hidden or self.head_dim) if "mlp" in types else 0
         object.__setattr__(self, "v_compress_type", types[1])
         object.__setattr__(self, "mlp_hidden", hidden)
+        object.__setattr__(self, "rotary_dim", self.rotary_dim or self.head_dim)
+
+    @property
+    def family_keys(self) -> tuple[str, ...]:
+        """The keys that make this shape another member of the family than NSA; none for NSA."""
+        usual = {f.name: f.default for f in fields(self)} | {"rotary_dim": self.head_dim}
+        return tuple(name for name in FAMILY_KEYS if getattr(self, name) != usual[name])
 
     def said(self) -> dict[str, Param]:
         """The parameters, without optional ones that have the value they would get if omitted."""
@@ -81,6 +121,9 @@ class AttentionShape:
     ) -> Iterator[Workload]:
         """The workload of each op that the branches need with one of the passes; `compress` has
         one for keys and one for values."""
+        if self.family_keys:
+            yield from self._member_workloads(passes)
+            return
         on = set(branches) - (set() if self.window_size else {"sliding"})
         shape: dict[str, Param] = asdict(self._least(on))
         of_values = shape | {"head_dim": self.v_head_dim, "with_pe": shape["v_with_pe"]}
@@ -98,6 +141,32 @@ class AttentionShape:
             if op == "compress":
                 yield self._workload(op, pass_, {name: of_values[name] for name in names})
 
+    def _member_workloads(self, passes: Iterable[str]) -> Iterator[Workload]:
+        """Those of a member that has the selected branch alone.
+
+        Rope, norms and the output gate are the model's own. With scorer "index" the selection runs
+        on index heads; with a softmax it takes the log-sum-exp of a pass of its own.
+        """
+        values: dict[str, Param] = asdict(self) | {"window_size": 1}
+        of_scores = dict(values)
+        if self.scorer == "index":
+            of_scores |= {"head_dim": self.index_head_dim, "gqa_ratio": self.index_heads}
+        for op, pass_ in STATIC_PARAMS:
+            used, wanted = of_scores, (op, pass_) in _FAMILY
+            if op == "compress" and pass_ == "forward":
+                wanted = self.kernel_size > 1
+            elif op == "compressed_lse":
+                wanted = self.score_norm == "softmax"
+                used = values | {
+                    "kernel_size": self.kernel_size * self.lse_windows,
+                    "kernel_stride": self.kernel_stride * self.lse_windows,
+                }
+            elif op != "block_selection":
+                used = values
+            if wanted and pass_ in passes:
+                names = parameter_names(op, pass_)
+                yield self._workload(op, pass_, {name: used[name] for name in names})
+
     def _least(self, on: Collection[str]) -> AttentionShape:
         """As a model calls the ops: compression for a branch that is off is a plain mean."""
         if "compressed" in on:
@@ -110,6 +179,12 @@ class AttentionShape:
     def _workload(self, op: str, pass_: str, params: dict[str, Param]) -> Workload:
         return Workload.of(op, pass_, dtype=self.dtype, **params)
 
+
+FAMILY_KEYS = (
+    *("scorer", "index_heads", "index_head_dim", "score_norm", "score_heads", "score_pool"),
+    *("pool_rope", "lse_windows", "output_gate", "rotary_dim", "dense_len"),
+)
+"""The keys that name a member of the family."""
 
 PARAMETERS = tuple(field.name for field in fields(AttentionShape))
 """The names of a shape's parameters, in the order of its fields."""
@@ -166,6 +241,86 @@ def violations(shape: AttentionShape) -> Iterator[Violation]:
             ("topk", "init_blocks", "local_blocks"),
             f"choose topk >= {shape.init_blocks + shape.local_blocks}",
         )
+    yield from _family_violations(shape)
+
+
+def _family_violations(shape: AttentionShape) -> Iterator[Violation]:
+    """Combinations of the family's keys that have no meaning."""
+    if shape.rotary_dim > shape.head_dim:
+        yield Violation(
+            "rotary_dim",
+            "rotary_dim must be at most head_dim",
+            ("rotary_dim", "head_dim"),
+            f"choose rotary_dim <= {shape.head_dim}, or leave it out",
+        )
+    for name in ("index_heads", "index_head_dim"):
+        if (getattr(shape, name) > 0) != (shape.scorer == "index"):
+            given = getattr(shape, name) > 0
+            yield Violation(
+                name,
+                f"scorer index needs {name}, and no other scorer takes it",
+                ("scorer", name),
+                "leave it out, or write scorer: index" if given else f"add {name}",
+            )
+    if shape.scorer == "index":
+        yield from _index_violations(shape)
+        return
+    if shape.score_norm == "none" and shape.score_pool == "overlap":
+        yield Violation(
+            "score_pool",
+            "score_norm none needs score_pool max: sums of raw products would rank blocks by how "
+            "many windows they touch",
+            ("score_norm", "score_pool"),
+            "write score_pool: max",
+        )
+    if shape.score_norm == "none" and shape.lse_windows != 1:
+        yield Violation(
+            "lse_windows",
+            "lse_windows needs score_norm softmax, whose normalizer it is for",
+            ("score_norm", "lse_windows"),
+            "leave lse_windows out",
+        )
+    if shape.score_heads == "each" and shape.gqa_ratio != 1:
+        yield Violation(
+            "score_heads",
+            "score_heads each needs gqa_ratio 1 with scorer compressed: attention takes one "
+            "selection per key/value head",
+            ("score_heads", "gqa_ratio"),
+            "write gqa_ratio: 1 and repeat keys and values for each query head",
+        )
+    plain = (shape.compress_type, shape.v_compress_type) == ("avgpool", "avgpool")
+    if shape.family_keys and not (plain and not shape.with_pe and not shape.v_with_pe):
+        yield Violation(
+            "compress_type",
+            f"with {shape.family_keys[0]}, keys must be compressed by their plain mean",
+            ("compress_type", "with_pe"),
+            "write compress_type: avgpool and with_pe: false",
+        )
+
+
+def _index_violations(shape: AttentionShape) -> Iterator[Violation]:
+    """A learned index scores tokens one by one: what compression and softmaxes take is refused."""
+    needed: dict[str, Param] = {
+        "kernel_size": 1,
+        "kernel_stride": 1,
+        "score_norm": "none",
+        "score_heads": "each",
+        "score_pool": "max",
+        "pool_rope": "before",
+        "lse_windows": 1,
+        "compress_type": "avgpool",
+        "with_pe": False,
+    }
+    for name, value in needed.items():
+        if getattr(shape, name) != value:
+            text = str(value).lower()
+            yield Violation(
+                name,
+                f"scorer index needs {name} {text}: it ranks a block by the largest product of an "
+                "index query with the index keys of its tokens",
+                ("scorer", name),
+                f"write {name}: {text}",
+            )
 
 
 def _divisors(number: int) -> str:

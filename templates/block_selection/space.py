@@ -125,6 +125,15 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     return knobs
 
 
+NSA = ("softmax", "sum", "overlap")
+
+
+def supports(workload: Workload) -> bool:
+    """NSA's form of scores, and blocks of few enough windows."""
+    form = (workload.score_norm, workload.score_heads, workload.score_pool)
+    return form == NSA and step_pad(workload) <= _MAX_WINDOWS
+
+
 SPACES = (
     ScheduleSpace(
         op="block_selection",
@@ -156,6 +165,6 @@ SPACES = (
         derive=derive,
         shared_memory=shared_memory,
         default=default,
-        supports=lambda workload: step_pad(workload) <= _MAX_WINDOWS,
+        supports=supports,
     ),
 )

@@ -127,7 +127,7 @@ def rank(
     while len(taken) < min(topk, own + 1):
         best, best_score = -1, -math.inf
         for j in range(own + 1):
-            if j not in taken and scores[j] > best_score:
+            if j not in taken and (best < 0 or scores[j] > best_score):
                 best, best_score = j, scores[j]
         taken.add(best)
     return sorted(taken) + [-1] * (topk - len(taken))

@@ -5,7 +5,7 @@ the mathematics closely, in float32 or wider, and reads offsets on the host, so 
 """
 
 from nsagen.ops.layout import compressed_cu_seqlens, positions_in_sequence
-from nsagen.ops.reference.block_selection import block_selection
+from nsagen.ops.reference.block_selection import block_selection, compressed_lse
 from nsagen.ops.reference.cache_append import cache_append
 from nsagen.ops.reference.compress import (
     avgpool_compress,
@@ -22,11 +22,13 @@ from nsagen.ops.reference.compressed_attention import (
     compressed_attention_forward,
 )
 from nsagen.ops.reference.gated_sum import gated_sum
+from nsagen.ops.reference.index_loss import index_loss
 from nsagen.ops.reference.linear_decode import linear_decode
 from nsagen.ops.reference.native_sparse_attention import (
     native_sparse_attention,
     native_sparse_attention_decode,
 )
+from nsagen.ops.reference.norm_rope import norm_rope
 from nsagen.ops.reference.rope import rope
 from nsagen.ops.reference.selected_attention import selected_attention, topk_sparse_attention
 from nsagen.ops.reference.sliding_window_attention import (
@@ -43,13 +45,16 @@ __all__ = [
     "compressed_attention_decode",
     "compressed_attention_forward",
     "compressed_cu_seqlens",
+    "compressed_lse",
     "gated_sum",
+    "index_loss",
     "linear_compress",
     "linear_decode",
     "mlp_compress",
     "mlp_first_layer",
     "native_sparse_attention",
     "native_sparse_attention_decode",
+    "norm_rope",
     "positions_in_sequence",
     "rope",
     "selected_attention",

@@ -1,4 +1,8 @@
-"""Selection of the key blocks that matter most to a query, by compressed attention's mass."""
+"""Selection of the key blocks that matter most to a query, in all forms of one formula.
+
+score[t, r, j] = POOL over windows i touching block j, visible, of RED over heads h in r of
+NORM(scale q[t, h] . k[i]); `Scoring` names NORM, RED and POOL, and its defaults are NSA's.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +54,55 @@ class BlockRule:
             )
 
 
+SCORE_NORMS = ("softmax", "none")
+SCORE_HEADS = ("sum", "each")
+SCORE_POOLS = ("overlap", "max")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How products of queries and keys become scores of blocks.
+
+    Attributes:
+        score_norm: "softmax": a head's probabilities over the windows that it sees; "none": the
+            products as they are. These are not scaled, which would change no choice.
+        score_heads: "sum": one selection per key head, from the sum over its query heads; "each":
+            one per query head.
+        score_pool: "overlap": a block's windows weighted by the tokens that they share with it;
+            "max": the largest of them.
+    """
+
+    score_norm: str = "softmax"
+    score_heads: str = "sum"
+    score_pool: str = "overlap"
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "score_norm": SCORE_NORMS,
+            "score_heads": SCORE_HEADS,
+            "score_pool": SCORE_POOLS,
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise InvalidInputError(
+                    f"block_selection: {name} must be one of {', '.join(values)}; got "
+                    f"{getattr(self, name)!r}; choose one of these"
+                )
+        if (self.score_norm, self.score_pool) == ("none", "overlap"):
+            raise InvalidInputError(
+                "block_selection: score_pool 'overlap' needs score_norm 'softmax'; got score_norm "
+                "'none', whose sums would rank blocks by how many windows they touch; "
+                "use score_pool='max'"
+            )
+
+    def rows(self, query_heads: int, key_heads: int) -> int:
+        """Selections a token: one per query head, or one per key head."""
+        return query_heads if self.score_heads == "each" else key_heads
+
+
+NSA = Scoring()
+
+
 def overlap_weights(rule: BlockRule) -> tuple[int, list[int]]:
     """Tokens that windows share with a block, in units of kernel_stride.
 
@@ -86,16 +139,38 @@ def block_scores(probabilities: Tensor, blocks: int, rule: BlockRule) -> Tensor:
     return score
 
 
+def block_maxima(values: Tensor, blocks: int, rule: BlockRule, empty: float) -> Tensor:
+    """score[j] = the largest value of the windows that share a token with block j.
+
+    Args:
+        values: [..., M].
+        blocks: blocks to score.
+        rule: the static parameters.
+        empty: the score of a block that no window touches.
+
+    Returns:
+        [..., blocks].
+    """
+    first, weights = overlap_weights(rule)
+    step = rule.block_size // rule.kernel_stride
+    after = max(0, blocks * step + first + len(weights) - values.shape[-1])
+    padded = functional.pad(values, (-first, after), value=empty)
+    score = values.new_full((*values.shape[:-1], blocks), empty)
+    for offset in range(len(weights)):
+        score = torch.maximum(score, padded[..., offset::step][..., :blocks])
+    return score
+
+
 def select_blocks(scores: Tensor, tokens: Tensor, rule: BlockRule) -> Tensor:
     """The forced blocks and the best of the rest, `topk` in all; the lower index wins a tie.
 
     Args:
-        scores: [HK, C, blocks].
+        scores: [R, C, blocks], of R selections a query.
         tokens: [C] positions of the queries; blocks 0 .. tokens // block_size are candidates.
         rule: the static parameters.
 
     Returns:
-        int32 [HK, C, topk]: ascending block indices, then -1.
+        int32 [R, C, topk]: ascending block indices, then -1.
     """
     blocks = torch.arange(scores.shape[-1], device=scores.device)
     own = (tokens // rule.block_size).unsqueeze(-1)
@@ -110,45 +185,71 @@ def select_blocks(scores: Tensor, tokens: Tensor, rule: BlockRule) -> Tensor:
 
 
 def scores_of_blocks(
-    q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, blocks: int, scale: float, rule: BlockRule
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    tokens: Tensor,
+    blocks: int,
+    scale: float,
+    rule: BlockRule,
+    scoring: Scoring = NSA,
 ) -> Tensor:
-    """How much probability some queries of one sequence give to its blocks.
+    """The scores that some queries of one sequence give to its blocks.
 
     Args:
         q: [C, HQ, D], upcast, as are k and lse.
         k: [M, HK, D], the sequence's compressed keys.
-        lse: [C, HQ].
+        lse: [C, HQ]; None with score_norm "none". Where it is -inf, all scores are 0.
         tokens: [C] positions of the queries.
         blocks: blocks of the sequence.
-        scale: of the scores.
+        scale: of the products under a softmax.
         rule: the static parameters.
+        scoring: the form of the scores.
 
     Returns:
-        [HK, C, blocks].
+        [HK, C, blocks], or [HQ, C, blocks] with score_heads "each". A block none of whose windows
+        is visible scores 0 with a softmax, else -inf.
     """
     ends = torch.arange(k.shape[0], device=q.device) * rule.kernel_stride + rule.kernel_size - 1
-    grouped_lse = lse.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0).unsqueeze(-1)
-    probabilities = (scores_of(q, k, scale) - grouped_lse).exp()
-    probabilities = probabilities.masked_fill(ends > tokens.unsqueeze(-1), 0.0).sum(1)
-    return block_scores(probabilities, blocks, rule)
+    hidden = ends > tokens.unsqueeze(-1)
+    if lse is None:
+        empty = float("-inf")
+        values = scores_of(q, k, 1.0).masked_fill(hidden, empty)
+    else:
+        empty = 0.0
+        grouped_lse = lse.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0).unsqueeze(-1)
+        values = (scores_of(q, k, scale) - grouped_lse).exp()
+        values = values.masked_fill(hidden | grouped_lse.isneginf(), empty)
+    values = values.flatten(0, 1) if scoring.score_heads == "each" else values.sum(1)
+    if scoring.score_pool == "max":
+        return block_maxima(values, blocks, rule, empty)
+    return block_scores(values, blocks, rule)
 
 
 def blocks_of(
-    q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, blocks: int, scale: float, rule: BlockRule
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    tokens: Tensor,
+    blocks: int,
+    scale: float,
+    rule: BlockRule,
+    scoring: Scoring = NSA,
 ) -> Tensor:
     """The blocks of some queries of one sequence; see `scores_of_blocks` for the arguments.
 
     Returns:
-        int32 [HK, C, topk].
+        int32 [HK, C, topk], or [HQ, C, topk] with score_heads "each".
     """
-    return select_blocks(scores_of_blocks(q, k, lse, tokens, blocks, scale, rule), tokens, rule)
+    scores = scores_of_blocks(q, k, lse, tokens, blocks, scale, rule, scoring)
+    return select_blocks(scores, tokens, rule)
 
 
 @torch.no_grad()
 def block_selection(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     *,
@@ -160,32 +261,41 @@ def block_selection(
     local_blocks: int = 2,
     softmax_scale: float | None = None,
     q_start: Tensor | None = None,
+    score_norm: str = "softmax",
+    score_heads: str = "sum",
+    score_pool: str = "overlap",
 ) -> Tensor:
-    """Choose each query's blocks, per key/value head, from the compressed attention's scores.
+    """Choose each query's blocks by the scores of one formula; by default NSA's.
 
-    score[t, j] = sum over the group's heads h and windows i of p[h, t, i] overlap(i, j) / s, with
-    p = exp(softmax_scale q k - lse). Candidates: j <= t // block_size. Always taken:
-    j < init_blocks and j > t // block_size - local_blocks.
+    score[t, r, j] = POOL over windows i touching block j, visible, of RED over heads h in r of
+    NORM(q[t, h] . k[i]); see `Scoring`. Candidates: j <= t // block_size. Always taken:
+    j < init_blocks and j > t // block_size - local_blocks. Equal scores: the lower index.
 
     Args:
         q: [N, HQ, D].
-        k: compressed keys [T, HK, D]; rows past cu_seqlens_k[-1] are not read.
-        lse: [N, HQ], natural logarithm, from the compressed attention.
+        k: compressed keys [T, HK, D], or index keys, windows of one token; rows past
+            cu_seqlens_k[-1] are not read.
+        lse: [N, HQ], natural logarithm, of the products under a softmax; None with score_norm
+            "none".
         cu_seqlens_q: int32 [batch + 1].
         cu_seqlens_k: int32 [batch + 1], offsets of the compressed sequences.
-        softmax_scale: 1/sqrt(D) unless given.
+        softmax_scale: 1/sqrt(D) unless given; with score_norm "none" it changes no choice.
         q_start: int32 [batch], position of each sequence's first query, for a chunk of a longer
             prompt; 0 unless given.
+        score_norm, score_heads, score_pool: see `Scoring`.
 
     Returns:
-        int32 [HK, N, topk]: ascending block indices within the sequence, then -1.
+        int32 [HK, N, topk], or [HQ, N, topk] with score_heads "each": ascending block indices
+        within the sequence, then -1.
     """
     rule = BlockRule(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
+    scoring = Scoring(score_norm, score_heads, score_pool)
+    check_lse("block_selection", lse, score_norm)
     check_heads("block_selection", q, k, k)
     query_bounds = sequence_bounds("block_selection", cu_seqlens_q, q.shape[0])
     key_bounds = sequence_bounds("block_selection", cu_seqlens_k, k.shape[0], spare=True)
     scale = scale_of(softmax_scale, q.shape[-1])
-    q, k, lse = upcast(q, k, lse)
+    q, k = upcast(q, k)
     firsts = [0] * len(query_bounds) if q_start is None else q_start.tolist()
     selected = []
     for (start, end), (key_start, key_end), first in zip(
@@ -195,6 +305,68 @@ def block_selection(
         for lo, hi in chunks(end - start, q.shape[1] * max(key_end - key_start, blocks)):
             rows = slice(start + lo, start + hi)
             tokens = first + torch.arange(lo, hi, device=q.device)
-            keys = k[key_start:key_end]
-            selected.append(blocks_of(q[rows], keys, lse[rows], tokens, blocks, scale, rule))
+            keys, part = k[key_start:key_end], None if lse is None else lse[rows].to(q.dtype)
+            selected.append(blocks_of(q[rows], keys, part, tokens, blocks, scale, rule, scoring))
     return torch.cat(selected, 1)
+
+
+def check_lse(where: str, lse: Tensor | None, score_norm: str) -> None:
+    """A softmax needs its log-sum-exp, and nothing else takes one."""
+    if (lse is None) == (score_norm == "softmax"):
+        came = f"lse {'None' if lse is None else tuple(lse.shape)}, score_norm {score_norm!r}"
+        raise InvalidInputError(
+            f"{where}: lse must be given with score_norm 'softmax' and with no other; got {came}; "
+            "take it from compressed_lse, or leave it out"
+        )
+
+
+@torch.no_grad()
+def compressed_lse(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    softmax_scale: float | None = None,
+    q_start: Tensor | None = None,
+) -> Tensor:
+    """The log-sum-exp of softmax_scale q k^T over the windows i with i * s + l - 1 <= t.
+
+    It normalizes the scores of `block_selection`: exactly with the same compressed keys, nearly
+    with the means of longer windows, four times as far apart, which cost a quarter.
+
+    Args:
+        q: [N, HQ, D].
+        k: compressed keys [T, HK, D]; rows past cu_seqlens_k[-1] are not read.
+        cu_seqlens_q: int32 [batch + 1].
+        cu_seqlens_k: int32 [batch + 1], offsets of the compressed sequences.
+        kernel_size: tokens of a window of k, l.
+        kernel_stride: tokens between the starts of two windows of k, s.
+        softmax_scale: 1/sqrt(D) unless given.
+        q_start: int32 [batch], position of each sequence's first query; 0 unless given.
+
+    Returns:
+        [N, HQ], natural logarithm, in float32 (float64 for float64 inputs); -inf where no window
+        is visible.
+    """
+    where = "compressed_lse"
+    check_windows(where, kernel_size, kernel_stride)
+    check_heads(where, q, k, k)
+    query_bounds = sequence_bounds(where, cu_seqlens_q, q.shape[0])
+    key_bounds = sequence_bounds(where, cu_seqlens_k, k.shape[0], spare=True)
+    scale = scale_of(softmax_scale, q.shape[-1])
+    q, k = upcast(q, k)
+    firsts = [0] * len(query_bounds) if q_start is None else q_start.tolist()
+    found = []
+    for (start, end), (key_start, key_end), first in zip(
+        query_bounds, key_bounds, firsts, strict=True
+    ):
+        ends = torch.arange(key_end - key_start, device=q.device) * kernel_stride + kernel_size - 1
+        for lo, hi in chunks(end - start, q.shape[1] * (key_end - key_start)):
+            tokens = first + torch.arange(lo, hi, device=q.device)
+            scores = scores_of(q[start + lo : start + hi], k[key_start:key_end], scale)
+            scores = scores.masked_fill(ends > tokens.unsqueeze(-1), float("-inf"))
+            found.append(torch.logsumexp(scores, -1).permute(2, 0, 1).flatten(1, 2))
+    return torch.cat(found).contiguous()
