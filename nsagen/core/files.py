@@ -32,20 +32,31 @@ def replace_file(path: Path, content: str | bytes) -> bool:
     if path.is_file() and path.read_bytes() == data:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    return True
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file for the block to write, which then takes the path's place in one step.
+
+    If the block raises, the temporary file is removed and the path is as it was.
+    """
     before, _, after = TEMPORARY.partition("*")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=before, suffix=after)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=before, suffix=after)
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        yield temporary
         with contextlib.suppress(OSError):  # some file systems have no modes
             os.chmod(temporary, 0o644)
         _forget_bytecode(path)
-        _put(temporary, path)
+        _put(name, path)
         _forget_bytecode(path)  # from a process that imported the old file in between
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    return True
 
 
 def check_own(path: Path, mark: re.Pattern[bytes], what: str, remedy: str) -> None:
@@ -110,12 +121,24 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     On file systems without locks it continues without one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _open_lock(folder / f".{name}.lock")
+    with _held(_open_lock(folder / f".{name}.lock"), folder / name):
+        yield
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Let one process at a time write a folder, without leaving a lock file in it."""
+    with _held(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), folder):
+        yield
+
+
+@contextmanager
+def _held(lock: int, what: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _log.warning("waiting for another process that writes %s", folder / name)
+            _log.warning("waiting for another process that writes %s", what)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EBADF, errno.ENOSYS):

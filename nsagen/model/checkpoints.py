@@ -24,10 +24,9 @@ from nsagen.model.checks import require
 from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
 from nsagen.model.safetensors_files import (
     read_tensors,
-    replace_json,
     stored_dtype,
     tensor_names,
-    write_tensors,
+    write_checkpoint,
 )
 
 if TYPE_CHECKING:
@@ -131,19 +130,23 @@ class Pretrained(nn.Module):
     ) -> None:
         """Write config.json and the weights into a folder, which is made if needed.
 
+        An earlier checkpoint that nsagen wrote there is replaced.
+
         Args:
             folder: a ToyLlama's can be read by Transformers as a LlamaForCausalLM.
             max_shard_bytes: largest file; more weights go to several files with an index.
+
+        Raises:
+            InvalidInputError: the folder holds a checkpoint that nsagen did not write, or the
+                model has weights that `from_pretrained` could not read; nothing was changed.
         """
         folder, tensors = Path(folder), dict(self.state_dict())
         self._check_saved(tensors)
-        folder.mkdir(parents=True, exist_ok=True)
         tied = self.lm_head.weight is self.model.embed_tokens.weight
         if tied:
             del tensors["lm_head.weight"]
-        write_tensors(folder, tensors, max_shard_bytes)
         content = config_json(self.config, tied, self.lm_head.weight.dtype)
-        replace_json(folder / "config.json", content)
+        write_checkpoint(folder, tensors, content, max_shard_bytes)
 
     def _check_saved(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuse what `from_pretrained` could not read back."""

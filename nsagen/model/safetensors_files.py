@@ -6,15 +6,24 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.files import TEMPORARY, locked_folder, replace_file, replacing
+from nsagen.core.version import __version__
 
 ONE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+_NUMBERED = "model-?????-of-?????.safetensors"
+
+_MARK = "nsagen_version"
+"""Key in the metadata of each file that nsagen writes: it replaces and removes no others."""
 
 
 def tensor_names(folder: Path) -> dict[str, Path]:
@@ -100,42 +109,86 @@ def _opened(path: Path) -> safe_open:
         ) from None
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
-    """Write tensors to one file or to numbered ones with an index; replaces what was there.
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], max_shard_bytes: int
+) -> None:
+    """Write tensors to one file or to numbered ones with an index, and config.json.
 
-    If it is interrupted, the folder holds the old tensors, or the new ones, or no index, which
-    reading refuses; never a mix.
+    It replaces an earlier checkpoint of nsagen in the folder and refuses any other before it
+    writes. If it is interrupted, the folder holds the old tensors, or the new ones, or no index,
+    which reading refuses; never a mix. Of several processes, one writes at a time.
 
     Raises:
-        InvalidInputError: max_shard_bytes is not positive.
+        InvalidInputError: max_shard_bytes is not positive, or the folder holds another program's
+            checkpoint.
     """
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
         raise InvalidInputError(
             f"save_pretrained: max_shard_bytes must be a positive number of bytes; "
             f"got {max_shard_bytes!r}; leave it out for 5 GB"
         )
+    _check_free(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked_folder(folder):
+        _check_free(folder)
+        for path in folder.glob(TEMPORARY):  # of a save that was killed
+            path.unlink()
+        _write_tensors(folder, tensors, max_shard_bytes)
+        _write_json(folder / CONFIG, {**config, _MARK: __version__})
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
     shards = _shards(tensors, max_shard_bytes)
     names = [ONE]
     if len(shards) > 1:
         names = [
             f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
         ]
-    if len(shards) > 1:
         (folder / INDEX).unlink(missing_ok=True)
     for name, shard in zip(names, shards, strict=True):
-        part = folder / f"{name}.tmp"
-        save_file(_apart(shard), part, {"format": "pt"})
-        os.replace(part, folder / name)
+        with replacing(folder / name) as part:
+            save_file(_apart(shard), part, {"format": "pt", _MARK: __version__})
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
         files = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
-        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-        replace_json(folder / INDEX, content)
+        about = {"total_size": total, _MARK: __version__}
+        _write_json(folder / INDEX, {"metadata": about, "weight_map": dict(sorted(files.items()))})
     else:
         (folder / INDEX).unlink(missing_ok=True)
-    for path in [folder / ONE, *folder.glob("model-?????-of-?????.safetensors")]:
+    for path in [folder / ONE, *folder.glob(_NUMBERED)]:
         if path.name not in names:
             path.unlink(missing_ok=True)
+
+
+def _check_free(folder: Path) -> None:
+    """Refuse a folder with a checkpoint of another program, or of an nsagen that left no mark."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise InvalidInputError(
+            f"save_pretrained: must be given a folder; got the file {folder}; give another path"
+        )
+    paths = [folder / CONFIG, folder / INDEX, folder / ONE, *sorted(folder.glob(_NUMBERED))]
+    foreign = [path.name for path in paths if os.path.lexists(path) and not _is_own(path)]
+    if foreign:
+        more = f" and {len(foreign) - 4} more" if len(foreign) > 4 else ""
+        raise InvalidInputError(
+            f"save_pretrained: {folder} must have no checkpoint but one that nsagen wrote; "
+            f"got {', '.join(foreign[:4])}{more}, which it did not write; nothing was changed; "
+            "give another folder, or remove them"
+        )
+
+
+def _is_own(path: Path) -> bool:
+    """Whether nsagen wrote a file of a checkpoint: the file says so itself."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt", device="cpu") as file:
+                about = file.metadata()
+        else:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            about = about.get("metadata") if path.name == INDEX else about
+        return isinstance(about, dict) and _MARK in about
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -149,11 +202,8 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def replace_json(path: Path, content: object) -> None:
-    """Write a file in one step."""
-    part = path.with_name(f"{path.name}.tmp")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+def _write_json(path: Path, content: object) -> None:
+    replace_file(path, json.dumps(content, indent=2) + "\n")
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:

@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ def start_child(work: Callable[[], object]) -> int:
     if child == 0:
         code = 99
         try:
+            if "torch" in sys.modules:  # OpenMP's threads do not survive a fork: a region waits
+                sys.modules["torch"].set_num_threads(1)
             result = work()
             code = result if isinstance(result, int) else 0
         finally:

@@ -249,6 +249,7 @@ class TestFiles:
         (folder / "config.json").write_text("[1]")
         with pytest.raises(InvalidInputError, match="must be a JSON object, got a list; fix it"):
             ToyLlama.from_pretrained(folder)
+        (folder / "config.json").unlink()
         ToyNSALlama(nsa_config()).save_pretrained(folder)
         edit(folder, nsa=3)
         with pytest.raises(InvalidInputError, match="nsa: must be a JSON object, got a int"):
@@ -263,6 +264,59 @@ class TestFiles:
         for size in ("5GB", 0, -1, 1.5, True):
             with pytest.raises(InvalidInputError, match="must be a positive number of bytes"):
                 ToyLlama(dense_config()).save_pretrained(folder, size)  # type: ignore[arg-type]
+
+
+class TestSavingTouchesOnlyWhatNsagenWrote:
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "model-00001-of-00002.safetensors",
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "config.json",
+        ],
+    )
+    @pytest.mark.parametrize("shard", [5 * 10**9, 50_000])
+    @pytest.mark.parametrize("content", ["whole", "damaged", "link"])
+    def test_a_file_of_another_checkpoint(
+        self, tmp_path: Path, name: str, shard: int, content: str
+    ) -> None:
+        path = tmp_path / name
+        if content == "link":
+            path.symlink_to(tmp_path / "not there")
+        elif content == "damaged":
+            path.write_bytes(b"\xff[")
+        elif path.suffix == ".json":
+            path.write_text('{"metadata": {"total_size": 1}, "weight_map": {}}')
+        else:
+            save_file({"theirs": torch.ones(1)}, path, {"format": "pt"})
+        before = contents(tmp_path)
+        with pytest.raises(InvalidInputError, match=f"got {name}, which it did not write; nothing"):
+            ToyLlama(dense_config()).save_pretrained(tmp_path, shard)
+        assert contents(tmp_path) == before
+
+    def test_everything_else_in_the_folder_stays(self, folder: Path) -> None:
+        others = ("tokenizer.json", "model.safetensors.tmp", "model-mine.safetensors", "a/x.py")
+        (folder / "a").mkdir()
+        for name in others:
+            (folder / name).write_text("mine")
+        for shard in (50_000, 5 * 10**9, 1):
+            ToyLlama(dense_config()).save_pretrained(folder, shard)
+        assert {(folder / name).read_text() for name in others} == {"mine"}
+        assert not list(folder.glob(".*")), "neither locks nor temporary files are left"
+
+    def test_a_file_where_the_folder_belongs(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("mine")
+        with pytest.raises(InvalidInputError, match="must be given a folder; got the file"):
+            ToyLlama(dense_config()).save_pretrained(tmp_path / "mine")
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """The files of a folder by name: their bytes, or where a link leads."""
+    return {
+        path.name: path.readlink() if path.is_symlink() else path.read_bytes()
+        for path in folder.iterdir()
+    }
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -308,8 +362,8 @@ def test_tied_weights_under_either_name(folder: Path, stored: str) -> None:
     assert torch.equal(model.model.embed_tokens.weight, embedding)
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     assert tied == (stored != "different"), "as Transformers does"
-    model.save_pretrained(folder)
-    again = ToyLlama.from_pretrained(folder)
+    model.save_pretrained(folder / "again")
+    again = ToyLlama.from_pretrained(folder / "again")
     ids, cu_seqlens = packed_batch([9])
     assert torch.equal(again(ids, cu_seqlens), model(ids, cu_seqlens))
 
