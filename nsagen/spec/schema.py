@@ -78,6 +78,12 @@ def _known_pass(name: str) -> str:
     return name
 
 
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):  # True == 1
+        raise ValueError(f"must be a number; got {str(value).lower()}; write a number")
+    return value
+
+
 def _no_keyword(name: str) -> str:
     if keyword.iskeyword(name):
         rule = "must not be a Python keyword, because it names a package"
@@ -104,7 +110,7 @@ ScoreNorm = Literal["softmax", "none"]
 ScoreHeads = Literal["sum", "each"]
 ScorePool = Literal["overlap", "max"]
 PoolRope = Literal["before", "after"]
-LseWindows = Literal[1, 4]
+LseWindows = Annotated[Literal[1, 4], BeforeValidator(_no_truth)]
 OutputGate = Literal["none", "sigmoid"]
 RotaryDim = Annotated[int, Field(ge=2, le=256, multiple_of=2)]
 DenseLen = Annotated[int, Field(ge=0, le=1 << 24)]
