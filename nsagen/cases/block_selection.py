@@ -9,10 +9,19 @@ from nsagen.cases.base import Case, Cost, Sizes, cu_seqlens_of, poisoned
 from nsagen.cases.compressed_attention import visible_pairs, windows_of
 from nsagen.core.workload import Workload
 from nsagen.ops import reference
-from nsagen.ops.reference.block_selection import BlockRule, scores_of_blocks, select_blocks
+from nsagen.ops.reference.block_selection import (
+    NSA,
+    BlockRule,
+    Scoring,
+    scores_of_blocks,
+    select_blocks,
+)
 
 NEAR = 1e-4
 """Two scores this close, relatively, may rank either way: float32 exponents are no more exact."""
+
+NEAR_PRODUCTS = 1e-6
+"""Two products of vectors this close, in units of their norms, may rank either way."""
 
 LEAST = 1e-34
 """Scores below this are sums of probabilities that float32 flushes to 0."""
@@ -22,6 +31,11 @@ def rule_of(workload: Workload) -> BlockRule:
     """The static parameters that selection itself depends on."""
     names = (field for field in BlockRule.__dataclass_fields__)
     return BlockRule(**{name: int(getattr(workload, name)) for name in names})
+
+
+def scoring_of(workload: Workload) -> Scoring:
+    """The form of the workload's scores."""
+    return Scoring(*(str(getattr(workload, name)) for name in Scoring.__dataclass_fields__))
 
 
 def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
@@ -39,21 +53,27 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     k = torch.randn(capacity, sizes.kv_heads, dim, dtype=dtype, device=device, generator=random)
     k[sum(windows) :] = float("nan")
     offsets = cu_seqlens_of(sizes.seqlens, device), cu_seqlens_of(windows, device)
-    topk_idx = poisoned((sizes.kv_heads, sizes.tokens, int(workload.topk)), torch.int32, device)
+    scoring = scoring_of(workload)
+    rows = scoring.rows(heads, sizes.kv_heads)
+    topk_idx = poisoned((rows, sizes.tokens, int(workload.topk)), torch.int32, device)
     scale = dim**-0.5
-    lse = torch.empty(sizes.tokens, heads, device=device)
-    if not meta:
-        lse.copy_(lse_of(workload, q, k, *offsets, scale))
+    lse: Tensor | None = None
+    if scoring.score_norm == "softmax":
+        lse = torch.empty(sizes.tokens, heads, device=device)
+        if not meta:
+            lse.copy_(lse_of(workload, q, k, *offsets, scale))
     pairs = sum(visible_pairs(workload, length) for length in sizes.seqlens)
     return Case(
         args=(q, k, lse, *offsets, topk_idx, scale),
         outputs={"topk_idx": topk_idx},
         expected=lambda: {
-            "topk_idx": expected_blocks(rule_of(workload), q, k, lse, *offsets, topk_idx, scale)
+            "topk_idx": expected_blocks(
+                rule_of(workload), q, k, lse, *offsets, topk_idx, scale, scoring=scoring
+            )
         },
         cost=Cost(
             flops=2 * pairs * heads * dim,
-            bytes=sum(x.nbytes for x in (q, k, lse, topk_idx)),
+            bytes=sum(x.nbytes for x in (q, k, lse, topk_idx) if x is not None),
         ),
     )
 
@@ -67,29 +87,25 @@ def lse_of(
     scale: float,
 ) -> Tensor:
     """The compressed attention's log-sum-exp, float32 [N, HQ]."""
-    _, lse = reference.compressed_attention_forward(
-        q.float(),
-        k.float(),
-        k[..., :1].float(),  # the output is not used
-        cu_seqlens_q,
-        cu_seqlens_k,
+    return reference.compressed_lse(
+        *(q.float(), k.float(), cu_seqlens_q, cu_seqlens_k),
         kernel_size=int(workload.kernel_size),
         kernel_stride=int(workload.kernel_stride),
         softmax_scale=scale,
     )
-    return lse
 
 
 def expected_blocks(
     rule: BlockRule,
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     came: Tensor,
     scale: float,
     q_start: Tensor | None = None,
+    scoring: Scoring = NSA,
 ) -> Tensor:
     """The float64 reference's choice, or the kernel's where float32 cannot tell them apart."""
     expected = []
@@ -102,13 +118,19 @@ def expected_blocks(
         for start in range(ends[seq], ends[seq + 1], rows):
             part = slice(start, min(start + rows, ends[seq + 1]))
             tokens = first - ends[seq] + torch.arange(part.start, part.stop, device=q.device)
-            query = q[part].double(), keys, lse[part].double()
-            scores = scores_of_blocks(*query, tokens, blocks, scale, rule)
-            expected.append(allow_near(came[:, part], scores, tokens, rule))
+            query = q[part].double(), keys, None if lse is None else lse[part].double()
+            scores = scores_of_blocks(*query, tokens, blocks, scale, rule, scoring)
+            least = LEAST
+            if lse is None and keys.shape[0]:  # what rounding leaves of a sum of products near 0
+                norms = q[part].double().norm(dim=-1).max() * keys.norm(dim=-1).max()
+                least = NEAR_PRODUCTS * norms.item()
+            expected.append(allow_near(came[:, part], scores, tokens, rule, least))
     return torch.cat(expected, 1) if expected else torch.empty_like(came)
 
 
-def allow_near(came: Tensor, scores: Tensor, tokens: Tensor, rule: BlockRule) -> Tensor:
+def allow_near(
+    came: Tensor, scores: Tensor, tokens: Tensor, rule: BlockRule, least: float = LEAST
+) -> Tensor:
     """The exact choice [HK, C, topk], but `came` in rows that only swap nearly equal blocks.
 
     Such a row must hold equally many different candidates in ascending order, including all forced
@@ -123,12 +145,13 @@ def allow_near(came: Tensor, scores: Tensor, tokens: Tensor, rule: BlockRule) ->
     def sorted_scores(index: Tensor) -> Tensor:
         inside = (index >= 0) & (index <= own[:, None])
         found = ranked.gather(-1, index.clamp(0, scores.shape[-1] - 1).long())
-        return found.masked_fill(~inside, -1.0).sort(-1, descending=True).values
+        return found.masked_fill(~inside, float("-inf")).sort(-1, descending=True).values
 
     best, other = sorted_scores(chosen), sorted_scores(came)
-    near = (other - best).abs() <= NEAR * best + LEAST
+    near = (other - best).abs() <= NEAR * best.abs() + least
     near = (other == best) | (near & best.isfinite())
     step = came.diff(dim=-1)
     ordered = ((step > 0) | (came[..., 1:] == -1)).all(-1)
-    excused = near.all(-1) & ordered & (other != best).any(-1)
+    as_many = (came >= 0).sum(-1) == (chosen >= 0).sum(-1)
+    excused = near.all(-1) & ordered & as_many & (other != best).any(-1)
     return torch.where(excused.unsqueeze(-1), came, chosen)

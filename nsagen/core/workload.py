@@ -46,6 +46,7 @@ STATIC_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
         "init_blocks",
         "local_blocks",
     ),
+    ("compressed_lse", "forward"): ("head_dim", "gqa_ratio", "kernel_size", "kernel_stride"),
     ("selected_attention", "forward"): _SELECTED,
     ("selected_attention", "backward"): _SELECTED,
     ("sliding_window_attention", "forward"): _SLIDING,

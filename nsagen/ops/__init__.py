@@ -5,6 +5,7 @@ or the same kernels where TRITON_INTERPRET=1 was set before triton was imported.
 """
 
 from nsagen.ops._launch import on_kernels
+from nsagen.ops.block_selection import block_selection
 from nsagen.ops.cache_append import cache_append
 from nsagen.ops.compress import compress
 from nsagen.ops.compress_types import (
@@ -16,6 +17,7 @@ from nsagen.ops.compress_types import (
 )
 from nsagen.ops.compressed_attention import compressed_attention
 from nsagen.ops.compressed_attention_decode import compressed_attention_decode
+from nsagen.ops.compressed_lse import compressed_lse
 from nsagen.ops.gated_sum import gated_sum
 from nsagen.ops.lengths import Lengths
 from nsagen.ops.linear_decode import LINEAR_DECODE_ROWS, linear_decode
@@ -31,10 +33,12 @@ __all__ = [
     "Lengths",
     "SeparateKV",
     "avgpool_compress",
+    "block_selection",
     "cache_append",
     "compress",
     "compressed_attention",
     "compressed_attention_decode",
+    "compressed_lse",
     "gated_sum",
     "linear_compress",
     "linear_decode",

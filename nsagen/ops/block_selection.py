@@ -1,6 +1,7 @@
-"""Block selection: the blocks of tokens that each query's compressed attention finds important.
+"""Block selection: the blocks of tokens that matter most to each query.
 
-score[t, j] = sum over the group's heads and windows i of p[h, t, i] * overlap(i, j) / s.
+By default as in NSA, score[t, j] = sum over the group's heads and windows i of p[h, t, i] *
+overlap(i, j) / s; other members of the family by `score_norm`, `score_heads` and `score_pool`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,71 @@ from nsagen.ops._checks import (
     check_rows,
     fail,
 )
-from nsagen.ops._launch import lse_dtype
+from nsagen.ops._launch import key_of, lse_dtype, scale_of
 from nsagen.ops._op import define_op
-from nsagen.ops.reference.block_selection import BlockRule
+from nsagen.ops.reference.block_selection import BlockRule, Scoring, check_lse
+from nsagen.runtime import Dispatcher
 
 _OP = "block_selection"
+
+
+def block_selection(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    softmax_scale: float | None = None,
+    q_start: Tensor | None = None,
+    score_norm: str = "softmax",
+    score_heads: str = "sum",
+    score_pool: str = "overlap",
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """Choose each query's blocks: the forced ones and the best of the rest by score.
+
+    score[t, r, j] = POOL over windows i touching block j, visible, of RED over heads h in r of
+    NORM(q[t, h] . k[i]). Candidates: j <= t // block_size. Always taken: j < init_blocks and
+    j > t // block_size - local_blocks. Equal scores: the lower index.
+
+    Args:
+        q: [N, HQ, D], queries, or index queries.
+        k: [>= sum M, HK, D], compressed keys, or index keys: windows of one token.
+        lse: float32 [N, HQ], natural, of the scores under a softmax, from `compressed_lse`; None
+            with score_norm "none".
+        cu_seqlens_q: int32 [batch + 1]; cu_seqlens_k: the same of the windows.
+        kernel_size: tokens of a window; kernel_stride: tokens between two windows' starts.
+        block_size: tokens of a block; topk: blocks selected a token.
+        init_blocks: blocks at the start that are always selected.
+        local_blocks: blocks up to a token's own that are always selected.
+        softmax_scale: of the scores; 1/sqrt(D) by default. With score_norm "none" it changes no
+            choice.
+        q_start: int32 [batch], position of each sequence's first query; 0 by default.
+        score_norm: "softmax" or "none": NORM.
+        score_heads: "sum": one selection per key head; "each": one per query head.
+        score_pool: "overlap": POOL is a sum weighted by shared tokens; "max": the largest.
+        dispatcher: the generated kernels to use; by default they are built when missing.
+
+    Returns:
+        topk_idx int32 [HK, N, topk], or [HQ, N, topk] with score_heads "each": ascending block
+        indices within the sequence, then -1. It has no gradient.
+
+    Raises:
+        InvalidInputError: a tensor or parameter breaks the contract above.
+    """
+    scoring = (score_norm, score_heads, score_pool)
+    Scoring(*scoring)
+    windows = (cu_seqlens_q, cu_seqlens_k, kernel_size, kernel_stride)
+    blocks = (block_size, topk, init_blocks, local_blocks)
+    more = (scale_of(softmax_scale, q), key_of(dispatcher), q_start)
+    return select_blocks(q, k, lse, *windows, *blocks, *more, *scoring)
 
 
 def _check(call: Any) -> None:
@@ -34,16 +95,29 @@ def _check(call: Any) -> None:
     check_cu_seqlens(_OP, "cu_seqlens_k", call.cu_seqlens_k, call.k, spare=True)
     check_like(_OP, ("cu_seqlens_q", call.cu_seqlens_q), cu_seqlens_k=call.cu_seqlens_k)
     BlockRule(**{name: getattr(call, name) for name in BlockRule.__annotations__})
-    (lse, shape), dtype = (call.lse, call.q.shape[:2]), lse_dtype(call.q)
+    check_lse(_OP, call.lse, call.score_norm)
+    if call.lse is not None:
+        _check_lse(call.q, call.lse)
+    check_q_start(_OP, call.cu_seqlens_q, call.q_start)
+
+
+def _check_lse(q: Tensor, lse: Tensor) -> None:
+    shape, dtype = q.shape[:2], lse_dtype(q)
     if lse.shape != shape or lse.dtype != dtype or not lse.is_contiguous():
         needs = f"lse must be contiguous {dtype} {tuple(shape)}"
         fail(_OP, needs, f"{lse.dtype} {tuple(lse.shape)}", "pass compressed attention's own")
-    check_q_start(_OP, call.cu_seqlens_q, call.q_start)
+    if lse.device != q.device:
+        fail(_OP, "lse must be on q's device", f"{lse.device} and {q.device}", "move lse")
+
+
+def _outputs(q: Tensor, k: Tensor, topk: int, score_heads: str) -> Tensor:
+    heads = q.shape[1] if score_heads == "each" else k.shape[1]
+    return q.new_empty((heads, q.shape[0], topk), dtype=torch.int32)
 
 
 @define_op(
     returns="topk_idx",
-    allocate=lambda q, k, topk: q.new_empty((k.shape[1], q.shape[0], topk), dtype=torch.int32),
+    allocate=_outputs,
     check=_check,
     kernel="block_selection forward",
     sizes=lambda q, k: {"head_dim": q.shape[2], "gqa_ratio": q.shape[1] // k.shape[1]},
@@ -53,7 +127,7 @@ def _check(call: Any) -> None:
 def block_selection_forward(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     kernel_size: int,
@@ -65,22 +139,26 @@ def block_selection_forward(
     softmax_scale: float,
     dispatcher: str = "",
     q_start: Tensor | None = None,
+    score_norm: str = "softmax",
+    score_heads: str = "sum",
+    score_pool: str = "overlap",
 ) -> Tensor:
-    """topk_idx int32 [HK, N, topk]: ascending block indices within the sequence, then -1.
+    """topk_idx int32 [HK or HQ, N, topk]: ascending block indices within the sequence, then -1.
 
     Args:
         q: [N, HQ, D]; k: [>= sum M, HK, D], compressed keys.
-        lse: [N, HQ], natural, from compressed attention.
+        lse: [N, HQ], natural, from compressed attention; None with score_norm "none".
         q_start: int32 [batch], position of each sequence's first query, for a chunk of a longer
             prompt whose earlier windows are in k; None: 0.
     """
     rule = BlockRule(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
-    more = {"softmax_scale": softmax_scale, "q_start": q_start}
+    more: dict[str, Any] = {"softmax_scale": softmax_scale, "q_start": q_start}
+    more |= asdict(Scoring(score_norm, score_heads, score_pool))
     return reference.block_selection(q, k, lse, cu_seqlens_q, cu_seqlens_k, **asdict(rule), **more)
 
 
-def select_blocks(q: Tensor, k: Tensor, lse: Tensor, *args: Any) -> Tensor:
+def select_blocks(q: Tensor, k: Tensor, lse: Tensor | None, *args: Any) -> Tensor:
     """`block_selection_forward` on tensors with gradients, of which it has none."""
     if torch.is_grad_enabled():
-        q, k, lse = q.detach(), k.detach(), lse.detach()
+        q, k, lse = q.detach(), k.detach(), None if lse is None else lse.detach()
     return block_selection_forward(q, k, lse, *args)

@@ -15,12 +15,13 @@ _SERVES = {
     ("compressed_attention", "backward"): {"compressed"},
     ("compressed_attention", "decode"): {"compressed", "selected"},
     ("block_selection", "forward"): {"selected"},
+    ("compressed_lse", "forward"): set(),
     ("selected_attention", "forward"): {"selected"},
     ("selected_attention", "backward"): {"selected"},
     ("sliding_window_attention", "forward"): {"sliding"},
     ("sliding_window_attention", "backward"): {"sliding"},
 }
-"""The branches that an op and pass serve; all branches if it is missing here."""
+"""The branches of NSA that an op and pass serve; all branches if it is missing here."""
 
 _FAMILY = {
     ("block_selection", "forward"),

@@ -37,6 +37,11 @@ def pieces(group: int, tokens: int, columns: int) -> list[dict[str, Any]]:
     return found
 
 
+def group_of(workload: Workload) -> int:
+    """Query heads of a selection, which sum their scores."""
+    return 1 if workload.score_heads == "each" else int(workload.gqa_ratio)
+
+
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Padded sizes, windows and blocks in units of kernel_stride, and the heads' products."""
     dim, stride = int(workload.head_dim), int(workload.kernel_stride)
@@ -46,13 +51,14 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     return {
         "block_d": next_power_of_2(dim),
         "pad_d": next_power_of_2(dim) != dim,
-        "pieces": pieces(int(workload.gqa_ratio), int(schedule.tokens), int(schedule.columns)),
+        "pieces": pieces(group_of(workload), int(schedule.tokens), int(schedule.columns)),
         "step": step,
         "step_pad": step_pad(workload),
         "width": width,
         "spill": spill,
         "kept_rows": next_power_of_2(-(-int(workload.topk) // 32)),
         "unroll_planes": spill <= 3,
+        "no_rival": "-1" if workload.score_norm == "softmax" else "NONE",
     }
 
 
@@ -60,7 +66,7 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the tile's queries, the keys in flight, and one plane that changes its layout."""
     row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
     tokens, windows = int(schedule.tokens), int(schedule.windows)
-    heads = pieces(int(workload.gqa_ratio), tokens, int(schedule.columns))
+    heads = pieces(group_of(workload), tokens, int(schedule.columns))
     queries = sum(piece["heads"] for piece in heads) * tokens
     plane = 4 * tokens * (windows // step_pad(workload))
     return row * (queries + int(schedule.num_stages) * windows) + plane
@@ -68,7 +74,7 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
     """Tokens, and the knobs that fit registers with them: compiled for sm_80 to sm_120, gfx942."""
-    group = int(workload.gqa_ratio)
+    group = group_of(workload)
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
         tokens, warps = (8, 4) if group > 4 else (16, 8)
         knobs = {"tokens": tokens, "columns": 32, "windows": 16, "segment": 256}
@@ -125,13 +131,9 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     return knobs
 
 
-NSA = ("softmax", "sum", "overlap")
-
-
 def supports(workload: Workload) -> bool:
-    """NSA's form of scores, and blocks of few enough windows."""
-    form = (workload.score_norm, workload.score_heads, workload.score_pool)
-    return form == NSA and step_pad(workload) <= _MAX_WINDOWS
+    """Blocks of few enough windows."""
+    return step_pad(workload) <= _MAX_WINDOWS
 
 
 SPACES = (

@@ -12,10 +12,6 @@ COLUMNS = 128
 """Columns of a tile: tokens, each with all heads of a group."""
 
 
-NSA = ("softmax", "sum", "overlap")
-"""The only form of scores that the pipeline computes."""
-
-
 def step(workload: Workload) -> int:
     """Windows that start in a block."""
     return int(workload.block_size) // int(workload.kernel_stride)
@@ -24,7 +20,7 @@ def step(workload: Workload) -> int:
 def supports(workload: Workload) -> bool:
     """What the pipeline takes, and blocks that 64 windows are a whole number of."""
     fits = workload.dtype != "float32" and workload.head_dim in (64, 128)
-    fits &= (workload.score_norm, workload.score_heads, workload.score_pool) == NSA
+    fits &= (workload.score_norm, workload.score_heads) == ("softmax", "sum")
     group, windows = int(workload.gqa_ratio), step(workload)
     return fits and COLUMNS % group == 0 and group <= 64 and 64 % windows == 0
 

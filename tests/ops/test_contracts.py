@@ -84,6 +84,15 @@ def table() -> dict[str, Call]:
             ops.compressed_attention,
             {"q": x.q, "k": ck, "v": cv, **STATICS, **_ends(x, ends), "q_start": chunk["q_start"]},
         ),
+        "compressed_lse": (
+            ops.compressed_lse,
+            {"q": x.q, "k": ck, **WINDOWS, **_ends(x, ends), "q_start": chunk["q_start"]},
+        ),
+        "block_selection": (
+            ops.block_selection,
+            {"q": x.q, "k": ck, "lse": torch.zeros(60, 6), **STATICS, **_ends(x, ends)}
+            | {"q_start": chunk["q_start"]},
+        ),
         "topk_sparse_attention": (
             ops.topk_sparse_attention,
             {**qkv, "topk_idx": topk_idx, "block_size": 8, "cu_seqlens": x.cu_seqlens, **chunk},
@@ -223,7 +232,15 @@ RIGHT = {
     ),
     *((name, "block_table", "one of the first size more") for name in PAGED),
     *(("rope", "x", what) for what in ("float64", "one of the second size fewer")),
-    ("compressed_attention", "cu_seqlens_k", "ends early"),  # the windows after it are spare
+    *(
+        (name, "k", f"one of the {size}")
+        for name in ("compressed_lse", "block_selection")
+        for size in ("first size more", "second size fewer")
+    ),
+    *(  # the windows after it are spare
+        (name, "cu_seqlens_k", "ends early")
+        for name in ("compressed_attention", "compressed_lse", "block_selection")
+    ),
 }
 """(op, tensor, change) of calls that are as right as before: values have their own head size, and
 some tensors are the only ones to say how many sequences, slots or heads there are."""

@@ -13,6 +13,7 @@ from nsagen.ops.compressed_attention import (
     compressed_attention_backward,
     compressed_attention_forward,
 )
+from nsagen.ops.compressed_lse import compressed_lse_forward
 from nsagen.ops.gated_sum import gated_sum_backward, gated_sum_forward
 from nsagen.ops.layout import compressed_cu_seqlens
 from nsagen.ops.reference.compress import tensors_of
@@ -138,6 +139,9 @@ def test_block_selection() -> None:
     check(block_selection_forward, args)
     q_start = torch.tensor([4] * (cu_seqlens.shape[0] - 1), dtype=torch.int32)
     check(block_selection_forward, args, {"q_start": q_start})
+    check(compressed_lse_forward, (q, k, cu_seqlens, cu_seqlens_k, *WINDOWS, SCALE))
+    form = {"score_norm": "none", "score_heads": "each", "score_pool": "max"}
+    check(block_selection_forward, (q, k, None, *args[3:]), form)
 
 
 def chunk_calls() -> dict[str, Call]:

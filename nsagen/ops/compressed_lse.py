@@ -1,0 +1,103 @@
+"""The log-sum-exp of compressed attention's scores, where its output is not needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsagen.ops import reference
+from nsagen.ops._checks import (
+    check_cu_seqlens,
+    check_keys,
+    check_like,
+    check_q_start,
+    check_rows,
+)
+from nsagen.ops._launch import key_of, lse_dtype, scale_of
+from nsagen.ops._op import define_op
+from nsagen.ops.reference._checks import check_windows
+from nsagen.runtime import Dispatcher
+
+_OP = "compressed_lse"
+
+
+def compressed_lse(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    softmax_scale: float | None = None,
+    q_start: Tensor | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """log sum_i exp(softmax_scale q . k_i) over the windows i with i * s + l - 1 <= t.
+
+    It normalizes the scores of `block_selection`: exactly with the same compressed keys, nearly
+    with the means of longer windows, farther apart.
+
+    Args:
+        q: [N, HQ, D], after rope.
+        k: [>= sum M, HK, D], compressed keys; rows past the last window are ignored.
+        cu_seqlens_q: int32 [batch + 1]; cu_seqlens_k: the same of the windows.
+        kernel_size: tokens of a window of k; kernel_stride: tokens between two windows' starts.
+        softmax_scale: of the scores; 1/sqrt(D) by default.
+        q_start: int32 [batch], position of each sequence's first query; 0 by default.
+        dispatcher: the generated kernels to use; by default they are built when missing.
+
+    Returns:
+        [N, HQ], natural logarithm, float32 (float64 for float64 inputs); -inf where a query sees
+        no window. Not differentiable.
+
+    Raises:
+        InvalidInputError: a tensor or parameter breaks the contract above.
+    """
+    scale, key = scale_of(softmax_scale, q), key_of(dispatcher)
+    if torch.is_grad_enabled():
+        q, k = q.detach(), k.detach()
+    windows = (cu_seqlens_q, cu_seqlens_k, kernel_size, kernel_stride)
+    return compressed_lse_forward(q, k, *windows, scale, key, q_start)
+
+
+def _check(call: Any) -> None:
+    check_rows(_OP, q=call.q, k=call.k)
+    check_keys(_OP, call.q, call.k)
+    check_cu_seqlens(_OP, "cu_seqlens_q", call.cu_seqlens_q, call.q)
+    check_cu_seqlens(_OP, "cu_seqlens_k", call.cu_seqlens_k, call.k, spare=True)
+    check_like(_OP, ("cu_seqlens_q", call.cu_seqlens_q), cu_seqlens_k=call.cu_seqlens_k)
+    check_windows(_OP, call.kernel_size, call.kernel_stride)
+    check_q_start(_OP, call.cu_seqlens_q, call.q_start)
+
+
+@define_op(
+    returns="lse",
+    allocate=lambda q: q.new_empty(q.shape[:2], dtype=lse_dtype(q)),
+    check=_check,
+    kernel="compressed_lse forward",
+    sizes=lambda q, k: {"head_dim": q.shape[2], "gqa_ratio": q.shape[1] // k.shape[1]},
+    launch="q k cu_seqlens_q cu_seqlens_k lse softmax_scale",
+    optional="q_start",
+)
+def compressed_lse_forward(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+    q_start: Tensor | None = None,
+) -> Tensor:
+    """lse [N, HQ]."""
+    return reference.compressed_lse(
+        *(q, k, cu_seqlens_q, cu_seqlens_k),
+        kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
+        softmax_scale=softmax_scale,
+        q_start=q_start,
+    )

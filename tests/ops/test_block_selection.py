@@ -1,0 +1,79 @@
+"""The public block selection and log-sum-exp: on a CPU the reference's results, and contracts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nsagen import ops
+from nsagen.core.errors import InvalidInputError
+from nsagen.ops import reference
+
+from .inputs import STATICS, Packed
+
+WINDOWS = {name: STATICS[name] for name in ("kernel_size", "kernel_stride")}
+INDEX: dict[str, Any] = {
+    **STATICS,
+    **{"kernel_size": 1, "kernel_stride": 1},
+    **{"score_norm": "none", "score_heads": "each", "score_pool": "max"},
+}
+
+
+def test_the_reference_on_a_cpu() -> None:
+    x = Packed()
+    ck, ends = ops.avgpool_compress(x.k, None, x.cu_seqlens, 8, 4)
+    args = (x.q, ck, x.cu_seqlens, ends)
+    lse = ops.compressed_lse(*args, **WINDOWS)
+    assert torch.equal(lse, reference.compressed_lse(*args, **WINDOWS))
+    args = (x.q, ck, lse, x.cu_seqlens, ends)
+    for pool in ("overlap", "max"):
+        came = ops.block_selection(*args, **STATICS, score_pool=pool)
+        assert torch.equal(came, reference.block_selection(*args, **STATICS, score_pool=pool))
+
+
+def test_an_index_selects_once_per_query_head() -> None:
+    x = Packed()
+    args = (x.q, x.k[:, :1], None, x.cu_seqlens, x.cu_seqlens)
+    came = ops.block_selection(*args, **INDEX)
+    assert came.shape == (6, 60, 4)
+    assert torch.equal(came, reference.block_selection(*args, **INDEX))
+
+
+def test_nothing_learns_through_a_selection() -> None:
+    x = Packed(requires_grad=True)
+    ck, ends = ops.avgpool_compress(x.k, None, x.cu_seqlens, 8, 4)
+    lse = ops.compressed_lse(x.q, ck, x.cu_seqlens, ends, **WINDOWS)
+    came = ops.block_selection(x.q, ck, lse, x.cu_seqlens, ends, **STATICS)
+    assert not lse.requires_grad
+    assert not came.requires_grad
+
+
+def test_compiled_code_sees_the_shapes() -> None:
+    x = Packed()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def chosen(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return ops.block_selection(q, k, None, x.cu_seqlens, x.cu_seqlens, **INDEX) + 1
+
+    expected = ops.block_selection(x.q, x.k[:, :1], None, x.cu_seqlens, x.cu_seqlens, **INDEX)
+    assert torch.equal(chosen(x.q, x.k[:, :1].contiguous()), expected + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"score_norm": "softmax"}, "lse must be given with score_norm 'softmax'"),
+        ({"score_norm": "sigmoid"}, "score_norm must be one of softmax, none"),
+        ({"score_pool": "overlap"}, "score_pool 'overlap' needs score_norm 'softmax'"),
+        ({"topk": 0}, "topk must be positive"),
+        ({"softmax_scale": 0.0}, "softmax_scale: must be positive"),
+    ],
+)
+def test_what_is_refused(change: dict[str, Any], text: str) -> None:
+    x = Packed()
+    with pytest.raises(InvalidInputError, match=text):
+        ops.block_selection(
+            x.q, x.k[:, :1], None, x.cu_seqlens, x.cu_seqlens, **{**INDEX, **change}
+        )
