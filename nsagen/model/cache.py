@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from nsagen.model.checks import checked_device, require_kind
 from nsagen.model.configs import (
     InferenceConfig,
     ToyLlamaConfig,
@@ -31,6 +32,7 @@ Layer = TypeVar("Layer")
 class _Cache(Generic[Layer]):
     """All layers' caches; indexing gives one layer's."""
 
+    config_type: type[ToyLlamaConfig]
     windows: tuple[int, int] | None = None
 
     def __init__(
@@ -41,9 +43,13 @@ class _Cache(Generic[Layer]):
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
+        where = type(self).__name__
+        require_kind(where, "config", config, self.config_type, "pass the model's")
+        require_kind(where, "limits", limits, InferenceConfig, "build one")
+        require_kind(where, "dtype", dtype, torch.dtype, "such as torch.bfloat16")
         check_inference_config(config, limits)
         self.limits = limits
-        self.device = torch.device(device)
+        self.device = checked_device(where, device)
         self.dtype = dtype
         self.pages = PagePool(limits, self.device) if limits.paged else None
         # Zeros, not garbage: kernels may load rows past a sequence's end before masking them.
@@ -115,6 +121,8 @@ class _Cache(Generic[Layer]):
 class KVCache(_Cache[KVLayerCache]):
     """Keys after rope and values of every token, of all layers of a `ToyLlama`."""
 
+    config_type = ToyLlamaConfig
+
     def __init__(
         self,
         config: ToyLlamaConfig,
@@ -132,6 +140,8 @@ class NSACache(_Cache[NSALayerCache]):
         paged, page_size: as in `InferenceConfig`, whose values are the default.
     """
 
+    config_type = ToyNSALlamaConfig
+
     def __init__(
         self,
         config: ToyNSALlamaConfig,
@@ -144,6 +154,6 @@ class NSACache(_Cache[NSALayerCache]):
     ) -> None:
         given = {"paged": paged, "page_size": page_size}
         changes: dict[str, Any] = {n: value for n, value in given.items() if value is not None}
-        limits = dataclasses.replace(limits, **changes)
+        limits = dataclasses.replace(limits, **changes) if changes else limits
         super().__init__(NSALayerCache, config, limits, device, dtype)
         self.windows = (config.kernel_size, config.kernel_stride)

@@ -20,7 +20,7 @@ from nsagen.model.checkpoint_config import (
     config_json,
     read_config,
 )
-from nsagen.model.checks import require
+from nsagen.model.checks import checked_device, require
 from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
 from nsagen.model.safetensors_files import (
     read_tensors,
@@ -95,6 +95,7 @@ class Pretrained(nn.Module):
         Raises:
             InvalidInputError: a file is missing or does not fit; the text names it.
         """
+        device = checked_device("from_pretrained", device)
         folder = Path(folder)
         raw, stored = read_config(folder), tensor_names(folder)
         require(

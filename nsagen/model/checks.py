@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from nsagen.core.errors import InvalidInputError
 
 
@@ -15,6 +17,68 @@ def require(holds: bool, where: str, rule: str, came: str, advice: str) -> None:
     """
     if not holds:
         raise InvalidInputError(f"{where}: {rule}, got {came}; {advice}")
+
+
+def require_kind(where: str, name: str, value: Any, kind: type, advice: str) -> None:
+    """Check that an argument is of a class.
+
+    Raises:
+        InvalidInputError: names the argument, the class and the value.
+    """
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    rule = f"{name} must be {article} {kind.__name__}"
+    require(isinstance(value, kind), where, rule, repr(value), advice)
+
+
+def require_dispatcher(where: str, dispatcher: Any) -> None:
+    """Check that an argument is a package's dispatcher, something that acts as one, or None.
+
+    Raises:
+        InvalidInputError: it cannot launch kernels.
+    """
+    require(
+        dispatcher is None or callable(getattr(dispatcher, "launcher", None)),
+        where,
+        "dispatcher must be a generated package's dispatcher or None",
+        repr(dispatcher),
+        'pass one, such as nsagen.load("llama8b")',
+    )
+
+
+def require_generator(where: str, generator: Any) -> None:
+    """Check the source of initial weights.
+
+    Raises:
+        InvalidInputError: neither a torch.Generator nor None.
+    """
+    require(
+        generator is None or isinstance(generator, torch.Generator),
+        where,
+        "generator must be a torch.Generator or None",
+        repr(generator),
+        "pass one, such as torch.Generator().manual_seed(0)",
+    )
+
+
+def checked_device(where: str, device: Any) -> torch.device:
+    """A device that PyTorch has here.
+
+    Raises:
+        InvalidInputError: not a device, or one that this machine or PyTorch lacks.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        found = None
+    rule = "device must be one that PyTorch has here"
+    advice = 'such as "cpu" or "cuda"; nsagen doctor shows the GPUs'
+    require(found is not None, where, rule, repr(device), advice)
+    assert found is not None
+    if found.type == "cuda":
+        count = torch.cuda.device_count()
+        came = f"{str(found)!r}, and PyTorch sees {count} GPUs"
+        require((found.index or 0) < count, where, rule, came, advice)
+    return found
 
 
 def require_integers(config: Any, names: tuple[str, ...], minimum: int) -> None:

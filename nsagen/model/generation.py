@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from nsagen.core.errors import CapacityError
 from nsagen.model.checks import require
@@ -74,6 +75,30 @@ class Generation(nn.Module, Generic[Cache]):
         weight, norm = self.lm_head.weight, self.model.norm
         return project(hidden, weight, norm=norm, dispatcher=self.dispatcher)
 
+    def pass_logits(
+        self, tokens: Tensor, rows: CachedRows, cache: Cache, last: Tensor | None = None
+    ) -> Tensor:
+        """Logits [R, vocab] of rows of a pass over tokens [N], in the weights' dtype.
+
+        PyTorch's global forward hooks get this model, (tokens,) and the logits, as they would get
+        the arguments and the output of its forward.
+
+        Args:
+            last: int64 [R], the rows; None for all.
+        """
+        for hook in list(modules._global_forward_pre_hooks.values()):
+            changed = hook(self, (tokens,))
+            if changed is not None:
+                tokens = changed[0] if isinstance(changed, tuple) else changed
+        hidden = self.hidden(tokens, rows, cache)
+        logits = self.head(hidden if last is None else hidden[last], rows.fused)
+        for number, hook in list(modules._global_forward_hooks.items()):
+            with_keywords = number in modules._global_forward_hooks_with_kwargs
+            keywords: tuple[dict[str, Any], ...] = ({},) if with_keywords else ()
+            changed = hook(self, (tokens,), *keywords, logits)
+            logits = logits if changed is None else changed
+        return logits
+
     def may_fuse(self) -> bool:
         """Whether a pass would now run as fused products; see `nsagen.model.fused`."""
         return may_fuse(self, self._weight())
@@ -116,8 +141,7 @@ class Generation(nn.Module, Generic[Cache]):
         rows = PrefillRows.of(pieces, cache, self.may_fuse())
         if rows.fused:
             renew_joined(self)
-        hidden = self.hidden(input_ids, rows, cache)
-        return self.head(hidden[cu_seqlens[1:] - 1], rows.fused).float()
+        return self.pass_logits(input_ids, rows, cache, cu_seqlens[1:] - 1).float()
 
     def decode(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: Cache) -> Tensor:
         """Run one new token of each sequence: logits float32 [R, vocab]."""
@@ -127,7 +151,7 @@ class Generation(nn.Module, Generic[Cache]):
     def step_logits(self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: Cache) -> Tensor:
         """`decode` in the weights' dtype."""
         rows = DecodeRows(positions, slots, self.may_fuse())
-        return self.head(self.hidden(tokens, rows, cache), rows.fused)
+        return self.pass_logits(tokens, rows, cache)
 
     def _weight(self) -> Tensor:
         return next(self.parameters())

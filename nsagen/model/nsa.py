@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from nsagen.core.branches import BRANCHES
-from nsagen.model.checks import require
+from nsagen.model.checks import (
+    require,
+    require_dispatcher,
+    require_generator,
+    require_head_dim,
+    require_kind,
+)
 from nsagen.model.fused import JoinsWeights
 from nsagen.model.gate import after_first_layer, first_layer, new_gate
 from nsagen.model.heads import PROJECTIONS, Heads
@@ -61,7 +67,7 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
     the compression of keys, by which the selected branch chooses, is constant and untrained.
 
     Raises:
-        InvalidInputError: parameters that do not fit together.
+        InvalidInputError: parameters that do not fit together, or of another kind.
     """
 
     rotary_emb: RotaryEmbedding
@@ -95,6 +101,22 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
         initializer_range: float = 0.02,
         generator: torch.Generator | None = None,
     ) -> None:
+        where = "NativeSparseAttention"
+        sizes = {"hidden_size": hidden_size, "num_q_heads": num_q_heads}
+        for name, value in {**sizes, "num_kv_heads": num_kv_heads}.items():
+            integer = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            require(
+                integer, where, f"{name} must be a positive integer", repr(value), "pass such a one"
+            )
+        require_head_dim(where, "head_dim", head_dim)
+        if v_head_dim is not None:
+            require_head_dim(where, "v_head_dim", v_head_dim)
+        if rope is not None:
+            require_kind(where, "rope", rope, RotaryEmbedding, "build one of a RopeConfig")
+        if rope_config is not None:
+            require_kind(where, "rope_config", rope_config, RopeConfig, "build one")
+        require_dispatcher(where, dispatcher)
+        require_generator(where, generator)
         super().__init__()
         self.sparsity = Sparsity(
             compress_type=compress_type,
@@ -115,7 +137,7 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
         )
         require(
             num_q_heads % num_kv_heads == 0,
-            "NativeSparseAttention",
+            where,
             "num_q_heads must be a multiple of num_kv_heads",
             f"{num_q_heads} and {num_kv_heads}",
             "change either",

@@ -76,8 +76,12 @@ def check_inference(where: str, model: Any) -> InferenceConfig:
     return limits
 
 
-def _check_wrapping(where: str, model: Any) -> None:
-    """Refuse wrappers that would take part in forward, but not here."""
+def check_hooks(where: str, model: Any) -> None:
+    """Refuse hooks on a model's own forward, which generation does not call.
+
+    Raises:
+        InvalidInputError: names them.
+    """
     own, name = model.__dict__, type(model).__name__
     hooks = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
     hooks += [own["forward"]] if "forward" in own else []
@@ -88,7 +92,12 @@ def _check_wrapping(where: str, model: Any) -> None:
         ", ".join(map(repr, hooks)),
         "put the hook on model.model or model.lm_head, where it counts",
     )
-    kind = type(model)
+
+
+def _check_wrapping(where: str, model: Any) -> None:
+    """Refuse wrappers that would take part in forward, but not here."""
+    check_hooks(where, model)
+    kind, name = type(model), type(model).__name__
     require(
         _is_own(kind.forward) or not (_is_own(kind.hidden) and _is_own(kind.head)),
         where,
@@ -186,6 +195,7 @@ def check_prompt(where: str, prompt: Any) -> Tensor:
         try:
             if isinstance(prompt, list | tuple) and any(isinstance(t, bool) for t in prompt):
                 raise TypeError  # PyTorch takes a bool among integers for 0 or 1
+            prompt = _native(prompt)
             empty = len(prompt) == 0
             prompt = torch.tensor(prompt, dtype=torch.int64 if empty else None, device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -199,6 +209,19 @@ def check_prompt(where: str, prompt: Any) -> Tensor:
         f"{prompt.dtype} with shape {list(prompt.shape)}",
         "pass token numbers",
     )
+    return prompt
+
+
+def _native(prompt: Any) -> Any:
+    """A NumPy array in this machine's byte order and in rows that PyTorch can read.
+
+    Raises:
+        TypeError: a kind of array of which PyTorch would read what it is not: masked values, bytes.
+    """
+    if isinstance(prompt, bytes | bytearray | memoryview) or hasattr(prompt, "mask"):
+        raise TypeError
+    if type(prompt).__module__ == "numpy" and hasattr(prompt, "strides"):
+        return prompt.astype(prompt.dtype.newbyteorder("="), order="C")
     return prompt
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from nsagen.model.prefill import Piece, PrefillRows
 from nsagen.model.requests import (
     Request,
     check_cuda_graph,
+    check_hooks,
     check_inference,
     check_length,
     check_prompt,
@@ -45,7 +46,7 @@ from nsagen.model.step import DecodeStep, Row
 _log = logging.getLogger("nsagen.serving")
 
 
-@dataclass
+@dataclass(eq=False)
 class ContinuousBatch:
     """Runs sequences together that start and end at different times.
 
@@ -96,6 +97,13 @@ class ContinuousBatch:
             self.cache = self.model.new_cache()
             self._step = DecodeStep(self.model, self.cache)
         self._free_slots = self._all_slots()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse copies and pickles: they would share or lose the running sequences' cache."""
+        raise InvalidInputError(
+            "ContinuousBatch: a batch cannot be copied or saved, got copy, deepcopy or pickle of "
+            "one; make another with ContinuousBatch(model) and add the prompts to it"
+        )
 
     @property
     def waiting(self) -> int:
@@ -151,7 +159,7 @@ class ContinuousBatch:
     def admit(self, where: str, request: Request) -> int:
         """`add` for a request that is already checked."""
         with self._lock:
-            self._check_cache(where)
+            self._check_model(where)
             if not self._free_slots:
                 raise CapacityError(
                     f"{where}: a sequence needs a free slot, got none of "
@@ -241,7 +249,7 @@ class ContinuousBatch:
                     "ContinuousBatch: one step runs at a time, got a call from within a step; "
                     "call it after the step, or use a batch of its own"
                 )
-            self._check_cache("ContinuousBatch")
+            self._check_model("ContinuousBatch")
             self._at_work = True
             try:
                 with torch.no_grad(), self._on_its_device():
@@ -254,7 +262,7 @@ class ContinuousBatch:
         device = self.cache.device
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
-    def _check_cache(self, where: str) -> None:
+    def _check_model(self, where: str) -> None:
         weight = next(self.model.parameters())
         kinds = [(one.dtype, one.device) for one in (weight, self.cache)]
         require(
@@ -264,6 +272,7 @@ class ContinuousBatch:
             "weights of {} on {} and a cache of {} on {}".format(*kinds[0], *kinds[1]),
             "move the model back, or make a new batch of it",
         )
+        check_hooks(where, self.model)
 
     def _advance(self) -> None:
         self._prefill()
@@ -322,13 +331,14 @@ class ContinuousBatch:
         if rows.fused and self._begins:
             renew_joined(self.model)
             self._begins = False
-        hidden = self.model.hidden(torch.cat(tokens), rows, self.cache)
         done = [i for i, (one, piece) in enumerate(chosen) if piece.end == one.length]
         if not done:
+            self.model.hidden(torch.cat(tokens), rows, self.cache)
             return None
         ready = [chosen[i][0] for i in done]
         host = self._host_memory(len(ready))
-        logits = self.model.head(hidden[rows.cu_seqlens[1:][done] - 1], rows.fused)
+        last = rows.cu_seqlens[1:][done] - 1
+        logits = self.model.pass_logits(torch.cat(tokens), rows, self.cache, last)
         first = self._choose_first(ready, logits)
         slots = self._to_device([one.slot for one in ready])
         self._step.newest[slots] = first

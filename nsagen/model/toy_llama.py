@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from nsagen.model.cache import KVCache, KVLayerCache
 from nsagen.model.checkpoint_config import dense_config
 from nsagen.model.checkpoints import Pretrained
-from nsagen.model.checks import require
-from nsagen.model.configs import InferenceConfig, ToyLlamaConfig, check_inference_config
+from nsagen.model.checks import require, require_generator, require_kind
+from nsagen.model.configs import (
+    InferenceConfig,
+    ToyLlamaConfig,
+    ToyNSALlamaConfig,
+    check_inference_config,
+)
 from nsagen.model.generation import Generation
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.logits import logits_of
@@ -101,7 +106,8 @@ class ToyLlama(Pretrained, Generation[KVCache]):
         generator: source of the initial weights; None for PyTorch's own.
 
     Raises:
-        InvalidInputError: the cache would be longer than the model has positions.
+        InvalidInputError: the cache would be longer than the model has positions; an argument of
+            another class.
     """
 
     config: ToyLlamaConfig
@@ -113,6 +119,15 @@ class ToyLlama(Pretrained, Generation[KVCache]):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
+        require_kind("ToyLlama", "config", config, ToyLlamaConfig, "build one")
+        require(
+            not isinstance(config, ToyNSALlamaConfig),
+            "ToyLlama",
+            "config must be that of a dense model",
+            "a ToyNSALlamaConfig",
+            "build a ToyNSALlama of it, or a ToyLlamaConfig",
+        )
+        require_generator("ToyLlama", generator)
         super().__init__()
         check_inference_config(config, inference_config)
         self.config = config

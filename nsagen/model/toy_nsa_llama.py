@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nsagen.model.cache import NSACache, NSALayerCache
 from nsagen.model.checkpoint_config import nsa_config
 from nsagen.model.checkpoints import Pretrained
+from nsagen.model.checks import require_dispatcher, require_generator, require_kind
 from nsagen.model.configs import InferenceConfig, ToyNSALlamaConfig, check_inference_config
 from nsagen.model.generation import Generation
 from nsagen.model.initial import start_from_dense
@@ -112,7 +113,8 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
         generator: source of the initial weights; None for PyTorch's own.
 
     Raises:
-        InvalidInputError: the cache would be longer than the model has positions.
+        InvalidInputError: the cache would be longer than the model has positions; an argument of
+            another class.
     """
 
     config: ToyNSALlamaConfig
@@ -125,6 +127,9 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
+        require_kind("ToyNSALlama", "config", config, ToyNSALlamaConfig, "build one")
+        require_dispatcher("ToyNSALlama", dispatcher)
+        require_generator("ToyNSALlama", generator)
         super().__init__()
         check_inference_config(config, inference_config)
         self.config = config

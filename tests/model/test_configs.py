@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.model import InferenceConfig, RopeConfig, ToyLlamaConfig, ToyNSALlamaConfig
-from nsagen.model.cache import NSACache
-from tests.model.tiny import nsa_config
+from nsagen.model import (
+    InferenceConfig,
+    KVCache,
+    NativeSparseAttention,
+    NSACache,
+    RopeConfig,
+    ToyLlama,
+    ToyLlamaConfig,
+    ToyNSALlama,
+    ToyNSALlamaConfig,
+)
+from tests.model.tiny import SPARSITY, dense_config, nsa_config
 
 GUIDE = {
     "hidden_size": 4096,
@@ -69,6 +79,63 @@ def test_the_guides_configuration_is_valid() -> None:
 def test_refusals_name_the_rule_and_the_values(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(InvalidInputError, match=text):
         nsa_config(**changes)
+
+
+def attention(**changes: Any) -> NativeSparseAttention:
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_q_heads": 4, "num_kv_heads": 2, "head_dim": 32}
+    return NativeSparseAttention(**{"compress_type": "avgpool", **SPARSITY, **sizes, **changes})
+
+
+DENSE = dense_config()
+SPARSE = nsa_config()
+LIMITS = InferenceConfig(1, 64, 4)
+
+WRONG: list[tuple[Callable[..., object], tuple[Any, ...], dict[str, Any], str]] = [
+    (ToyNSALlama, (SPARSE,), {"dispatcher": 3}, "ToyNSALlama: dispatcher must be .*got 3; pass"),
+    (
+        ToyNSALlama,
+        (SPARSE,),
+        {"dispatcher": "llama8b"},
+        "got 'llama8b'; pass one, such as nsagen.l",
+    ),
+    (
+        ToyNSALlama,
+        (SPARSE,),
+        {"generator": 7},
+        "generator must be a torch.Generator or None, got 7",
+    ),
+    (ToyNSALlama, (SPARSE, {"max_length": 8}), {}, "inference_config must be an InferenceConfig"),
+    (ToyNSALlama, (DENSE,), {}, "ToyNSALlama: config must be a ToyNSALlamaConfig, got ToyLlamaC"),
+    (ToyNSALlama, ({"hidden_size": 64},), {}, "config must be a ToyNSALlamaConfig, got {'hidden"),
+    (ToyNSALlama, (None,), {}, "config must be a ToyNSALlamaConfig, got None"),
+    (ToyLlama, (SPARSE,), {}, "config must be that of a dense model, got a ToyNSALlamaConfig"),
+    (ToyLlama, ("llama",), {}, "ToyLlama: config must be a ToyLlamaConfig, got 'llama'"),
+    (ToyLlama, (DENSE,), {"generator": 7}, "ToyLlama: generator must be a torch.Generator"),
+    (attention, (), {"dispatcher": 3}, "NativeSparseAttention: dispatcher must be"),
+    (attention, (), {"generator": 3}, "NativeSparseAttention: generator must be"),
+    (attention, (), {"rope_config": 3}, "rope_config must be a RopeConfig, got 3"),
+    (attention, (), {"rope": RopeConfig(head_dim=32)}, "rope must be a RotaryEmbedding, got Rope"),
+    (attention, (), {"num_kv_heads": 0}, "num_kv_heads must be a positive integer, got 0"),
+    (attention, (), {"num_q_heads": "4"}, "num_q_heads must be a positive integer, got '4'"),
+    (attention, (), {"hidden_size": 64.0}, "hidden_size must be a positive integer, got 64.0"),
+    (attention, (), {"head_dim": 20}, "head_dim must be a multiple of 8 from 16 to 256, got 20"),
+    (attention, (), {"v_head_dim": 8}, "v_head_dim must be a multiple of 8 from 16 to 256, got 8"),
+    (NSACache, (DENSE, LIMITS), {}, "NSACache: config must be a ToyNSALlamaConfig"),
+    (NSACache, (SPARSE, None), {}, "NSACache: limits must be an InferenceConfig, got None"),
+    (NSACache, (SPARSE, LIMITS, "foo"), {}, "NSACache: device must be one .*got 'foo'; such as"),
+    (NSACache, (SPARSE, LIMITS, "cpu", "bf16"), {}, "NSACache: dtype must be a dtype, got 'bf16'"),
+    (KVCache, (DENSE, LIMITS, "cuda:64"), {}, "KVCache: device .*got 'cuda:64', and PyTorch sees"),
+    (ToyLlama.from_pretrained, ("x",), {"device": "foo"}, "from_pretrained: device must be one"),
+    (ToyLlama.from_pretrained, ("x",), {"device": 3.5}, "from_pretrained: device .*got 3.5"),
+]
+
+
+@pytest.mark.parametrize(("make", "args", "keywords", "text"), WRONG, ids=repr)
+def test_arguments_of_another_kind_are_refused_by_name(
+    make: Callable[..., object], args: tuple[Any, ...], keywords: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=text):
+        make(*args, **keywords)
 
 
 def test_unknown_keywords_are_not_swallowed() -> None:

@@ -424,6 +424,47 @@ def test_global_hooks_count(fused: None) -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize("make", [dense, sparse])
+@pytest.mark.parametrize("keywords", [False, True])
+def test_a_global_hook_on_the_whole_model_counts(
+    make: Callable[[], Model], keywords: bool, fused: None
+) -> None:
+    model = make()
+    plain = model.generate(*BATCH)
+
+    def bias(module: nn.Module, args: Any, *rest: Any) -> Tensor | None:
+        favoured = torch.arange(512) % 7 == 3
+        return rest[-1] + 100.0 * favoured if module is model else None
+
+    def shifted(module: nn.Module, args: Any) -> Any:
+        return ((args[0] + 1) % 512, *args[1:]) if module is model else None
+
+    register = nn.modules.module.register_module_forward_hook
+    handles = [
+        register(bias, with_kwargs=keywords),
+        nn.modules.module.register_module_forward_pre_hook(shifted),
+    ]
+    try:
+        check(model)
+        assert not torch.equal(model.generate(*BATCH), plain)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert torch.equal(model.generate(*BATCH), plain)
+
+
+def test_a_hook_on_a_model_whose_batch_runs_is_refused_until_it_goes() -> None:
+    model = sparse()
+    batch = ContinuousBatch(model)
+    batch.add([1, 2, 3])
+    batch.step()
+    handle = model.register_forward_hook(lambda module, args, out: out * 2)
+    with pytest.raises(InvalidInputError, match=r"ContinuousBatch: generation runs .*lambda"):
+        batch.step()
+    handle.remove()
+    assert [new.finished for new in batch.run()][-1] == "length"
+
+
 def test_a_hook_that_comes_while_a_batch_runs_counts_from_then_on(fused: None) -> None:
     model = sparse()
     batch = ContinuousBatch(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import threading
 from collections.abc import Callable
@@ -26,6 +27,10 @@ def dense() -> ToyLlama:
 
 def sparse() -> ToyNSALlama:
     return nsa_model(LIMITS)
+
+
+def saved(batch: object) -> None:
+    torch.save(batch, io.BytesIO())
 
 
 def prompt(length: int) -> tuple[Tensor, Tensor]:
@@ -164,6 +169,19 @@ def test_a_hook_may_add_and_cancel_while_a_step_runs() -> None:
         tokens.setdefault(new.sequence, []).append(new.token)
     assert tokens == {1: expected[9], 2: expected[20]}
     assert len(batch._free_slots) == 3
+
+
+@pytest.mark.parametrize("copy_", [copy.copy, copy.deepcopy, pickle.dumps, saved])
+def test_a_batch_is_neither_copied_nor_saved(copy_: Callable[[object], object]) -> None:
+    """A copy would share the cache and the slots, or leave them behind."""
+    batch = ContinuousBatch(sparse())
+    batch.add([1, 2, 3])
+    batch.step()
+    for held in (batch, {"mine": [batch]} if copy_ is not copy.copy else batch):
+        with pytest.raises(InvalidInputError, match="a batch cannot be copied or saved, got copy"):
+            copy_(held)
+    assert [new.finished for new in batch.run()][-1] == "length"
+    assert len({batch, ContinuousBatch(sparse())}) == 2, "each is itself"
 
 
 def test_copies_made_during_a_call_have_nothing_of_it() -> None:

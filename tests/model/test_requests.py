@@ -60,6 +60,12 @@ BAD_PROMPTS: list[tuple[Any, str]] = [
     (None, "got None"),
     (7, "got 7"),
     ([2**70], "got "),
+    (b"abc", "got b'abc'; pass token numbers"),
+    (np.ma.masked_equal([1, 2], 2), "got masked_array"),
+    (np.array([True, False]), "got torch.bool with shape"),
+    (np.array([[1, 2]]), r"got torch.int64 with shape \[1, 2\]"),
+    (np.array([1.0]), "got torch.float64"),
+    (np.array([1, "2"], object), "got array"),
     ([-1], "values from -1 to -1"),
     ([512], "values from 512 to 512; check that the tokenizer belongs"),
     (torch.zeros(3, dtype=torch.int64, device="meta"), "tokens must have values"),
@@ -156,7 +162,15 @@ def test_only_a_number_cancels(model: ToyNSALlama, which: Any) -> None:
 
 def test_prompts_and_stops_of_every_kind_that_holds_integers(model: ToyNSALlama) -> None:
     batch, tokens = ContinuousBatch(model), []
-    for prompt in (PROMPT, tuple(PROMPT), np.array(PROMPT), torch.tensor(PROMPT).int()):
+    for prompt in (
+        PROMPT,
+        tuple(PROMPT),
+        np.array(PROMPT),
+        np.array(PROMPT[::-1])[::-1],
+        np.array(PROMPT, ">i4"),
+        np.array([PROMPT, PROMPT]).T[:, 1],
+        torch.tensor(PROMPT).int(),
+    ):
         number = batch.add(prompt, stop_tokens=np.array([600, -1]))
         tokens.append([new.token for new in batch.run() if new.sequence == number])
     assert all(same == tokens[0] for same in tokens)

@@ -84,6 +84,11 @@ class Soak:
             (self.touch_weights, 3),
             (self.hook, 2),
             (self.update_weights, 2),
+            (self.broken_weights, 2),
+            (self.interrupt, 3),
+            (self.failing_stream, 2),
+            (self.refused_weights, 2),
+            (self.change_in_hook, 3),
         ]
         for _ in range(events):
             (action,) = self.draw.choices(*zip(*actions, strict=True))
@@ -127,7 +132,9 @@ class Soak:
         assert room(batch) == before
 
     def step(self) -> None:
-        which = self.draw.randrange(2)
+        self.step_of(self.draw.randrange(2))
+
+    def step_of(self, which: int) -> None:
         self.seen(which, self.batches[which].step())
 
     def read_some(self) -> None:
@@ -150,7 +157,7 @@ class Soak:
         """A step in which the device fails, at all or at some of the passes."""
         which = self.draw.randrange(2)
         batch = self.batches[which]
-        self.broken.passes = [self.draw.random() < 0.7 for _ in range(8)]
+        self.broken.passes = [Broken if self.draw.random() < 0.7 else None for _ in range(8)]
         alone = batch.running + batch.waiting
         try:
             self.seen(which, batch.step(), faults=alone)
@@ -237,6 +244,75 @@ class Soak:
                 weight.data.copy_(state[name])
         self.events[f"way {way}"] += 1
 
+    def broken_weights(self) -> None:
+        """Weights that are not numbers for a while: tokens mean nothing, but nothing stays."""
+        self.drain()
+        self.compare()
+        name, weight = self.draw.choice(list(self.model.named_parameters()))
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            if name.endswith("embed_tokens.weight"):
+                weight[1:] = float("nan")  # a prompt may have a number or two
+            else:
+                weight.fill_(self.draw.choice([float("nan"), float("inf"), -float("inf"), 1e308]))
+        for _ in range(self.draw.randint(1, 8)):
+            self.add()
+        which = self.draw.randrange(2)
+        news = [(which, new) for new in self.batches[which].step()]
+        if self.draw.random() < 0.5:
+            news += [(i, new) for i, batch in enumerate(self.batches) for new in batch.run()]
+        for i, new in news:
+            wanted = self.open[i][new.sequence]
+            assert 0 <= new.token < VOCAB or (wanted.poisoned and new.finished == "error"), new
+        for batch, numbers in zip(self.batches, self.open, strict=True):
+            for number in numbers:
+                batch.cancel(number)
+            numbers.clear()
+        with torch.no_grad():
+            weight.copy_(kept)
+
+    def interrupt(self) -> None:
+        """Ctrl-C within a pass: it comes through, and the next step goes on from before it."""
+        which = self.draw.randrange(2)
+        self.broken.passes = [KeyboardInterrupt, *[None] * self.draw.randrange(3)]
+        try:
+            self.step_of(which)
+        except KeyboardInterrupt:
+            self.events["interrupted"] += 1
+        self.broken.passes = []
+
+    def failing_stream(self) -> None:
+        """A callback that raises ends its own call."""
+        tokens, left = [1, 2, 3], [self.draw.randrange(3)]
+
+        def stream(new: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Broken
+
+        with pytest.raises(Broken):
+            self.model.generate(torch.tensor(tokens), torch.tensor([0, 3]), 4, stream=stream)
+
+    def refused_weights(self) -> None:
+        """Loading another model's weights fails, while all runs."""
+        state = {**self.model.state_dict(), "another": torch.zeros(1)}
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            self.model.load_state_dict(state)
+
+    def change_in_hook(self) -> None:
+        """A hook adds a sequence and cancels one while a step runs."""
+        done: list[None] = []
+
+        def change(*args: object) -> None:
+            if not done:
+                done.append(None)
+                self.add()
+                self.cancel()
+
+        handle = self.model.model.layers[0].register_forward_hook(change)
+        self.step()
+        handle.remove()
+
     # What is expected.
 
     def seen(self, which: int, new_tokens: list[Any], faults: int = 0) -> None:
@@ -302,8 +378,9 @@ def faulty(soak: Soak) -> Callable[..., Tensor]:
 
     def forward(module: torch.nn.Embedding, ids: Tensor) -> Tensor:
         passes = getattr(soak.broken, "passes", [])
-        if passes and passes.pop():
-            raise Broken
+        error = passes.pop() if passes else None
+        if error is not None:
+            raise error
         decoding = ids._base is not None  # a model may well choose that token itself
         if not (decoding or getattr(soak.broken, "calm", False)) and (ids == POISON).any():
             raise ValueError("poisoned")
@@ -344,4 +421,5 @@ def test_all_at_once(case: str, events: int, monkeypatch: pytest.MonkeyPatch) ->
     assert room(idle) == free[0]
     assert soak.events["compared"] > events / 8, soak.events
     if events > 1000:
-        assert min(soak.events[name] for name in ("raised", "full", "way 0", "way 1", "way 2")) > 0
+        ways = ("raised", "interrupted", "full", "way 0", "way 1", "way 2")
+        assert min(soak.events[name] for name in ways) > 0
