@@ -114,7 +114,7 @@ def _common(
     verbosity.configure(quiet=quiet, verbose=verbose)
 
 
-@app.command(epilog="Example: nsagen build specs/llama8b.yaml specs/tiny.yaml --compile")
+@app.command(epilog="Example: nsagen build llama8b tiny --compile")
 def build(
     specs: SpecNames,
     out: OutDir = Path("generated"),

@@ -94,7 +94,7 @@ def _is_of_kernels(folder: Path) -> bool:
     if not re.fullmatch(r"\d[\w.+]*-[0-9a-f]{8}", folder.name) or not folder.is_dir():
         return False
     return not folder.is_symlink() and all(
-        re.fullmatch(r"(cuda|hip)-\w+", target.name)
+        re.fullmatch(r"(cuda|hip)-\w+(-triton-[\w.]+)?", target.name)
         and target.is_dir()
         and all(path.suffix == ".py" or path.name[0] in "._" for path in target.iterdir())
         for target in folder.iterdir()

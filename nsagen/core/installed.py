@@ -25,7 +25,7 @@ def triton_version() -> str | None:
     A distribution `triton` with more detail (such as a commit) or another version is named too,
     because what it compiles may differ.
     """
-    own = _own_version()
+    own = own_triton_version()
     named = version_of("triton")
     if own is None or named in (None, own):
         return own
@@ -47,7 +47,8 @@ def driver_version() -> str | None:
     return found[1].decode() if found else None
 
 
-def _own_version() -> str | None:
+def own_triton_version() -> str | None:
+    """`triton.__version__`, read without importing it; "unknown" if its file does not say."""
     if "triton" in sys.modules:
         return getattr(sys.modules["triton"], "__version__", None)
     found = importlib.util.find_spec("triton")

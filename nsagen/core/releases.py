@@ -6,6 +6,8 @@ import functools
 import re
 from dataclasses import dataclass
 
+from nsagen.core.installed import own_triton_version
+
 Release = tuple[int, int]
 """(major, minor)."""
 
@@ -26,10 +28,9 @@ class Releases:
 
 @functools.cache
 def installed_release() -> Release | None:
-    """The release of Triton that this process imports; None without Triton, or for an odd one."""
-    try:
-        import triton
-    except ImportError:
-        return None
-    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    """The release of Triton that this process imports; None without Triton, or for an odd one.
+
+    It does not import Triton, which takes a second.
+    """
+    found = re.match(r"(\d+)\.(\d+)", own_triton_version() or "")
     return (int(found[1]), int(found[2])) if found else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 from nsagen.core.errors import BuildError
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.reports.target_support import (
@@ -15,6 +18,11 @@ from nsagen.reports.target_support import (
     variants,
 )
 from nsagen.spec import load_spec, shipped_specs
+
+COMMAND = shlex.join(
+    ["python", str(Path(__file__).resolve().parents[2] / "docs" / "generate.py"), "--support"]
+)
+"""Measures what docs/support.json lacks, whatever the working folder is."""
 
 HEAD = """\
 # Kernels on every target
@@ -48,7 +56,7 @@ def page(table: Table) -> str:
     if missing := lacking(table, variants(shipped())):
         raise BuildError(
             f"docs/support.json: must have every shipped kernel; lacks {len(missing)}, the first "
-            f"for {missing[0]}; run: python docs/generate.py --support"
+            f"for {missing[0]}; run: {COMMAND}"
         )
     versions = " or ".join(sorted({usage.triton for usage in table.values()}))
     head = HEAD.format(triton=versions, example=SPECS[0])

@@ -15,7 +15,6 @@ from nsagen.core.errors import InvalidInputError
 from nsagen.core.workload import Schedule
 from nsagen.tune.encoding import Encoding
 from nsagen.tune.outcome import Outcome
-from nsagen.tune.surrogate import propose
 
 STARTUP = 4
 """Evaluations before a model is trusted: the default, neighbours' winners, then random ones."""
@@ -84,6 +83,8 @@ class SpaceSampler(BaseSampler):
     def _expected_best(
         self, told: list[FrozenTrial], taken: set[Schedule], seed: int
     ) -> Schedule | None:
+        from nsagen.tune.surrogate import propose  # imports SciPy, which takes a second
+
         encoding = self._encoding
         ranks = [encoding.rank_of(encoding.schedule_of(trial.params)) for trial in told]
         pending = sorted({encoding.rank_of(schedule) for schedule in taken} - set(ranks))

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import json
 import os
+import re
+import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import nsagen
+from nsagen.cases import reproduce
+from nsagen.cases.base import Sizes
 from nsagen.cli import doctor
 from nsagen.core.errors import NsagenError
 from nsagen.core.paths import specs_dir
+from nsagen.reports import support_page
+from nsagen.runtime.user_cache import cache_folder
 from nsagen.spec import load as loading
 from nsagen.spec import load_spec
 from nsagen.tune.selection import specs_of
@@ -43,6 +53,115 @@ def spec(one_op: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (one_op / "elsewhere").mkdir()
     monkeypatch.chdir(one_op / "elsewhere")
     return path
+
+
+def written_texts() -> list[str]:
+    """Every text in nsagen's code, docstrings aside."""
+    texts = []
+    for path in sorted(Path(nsagen.__file__).parent.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        texts += [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and id(node) not in docstrings
+            if isinstance(node.value, str)
+        ]
+    return texts
+
+
+def found(pattern: str) -> list[str]:
+    """The first groups of all matches in nsagen's texts."""
+    return sorted({one[1] for text in written_texts() for one in re.finditer(pattern, text)})
+
+
+INTRODUCED = r"(?:Example: |such as: |name one: |Start with: |run: |, then )"
+COMMANDS = found(INTRODUCED + r"((?:TRITON_INTERPRET=1 )?nsagen .*?)(?=;|, then |$)")
+COMMANDS += found(r"(?:[Ss]ee|run) (nsagen [a-z]+)\b")
+INSTALLS = found(r"(pip install .*?)(?: \(|;|$)")
+
+
+def test_the_commands_in_the_code_are_found() -> None:
+    """What is spelled in the code; the others are made by `build_command` and tested below."""
+    assert "nsagen build llama8b tiny --compile" in COMMANDS
+    assert "TRITON_INTERPRET=1 nsagen verify tiny" in COMMANDS
+    assert "nsagen doctor" in COMMANDS
+    assert "pip install 'nsagen[plot]'" in INSTALLS
+    assert len(COMMANDS) >= 14
+    assert len(INSTALLS) >= 8
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_of_written_commands_exist(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that need a GPU or hours are run with --help, which refuses unknown options."""
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command.removeprefix("TRITON_INTERPRET=1 "))
+    assert Ran(capsys, *words[1:], "--help").code == 0
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.split()[1] == "inspect"])
+def test_quick_written_commands_run(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "my folder").mkdir()
+    monkeypatch.chdir(tmp_path / "my folder")
+    assert Ran(capsys, *shlex.split(command)[1:]).code == 0
+
+
+@pytest.mark.parametrize("command", INSTALLS)
+def test_what_pip_is_told_to_install_is_what_nsagen_needs(command: str, tmp_path: Path) -> None:
+    """A shell runs it with a stand-in for pip, which has no network: it notes its arguments."""
+    tools, here = tmp_path / "tools", tmp_path / "my folder"
+    for folder in (tools, here):
+        folder.mkdir()
+    (tools / "pip").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > "$0.said"\n')
+    (tools / "pip").chmod(0o755)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["sh", "-c", command], cwd=here, env={"PATH": path}, check=True)
+    verb, wanted, *options = (tools / "pip.said").read_text().splitlines()
+    assert verb == "install"
+    assert not list(here.iterdir()), "nothing was taken for a redirection"
+    requirement = Requirement(wanted)
+    about = importlib.metadata.metadata("nsagen")
+    if requirement.name == "nsagen":
+        assert requirement.extras <= set(about.get_all("Provides-Extra") or ())
+    else:
+        needed = {Requirement(text).name for text in importlib.metadata.requires("nsagen") or ()}
+        assert requirement.name in needed
+    assert not options or (options[0] == "--index-url" and options[1].startswith("https://"))
+
+
+def test_the_command_that_renews_the_support_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --help: the work itself takes an hour."""
+    monkeypatch.chdir(tmp_path)
+    program, script, *options = shlex.split(support_page.COMMAND)
+    assert program == "python"
+    monkeypatch.setattr(sys, "argv", [script, *options, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(script, run_name="__main__")
+    assert end.value.code == 0
+    assert "--support" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", [Sizes((0, 3), 2, 64), Sizes((5,), 1, 128, 32)])
+def test_the_command_that_reproduces_a_call(sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It parses to the same call, which a stand-in notes."""
+    workload = next(w for w in load_spec("tiny").workloads() if w.pass_ == "decode")
+    given = reproduce.Reproduction(workload, "cuda:80", sizes, "rows", 7)
+    runs: list[reproduce.Reproduction] = []
+    monkeypatch.setattr(reproduce.Reproduction, "run", lambda self: runs.append(self) or [])
+    assert reproduce.main(shlex.split(given.command)[3:]) == 0
+    assert runs == [given]
 
 
 @pytest.mark.parametrize("out", [(), ("--out", "[my] out")])
@@ -234,6 +353,10 @@ def test_doctor_recommends_to_remove_kernels_only(
     """The folder of the cache may be one that holds the user's own, too."""
     root = tmp_path / "it's mine"
     monkeypatch.setenv("NSAGEN_CACHE_DIR", os.path.relpath(root))
+    for place in (cache_folder(), root / "0.0.5-deadbeef"):  # as today's calls name their targets
+        (place / "cuda-90-triton-3.6").mkdir(parents=True)
+        (place / "cuda-90-triton-3.6" / "x.py").touch()
+    newer = root / "0.0.5-deadbeef"
     old = root / "0.0.1-deadbeef" / "cuda-80" / "x.py"
     for path in (
         old,
@@ -245,6 +368,13 @@ def test_doctor_recommends_to_remove_kernels_only(
         path.touch()
     (root / "0.0.4-deadbeef").symlink_to(root / "my-research")
     notes: list[str] = []
-    doctor._cache_use(notes)
+    assert doctor._cache_use(notes) == "1 kernels of this version"
     (note,) = notes
-    assert shlex.split(note.partition("free the room: ")[2]) == ["rm", "-r", str(old.parents[1])]
+    told = shlex.split(note.partition("free the room: ")[2])
+    assert told == ["rm", "-r", str(old.parents[1]), str(newer)]
+    subprocess.run(told, check=True)
+    assert sorted(path.name for path in root.glob("0.0.*")) == [
+        "0.0.2-deadbeef",
+        "0.0.3-deadbeef",
+        "0.0.4-deadbeef",
+    ]

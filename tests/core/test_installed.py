@@ -38,7 +38,7 @@ def test_the_version(
 
 
 def test_none_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installed, "_own_version", lambda: None)
+    monkeypatch.setattr(installed, "own_triton_version", lambda: None)
     assert installed.triton_version() is None
 
 
