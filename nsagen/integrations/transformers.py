@@ -7,6 +7,9 @@
     model.generate(**inputs)
     model.save_pretrained(swapped)  # AutoModelForCausalLM reads it where this module is imported
 
+Importing it also registers `attn_implementation="nsagen"`, for MiniMax-M3 and, in any dense model,
+for the forms of `nsagen.model.forms`.
+
 `ToyLlama.from_pretrained` and `ToyNSALlama.from_pretrained` read Llama checkpoints without
 Transformers; see `nsagen.model.checkpoints`.
 """
@@ -28,6 +31,7 @@ except ImportError as error:
         f"got {error}; run: pip install 'nsagen[transformers]'"
     ) from error
 
+from nsagen.integrations import attention_interface, minimax_m3
 from nsagen.integrations.transformers_classes import become_swapped, check_config, swapped_config
 from nsagen.integrations.transformers_swap import sparsity_of, swap, swapped_modules
 from nsagen.model.checks import require
@@ -38,6 +42,9 @@ from nsagen.model.sparsity import stored_settings
 __all__ = ["INITIAL_GATES", "apply_nsa", "load_nsa"]
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+
+attention_interface.register()
+minimax_m3.register()
 
 
 def apply_nsa(

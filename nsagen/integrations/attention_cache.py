@@ -1,0 +1,191 @@
+"""Means of roped keys, kept on the layers of Transformers' caches.
+
+A model's own cache holds roped keys and values. The forms of `nsagen.model.forms` rank blocks by
+means of windows of these keys; `give_cache`, a hook on an attention module, turns the layer of a
+cache into one that keeps them, so that a decoding step makes only those of its new tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from nsagen.integrations.attention_layout import Layout, ends_of
+from nsagen.model.forms import Form
+
+LAYER = "nsagen_layer"
+"""The name under which `give_cache` hands an attention module its layer of the cache."""
+
+GROWTH = 1.5
+"""Kept windows grow by half, so that a token costs few copies."""
+
+
+class _Windows:
+    """What a cache's layer adds: the means of whole windows of each row's tokens.
+
+    Attributes:
+        kept: [B, HK, M, D] or None; of row b the first `counts[b]` are right.
+        counts: windows of each row.
+        sizes: kernel_size and kernel_stride.
+        padded: whether rows have padding, so that slots are not positions.
+    """
+
+    kept: Tensor | None = None
+    counts: tuple[int, ...] = ()
+    sizes: tuple[int, int] = (0, 0)
+    padded: bool = False
+
+    def windows_of(self, form: Form, keys: Tensor, layout: Layout) -> Tensor:
+        """[B, HK, M, D], the means of all windows of each row's tokens, new ones made.
+
+        Args:
+            keys: [B, HK, T, D], the whole cache.
+        """
+        sizes = (form.kernel_size, form.kernel_stride)
+        counts = self.counts if self.kept is not None and self.sizes == sizes else ()
+        if len(counts) != keys.shape[0]:
+            counts = (0,) * keys.shape[0]
+        # Windows of tokens that this call brings are new, whatever was kept in their place.
+        before = [k - q for k, q in zip(layout.key_lengths, layout.query_lengths, strict=True)]
+        by_row = dict(zip(layout.rows, before, strict=True))
+        counts = tuple(
+            min(n, form.windows(by_row[b])) if b in by_row else n for b, n in enumerate(counts)
+        )
+        old = self.kept if any(counts) else None
+        self.kept, self.counts = with_windows(form, keys, layout, old, counts)
+        self.sizes, self.padded = sizes, layout.key_index is not None
+        return self.kept
+
+    def _take(self, index: Any) -> None:
+        if self.kept is not None:
+            self.kept = self.kept[index]
+            rows = torch.arange(len(self.counts), device=self.kept.device)[index].tolist()
+            self.counts = tuple(self.counts[row] for row in rows)
+
+    def _forget(self) -> None:
+        self.kept, self.counts = None, ()
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._take(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._take(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._take(torch.arange(len(self.counts)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        if self.padded or self.kept is None:
+            self._forget()  # which tokens are left, only the next mask says
+            return
+        size, stride = self.sizes
+        left = int(self.get_seq_length())  # type: ignore[attr-defined]
+        whole = max(0, (left - size) // stride + 1)
+        self.counts = tuple(min(n, whole) for n in self.counts)
+
+
+class WindowedLayer(_Windows, DynamicLayer):
+    """A growing layer of a cache that keeps means of its keys."""
+
+
+class WindowedStaticLayer(_Windows, StaticLayer):
+    """A layer of fixed size that keeps means of its keys."""
+
+
+_KINDS = {DynamicLayer: WindowedLayer, StaticLayer: WindowedStaticLayer}
+
+
+def give_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook of an attention module: hand its layer of the cache on.
+
+    The attention interface gives a function the keys of a cache, but not the cache.
+    """
+    cache = kwargs.get("cache")
+    if cache is None:
+        cache = kwargs.get("past_key_values")  # its name before Transformers 5.20
+    index = getattr(module, "layer_idx", None)
+    ours = getattr(module.config, "_attn_implementation", None) == "nsagen"
+    if not ours or not isinstance(cache, Cache) or index is None or index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    kind = _KINDS.get(type(layer))
+    if kind is not None:
+        windowed = kind.__new__(kind)
+        windowed.__dict__.update(layer.__dict__)
+        cache.layers[index] = layer = windowed
+    return (args, {**kwargs, LAYER: layer}) if isinstance(layer, _Windows) else None
+
+
+def remember_cache(module: Any) -> None:
+    """Put `give_cache` on an attention module, once."""
+    hooks = module._forward_pre_hooks.values()
+    if give_cache not in hooks and not torch.compiler.is_compiling():
+        module.register_forward_pre_hook(give_cache, with_kwargs=True)
+
+
+def with_windows(
+    form: Form, keys: Tensor, layout: Layout, old: Tensor | None, counts: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The windows of each row, the first `counts` of which are in `old`.
+
+    Returns:
+        [B, HK, M, D] with room for more, and how many of each row are right.
+    """
+    batch, heads, _, dim = keys.shape
+    lengths = dict(zip(layout.rows, layout.key_lengths, strict=True))
+    # A row without new tokens keeps what it has.
+    needed = tuple(form.windows(lengths[b]) if b in lengths else counts[b] for b in range(batch))
+    room = max(needed)
+    kept = old
+    if old is not None and old.is_inference() and not torch.is_inference_mode_enabled():
+        kept = old = old.clone()
+    if old is None or old.shape[2] < room or old.dtype != keys.dtype:
+        kept = keys.new_zeros(batch, heads, int(room * GROWTH) if old is not None else room, dim)
+        if old is not None:
+            kept[:, :, : old.shape[2]] = old
+    assert kept is not None
+    if layout.key_index is None:
+        first = counts[0]
+        if needed[0] > first:
+            kept[:, :, first : needed[0]] = _means(form, keys[:, :, : layout.keys], first)
+        return kept, needed
+    pieces = layout.key_index.split(layout.key_lengths)
+    for row, piece in zip(layout.rows, pieces, strict=True):
+        first = counts[row]
+        if needed[row] > first:
+            slots = piece[first * form.kernel_stride :] - row * layout.keys
+            new = _means(form, keys[row : row + 1].index_select(2, slots), 0)
+            kept[row, :, first : needed[row]] = new[0]
+    return kept, needed
+
+
+def _means(form: Form, keys: Tensor, first: int) -> Tensor:
+    """[B, HK, M, D] of the windows from number `first` on, in float32 and back."""
+    tokens = keys[:, :, first * form.kernel_stride :].detach()
+    return tokens.unfold(2, form.kernel_size, form.kernel_stride).float().mean(-1).to(keys.dtype)
+
+
+def packed_windows(kept: Tensor, counts: tuple[int, ...], layout: Layout) -> tuple[Tensor, Tensor]:
+    """Windows as `select` takes them: [M, HK, D], or [M, B * HK, D] where merged, and their ends.
+
+    Args:
+        kept: [B, HK, M, D].
+        counts: windows of each row.
+    """
+    if layout.merged:
+        merged = kept[:, :, : counts[0]].flatten(0, 1).transpose(0, 1)
+        return merged, ends_of(counts[:1], layout.device)
+    rows = [kept[row, :, : counts[row]].transpose(0, 1) for row in layout.rows]
+    packed = torch.cat(rows) if rows else kept.new_zeros(0, *kept.shape[1::2])
+    return packed, ends_of([counts[row] for row in layout.rows], layout.device)

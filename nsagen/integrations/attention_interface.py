@@ -1,0 +1,257 @@
+"""`attn_implementation="nsagen"`: sparse attention through Transformers' attention interface.
+
+The interface hands over queries, keys and values after rope. So it serves the members of the
+family that need no more: `nsagen.model.forms` in any dense model, named in `config.nsagen`, and
+MiniMax-M3, whose index heads `nsagen.integrations.minimax_m3` brings.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from nsagen.integrations.attention_cache import (
+    LAYER,
+    packed_windows,
+    remember_cache,
+    with_windows,
+)
+from nsagen.integrations.attention_layout import Layout, layout_of, mask_of, refuse
+from nsagen.model.forms import Form, form_of, select
+from nsagen.ops import topk_sparse_attention
+from nsagen.ops.compress import compress
+
+IMPLEMENTATION = "nsagen"
+
+LOSSES = "nsagen_index_losses"
+"""The name under which a MiniMax-M3 hands its layers what collects their index losses."""
+
+NO_INDEX = object()
+"""For models whose layers say nothing of index heads."""
+
+IGNORED = {
+    "position_ids",  # the model's rope, and the mask, have used them
+    "position_embeddings",
+    "use_cache",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "num_items_in_batch",
+    "cache_position",
+    "logits_to_keep",
+    "sliding_window",  # None here: layers with a window stay dense
+    "is_causal",  # not False here
+    "max_length_q",
+    "max_length_k",
+}
+"""What models hand on that changes nothing for a layer. All else that is given is refused."""
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    block_indices: Any = NO_INDEX,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as Transformers calls it.
+
+    Args:
+        module: the attention module of a decoder.
+        query: [B, HQ, S, D], after rope.
+        key, value: [B, HK, T, D], those of a cache included.
+        attention_mask: what `mask_of` made.
+        block_indices: in MiniMax-M3, the index heads of a sparse layer, None for a dense one.
+
+    Returns:
+        [B, S, HQ, D], and None for the weights, which are never formed.
+
+    Raises:
+        InvalidInputError: an input that changes attention in a way that is not computed here.
+    """
+    layer, losses = kwargs.pop(LAYER, None), kwargs.pop(LOSSES, None)
+    window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
+    if window or not getattr(module, "is_causal", True):
+        # Layers within a window, and encoders, stay as they are.
+        _check_some_layer_is_sparse(module)
+        given = {"dropout": dropout, "scaling": scaling, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+    _check(dropout, kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layout = layout_of(attention_mask, query.shape[0], query.shape[2], key.shape[2], query.device)
+    layout = _with_documents(layout, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
+    heads = (query, key, value)
+    if block_indices is None:
+        return dense(*heads, layout, scale), None
+    if block_indices is not NO_INDEX:
+        return block_indices.attend(*heads, layout, scale, losses), None
+    form = _form(module)
+    remember_cache(module)
+    if form.dense_decode and query.shape[2] == 1 and not layout.whole:
+        return dense(*heads, layout, scale), None
+    small = [form.dense(tokens) for tokens in layout.key_lengths]
+    if all(small):
+        return dense(*heads, layout, scale), None
+    if not any(small):
+        return _sparse(form, *heads, layout, scale, layer), None
+    # No two of them have a token in common.
+    o = dense(*heads, layout.only(small), scale)
+    return o + _sparse(form, *heads, layout.only([not s for s in small]), scale, layer), None
+
+
+def register() -> None:
+    """Make the name known to Transformers."""
+    AttentionInterface.register(IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask_of)
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    """Causal attention of each sequence to all of its tokens: [B, S, HQ, D]."""
+    if layout.key_index is None:
+        keys = slice(0, layout.keys)
+        o = _causal(query, key[:, :, keys], value[:, :, keys], scale)
+        return o.transpose(1, 2)
+    q = layout.pack_queries(query).transpose(0, 1).split(layout.query_lengths, 1)
+    k, v = (layout.pack_keys(t).transpose(0, 1).split(layout.key_lengths, 1) for t in (key, value))
+    parts = [_causal(a[None], b[None], c[None], scale)[0] for a, b, c in zip(q, k, v, strict=True)]
+    # A sequence at a time: no mask of all queries and keys of a batch.
+    packed = (
+        torch.cat(parts, 1).transpose(0, 1) if parts else query.new_zeros(0, *query.shape[1::2])
+    )
+    return layout.unpack(packed)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """[B, HQ, S, D] of queries that are the last of the keys' tokens."""
+    new, tokens = q.shape[2], k.shape[2]
+    mask = None
+    if new not in (1, tokens):
+        mask = torch.ones(new, tokens, dtype=torch.bool, device=q.device).tril(tokens - new)
+    return functional.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=new == tokens and new > 1, scale=scale, enable_gqa=True
+    )
+
+
+def _sparse(
+    form: Form,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scale: float,
+    layer: Any,
+) -> Tensor:
+    """[B, S, HQ, D] of the sequences of a layout, each by its selected blocks."""
+    q, k, v = layout.pack_queries(query), layout.pack_keys(key), layout.pack_keys(value)
+    ends, key_ends = layout.cu_seqlens_q, layout.cu_seqlens_k
+    if layout.whole:
+        windows, window_ends = compress(
+            k.detach(), None, None, key_ends, compress_type="avgpool", **form.window_sizes
+        )
+    elif layer is not None:
+        kept = layer.windows_of(form, key, layout)
+        windows, window_ends = packed_windows(kept, layer.counts, layout)
+    else:
+        none = (0,) * layout.batch
+        windows, window_ends = packed_windows(*with_windows(form, key, layout, None, none), layout)
+    blocks = select(form, q, windows, ends, window_ends, layout.q_start, scale)
+    if form.each_head and q.shape[1] != k.shape[1]:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    return layout.unpack(chosen_attention(q, k, v, blocks, form.block_size, layout, scale))
+
+
+def chosen_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, layout: Layout, scale: float
+) -> Tensor:
+    """Attention to selected blocks of packed sequences, behind a cache or whole."""
+    behind = {}
+    if not layout.whole:
+        behind = {"cu_seqlens_k": layout.cu_seqlens_k, "q_start": layout.q_start}
+    return topk_sparse_attention(q, k, v, blocks, block_size, layout.cu_seqlens_q, scale, **behind)
+
+
+def _form(module: Any) -> Form:
+    """The form that a module's config names."""
+    config = module.config
+    settings = getattr(config, "nsagen", None)
+    if settings is None:
+        name = type(config).__name__
+        rule = "must name the form and its sizes"
+        advice = f'set nsagen={{"form": "infllm_v2"}} in the {name}; see docs/any-model.md'
+        refuse(f"{name}.nsagen", rule, "none", advice)
+    if not isinstance(settings, Mapping):
+        return form_of("config.nsagen", settings)
+    return _known_form(json.dumps(dict(settings), sort_keys=True, default=repr))
+
+
+@functools.lru_cache(maxsize=64)
+def _known_form(settings: str) -> Form:
+    return form_of("config.nsagen", json.loads(settings))
+
+
+def _check(dropout: float, kwargs: dict[str, Any]) -> None:
+    """Refuse what would change attention."""
+    if dropout:
+        rule = "must be 0 in training: no weights of attention are dropped"
+        refuse("config.attention_dropout", rule, str(dropout), "set it to 0")
+    if kwargs.get("output_attentions"):
+        rule = "must not be True: the weights are never formed"
+        refuse("output_attentions", rule, "True", "leave it out, or use eager attention")
+    if kwargs.get("is_causal") is False:
+        refuse("is_causal", "must not be False", "False", "use sdpa")
+    known = IGNORED | {"cu_seq_lens_q", "cu_seq_lens_k", "output_attentions"}
+    strange = [n for n, v in kwargs.items() if n not in known and v is not None and v is not False]
+    if strange:
+        advice = "leave it out, or use another implementation of attention"
+        refuse("inputs", "must not change attention", ", ".join(strange), advice)
+
+
+def _check_some_layer_is_sparse(module: Any) -> None:
+    """Where each layer has a window, nothing would be sparse, and nobody would notice."""
+    config = module.config
+    kinds = getattr(config, "layer_types", None)
+    windowed = kinds is None or set(kinds) == {"sliding_attention"}
+    if getattr(module, "is_causal", True) and windowed:
+        rule = "must be None where all layers have one, for they stay dense"
+        came = str(getattr(config, "sliding_window", None))
+        advice = "set it to None: sparse layers then reach all tokens; or use sdpa"
+        refuse("config.sliding_window", rule, came, advice)
+
+
+def _with_documents(layout: Layout, ends: Tensor | None, key_ends: Tensor | None) -> Layout:
+    """The layout of documents that cu_seq_lens_q packs into one row."""
+    if ends is None:
+        if key_ends is not None:
+            refuse("cu_seq_lens_k", "must come with cu_seq_lens_q", "no cu_seq_lens_q", "add it")
+        return layout
+    if key_ends is not None and key_ends is not ends and not torch.equal(key_ends, ends):
+        refuse("cu_seq_lens_k", "must equal cu_seq_lens_q", "another", "pass the same")
+    lengths = tuple(ends.diff().tolist())
+    if layout.key_index is not None and lengths == layout.key_lengths:
+        return layout  # position_ids say the same
+    if layout.batch != 1 or not layout.whole or layout.key_index is not None:
+        rule = "is for one row without cache and padding, and must agree with position_ids"
+        refuse(
+            "cu_seq_lens_q", rule, f"{layout.batch} rows of {layout.key_lengths}", "leave it out"
+        )
+    if sum(lengths) != layout.keys or min(lengths, default=0) < 0 or int(ends[0]) != 0:
+        rule = f"must run from 0 to {layout.keys} without decreasing"
+        refuse("cu_seq_lens_q", rule, str(lengths), "end it with the number of tokens")
+    index = torch.arange(layout.keys, device=layout.device)
+    rows = (0,) * len(lengths)
+    sizes = (1, layout.queries, layout.keys)
+    return Layout(*sizes, index, index, rows, lengths, lengths, layout.device)

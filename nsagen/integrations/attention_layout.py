@@ -1,0 +1,262 @@
+"""Where the tokens of a batch belong that comes through Transformers' attention interface.
+
+Such a batch has queries [B, H, S, D] and keys [B, H, T, D], the last S of which are the queries'
+own. `mask_of` reduces what Transformers says of padding and packed documents to one number a key,
+and `layout_of` makes sequences of it, counted from each one's first token: padding takes no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from nsagen.core.errors import InvalidInputError
+
+UNFILLED = -1
+"""What a mask has for the part of a static cache that no token fills; 0 is padding."""
+
+
+def refuse(what: str, rule: str, came: str, advice: str) -> NoReturn:
+    """Raise InvalidInputError about what a model was given."""
+    raise InvalidInputError(f"nsagen attention: {what}: {rule}; got {came}; {advice}")
+
+
+def mask_of(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    device: Any = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """What the layers of a call get as their mask.
+
+    Returns:
+        int32 [B, T]: 0 for padding, `UNFILLED`, else the number of the token's document in its
+        row, from 1; None if each row is one sequence without padding. For layers that attend
+        within a window: SDPA's own mask.
+
+    Raises:
+        InvalidInputError: a token would see later ones, or not all earlier ones of its document.
+    """
+    if local_size is not None:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            device=device,
+            **kwargs,
+        )
+    if kwargs.get("use_vmap"):
+        came, advice = "a mask function", "use sdpa for this model"
+        refuse("the model", "must add nothing to the causal mask", came, advice)
+    static = isinstance(q_offset, Tensor) or q_offset + q_length < kv_length
+    documents = None
+    if mask_function is not causal_mask_function:
+        documents = _documents(mask_function, batch_size, q_length, q_offset, device)
+    if attention_mask is None and documents is None and not static:
+        return None
+    real = torch.ones(batch_size, kv_length, dtype=torch.int32, device=device)
+    if attention_mask is not None:
+        given = attention_mask[:, :kv_length].to(torch.int32)
+        if not static and given.shape[1] < kv_length:
+            rule, came = f"must cover all {kv_length} tokens", f"{given.shape[1]}"
+            refuse("attention_mask", rule, came, "add the tokens that the cache holds")
+        real[:, : given.shape[1]] = given
+    if documents is not None:
+        real = real * documents
+    if static:
+        slots = torch.arange(kv_length, device=device)
+        real = real.masked_fill(slots >= q_offset + q_length, UNFILLED)
+    elif documents is None and bool(real.all()):
+        return None
+    return real
+
+
+def _documents(
+    mask_function: Callable[..., Any], batch: int, tokens: int, offset: Any, device: Any
+) -> Tensor | None:
+    """int32 [B, S], the number of each token's document; None if each row is one.
+
+    Transformers composes the mask of a call from functions of (row, head, query, key). Those of
+    packed documents end between two neighbours of which the later does not see the earlier.
+    """
+    rows = torch.arange(batch, device=device)[:, None]
+    queries = (torch.arange(tokens, device=device) + offset)[None]
+    head = torch.zeros_like(queries)
+    if tokens > 1:
+        ahead = mask_function(rows, head[:, 1:], queries[:, :-1], queries[:, 1:])
+        if bool(torch.as_tensor(ahead).any()):
+            came, advice = "tokens that see later ones", "use sdpa for this model or input"
+            refuse("the mask", "must be causal", came, advice)
+    same = torch.as_tensor(mask_function(rows, head[:, 1:], queries[:, 1:], queries[:, :-1]))
+    same = same.expand(batch, tokens - 1)
+    if bool(same.all()):
+        return None
+    first = torch.ones(batch, 1, dtype=torch.int32, device=same.device)
+    return torch.cat([first, (~same).to(torch.int32)], 1).cumsum(1, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sequences of a batch.
+
+    Attributes:
+        batch, queries, keys: B, S and T, T without the unfilled part of a static cache.
+        key_index: int64 [sum of key_lengths], each sequence's keys in the flattened [B, T]; None:
+            each row is one sequence, all of it real.
+        query_index: int64 [sum of query_lengths], in the flattened [B, S]; None with key_index.
+        rows: the row of each sequence.
+        key_lengths, query_lengths: tokens of each sequence.
+        device: of the tensors.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    key_index: Tensor | None
+    query_index: Tensor | None
+    rows: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    query_lengths: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def whole(self) -> bool:
+        """Whether all tokens of the sequences are queries: none lies in a cache."""
+        return self.key_lengths == self.query_lengths
+
+    @property
+    def merged(self) -> bool:
+        """Whether rows are packed as heads: [T, B * H, D] is a view of a cache, [B * T, H, D] a
+        copy."""
+        return self.key_index is None and not self.whole
+
+    @property
+    def cu_seqlens_q(self) -> Tensor:
+        return self._ends(self.query_lengths)
+
+    @property
+    def cu_seqlens_k(self) -> Tensor:
+        return self._ends(self.key_lengths)
+
+    def _ends(self, lengths: tuple[int, ...]) -> Tensor:
+        return ends_of(lengths[:1] if self.merged else lengths, self.device)
+
+    @property
+    def q_start(self) -> Tensor | None:
+        """int32 [sequences], position of each one's first query; None where all are 0."""
+        if self.whole:
+            return None
+        starts = [k - q for k, q in zip(self.key_lengths, self.query_lengths, strict=True)]
+        starts = starts[:1] if self.merged else starts
+        return torch.tensor(starts, dtype=torch.int32, device=self.device)
+
+    def pack_queries(self, x: Tensor) -> Tensor:
+        """[B, H, S, D] to [N, H, D], or [S, B * H, D] where merged."""
+        return self._pack(x, self.query_index)
+
+    def pack_keys(self, x: Tensor) -> Tensor:
+        """[B, H, >= T, D] to [N, H, D], or [T, B * H, D] where merged."""
+        return self._pack(x[:, :, : self.keys], self.key_index)
+
+    def _pack(self, x: Tensor, index: Tensor | None) -> Tensor:
+        if self.merged:
+            return x.flatten(0, 1).transpose(0, 1)
+        flat = x.transpose(1, 2).flatten(0, 1)
+        return flat if index is None else flat[index]
+
+    def unpack(self, o: Tensor) -> Tensor:
+        """The attention's output [N, H, D], or [S, B * H, D], to [B, S, H, D]; 0 at padding."""
+        if self.merged:
+            return o.unflatten(1, (self.batch, -1)).transpose(0, 1)
+        shape = (self.batch, self.queries, *o.shape[1:])
+        if self.query_index is None:
+            return o.view(shape)
+        flat = o.new_zeros(shape).flatten(0, 1)
+        return flat.index_copy(0, self.query_index, o).view(shape)
+
+    def only(self, keep: list[bool]) -> Layout:
+        """The layout of some of the sequences, of a batch where they differ."""
+        assert self.key_index is not None
+        assert self.query_index is not None
+        kept = [i for i, one in enumerate(keep) if one]
+        key_lengths = tuple(self.key_lengths[i] for i in kept)
+        query_lengths = tuple(self.query_lengths[i] for i in kept)
+        keys = self.key_index.split(self.key_lengths)
+        queries = self.query_index.split(self.query_lengths)
+        parts = (torch.cat([every[i] for i in kept]) for every in (keys, queries))
+        return replace(
+            self,
+            key_index=next(parts),
+            query_index=next(parts),
+            rows=tuple(self.rows[i] for i in kept),
+            key_lengths=key_lengths,
+            query_lengths=query_lengths,
+        )
+
+
+def ends_of(lengths: Any, device: torch.device) -> Tensor:
+    """int32 [sequences + 1], where each begins, and the sum."""
+    ends = torch.tensor([0, *lengths], dtype=torch.int32)
+    return ends.cumsum(0, dtype=torch.int32).to(device)
+
+
+def layout_of(mask: Tensor | None, batch: int, queries: int, keys: int, device: Any) -> Layout:
+    """The sequences of a call.
+
+    Args:
+        mask: what `mask_of` made.
+        batch, queries, keys: B, S, and T with the unfilled part of a static cache.
+    """
+    if mask is None:
+        return _even(batch, queries, keys, device)
+    known = getattr(mask, "nsagen_layout", None)
+    if known is not None and known[0] == (queries, keys):
+        return known[1]
+    layout = _from_mask(mask, batch, queries, keys, device)
+    mask.nsagen_layout = ((queries, keys), layout)  # type: ignore[attr-defined]
+    return layout
+
+
+def _even(batch: int, queries: int, keys: int, device: Any) -> Layout:
+    lengths = ((keys,) * batch, (queries,) * batch)
+    return Layout(batch, queries, keys, None, None, tuple(range(batch)), *lengths, device)
+
+
+def _from_mask(mask: Tensor, batch: int, queries: int, keys: int, device: Any) -> Layout:
+    if mask.dim() != 2 or mask.shape != (batch, keys) or mask.dtype != torch.int32:
+        came = f"{mask.dtype} {list(mask.shape)}"
+        advice = "pass attention_mask as [batch, tokens], 1 for a token and 0 for padding"
+        refuse("attention_mask", "must not be one that was prepared elsewhere", came, advice)
+    filled = int((mask[0] != UNFILLED).sum())
+    mask = mask[:, :filled]
+    if bool((mask == 1).all()):
+        return _even(batch, queries, filled, device)
+    index = (mask > 0).flatten().nonzero().squeeze(1)
+    row, slot, document = index // filled, index % filled, mask.flatten()[index]
+    first = torch.ones_like(row, dtype=torch.bool)
+    first[1:] = (row[1:] != row[:-1]) | (document[1:] != document[:-1])
+    sequence = first.cumsum(0) - 1
+    rows = tuple(row[first].tolist())
+    new = slot >= filled - queries
+    query_index = (row * queries + slot - (filled - queries))[new]
+    key_lengths = sequence.bincount(minlength=len(rows)).tolist()
+    query_lengths = sequence[new].bincount(minlength=len(rows)).tolist()
+    sizes = (batch, queries, filled)
+    lengths = (tuple(key_lengths), tuple(query_lengths))
+    return Layout(*sizes, index, query_index, rows, *lengths, device)

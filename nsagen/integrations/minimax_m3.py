@@ -1,0 +1,242 @@
+"""MiniMax-M3 with `attn_implementation="nsagen"`: its indexer, its training, on nsagen's ops.
+
+Transformers scores all keys in an indexer before it calls the attention function, with N * N
+scores, and trains nothing of it. `register` replaces two methods of its classes, which do as
+before under any other implementation:
+
+- the indexer's forward gives `IndexHeads`, from which the attention function selects blocks,
+  counted from each sequence's first token, wherever padding is;
+- the causal language model's forward has `index_loss` in its output and adds it to the loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as m3
+
+from nsagen.integrations.attention_interface import (
+    IMPLEMENTATION,
+    LOSSES,
+    chosen_attention,
+    dense,
+)
+from nsagen.integrations.attention_layout import Layout, refuse
+from nsagen.model.checks import require
+from nsagen.ops import reference
+
+SCORES: dict[str, Any] = {"score_norm": "none", "score_heads": "each", "score_pool": "max"}
+"""A block's score: the largest product of an index query with its tokens' index keys."""
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """What `config.nsagen` may say of a MiniMax-M3.
+
+    Attributes:
+        index_loss_coef: times the index loss is what is added to the loss in training; 0: none is
+            computed. Only the index projections and their norms learn from it.
+        index_warmup: whether sparse layers attend to everything, and the index learns from all
+            tokens that a query sees, as when it is new.
+    """
+
+    index_loss_coef: float = 1.0
+    index_warmup: bool = False
+
+
+def settings_of(config: Any) -> IndexSettings:
+    """The settings in a config, checked.
+
+    Raises:
+        InvalidInputError: an unknown name, or a value out of its range.
+    """
+    given = getattr(config, "nsagen", None)
+    where, names = "config.nsagen", ", ".join(IndexSettings.__annotations__)
+    given = {} if given is None else given
+    known = isinstance(given, Mapping) and set(given) <= set(IndexSettings.__annotations__)
+    require(known, where, f"must be a mapping of {names}", repr(given), "correct the name")
+    settings = IndexSettings(**given)
+    coef, warm = settings.index_loss_coef, settings.index_warmup
+    fits = isinstance(coef, int | float) and not isinstance(coef, bool) and coef >= 0
+    rule = "index_loss_coef must be a number of at least 0"
+    require(fits, where, rule, repr(coef), "1.0 is the default")
+    rule = "index_warmup must be true or false"
+    require(isinstance(warm, bool), where, rule, repr(warm), "false is the default")
+    return settings
+
+
+@dataclass
+class MiniMaxM3Output(MoeCausalLMOutputWithPast):
+    """A causal language model's output with `index_loss`.
+
+    Attributes:
+        index_loss: mean over layers, key/value heads and tokens of KL(attention || index), in
+            training; else None. `loss` has it in, times its coefficient.
+    """
+
+    index_loss: Tensor | None = None
+
+
+@dataclass
+class IndexLosses:
+    """The index losses of one call's layers."""
+
+    by_layer: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, layer: int, loss: Tensor) -> None:
+        """Gradient checkpointing computes a layer twice: the first counts."""
+        self.by_layer.setdefault(layer, loss)
+
+    def mean(self) -> Tensor | None:
+        losses = list(self.by_layer.values())
+        return (
+            torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None
+        )
+
+
+@dataclass(frozen=True)
+class IndexHeads:
+    """What a sparse layer selects blocks by.
+
+    Attributes:
+        q: [B, HK, S, Di], after norm and rope.
+        k: [B, 1, T, Di], those of a cache included.
+        layer: the layer's number.
+        config: the model's.
+    """
+
+    q: Tensor
+    k: Tensor
+    layer: int
+    config: Any
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: Layout,
+        scale: float,
+        losses: IndexLosses | None,
+    ) -> Tensor:
+        """The layer's attention [B, S, HQ, D]; its index loss goes into `losses`."""
+        if self.q.shape[1] != key.shape[1]:
+            rule = f"must equal num_key_value_heads, {key.shape[1]}: a head selects for one of them"
+            came, advice = str(self.q.shape[1]), "use eager attention for this model"
+            refuse("config.index_n_heads", rule, came, advice)
+        if losses is not None:
+            self._check_training(layout)
+        warm, block_size = settings_of(self.config).index_warmup, self.config.index_block_size
+        index_q, index_k = layout.pack_queries(self.q), layout.pack_keys(self.k)
+        heads = layout.pack_queries(query), layout.pack_keys(key), layout.pack_keys(value)
+        blocks = None if warm else self._blocks(index_q, index_k, layout)
+        if blocks is None:
+            o = dense(query, key, value, layout, scale)
+        else:
+            o = layout.unpack(chosen_attention(*heads, blocks, block_size, layout, scale))
+        if losses is not None and index_q.requires_grad:
+            loss = reference.index_loss(
+                *(heads[0].detach(), heads[1].detach(), index_q, index_k, blocks),
+                layout.cu_seqlens_q,
+                block_size=block_size,
+                softmax_scale=scale,
+            )
+            losses.add(self.layer, loss.mean())
+        return o
+
+    def _check_training(self, layout: Layout) -> None:
+        if not torch.is_grad_enabled():
+            rule = "must not be the reentrant kind: the index loss would have no gradient"
+            advice = 'pass gradient_checkpointing_kwargs={"use_reentrant": False}'
+            refuse("gradient checkpointing", rule, "use_reentrant=True", advice)
+        if not layout.whole:
+            rule = "must be empty in training: the index loss needs whole sequences"
+            advice = "pass use_cache=False, call model.eval(), or set index_loss_coef to 0"
+            refuse("cache", rule, f"{layout.keys - layout.queries} tokens", advice)
+
+    @torch.no_grad()
+    def _blocks(self, index_q: Tensor, index_k: Tensor, layout: Layout) -> Tensor:
+        return reference.block_selection(
+            *(index_q, index_k, None, layout.cu_seqlens_q, layout.cu_seqlens_k),
+            kernel_size=1,
+            kernel_stride=1,
+            block_size=self.config.index_block_size,
+            topk=self.config.index_topk_blocks,
+            init_blocks=0,
+            local_blocks=self.config.index_local_blocks,
+            q_start=layout.q_start,
+            **SCORES,
+        )
+
+
+def _index_heads(
+    self: Any, hidden_states: Tensor, position_embeddings: Any, cache: Any, position_ids: Any
+) -> IndexHeads:
+    """In place of the indexer's forward. Its input is a constant: the index learns by its loss."""
+    x = hidden_states.detach()
+    size = (*x.shape[:2], -1, self.head_dim)
+    q = self.q_norm(self.q_proj(x).view(size)).transpose(1, 2)
+    k = self.k_norm(self.k_proj(x).view(size)).transpose(1, 2)
+    cos, sin = (table[..., : self.head_dim] for table in position_embeddings)
+    q, k = m3.apply_rotary_pos_emb(q, k, cos, sin)
+    if cache is not None:
+        k = cache.layers[self.layer_idx].update_index(k)
+    return IndexHeads(q, k, self.layer_idx, self.config)
+
+
+def _with_index_heads(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.config._attn_implementation != IMPLEMENTATION:
+            return original(self, *args, **kwargs)
+        return _index_heads(self, *args, **kwargs)
+
+    return forward
+
+
+def _with_index_loss(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.config._attn_implementation != IMPLEMENTATION:
+            return original(self, *args, **kwargs)
+        coef = settings_of(self.config).index_loss_coef
+        as_dict = kwargs.pop("return_dict", None)
+        as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
+        losses = IndexLosses() if self.training and torch.is_grad_enabled() and coef else None
+        more = {} if losses is None else {LOSSES: losses}
+        out = MiniMaxM3Output(**original(self, *args, return_dict=True, **kwargs, **more))
+        out.index_loss = None if losses is None else losses.mean()
+        if out.index_loss is not None and out.loss is not None:
+            given = signature.bind(self, *args, **kwargs).arguments
+            share = _share(given.get("labels"), kwargs.get("num_items_in_batch"))
+            out.loss = out.loss + coef * share * out.index_loss.to(out.loss.device)
+        return out if as_dict else out.to_tuple()
+
+    return forward
+
+
+def _share(labels: Any, items: Any) -> Any:
+    """What a batch counts for among those whose gradients are summed, as its loss does."""
+    if items is None or labels is None:
+        return 1.0
+    return (labels[..., 1:] != -100).sum() / items
+
+
+def register() -> None:
+    """Replace the methods of Transformers' classes, once."""
+    for kind, wrap in (
+        (m3.MiniMaxM3VLIndexer, _with_index_heads),
+        (m3.MiniMaxM3VLForCausalLM, _with_index_loss),
+    ):
+        if not hasattr(kind.forward, "nsagen"):
+            kind.forward = wrap(kind.forward)
+            kind.forward.nsagen = True
