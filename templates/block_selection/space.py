@@ -168,5 +168,7 @@ SPACES = (
         shared_memory=shared_memory,
         default=default,
         supports=supports,
+        # Raw products have a kernel of their own, where it covers them.
+        preferred=lambda workload, target: workload.score_norm == "softmax",
     ),
 )

@@ -44,6 +44,13 @@ def small(**knobs: Any) -> Schedule:
     return Schedule.of("resident_scores", {"programs": 4, "num_warps": 4, "num_stages": 2} | knobs)
 
 
+def largest(**knobs: Any) -> Schedule:
+    """Tiles of few tokens, and a step of few windows."""
+    knobs = {"block_m": 16, "block_n": 16, "num_warps": 2, "num_stages": 1} | knobs
+    more = {"loads": "pointers", "workspace": 64}
+    return Schedule.of("largest_products", more | knobs)
+
+
 def check(workload: Workload, seqlens: tuple[int, ...] = RAGGED, **knobs: Any) -> None:
     case = make_case(workload, Sizes(seqlens, 2), kernel_device())
     check_case(load_kernel(workload, small(**knobs)), case)
@@ -73,7 +80,7 @@ def test_choices(form: tuple[str, str, str], choice: tuple[int, int, int]) -> No
     check(workload, (*RAGGED, 310) if topk > 32 else RAGGED)
 
 
-@pytest.mark.parametrize("gqa_ratio", [1, 3, 16])
+@pytest.mark.parametrize("gqa_ratio", [1, 3, 8])
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[3], FORMS[4]], ids="-".join)
 def test_group_sizes(form: tuple[str, str, str], gqa_ratio: int) -> None:
     check(workload_of(form, gqa_ratio=gqa_ratio), (0, 3, 70), tokens=8)
@@ -99,3 +106,75 @@ def test_no_softmax_takes_no_log_sum_exp() -> None:
     args[2] = torch.zeros(9, 2, device=kernel_device())
     with pytest.raises(ValueError, match="lse must be None"):
         load_kernel(workload, small()).launch(*args)
+
+
+class TestLargestProducts:
+    """The kernel for raw products of heads apart, whose windows lie in one block."""
+
+    def check(
+        self, workload: Workload, seqlens: tuple[int, ...] = (3, 0, 41, 1), **knobs: Any
+    ) -> None:
+        case = make_case(workload, Sizes(seqlens, 1), kernel_device())
+        check_case(load_kernel(workload, largest(**knobs)), case)
+
+    def workload(self, dtype: str = "float32", **params: Any) -> Workload:
+        return workload_of(FORMS[4], dtype, **{"kernel_size": 1, "kernel_stride": 1, **params})
+
+    @pytest.mark.parametrize("dtype", kernel_dtypes())
+    @pytest.mark.parametrize("gqa_ratio", [1, 4])
+    def test_groups(self, gqa_ratio: int, dtype: str) -> None:
+        self.check(self.workload(dtype, gqa_ratio=gqa_ratio))
+
+    @pytest.mark.parametrize("head_dim", [24, 128])
+    @pytest.mark.parametrize("shape", [(1, 1, 16), (8, 8, 8), (4, 4, 16)], ids=str)
+    def test_blocks(self, shape: tuple[int, int, int], head_dim: int) -> None:
+        """A block that fills a step, blocks that are one window, several blocks a step."""
+        size, stride, block = shape
+        workload = self.workload(
+            head_dim=head_dim, kernel_size=size, kernel_stride=stride, block_size=block
+        )
+        self.check(workload, (2, 4 * block + 5))
+
+    @pytest.mark.parametrize(
+        "choice", [(1, 0, 0), (5, 0, 0), (3, 0, 1), (6, 2, 3), (36, 1, 2)], ids=str
+    )
+    def test_choices(self, choice: tuple[int, int, int]) -> None:
+        """Without forced blocks the own one is masked; more than 32 may be wanted."""
+        topk, init_blocks, local_blocks = choice
+        rule = {"init_blocks": init_blocks, "local_blocks": local_blocks, "gqa_ratio": 1}
+        self.check(self.workload(topk=topk, block_size=1 if topk > 32 else 4, **rule))
+
+    def test_bulk_copies(self) -> None:
+        self.check(self.workload("float16"), (3, 50, 0, 37), loads="descriptors", block_n=32)
+
+    def test_tiles_take_turns_in_the_workspace(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        workload = self.workload()
+        kernel = load_kernel(workload, largest())
+        monkeypatch.setattr(kernel, "WORKSPACE", 1 << 12)
+        check_case(kernel, make_case(workload, Sizes((30, 0, 21), 1), kernel_device()))
+
+    @pytest.mark.parametrize("sign", [-1.0, 0.0, 1.0])
+    def test_products_of_one_sign(self, sign: float) -> None:
+        """Ties fall to the lower index, and -0.0 is 0.0."""
+        workload = self.workload(init_blocks=0)
+        case = make_case(workload, Sizes((40,), 1), kernel_device())
+        q, k = case.args[0], case.args[1]
+        assert isinstance(q, torch.Tensor)
+        assert isinstance(k, torch.Tensor)
+        q.abs_()
+        k.copy_(sign * k.abs())
+        check_case(load_kernel(workload, largest()), case)
+
+    def test_chunks_of_a_prompt(self) -> None:
+        """The last queries of a sequence, with their position, choose what the whole chooses."""
+        workload = self.workload()
+        case = make_case(workload, Sizes((49,), 1), kernel_device())
+        q, k, _, _, ends, whole, scale = case.args
+        kernel = load_kernel(workload, largest())
+        kernel.launch(*case.args)
+        assert isinstance(q, torch.Tensor)
+        assert isinstance(whole, torch.Tensor)
+        few, start = (torch.tensor(x, dtype=torch.int32, device=q.device) for x in ([0, 20], [29]))
+        part = torch.empty_like(whole[:, :20])
+        kernel.launch(q[29:], k, None, few, ends, part, scale, start)
+        assert torch.equal(part, whole[:, 29:])
