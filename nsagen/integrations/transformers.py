@@ -31,7 +31,7 @@ except ImportError as error:
         f"got {error}; run: pip install 'nsagen[transformers]'"
     ) from error
 
-from nsagen.integrations import attention_interface, minimax_m3
+from nsagen.integrations import attention_interface, minicpm, minimax_m3
 from nsagen.integrations.transformers_classes import become_swapped, check_config, swapped_config
 from nsagen.integrations.transformers_swap import sparsity_of, swap, swapped_modules
 from nsagen.model.checks import require
@@ -45,6 +45,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 attention_interface.register()
 minimax_m3.register()
+minicpm.register()
 
 
 def apply_nsa(
