@@ -50,6 +50,10 @@ def _no_shared_memory(workload: Workload, schedule: Schedule) -> int:
     return 0
 
 
+def _no_scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
+    return 0
+
+
 def _any_workload(workload: Workload) -> bool:
     return True
 
@@ -68,7 +72,9 @@ class ScheduleSpace:
 
     Attributes:
         derive: arithmetic for the template, done in Python: (workload, schedule) -> names.
-        shared_memory: estimated bytes a program needs, checked against the target's limit.
+        shared_memory: bytes of a program's tiles, at most.
+        scratch: bytes that a target's compiler takes beside them, at most: for reductions, barriers
+            and tiles in a second layout. With the tiles, they must fit the target.
         default: knob values to use when nothing was measured.
         supports: whether the algorithm covers a workload at all.
         runs_on: whether it compiles for a target; some targets lack what it is built on.
@@ -85,6 +91,7 @@ class ScheduleSpace:
     rules: tuple[Rule, ...] = ()
     derive: Callable[[Workload, Schedule], dict[str, Any]] = _nothing
     shared_memory: Callable[[Workload, Schedule], int] = _no_shared_memory
+    scratch: Callable[[Workload, Schedule, Target], int] = _no_scratch
     supports: Callable[[Workload], bool] = _any_workload
     runs_on: Callable[[Target], bool] = _any_target
     triton: Releases | None = None
@@ -104,6 +111,10 @@ class ScheduleSpace:
         """Path of the template below the templates folder."""
         return f"{self.op}/{self.pass_}_{self.algorithm}.py.j2"
 
+    def memory_on(self, workload: Workload, schedule: Schedule, target: Target) -> int:
+        """Bytes of shared memory that a program takes on a target, at most."""
+        return self.shared_memory(workload, schedule) + self.scratch(workload, schedule, target)
+
     def violations(self, workload: Workload, schedule: Schedule, target: Target) -> list[str]:
         """What forbids this schedule, in words; empty when it is valid."""
         if wrong := self._unknown_values(schedule):
@@ -111,7 +122,7 @@ class ScheduleSpace:
         if not self.runs_on(target):
             return [f"algorithm {self.algorithm} does not run on {target}"]
         wrong = [rule.text for rule in self.rules if not rule.holds(workload, schedule, target)]
-        needed = self.shared_memory(workload, schedule)
+        needed = self.memory_on(workload, schedule, target)
         if needed > target.shared_memory:
             limit = target.shared_memory
             wrong.append(f"needs about {needed} bytes of shared memory, {target} has {limit}")
@@ -163,7 +174,7 @@ class ScheduleSpace:
     def _excess(self, workload: Workload, schedule: Schedule, target: Target) -> tuple[int, int]:
         """How many rules a schedule of known knob values breaks, and the memory it needs."""
         broken = sum(not rule.holds(workload, schedule, target) for rule in self.rules)
-        return broken, self.shared_memory(workload, schedule)
+        return broken, self.memory_on(workload, schedule, target)
 
     def _near(self, schedule: Schedule) -> Iterator[Schedule]:
         """The schedules one value away, later knobs first and lower values first."""

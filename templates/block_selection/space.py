@@ -5,18 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.spaces.padding import element_bytes
+from nsagen.codegen.spaces.padding import SCRATCH, element_bytes
 from nsagen.core.target import KNOWN_TARGETS, Target
 from nsagen.core.workload import Param, Schedule, Workload
 
 _MAX_WINDOWS = 256
 _LEAST_COLUMNS = 16
 """The fewest columns of a matrix product; a single head of few tokens is padded to this."""
+_COMPARED_A_THREAD = 24
+"""Blocks of a segment and of those kept so far, for all tokens of a default's tile; more spill."""
+RESIDENT_BYTES = 32 * 1024
+"""Most bytes of float32 queries that stay in a program."""
 
 
 def step_pad(workload: Workload) -> int:
     """Windows that start in a block, padded to a power of two."""
     return next_power_of_2(int(workload.block_size) // int(workload.kernel_stride))
+
+
+def step_rows(workload: Workload, schedule: Schedule) -> int:
+    """Rows of a step for each block in it: those of a block, or a part of them."""
+    return min(step_pad(workload), int(schedule.windows))
+
+
+def kept_rows(workload: Workload) -> int:
+    """Rows of 32 that hold a token's blocks."""
+    return next_power_of_2(-(-int(workload.topk) // 32))
 
 
 def pieces(group: int, tokens: int, columns: int) -> list[dict[str, Any]]:
@@ -42,6 +56,19 @@ def group_of(workload: Workload) -> int:
     return 1 if workload.score_heads == "each" else int(workload.gqa_ratio)
 
 
+def query_bytes(workload: Workload, schedule: Schedule) -> list[int]:
+    """Bytes of the queries of each matrix product."""
+    row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
+    tokens = int(schedule.tokens)
+    heads = pieces(group_of(workload), tokens, int(schedule.columns))
+    return [piece["heads"] * tokens * row for piece in heads]
+
+
+def reloads(workload: Workload, schedule: Schedule) -> bool:
+    """Whether a step loads its queries again: float32 ones of wide groups fit no small GPU."""
+    return workload.dtype == "float32" and sum(query_bytes(workload, schedule)) > RESIDENT_BYTES
+
+
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Padded sizes, windows and blocks in units of kernel_stride, and the heads' products."""
     dim, stride = int(workload.head_dim), int(workload.kernel_stride)
@@ -52,11 +79,13 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "block_d": next_power_of_2(dim),
         "pad_d": next_power_of_2(dim) != dim,
         "pieces": pieces(group_of(workload), int(schedule.tokens), int(schedule.columns)),
+        "reload": reloads(workload, schedule),
         "step": step,
-        "step_pad": step_pad(workload),
+        "step_pad": step_rows(workload, schedule),
+        "parts": -(-step // step_rows(workload, schedule)),
         "width": width,
         "spill": spill,
-        "kept_rows": next_power_of_2(-(-int(workload.topk) // 32)),
+        "kept_rows": kept_rows(workload),
         "unroll_planes": spill <= 3,
         "no_rival": "-1" if workload.score_norm == "softmax" else "NONE",
     }
@@ -65,11 +94,20 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the tile's queries, the keys in flight, and one plane that changes its layout."""
     row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
+    windows = int(schedule.windows)
+    of_products = query_bytes(workload, schedule)
+    queries = max(of_products) if reloads(workload, schedule) else sum(of_products)
+    plane = 4 * int(schedule.tokens) * (windows // step_rows(workload, schedule))
+    return queries + row * int(schedule.num_stages) * windows + plane
+
+
+def scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
+    """Bytes of the windows' sums, or of a segment's scores beyond a step, in two layouts."""
     tokens, windows = int(schedule.tokens), int(schedule.windows)
-    heads = pieces(group_of(workload), tokens, int(schedule.columns))
-    queries = sum(piece["heads"] for piece in heads) * tokens
-    plane = 4 * tokens * (windows // step_pad(workload))
-    return row * (queries + int(schedule.num_stages) * windows) + plane
+    row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
+    scores = 4 * tokens * max(2 * int(schedule.segment), 32 * kept_rows(workload))
+    sums = 8 * tokens * windows
+    return max(sums, scores - row * int(schedule.num_stages) * windows) + SCRATCH
 
 
 def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
@@ -110,7 +148,8 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     stages = 1 if workload.dtype == "float32" else 3
     knobs = {"num_warps": 4, "num_stages": stages, "programs": 2 * target.num_sms}
     knobs |= shape_of(workload, target)
-    knobs["windows"] = max(int(knobs["windows"]), step_pad(workload))
+    if workload.dtype != "float32" and step_pad(workload) <= 128:
+        knobs["windows"] = max(int(knobs["windows"]), step_pad(workload))
     budget = target.shared_memory // 2 - 512  # each program takes 1 KiB more than it asks for
     while shared_memory(workload, Schedule.of("resident_scores", knobs)) > budget:
         stages, tokens = int(knobs["num_stages"]), int(knobs["tokens"])
@@ -122,18 +161,16 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
             budget = target.shared_memory
         elif tokens > 1:
             knobs["tokens"] = tokens // 2
-        elif int(knobs["windows"]) > max(16, step_pad(workload)):
+        elif int(knobs["windows"]) > 16:
             knobs["windows"] = int(knobs["windows"]) // 2
         else:
             break  # one token's heads are too many: the space's own check reports it
     if int(knobs["tokens"]) <= 8 and int(knobs["windows"]) == 128:  # too few tokens for this many
-        knobs |= {"windows": max(64, step_pad(workload)), "num_warps": 4}
+        knobs |= {"windows": max(64, min(128, step_pad(workload))), "num_warps": 4}
+    kept = 32 * kept_rows(workload) + int(knobs["segment"])
+    while int(knobs["tokens"]) * kept > _COMPARED_A_THREAD * 32 * int(knobs["num_warps"]):
+        knobs["tokens"] = int(knobs["tokens"]) // 2
     return knobs
-
-
-def supports(workload: Workload) -> bool:
-    """Blocks of few enough windows."""
-    return step_pad(workload) <= _MAX_WINDOWS
 
 
 SPACES = (
@@ -156,18 +193,14 @@ SPACES = (
         ),
         rules=(
             Rule(
-                "a step must hold the windows of a block",
-                lambda w, s, t: int(s.windows) >= step_pad(w),
-            ),
-            Rule(
                 "a segment is made of whole steps",
-                lambda w, s, t: int(s.segment) * step_pad(w) >= int(s.windows),
+                lambda w, s, t: int(s.segment) * step_rows(w, s) >= int(s.windows),
             ),
         ),
         derive=derive,
         shared_memory=shared_memory,
+        scratch=scratch,
         default=default,
-        supports=supports,
         # Raw products have a kernel of their own, where it covers them.
         preferred=lambda workload, target: workload.score_norm == "softmax",
     ),

@@ -6,7 +6,7 @@ from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces.compression import PRODUCTS
-from nsagen.codegen.spaces.padding import element_bytes
+from nsagen.codegen.spaces.padding import SCRATCH, element_bytes
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -85,6 +85,12 @@ def default_pool(workload: Workload, target: Target) -> dict[str, Param]:
     return {"block_heads": query_heads(workload, num_warps), "num_warps": num_warps}
 
 
+def pool_shared_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of a row a warp, which sums over a window's tokens across warps take."""
+    wide = next_power_of_2(max(int(workload.head_dim), int(workload.v_head_dim)))
+    return 4 * int(schedule.num_warps) * wide + SCRATCH
+
+
 def default_matmul(workload: Workload, target: Target) -> dict[str, Param]:
     """16 columns: 64 programs share the weights of 4 heads of 128."""
     wide = next_power_of_2(max(int(workload.head_dim), int(workload.v_head_dim)))
@@ -102,7 +108,8 @@ def matmul_shared_memory(workload: Workload, schedule: Schedule) -> int:
     width = element_bytes(workload)
     wide = next_power_of_2(max(int(workload.head_dim), int(workload.v_head_dim)))
     step = wide * (int(schedule.block_rows) + int(schedule.columns))
-    return width * int(schedule.num_stages) * step
+    sums = pool_shared_memory(workload, schedule)  # of a side that pools
+    return max(width * int(schedule.num_stages) * step, sums) + SCRATCH
 
 
 _BLOCK_HEADS = PowerOfTwo("block_heads", 1, 256, "query heads a program: loads against programs")
@@ -118,6 +125,7 @@ POOL = ScheduleSpace(
     knobs=(_BLOCK_HEADS, Knob("num_warps", (1, 2, 4, 8, 16), "threads for the same tile")),
     rules=(_TILE,),
     derive=derive_pool,
+    shared_memory=pool_shared_memory,
     default=default_pool,
     supports=lambda w: not branches_of(w)["products"],
 )

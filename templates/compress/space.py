@@ -6,7 +6,7 @@ from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces.compression import PRODUCTS, out_dim
-from nsagen.codegen.spaces.padding import element_bytes
+from nsagen.codegen.spaces.padding import SCRATCH, element_bytes
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -89,6 +89,13 @@ def default_unroll(tokens: int) -> int:
     return max(n for n in (1, 2, 4) if tokens % n == 0)
 
 
+def tile_shared_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of a tile of sums that changes its layout, in float32."""
+    knobs = dict(schedule.knobs)
+    rows = int(knobs.get("block_units") or knobs["block_windows"])
+    return 4 * rows * next_power_of_2(int(workload.head_dim)) + SCRATCH
+
+
 POOL = ScheduleSpace(
     op="compress",
     pass_="forward",
@@ -114,6 +121,7 @@ POOL = ScheduleSpace(
         ),
     ),
     derive=derive_pool,
+    shared_memory=tile_shared_memory,
     default=default_pool,
     supports=pool_supports,
 )
@@ -135,6 +143,7 @@ REREAD = ScheduleSpace(
         ),
     ),
     derive=lambda workload, schedule: padded(workload),
+    shared_memory=tile_shared_memory,
     default=default_reread,
     supports=lambda w: w.compress_type not in PRODUCTS,
 )
@@ -154,10 +163,10 @@ def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def matmul_shared_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the tokens and weights in flight."""
-    width = element_bytes(workload)
-    step = int(schedule.block_k) * (int(schedule.block_m) + int(schedule.block_n))
-    return width * int(schedule.num_stages) * step
+    """Bytes of the tokens and weights in flight, or of the results that change their layout."""
+    block_m, block_n = int(schedule.block_m), int(schedule.block_n)
+    step = element_bytes(workload) * int(schedule.block_k) * (block_m + block_n)
+    return max(int(schedule.num_stages) * step, 4 * block_m * block_n) + SCRATCH
 
 
 def widest(workload: Workload) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces.compression import PRODUCTS, out_dim
-from nsagen.codegen.spaces.padding import element_bytes
+from nsagen.codegen.spaces.padding import SCRATCH, element_bytes
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -65,6 +65,12 @@ def default_pool(workload: Workload, target: Target) -> dict[str, Param]:
     }
 
 
+def tile_shared_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the larger tile, which changes its layout in float32."""
+    rows = max(int(schedule.block_tokens), int(schedule.block_windows), BLOCK_PARTS)
+    return 4 * rows * block_d(workload) + SCRATCH
+
+
 POOL = ScheduleSpace(
     op="compress",
     pass_="backward",
@@ -96,6 +102,7 @@ POOL = ScheduleSpace(
         ),
     ),
     derive=derive_pool,
+    shared_memory=tile_shared_memory,
     default=default_pool,
     supports=lambda w: w.compress_type in ("avgpool", "weightedpool"),
 )
@@ -128,11 +135,14 @@ def derive_matmul(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def matmul_shared_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the tiles in flight in the larger of the two products."""
-    width = element_bytes(workload)
-    dx_step = int(schedule.block_k) * (int(schedule.block_units) + int(schedule.block_n))
-    dw_step = int(schedule.block_windows) * (int(schedule.block_rows) + int(schedule.block_cols))
-    return width * int(schedule.num_stages) * max(dx_step, dw_step)
+    """Bytes of the tiles in flight, or of the results, in the larger of the two products."""
+    units, rows, cols = (int(getattr(schedule, f"block_{n}")) for n in ("units", "rows", "cols"))
+    block_n = int(schedule.block_n)
+    steps = max(
+        int(schedule.block_k) * (units + block_n), int(schedule.block_windows) * (rows + cols)
+    )
+    in_flight = element_bytes(workload) * int(schedule.num_stages) * steps
+    return max(in_flight, 4 * max(units * block_n, rows * cols)) + SCRATCH
 
 
 def default_matmul(workload: Workload, target: Target) -> dict[str, Param]:
@@ -246,6 +256,7 @@ GATES = ScheduleSpace(
         ),
     ),
     derive=derive_gates,
+    shared_memory=tile_shared_memory,
     default=default_gates,
     supports=lambda w: w.compress_type == "sigmoid_mul",
 )

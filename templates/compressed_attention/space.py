@@ -30,6 +30,7 @@ SPACES = (
         rules=attention_tiles.ROW_TILES_RULES,
         derive=attention_tiles.derive,
         shared_memory=attention_tiles.row_tiles_memory,
+        scratch=attention_tiles.row_tiles_scratch,
         default=attention_tiles.row_tiles_default,
     ),
     ScheduleSpace(
@@ -43,6 +44,7 @@ SPACES = (
         rules=attention_tiles.TWO_PASSES_RULES,
         derive=derive_backward,
         shared_memory=attention_tiles.two_passes_memory,
+        scratch=attention_tiles.two_passes_scratch,
         default=lambda w, t: {**attention_tiles.two_passes_default(w, t), "programs": 4096},
     ),
 )

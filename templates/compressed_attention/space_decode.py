@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.space import PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.space import PowerOfTwo, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces import split_kv
 from nsagen.codegen.spaces.padding import padded_heads
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
-_MAX_WINDOWS = 256
 _SCORES_A_THREAD = 8
 """For a head and block: few, which keeps the code short; it runs once and must be fetched."""
 
 
+_MAX_COLUMNS = 256
+"""Windows of a step, at most."""
+
+
 def _step_pad(workload: Workload) -> int:
+    """Windows that start in a block, padded to a power of two."""
     return next_power_of_2(workload.block_size // workload.kernel_stride)
 
 
@@ -25,13 +29,17 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     width = workload.kernel_size // workload.kernel_stride
     heads_pad = next_power_of_2(workload.gqa_ratio)
     scores_at_once = 32 * schedule.combine_warps * _SCORES_A_THREAD
+    group_pad, head_tiles = split_kv.heads_of_program(workload)
+    step_pad = min(_step_pad(workload), schedule.block_n)
     return {
         **padded_heads(workload),
-        "group_pad": split_kv.padded_group(workload),
+        "group_pad": group_pad,
+        "head_tiles": head_tiles,
         "heads_pad": heads_pad,
         "topk_pad": next_power_of_2(workload.topk),
         "step": step,
-        "step_pad": _step_pad(workload),
+        "step_pad": step_pad,
+        "parts": -(-step // step_pad),
         "width": width,
         # The last window of a block starts at unit step - 1 and covers `width` units.
         "spill": (step + width - 2) // step,
@@ -42,7 +50,9 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
     """About 32 KiB per step; as many in flight as leave room for two programs per processor."""
-    block_n = max(split_kv.default_step(workload), _step_pad(workload))
+    block_n = split_kv.default_step(workload)
+    if workload.dtype != "float32" and _step_pad(workload) <= 2 * block_n:
+        block_n = max(block_n, _step_pad(workload))
     step = split_kv.tile_bytes(workload, block_n)
     room = (target.shared_memory // 2 - 8 * 1024) // step
     return {
@@ -60,18 +70,11 @@ SPACES = (
         pass_="decode",
         algorithm="split_kv",
         knobs=(
-            PowerOfTwo("block_n", 16, _MAX_WINDOWS, "latency hidden against registers"),
+            PowerOfTwo("block_n", 16, _MAX_COLUMNS, "latency hidden against registers"),
             *split_kv.KNOBS,
-        ),
-        rules=(
-            Rule(
-                "block_n must hold the windows of a whole block",
-                lambda w, s, t: s.block_n >= _step_pad(w),
-            ),
         ),
         derive=derive,
         shared_memory=split_kv.shared_memory,
         default=default,
-        supports=lambda workload: _step_pad(workload) <= _MAX_WINDOWS,
     ),
 )

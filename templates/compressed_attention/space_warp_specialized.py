@@ -9,7 +9,7 @@ SPACES = (
     warp_specialized_gradients.space(
         "compressed_attention",
         (PowerOfTwo("programs", 512, 8192, "dk, dv: even work against parts to add up"),),
-        {"block_n": 64, "num_stages": 3, "row_step": 64, "row_stages": 3, "programs": 2048},
+        {"block_n": 64, "num_stages": 3, "row_step": 64, "row_stages": 4, "programs": 2048},
         least_group=16,
     ),
 )

@@ -24,6 +24,11 @@ def elements(workload: Workload, schedule: Schedule) -> float:
     return tile / (32 * int(schedule.num_warps))
 
 
+def shared_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of a number a row and warp, which sums across warps take."""
+    return 4 * int(schedule.block_rows) * int(schedule.num_warps)
+
+
 def default_forward(workload: Workload, target: Target) -> dict[str, Param]:
     """Two loads of 16 bytes per thread and branch: six in flight."""
     each = 8 if workload.dtype == "float32" else 16
@@ -55,6 +60,7 @@ def row_tiles(pass_: str, default: Default, most: int) -> ScheduleSpace:
             ),
         ),
         derive=derive,
+        shared_memory=shared_memory,
         default=default,
     )
 

@@ -15,9 +15,11 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Sizes padded to powers of two, and the steps that each branch takes."""
     block_pad = next_power_of_2(workload.block_size)
     selected_tiles = -(-workload.topk * block_pad // schedule.block_n)
+    group_pad, head_tiles = split_kv.heads_of_program(workload)
     return {
         **padded_heads(workload),
-        "group_pad": split_kv.padded_group(workload),
+        "group_pad": group_pad,
+        "head_tiles": head_tiles,
         "block_pad": block_pad,
         "topk_pad": next_power_of_2(-(-selected_tiles * schedule.block_n // block_pad)),
         "selected_tiles": selected_tiles,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.spaces.padding import SCRATCH
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -45,6 +46,7 @@ SPACES = (
             ),
         ),
         derive=derive,
+        scratch=lambda workload, schedule, target: SCRATCH,
         default=default,
     ),
 )

@@ -28,6 +28,7 @@ SPACES = (
         rules=attention_tiles.ROW_TILES_RULES,
         derive=attention_tiles.derive,
         shared_memory=attention_tiles.row_tiles_memory,
+        scratch=attention_tiles.row_tiles_scratch,
         default=default,
     ),
     ScheduleSpace(
@@ -38,6 +39,7 @@ SPACES = (
         rules=attention_tiles.TWO_PASSES_RULES,
         derive=attention_tiles.derive_two_passes,
         shared_memory=attention_tiles.two_passes_memory,
+        scratch=attention_tiles.two_passes_scratch,
         default=attention_tiles.two_passes_default,
     ),
 )

@@ -17,7 +17,7 @@ from nsagen.cases.block_selection import (
     rule_of,
 )
 from nsagen.codegen.space import next_power_of_2
-from nsagen.codegen.template import space_for
+from nsagen.codegen.template import render, space_for
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Schedule, Workload
 from nsagen.ops.reference.block_selection import select_blocks
@@ -89,6 +89,29 @@ def test_windows_and_blocks(kernel_size: int, kernel_stride: int, block_size: in
 def test_windows_of_128_tokens_at_every_token() -> None:
     workload = workload_of(kernel_size=128, kernel_stride=1, block_size=16)
     check_case(load_kernel(workload, small()), case_of(workload, (127, 190)))
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "kernel_stride", "block_size"),
+    [(4, 2, 64), (4, 1, 37), (96, 1, 20), (4, 4, 80)],
+)
+def test_blocks_of_more_windows_than_a_step(
+    kernel_size: int, kernel_stride: int, block_size: int
+) -> None:
+    """Several steps share a block; its last one is full or not, and windows reach 0 to 5 blocks."""
+    workload = workload_of(
+        kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size, topk=4
+    )
+    assert block_size // kernel_stride > int(small().windows)
+    case = case_of(workload, (2, 5 * block_size + 11))
+    check_case(load_kernel(workload, small(tokens=16)), case)
+
+
+def test_queries_of_wide_groups_are_loaded_at_each_step() -> None:
+    workload = workload_of(head_dim=256, gqa_ratio=48)
+    schedule = small(tokens=1, columns=16, num_stages=1)
+    assert "q_rows_2" in render(workload, schedule, "")
+    check_case(load_kernel(workload, schedule), case_of(workload, (3, 40)))
 
 
 @pytest.mark.parametrize(

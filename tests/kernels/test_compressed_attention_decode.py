@@ -9,7 +9,7 @@ import torch
 
 from nsagen.cases.base import Case, Sizes
 from nsagen.cases.compressed_attention_decode import make_case
-from nsagen.codegen.template import default_schedule
+from nsagen.codegen.template import default_schedule, render
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Param, Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
@@ -59,6 +59,23 @@ def test_positions_at_every_edge() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(dtype: str) -> None:
     check(workload(dtype, head_dim=32, v_head_dim=32), (319, -1, 0, 130))
+
+
+@pytest.mark.parametrize(("size", "stride", "block"), [(8, 4, 128), (4, 1, 37), (48, 1, 20)])
+def test_blocks_of_more_windows_than_a_step(size: int, stride: int, block: int) -> None:
+    """Several steps share a block: the last one is full or not, and the row ends in any of them."""
+    work = workload(kernel_size=size, kernel_stride=stride, block_size=block)
+    assert block // stride > 16
+    edges = (-1, 0, size - 1, block + 16 * stride - 1, block + 17 * stride, 2 * block - 1, 299)
+    check(work, edges, block_n=16)
+    pages = {"page_size": 2 * block, "capacity": 2 * block * -(-320 // (2 * block))}
+    check(work, edges[-3:], **pages, block_n=16, programs=2112)
+
+
+def test_wide_float32_groups_are_split_over_programs() -> None:
+    work = workload(head_dim=128, v_head_dim=128, gqa_ratio=40)
+    assert "HEAD_TILES = tl.constexpr(2)" in render(work, schedule(work), "")
+    check(work, (200, -1, 7, 90), capacity=208, kv_heads=1)
 
 
 @pytest.mark.parametrize("gqa_ratio", [1, 3, 16, 17])

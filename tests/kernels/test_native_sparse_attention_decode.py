@@ -9,7 +9,7 @@ import torch
 
 from nsagen.cases.base import Case, Sizes
 from nsagen.cases.native_sparse_attention_decode import make_case
-from nsagen.codegen.template import default_schedule
+from nsagen.codegen.template import default_schedule, render
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Param, Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
@@ -55,6 +55,12 @@ def test_positions_at_every_edge() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dtypes(dtype: str) -> None:
     check(workload(dtype, head_dim=32, v_head_dim=32), (200, -1, 0, 130))
+
+
+def test_wide_float32_groups_are_split_over_programs() -> None:
+    work = workload(head_dim=128, v_head_dim=128, gqa_ratio=40)
+    assert "HEAD_TILES = tl.constexpr(2)" in render(work, schedule(work), "")
+    check(work, (200, -1, 7, 90))
 
 
 @pytest.mark.parametrize("gqa_ratio", [1, 3, 16, 17])

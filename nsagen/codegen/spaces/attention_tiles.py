@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, next_power_of_2
-from nsagen.codegen.spaces.padding import element_bytes, padded_heads, raw_peak
+from nsagen.codegen.spaces.padding import SCRATCH, element_bytes, padded_heads, raw_peak
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -69,6 +69,27 @@ def two_passes_memory(workload: Workload, schedule: Schedule) -> int:
         int(schedule.key_tile) + int(schedule.dkv_stages) * int(schedule.row_step),
     )
     return element_bytes(workload) * rows_of_tiles * sum(padded_sizes(workload))
+
+
+def row_tiles_scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
+    """Bytes of the probabilities, where a product takes them from shared memory."""
+    scores = int(schedule.block_m) * int(schedule.block_n)
+    asynchronous = target.has_wgmma or target.arch == "100"
+    return SCRATCH + (element_bytes(workload) * scores if asynchronous else 0)
+
+
+def two_passes_scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
+    """Bytes of a step's rows in the layout of its second product, and of gradients of scores."""
+    if target.backend == "hip":
+        return 0
+    widest = max(padded_sizes(workload))
+    block_n, row_step = int(schedule.block_n), int(schedule.row_step)
+    steps = element_bytes(workload) * widest * max(block_n, row_step)
+    return (
+        steps
+        + 4 * max(int(schedule.block_m) * block_n, int(schedule.key_tile) * row_step)
+        + SCRATCH
+    )
 
 
 def row_tiles_registers(workload: Workload, schedule: Schedule) -> int:

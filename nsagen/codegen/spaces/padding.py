@@ -11,6 +11,10 @@ LEAST_TILE = 16
 """The shortest side of a tile that tl.dot multiplies."""
 
 
+SCRATCH = 1024
+"""Bytes of shared memory that reductions, barriers and alignment take at most."""
+
+
 def element_bytes(workload: Workload) -> int:
     """Bytes of one element of the workload's dtype."""
     return 4 if workload.dtype == "float32" else 2

@@ -7,7 +7,13 @@ templates/native_sparse_attention/space.py.
 from __future__ import annotations
 
 from nsagen.codegen.space import Knob, next_power_of_2
-from nsagen.codegen.spaces.padding import element_bytes, padded_heads
+from nsagen.codegen.spaces.padding import (
+    LEAST_TILE,
+    SCRATCH,
+    element_bytes,
+    group_tile,
+    padded_heads,
+)
 from nsagen.core.workload import Schedule, Workload
 
 PROGRAMS = (132, 216, 264, 324, 396, 444, 528, 1056, 2112)
@@ -20,13 +26,21 @@ KNOBS = (
     Knob("combine_warps", (1, 2, 4, 8), "lanes against barriers of the second kernel"),
 )
 
+WARPGROUP_ROWS = 64
+"""Rows of a warpgroup product."""
+
 STEP_BYTES = 32 * 1024
 """Most bytes of keys and values in a step of a default schedule."""
 
 
-def padded_group(workload: Workload) -> int:
-    """Query heads of a key/value head, padded to the rows of a tile."""
-    return max(16, next_power_of_2(int(workload.gqa_ratio)))
+def heads_of_program(workload: Workload) -> tuple[int, int]:
+    """(query heads that a program takes, padded to a tile's rows, and the programs of a group).
+
+    All heads of a key/value head, except in float32, where wide ones would fit no small GPU.
+    """
+    if workload.dtype == "float32":
+        return group_tile(workload)
+    return max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio))), 1
 
 
 def tile_bytes(workload: Workload, block_n: int) -> int:
@@ -36,12 +50,15 @@ def tile_bytes(workload: Workload, block_n: int) -> int:
 
 
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
-    """The steps in flight (the current one is in registers), queries and scores."""
-    group, block_n = padded_group(workload), int(schedule.block_n)
+    """The steps in flight, queries and scores.
+
+    The current step is in registers, unless warpgroup products take it from shared memory.
+    """
+    group, block_n = heads_of_program(workload)[0], int(schedule.block_n)
     queries = group * padded_heads(workload)["block_d"] * element_bytes(workload)
     scores = group * block_n * 4
-    steps = max(1, int(schedule.num_stages) - 1)
-    return steps * tile_bytes(workload, block_n) + queries + scores
+    steps = max(1, int(schedule.num_stages) - (group < WARPGROUP_ROWS))
+    return steps * tile_bytes(workload, block_n) + queries + scores + SCRATCH
 
 
 def default_step(workload: Workload) -> int:
