@@ -7,7 +7,8 @@
 #   make static     lint, formatting, types, and that generated/ is up to date
 #   make test-shapes  kernels of shapes drawn anew, in BUDGET=600 seconds of computing
 #   make gpu-test   the tests for a GPU; PY=python3 uses an environment of yours
-#   make sanitize   some of them under compute-sanitizer: stray accesses and races; SANITIZE_JOBS=8
+#   make sanitize   some of them under compute-sanitizer: stray accesses and races; SANITIZE_JOBS=8;
+#                   SANITIZE=sanitize_short has each algorithm once
 #   make docs       build the documentation into site/, a folder of static pages
 #   make generate   regenerate what is committed: specs/spec.schema.json, generated/, parts of docs/
 #   make clean      remove .venv and caches
@@ -21,6 +22,7 @@ STAMP  := .venv/.stamp
 
 SANITIZER ?= compute-sanitizer
 SANITIZE_JOBS ?= 8
+SANITIZE ?= sanitize
 
 # One thread a test process: the processes already use every core.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
@@ -73,7 +75,8 @@ gpu-test:
 	$(PY) -m pytest -q -m gpu
 
 sanitize:
-	$(PY) tests/sanitize.py --sanitizer $(SANITIZER) --jobs $(SANITIZE_JOBS)
+	$(PY) tests/sanitize.py --sanitizer $(SANITIZER) --jobs $(SANITIZE_JOBS) \
+	  --list tests/kernels/$(SANITIZE).txt
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 LIST = Path(__file__).parent / "kernels" / "sanitize.txt"
 KERNELS = Path(tempfile.gettempdir()) / "nsagen-test-kernels"  # as tests.support renders them
-TOGETHER = 4  # tests a process: a process starts in seconds, and a kernel compiles in as many
 TOOLS = ("memcheck", "racecheck")
 OUTCOMES = ("passed", "failed", "skipped", "error")
 
@@ -71,15 +70,15 @@ class Run(NamedTuple):
         return self.ended_well and wrong == 0 and sum(self.outcomes.values()) > 0
 
 
-def collected(names: list[str]) -> list[list[str]]:
-    """The tests of some names, at most TOGETHER in a list, and those of one function."""
+def collected(names: list[str], together: int) -> list[list[str]]:
+    """The tests of some names, at most `together` in a list, and those of one function."""
     command = [sys.executable, *PYTEST, "--collect-only"]
     done = subprocess.run([*command, *names], text=True, capture_output=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"sanitize: some tests are not there:\n{done.stdout}{done.stderr}")
     tests = [line for line in done.stdout.splitlines() if "::" in line]
     functions = [list(group) for _, group in groupby(tests, lambda test: test.partition("[")[0])]
-    return [all_[i : i + TOGETHER] for all_ in functions for i in range(0, len(all_), TOGETHER)]
+    return [all_[i : i + together] for all_ in functions for i in range(0, len(all_), together)]
 
 
 def run(sanitizer: str, tool: str, tests: list[str]) -> Run:
@@ -149,9 +148,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=8, help="processes at once; default: 8")
     parser.add_argument("--sanitizer", default="compute-sanitizer", help="the program")
     parser.add_argument("--tool", action="append", help=f"default: {' and '.join(TOOLS)}")
+    parser.add_argument("--together", type=int, default=4, help="tests a process; default: 4")
     parser.add_argument("--list", type=Path, default=LIST, help="a file of names of tests")
     given = parser.parse_args()
-    lists = collected(given.list.read_text("utf-8").split())
+    lists = collected(given.list.read_text("utf-8").split(), given.together)
     passed = [check(given.sanitizer, tool, lists, given.jobs) for tool in given.tool or TOOLS]
     return 0 if all(passed) else 1
 

@@ -566,7 +566,7 @@ TABLE = {
     ): {
         "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__1e2c7bf3"),),
         "cuda:90": (
-            (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__674841bd"),
+            (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__ab66ed6e"),
             (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__4d24c99d"),
         ),
     },
@@ -980,7 +980,7 @@ TRITON = {
     "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__c0e5b6f2": Releases(
         (3, 6), (3, 9)
     ),
-    "compressed_attention_backward__bf16_d128_g16_l32_s16__674841bd": Releases((3, 6), (3, 9)),
+    "compressed_attention_backward__bf16_d128_g16_l32_s16__ab66ed6e": Releases((3, 6), (3, 9)),
     "compressed_attention_forward__bf16_d128_g16_l32_s16__54f81bf4": Releases((3, 6), (3, 9)),
     "compressed_attention_forward__bf16_d128_g4_l32_s16__f8e30162": Releases((3, 6), (3, 9)),
     "sliding_window_attention_backward__bf16_d128_g16_w512__913daf67": Releases((3, 6), (3, 9)),

@@ -12,8 +12,8 @@ from nsagen.core.workload import Param, Schedule, Workload
 _MAX_WINDOWS = 256
 _LEAST_COLUMNS = 16
 """The fewest columns of a matrix product; a single head of few tokens is padded to this."""
-_COMPARED_A_THREAD = 24
-"""Blocks of a segment and of those kept so far, for all tokens of a default's tile; more spill."""
+_COMPARED_A_THREAD = 40
+"""Blocks of a segment, and twice those kept so far, of a default's tokens: more of them spill."""
 RESIDENT_BYTES = 32 * 1024
 """Most bytes of float32 queries that stay in a program."""
 
@@ -167,8 +167,8 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
             break  # one token's heads are too many: the space's own check reports it
     if int(knobs["tokens"]) <= 8 and int(knobs["windows"]) == 128:  # too few tokens for this many
         knobs |= {"windows": max(64, min(128, step_pad(workload))), "num_warps": 4}
-    kept = 32 * kept_rows(workload) + int(knobs["segment"])
-    while int(knobs["tokens"]) * kept > _COMPARED_A_THREAD * 32 * int(knobs["num_warps"]):
+    compared = 64 * kept_rows(workload) + int(knobs["segment"])
+    while int(knobs["tokens"]) * compared > _COMPARED_A_THREAD * 32 * int(knobs["num_warps"]):
         knobs["tokens"] = int(knobs["tokens"]) // 2
     return knobs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from nsagen.cases.base import Sizes, cases_of
 from nsagen.codegen.template import space_for, spaces_of
@@ -18,8 +19,10 @@ FOR_HOPPER: dict[str, Param] = {
     **{"head_dim": 64, "v_head_dim": 64, "gqa_ratio": 16, "kernel_size": 32, "kernel_stride": 16},
     **{"block_size": 64, "topk": 4, "init_blocks": 1, "local_blocks": 2, "window_size": 100},
 }
-LENGTHS = tuple(length for n in range(33) for length in (n % 6, 0, 70 if n % 16 == 5 else 1))
-"""Some empty, most shorter than a tile, two longer than one; 99 of them."""
+LENGTHS = tuple(length for n in range(43) for length in (n % 6, 0, 70 if n % 16 == 5 else 1))
+"""Some empty, most shorter than a tile, some longer than one."""
+COUNTS = (63, 64, 65, 127) if torch.cuda.is_available() else (99,)
+"""tests/codegen/test_searches.py has every count for the searches alone."""
 
 
 def workload(op: str, pass_: str, shape: dict[str, Param], kind: str, dtype: str) -> Workload:
@@ -44,9 +47,21 @@ def cases() -> list[tuple[Workload, str]]:
     return list(found.values())
 
 
-@pytest.mark.parametrize(("work", "algorithm"), cases(), ids=str)
-def test_many_sequences(work: Workload, algorithm: str) -> None:
+def check(work: Workload, algorithm: str, lengths: tuple[int, ...]) -> None:
     space = space_for(work, algorithm)
     schedule = space.default_schedule(work, KNOWN_TARGETS["cuda:90"])
-    case = cases_of(work).make_case(work, Sizes(LENGTHS, kv_heads=1), kernel_device())
+    case = cases_of(work).make_case(work, Sizes(lengths, kv_heads=1), kernel_device())
     check_case(load_kernel(work, schedule), case)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize(("work", "algorithm"), cases(), ids=str)
+def test_many_sequences(work: Workload, algorithm: str, count: int) -> None:
+    check(work, algorithm, LENGTHS[:count])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("work", "algorithm"), cases(), ids=str)
+def test_each_algorithm_once(work: Workload, algorithm: str) -> None:
+    """Small enough to run under a sanitizer; see sanitize_short.txt."""
+    check(work, algorithm, (70, 0, 5, 130))

@@ -72,10 +72,15 @@ def two_passes_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def row_tiles_scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
-    """Bytes of the probabilities, where a product takes them from shared memory."""
-    scores = int(schedule.block_m) * int(schedule.block_n)
+    """Bytes of the probabilities where a product takes them from shared memory; of the results,
+    which change their layout where the steps' tiles were."""
+    block_m, block_n = int(schedule.block_m), int(schedule.block_n)
+    block_d, block_dv = padded_sizes(workload)
     asynchronous = target.has_wgmma or target.arch == "100"
-    return SCRATCH + (element_bytes(workload) * scores if asynchronous else 0)
+    scores = element_bytes(workload) * block_m * block_n if asynchronous else 0
+    steps = element_bytes(workload) * int(schedule.num_stages) * block_n * (block_d + block_dv)
+    results = 4 * block_m * block_dv - steps if target.backend == "cuda" else 0
+    return SCRATCH + max(scores, results)
 
 
 def two_passes_scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
@@ -146,6 +151,8 @@ def row_tiles_default(workload: Workload, target: Target) -> dict[str, Param]:
         block_m, block_n, warps, stages = (64, 32, 4, 1) if widest <= 128 else (64, 16, 4, 1)
     elif widest > 128 or target.shared_memory < 128 * 1024:
         block_m, block_n, warps, stages = (64, 32, 4 if widest <= 128 else 8, 2)
+        if target.arch == "100":  # with two stages, some shapes spill
+            stages = 3
     elif widest > 64:
         block_m, block_n, warps, stages = (128, 64, 8, 3)
     else:  # a third stage spills; with heads of 32, long steps also spill
@@ -169,7 +176,7 @@ def two_passes_default(workload: Workload, target: Target) -> dict[str, Param]:
         dq = dkv = (32, 32) if widest <= 64 else (16, 16)
         dq_warps = 8
     elif widest > 128 and roomy:
-        dq, dkv, dq_warps, dkv_warps = (64, 32), (32, 32), 8, 8
+        dq, dkv, dq_warps, dkv_warps = (64, 32), (32, 32), 4 if target.arch == "100" else 8, 8
     elif widest > 128:
         dq = dkv = (32, 16)
     elif target.has_wgmma:
