@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsagen.integrations.transformers_cache import NSALayer, layer_of
+from nsagen.integrations.transformers_cache import NSALayer, end, layer_of
 from nsagen.integrations.transformers_layout import Call, refuse
 from nsagen.integrations.transformers_models import Facts
 from nsagen.integrations.transformers_rope import arranged
@@ -180,7 +180,7 @@ class TransformersNSA(NSAOps):
         x, call = hidden_states, nsa_call.to(hidden_states.device)
         cache = cache if cache is not None else past_key_values
         layer = None if cache is None else layer_of(cache, self.layer_idx, self.sparsity)
-        if layer is None and call.behind:
+        if layer is None and call.continues:
             refuse(
                 "cache", "must reach every layer", "a layer without it", "see docs/transformers.md"
             )
@@ -196,15 +196,17 @@ class TransformersNSA(NSAOps):
             o = self._step(heads, gate, layer, call)
         else:
             o = self._pass(heads, gate, layer, call)
-        if layer is not None:
-            layer.state = call.after
-        return call.unpack(self.o_proj(o)), None
+        out = call.unpack(self.o_proj(o))
+        if cache is not None and self.layer_idx == call.last:
+            end(cache, call)
+        return out, None
 
     def _step(self, heads: Heads, gate: Tensor, layer: NSALayer, call: Call) -> Tensor:
         """One new token of each row."""
         assert call.positions is not None
         slots = torch.arange(call.batch, dtype=torch.int32, device=gate.device)
-        store, layer.trail = layer.reserve(call, heads), None
+        store = layer.reserve(call, heads)
+        layer.remember(call, heads.compressed)
         return self.decode_heads(heads, gate, call.positions, slots, store, call.rope.tables)
 
     def _pass(self, heads: Heads, gate: Tensor, layer: NSALayer, call: Call) -> Tensor:

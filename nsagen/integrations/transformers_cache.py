@@ -7,6 +7,7 @@ padding takes no room.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +16,23 @@ from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
-from nsagen.integrations.transformers_layout import Call, State, refuse
+from nsagen.integrations.transformers_layout import (
+    KEPT,
+    Call,
+    Recent,
+    State,
+    moved,
+    on_host,
+    refuse,
+)
 from nsagen.model.heads import Heads
 from nsagen.model.layer_cache import NSALayerCache, Pair, layer_lengths
 from nsagen.model.sparsity import Sparsity
@@ -31,9 +42,6 @@ GROWTH = 1.5
 
 ROUND = 256
 """Tokens that a capacity is a multiple of."""
-
-KEPT = 128
-"""Tokens of a first pass that `crop` can take back."""
 
 _REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
@@ -48,11 +56,12 @@ class NSALayer(CacheLayerMixin):
     Attributes:
         store: the tensors; None before the first token.
         state: what they hold; None before the first token.
-        trail: the last keys before rope, [rows, tokens, HK, D], and where the compressed branch
-            has its own the values, of the last pass of several tokens; `crop` needs them.
+        recent: the last keys before rope, [rows, Recent.length + 1, HK, D], token t at index
+            t % Recent.length, and where the compressed branch has its own the values: `crop`
+            restores the store's from them.
+        unfinished: whether a pass of several tokens began to write and has not ended.
     """
 
-    is_compileable = False
     is_croppable = True
     is_sliding = False
     supports_early_init = False
@@ -60,32 +69,40 @@ class NSALayer(CacheLayerMixin):
     def __init__(self, sparsity: Sparsity, capacity: int | None = None) -> None:
         super().__init__()
         self.sparsity, self.capacity = sparsity, capacity
+        self.unfinished = False
+        self.reset()
+
+    def reset(self) -> None:
         self.store: NSALayerCache | None = None
         self.state: State | None = None
-        self.trail: list[Tensor] | None = None
+        self.recent: list[Tensor] = []
+        self._written: Tensor | None = None
+        self.is_initialized = self.unfinished = False
+
+    @property
+    def is_compileable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.capacity is not None
 
     def reserve(self, call: Call, heads: Heads) -> NSALayerCache:
         """Room for the tokens of a call, keeping what is there.
 
         Raises:
-            InvalidInputError: more tokens than the capacity; another dtype than the tokens held.
+            InvalidInputError: another dtype than the tokens held.
         """
-        (k, v), tokens = heads.compressed, call.behind + call.tokens
-        if self.capacity is not None and tokens > self.capacity:
-            rule = f"has room for {self.capacity} tokens"
-            refuse("cache", rule, f"{tokens}", "make it with a larger max_cache_len")
+        k, v = heads.compressed
         store, held = self.store, 0
         if store is not None:
             held = store.k.shape[1]
             if store.k.dtype != k.dtype:
                 rule = f"holds {store.k.dtype}, and what goes on behind it must have that dtype"
                 refuse("cache", rule, str(k.dtype), "use the same autocast for all calls")
-            if store.k.is_inference() and not torch.is_inference_mode_enabled():
+            if not torch.compiler.is_compiling() and _stale(store.k):
                 copies = {name: tensor.clone() for name, tensor in store.tensors().items()}
                 store = self.store = NSALayerCache(**copies)
-            if tokens <= held:
+                self.recent = [tensor.clone() for tensor in self.recent]
+            if call.room <= held:
                 return store
-        capacity = self.capacity or -(-max(tokens, int(held * GROWTH)) // ROUND) * ROUND
+        capacity = self.capacity or -(-max(call.room, int(held * GROWTH)) // ROUND) * ROUND
         size, stride = self.sparsity.kernel_size, self.sparsity.kernel_stride
         windows = max(1, (capacity - size) // stride + 1)
         grown = {
@@ -98,32 +115,24 @@ class NSALayer(CacheLayerMixin):
             for name, old in store.tensors().items():
                 grown[name][:, : old.shape[1]] = old
         self.store, self.is_initialized = NSALayerCache(**grown), True
+        if not self.recent:
+            length = Recent.length(self.sparsity) + 1
+            of = (k, v) if self.store.v_raw is not None else (k,)
+            self.recent = [t.new_zeros(call.batch, length, *t.shape[-2:]) for t in of]
+        if self.capacity is not None:
+            _stay([*grown.values(), *self.recent])
         return self.store
 
     def remember(self, call: Call, raw: Pair) -> None:
-        """Keep what `crop` needs to take tokens of this pass back; called before it is written.
+        """Keep what `crop` needs of the call's tokens.
 
         Args:
             raw: the compressed branch's new keys before rope and values, [N, HK, dim], packed.
         """
-        self.trail = None
-        if call.places is not None or self.store is None:
-            return  # rows of several lengths are not cropped
-        new = [t.detach().unflatten(0, (call.batch, call.tokens)) for t in self._of_ring(raw)]
-        if not call.behind:
-            self.trail = [t[:, -(self.sparsity.kernel_size + KEPT) :].clone() for t in new]
-            return
-        held = min(call.behind, self.sparsity.kernel_size)
-        tokens = torch.arange(call.behind - held, call.behind, device=new[0].device)
-        earlier = [t[:, tokens % self.sparsity.kernel_size] for t in self._rings()]
-        self.trail = [torch.cat(both, 1) for both in zip(earlier, new, strict=True)]
-
-    def _of_ring(self, raw: Pair) -> Pair | tuple[Tensor]:
-        return raw if self.store is not None and self.store.v_raw is not None else raw[:1]
-
-    def _rings(self) -> list[Tensor]:
-        assert self.store is not None
-        return [t for t in (self.store.k_raw, self.store.v_raw) if t is not None]
+        to = call.recent
+        assert to is not None
+        for ring, new in zip(self.recent, raw, strict=False):
+            ring[to.row, to.place] = (new if to.kept is None else new[to.kept]).detach()
 
     def _rows(self, index: Tensor) -> None:
         """Keep these rows, in this order."""
@@ -132,8 +141,9 @@ class NSALayer(CacheLayerMixin):
         index = index.to(self.state.lengths.device)
         kept = {n: tensor.index_select(0, index) for n, tensor in self.store.tensors().items()}
         self.store, self.state = NSALayerCache(**kept), self.state.rows(index)
-        if self.trail is not None:
-            self.trail = [tensor.index_select(0, index) for tensor in self.trail]
+        self.recent = [tensor.index_select(0, index) for tensor in self.recent]
+        if self._written is not None:
+            self._written = self._written.index_select(0, index)
 
     # What Transformers calls.
 
@@ -148,10 +158,11 @@ class NSALayer(CacheLayerMixin):
             "give that module a cache of its own",
         )
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+    def get_mask_sizes(self, query_length: int) -> tuple[Any, int]:
+        return self.capacity or self.get_seq_length() + query_length, 0
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> Any:
+        """Tokens; of a fixed capacity, a tensor, as from Transformers' `StaticLayer`."""
         return 0 if self.state is None else self.state.seen
 
     def get_max_length(self) -> int:
@@ -159,10 +170,6 @@ class NSALayer(CacheLayerMixin):
 
     def get_max_cache_shape(self) -> int:  # its name before Transformers 5.18
         return self.get_max_length()
-
-    def reset(self) -> None:
-        self.store = self.state = self.trail = None
-        self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(beam_idx)
@@ -180,37 +187,42 @@ class NSALayer(CacheLayerMixin):
         """Forget the last tokens of each row, as assisted generation does with a draft's.
 
         Args:
-            tokens_to_remove: minus their number; above 0, as in Transformers before 5.18, the
-                number that is left.
+            tokens_to_remove: minus their number, padding included; above 0, as in Transformers
+                before 5.18, the number that is left.
 
         Raises:
-            InvalidInputError: the cache holds padding; more tokens than the last pass had, so that
-                keys which the next window needs are gone.
+            InvalidInputError: so many tokens that keys which the next window needs are gone.
         """
-        state, count = self.state, int(tokens_to_remove)
-        if state is None or self.store is None:
+        count = int(tokens_to_remove)
+        if self.state is None or self.store is None:
             return
-        count = -count if count <= 0 else max(0, state.seen - count)
-        if not count:
+        state = self.state.plain()
+        assert isinstance(state.seen, int)
+        left = max(0, state.seen + count) if count <= 0 else min(count, state.seen)
+        if left == state.seen:
             return
-        if state.real is not None and not bool(state.real.all()):
-            refuse("cache", "cannot be cropped while it holds padding", f"crop({-count})", _UNPAD)
-        left, size = max(0, state.seen - count), self.sparsity.kernel_size
-        windows = max(0, (left - size) // self.sparsity.kernel_stride + 1)
-        needed = min(left, windows * self.sparsity.kernel_stride)
-        intact = max(0, state.seen - size)
-        kept = state.seen - (0 if self.trail is None else self.trail[0].shape[1])
-        if needed < intact:
-            if self.trail is None or kept > needed:
-                rule = "can forget no more than the last pass added, and some tokens of a first one"
-                refuse("cache", rule, f"crop({-count})", "start from an empty cache")
-            tokens = torch.arange(max(kept, left - size), left, device=state.lengths.device)
-            for ring, trail in zip(self._rings(), self.trail, strict=True):
-                ring[:, tokens % size] = trail[:, tokens - kept]
-        if self.trail is not None:
-            rest = self.trail[0].shape[1] - count
-            self.trail = [tensor[:, :rest] for tensor in self.trail] if rest > 0 else None
-        self.state = replace(state, lengths=state.lengths - count, seen=left, real=None)
+        if not left:
+            self.state = self._written = None
+            return
+        real = state.real
+        gone = state.seen - left if real is None else real[:, left:].sum(1)
+        lengths, size = (state.lengths - gone).to(torch.int32), self.sparsity.kernel_size
+        written = state.lengths if self._written is None else self._written.max(state.lengths)
+        back = torch.arange(size, device=lengths.device) - size
+        row, position = torch.where(lengths[:, None] + back >= 0)
+        position = position + back[0] + lengths[row]
+        length = Recent.length(self.sparsity)
+        if bool((position <= written[row] - length).any()):
+            rule = f"can forget its last {KEPT} tokens, or all"
+            refuse("cache", rule, f"crop({count})", "start from an empty cache")
+        rings = [ring for ring in (self.store.k_raw, self.store.v_raw) if ring is not None]
+        for ring, recent in zip(rings, self.recent, strict=True):
+            ring[row, position % size] = recent[row, position % length]
+        state = replace(
+            state, lengths=lengths, seen=left, real=None if real is None else real[:, :left]
+        )
+        self._written = written
+        self.state = state if self.capacity is None else state.fixed(self.capacity)
 
     def offload(self) -> None:
         advice = 'leave out cache_implementation="offloaded"'
@@ -219,7 +231,16 @@ class NSALayer(CacheLayerMixin):
     prefetch = offload
 
 
-_UNPAD = "crop caches of one sequence, or of sequences of one length"
+def _stale(tensor: Tensor) -> bool:
+    """Whether inference mode made a tensor that may not be written to here."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def _stay(tensors: Sequence[Tensor]) -> None:
+    """Tell torch.compile that tensors keep their addresses, for CUDA graphs."""
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
 
 
 def check_replaceable(layer: Any) -> None:
@@ -230,11 +251,25 @@ def check_replaceable(layer: Any) -> None:
     """
     if isinstance(layer, NSALayer):
         return
-    used = type(layer) in _REPLACEABLE and int(layer.get_seq_length()) > 0
+    length = layer.get_seq_length() if type(layer) in _REPLACEABLE else 0
+    used = _any(length) if isinstance(length, Tensor) else length > 0
     if used or type(layer) not in _REPLACEABLE:
         held = f"a {type(layer).__name__}{' that holds tokens' if used else ''}"
         rule = "must have new layers of a DynamicCache or a StaticCache"
         refuse("cache", rule, held, "leave out cache_implementation; start from an empty cache")
+
+
+@on_host
+def _any(number: Tensor) -> bool:
+    return bool(number)
+
+
+def capacity_of(layer: Any) -> int | None:
+    """Tokens that a cache's layer has room for as NSA's; None: it grows."""
+    if isinstance(layer, NSALayer):
+        return layer.capacity
+    # A sliding layer has room for its window, and NSA keeps every token.
+    return layer.max_cache_len if type(layer) is StaticLayer else None
 
 
 def layer_of(cache: Cache, index: int, sparsity: Sparsity) -> NSALayer:
@@ -245,7 +280,82 @@ def layer_of(cache: Cache, index: int, sparsity: Sparsity) -> NSALayer:
     if isinstance(layer, NSALayer):
         return layer
     check_replaceable(layer)
-    # A sliding layer has room for its window, and NSA keeps every token.
-    capacity = layer.max_cache_len if type(layer) is StaticLayer else None
-    cache.layers[index] = made = NSALayer(sparsity, capacity)
+    cache.layers[index] = made = NSALayer(sparsity, capacity_of(layer))
     return made
+
+
+def state_of(
+    cache: Any, indices: Sequence[int], sparsity: Sparsity, batch: int, device: torch.device
+) -> tuple[State | None, int | None]:
+    """What a cache holds for the layers with NSA.
+
+    Returns:
+        the state, None if the cache is empty; the layers' capacity, None if they grow.
+
+    Raises:
+        InvalidInputError: a kind of cache that NSA has no layers for; one that another model
+            filled, or other rows; one that a call left half written.
+    """
+    offloads = getattr(cache, "offloading", False)
+    if type(cache) not in (Cache, DynamicCache, StaticCache) or offloads:
+        kind = f"a {type(cache).__name__}{' that offloads' if offloads else ''}"
+        advice = "leave out cache_implementation, or say static"
+        refuse("cache", "must be a DynamicCache or a StaticCache", kind, advice)
+    layers = [cache.layers[i] for i in indices if i < len(cache.layers)]
+    for layer in layers:
+        check_replaceable(layer)
+        if isinstance(layer, NSALayer) and layer.sparsity != sparsity:
+            rule = "must be one that a model with the same settings of attention filled"
+            refuse("cache", rule, str(layer.sparsity), "start from an empty cache")
+    capacity = capacity_of(layers[0]) if layers else None
+    states = [layer.state if isinstance(layer, NSALayer) else None for layer in layers]
+    state = states[0] if states else None
+    if all(other is None for other in states):
+        return None, capacity
+    if any(one.unfinished for one in layers if isinstance(one, NSALayer)):
+        rule = "must hold whole calls; one that failed left it half written"
+        refuse("cache", rule, "such a cache", "start from an empty one")
+    if len(states) < len(indices) or not _even(states):
+        seen = sorted({0 if one is None else int(one.seen) for one in states})
+        rule = "must hold as many tokens in every layer"
+        refuse("cache", rule, f"{seen}", "start from an empty one")
+    assert state is not None
+    if state.lengths.shape[0] != batch:
+        rule = f"must have as many rows as the batch, {batch}"
+        refuse("cache", rule, str(state.lengths.shape[0]), "start from an empty one")
+    return moved(state, device), capacity
+
+
+def _even(states: Sequence[State | None]) -> bool:
+    """Whether all layers hold as much; fixed ones are compared by what the host can see."""
+    first = states[0]
+    if first is None or any(one is None for one in states):
+        return False
+    if isinstance(first.seen, Tensor):
+        return True
+    return all(one is not None and one.seen == first.seen for one in states)
+
+
+def begin(cache: Any) -> None:
+    """Mark the layers that a pass of several tokens is about to write to: where it fails between,
+    keys that the next window needs are overwritten. A single token overwrites none of these."""
+    for layer in () if cache is None else cache.layers:
+        if isinstance(layer, NSALayer) and layer.state is not None:
+            layer.unfinished = True
+
+
+def end(cache: Cache, call: Call) -> None:
+    """Let a cache hold a call's tokens: after its last layer, so that a call that fails before
+    leaves the cache as it was, or marked."""
+    layers = [layer for layer in cache.layers if isinstance(layer, NSALayer)]
+    after, old = call.after, layers[0].state
+    assert after is not None
+    if isinstance(after.seen, Tensor):
+        compiled = torch.compiler.is_compiling()
+        if old is not None and (compiled or not _stale(old.lengths)):
+            after = old.overwrite(after)
+        else:
+            parts = (after.lengths, after.seen, after.real, after.shift, *after.rope.tables)
+            _stay([part for part in parts if part is not None])
+    for layer in layers:
+        layer.state, layer.unfinished = after, False

@@ -8,14 +8,18 @@ dense model. The classes are made from `MODELS`: each is the dense one with its 
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from nsagen.integrations.transformers_attention import TransformersNSA
+from nsagen.integrations.transformers_layout import refuse_unless
 from nsagen.integrations.transformers_models import HEADS, MODELS, Facts
 from nsagen.integrations.transformers_swap import sparsity_of, swap, swapped_modules
 from nsagen.model.checks import require
@@ -60,6 +64,23 @@ class SwappedModel:
             "save the swapped model again",
         )
         return (model, info) if output_loading_info else model
+
+
+def _checked(prepare: Callable[..., Any]) -> Callable[..., Any]:
+    """A generator's method that prepares a call, refusing a prompt whose last token is padding:
+    the next one would be read there."""
+
+    @functools.wraps(prepare)  # generate reads its parameters
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mask, new = kwargs.get("attention_mask"), kwargs.get("next_sequence_length")
+        if new != 1 and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1]:
+            ends_early = mask.any(1) & (mask[:, -1] == 0)
+            advice = "pad on the left: tokenizer.padding_side = 'left'"
+            rule = "a prompt must end with a token"
+            refuse_unless(~ends_early.any(), "generate", rule, "padding on the right", advice)
+        return prepare(self, *args, **kwargs)
+
+    return checked
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -121,7 +142,11 @@ def _make_models(facts: Facts, config: type) -> None:
         if dense is None:
             continue
         name = f"{PREFIX}{dense.__name__}"
-        made = _made(name, dense, SwappedModel, config_class=config)
+        content: dict[str, Any] = {"config_class": config}
+        if issubclass(dense, GenerationMixin):
+            prepare = "prepare_inputs_for_generation"
+            content[prepare] = _checked(getattr(dense, prepare))
+        made = _made(name, dense, SwappedModel, **content)
         made.__annotations__ = {"config": config}
         _models[dense] = made
         getattr(transformers, auto).register(config, made)

@@ -6,9 +6,9 @@ Nothing of it stays on a module.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,15 +19,21 @@ from nsagen.model.packing import Packed
 from nsagen.model.prefill import Index, Piece, PrefillRows
 from nsagen.model.sparsity import Sparsity
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 
 @dataclass(frozen=True)
 class State:
     """What the NSA layers of a cache hold.
 
+    A cache with a fixed capacity holds it in tensors of fixed shapes, so that a compiled decoding
+    step serves every length: see `fixed` and `plain`.
+
     Attributes:
         lengths: int32 [rows], tokens of each row, padding not counted.
         seen: tokens that went through the model, padding included: Transformers counts these.
-        real: bool [rows, seen], which of them were tokens; None: all.
+            Fixed: int64 [].
+        real: bool [rows, seen], which of them were tokens; None: all. Fixed: [rows, capacity].
         shift: int64 [rows], how far position_ids are ahead of positions in the row; None: 0.
         given: whether the caller gave them.
         recorded: whether autograd recorded what made them.
@@ -35,7 +41,7 @@ class State:
     """
 
     lengths: Tensor
-    seen: int
+    seen: int | Tensor
     real: Tensor | None
     shift: Tensor | None
     given: bool
@@ -50,6 +56,37 @@ class State:
         }
         return replace(self, lengths=self.lengths.index_select(0, index), **kept)
 
+    def fixed(self, capacity: int) -> State:
+        """A plain state in tensors of fixed shapes."""
+        rows, device = self.lengths.shape[0], self.lengths.device
+        real = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
+        real[:, : self.seen] = True if self.real is None else self.real
+        shift = torch.zeros(rows, dtype=torch.int64, device=device)
+        shift = shift if self.shift is None else self.shift
+        seen = torch.as_tensor(self.seen, device=device)
+        return replace(self, seen=seen, real=real, shift=shift)
+
+    def plain(self) -> State:
+        """A fixed state as one whose numbers the host knows."""
+        if not isinstance(self.seen, Tensor):
+            return self
+        seen = int(self.seen)
+        real = None if self.real is None else self.real[:, :seen]
+        return replace(
+            self,
+            seen=seen,
+            real=None if real is None or bool(real.all()) else real,
+            shift=None if self.shift is None or not bool(self.shift.any()) else self.shift,
+        )
+
+    def overwrite(self, new: State) -> State:
+        """`new`, in this fixed state's own tensors."""
+        kept = {}
+        for name in ("lengths", "seen", "real", "shift"):
+            kept[name] = getattr(self, name)
+            kept[name].copy_(getattr(new, name))
+        return replace(new, **kept)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -61,10 +98,13 @@ class Call:
         places: int64 [N], place of each of them in the flattened batch; None: all, in order.
         rope: the tables.
         recording: whether autograd records.
-        behind: tokens that the cache holds already, padding included.
+        continues: whether the cache holds tokens already.
+        room: tokens of a row that the cache must have room for.
         after: the state of a cache after the call; None: the call may have no cache.
+        last: the last layer with NSA, which puts `after` into the cache.
         pieces: how the tokens go into a cache; None without one, and for one token a row.
         positions: int32 [B], for one token a row behind a cache: where it goes, -1 at padding.
+        recent: where the tokens go in `NSALayer.recent`.
     """
 
     batch: int
@@ -73,10 +113,13 @@ class Call:
     rope: Rope
     recording: bool
     places: Tensor | None = None
-    behind: int = 0
+    continues: bool = False
+    room: int = 0
     after: State | None = None
+    last: int = 0
     pieces: PrefillRows | None = None
     positions: Tensor | None = None
+    recent: Recent | None = None
     _elsewhere: dict[torch.device, Call] = field(default_factory=dict, compare=False, repr=False)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Call:
@@ -103,6 +146,45 @@ class Call:
         return flat.index_copy(0, self.places, packed).view(shape)
 
 
+KEPT = 128
+"""The last tokens of each row that a cache can forget again."""
+
+
+@dataclass(frozen=True)
+class Recent:
+    """Where tokens go in a ring of the last tokens of each row.
+
+    The ring has a place more, which takes what is to be kept nowhere.
+
+    Attributes:
+        row, place: int64 [M], the ring's index.
+        kept: int64 [M], which of the call's tokens; None: all.
+    """
+
+    row: Tensor
+    place: Tensor
+    kept: Tensor | None = None
+
+    @staticmethod
+    def length(sparsity: Sparsity) -> int:
+        """Tokens of a ring: what the next window may need after `KEPT` are forgotten, and one
+        that a step which failed may have written."""
+        return sparsity.kernel_size + KEPT + 1
+
+    @classmethod
+    def of_step(cls, positions: Tensor, sparsity: Sparsity) -> Recent:
+        """One token a row: `Call.positions`."""
+        length, row = cls.length(sparsity), torch.arange(len(positions), device=positions.device)
+        return cls(row, torch.where(positions < 0, length, positions % length))
+
+    @classmethod
+    def of_pass(cls, rows: PrefillRows, ends: Tensor, sparsity: Sparsity) -> Recent:
+        """Several tokens a row, to positions `ends` [B]."""
+        length, (row, position) = cls.length(sparsity), rows.index
+        kept = (position >= ends[row] - length).nonzero().squeeze(1)
+        return cls(row[kept], position[kept] % length, kept)
+
+
 @dataclass
 class RowPlaces:
     """An NSA cache layer's places, for `PrefillRows`: row and position are the index."""
@@ -116,6 +198,11 @@ class RowPlaces:
 
     def window_index(self, slot: Tensor, window: Tensor) -> Index:
         return slot, window
+
+
+def on_host(function: Function) -> Function:
+    """Keep a function that reads numbers from a device out of compiled graphs."""
+    return torch.compiler.disable(function)  # pyright: ignore
 
 
 def moved(part: Any, device: torch.device) -> Any:
@@ -145,15 +232,16 @@ def refuse(what: str, rule: str, came: str, advice: str) -> NoReturn:
 
 
 def refuse_unless(
-    holds: Tensor, what: str, rule: str, came: str, advice: str, *, wait: bool = True
+    holds: Tensor, what: str, rule: str, came: str | Tensor, advice: str, *, wait: bool = True
 ) -> None:
     """Check what a device computed: a bool tensor of one element.
 
     Args:
+        came: a tensor of one element, or text.
         wait: False where the host should not wait for a GPU, as in a decoding step: then the GPU
             asserts. So it does in compiled code.
     """
     if torch.compiler.is_compiling() or (holds.is_cuda and not wait):
         torch.ops.aten._assert_async.msg(holds, f"NSA model: {what}: {rule}; {advice}")
     elif not bool(holds):
-        refuse(what, rule, came, advice)
+        refuse(what, rule, str(came.item()) if isinstance(came, Tensor) else came, advice)

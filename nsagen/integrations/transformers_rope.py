@@ -76,7 +76,12 @@ class RopeSource:
         key = self._key(longest)
         if old is not None and old.key == key and positions <= old.tables.cos.shape[0]:
             # What inference mode made cannot be saved for a backward pass.
-            if old.tables.cos.is_inference() and not torch.is_inference_mode_enabled():
+            compiled = torch.compiler.is_compiling()
+            if (
+                not compiled
+                and old.tables.cos.is_inference()
+                and not torch.is_inference_mode_enabled()
+            ):
                 return replace(old, tables=Tables(*(table.clone() for table in old.tables)))
             return old
         rows = -(-positions * 3 // (2 * ROUND)) * ROUND if spare else positions

@@ -105,11 +105,17 @@ def _swap_layers(base: Any, sparsity: Sparsity, dispatcher: Any, gates: Gates) -
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-    """What layers get as their mask: nothing N by N, but for sliding layers that stay dense."""
+    """What layers get as their mask: nothing N by N, but for sliding layers that stay dense.
+
+    Behind a static cache it is as wide as this, so that compiled steps have one shape.
+    """
     config, window = kwargs.get("config"), kwargs.get("local_size")
     if window is not None and keeps_sliding_layers(config):
         return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
-    return attention_mask
+    if attention_mask is None or window is not None:
+        return attention_mask
+    missing = kwargs["kv_length"] - attention_mask.shape[1]
+    return nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
 
 
 def _attention_of_sliding_layers(module: Any, *args: Any, **kwargs: Any) -> Any:

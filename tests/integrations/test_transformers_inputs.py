@@ -25,7 +25,7 @@ from transformers.utils import TransformersKwargs  # noqa: E402
 from nsagen.core.errors import InvalidInputError  # noqa: E402
 from nsagen.integrations.transformers import apply_nsa  # noqa: E402
 from nsagen.integrations.transformers_attention import TransformersNSA  # noqa: E402
-from nsagen.integrations.transformers_inputs import INPUTS  # noqa: E402
+from nsagen.integrations.transformers_given import INPUTS  # noqa: E402
 from tests.integrations.tiny import (  # noqa: E402
     ATTENTION,
     KINDS,
@@ -538,6 +538,27 @@ def test_a_setting_of_generate_is_honoured_or_refused(name: str) -> None:
     wanted = {"max_new_tokens": 12, "do_sample": False, **case}
     expected, generated = (m.generate(prompt, **wanted) for m in (one, model))
     assert torch.equal(generated, expected)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Phi3"])
+def test_prompts_padded_on_the_right_are_refused_before_any_layer(kind: str) -> None:
+    model, mask = sparse(kind), torch.ones_like(IDS)
+    mask[1, 20:] = 0
+    model.model.layers[0].forward = None  # nothing may run
+    with pytest.raises(InvalidInputError, match="a prompt must end with a token; got padding on"):
+        model.generate(IDS, attention_mask=mask, max_new_tokens=2)
+    with pytest.raises(InvalidInputError, match="pad on the left"):
+        model.generate(IDS * mask, max_new_tokens=2)  # generate finds the padding itself
+
+
+@torch.no_grad()
+def test_a_prompt_padded_by_whole_chunks(model: Any) -> None:
+    """The first chunk of a row may be padding; so it is not on the right."""
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    ids[1, :19] = mask[1, :19] = 0
+    wanted = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **wanted)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=8, **wanted), expected)
 
 
 @pytest.mark.parametrize("implementation", ["quantized", "offloaded", "offloaded_static"])

@@ -135,16 +135,12 @@ def pickled(model: Any) -> Any:
 
 @pytest.fixture
 def shallow() -> Any:
-    """One layer: compiling takes long."""
+    """One layer: compiling takes long. What other tests compiled counts for nothing."""
+    torch._dynamo.reset()
     return trained(apply_nsa(build(KINDS["Llama"], num_hidden_layers=1), ATTENTION))
 
 
 class TestCompile:
-    def test_forward_with_the_default_cache(self, shallow: Any) -> None:
-        compiled = torch.compile(shallow, backend="eager")
-        with torch.no_grad():
-            assert distance(compiled(IDS).logits, shallow(IDS).logits) < 1e-5
-
     def test_a_training_step_is_one_graph(self, shallow: Any) -> None:
         expected = gradients(shallow, use_cache=False)
         shallow.forward = torch.compile(shallow.forward, backend="eager", fullgraph=True)
@@ -158,12 +154,58 @@ class TestCompile:
             forward = torch.compile(shallow.forward, backend="eager", fullgraph=True)
             assert distance(forward(IDS[:1], **inputs).logits, expected) < 1e-5
 
-    @pytest.mark.parametrize("implementation", [None, "static"])
-    def test_generate(self, shallow: Any, implementation: str | None) -> None:
-        wanted = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": implementation}
+    def test_generate(self, shallow: Any) -> None:
+        wanted = {"max_new_tokens": 2, "do_sample": False}
         expected = shallow.generate(IDS, **wanted)
         shallow.forward = torch.compile(shallow.forward, backend="eager")
         assert torch.equal(shallow.generate(IDS, **wanted), expected)
+
+    def test_generate_compiles_one_step_for_static_caches(self, shallow: Any) -> None:
+        """What Transformers does by itself on a GPU: one graph for every step of every call."""
+        (run, graphs), mask, ids = counting(), torch.ones_like(IDS), IDS.clone()
+        ids[1, :9] = mask[1, :9] = 0
+        config = transformers.CompileConfig(backend=run, fullgraph=True, mode=None)  # type: ignore[arg-type]
+        config._compile_all_devices = True  # type: ignore[assignment]
+        wanted = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+        expected = shallow.generate(ids, **wanted)
+        for prompt in (ids, ids.flip(0)):
+            wanted["attention_mask"] = (prompt != 0).long()
+            static = {"cache_implementation": "static", "compile_config": config}
+            generated = shallow.generate(prompt, **static, **wanted)
+            assert torch.equal(generated, expected if prompt is ids else expected.flip(0))
+        assert len(graphs) == 1
+
+    @torch.no_grad()
+    def test_steps_behind_a_growing_cache_share_a_graph(self, shallow: Any) -> None:
+        (run, graphs), ids = counting(), tokens(2, 40)
+        whole = shallow(ids, use_cache=False).logits
+        compiled, cache = torch.compile(shallow, backend=run), DynamicCache()
+        shallow(ids[:, :30], cache=cache)
+        for at in range(30, 40):
+            logits = compiled(ids[:, at : at + 1], cache=cache).logits
+            assert distance(logits[:, 0], whole[:, at]) < 1e-5
+        assert len(graphs) <= 2  # the first length, and any
+
+    @torch.no_grad()
+    def test_prompts_of_any_length_share_graphs(self, shallow: Any) -> None:
+        (run, graphs), counts = counting(), []
+        compiled = torch.compile(shallow, backend=run)
+        for length in (20, 30, 37):
+            ids = tokens(2, length)
+            assert distance(compiled(ids).logits, shallow(ids).logits) < 1e-5
+            counts.append(len(graphs))
+        assert counts[1] == counts[2]  # the first length's, and any other's
+
+
+def counting() -> tuple[Any, list[Any]]:
+    """A backend that runs graphs as they are, and the list of them."""
+    graphs: list[Any] = []
+
+    def run(module: Any, inputs: Any, **options: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    return run, graphs
 
 
 class TestStaticCache:
@@ -184,6 +226,31 @@ class TestStaticCache:
         static = model.generate(IDS, cache_implementation="static", **wanted)
         assert torch.equal(static, model.generate(IDS, **wanted))
 
+    @torch.no_grad()
+    def test_masks_by_hand(self, model: Any) -> None:
+        """As wide as the tokens so far, or as the cache; and steps without one."""
+        ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
+        mask[0, :7] = mask[1, 21] = 0
+        expected = model(ids, attention_mask=mask, use_cache=False).logits
+        wide = torch.nn.functional.pad(mask, (0, 18))
+        for width in (None, 48):
+            cache = StaticCache(config=model.config, max_cache_len=48)
+            for start, end in ((0, 20), (20, 21), (21, 22), (22, 26), (26, 27)):
+                given = (mask if width is None else wide * (torch.arange(48) < end))[
+                    :, : width or end
+                ]
+                logits = model(ids[:, start:end], cache=cache, attention_mask=given).logits
+                kept = mask[:, start:end] == 1
+                assert distance(logits[kept], expected[:, start:end][kept]) < 1e-5
+            with pytest.raises(InvalidInputError, match="must be given behind a cache that holds"):
+                model(ids[:, 27:28], cache=cache)
+            with pytest.raises(InvalidInputError, match="must have no ones beyond the tokens"):
+                model(ids[:, 27:29], cache=cache, attention_mask=torch.ones(2, 48))
+            with pytest.raises(InvalidInputError, match="must not change for tokens that the"):
+                model(ids[:, 27:28], cache=cache, attention_mask=torch.ones(2, 48))
+            with pytest.raises(InvalidInputError, match=r"no ones beyond .* got a width of 27"):
+                model(ids[:, 27:28], cache=cache, attention_mask=mask[:, :27])
+
     def test_it_never_grows(self, model: Any) -> None:
         cache = StaticCache(config=model.config, max_cache_len=32)
         with torch.no_grad():
@@ -191,8 +258,10 @@ class TestStaticCache:
             address = cache.layers[0].store.k.data_ptr()
             model(IDS[:, :2], cache=cache)
             assert cache.layers[0].store.k.data_ptr() == address
-            with pytest.raises(InvalidInputError, match="has room for 32 tokens; got 33"):
-                model(IDS[:, :1], cache=cache)
+            for new in (1, 2):
+                rule = f"has room for 32 tokens; got {32 + new}"
+                with pytest.raises(InvalidInputError, match=rule):
+                    model(IDS[:, :new], cache=cache)
 
 
 class TestAssisted:
@@ -226,18 +295,93 @@ class TestAssisted:
 
     @torch.no_grad()
     def test_what_cannot_be_cropped(self, model: Any) -> None:
-        cache, mask = DynamicCache(), torch.ones_like(IDS)
-        model(IDS[:, :18], cache=cache)
-        for at in range(18, 30):
-            model(IDS[:, at : at + 1], cache=cache)
-        cache.crop(-1)
-        with pytest.raises(InvalidInputError, match="can forget no more than the last pass"):
-            cache.crop(-9)
-        mask[1, 3] = 0
-        padded = DynamicCache()
-        model(IDS, cache=padded, attention_mask=mask)
-        with pytest.raises(InvalidInputError, match="cropped while it holds padding"):
-            padded.crop(-2)
+        cache = DynamicCache()
+        model(tokens(2, 150), cache=cache)
+        with pytest.raises(InvalidInputError, match=r"forget its last 128 tokens.*crop\(-129\)"):
+            cache.crop(-129)
+        cache.crop(-128)
+        with pytest.raises(InvalidInputError, match="forget its last 128 tokens"):
+            cache.crop(-10)  # of the 128 before them, nothing is kept
+        cache.crop(-22)
+        assert cache.get_seq_length() == 0
+        whole = model(IDS, use_cache=False).logits
+        assert distance(model(IDS, cache=cache).logits, whole) < 1e-5
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("static", [False, True])
+    @pytest.mark.parametrize("branch_kv", ["shared", "separate"])
+    def test_a_padded_cache_is_cropped(self, static: bool, branch_kv: str) -> None:
+        """Also after steps of one token, as an assistant model's, and over a row that paused."""
+        model = trained(sparse(branch_kv=branch_kv))
+        ids, mask = tokens(2, 30, seed=7), torch.ones_like(IDS)
+        mask[0, :7] = mask[1, 20:23] = mask[1, 26] = 0
+        cache = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache()
+        model(ids[:, :18], cache=cache, attention_mask=mask[:, :18])
+        model(ids[:, 18:25], cache=cache, attention_mask=mask[:, :25])
+        for end in range(26, 31):
+            model(ids[:, end - 1 : end], cache=cache, attention_mask=mask[:, :end])
+        for left in (27, 21, 16):  # one after another
+            cache.crop(left - int(cache.get_seq_length()))
+            held, new = copy.deepcopy(cache), tokens(2, 9, seed=left)
+            more = torch.cat([mask[:, :left], torch.ones_like(new)], 1)
+            logits = model(new, cache=held, attention_mask=more).logits
+            for row in range(2):
+                kept = torch.cat([ids[row, :left][mask[row, :left] == 1], new[row]])
+                whole = model(kept[None], use_cache=False).logits[0, -9:]
+                assert distance(logits[row], whole) < 1e-5
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
+    def test_a_padded_prompt(self, kind: str) -> None:
+        model, mask = trained(sparse(kind)), torch.ones_like(IDS[:1])
+        mask[0, :7] = 0
+        wanted = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
+        expected = model.generate(IDS[:1], **wanted)
+        for assistant in (dense("Llama"), sparse("Llama", topk=3)):
+            assistant.generation_config.num_assistant_tokens = 7
+            generated = model.generate(IDS[:1], assistant_model=assistant, **wanted)
+            assert torch.equal(generated, expected)
+        assert torch.equal(model.generate(IDS[:1], prompt_lookup_num_tokens=5, **wanted), expected)
+
+
+class TestFailedCalls:
+    """A call that fails in its second layer, as where memory runs out."""
+
+    @staticmethod
+    def fail(model: Any, monkeypatch: Any, *args: Any, **kwargs: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model.layers[1].self_attn.o_proj, "forward", lambda x: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(*args, **kwargs)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("static", [False, True])
+    def test_a_step_may_be_repeated_with_another_token(
+        self, model: Any, monkeypatch: Any, static: bool
+    ) -> None:
+        cache = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache()
+        model(IDS[:, :20], cache=cache)
+        self.fail(model, monkeypatch, IDS[:, :1], cache=cache)
+        logits = [model(IDS[:, at : at + 1], cache=cache).logits for at in range(20, 30)]
+        whole = model(IDS, use_cache=False).logits[:, 20:]
+        assert distance(torch.cat(logits, 1), whole) < 1e-5
+
+    @torch.no_grad()
+    def test_a_pass_leaves_a_cache_that_is_refused(self, model: Any, monkeypatch: Any) -> None:
+        """It overwrote keys before rope that a shorter pass would need."""
+        cache = DynamicCache()
+        model(IDS[:, :20], cache=cache)
+        self.fail(model, monkeypatch, IDS[:, 20:], cache=cache)
+        with pytest.raises(InvalidInputError, match="must hold whole calls; one that failed left"):
+            model(IDS[:, 20:], cache=cache)
+        cache.reset()
+        assert distance(model(IDS, cache=cache).logits, model(IDS).logits) < 1e-5
+
+    @torch.no_grad()
+    def test_the_first_pass_may_be_repeated(self, model: Any, monkeypatch: Any) -> None:
+        cache = DynamicCache()
+        self.fail(model, monkeypatch, tokens(2, 50), cache=cache)
+        assert distance(model(IDS, cache=cache).logits, model(IDS).logits) < 1e-5
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

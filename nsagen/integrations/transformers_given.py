@@ -1,0 +1,310 @@
+"""The inputs of a swapped model's call: each read and checked before any layer runs.
+
+`INPUTS` is the list, which docs/transformers.md repeats. What `transformers_inputs` lays out is a
+`Given`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsagen.integrations.transformers_cache import state_of
+from nsagen.integrations.transformers_layout import State, refuse, refuse_unless
+from nsagen.model.sparsity import Sparsity
+
+INPUTS = {
+    "input_ids": "computed",
+    "inputs_embeds": "computed",
+    "attention_mask": "computed if [batch, tokens]; prepared masks are refused",
+    "position_ids": "computed: documents packed into a row, and positions that go on by one",
+    "cache": "computed if a DynamicCache or StaticCache",
+    "past_key_values": "computed, as cache",
+    "use_cache": "computed",
+    "cache_position": "computed if it goes on behind the cache",
+    "cu_seq_lens_q": "computed for one row without cache and mask",
+    "cu_seq_lens_k": "must equal cu_seq_lens_q",
+    "max_length_q": "must be no less than the longest document",
+    "max_length_k": "must be no less than the longest document",
+    "seq_idx": "computed, as position_ids that start again",
+    "output_hidden_states": "computed",
+    "output_router_logits": "computed",
+    "return_dict": "computed",
+    "num_items_in_batch": "computed, by the loss",
+    "output_attentions": "True is refused: NSA never forms the weights",
+    "is_causal": "False is refused",
+}
+"""What a base model may be given, and what becomes of it. All else is refused."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """The inputs of a call that say where its tokens belong.
+
+    Attributes:
+        batch, tokens, device: of the tokens.
+        mask: bool [B, cached tokens and new ones], True for a token; [B, capacity] in a step
+            behind a cache of fixed capacity.
+        position_ids: [B, T].
+        cu_seqlens: [documents + 1].
+        seq_idx: [B, T].
+        cache: Transformers' `Cache`.
+        state: what it holds; fixed in a step behind a cache of fixed capacity, else plain.
+        capacity: of its layers; None: they grow.
+        caches: whether the call may have a cache.
+        recording: whether autograd records.
+    """
+
+    batch: int
+    tokens: int
+    device: torch.device
+    mask: Tensor | None
+    position_ids: Tensor | None
+    cu_seqlens: Tensor | None
+    seq_idx: Tensor | None
+    cache: Any
+    state: State | None
+    capacity: int | None
+    caches: bool
+    recording: bool
+
+    @property
+    def seen(self) -> int | Tensor:
+        return 0 if self.state is None else self.state.seen
+
+    @property
+    def is_step(self) -> bool:
+        """One token a row behind a cache: no length is read on the host."""
+        return self.state is not None and self.tokens == 1 and not self.recording
+
+
+def check_flags(model: Any, inputs: dict[str, Any]) -> None:
+    """Refuse what would change attention, wherever it is said."""
+    config = model.config
+    advice = "leave it out, or use the dense model"
+    for name, wrong, why in (
+        ("output_attentions", True, "NSA never forms the weights"),
+        ("is_causal", False, "NSA looks back alone"),
+    ):
+        value = inputs.get(name)
+        if value is None:
+            value = getattr(config, name, None)
+        if value is wrong:
+            refuse(name, f"must not be {wrong}: {why}", str(wrong), advice)
+    if getattr(config, "use_bidirectional_attention", False):
+        refuse("config.use_bidirectional_attention", "must be False", "True", advice)
+    dropout = getattr(config, "attention_dropout", 0.0)
+    if model.training and dropout:
+        rule = "must be 0 in training: NSA drops no weights of attention"
+        refuse("config.attention_dropout", rule, str(dropout), "set it to 0")
+
+
+def given_of(
+    model: Any,
+    inputs: dict[str, Any],
+    tokens: Tensor,
+    layers: Sequence[int],
+    sparsity: Sparsity,
+    layer_type: str | None,
+) -> Given:
+    """Read a call's inputs.
+
+    Args:
+        model: the base model.
+        inputs: by name.
+        tokens: the ids or embeddings among them.
+        layers: the indices of those that have NSA.
+        sparsity: their settings.
+        layer_type: what Transformers calls their kind, in models with several.
+
+    Raises:
+        InvalidInputError: an input that NSA would not compute as the dense model does.
+    """
+    batch, length = tokens.shape[:2]
+    graded = torch.is_grad_enabled()
+    recording = graded and (
+        tokens.requires_grad or any(p.requires_grad for p in model.parameters())
+    )
+    cache = inputs.get("cache")
+    cache = inputs.get("past_key_values") if cache is None else cache
+    caches = inputs.get("use_cache")
+    caches = bool(model.config.use_cache if caches is None else caches) or cache is not None
+    state = capacity = None
+    if cache is not None:
+        state, capacity = state_of(cache, layers, sparsity, batch, tokens.device)
+    if graded and model.training and _checkpoints(model):
+        if state is not None:
+            rule = "must be empty under gradient checkpointing, which takes it from layers"
+            refuse("cache", rule, f"{state.seen} tokens", "call model.eval(), or use no_grad")
+        caches = False
+    if state is not None and state.recorded and recording:
+        refuse(
+            "cache",
+            "must be filled under torch.no_grad() where gradients are wanted behind it: it "
+            "does not lead gradients into the tokens that it holds",
+            f"{state.seen} tokens that autograd recorded",
+            "wrap the earlier calls, or this one if it needs no gradients, in torch.no_grad()",
+        )
+    step = state is not None and length == 1 and not recording
+    if state is not None and not step:
+        state = state.plain()
+    given = Given(
+        batch,
+        length,
+        tokens.device,
+        _mask(inputs.get("attention_mask"), batch, length, state, capacity, layer_type),
+        _rows("position_ids", inputs.get("position_ids"), batch, length),
+        _cu_seqlens(inputs, batch, length),
+        _rows("seq_idx", inputs.get("seq_idx"), batch, length),
+        cache,
+        state,
+        capacity,
+        caches,
+        recording,
+    )
+    _check_cache_position(inputs.get("cache_position"), given)
+    return given
+
+
+def check_shape(tokens: Tensor, embeds: bool) -> None:
+    """[B, T] or [B, T, hidden], with a token at least."""
+    if tokens.dim() != 2 + embeds or not tokens.shape[1]:
+        name = "inputs_embeds" if embeds else "input_ids"
+        rule = (
+            f"must be [batch, tokens{', hidden' if embeds else ''}] with at least one token a row"
+        )
+        refuse(name, rule, str(list(tokens.shape)), "add the missing dimension or token")
+
+
+def _mask(
+    mask: Any,
+    batch: int,
+    tokens: int,
+    state: State | None,
+    capacity: int | None,
+    layer_type: str | None,
+) -> Tensor | None:
+    """`Given.mask`. What comes may be as wide as the cache's capacity: `generate` has it so."""
+    if isinstance(mask, dict):  # what generate prepares for static caches, by kind of layer
+        mask = mask.get(layer_type or "full_attention")
+    if mask is None:
+        return None
+    seen, wait = 0 if state is None else state.seen, tokens > 1
+    is_rows = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch
+    width = mask.shape[1] if is_rows else 0
+    fixed = isinstance(seen, Tensor)
+    fits = width == capacity or (0 < width < (capacity or 0) if fixed else width == seen + tokens)
+    if not fits:
+        expected = [batch, capacity if fixed else seen + tokens]
+        refuse(
+            "attention_mask",
+            f"must be [batch, tokens] = {expected} with the tokens of the cache, 1 for a "
+            "token and 0 for padding",
+            str(list(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__,
+            "NSA chooses itself what a token sees of its row",
+        )
+    mask = _real(mask if state is None else mask.to(state.lengths.device), wait)
+    beyond = ("attention_mask", "must have no ones beyond the tokens so far")
+    advice = "make it as wide as the cached tokens and the new ones"
+    if not fixed:
+        if width > seen + tokens:
+            refuse_unless(~mask[:, seen + tokens :].any(), *beyond, "some", advice, wait=wait)
+        return mask[:, : seen + tokens]
+    assert capacity is not None
+    if width < capacity:
+        refuse_unless(seen + 1 == width, *beyond, f"a width of {width}", advice, wait=wait)
+        return nn.functional.pad(mask, (0, capacity - width))
+    return mask
+
+
+def _real(mask: Tensor, wait: bool) -> Tensor:
+    """bool, True for tokens. Read as bool, an additive mask (0 and -inf) would mean the opposite,
+    and document numbers would be lost."""
+    if mask.dtype == torch.bool:
+        return mask
+    rule = "must be 1 for a token and 0 for padding"
+    advice = "mark packed documents by position_ids; for an additive mask, pass mask == 0"
+    clear = ((mask == 0) | (mask == 1)).all()
+    refuse_unless(clear, "attention_mask", rule, "other values", advice, wait=wait)
+    return mask != 0
+
+
+def check_windows(given: Given, window: int) -> None:
+    """Layers that stay dense count padding in their windows: it must not push a token out."""
+    mask = given.mask
+    if mask is None:
+        return
+    upto, columns = mask.cumsum(1), torch.arange(mask.shape[1], device=mask.device)
+    inside = upto - nn.functional.pad(upto, (window, 0))[:, : upto.shape[1]]
+    whole = (inside == upto.clamp(max=window)) | ~mask
+    rule = f"must have no padding between the last {window} tokens, which sliding layers see"
+    advice = "pad on the left before the first tokens, or compute each row by itself"
+    holds = (whole | (columns < given.seen)).all()
+    refuse_unless(holds, "attention_mask", rule, "such padding", advice, wait=not given.is_step)
+
+
+def _check_cache_position(position: Any, given: Given) -> None:
+    if position is None:
+        return
+    expected = torch.arange(given.tokens, device=position.device) + given.seen
+    rule = "must run from the number of tokens that the cache holds"
+    if not isinstance(given.seen, Tensor):
+        rule = (
+            f"must run from {given.seen}, the tokens behind it, to {given.seen + given.tokens - 1}"
+        )
+    what = ("cache_position", rule, f"shape {list(position.shape)}", "leave it out")
+    if position.shape != expected.shape:
+        refuse(*what)
+    refuse_unless((position == expected).all(), *what, wait=not given.is_step)
+
+
+def _rows(name: str, values: Any, batch: int, tokens: int) -> Tensor | None:
+    """[B, T], from [1, T] or that."""
+    if values is None:
+        return None
+    fits = isinstance(values, Tensor) and values.dim() == 2 and _counts(values)
+    if not fits or values.shape[0] not in (1, batch) or values.shape[1] != tokens:
+        came = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else str(values)
+        refuse(name, f"must be integers [1 or {batch}, {tokens}]", came, "leave it out")
+    return values.expand(batch, tokens)
+
+
+def _counts(values: Tensor) -> bool:
+    return values.dtype != torch.bool and not values.is_floating_point()
+
+
+def _cu_seqlens(inputs: dict[str, Any], batch: int, tokens: int) -> Tensor | None:
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    ends, of_keys, *limits = (inputs.get(name) for name in names)
+    if ends is None:
+        alone = [name for name in names if inputs.get(name) is not None]
+        if alone:
+            refuse(alone[0], "must come with cu_seq_lens_q", "no cu_seq_lens_q", "add it")
+        return None
+    if batch != 1:
+        refuse("cu_seq_lens_q", "is for one row", f"{batch} rows", "flatten the batch to one row")
+    if ends.dim() != 1 or ends.shape[0] < 1 or not _counts(ends):
+        rule = "must be integers [documents + 1]"
+        refuse("cu_seq_lens_q", rule, f"{ends.dtype} {list(ends.shape)}", "start it with 0")
+    rises = (ends[0] == 0) & (ends[-1] == tokens) & (ends.diff() >= 0).all()
+    rule = f"must run from 0 to {tokens}, the tokens of the row, without decreasing"
+    refuse_unless(rises, "cu_seq_lens_q", rule, "another", "end it with the number of tokens")
+    if of_keys is not None and of_keys is not ends:
+        what = ("cu_seq_lens_k", "must equal cu_seq_lens_q", "another", "pass the same")
+        if of_keys.shape != ends.shape:
+            refuse(*what)
+        refuse_unless((of_keys.to(ends.device) == ends).all(), *what)
+    for name, limit in zip(names[2:], limits, strict=True):
+        if limit is not None:
+            rule = "must be no less than the longest document"
+            fits = (ends.diff() <= limit).all()
+            refuse_unless(fits, name, rule, str(limit), "leave it out")
+    return ends
+
+
+def _checkpoints(model: Any) -> bool:
+    return any(getattr(layer, "gradient_checkpointing", False) for layer in model.layers)
