@@ -27,6 +27,10 @@ BRANCH_KV = ("shared", "separate")
 
 _COMPRESS = ("compress_type", "head_dim", "kernel_size", "kernel_stride", "with_pe")
 _COMPRESSED = ("head_dim", "v_head_dim", "gqa_ratio", "kernel_size", "kernel_stride")
+_SELECTION = (
+    *("head_dim", "gqa_ratio", "kernel_size", "kernel_stride"),
+    *("block_size", "topk", "init_blocks", "local_blocks"),
+)
 _SELECTED = ("head_dim", "v_head_dim", "gqa_ratio", "block_size")
 _SLIDING = ("head_dim", "v_head_dim", "gqa_ratio", "window_size")
 
@@ -36,16 +40,7 @@ STATIC_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
     ("rope", "forward"): ("head_dim",),
     ("compressed_attention", "forward"): _COMPRESSED,
     ("compressed_attention", "backward"): _COMPRESSED,
-    ("block_selection", "forward"): (
-        "head_dim",
-        "gqa_ratio",
-        "kernel_size",
-        "kernel_stride",
-        "block_size",
-        "topk",
-        "init_blocks",
-        "local_blocks",
-    ),
+    ("block_selection", "forward"): _SELECTION,
     ("compressed_lse", "forward"): ("head_dim", "gqa_ratio", "kernel_size", "kernel_stride"),
     ("selected_attention", "forward"): _SELECTED,
     ("selected_attention", "backward"): _SELECTED,
@@ -75,6 +70,7 @@ STATIC_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
         "init_blocks",
         "local_blocks",
     ),
+    ("block_selection", "decode"): _SELECTION,
     ("native_sparse_attention", "decode"): (
         "head_dim",
         "v_head_dim",
@@ -90,6 +86,7 @@ _HIDDEN = ("mlp_hidden",)
 _SCORING = ("score_norm", "score_heads", "score_pool")
 OPTIONAL_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
     ("block_selection", "forward"): _SCORING,
+    ("block_selection", "decode"): _SCORING,
     ("compress", "forward"): _HIDDEN,
     ("compress", "backward"): _HIDDEN,
     ("cache_append", "decode"): ("v_compress_type", *_HIDDEN, "v_with_pe", "branch_kv"),

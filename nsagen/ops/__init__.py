@@ -6,6 +6,7 @@ or the same kernels where TRITON_INTERPRET=1 was set before triton was imported.
 
 from nsagen.ops._launch import on_kernels
 from nsagen.ops.block_selection import block_selection
+from nsagen.ops.block_selection_decode import block_selection_decode
 from nsagen.ops.cache_append import cache_append
 from nsagen.ops.compress import compress
 from nsagen.ops.compress_types import (
@@ -34,6 +35,7 @@ __all__ = [
     "SeparateKV",
     "avgpool_compress",
     "block_selection",
+    "block_selection_decode",
     "cache_append",
     "compress",
     "compressed_attention",

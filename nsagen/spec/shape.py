@@ -15,6 +15,7 @@ _SERVES = {
     ("compressed_attention", "backward"): {"compressed"},
     ("compressed_attention", "decode"): {"compressed", "selected"},
     ("block_selection", "forward"): {"selected"},
+    ("block_selection", "decode"): set(),
     ("compressed_lse", "forward"): set(),
     ("selected_attention", "forward"): {"selected"},
     ("selected_attention", "backward"): {"selected"},
@@ -25,6 +26,7 @@ _SERVES = {
 
 _FAMILY = {
     ("block_selection", "forward"),
+    ("block_selection", "decode"),
     ("selected_attention", "forward"),
     ("selected_attention", "backward"),
     ("native_sparse_attention", "decode"),

@@ -11,7 +11,7 @@ from nsagen import ops
 from nsagen.core.errors import InvalidInputError
 from nsagen.ops import reference
 
-from .inputs import STATICS, Packed
+from .inputs import STATICS, Cached, Packed
 
 WINDOWS = {name: STATICS[name] for name in ("kernel_size", "kernel_stride")}
 INDEX: dict[str, Any] = {
@@ -77,3 +77,32 @@ def test_what_is_refused(change: dict[str, Any], text: str) -> None:
         ops.block_selection(
             x.q, x.k[:, :1], None, x.cu_seqlens, x.cu_seqlens, **{**INDEX, **change}
         )
+
+
+def test_decoding_selects_what_the_prompt_selects() -> None:
+    """Each token as the last one so far, from a cache, in both forms of a cache."""
+    x = Packed(seqlens=(40,))
+    ck, ends = ops.avgpool_compress(x.k, None, x.cu_seqlens, 8, 4)
+    lse = ops.compressed_lse(x.q, ck, x.cu_seqlens, ends, **WINDOWS)
+    for form in ("overlap", "max"):
+        whole = ops.block_selection(x.q, ck, lse, x.cu_seqlens, ends, **STATICS, score_pool=form)
+        rows = torch.arange(40, dtype=torch.int32), torch.zeros(40, dtype=torch.int32)
+        came = ops.block_selection_decode(x.q, ck[None], *rows, **STATICS, score_pool=form)
+        assert torch.equal(came, whole)
+    index = (x.q, x.k[:, :1], None, x.cu_seqlens, x.cu_seqlens)
+    cache = x.k[:, :1].contiguous()
+    table = torch.tensor([[3, 0, 4, 1, 2]], dtype=torch.int32)
+    pages = torch.empty(5, 8, 1, 16)
+    pages[table[0].long()] = cache.view(5, 8, 1, 16)
+    whole = ops.block_selection(*index, **INDEX)
+    assert torch.equal(ops.block_selection_decode(x.q, cache[None], *rows, **INDEX), whole)
+    assert torch.equal(
+        ops.block_selection_decode(x.q, pages, *rows, **INDEX, block_table=table), whole
+    )
+
+
+def test_decoding_agrees_with_compressed_attentions_own_selection() -> None:
+    x = Cached()
+    args = (x.q, x.ck_cache, *x.rows)
+    _, expected = ops.compressed_attention_decode(x.q, x.ck_cache, x.cv_cache, *x.rows, **STATICS)
+    assert torch.equal(ops.block_selection_decode(*args, **STATICS), expected)

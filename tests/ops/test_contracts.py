@@ -93,6 +93,14 @@ def table() -> dict[str, Call]:
             {"q": x.q, "k": ck, "lse": torch.zeros(60, 6), **STATICS, **_ends(x, ends)}
             | {"q_start": chunk["q_start"]},
         ),
+        "block_selection_decode": (
+            ops.block_selection_decode,
+            {"q": c.q, "k_cache": c.ck_cache, **rows, **STATICS},
+        ),
+        "block_selection_decode in pages": (
+            ops.block_selection_decode,
+            {"q": c.q, "k_cache": pck, **rows, **STATICS, "block_table": block_table},
+        ),
         "topk_sparse_attention": (
             ops.topk_sparse_attention,
             {**qkv, "topk_idx": topk_idx, "block_size": 8, "cu_seqlens": x.cu_seqlens, **chunk},
@@ -216,8 +224,13 @@ def broken(key: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
 ANY_VALUES = ("compressed_attention", "topk_sparse_attention", "sliding_window_attention")
 OF_DECODE = ("compressed_attention_decode", "compressed_attention_decode in pages")
 ONE_CU_SEQLENS = (*(f"{kind}_compress" for kind in COMPRESS_TYPES), "compress")
-PAGED = ("compressed_attention_decode in pages", "native_sparse_attention_decode in pages")
+PAGED = (
+    "block_selection_decode in pages",
+    "compressed_attention_decode in pages",
+    "native_sparse_attention_decode in pages",
+)
 
+AMOUNTS = ("fewer", "more")
 RIGHT = {
     *((name, "v", what) for name in ANY_VALUES for what in ("last size", "last size doubled")),
     *(
@@ -231,6 +244,12 @@ RIGHT = {
         for what in ("fewer", "more")
     ),
     *((name, "block_table", "one of the first size more") for name in PAGED),
+    ("block_selection_decode", "k_cache", "one of the first size more"),
+    ("block_selection_decode", "k_cache", "one of the second size fewer"),
+    *(
+        ("block_selection_decode in pages", "k_cache", f"one of the first size {n}")
+        for n in AMOUNTS
+    ),
     *(("rope", "x", what) for what in ("float64", "one of the second size fewer")),
     *(
         (name, "k", f"one of the {size}")

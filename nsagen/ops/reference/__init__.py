@@ -5,7 +5,11 @@ the mathematics closely, in float32 or wider, and reads offsets on the host, so 
 """
 
 from nsagen.ops.layout import compressed_cu_seqlens, positions_in_sequence
-from nsagen.ops.reference.block_selection import block_selection, compressed_lse
+from nsagen.ops.reference.block_selection import (
+    block_selection,
+    block_selection_decode,
+    compressed_lse,
+)
 from nsagen.ops.reference.cache_append import cache_append
 from nsagen.ops.reference.compress import (
     avgpool_compress,
@@ -39,6 +43,7 @@ from nsagen.ops.reference.sliding_window_attention import (
 __all__ = [
     "avgpool_compress",
     "block_selection",
+    "block_selection_decode",
     "cache_append",
     "compress",
     "compressed_attention",

@@ -15,6 +15,7 @@ from torch.nn import functional
 from nsagen.core.errors import InvalidInputError
 from nsagen.ops.reference._attend import chunks, scale_of, scores_of, upcast
 from nsagen.ops.reference._checks import check_heads, check_windows, sequence_bounds
+from nsagen.ops.reference._pages import first_entries
 
 
 @dataclass(frozen=True)
@@ -318,6 +319,59 @@ def check_lse(where: str, lse: Tensor | None, score_norm: str) -> None:
             f"{where}: lse must be given with score_norm 'softmax' and with no other; got {came}; "
             "take it from compressed_lse, or leave it out"
         )
+
+
+@torch.no_grad()
+def block_selection_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    softmax_scale: float | None = None,
+    block_table: Tensor | None = None,
+    score_norm: str = "softmax",
+    score_heads: str = "sum",
+    score_pool: str = "overlap",
+) -> Tensor:
+    """Block selection of one new token a row; a softmax is exact, whatever it is in prefill.
+
+    Args:
+        q: [R, HQ, D], as in `block_selection`.
+        k_cache: [slots, max_windows, HK, D], compressed keys or index keys.
+        positions: int32 [R], position of the new token; -1: an idle row.
+        slots: int32 [R], each row's place in the cache.
+        softmax_scale: 1/sqrt(D) unless given; with score_norm "none" it changes no choice.
+        block_table: int32 [slots, max_pages]: the cache is [pages, windows a page, HK, D].
+        score_norm, score_heads, score_pool: see `Scoring`.
+
+    Returns:
+        int32 [HK, R, topk], or [HQ, R, topk] with score_heads "each"; -1 for idle rows.
+    """
+    rule = BlockRule(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
+    scoring = Scoring(score_norm, score_heads, score_pool)
+    check_heads("block_selection decode", q, k_cache[0], k_cache[0])
+    scale = scale_of(softmax_scale, q.shape[-1])
+    rows = scoring.rows(q.shape[1], k_cache.shape[2])
+    topk_idx = positions.new_full((rows, q.shape[0], topk), -1, dtype=torch.int32)
+    for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
+        if position < 0:
+            continue
+        one, token = slice(row, row + 1), torch.full((1,), position, device=q.device)
+        windows = max(0, (position + 1 - kernel_size) // kernel_stride + 1)
+        query, keys = upcast(q[one], first_entries(k_cache, block_table, slot, windows))
+        lse = None
+        if score_norm == "softmax":
+            lse = torch.logsumexp(scores_of(query, keys, scale), -1).permute(2, 0, 1).flatten(1)
+        blocks = position // block_size + 1
+        topk_idx[:, one] = blocks_of(query, keys, lse, token, blocks, scale, rule, scoring)
+    return topk_idx
 
 
 @torch.no_grad()

@@ -1,0 +1,143 @@
+"""Decoding: block selection of one new token a row, from a cache of keys."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsagen.ops import reference
+from nsagen.ops._checks import check_indices, check_keys, check_rows, fail
+from nsagen.ops._launch import key_of, scale_of
+from nsagen.ops._op import define_op
+from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
+from nsagen.ops.reference.block_selection import BlockRule, Scoring
+from nsagen.runtime import Dispatcher
+
+_OP = "block_selection decode"
+
+
+def block_selection_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    softmax_scale: float | None = None,
+    block_table: Tensor | None = None,
+    score_norm: str = "softmax",
+    score_heads: str = "sum",
+    score_pool: str = "overlap",
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """The blocks that new tokens select, from the compressed keys or index keys of a cache.
+
+    A softmax is exact here, also where prefill normalizes by coarse keys.
+
+    Args:
+        q: [R, HQ, D], queries or index queries, after rope.
+        k_cache: [slots, max_windows, HK, D]; index keys are windows of one token.
+        positions: int32 [R], position of each new token; -1: an idle row.
+        slots: int32 [R], each row's place in the cache.
+        kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks, score_norm,
+            score_heads, score_pool: as in `block_selection`.
+        softmax_scale: of the scores; 1/sqrt(D) by default.
+        block_table: int32 [slots, max_pages], or None. With it the cache is in pages, [pages,
+            page_size // kernel_stride, HK, D]: window i of a slot lies in the page that
+            block_table names for token i * kernel_stride.
+        dispatcher: the generated kernels to use; by default they are built when missing.
+
+    Returns:
+        topk_idx int32 [HK, R, topk], or [HQ, R, topk] with score_heads "each": ascending block
+        indices, then -1; -1 for idle rows.
+
+    Raises:
+        InvalidInputError: a tensor or parameter breaks the contract above.
+    """
+    scoring = (score_norm, score_heads, score_pool)
+    Scoring(*scoring)
+    statics = (kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
+    scale, key = scale_of(softmax_scale, q), key_of(dispatcher)
+    if torch.is_grad_enabled():
+        q, k_cache = q.detach(), k_cache.detach()
+    return _block_selection_decode(
+        q, k_cache, positions, slots, *statics, scale, key, block_table, *scoring
+    )
+
+
+def _check(call: Any) -> None:
+    q, cache, table = call.q, call.k_cache, call.block_table
+    check_rows(_OP, q=q)
+    check_rows(_OP, 4, k_cache=cache)
+    check_keys(_OP, q, cache)
+    if q.dtype != cache.dtype or q.device != cache.device:
+        came = f"{cache.dtype} on {cache.device}"
+        fail(_OP, f"k_cache must be {q.dtype} on {q.device}, as q is", came, "allocate it so")
+    check_indices(_OP, q, (q.shape[0],), positions=call.positions, slots=call.slots)
+    BlockRule(**{name: getattr(call, name) for name in BlockRule.__annotations__})
+    if table is not None:
+        check_table(_OP, q, table)
+        check_page_size(_OP, cache.shape[1] * call.kernel_stride, "block_size", call.block_size)
+    tokens = capacity_of(cache, table) * call.kernel_stride + call.kernel_size - 1
+    check_places(_OP, call.positions, call.slots, tokens, cache, table)
+
+
+def _context(
+    k_cache: Tensor, kernel_size: int, kernel_stride: int, block_table: Tensor | None
+) -> int:
+    context = capacity_of(k_cache, block_table) * kernel_stride
+    return context + (0 if block_table is not None else kernel_size - kernel_stride)
+
+
+def _allocate(q: Tensor, k_cache: Tensor, topk: int, score_heads: str) -> Tensor:
+    heads = q.shape[1] if score_heads == "each" else k_cache.shape[2]
+    return q.new_empty((heads, q.shape[0], topk), dtype=torch.int32)
+
+
+@define_op(
+    returns="topk_idx",
+    allocate=_allocate,
+    check=_check,
+    kernel="block_selection decode",
+    sizes=lambda q, k_cache: {
+        "head_dim": q.shape[2],
+        "gqa_ratio": q.shape[1] // k_cache.shape[2],
+    },
+    context=_context,
+    launch="q k_cache positions slots topk_idx softmax_scale block_table",
+)
+def _block_selection_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+    block_table: Tensor | None = None,
+    score_norm: str = "softmax",
+    score_heads: str = "sum",
+    score_pool: str = "overlap",
+) -> Tensor:
+    """topk_idx int32 [HK or HQ, R, topk]."""
+    rule = BlockRule(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
+    return reference.block_selection_decode(
+        *(q, k_cache, positions, slots),
+        **asdict(rule),
+        **asdict(Scoring(score_norm, score_heads, score_pool)),
+        softmax_scale=softmax_scale,
+        block_table=block_table,
+    )
