@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class TransformersNSA(NSAOps):
         turned: components of a head that rope turns.
         dispatcher: generated kernels to use on a GPU; None for nsagen's own choice.
         gates: what the gates start as.
+        dtype: of what NSA adds.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class TransformersNSA(NSAOps):
         turned: int,
         dispatcher: Any,
         gates: Gates,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         config, head_dim = dense.config, dense.head_dim
@@ -64,11 +67,7 @@ class TransformersNSA(NSAOps):
             for branch in sparsity.kv_branches[1:]:
                 for name, layer in zip(PROJECTIONS[branch], own, strict=True):
                     setattr(self, name, copy.deepcopy(layer))
-        like = dense.o_proj.weight
-        where = {
-            "device": like.device,
-            "dtype": like.dtype if like.is_floating_point() else torch.get_default_dtype(),
-        }
+        where = {"device": _tensor_of(dense.o_proj).device, "dtype": dtype}
         self.gate = self._new_gate(config.hidden_size).to(**where)
         self.add_compression(**where)
         for part in self._parts():
@@ -92,8 +91,9 @@ class TransformersNSA(NSAOps):
     @torch.no_grad()
     def start(self) -> None:
         """Set what NSA adds to what it starts as, but for what a checkpoint has filled."""
+        sparsity, gates = self.sparsity, self.initial_gates
         fresh = TransformersNSA(
-            self, self.facts, self.sparsity, self.turned_dim, None, self.initial_gates
+            self, self.facts, sparsity, self.turned_dim, None, gates, torch.float32
         )
         for part, new in zip(self._parts(), fresh._parts(), strict=True):
             for parameter, value in zip(part.parameters(), new.parameters(), strict=True):
@@ -113,7 +113,16 @@ class TransformersNSA(NSAOps):
         """Those of keys and values; parts of the joined one, where the model has one."""
         if len(self.facts.projections) == 3:
             return [getattr(self, name) for name in self.facts.projections[1:]]
-        joined = getattr(self, self.facts.projections[0])
+        name = self.facts.projections[0]
+        joined = getattr(self, name)
+        if type(joined) is not nn.Linear or type(joined.weight) is not nn.Parameter:
+            weights = type(getattr(joined, "weight", None)).__name__
+            refuse(
+                f"apply_nsa: {name}",
+                "must be plain to be split into keys and values for branch_kv='separate'",
+                f"{type(joined).__name__} with weights of type {weights}",
+                "call apply_nsa before quantizing or adapting the model",
+            )
         weights = joined.weight.detach().split(self._sizes())[1:]
         biases = (
             [None] * 2 if joined.bias is None else joined.bias.detach().split(self._sizes())[1:]
@@ -259,6 +268,11 @@ class TransformersNSA(NSAOps):
         )
         gates = gate.new_zeros(tokens, *gate.shape[1:]).index_copy(0, here, gate)
         return self.attend(wide, gates)[here]
+
+
+def _tensor_of(layer: nn.Module) -> Tensor:
+    """Any tensor of a layer: quantized ones may have no weight."""
+    return next(chain(layer.parameters(), layer.buffers()))
 
 
 def _places_in(context: Context, index: tuple[Tensor, Tensor]) -> Tensor:

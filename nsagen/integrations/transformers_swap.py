@@ -96,7 +96,9 @@ def _swap_layers(base: Any, sparsity: Sparsity, dispatcher: Any, gates: Gates) -
             continue
         if not swapped:
             rope = rope_source(base.rotary_emb, kind, dense.head_dim)
-        module = TransformersNSA(dense, facts, sparsity, rope.turned, dispatcher, gates)
+        weight = getattr(dense.o_proj, "weight", None)
+        dtype = base.dtype if weight is None or weight.itemsize < 2 else weight.dtype  # quantized
+        module = TransformersNSA(dense, facts, sparsity, rope.turned, dispatcher, gates, dtype)
         layer.self_attn = module.train(dense.training)
         swapped.append(index)
     names = tuple(inspect.signature(base.forward).parameters)

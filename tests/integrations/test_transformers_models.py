@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
 from packaging.version import Version  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
+from nsagen.core.errors import InvalidInputError  # noqa: E402
+from nsagen.integrations.transformers import apply_nsa  # noqa: E402
 from nsagen.integrations.transformers_attention import TransformersNSA  # noqa: E402
 from tests.integrations.tiny import (  # noqa: E402
+    ATTENTION,
     KINDS,
     as_dense,
     build,
@@ -180,3 +185,80 @@ def test_separate_keys_start_as_copies_of_a_joined_projection() -> None:
     ids = tokens(2, 10)
     model = sparse("Phi3", branch_kv="separate")
     assert distance(model(ids).logits, dense("Phi3")(ids).logits) < 0.01
+
+
+class Int8Weight(nn.Linear):
+    """As bitsandbytes has it: an integer weight, and what scales it beside."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None)
+        scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((layer.weight / scale).round().to(torch.int8), False)
+        self.bias = layer.bias
+        self.register_buffer("scale", scale)
+
+    def dense(self) -> Tensor:
+        return self.weight * self.scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.dense().to(input.dtype), self.bias)
+
+
+class Packed(nn.Module):
+    """As GPTQ has it: buffers, and no weight."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("qweight", layer.weight.detach().to(torch.float16))
+        self.bias = layer.bias
+
+    def dense(self) -> Tensor:
+        return self.qweight.float()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.dense().to(input.dtype), self.bias)
+
+
+def quantized(model: Any, how: Any) -> tuple[Any, Any]:
+    """The model with quantized attention, and one with the weights that these stand for."""
+    plain = copy.deepcopy(model)
+    for layer, other in zip(model.model.layers, plain.model.layers, strict=True):
+        for name, projection in list(layer.self_attn.named_children()):
+            if name.endswith("_proj"):
+                setattr(layer.self_attn, name, how(projection))
+                weight = getattr(layer.self_attn, name).dense()
+                getattr(other.self_attn, name).weight.data = weight.to(projection.weight.dtype)
+    return model, plain
+
+
+class TestQuantizedProjections:
+    @pytest.mark.parametrize("how", [Int8Weight, Packed])
+    @pytest.mark.parametrize("kind", ["Qwen3", "Phi3"])
+    @torch.no_grad()
+    def test_they_compute_what_their_weights_stand_for(self, how: Any, kind: str) -> None:
+        """The gate and compression have the dtype of the rest of the model."""
+        model, plain = quantized(dense(kind).to(torch.bfloat16), how)
+        model, plain = (apply_nsa(one, ATTENTION) for one in (model, plain))
+        assert model.model.layers[1].self_attn.gate.weight.dtype == torch.bfloat16
+        ids = tokens(2, 30)
+        assert distance(model(ids).logits, plain(ids).logits) < 0.02
+        wanted = {"max_new_tokens": 3, "do_sample": False}
+        assert model.generate(ids, **wanted).shape == (2, 33)
+
+    @torch.no_grad()
+    def test_copies_of_quantized_keys(self) -> None:
+        model, plain = quantized(dense("Qwen2"), Int8Weight)
+        separate = {**ATTENTION, "branch_kv": "separate"}
+        model, plain = (apply_nsa(one, separate) for one in (model, plain))
+        ids = tokens(2, 30)
+        assert distance(model(ids).logits, plain(ids).logits) < 1e-5
+
+    @pytest.mark.parametrize("how", [Int8Weight, Packed])
+    def test_a_joined_projection_cannot_be_split(self, how: Any) -> None:
+        model, _ = quantized(dense("Phi3"), how)
+        before = [type(layer.self_attn) for layer in model.model.layers]
+        with pytest.raises(
+            InvalidInputError, match=f"qkv_proj: must be plain .*got {how.__name__}"
+        ):
+            apply_nsa(model, {**ATTENTION, "branch_kv": "separate"})
+        assert [type(layer.self_attn) for layer in model.model.layers] == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 from typing import Any
@@ -124,6 +125,70 @@ class TestCopies:
         swapped = trained(sparse())
         assert type(other.config) is type(one.config) is not type(swapped.config)
         assert other(IDS).logits.isfinite().all()
+
+
+def attributes(model: Any) -> dict[tuple[str, str], Any]:
+    """What every module of a model holds; of its dictionaries the items."""
+    return {
+        (name, attribute): dict(value) if isinstance(value, dict) else value
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+    }
+
+
+def _with_padding(model: Any) -> dict[str, Tensor]:
+    mask = torch.ones_like(IDS)
+    mask[0, :7] = 0
+    return {"attention_mask": mask}
+
+
+def _generated(model: Any, **wanted: Any) -> None:
+    model.generate(IDS[:1], max_new_tokens=4, do_sample=False, **wanted)
+
+
+def _refused(model: Any) -> None:
+    with contextlib.suppress(InvalidInputError):
+        model(IDS, attention_mask=torch.full_like(IDS, 2), use_cache=False)
+
+
+CALLS: dict[str, Any] = {
+    "forward": lambda m: m(IDS),
+    "padded": lambda m: m(IDS, **_with_padding(m)),
+    "packed": lambda m: m(IDS, position_ids=torch.arange(30)[None] % 12, use_cache=False),
+    "refused": lambda m: _refused(m),
+    "training": lambda m: m.train()(IDS, labels=IDS).loss.backward(),
+    "inference mode": torch.inference_mode()(lambda m: m(IDS)),
+    "autocast": torch.autocast("cpu", torch.bfloat16)(lambda m: m(IDS)),
+    "generate": _generated,
+    "static": lambda m: _generated(m, cache_implementation="static"),
+    "beams": lambda m: _generated(m, num_beams=2),
+    "chunks": lambda m: _generated(m, prefill_chunk_size=8),
+    "drafts": lambda m: _generated(m, prompt_lookup_num_tokens=4),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
+def test_no_call_leaves_anything_on_a_module(kind: str, name: str) -> None:
+    """But what Transformers leaves on a dense model, too."""
+    one = build(KINDS[kind])
+    models = (one, trained(apply_nsa(copy.deepcopy(one), ATTENTION)))
+    left = []
+    for model in models:
+        model.train(name == "training")
+        before = attributes(model)
+        CALLS[name](model)
+        after = attributes(model)
+        changed = {at for at, value in after.items() if at not in before or before[at] is not value}
+        changed -= {at for at in changed if at in before and _same(before[at], after[at])}
+        left.append(changed | before.keys() - after.keys())
+    assert left[0] == left[1]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
+    return False
 
 
 def pickled(model: Any) -> Any:
