@@ -7,6 +7,7 @@ and `layout_of` makes sequences of it, counted from each one's first token: padd
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -146,18 +147,19 @@ class Layout:
         copy."""
         return self.key_index is None and not self.whole
 
-    @property
+    @functools.cached_property
     def cu_seqlens_q(self) -> Tensor:
+        """int32 [sequences + 1]; of one sequence where merged, as all have the same lengths."""
         return self._ends(self.query_lengths)
 
-    @property
+    @functools.cached_property
     def cu_seqlens_k(self) -> Tensor:
         return self._ends(self.key_lengths)
 
     def _ends(self, lengths: tuple[int, ...]) -> Tensor:
         return ends_of(lengths[:1] if self.merged else lengths, self.device)
 
-    @property
+    @functools.cached_property
     def q_start(self) -> Tensor | None:
         """int32 [sequences], position of each one's first query; None where all are 0."""
         if self.whole:
@@ -224,7 +226,8 @@ def layout_of(mask: Tensor | None, batch: int, queries: int, keys: int, device: 
         batch, queries, keys: B, S, and T with the unfilled part of a static cache.
     """
     if mask is None:
-        return _even(batch, queries, keys, device)
+        even = _even if torch.compiler.is_compiling() else _known_even
+        return even(batch, queries, keys, device, torch.is_inference_mode_enabled())
     known = getattr(mask, "nsagen_layout", None)
     if known is not None and known[0] == (queries, keys):
         return known[1]
@@ -233,9 +236,16 @@ def layout_of(mask: Tensor | None, batch: int, queries: int, keys: int, device: 
     return layout
 
 
-def _even(batch: int, queries: int, keys: int, device: Any) -> Layout:
+def _even(batch: int, queries: int, keys: int, device: Any, inference: bool = False) -> Layout:
+    """Rows of one length. Tensors of inference mode serve no backward pass: `inference` keeps those
+    of `_known_even` apart."""
+    del inference
     lengths = ((keys,) * batch, (queries,) * batch)
     return Layout(batch, queries, keys, None, None, tuple(range(batch)), *lengths, device)
+
+
+_known_even = functools.lru_cache(maxsize=8)(_even)
+"""All layers of a call have the same layout."""
 
 
 def _from_mask(mask: Tensor, batch: int, queries: int, keys: int, device: Any) -> Layout:

@@ -30,7 +30,7 @@ from nsagen.integrations.attention_interface import (
 )
 from nsagen.integrations.attention_layout import Layout, refuse
 from nsagen.model.checks import require
-from nsagen.ops import reference
+from nsagen.ops import block_selection, reference
 
 SCORES: dict[str, Any] = {"score_norm": "none", "score_heads": "each", "score_pool": "max"}
 """A block's score: the largest product of an index query with its tokens' index keys."""
@@ -161,9 +161,8 @@ class IndexHeads:
             advice = "pass use_cache=False, call model.eval(), or set index_loss_coef to 0"
             refuse("cache", rule, f"{layout.keys - layout.queries} tokens", advice)
 
-    @torch.no_grad()
     def _blocks(self, index_q: Tensor, index_k: Tensor, layout: Layout) -> Tensor:
-        return reference.block_selection(
+        return block_selection(
             *(index_q, index_k, None, layout.cu_seqlens_q, layout.cu_seqlens_k),
             kernel_size=1,
             kernel_stride=1,

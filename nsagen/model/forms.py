@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nsagen.model.checks import require
-from nsagen.ops import reference
+from nsagen.ops import block_selection, reference
 
 FORMS: dict[str, dict[str, Any]] = {
     "infllm_v2": {
@@ -191,7 +191,7 @@ def select(
     lse = None
     if scores["score_norm"] == "softmax":
         lse = reference.compressed_lse(q, windows, cu_seqlens_q, cu_seqlens_k, **sizes, **where)
-    return reference.block_selection(
+    return block_selection(
         q,
         windows,
         lse,
