@@ -6,7 +6,7 @@ from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces import split_kv
-from nsagen.codegen.spaces.padding import element_bytes
+from nsagen.codegen.spaces.padding import LEAST_TILE, element_bytes
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -31,6 +31,11 @@ def whole_blocks(workload: Workload) -> bool:
     return raw and apart(workload) and windows == next_power_of_2(windows) and windows <= 256
 
 
+def padded_group(workload: Workload) -> int:
+    """Query heads of a key head, padded to the rows of a tile."""
+    return max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio)))
+
+
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Padded sizes, windows and blocks in units of kernel_stride."""
     heads = 1 if apart(workload) else int(workload.gqa_ratio)
@@ -38,7 +43,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     return {
         "block_d": next_power_of_2(int(workload.head_dim)),
         "pad_d": next_power_of_2(int(workload.head_dim)) != workload.head_dim,
-        "group_pad": split_kv.padded_group(workload),
+        "group_pad": padded_group(workload),
         "heads": heads,
         "heads_pad": heads_pad,
         "step": step(workload),
@@ -52,7 +57,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
     """The keys in flight (the current ones are in registers), queries and scores."""
     row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
-    group, block_n = split_kv.padded_group(workload), int(schedule.block_n)
+    group, block_n = padded_group(workload), int(schedule.block_n)
     steps = max(1, int(schedule.num_stages) - 1)
     return row * (steps * block_n + group) + 4 * group * block_n
 
