@@ -14,7 +14,7 @@ from nsagen.codegen.plan import DEFAULT_PROVENANCE, Use, Variant, plan_variants
 from nsagen.codegen.template import default_schedule, kernel_name, render
 from nsagen.codegen.tuned import tuned_schedules
 from nsagen.core.bucket import Bucket
-from nsagen.core.errors import BuildError
+from nsagen.core.errors import BuildError, InvalidInputError
 from nsagen.core.files import TEMPORARY, locked, replace_file, sealed
 from nsagen.core.installed import triton_version
 from nsagen.core.packages import MANIFEST, read_manifest, recorded_path
@@ -82,6 +82,7 @@ def build(
             default nothing is compiled, and what an earlier build measured is kept.
 
     Raises:
+        InvalidInputError: `tuned` is not a folder.
         BuildError: a template fails, a compiled variant must not ship, or a file cannot be
             written; the text names which.
     """
@@ -151,6 +152,11 @@ class _Plan:
 
 
 def _render(spec: Spec, records: Path | None, folder: Path) -> _Plan:
+    if records is not None and not records.is_dir():
+        raise InvalidInputError(
+            f"build: --tuned must be a folder of tuning records; got {records}, which is "
+            f"{'a file' if records.exists() else 'not there'}; leave it out for the spec's own"
+        )
     workloads = spec.workloads()
     folders = (spec.shipped_tuned, spec.tuned_folder) if records is None else (records,)
     tuned = tuned_schedules([f for f in folders if f is not None], workloads, spec.targets)

@@ -59,6 +59,25 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which no file could be written; call it before long work. Makes nothing.
+
+    Raises:
+        OSError: names the first folder above that is not one or cannot be written.
+    """
+    place = folder.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    code = 0
+    if not place.is_dir():
+        code = errno.ENOTDIR
+    elif not os.access(place, os.W_OK | os.X_OK):
+        read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+        code = errno.EROFS if read_only else errno.EACCES
+    if code:
+        raise OSError(code, os.strerror(code), str(place))
+
+
 def check_own(path: Path, mark: re.Pattern[bytes], what: str, remedy: str) -> None:
     """Refuse to replace a file that nsagen did not write; call it before any work.
 

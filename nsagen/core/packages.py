@@ -45,7 +45,7 @@ def spec_of(folder: Path) -> Path | None:
     about = manifest.get("spec")
     recorded = about.get("path") if isinstance(about, Mapping) else None
     if isinstance(recorded, str):
-        path = Path(os.path.normpath(folder.resolve() / recorded))
+        path = Path(os.path.normpath(os.path.join(os.path.realpath(folder), recorded)))
         return path if path.is_file() else None
     return spec_near(folder, _label_in(command))
 
@@ -55,7 +55,7 @@ def spec_near(folder: Path, label: str) -> Path | None:
     if "/" not in label and not Path(label).suffix:
         places = iter([specs_dir() / f"{label}.yaml"])
     else:
-        places = (parent / label for parent in folder.resolve().parents)
+        places = (parent / label for parent in Path(os.path.realpath(folder)).parents)
     return next((Path(os.path.normpath(path)) for path in places if path.is_file()), None)
 
 
@@ -67,12 +67,13 @@ def recorded_path(folder: Path, label: str, source: Path) -> str | None:
     near = spec_near(folder, label)
     if near is not None and os.path.exists(source) and near.samefile(source):
         return None
-    return Path(os.path.relpath(source.resolve(), folder.resolve())).as_posix()
+    # realpath, as Path.resolve raises RuntimeError for links in a circle.
+    return Path(os.path.relpath(os.path.realpath(source), os.path.realpath(folder))).as_posix()
 
 
 def build_command(spec: str, out: Path, tuned: Path | None = None) -> str:
     """What to type into a shell in the working folder to build a spec below `out`."""
-    words = ["nsagen", "build", spec]
+    words = ["nsagen", "build", f"./{spec}" if spec.startswith("-") else spec]
     if out.absolute() != GENERATED.absolute():
         words += ["--out", str(out)]
     if tuned is not None:

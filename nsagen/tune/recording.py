@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from nsagen.cases.sizes import Sizes
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import NsagenError, TuneError
-from nsagen.core.files import replace_file
+from nsagen.core.files import check_writable, locked, replace_file
 from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.evaluate import Candidates, Evaluator
 from nsagen.tune.outcome import Outcome
@@ -94,30 +94,30 @@ def record(
         TuneError: `path`, or the file of its lines, exists and is not a recording of the task.
     """
     candidates = evaluator.candidates(task)
-    check_free(path, task)
-    plain = _plain(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = _resume(plain, task)
-    order = [s for s in candidates.schedules if s != candidates.default]
-    random.Random(0).shuffle(order)
-    rest = [s for s in (candidates.default, *order) if s not in known]
-    end = None if seconds is None else time.monotonic() + seconds
-    with plain.open("a", encoding="utf-8") as file:
-        if file.tell() == 0:
-            header = _header(task, candidates, facts, synthetic)
-            _write_line(file, header)
-        for schedule, outcome in _evaluated(task, evaluator, rest, ahead, end):
-            known[schedule] = outcome
-            _write_line(file, {**_schedule_json(schedule), **outcome.as_json()})
-            on_step(len(known), len(candidates.schedules), schedule, outcome)
-        good = sorted((o.ms, s) for s, o in known.items() if o.ms is not None)
-        finals = evaluator.finals(task, [s for _, s in good[:REFINED]]) if good else []
-        rows = [{**_schedule_json(f.schedule), "ms": f.ms} for f in finals if not f.reason]
-        _write_line(file, {"refined": rows})
-    if plain != path:
-        replace_file(path, gzip.compress(plain.read_bytes(), mtime=0))
-        plain.unlink()
-    return len(known)
+    with locked(path.parent, path.name):  # the lines of two processes would mix
+        check_free(path, task)
+        plain = _plain(path)
+        known = _resume(plain, task)
+        order = [s for s in candidates.schedules if s != candidates.default]
+        random.Random(0).shuffle(order)
+        rest = [s for s in (candidates.default, *order) if s not in known]
+        end = None if seconds is None else time.monotonic() + seconds
+        with plain.open("a", encoding="utf-8") as file:
+            if file.tell() == 0:
+                header = _header(task, candidates, facts, synthetic)
+                _write_line(file, header)
+            for schedule, outcome in _evaluated(task, evaluator, rest, ahead, end):
+                known[schedule] = outcome
+                _write_line(file, {**_schedule_json(schedule), **outcome.as_json()})
+                on_step(len(known), len(candidates.schedules), schedule, outcome)
+            good = sorted((o.ms, s) for s, o in known.items() if o.ms is not None)
+            finals = evaluator.finals(task, [s for _, s in good[:REFINED]]) if good else []
+            rows = [{**_schedule_json(f.schedule), "ms": f.ms} for f in finals if not f.reason]
+            _write_line(file, {"refined": rows})
+        if plain != path:
+            replace_file(path, gzip.compress(plain.read_bytes(), mtime=0))
+            plain.unlink()
+        return len(known)
 
 
 def _evaluated(
@@ -176,7 +176,9 @@ def check_free(path: Path, task: Task) -> None:
 
     Raises:
         TuneError: names the file, at `path` or at the file of its lines.
+        OSError: the folder cannot be written.
     """
+    check_writable(path.parent)
     for file in {path, _plain(path)}:
         if os.path.lexists(file):
             _check_of(file, task)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import optuna
 
 from nsagen.core.errors import InvalidInputError, TuneError
+from nsagen.core.files import check_writable
 from nsagen.core.installed import triton_version
 from nsagen.core.paths import cache_dir
 from nsagen.core.target import parse_target
@@ -116,13 +117,17 @@ def tune(
     Raises:
         SpecError, InvalidInputError: the spec, or the selection from it, is wrong.
         TuneError: no GPU answers, or the storage cannot be opened.
+        OSError: a folder of records cannot be written.
     """
     specs = specs_of(name, Path("generated"))
     tasks = selection.tasks(specs)
+    for spec in specs:
+        check_writable(places.folder(spec))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with evaluator_for(settings.objective, specs, places) as (device, _, evaluator):
         places.started(device)
-        result = Result(device.slug, places.url or default_study_url(device.slug))
+        own = default_study_url(device.slug) if places.url is None else places.url
+        result = Result(device.slug, own)
         folders = {spec.name: places.folder(spec) for spec in specs}
         having = {spec.name: set(spec.workloads()) for spec in specs}
         result.files += [folder / f"{device.slug}.yaml" for folder in folders.values()]
@@ -154,7 +159,8 @@ def simulate(path: Path, settings: Settings, places: Places, watcher: Watcher) -
     facts = {"device": "unknown", "target": "cuda:90", "driver": "", "triton": "", **table.facts}
     device = Device(f"replay-{facts['device']}", parse_target(facts["target"]), "", "")
     places.started(device)
-    storage = open_storage(places.url) if places.url else optuna.storages.InMemoryStorage()
+    given = places.url is not None
+    storage = open_storage(places.url) if given else optuna.storages.InMemoryStorage()
     result = Result(device.slug, places.url or "")
     evaluator = ReplayEvaluator(table, settings.seed)
     tuner = Tuner(device, storage, evaluator, settings, (), watcher.step)

@@ -56,11 +56,13 @@ def open_storage(url: str) -> BaseStorage:
         )
     try:
         if scheme == "journal":
+            _check_file(url, Path(rest))
             return _journal(Path(rest))
         if scheme == "grpc":
             return _proxy(rest)
         if scheme == "sqlite":
             path = _sqlite_path(rest)
+            _check_file(url, path)
             _check_sqlite(path)
             with locked(path.parent, path.name):  # two processes that make the tables conflict
                 return _database(url, path)
@@ -71,8 +73,19 @@ def open_storage(url: str) -> BaseStorage:
         last = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TuneError(
             f"tune: --study {url}: must be a storage that can be opened; it said: {last}; "
-            "check that it runs and that its driver is installed"
+            + (
+                "name a file that can be written, such as --study sqlite:///tune.db"
+                if scheme in ("journal", "sqlite")
+                else "check that it runs and that its driver is installed"
+            )
         ) from error
+
+
+def _check_file(url: str, path: Path) -> None:
+    if path.is_dir():
+        raise TuneError(
+            f"tune: --study {url}: must name a file; got the folder {path}; name a file in it"
+        )
 
 
 def sqlite_url(path: Path) -> str:

@@ -265,6 +265,17 @@ def test_a_check_with_records_of_its_own_recommends_them_again(
     assert pasted(capsys, told.splitlines()[-1]).code == 0
 
 
+def test_a_spec_whose_name_looks_like_an_option(
+    capsys: pytest.CaptureFixture[str], one_op: Path
+) -> None:
+    Path("few.yaml").rename("-few.yaml")
+    assert Ran(capsys, "build", "./-few.yaml").code == 0
+    Path("generated/few/__init__.py").write_text("# edited\n")
+    told = Ran(capsys, "build", "./-few.yaml", "--check").out
+    assert pasted(capsys, told.splitlines()[-1]).code == 0
+    assert Ran(capsys, "build", "./-few.yaml", "--check").code == 0
+
+
 def test_a_package_in_a_project_says_nothing_of_the_machine(
     capsys: pytest.CaptureFixture[str], one_op: Path
 ) -> None:

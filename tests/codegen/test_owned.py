@@ -103,6 +103,16 @@ def test_files_beside_a_package_stay(one_op: Path) -> None:
     assert check(load_spec("other.yaml"), OUT) == []
 
 
+@pytest.mark.parametrize("out", ["circle", "circle/below", "dangling", "file"])
+def test_a_folder_that_cannot_be_one(one_op: Path, out: str) -> None:
+    Path("circle").symlink_to("circle")
+    Path("dangling").symlink_to("nowhere")
+    Path("file").touch()
+    with pytest.raises(BuildError, match=rf"build: must be able to write {out}/few; got "):
+        build(load_spec("few.yaml"), Path(out))
+    assert not Path("nowhere").exists()
+
+
 def test_a_link_to_the_packages_folder_is_followed(one_op: Path) -> None:
     (one_op / "disk").mkdir()
     PACKAGE.symlink_to(one_op / "disk")

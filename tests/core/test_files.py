@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.core.files import check_own, locked, replace_file
+from nsagen.core.files import check_own, check_writable, locked, replace_file
 from nsagen.core.paths import visible
 
 
@@ -78,6 +78,22 @@ def test_waiting_for_a_lock_is_told(
     with locked(tmp_path, "few"):
         assert waited
     assert caplog.messages == [f"waiting for another process that writes {tmp_path / 'few'}"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_writable(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("file", "file/a", "dangling/a"):
+        with pytest.raises(NotADirectoryError) as error:
+            check_writable(tmp_path / name)
+        assert error.value.filename == str(tmp_path / name.partition("/")[0])
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError):
+        check_writable(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_hidden_files_are_passed_over(tmp_path: Path) -> None:

@@ -191,6 +191,7 @@ def test_no_room_for_the_records(world: World) -> None:
 def test_a_file_where_the_folder_should_be(world: World) -> None:
     (world.folder / "out").touch()
     assert re.search("Not a directory|File exists", told(world))
+    assert not (world.folder / "study.db").exists(), "refused before any trial"
 
 
 def test_a_read_only_folder(world: World) -> None:
@@ -198,6 +199,7 @@ def test_a_read_only_folder(world: World) -> None:
     out.mkdir()
     with small_disk(out, "1m,ro"):
         assert "Read-only file system" in told(world)
+    assert not (world.folder / "study.db").exists(), "refused before any trial"
     goes_on(world)
 
 

@@ -56,6 +56,25 @@ def test_a_storage_that_cannot_be_opened_says_why(url: str) -> None:
         open_storage(url)
 
 
+@pytest.mark.parametrize("scheme", ["journal://", "sqlite:///"])
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("folder", "must name a file; got the folder .*; name a file in it"),
+        ("file/study", "must be a storage that can be opened; .*; name a file that can be written"),
+        ("foreign", "foreign|not a database"),
+    ],
+)
+def test_what_is_no_file_for_a_study(tmp_path: Path, scheme: str, place: str, text: str) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "foreign"):
+        (tmp_path / name).write_text("mine\n")
+    with pytest.raises(TuneError, match=text):
+        open_storage(f"{scheme}{tmp_path / place}")
+    assert not list((tmp_path / "folder").iterdir())
+    assert {(tmp_path / name).read_text() for name in ("file", "foreign")} == {"mine\n"}
+
+
 def test_several_processes_may_make_a_database_at_once(tmp_path: Path) -> None:
     code = "import sys; from nsagen.tune.storage import open_storage; open_storage(sys.argv[1])"
     url = f"sqlite:///{tmp_path / 'new' / 'study.db'}"
