@@ -96,7 +96,14 @@ class Pretrained(nn.Module):
             InvalidInputError: a file is missing or does not fit; the text names it.
         """
         device = checked_device("from_pretrained", device)
-        folder = Path(folder)
+        require(
+            device.type != "meta",
+            "from_pretrained",
+            "device must be one that keeps the weights",
+            "'meta'",
+            "build the model of its config to have it without weights",
+        )
+        folder = _folder("from_pretrained", folder)
         raw, stored = read_config(folder), tensor_names(folder)
         require(
             not (folder / "adapter_config.json").is_file(),
@@ -141,7 +148,7 @@ class Pretrained(nn.Module):
             InvalidInputError: the folder holds a checkpoint that nsagen did not write, or the
                 model has weights that `from_pretrained` could not read; nothing was changed.
         """
-        folder, tensors = Path(folder), dict(self.state_dict())
+        folder, tensors = _folder("save_pretrained", folder), dict(self.state_dict())
         self._check_saved(tensors)
         tied = self.lm_head.weight is self.model.embed_tokens.weight
         if tied:
@@ -163,6 +170,17 @@ class Pretrained(nn.Module):
             (bad, "weights must be in memory, in bfloat16, float16, float32 or float64"),
         ):
             require(not found, "save_pretrained", rule, _shown(found), advice)
+
+
+def _folder(where: str, folder: Any) -> Path:
+    """A folder's path; an empty one, as of a variable that is not set, is not the working folder.
+
+    Raises:
+        InvalidInputError: not a path, or an empty one.
+    """
+    fits = isinstance(folder, str | PathLike) and str(folder) != ""
+    require(fits, where, "folder must be a path", repr(folder), 'such as "checkpoint"')
+    return Path(folder)
 
 
 def _is_new(name: str) -> bool:

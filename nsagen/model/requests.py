@@ -47,8 +47,15 @@ def check_inference(where: str, model: Any) -> InferenceConfig:
     Raises:
         InvalidInputError: no InferenceConfig, or weights that are missing or that no kernel takes.
     """
-    limits = model.inference_config
     name = type(model).__name__
+    require(
+        callable(getattr(type(model), "new_cache", None)),
+        where,
+        "the model must be a ToyNSALlama or ToyLlama",
+        f"a {name}",
+        "pass the model itself, not what wraps it (DataParallel, torch.compile)",
+    )
+    limits = model.inference_config
     require(
         isinstance(limits, InferenceConfig),
         where,
@@ -193,7 +200,7 @@ def check_prompt(where: str, prompt: Any) -> Tensor:
     rule = "a prompt must be integers with shape [L], int64 or int32"
     if not isinstance(prompt, Tensor):
         try:
-            if isinstance(prompt, list | tuple) and any(isinstance(t, bool) for t in prompt):
+            if isinstance(prompt, list | tuple) and any(map(_is_bool, prompt)):
                 raise TypeError  # PyTorch takes a bool among integers for 0 or 1
             prompt = _native(prompt)
             empty = len(prompt) == 0
@@ -210,6 +217,10 @@ def check_prompt(where: str, prompt: Any) -> Tensor:
         "pass token numbers",
     )
     return prompt
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool)
 
 
 def _native(prompt: Any) -> Any:
@@ -318,7 +329,7 @@ def check_samplings(where: str, sampling: Any, batch: int) -> Sequence[SamplingC
 
 def is_integer(value: Any) -> bool:
     """Whether a value is a Python, NumPy or zero-dimensional tensor integer, and not a bool."""
-    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool):
+    if _is_bool(value):
         return False
     try:
         operator.index(value)

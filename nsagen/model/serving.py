@@ -224,6 +224,13 @@ class ContinuousBatch:
         Args:
             prompts_first: compute all waiting prompts before the next step.
         """
+        require(
+            isinstance(prompts_first, bool),
+            "ContinuousBatch.run",
+            "prompts_first must be True or False",
+            repr(prompts_first),
+            "pass one of these",
+        )
         while not self.idle:
             if not self._results:
                 with self._working():

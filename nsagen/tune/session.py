@@ -126,8 +126,8 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with evaluator_for(settings.objective, specs, places) as (device, _, evaluator):
         places.started(device)
-        own = default_study_url(device.slug) if places.url is None else places.url
-        result = Result(device.slug, own)
+        url = default_study_url(device.slug) if places.url is None else places.url
+        result = Result(device.slug, url)
         folders = {spec.name: places.folder(spec) for spec in specs}
         having = {spec.name: set(spec.workloads()) for spec in specs}
         result.files += [folder / f"{device.slug}.yaml" for folder in folders.values()]
@@ -159,8 +159,10 @@ def simulate(path: Path, settings: Settings, places: Places, watcher: Watcher) -
     facts = {"device": "unknown", "target": "cuda:90", "driver": "", "triton": "", **table.facts}
     device = Device(f"replay-{facts['device']}", parse_target(facts["target"]), "", "")
     places.started(device)
-    given = places.url is not None
-    storage = open_storage(places.url) if given else optuna.storages.InMemoryStorage()
+    if places.url is None:
+        storage = optuna.storages.InMemoryStorage()
+    else:
+        storage = open_storage(places.url)
     result = Result(device.slug, places.url or "")
     evaluator = ReplayEvaluator(table, settings.seed)
     tuner = Tuner(device, storage, evaluator, settings, (), watcher.step)

@@ -11,6 +11,7 @@ import torch
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.model import (
+    ContinuousBatch,
     InferenceConfig,
     KVCache,
     NativeSparseAttention,
@@ -88,6 +89,7 @@ def attention(**changes: Any) -> NativeSparseAttention:
 
 DENSE = dense_config()
 SPARSE = nsa_config()
+WRAPPED = torch.nn.DataParallel(torch.nn.Linear(2, 2))
 LIMITS = InferenceConfig(1, 64, 4)
 
 WRONG: list[tuple[Callable[..., object], tuple[Any, ...], dict[str, Any], str]] = [
@@ -126,6 +128,12 @@ WRONG: list[tuple[Callable[..., object], tuple[Any, ...], dict[str, Any], str]] 
     (NSACache, (SPARSE, LIMITS, "cpu", "bf16"), {}, "NSACache: dtype must be a dtype, got 'bf16'"),
     (KVCache, (DENSE, LIMITS, "cuda:64"), {}, "KVCache: device .*got 'cuda:64', and PyTorch sees"),
     (ToyLlama.from_pretrained, ("x",), {"device": "foo"}, "from_pretrained: device must be one"),
+    (ToyLlama.from_pretrained, ("x",), {"device": "meta"}, "must be one that keeps the weights"),
+    (ToyLlama.from_pretrained, ("",), {}, "from_pretrained: folder must be a path, got ''; such"),
+    (ToyLlama.from_pretrained, (None,), {}, "from_pretrained: folder must be a path, got None"),
+    (ToyLlama(DENSE).save_pretrained, ("",), {}, "save_pretrained: folder must be a path, got ''"),
+    (ContinuousBatch, (None,), {}, "the model must be a ToyNSALlama or ToyLlama, got a NoneType"),
+    (ContinuousBatch, (WRAPPED,), {}, "got a DataParallel; pass the model itself, not what wraps"),
     (ToyLlama.from_pretrained, ("x",), {"device": 3.5}, "from_pretrained: device .*got 3.5"),
 ]
 

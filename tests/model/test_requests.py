@@ -60,6 +60,7 @@ BAD_PROMPTS: list[tuple[Any, str]] = [
     (None, "got None"),
     (7, "got 7"),
     ([2**70], "got "),
+    ([torch.tensor(True), torch.tensor(2)], "got "),
     (b"abc", "got b'abc'; pass token numbers"),
     (np.ma.masked_equal([1, 2], 2), "got masked_array"),
     (np.array([True, False]), "got torch.bool with shape"),
@@ -142,6 +143,8 @@ def test_ends_and_ids_without_values_or_beyond_int32_are_refused(model: ToyNSALl
 
 
 def test_switches_and_limits_of_another_kind_are_refused(model: ToyNSALlama) -> None:
+    with pytest.raises(InvalidInputError, match=r"run: prompts_first must be True .*got 'yes'"):
+        next(ContinuousBatch(model).run("yes"))  # pyright: ignore[reportArgumentType]
     with pytest.raises(InvalidInputError, match=r"ContinuousBatch: cuda_graph must .*got 'yes'"):
         ContinuousBatch(model, cuda_graph="yes")  # pyright: ignore[reportArgumentType]
     limits: Any = {"max_batch_size": 2}
