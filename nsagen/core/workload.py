@@ -71,6 +71,7 @@ STATIC_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
         "local_blocks",
     ),
     ("block_selection", "decode"): _SELECTION,
+    ("pool_append", "decode"): ("head_dim", "kernel_size", "kernel_stride"),
     ("native_sparse_attention", "decode"): (
         "head_dim",
         "v_head_dim",

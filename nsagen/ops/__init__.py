@@ -24,6 +24,7 @@ from nsagen.ops.lengths import Lengths
 from nsagen.ops.linear_decode import LINEAR_DECODE_ROWS, linear_decode
 from nsagen.ops.native_sparse_attention import native_sparse_attention
 from nsagen.ops.native_sparse_attention_decode import native_sparse_attention_decode
+from nsagen.ops.pool_append import pool_append
 from nsagen.ops.rope import rope
 from nsagen.ops.selected_attention import topk_sparse_attention
 from nsagen.ops.separate import SeparateKV
@@ -48,6 +49,7 @@ __all__ = [
     "native_sparse_attention",
     "native_sparse_attention_decode",
     "on_kernels",
+    "pool_append",
     "rope",
     "sigmoid_mul_compress",
     "sliding_window_attention",

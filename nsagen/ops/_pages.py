@@ -5,6 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from nsagen.ops._checks import check_indices, check_range, fail, values_are_read
+from nsagen.ops.reference._pages import capacity_of
+
+__all__ = ["capacity_of", "check_page_size", "check_places", "check_table"]
 
 
 def check_table(op: str, like: Tensor, block_table: Tensor) -> None:
@@ -23,11 +26,6 @@ def check_page_size(op: str, page_size: int, multiple_of: str, unit: int) -> Non
         fail(
             op, rule, came, f"allocate pages of e.g. {max(1, -(-page_size // unit)) * unit} tokens"
         )
-
-
-def capacity_of(cache: Tensor, block_table: Tensor | None) -> int:
-    """Entries that a slot of a cache can hold: [slots, length, ...], or [pages, rows, ...]."""
-    return cache.shape[1] if block_table is None else block_table.shape[1] * cache.shape[1]
 
 
 def check_places(

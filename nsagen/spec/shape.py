@@ -17,6 +17,7 @@ _SERVES = {
     ("block_selection", "forward"): {"selected"},
     ("block_selection", "decode"): set(),
     ("compressed_lse", "forward"): set(),
+    ("pool_append", "decode"): set(),
     ("selected_attention", "forward"): {"selected"},
     ("selected_attention", "backward"): {"selected"},
     ("sliding_window_attention", "forward"): {"sliding"},
@@ -156,7 +157,7 @@ class AttentionShape:
             of_scores |= {"head_dim": self.index_head_dim, "gqa_ratio": self.index_heads}
         for op, pass_ in STATIC_PARAMS:
             used, wanted = of_scores, (op, pass_) in _FAMILY
-            if op == "compress" and pass_ == "forward":
+            if op == "pool_append" or (op, pass_) == ("compress", "forward"):
                 wanted = self.kernel_size > 1
             elif op == "compressed_lse":
                 wanted = self.score_norm == "softmax"

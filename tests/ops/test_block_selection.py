@@ -106,3 +106,16 @@ def test_decoding_agrees_with_compressed_attentions_own_selection() -> None:
     args = (x.q, x.ck_cache, *x.rows)
     _, expected = ops.compressed_attention_decode(x.q, x.ck_cache, x.cv_cache, *x.rows, **STATICS)
     assert torch.equal(ops.block_selection_decode(*args, **STATICS), expected)
+
+
+@pytest.mark.parametrize("new_tokens", [1, 3, 40])
+def test_appended_means_are_those_of_the_whole(new_tokens: int) -> None:
+    """Token by token, a few at a time, or all at once: the compressed keys of the prompt."""
+    x = Packed(seqlens=(40,))
+    ck, _ = ops.avgpool_compress(x.k, None, x.cu_seqlens, 8, 4)
+    cache, slot = torch.full((1, 10, 2, 16), torch.inf), torch.zeros(1, dtype=torch.int32)
+    for end in range(new_tokens, 40 + new_tokens, new_tokens):
+        position = torch.tensor([min(end, 40) - 1], dtype=torch.int32)
+        ops.pool_append(x.k[None], cache, position, slot, **WINDOWS, new_tokens=new_tokens)
+    torch.testing.assert_close(cache[0, :9], ck)
+    assert cache[0, 9].isinf().all()

@@ -101,6 +101,14 @@ def table() -> dict[str, Call]:
             ops.block_selection_decode,
             {"q": c.q, "k_cache": pck, **rows, **STATICS, "block_table": block_table},
         ),
+        "pool_append": (
+            ops.pool_append,
+            {"k_cache": c.k_cache, "ck_cache": c.ck_cache, **rows, **WINDOWS},
+        ),
+        "pool_append in pages": (
+            ops.pool_append,
+            {"k_cache": k, "ck_cache": pck, **rows, **WINDOWS, "block_table": block_table},
+        ),
         "topk_sparse_attention": (
             ops.topk_sparse_attention,
             {**qkv, "topk_idx": topk_idx, "block_size": 8, "cu_seqlens": x.cu_seqlens, **chunk},
@@ -228,6 +236,7 @@ PAGED = (
     "block_selection_decode in pages",
     "compressed_attention_decode in pages",
     "native_sparse_attention_decode in pages",
+    "pool_append in pages",
 )
 
 AMOUNTS = ("fewer", "more")
@@ -244,6 +253,7 @@ RIGHT = {
         for what in ("fewer", "more")
     ),
     *((name, "block_table", "one of the first size more") for name in PAGED),
+    *(("pool_append", name, "one of the second size fewer") for name in ("k_cache", "ck_cache")),
     ("block_selection_decode", "k_cache", "one of the first size more"),
     ("block_selection_decode", "k_cache", "one of the second size fewer"),
     *(

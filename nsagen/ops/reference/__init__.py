@@ -33,6 +33,7 @@ from nsagen.ops.reference.native_sparse_attention import (
     native_sparse_attention_decode,
 )
 from nsagen.ops.reference.norm_rope import norm_rope
+from nsagen.ops.reference.pool_append import pool_append
 from nsagen.ops.reference.rope import rope
 from nsagen.ops.reference.selected_attention import selected_attention, topk_sparse_attention
 from nsagen.ops.reference.sliding_window_attention import (
@@ -60,6 +61,7 @@ __all__ = [
     "native_sparse_attention",
     "native_sparse_attention_decode",
     "norm_rope",
+    "pool_append",
     "positions_in_sequence",
     "rope",
     "selected_attention",

@@ -23,3 +23,8 @@ def first_entries(cache: Tensor, block_table: Tensor | None, slot: int, count: i
         return cache[slot, :count]
     pages = -(-count // cache.shape[1])
     return cache[block_table[slot, :pages].long()].flatten(0, 1)[:count]
+
+
+def capacity_of(cache: Tensor, block_table: Tensor | None) -> int:
+    """Entries that a slot of a cache can hold: [slots, length, ...], or [pages, rows, ...]."""
+    return cache.shape[1] if block_table is None else block_table.shape[1] * cache.shape[1]

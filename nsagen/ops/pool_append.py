@@ -1,0 +1,109 @@
+"""Decoding: compressed keys from a cache of keys, for the windows that new tokens complete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from nsagen.ops import reference
+from nsagen.ops._checks import check_indices, check_rows, fail, shapes
+from nsagen.ops._launch import key_of
+from nsagen.ops._op import define_op
+from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
+from nsagen.ops.reference._checks import check_windows
+from nsagen.runtime import Dispatcher
+
+_OP = "pool_append"
+
+
+def pool_append(
+    k_cache: Tensor,
+    ck_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    new_tokens: int = 1,
+    block_table: Tensor | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> None:
+    """Write the means of the windows that end at each row's newest tokens to ck_cache.
+
+    ck_cache[slot, i] = the mean of k_cache[slot, i s : i s + l], in float32. Keys are read from the
+    cache as attention reads them: after rope in InfLLM-V2 and MoBA. A window that ck_cache has no
+    room for is left out.
+
+    Args:
+        k_cache: [slots, max_length, HK, D].
+        ck_cache: [slots, max_windows, HK, D], of its dtype; changed.
+        positions: int32 [R], position of each row's newest token, already in k_cache; -1: an idle
+            row.
+        slots: int32 [R], each row's place in the caches.
+        kernel_size: tokens of a window, l; kernel_stride: tokens between two windows' starts, s.
+        new_tokens: tokens that were appended to each row, or more than that; a whole length makes
+            all windows anew.
+        block_table: int32 [slots, max_pages], or None. With it the caches are in pages, [pages,
+            page_size, HK, D] and [pages, page_size // kernel_stride, HK, D].
+        dispatcher: the generated kernels to use; by default they are built when missing.
+
+    Raises:
+        InvalidInputError: a tensor or parameter breaks the contract above.
+    """
+    statics = (kernel_size, kernel_stride, new_tokens)
+    _pool_append(k_cache, ck_cache, positions, slots, *statics, key_of(dispatcher), block_table)
+
+
+def _check(call: Any) -> None:
+    k_cache, ck_cache, table = call.k_cache, call.ck_cache, call.block_table
+    check_rows(_OP, 4, k_cache=k_cache, ck_cache=ck_cache)
+    size, stride = call.kernel_size, call.kernel_stride
+    check_windows(_OP, size, stride)
+    if call.new_tokens < 1:
+        fail(_OP, "new_tokens must be positive", call.new_tokens, "pass 1 for one new token")
+    check_indices(
+        _OP, k_cache, (call.positions.numel(),), positions=call.positions, slots=call.slots
+    )
+    if k_cache.shape[2:] != ck_cache.shape[2:] or k_cache.shape[0] != ck_cache.shape[0]:
+        came = shapes({"k_cache": k_cache, "ck_cache": ck_cache})
+        fail(_OP, "the caches must agree in all but their lengths", came, "allocate them alike")
+    if table is not None:
+        check_table(_OP, k_cache, table)
+        check_page_size(_OP, k_cache.shape[1], "kernel_stride", stride)
+        if ck_cache.shape[1] * stride != k_cache.shape[1]:
+            came = shapes({"k_cache": k_cache, "ck_cache": ck_cache})
+            fail(_OP, f"a page must hold a window every {stride} tokens", came, "allocate them so")
+    tokens = capacity_of(k_cache, table)
+    check_places(_OP, call.positions, call.slots, tokens, k_cache, table)
+
+
+@define_op(
+    returns="",
+    allocate=lambda: None,
+    check=_check,
+    kernel="pool_append decode",
+    sizes=lambda k_cache: {"head_dim": k_cache.shape[3]},
+    context=lambda k_cache, block_table: capacity_of(k_cache, block_table),
+    launch="k_cache ck_cache positions slots new_tokens block_table",
+    mutates="ck_cache",
+)
+def _pool_append(
+    k_cache: Tensor,
+    ck_cache: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    new_tokens: int,
+    dispatcher: str = "",
+    block_table: Tensor | None = None,
+) -> None:
+    """See `pool_append`."""
+    reference.pool_append(
+        *(k_cache, ck_cache, positions, slots),
+        kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
+        new_tokens=new_tokens,
+        block_table=block_table,
+    )

@@ -1,0 +1,31 @@
+"""The schedule space of pooling new windows of a cache's keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nsagen.codegen.space import Knob, PowerOfTwo, ScheduleSpace, next_power_of_2
+from nsagen.core.workload import Schedule, Workload
+
+
+def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """The padded head size, and the tokens that a step reads."""
+    return {
+        "block_d": next_power_of_2(int(workload.head_dim)),
+        "block_t": min(int(schedule.step_tokens), next_power_of_2(int(workload.kernel_size))),
+    }
+
+
+SPACES = (
+    ScheduleSpace(
+        op="pool_append",
+        pass_="decode",
+        algorithm="windows",
+        knobs=(
+            PowerOfTwo("step_tokens", 8, 128, "tokens a step: latency hidden against registers"),
+            Knob("num_warps", (1, 2, 4), "registers a thread against programs that fit"),
+        ),
+        derive=derive,
+        default=lambda workload, target: {"step_tokens": 32, "num_warps": 2},
+    ),
+)
