@@ -13,7 +13,6 @@ import cProfile
 import gc
 import json
 import pstats
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +31,8 @@ SIZES: dict[str, Any] = {
     **{"compress_type": "avgpool", "kernel_size": 32, "kernel_stride": 16},
     **{"block_size": 64, "topk": 16, "window_size": 512},
 }
-MODES = ("eager", "eager, lengths prepared", "graph", "compiled", "reduce-overhead")
+ONE_THREAD = "eager, backward in the caller's thread"
+MODES = (*("eager", "eager, lengths prepared", ONE_THREAD, "graph", "compiled"), "reduce-overhead")
 
 Call = Callable[[], Any]
 
@@ -106,9 +106,25 @@ def graph_of(call: Call) -> Call:
     return run
 
 
+def detached(results: Any) -> Any:
+    if isinstance(results, Tensor):
+        return results.detach()
+    return tuple(x.detach() for x in results)
+
+
 def same(one: Any, other: Any) -> bool:
     pairs = ((one, other),) if isinstance(one, Tensor) else zip(one, other, strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+def in_one_thread(call: Call) -> Call:
+    """A call whose backward pass PyTorch does not hand to a thread of the GPU's."""
+
+    def run() -> Any:
+        with torch.autograd.set_multithreading_enabled(False):
+            return call()
+
+    return run
 
 
 def modes(x: Inputs, what: str) -> Iterator[tuple[str, Callable[[], Call]]]:
@@ -116,6 +132,8 @@ def modes(x: Inputs, what: str) -> Iterator[tuple[str, Callable[[], Call]]]:
     attention = ops.native_sparse_attention
     yield "eager", lambda: make(attention)
     yield "eager, lengths prepared", lambda: make(attention, lengths=x.lengths())
+    if what != "forward":
+        yield ONE_THREAD, lambda: in_one_thread(make(attention))
     yield "graph", lambda: graph_of(make(attention))
     yield "compiled", lambda: make(COMPILED)
     yield "reduce-overhead", lambda: make(REDUCED)
@@ -145,21 +163,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seqlens", type=int, nargs="+", default=list(SEQLENS))
     parser.add_argument("--package", default="llama8b", help="generated package")
-    parser.add_argument("--modes", nargs="+", help="only these, e.g. eager graph")
+    parser.add_argument("--modes", nargs="+", default=MODES, help="only these, e.g. eager graph")
     parser.add_argument("--out", type=Path, help="file of the rows as JSON")
     parser.add_argument("--profile", action="store_true", help="print where the host's time goes")
     options = parser.parse_args()
-    if not options.modes:  # its graphs share a pool, which another mode's captures would disturb
-        more = [a for a in sys.argv[1:] if a not in ("--profile", "--out", str(options.out))]
-        subprocess.run([sys.executable, __file__, *more, "--modes", "reduce-overhead"], check=False)
-        options.modes = [mode for mode in MODES if mode != "reduce-overhead"]
     dispatcher = nsagen.load(options.package)
     rows = []
     for tokens in options.seqlens:
         x = Inputs(tokens, dispatcher)
         for what in ("forward", "forward and backward"):
             first = (x.forward if what == "forward" else x.training)(ops.native_sparse_attention)
-            right = first()
+            # Results with a graph would keep nodes of the leaves alive that belong to this stream,
+            # and no capture on another one could use those.
+            right = detached(first())
             for mode, make in modes(x, what):
                 if mode not in options.modes:
                     continue

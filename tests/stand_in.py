@@ -113,10 +113,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     triton = pytest.importorskip("triton")
     from triton.runtime import driver
 
-    from nsagen.ops import _lengths_kernel
+    from nsagen.ops import _fixed_kernels
     from nsagen.runtime import replay
 
-    importlib.reload(_lengths_kernel)  # another test may have imported it as an interpreted one
+    importlib.reload(_fixed_kernels)  # another test may have imported interpreted ones
     stand_in = StandIn()
     forget()  # calls that went elsewhere
     monkeypatch.setattr(
@@ -133,7 +133,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         if name.startswith("nsagen.ops"):
             for attribute in here.keys() & vars(module).keys():
                 monkeypatch.setattr(module, attribute, here[attribute])
-    monkeypatch.setattr(_lengths_kernel, "runs_on", lambda x: True)
+    monkeypatch.setattr(_fixed_kernels, "runs_on", lambda x: True)
     monkeypatch.setattr(Dispatcher, "_target", lambda *args: "cuda:90")
     for holder, names in (
         (torch, ("empty", "empty_strided", "zeros", "cumsum", "stack", "neg", "add")),
@@ -144,8 +144,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(replay, "_free", lambda *args: None)
     apply = replay._apply
 
-    def keep_applied(step: Any, offsets: Any, values: Any, slots: list[Tensor], *rest: Any) -> None:
-        apply(step, offsets, values, slots, *rest)
+    def keep_applied(step: Any, offsets: Any, values: Any, slots: list[Tensor]) -> None:
+        apply(step, offsets, values, slots)
         stand_in.kept.append(slots[-1])
 
     monkeypatch.setattr(replay, "_apply", keep_applied)

@@ -79,6 +79,14 @@ def find_kernel(
     return registry.lookup(dispatcher).launcher(workload, x.device, x.shape[0], context)
 
 
+def fixed_kernel(name: str, x: Tensor, otherwise: Launch) -> Launch:
+    """The `launch` of a kernel that is not generated; `otherwise` where Triton does not run on x's
+    device, since the interpreter was chosen too late."""
+    from nsagen.ops import _fixed_kernels
+
+    return getattr(_fixed_kernels, name) if _fixed_kernels.runs_on(x) else otherwise
+
+
 def attention_sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
     """The static parameters that all attention has, of q [N, HQ, D] and k, v [R, HK, D | Dv]."""
     heads = q.shape[1] // k.shape[1]

@@ -17,8 +17,9 @@ parameters and outputs by their names, as a pytest function takes fixtures.
     def rope_forward(x: Tensor, cos: Tensor, sin: Tensor, ...) -> Tensor:
         return reference.rope(x, cos, sin, positions)
 
-Calls on kernels that look like an earlier one are known: they skip check and look-up, and their
-launches are replayed. `OpSequence` does the same for several ops in a row.
+The first call of some look is checked and finds its kernel, the second one is recorded, and the
+others repeat the recording: they allocate and launch, and do nothing else on the host. An op that
+calls other ops is recorded as a whole.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ from nsagen.runtime.replay import (
     Meta,
     Program,
     Recorder,
-    ReplayedLaunch,
     allocator,
     meta_of,
 )
@@ -73,7 +73,7 @@ _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device
 def define_op(
     *,
     returns: str,
-    allocate: Callable[..., Outputs | None] | None = None,
+    allocate: Callable[..., Outputs | None],
     check: Callable[..., None] | None = None,
     kernel: str | Callable[..., Launch] = "",
     sizes: Callable[..., Mapping[str, Param]] | None = None,
@@ -95,13 +95,14 @@ def define_op(
 
     Args:
         returns: the outputs, in order.
-        allocate: makes the outputs, uninitialized and contiguous. It is the op's fake too. None for
-            an op that only writes to parameters. Without it the function is no custom op, but a
-            sequence of some: compilers and profilers see these.
+        allocate: makes the outputs, uninitialized and contiguous; it is the op's fake too. Returns
+            None for an op that only writes to parameters.
         check: raises the errors of the op's contract.
         kernel: op and pass of the workload that serves a call, or a function that gives the
-            `launch`. Without one the function calls other ops, and its calls on kernels, and those
-            of its gradients, are repeated as a whole; see `OpSequence`.
+            `launch`. Without one the function calls other ops, and PyTorch only through `apply`;
+            its calls on kernels, and those of its gradients, are repeated as a whole. If it has no
+            `gradients` either, those ops are called one by one where gradients are wanted, and in
+            exported graphs.
         sizes: static parameters of the workload, besides those that the op has by the same name.
         context: for decoding, the tokens that a cache slot holds at most.
         launch: arguments of the kernel's `launch`, in order. The rows of the first are the call's
@@ -134,48 +135,54 @@ def _define(
     mutates: tuple[str, ...],
     backward: _Backward | None,
 ) -> Callable[..., Any]:
-    name, defaults = op.name, op.defaults
-    run = OpSequence(op.function) if op.kernel is None else _OnKernels(op, launched)
-    dispatched: Any = op.function if op.allocate is None else _registered(op, run, mutates)
+    calls = _Calls(op.is_tensor, functools.partial(op.computer, launched), op.check)
+    dispatched: Any = _registered(op, calls, mutates)
+    function, defaults = op.function, op.defaults
+    in_parts = op.kernel is None and backward is None and not mutates
     node: Any = None
     if backward is not None:
         node = backward.node(
-            name, lambda args: dispatched(*args) if profiled() else run.computed(args)
+            op.name, lambda args: dispatched(*args) if profiled() else calls.run(args)
         )
-        if op.allocate is not None:
-            _register_autograd(dispatched, run, backward.run, backward.setup_context)
-    elif op.allocate is not None and not mutates:
-        _register_autograd(dispatched, run, functools.partial(_refuse, name), None)
+    if not mutates:
+        _register_autograd(op, dispatched, calls, backward)
 
-    @functools.wraps(op.function)
+    @functools.wraps(function)
     def call(*args: Any, **named: Any) -> Any:
         if named:
             args = op.bound(args, named)
         if torch.compiler.is_compiling() or transformed() or not on_kernels(args[0]):
+            if in_parts and (torch.compiler.is_exporting() or _trains(args)):
+                return function(*args)
             return dispatched(*args)
         full = args + defaults[len(args) :]
-        known = run.find(full)
-        if known is None and not _is_direct(run.calls.tensors(full)):
+        known = calls.known.find(full)
+        if known is None and not _is_direct(calls.known.tensors(full)):
             return dispatched(*args)
-        wanted = run.requires_grad(full) if known is None else known.requires_grad
+        wanted = calls.requires_grad(full) if known is None else known.requires_grad
         if wanted and torch.is_grad_enabled():
+            if in_parts:
+                return function(*full)
             return dispatched(*args) if node is None else node.apply(*full)
         if profiled():  # it names ops
             return dispatched(*args)
-        return run.learned(full) if known is None else known.run(full)
+        return calls.run(full, known)
 
-    vars(call)["returns"] = op.returns
+    vars(call)["op"] = op
     return call
 
 
-def _registered(op: _Op, run: _Calls, mutates: tuple[str, ...]) -> Callable[..., Any]:
+def _trains(args: Args) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+
+
+def _registered(op: _Op, calls: _Calls, mutates: tuple[str, ...]) -> Callable[..., Any]:
     """The op that PyTorch's dispatcher knows; it leaves out arguments that are as by default."""
     name, defaults, allocate = f"nsagen::{op.name}", op.defaults, op.allocate
-    assert allocate is not None
 
     def from_dispatcher(*args: Any) -> Any:
         args += defaults[len(args) :]
-        return run.computed(args) if on_kernels(args[0]) else op.on_reference(args)
+        return calls.run(args) if on_kernels(args[0]) else op.on_reference(args)
 
     schema = torch.library.infer_schema(op.function, mutates_args=mutates)
     torch.library.define(name, schema)
@@ -187,25 +194,28 @@ def _registered(op: _Op, run: _Calls, mutates: tuple[str, ...]) -> Callable[...,
 _LIBRARY = torch.library.Library("nsagen", "FRAGMENT")
 
 
-def _register_autograd(
-    op: Any, run: _Calls, backward: Callable[..., Any], setup_context: Callable[..., None] | None
-) -> None:
+def _register_autograd(op: _Op, dispatched: Any, calls: _Calls, backward: _Backward | None) -> None:
     """As `torch.library.register_autograd`, but that calls without gradients run at once.
 
     PyTorch hands them on to the dispatcher from Python, once more. Compiled code, which calls ops
     through it, would pay for that at each.
     """
-    generic = make_autograd_impl(op, Info(backward, setup_context))
-    defaults = tuple(argument.default_value for argument in op._schema.arguments)
+    info = Info(functools.partial(_refuse, op.name), None)
+    if backward is not None:
+        info = Info(backward.run, backward.setup_context)
+    generic = make_autograd_impl(dispatched, info)
+    defaults, in_parts = op.defaults, op.kernel is None and backward is None
 
     def autograd(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if in_parts and _trains(args):
+            return op.function(*args)
         if torch.is_grad_enabled() or transformed() or not on_kernels(args[0]):
             return generic(keys, *args)
         if any(keys.has(key) for key in _UNUSUAL):
             return generic(keys, *args)
-        return run.computed(args + defaults[len(args) :])
+        return calls.run(args + defaults[len(args) :])
 
-    _LIBRARY.impl(op._schema.name.removeprefix("nsagen::"), autograd, "Autograd", with_keyset=True)
+    _LIBRARY.impl(op.name, autograd, "Autograd", with_keyset=True)
 
 
 _UNUSUAL = [getattr(torch._C.DispatchKey, name) for name in ("Python", "Negative", "Conjugate")]
@@ -239,7 +249,7 @@ class _Op:
         function: Callable[..., Any],
         returns: Sequence[str],
         check: Callable[..., None] | None,
-        allocate: Callable[..., Outputs | None] | None,
+        allocate: Callable[..., Outputs | None],
         scratch: Mapping[str, Callable[..., Tensor]],
     ) -> None:
         parameters = inspect.signature(function).parameters
@@ -249,7 +259,7 @@ class _Op:
         self.defaults = tuple(p.default for p in parameters.values())
         self.is_tensor = tensor_parameters(function)
         self.check = None if check is None else by_name(check, self.names)
-        self.allocate = None if allocate is None else by_name(allocate, self.names)
+        self.allocate = by_name(allocate, self.names)
         self.scratch = {name: by_name(make, self.names) for name, make in scratch.items()}
         self.kernel: _Kernel | None = None
 
@@ -257,6 +267,22 @@ class _Op:
         if self.check is not None:
             self.check(args)
         return self.function(*args)
+
+    def computer(self, launched: _LaunchArguments, args: Args) -> Callable[[Args], Any]:
+        """What computes a call on kernels, and those that look like it."""
+        if self.kernel is None:
+            return lambda args: self.function(*args)
+        found = self.allocate(args)
+        returned = (found,) if isinstance(found, Tensor) else found or ()
+        outputs = (*returned, *(make(args) for make in self.scratch.values()))
+        main = launched(args, outputs)[0]
+        return _KernelCall(
+            launch=self.kernel.find(args, main) if main.shape[0] else None,
+            outputs=tuple(map(meta_of, outputs)),
+            launched=launched,
+            device=main.device,
+            returns=len(returned),
+        ).compute
 
     def bound(self, args: Args, named: dict[str, Any]) -> Args:
         """All arguments by position."""
@@ -284,7 +310,7 @@ class _Kernel:
         self._statics = {name: op.names.index(name) for name in known if name in op.names}
         self._sizes = by_name(sizes or (lambda: {}), op.names)
         self._context = by_name(context or (lambda: None), op.names)
-        self._dispatcher = op.names.index("dispatcher")
+        self._dispatcher = op.names.index("dispatcher") if self._launch is None else 0
 
     def find(self, args: Args, main: Tensor) -> Launch:
         """The `launch` of a call's kernel; main is the first of its arguments."""
@@ -332,108 +358,140 @@ class _LaunchArguments:
 
 
 class _Calls:
-    """Calls that are looked up, and learned where they are new."""
+    """Calls of an op, or of some ops in a row, on kernels.
 
-    def __init__(self, is_tensor: Sequence[bool]) -> None:
-        self.calls: KnownCalls[Any] = KnownCalls(is_tensor)
+    The function of a sequence returns a tensor, a tuple or a dictionary of tensors. It calls ops,
+    and PyTorch only through `apply`. What cannot be repeated is computed every time.
 
-    def computed(self, args: Args) -> Any:
-        known = self.find(args)
-        return self.learned(args) if known is None else known.run(args)
+    Args:
+        is_tensor: which arguments are tensors or None.
+        prepare: from the arguments of a call, what computes it and those that look like it.
+        check: raises the errors of the contract.
+    """
 
-    def find(self, args: Args) -> Any:
-        """What is known of such calls; values are checked all the same where they are read."""
-        known = self.calls.find(args)
-        if known is not None and values_are_read(args[0]):
-            self.check(args)
-        return known
+    def __init__(
+        self,
+        is_tensor: Sequence[bool],
+        prepare: Callable[[Args], Callable[[Args], Any]],
+        check: Callable[[Args], None] | None = None,
+    ) -> None:
+        self.known: KnownCalls[_Known] = KnownCalls(is_tensor)
+        self._prepare, self._check = prepare, check
 
-    def check(self, args: Args) -> None:
-        """Raise the errors of the contract."""
-
-    def learned(self, args: Args) -> Any:
-        """Compute a call that is new, and remember it."""
-        raise NotImplementedError
+    def run(self, args: Args, known: _Known | None = None) -> Any:
+        """Compute a call; `known` is what was found of it, if it was looked up before."""
+        known = self.known.find(args) if known is None else known
+        if known is None:
+            return self._learned(args)
+        if values_are_read(args[0]):
+            if self._check is not None:
+                self._check(args)
+            return known.compute(args)
+        return known.run(args)
 
     def requires_grad(self, args: Args) -> bool:
-        return any(tensor.requires_grad for tensor in self.calls.tensors(args))
+        return any(tensor.requires_grad for tensor in self.known.tensors(args))
+
+    def _learned(self, args: Args) -> Any:
+        if self._check is not None:
+            self._check(args)
+        compute, tensors = self._prepare(args), self.known.tensors(args)
+        if is_plain(tensors):
+            known = _Known(compute, self.known, self.requires_grad(args), replays(args[0]))
+            self.known.learn(args, known)
+        return compute(args)
 
 
-class _OnKernels(_Calls):
-    """An op's calls on kernels."""
+class _Known:
+    """What is known of calls that look alike.
 
-    def __init__(self, op: _Op, launched: _LaunchArguments) -> None:
-        super().__init__(op.is_tensor)
-        self._op, self._launched = op, launched
+    Attributes:
+        compute: computes one without checks and look-up.
+        requires_grad: whether any of its tensors does.
+    """
 
-    def check(self, args: Args) -> None:
-        if self._op.check is not None:
-            self._op.check(args)
+    def __init__(
+        self,
+        compute: Callable[[Args], Any],
+        calls: KnownCalls[_Known],
+        requires_grad: bool,
+        repeats: bool,
+    ) -> None:
+        self.compute, self.requires_grad = compute, requires_grad
+        self._calls, self._repeats = calls, repeats
+        self._recorded = False
+        self._program: Program | None = None
+        self._shape: Callable[[list[Tensor]], Any] = tuple
 
-    def learned(self, args: Args) -> Any:
-        """Check a call, find its kernel, remember both and run it."""
-        op = self._op
-        self.check(args)
-        assert op.allocate is not None
-        assert op.kernel is not None
-        found = op.allocate(args)
-        returned = (found,) if isinstance(found, Tensor) else found or ()
-        outputs = (*returned, *(make(args) for make in op.scratch.values()))
-        main = self._launched(args, outputs)[0]
-        if main.shape[0] == 0:
-            _recording.fail()
-            for output in outputs:
-                output.zero_()
-            return found
-        kernel = op.kernel.find(args, main)
-        repeated = is_plain(self.calls.tensors(args)) and replays(main)
-        call = _KnownCall(
-            kernel=ReplayedLaunch(kernel, after=1) if repeated else kernel,
-            outputs=tuple(map(meta_of, outputs)),
-            launched=self._launched,
-            device=main.device,
-            requires_grad=self.requires_grad(args),
-            returns=len(returned),
-        )
-        if repeated:
-            self.calls.learn(args, _KnownSequence(call.run, self.calls, call.requires_grad))
-        elif is_plain(self.calls.tensors(args)):
-            self.calls.learn(args, call)
-        return call.run(args)
+    def run(self, args: Args) -> Any:
+        if not self._repeats or _recording.recorder is not None:  # a part of what is recorded
+            return self.compute(args)
+        if not self._recorded:
+            return self._record(args)
+        if self._program is not None:
+            if elsewhere(self._program.device):
+                with torch.cuda.device(self._program.device):
+                    return self.run(args)
+            outputs = self._program.run(self._calls.tensors(args))
+            if outputs is not None:
+                return self._shape(outputs)
+        return self.compute(args)
+
+    def _record(self, args: Args) -> Any:
+        self._recorded = True
+        _recording.recorder = recorder = Recorder(self._calls.tensors(args))
+        try:
+            result = self.compute(args)
+        finally:
+            _recording.recorder = None
+        outputs: Iterable[Tensor] = ()
+        if result is None:
+            self._shape = lambda outputs: None
+        elif isinstance(result, dict):
+            names = tuple(result)
+            self._shape = lambda outputs: dict(zip(names, outputs, strict=True))
+            outputs = result.values()
+        elif isinstance(result, Tensor):
+            self._shape, outputs = (lambda outputs: outputs[0]), (result,)
+        else:
+            outputs = result
+        self._program = recorder.program(outputs)
+        return result
 
 
 @dataclass(frozen=True, slots=True)
-class _KnownCall:
-    """What was found out for one call of an op and those that look like it.
+class _KernelCall:
+    """How calls of an op that look alike are computed by a kernel.
 
     Attributes:
-        kernel: the `launch` of its kernel.
+        launch: of the kernel; None where it would have no rows, and the outputs are zeros.
         outputs: shapes, strides and dtypes.
-        launched: the arguments of `kernel`.
-        requires_grad: whether any tensor does.
+        launched: the arguments of `launch`.
         returns: how many of the outputs are returned.
     """
 
-    kernel: Launch
+    launch: Launch | None
     outputs: tuple[Meta, ...]
     launched: _LaunchArguments
     device: torch.device
-    requires_grad: bool
     returns: int
 
-    def run(self, args: Args) -> Any:
-        """Allocate the outputs of a call, run its kernel and return them."""
+    def compute(self, args: Args) -> Any:
         if elsewhere(self.device):
             with torch.cuda.device(self.device):
-                return self.run(args)
-        empty = allocator(self.device)
+                return self.compute(args)
+        empty, recorder = allocator(self.device), _recording.recorder
         outputs = [empty(*meta) for meta in self.outputs]
-        launched = self.launched(args, outputs)
-        self.kernel(*launched)
-        if _recording.recorder is not None:
-            program = self.kernel.program if isinstance(self.kernel, ReplayedLaunch) else None
-            tensors = [arg for arg in launched if isinstance(arg, Tensor)]
-            _recording.recorder.called(program, outputs, tensors)
+        if recorder is not None:
+            for output in outputs:
+                recorder.allocated(output)
+        if self.launch is None:
+            for output in outputs:
+                apply(Tensor.zero_, output)
+        elif recorder is None:
+            self.launch(*self.launched(args, outputs))
+        else:
+            recorder.run(self.launch, self.launched(args, outputs))
         if self.returns == 1:
             return outputs[0]
         return tuple(outputs[: self.returns]) if self.returns else None
@@ -450,13 +508,9 @@ def elsewhere(device: torch.device) -> bool:
 
 
 class _Recording(threading.local):
-    """The recorder of the sequence that this thread runs, if any."""
+    """The recorder of the call that this thread runs, if any."""
 
     recorder: Recorder | None = None
-
-    def fail(self) -> None:
-        if self.recorder is not None:
-            self.recorder.fail()
 
 
 _recording = _Recording()
@@ -468,87 +522,6 @@ def apply(function: Callable[..., Tensor], *args: Any) -> Tensor:
     if _recording.recorder is not None:
         _recording.recorder.applied(function, args, {}, result)
     return result
-
-
-class OpSequence(_Calls):
-    """Several ops in a row on kernels, repeated as one.
-
-    The function takes its arguments by position and returns a tensor, a tuple or a dictionary of
-    tensors. It calls ops, and PyTorch only through `apply`. Once a call of some look has been made,
-    the next one is recorded: all that it allocated and launched. The others repeat that, and
-    nothing else is done on the host. What cannot be repeated is called as ever.
-
-    Args:
-        is_tensor: which parameters are tensors or None; by default those annotated so.
-    """
-
-    def __init__(
-        self, function: Callable[..., Any], is_tensor: Sequence[bool] | None = None
-    ) -> None:
-        super().__init__(tensor_parameters(function) if is_tensor is None else is_tensor)
-        self._function = lambda args: function(*args)
-
-    def __call__(self, *args: Any) -> Any:
-        """Without gradients."""
-        with torch.no_grad():
-            return self.computed(args) if unobserved() else self._function(args)
-
-    def learned(self, args: Args) -> Any:
-        result = self._function(args)
-        tensors = self.calls.tensors(args)
-        if is_plain(tensors) and replays(args[0]):
-            known = _KnownSequence(self._function, self.calls, self.requires_grad(args))
-            self.calls.learn(args, known)
-        return result
-
-
-class _KnownSequence:
-    """Calls of a sequence, or of one op, that look alike."""
-
-    def __init__(
-        self, function: Callable[[Args], Any], calls: KnownCalls[Any], requires_grad: bool
-    ) -> None:
-        self._function, self._calls = function, calls
-        self.requires_grad = requires_grad
-        self._recorded = False
-        self._program: Program | None = None
-        self._shape: Callable[[list[Tensor]], Any] = tuple
-
-    def run(self, args: Args) -> Any:
-        # A part of what another one records, or one whose ops look at values.
-        if _recording.recorder is not None or values_are_read(args[0]):
-            return self._function(args)
-        if not self._recorded:
-            return self._record(args)
-        if self._program is not None:
-            if elsewhere(self._program.device):
-                with torch.cuda.device(self._program.device):
-                    return self.run(args)
-            outputs = self._program.run(self._calls.tensors(args))
-            if outputs is not None:
-                return self._shape(outputs)
-        return self._function(args)
-
-    def _record(self, args: Args) -> Any:
-        self._recorded = True
-        _recording.recorder = recorder = Recorder(self._calls.tensors(args))
-        try:
-            result = self._function(args)
-        finally:
-            _recording.recorder = None
-        outputs: Iterable[Tensor] = ()
-        if result is None:
-            self._shape = lambda outputs: None
-        elif isinstance(result, dict):
-            names = tuple(result)
-            self._shape = lambda outputs: dict(zip(names, outputs, strict=True))
-            outputs = result.values()
-        elif isinstance(result, Tensor):
-            self._shape, outputs = (lambda outputs: outputs[0]), (result,)
-        else:
-            outputs = result
-        self._program = recorder.program(outputs)
-        return result
 
 
 class _Backward:
@@ -571,19 +544,14 @@ class _Backward:
         self._taken = picker([i for i, name in enumerate(grads) if name in wanted])
         self._without = picker([i for i, name in enumerate(grads) if name not in wanted])
         names = (*(name for name in grads if name in wanted), *kept, *statics)
-        returned = vars(gradients).get("returns")
-        if returned is None:
-            self._gradients = by_name(gradients, names)
-        else:  # an op: what else it takes is as by default
-            of = [name.removeprefix("d") for name in returned]
-            self._gradients = lambda values: dict(
-                zip(of, gradients(**dict(zip(names, values, strict=True))), strict=True)
-            )
-        self._compute = self._gradients
-        if op.kernel is None:
+        other: _Op | None = vars(gradients).get("op")
+        self._compute = (
+            by_name(gradients, names) if other is None else _by_op(gradients, other, names)
+        )
+        self._on_kernels = self._compute
+        if op.kernel is None and other is None:
             tensors = [name not in statics for name in names]
-            sequence = OpSequence(lambda *values: self._gradients(values), tensors)
-            self._compute = lambda values: sequence(*values)
+            self._on_kernels = _Calls(tensors, lambda args: self._compute).run
 
     def setup_context(self, ctx: Any, inputs: Args, output: Any) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
@@ -601,7 +569,8 @@ class _Backward:
         if all_none(taken):  # nothing depends on any of them
             return (None,) * len(self._op.names)
         values = (*taken, *ctx.saved_tensors, *ctx.statics)
-        found = self._compute(values) if on_kernels(taken[0]) else self._gradients(values)
+        direct = on_kernels(taken[0]) and unobserved() and not torch.is_grad_enabled()
+        found = (self._on_kernels if direct else self._compute)(values)
         unknown = found.keys() - set(self._op.names)
         assert not unknown, f"gradients of {unknown}, which are no parameters"
         needed = (found.get(name) for name in self._op.names)
@@ -620,3 +589,20 @@ class _Backward:
             "backward": staticmethod(once_differentiable(self.run)),
         }
         return type(f"BackwardOf_nsagen_{name}", (torch.autograd.Function,), parts)
+
+
+def _by_op(
+    call: Callable[..., Any], op: _Op, names: Sequence[str]
+) -> Callable[[Args], dict[str, Tensor]]:
+    """Calls an op with those of some values that are its parameters; the others are as by default.
+
+    It returns the gradients `d` + name, by name.
+    """
+    places = [names.index(n) if n in names else len(names) + i for i, n in enumerate(op.names)]
+    pick, of = picker(places), [name.removeprefix("d") for name in op.returns]
+
+    def compute(values: Args) -> dict[str, Tensor]:
+        found = call(*pick((*values, *op.defaults)))
+        return dict(zip(of, (found,) if len(of) == 1 else found, strict=True))
+
+    return compute

@@ -63,23 +63,36 @@ def attend_branches(
     """
     assert windows is not None or not {"compressed", "selected"} & set(branches)
     ck, cv = windows or (None, None)
-    selection = (block_size, topk, init_blocks, local_blocks)
-    statics = (kernel_size, kernel_stride, *selection, window_size, softmax_scale)
-    return attend(
-        *(q, ck, cv, *selected, *sliding, gate, cu_seqlens, window_cu_seqlens),
-        *(q_start, cu_seqlens_k, *statics, tuple(branches), key_of(dispatcher)),
-    )
+    (k, v), own, key = selected, sliding, key_of(dispatcher)
+    k_window, v_window = (None, None) if own[0] is k and own[1] is v else own
+    ends = (cu_seqlens, window_cu_seqlens)
+    selection = (block_size, topk, init_blocks, local_blocks, window_size, softmax_scale)
+    statics = (kernel_size, kernel_stride, *selection)
+    whole = q_start is None and cu_seqlens_k is None and len(branches) == len(BRANCHES)
+    inputs = [x for x in (q, k, v, ck, cv, gate) if x is not None]
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if trains and whole and k_window is None and on_kernels(q):
+        assert ck is not None
+        assert cv is not None
+        found = branches_forward(q, k, v, ck, cv, gate, *ends, *statics, key)
+        return sum_branches(*found[:6], gate, key)
+    more = (gate, *ends, q_start, cu_seqlens_k, *statics, " ".join(branches), key)
+    return attend(q, ck, cv, k, v, k_window, v_window, *more)
 
 
-@define_op(returns="o")
+def _allocate(q: Tensor, v: Tensor, v_window: Tensor | None) -> Tensor:
+    return q.new_empty((*q.shape[:2], (v if v_window is None else v_window).shape[2]))
+
+
+@define_op(returns="o", allocate=_allocate)
 def attend(
     q: Tensor,
     ck: Tensor | None,
     cv: Tensor | None,
     k: Tensor,
     v: Tensor,
-    k_window: Tensor,
-    v_window: Tensor,
+    k_window: Tensor | None,
+    v_window: Tensor | None,
     gate: Tensor,
     cu_seqlens: Tensor,
     window_cu_seqlens: Tensor,
@@ -93,41 +106,37 @@ def attend(
     local_blocks: int,
     window_size: int,
     softmax_scale: float,
-    branches: tuple[str, ...],
+    branches: str,
     dispatcher: str,
 ) -> Tensor:
-    """`attend_branches` on tensors by themselves."""
-    inputs = [x for x in (q, ck, cv, k, v, k_window, v_window, gate) if x is not None]
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    all_on = len(branches) == len(BRANCHES)
-    shared = k is k_window and v is v_window
-    is_chunk = q_start is not None or cu_seqlens_k is not None
-    windows = (cu_seqlens, window_cu_seqlens, kernel_size, kernel_stride)
-    selection = (block_size, topk, init_blocks, local_blocks)
-    if trains and all_on and shared and not is_chunk and on_kernels(q):
-        assert ck is not None
-        assert cv is not None
-        statics = (*selection, window_size, softmax_scale, dispatcher)
-        found = branches_forward(q, k, v, ck, cv, gate, *windows, *statics)
-        return sum_branches(*found[:6], gate, dispatcher)
-    last = (softmax_scale, dispatcher)
+    """`attend_branches` on tensors by themselves.
+
+    Args:
+        k_window, v_window: None where the sliding branch reads k and v.
+        branches: names of those that are on, with blanks between.
+    """
+    on, last = branches.split(), (softmax_scale, dispatcher)
     outputs: dict[str, Tensor] = {}
     if ck is not None and cv is not None:
+        windows = (cu_seqlens, window_cu_seqlens, kernel_size, kernel_stride)
         o, lse = compressed_attention_forward(q, ck, cv, *windows, *last, q_start)
-        if "compressed" in branches:
+        if "compressed" in on:
             outputs["compressed"] = o
-        if "selected" in branches:
+        if "selected" in on:
+            selection = (block_size, topk, init_blocks, local_blocks)
             topk_idx = select_blocks(q, ck, lse, *windows, *selection, *last, q_start)
             outputs["selected"], _ = selected_attention_forward(
                 q, k, v, topk_idx, cu_seqlens, block_size, *last, cu_seqlens_k, q_start
             )
-    window = (q, k_window, v_window, cu_seqlens)
+    window = (q, k if k_window is None else k_window, v if v_window is None else v_window)
     chunk = (window_size, *last, cu_seqlens_k, q_start)
-    if all_on and not trains:
+    inputs = (*outputs.values(), *window, gate)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if len(on) == len(BRANCHES) and not trains:
         others = (outputs["compressed"], outputs["selected"])
-        return sliding_window_gated_sum(*window, *others, gate, *chunk)
-    if "sliding" in branches:
-        outputs["sliding"], _ = sliding_window_attention_forward(*window, *chunk)
+        return sliding_window_gated_sum(*window, cu_seqlens, *others, gate, *chunk)
+    if "sliding" in on:
+        outputs["sliding"], _ = sliding_window_attention_forward(*window, cu_seqlens, *chunk)
     some = next(iter(outputs.values()))  # read, without weight, in place of one that is off
     compressed, of_blocks, of_window = (outputs.get(name, some) for name in BRANCHES)
     return gated_sum_forward(compressed, of_blocks, of_window, gate, dispatcher)

@@ -20,9 +20,10 @@ from nsagen.core.branches import BRANCHES
 from nsagen.ops import reference
 from nsagen.ops._launch import (
     attention_outputs,
+    fixed_kernel,
     with_contiguous_rows,
 )
-from nsagen.ops._op import apply, define_op
+from nsagen.ops._op import define_op
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.compressed_attention import (
     add_compressed_gradient,
@@ -44,10 +45,32 @@ def _allocate_gradients(
     return tuple(x.new_empty(x.shape) for x in (q, k, v, ck, cv))
 
 
-def _allocate_branches(q: Tensor, k: Tensor, v: Tensor, topk: int) -> tuple[Tensor, ...]:
+def allocate_branches(q: Tensor, k: Tensor, v: Tensor, topk: int) -> tuple[Tensor, ...]:
     topk_idx = q.new_empty((k.shape[1], q.shape[0], topk), dtype=torch.int32)
     branches = (attention_outputs(q, v) for _ in BRANCHES)
     return *itertools.chain(*branches), topk_idx
+
+
+def _columns(gate: Tensor, *deltas: Tensor) -> Tensor:
+    return torch.stack([x.float() for x in (*gate.unbind(-1), *deltas)])
+
+
+def _write_columns(*tensors: Tensor) -> None:
+    *inputs, columns = tensors
+    columns.copy_(_columns(*inputs))
+
+
+@define_op(
+    returns="columns",
+    allocate=lambda gate: gate.new_empty((6, *gate.shape[:2]), dtype=torch.float32),
+    kernel=lambda gate: fixed_kernel("launch_columns", gate, _write_columns),
+    launch="gate delta_compressed delta_selected delta_sliding columns",
+)
+def branch_columns(
+    gate: Tensor, delta_compressed: Tensor, delta_selected: Tensor, delta_sliding: Tensor
+) -> Tensor:
+    """float32 [6, N, HQ] of gate [N, HQ, 3] and three [N, HQ], which need not be contiguous."""
+    return _columns(gate, delta_compressed, delta_selected, delta_sliding)
 
 
 @define_op(returns="dq dk dv dck dcv", allocate=_allocate_gradients)
@@ -80,10 +103,10 @@ def branches_backward(
     `sum_branches` hands them on in the places of the gradients of o_compressed and of each lse.
     One branch after the other; the second and the third add theirs to what the first one wrote.
     """
-    of_compressed, of_selected, of_sliding = apply(_columns, gate)
-    do, deltas = do_compressed, apply(_together, dlse_compressed, dlse_selected, dlse_sliding)
+    do, last = do_compressed, (softmax_scale, dispatcher)
+    columns = branch_columns(gate, dlse_compressed, dlse_selected, dlse_sliding)
+    of_compressed, of_selected, of_sliding, *deltas = columns
     delta_compressed, delta_selected, delta_sliding = deltas
-    last = (softmax_scale, dispatcher)
     dq, dk, dv = selected_attention_backward(
         *(do, q, k, v, topk_idx, cu_seqlens, None, lse_selected, block_size),
         *(*last, delta_selected, of_selected),
@@ -99,20 +122,9 @@ def branches_backward(
     return dq, dk, dv, dck, dcv
 
 
-def _columns(gate: Tensor) -> Tensor:
-    """float32 [3, N, HQ] of a gate [N, HQ, 3], in one launch."""
-    columns = gate.new_empty((3, *gate.shape[:2]), dtype=torch.float32)
-    return columns.copy_(gate.permute(2, 0, 1))
-
-
-def _together(*columns: Tensor) -> Tensor:
-    """float32 [3, N, HQ] of three [N, HQ]."""
-    return torch.stack([column.float() for column in columns])
-
-
 @define_op(
     returns="o_compressed lse_compressed o_selected lse_selected o_sliding lse_sliding topk_idx",
-    allocate=_allocate_branches,
+    allocate=allocate_branches,
     gradients=branches_backward,
 )
 def branches_forward(

@@ -6,13 +6,13 @@ GPU nor breaks a graph under capture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from nsagen.ops._checks import check_indices, check_offsets, check_rows, fail
+from nsagen.ops._launch import fixed_kernel
 from nsagen.ops._op import define_op
 from nsagen.ops.layout import compressed_cu_seqlens, positions_in_sequence
 from nsagen.ops.reference._checks import check_windows
@@ -100,12 +100,6 @@ def _allocate(cu_seqlens: Tensor, tokens: int, kernel_stride: int) -> tuple[Tens
     return cu_seqlens.new_empty(tokens), offsets, cu_seqlens.new_empty(tokens // kernel_stride)
 
 
-def _kernel(cu_seqlens: Tensor) -> Callable[..., None]:
-    from nsagen.ops import _lengths_kernel
-
-    return _lengths_kernel.launch if _lengths_kernel.runs_on(cu_seqlens) else _by_pytorch
-
-
 def _by_pytorch(cu_seqlens: Tensor, *args: Any) -> None:
     *outputs, tokens, kernel_size, kernel_stride = args
     found = _reference(cu_seqlens, tokens, kernel_size, kernel_stride)
@@ -125,7 +119,7 @@ def _reference(
     returns="positions window_cu_seqlens window_positions",
     allocate=_allocate,
     check=_check,
-    kernel=_kernel,
+    kernel=lambda cu_seqlens: fixed_kernel("launch_lengths", cu_seqlens, _by_pytorch),
     launch="cu_seqlens positions window_cu_seqlens window_positions"
     " tokens kernel_size kernel_stride",
 )

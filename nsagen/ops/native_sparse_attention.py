@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nsagen.core.branches import BRANCHES, branches_on
 from nsagen.ops._checks import check_attention, fail
-from nsagen.ops._launch import key_of, on_kernels, scale_of
+from nsagen.ops._launch import fixed_kernel, key_of, on_kernels, scale_of
 from nsagen.ops._op import apply, define_op
 from nsagen.ops.branch_attention import attend
 from nsagen.ops.compress import compress_backward, compress_windows
-from nsagen.ops.gated_attention import branches_backward, branches_forward, sum_branches
+from nsagen.ops.gated_attention import (
+    allocate_branches,
+    branches_backward,
+    branches_forward,
+    sum_branches,
+)
 from nsagen.ops.gated_sum import gate_of
 from nsagen.ops.lengths import Lengths, lengths_of
 from nsagen.ops.reference.compress import Weight, tensors_of, weight_of
@@ -87,60 +91,45 @@ def native_sparse_attention(
     if (cos is None) != (sin is None):
         came = "cos" if sin is None else "sin"
         fail(_OP, "cos and sin must come together", came, "pass both")
+    positions = ends = window_positions = None
     if lengths is not None:
         lengths_of(_OP, cu_seqlens, (kernel_size, kernel_stride), lengths, q=q)
+        positions, ends, window_positions = lengths.tensors
     first_k, second_k, *_ = (*tensors_of(w_k), None, None)
     first_v, second_v, *_ = (*tensors_of(w_v), None, None)
-    scale, key = scale_of(softmax_scale, q), key_of(dispatcher)
-    sizes = _Sizes(
-        *(compress_type, v_compress_type or compress_type, kernel_size, kernel_stride),
-        *(block_size, topk, init_blocks, local_blocks, window_size, scale, key),
-    )
     weights = (first_k, first_v, pe, pe_v)
+    scale, key = scale_of(softmax_scale, q), key_of(dispatcher)
+    statics = (
+        *(compress_type, v_compress_type or compress_type, kernel_size, kernel_stride),
+        *(block_size, topk, init_blocks, local_blocks, window_size, scale),
+    )
     plain = second_k is None and second_v is None and len(on) == len(BRANCHES)
     trains = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, gate, *weights)
     )
+    inputs = (q, k, v, gate, cu_seqlens, positions, ends, window_positions, *weights)
     if plain and trains and cos is not None and sin is not None and on_kernels(q):
-        if lengths is None:
-            lengths = lengths_of(_OP, cu_seqlens, (kernel_size, kernel_stride), None, q=q)
-        outputs: Any = attention_with_gradients(
-            *(q, k, v, gate, cu_seqlens, *lengths.tensors, *weights, cos, sin, sizes)
-        )
-        o_compressed, lse_compressed, o_selected, lse_selected, o_sliding, lse_sliding, *_ = outputs
-        compressed, selected = (o_compressed, lse_compressed), (o_selected, lse_selected)
-        return sum_branches(*compressed, *selected, o_sliding, lse_sliding, gate, key)
-    made = (None, None, None) if lengths is None else lengths.tensors
+        found = attention_with_gradients(*inputs, cos, sin, *statics, key)
+        return sum_branches(*found[:6], gate, key)
     tables = (cos, sin, second_k, second_v)
-    return attention_of(q, k, v, gate, cu_seqlens, *made, *weights, *tables, sizes, on)
+    return attention_without_gradients(*inputs, *tables, *statics, " ".join(on), key)
 
 
-class _Sizes(NamedTuple):
-    """The static parameters of a call, its scale and its dispatcher."""
-
-    compress_type: str
-    v_compress_type: str
-    kernel_size: int
-    kernel_stride: int
-    block_size: int
-    topk: int
-    init_blocks: int
-    local_blocks: int
-    window_size: int
-    softmax_scale: float
-    dispatcher: str
-
-    @property
-    def windows(self) -> tuple[int, int]:
-        return self.kernel_size, self.kernel_stride
-
-    @property
-    def selection(self) -> tuple[int, int, int, int]:
-        return self.block_size, self.topk, self.init_blocks, self.local_blocks
+_Made = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-@define_op(returns="o")
-def attention_of(
+def _offsets(
+    q: Tensor, cu_seqlens: Tensor, sizes: tuple[int, int], made: _Made
+) -> tuple[Tensor, Tensor, Tensor]:
+    """positions, window_cu_seqlens and window_positions: those that were passed, or new ones."""
+    positions, ends, window_positions = made
+    if positions is None or ends is None or window_positions is None:
+        return lengths_of(_OP, cu_seqlens, sizes, None, q=q).tensors
+    return positions, ends, window_positions
+
+
+@define_op(returns="o", allocate=lambda q, v: q.new_empty((*q.shape[:2], v.shape[2])))
+def attention_without_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -157,72 +146,154 @@ def attention_of(
     sin: Tensor | None,
     w_k2: Tensor | None,
     w_v2: Tensor | None,
-    sizes: _Sizes,
-    branches: tuple[str, ...],
+    compress_type: str,
+    v_compress_type: str,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    window_size: int,
+    softmax_scale: float,
+    branches: str,
+    dispatcher: str,
 ) -> Tensor:
-    """`native_sparse_attention` on tensors by themselves, without gradients of its own."""
+    """`native_sparse_attention` on tensors by themselves, without gradients of its own.
+
+    Args:
+        positions, window_cu_seqlens, window_positions: see `Lengths`; made here if None.
+        w_k2, w_v2: second layers of an mlp.
+        branches: names of those that are on, with blanks between.
+    """
     check_attention(_OP, q, k, v)
-    needs_windows = "compressed" in branches or "selected" in branches  # it ranks their scores
-    if window_cu_seqlens is None and (needs_windows or cos is not None):
-        lengths = lengths_of(_OP, cu_seqlens, sizes.windows, None, q=q)
-        positions, window_cu_seqlens, window_positions = lengths.tensors
-    ck = cv = None
-    ends, dispatcher = cu_seqlens, sizes.dispatcher
+    on, sizes = branches.split(), (kernel_size, kernel_stride)
+    needs_windows = "compressed" in on or "selected" in on  # it ranks their scores
+    ends, ck, cv = cu_seqlens, None, None
+    if needs_windows or cos is not None:
+        made = (positions, window_cu_seqlens, window_positions)
+        positions, ends, window_positions = _offsets(q, cu_seqlens, sizes, made)
     if needs_windows:
-        assert window_cu_seqlens is not None
-        v_type, ends = sizes.v_compress_type, window_cu_seqlens
-        if "compressed" not in branches:  # nothing reads the values: the cheapest will do
-            v_type, w_v, w_v2, pe_v = "avgpool", None, None, None
-        windows = (*sizes.windows, dispatcher)
+        if "compressed" not in on:  # nothing reads the values: the cheapest will do
+            v_compress_type, w_v, w_v2, pe_v = "avgpool", None, None, None
+        more = (*sizes, dispatcher)
         weights = weight_of(w_k, w_k2), weight_of(w_v, w_v2)
-        ck = compress_windows(k, weights[0], pe, cu_seqlens, ends, sizes.compress_type, *windows)
-        cv = compress_windows(v, weights[1], pe_v, cu_seqlens, ends, v_type, *windows)
+        ck = compress_windows(k, weights[0], pe, cu_seqlens, ends, compress_type, *more)
+        cv = compress_windows(v, weights[1], pe_v, cu_seqlens, ends, v_compress_type, *more)
     if cos is not None and sin is not None:
         assert positions is not None
         assert window_positions is not None
         q = rope_forward(q, cos, sin, positions, dispatcher)
         k = rope_forward(k, cos, sin, positions, dispatcher)
         ck = None if ck is None else rope_forward(ck, cos, sin, window_positions, dispatcher)
-    if len(branches) < len(BRANCHES):
-        gate = apply(gate_of, gate, branches)
-    statics = (*sizes.windows, *sizes.selection, sizes.window_size, sizes.softmax_scale)
-    return attend(
-        *(q, ck, cv, k, v, k, v, gate, cu_seqlens, ends, None, None),
-        *(*statics, branches, dispatcher),
-    )
+    if len(on) < len(BRANCHES):
+        gate = apply(gate_of, gate, on)
+    selection = (block_size, topk, init_blocks, local_blocks, window_size, softmax_scale)
+    more = (None, None, *sizes, *selection, branches, dispatcher)
+    return attend(q, ck, cv, k, v, None, None, gate, cu_seqlens, ends, *more)
 
 
-def _gradients(call: Any) -> dict[str, Tensor]:
-    """From what `sum_branches` hands on; see `gated_attention`."""
-    sizes: _Sizes = call.sizes
+def _add(dk: Tensor, of_k: Tensor, dv: Tensor, of_v: Tensor) -> None:
+    dk += of_k
+    dv += of_v
+
+
+@define_op(
+    returns="",
+    allocate=lambda: None,
+    kernel=lambda dk: fixed_kernel("launch_add", dk, _add),
+    launch="dk of_k dv of_v",
+    mutates="dk dv",
+)
+def add_gradients(dk: Tensor, of_k: Tensor, dv: Tensor, of_v: Tensor) -> None:
+    """dk += of_k and dv += of_v, all contiguous."""
+    _add(dk, of_k, dv, of_v)
+
+
+def _like(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients to be written, contiguous; without elements for tensors that are None."""
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+
+
+@define_op(
+    returns="dq dk dv dw_k dw_v dpe dpe_v",
+    allocate=lambda q_turned, k, v, w_k, w_v, pe, pe_v: _like(
+        v, q_turned, k, v, w_k, w_v, pe, pe_v
+    ),
+)
+def attention_backward(
+    do_compressed: Tensor,
+    dlse_compressed: Tensor,
+    dlse_selected: Tensor,
+    dlse_sliding: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    cu_seqlens: Tensor,
+    positions: Tensor | None,
+    window_cu_seqlens: Tensor | None,
+    window_positions: Tensor | None,
+    w_k: Tensor | None,
+    w_v: Tensor | None,
+    pe: Tensor | None,
+    pe_v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    lse_compressed: Tensor,
+    lse_selected: Tensor,
+    lse_sliding: Tensor,
+    topk_idx: Tensor,
+    q_turned: Tensor,
+    k_turned: Tensor,
+    ck: Tensor,
+    cv: Tensor,
+    compress_type: str,
+    v_compress_type: str,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    window_size: int,
+    softmax_scale: float,
+    dispatcher: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """From what `sum_branches` hands on, see `gated_attention`; by kernels alone."""
+    sizes, made = (kernel_size, kernel_stride), (positions, window_cu_seqlens, window_positions)
+    positions, ends, window_positions = _offsets(k, cu_seqlens, sizes, made)
     dq, dk, dv, dck, dcv = branches_backward(
-        *(call.do_compressed, call.dlse_compressed, call.dlse_selected, call.dlse_sliding),
-        *(call.q_turned, call.k_turned, call.v, call.ck, call.cv, call.gate),
-        *(call.cu_seqlens, call.window_cu_seqlens),
-        *(call.lse_compressed, call.lse_selected, call.lse_sliding, call.topk_idx),
-        *(*sizes.windows, sizes.block_size, sizes.window_size, sizes.softmax_scale),
-        sizes.dispatcher,
+        *(do_compressed, dlse_compressed, dlse_selected, dlse_sliding),
+        *(q_turned, k_turned, v, ck, cv, gate, cu_seqlens, ends),
+        *(lse_compressed, lse_selected, lse_sliding, topk_idx),
+        *(*sizes, block_size, window_size, softmax_scale, dispatcher),
     )
     # The transpose of a rotation is the rotation back.
-    tables, positions = (call.cos, apply(torch.neg, call.sin)), call.positions
-    dq = rope_forward(dq, *tables, positions, sizes.dispatcher)
-    dk = rope_forward(dk, *tables, positions, sizes.dispatcher)
-    dck = rope_forward(dck, *tables, call.window_positions, sizes.dispatcher)
-    ends, more = (call.cu_seqlens, call.window_cu_seqlens), (*sizes.windows, sizes.dispatcher)
-    of_k = compress_backward(dck, call.k, call.w_k, call.pe, *ends, sizes.compress_type, *more)
-    of_v = compress_backward(dcv, call.v, call.w_v, call.pe_v, *ends, sizes.v_compress_type, *more)
-    found = {"q": dq, "k": apply(torch.add, dk, of_k[0]), "v": apply(torch.add, dv, of_v[0])}
-    weights = {"w_k": of_k[1], "pe": of_k[2], "w_v": of_v[1], "pe_v": of_v[2]}
-    return found | {name: dw for name, dw in weights.items() if getattr(call, name) is not None}
+    tables = (cos, apply(torch.neg, sin))
+    dq = rope_forward(dq, *tables, positions, dispatcher)
+    dk = rope_forward(dk, *tables, positions, dispatcher)
+    dck = rope_forward(dck, *tables, window_positions, dispatcher)
+    more = (*sizes, dispatcher)
+    of_k, dw_k, dpe = compress_backward(dck, k, w_k, pe, cu_seqlens, ends, compress_type, *more)
+    of_v, dw_v, dpe_v = compress_backward(
+        dcv, v, w_v, pe_v, cu_seqlens, ends, v_compress_type, *more
+    )
+    add_gradients(dk, of_k, dv, of_v)
+    return dq, dk, dv, dw_k, dw_v, dpe, dpe_v
+
+
+def _allocate(q: Tensor, k: Tensor, v: Tensor, topk: int, kernel_stride: int) -> tuple[Tensor, ...]:
+    windows = [x.new_empty((x.shape[0] // kernel_stride, *x.shape[1:])) for x in (k, v)]
+    return *allocate_branches(q, k, v, topk), *_like(v, q, k), *windows
+
+
+_Eleven = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]
 
 
 @define_op(
     returns="o_compressed lse_compressed o_selected lse_selected o_sliding lse_sliding topk_idx"
     " q_turned k_turned ck cv",
-    gradients=_gradients,
-    saves="do_compressed dlse_compressed dlse_selected dlse_sliding k v gate cu_seqlens positions"
-    " window_cu_seqlens window_positions w_k w_v pe pe_v cos sin sizes lse_compressed lse_selected"
-    " lse_sliding topk_idx q_turned k_turned ck cv",
+    allocate=_allocate,
+    gradients=attention_backward,
 )
 def attention_with_gradients(
     q: Tensor,
@@ -230,25 +301,37 @@ def attention_with_gradients(
     v: Tensor,
     gate: Tensor,
     cu_seqlens: Tensor,
-    positions: Tensor,
-    window_cu_seqlens: Tensor,
-    window_positions: Tensor,
+    positions: Tensor | None,
+    window_cu_seqlens: Tensor | None,
+    window_positions: Tensor | None,
     w_k: Tensor | None,
     w_v: Tensor | None,
     pe: Tensor | None,
     pe_v: Tensor | None,
     cos: Tensor,
     sin: Tensor,
-    sizes: _Sizes,
-) -> Any:
+    compress_type: str,
+    v_compress_type: str,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    window_size: int,
+    softmax_scale: float,
+    dispatcher: str,
+) -> _Eleven:
     """What `branches_forward` gives, and what its gradients need besides."""
     check_attention(_OP, q, k, v)
-    ends, more = (cu_seqlens, window_cu_seqlens), (*sizes.windows, sizes.dispatcher)
-    ck = compress_windows(k, w_k, pe, *ends, sizes.compress_type, *more)
-    cv = compress_windows(v, w_v, pe_v, *ends, sizes.v_compress_type, *more)
-    q = rope_forward(q, cos, sin, positions, sizes.dispatcher)
-    k = rope_forward(k, cos, sin, positions, sizes.dispatcher)
-    ck = rope_forward(ck, cos, sin, window_positions, sizes.dispatcher)
-    statics = (*sizes.selection, sizes.window_size, sizes.softmax_scale, sizes.dispatcher)
-    outputs = branches_forward(q, k, v, ck, cv, gate, *ends, *sizes.windows, *statics)
+    sizes, made = (kernel_size, kernel_stride), (positions, window_cu_seqlens, window_positions)
+    positions, ends, window_positions = _offsets(q, cu_seqlens, sizes, made)
+    offsets, more = (cu_seqlens, ends), (*sizes, dispatcher)
+    ck = compress_windows(k, w_k, pe, *offsets, compress_type, *more)
+    cv = compress_windows(v, w_v, pe_v, *offsets, v_compress_type, *more)
+    q = rope_forward(q, cos, sin, positions, dispatcher)
+    k = rope_forward(k, cos, sin, positions, dispatcher)
+    ck = rope_forward(ck, cos, sin, window_positions, dispatcher)
+    selection = (block_size, topk, init_blocks, local_blocks, window_size, softmax_scale)
+    outputs = branches_forward(q, k, v, ck, cv, gate, *offsets, *sizes, *selection, dispatcher)
     return *outputs, q, k, ck, cv

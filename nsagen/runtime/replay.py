@@ -15,7 +15,7 @@ import functools
 import operator
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,15 +41,19 @@ _ALLOCATIONS = {
     _aten.new_empty.default,
     _aten.new_empty_strided.default,
 }
-_REPEATED = {
-    _aten.zeros.default,
-    _aten.new_zeros.default,
-    _aten.new_full.default,
-    _aten.cumsum.default,
-    _aten.zero_.default,
-    _aten.fill_.Scalar,
+_FILLED = {
+    _aten.zeros.default: lambda size: 0,
+    _aten.new_zeros.default: lambda x, size: 0,
+    _aten.new_full.default: lambda x, size, value: value,
 }
-"""PyTorch operations that a `launch` may use between kernels: they read only tensors."""
+"""Allocations with a content, and what that is by their arguments."""
+_REPEATED: dict[Any, Callable[..., Tensor]] = {
+    _aten.cumsum.default: torch.cumsum,
+    _aten.zero_.default: Tensor.zero_,
+    _aten.fill_.Scalar: Tensor.fill_,
+}
+"""PyTorch operations that a `launch` may use between kernels, since they read only tensors, and
+functions that do the same at less cost."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +112,19 @@ class Program:
     Attributes:
         inputs: how many tensors it takes.
         outputs: the slots of the tensors that it returns.
-        device: where the tensors are; None for a CPU.
+        device: where the tensors are.
+        aligned: the inputs whose addresses must be multiples of 16, as the recorded ones were.
     """
 
     inputs: int
     steps: tuple[Step, ...]
     outputs: tuple[int, ...]
     device: torch.device
-    _run: Callable[..., list[Tensor] | None] = field(init=False, compare=False, repr=False)
+    aligned: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_run", functools.partial(_repeat, *_compiled(self)))
+    @functools.cached_property
+    def _run(self) -> Callable[..., list[Tensor] | None]:
+        return functools.partial(_repeat, *_compiled(self))
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
         """Launch the kernels on a call's tensors; returns the outputs, or None if that is
@@ -151,87 +157,89 @@ def allocator(device: torch.device) -> Empty:
     return empty
 
 
-def _compiled(program: Program) -> tuple[Any, ...]:
-    """What `_repeat` needs besides the tensors: steps on flat lists of values and tensors.
+_Step = Callable[[list[Any], list[Any]], None]
+"""On flat lists: values (the stream, addresses, constants, maps of bulk copies) and tensors."""
 
-    `values` holds the inputs' addresses, the constants and then, as steps make them, the slots'
-    addresses (one for each offset in use) and maps of bulk copies.
+
+def _compiled(program: Program) -> tuple[Any, ...]:
+    """What `_repeat` needs besides the tensors.
+
+    Its `values` are the stream, the inputs' addresses, the constants and then, as steps make them,
+    the slots' addresses (one for each offset in use) and maps of bulk copies.
     """
-    makers = {}  # slot -> the step that makes it
-    for step in program.steps:
-        if isinstance(step, Allocate) or (isinstance(step, Apply) and step.makes_slot):
-            makers[program.inputs + len(makers)] = step
     offsets: dict[int, list[int]] = {}
     for step in program.steps:
         for place in map(place_of, step.args) if isinstance(step, Run) else ():
             if place is not None and place.offset not in offsets.setdefault(place.slot, []):
                 offsets[place.slot].append(place.offset)
     inputs = range(program.inputs)
-    aligned = [slot for slot in inputs if slot in offsets] or [0]
-    moved = [(slot, n) for slot in inputs for n in offsets.get(slot, ()) if n]
-    index: dict[Any, int] = {Place(slot): slot for slot in inputs}
-    index |= {Place(*place): program.inputs + n for n, place in enumerate(moved)}
-    count = program.inputs + len(moved)
+    moved = [Place(slot, n) for slot in inputs for n in offsets.get(slot, ()) if n]
+    index = {place: n for n, place in enumerate([*map(Place, inputs), *moved], start=1)}
+    aligned = [index[Place(slot)] for slot in program.aligned]
     constants: list[Any] = []
+    first_constant = 1 + len(index)
 
     def constant(value: Any) -> int:
         constants.append(value)
-        return count + len(constants) - 1
+        return first_constant + len(constants) - 1
 
-    expanded = iter([_expanded(step, constant) for step in program.steps if isinstance(step, Run)])
-    count += len(constants)
-    steps: list[Callable[[list[Any], list[Any], int, Empty], None]] = []
-    last = _last_uses(program)
-    slot = program.inputs
-    for position, step in enumerate(program.steps):
-        used: tuple[int, ...] | None = None
-        if makers.get(slot) is step:
-            used = tuple(offsets.get(slot, ()))
+    expanded = [_expanded(s, constant) if isinstance(s, Run) else None for s in program.steps]
+    count = first_constant + len(constants)
+    empty, steps, slot = allocator(program.device), list[_Step](), program.inputs
+    dead = _last_uses(program)
+    for step, launch, unused in zip(program.steps, expanded, dead, strict=True):
+        used: list[int] | None = None
+        if makes_slot(step):
+            used = offsets.get(slot, [])
             index |= {Place(slot, offset): count + n for n, offset in enumerate(used)}
             count += len(used)
             slot += 1
         if isinstance(step, Allocate):
-            steps.append(functools.partial(_allocate, step.meta, used or ()))
+            steps.append(functools.partial(_allocate, empty, step.meta, tuple(used or ())))
         elif isinstance(step, Apply):
             steps.append(functools.partial(_apply, step, used))
-        else:
-            launch, args, descriptors = next(expanded)
-            picked = [index[arg] if isinstance(arg, Place) else arg for arg in args]
-            for n, (place, _, _) in enumerate(descriptors):
-                picked[place] = count + n
-            makes = tuple((index[base], make) for _, base, make in descriptors)
-            count += len(makes)
-            each = _launch_described if makes else _launch
+        elif launch is not None:
+            picked = [index[arg] if isinstance(arg, Place) else arg for arg in launch.args]
+            makes = []
+            for argument, base, make in launch.descriptors:
+                makes.append((index[base], make))
+                picked[argument] = count
+                count += 1
             pick = operator.itemgetter(*picked)
-            steps.append(functools.partial(each, launch, step.grid, pick, *([makes] * bool(makes))))
-        dead = tuple(s for s, use in last.items() if use == position)
-        if dead:
-            steps.append(functools.partial(_free, dead))
+            if makes:
+                steps.append(functools.partial(_describe, tuple(makes)))
+            steps.append(functools.partial(_launch, launch.function, pick))
+        if unused:
+            steps.append(functools.partial(_free, unused))
     return (
         tuple(steps),
-        operator.itemgetter(*aligned, aligned[0]),
-        tuple(moved),
+        tuple(aligned),
+        tuple((index[Place(place.slot)], place.offset) for place in moved),
         tuple(constants),
         program.outputs,
         _stream_of(program.device),
-        allocator(program.device),
+        _hooks(),
     )
 
 
-Expanded = tuple[Callable[..., None], list[Any], list[tuple[int, Place, Callable[[int], Any]]]]
+@dataclass(frozen=True)
+class _Expanded:
+    """A launch by its places and the indices of its constants.
 
-
-def _expanded(step: Run, constant: Callable[[Any], int]) -> Expanded:
-    """How a kernel is launched, on which places and constants, and its bulk copies' descriptors.
-
-    For a descriptor: its place among the arguments, the place of its tensor, and what makes it
-    from the address.
+    Attributes:
+        descriptors: of bulk copies: the argument that each is, the place of its tensor, and what
+            makes it from the address.
     """
-    compiled = step.compiled
-    direct = _direct_launcher(compiled)
-    launch, metas = direct or (_by_launcher(compiled), None)
-    args: list[Any] = []
-    descriptors = []
+
+    function: Callable[..., None]
+    args: list[Any]
+    descriptors: list[tuple[int, Place, Callable[[int], Any]]]
+
+
+def _expanded(step: Run, constant: Callable[[Any], int]) -> _Expanded:
+    launch, fixed, metas = _direct_launcher(step.compiled) or _launcher(step.compiled)
+    args: list[Any] = [*map(constant, step.grid), _STREAM, *map(constant, fixed)]
+    descriptors: list[tuple[int, Place, Callable[[int], Any]]] = []
     for arg in step.args:
         if not isinstance(arg, Descriptor):
             args.append(arg if isinstance(arg, Place) else constant(arg))
@@ -244,21 +252,24 @@ def _expanded(step: Run, constant: Callable[[Any], int]) -> Expanded:
             make = _map_maker(fields, metas[len(descriptors)])
             descriptors.append((len(args), arg.base, make))
             args += [None, *map(constant, (*fields["shape"], *fields["strides"]))]
-    return launch, args, descriptors
+    return _Expanded(launch, args, descriptors)
 
 
-def _by_launcher(compiled: Any) -> Callable[..., None]:
-    """Launches through Triton's own launcher of a kernel."""
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+_STREAM = 0
+"""Its index in the values."""
 
-    def launch(x: int, y: int, z: int, stream: int, *args: Any) -> None:
-        run(x, y, z, stream, function, metadata, None, None, None, *args)
-
-    return launch
+Launcher = tuple[Callable[..., None], tuple[Any, ...], list[dict[str, Any]] | None]
+"""What launches a kernel, its arguments between the stream and the kernel's own, and what is known
+of the kernel's descriptors where it takes them as maps."""
 
 
-def _direct_launcher(compiled: Any) -> tuple[Callable[..., None], list[dict[str, Any]]] | None:
-    """What Triton 3.6's launcher of a kernel finally calls, and what it knows of descriptors.
+def _launcher(compiled: Any) -> Launcher:
+    """Triton's own launcher of a kernel, without metadata and hooks."""
+    return compiled.run, (compiled.function, compiled.packed_metadata, None, None, None), None
+
+
+def _direct_launcher(compiled: Any) -> Launcher | None:
+    """What Triton 3.6's launcher of a kernel finally calls.
 
     The launcher is Python: for each call it looks for memory that hardly any kernel needs, and
     takes descriptors apart. None if a launcher is not as expected.
@@ -277,14 +288,8 @@ def _direct_launcher(compiled: Any) -> tuple[Callable[..., None], list[dict[str,
         launch, metas = held.get("launcher"), held.get("tensordesc_meta")
         if launch is None or not metas or any(not m or m["fp4_padded"] for m in metas):
             return None
-    function, metadata = compiled.function, compiled.packed_metadata
-    before = (function, run.launch_cooperative_grid, run.launch_pdl, None, None, metadata)
-    before = (*before, None, None, None)  # no launch metadata, no hooks
-
-    def direct(x: int, y: int, z: int, stream: int, *args: Any) -> None:
-        launch(x, y, z, stream, *before, *args)
-
-    return direct, metas
+    fixed = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None)
+    return launch, (*fixed, compiled.packed_metadata, None, None, None), metas
 
 
 _MAX_MAPS = 64
@@ -320,175 +325,162 @@ def _descriptor(kind: type, fields: dict[str, Any], address: int) -> Any:
     return descriptor
 
 
-def _last_uses(program: Program) -> dict[int, int]:
-    """The last step that uses each slot made by a step, for those that are not returned."""
+def makes_slot(step: Step) -> bool:
+    return isinstance(step, Allocate) or (isinstance(step, Apply) and step.makes_slot)
+
+
+def _last_uses(program: Program) -> list[tuple[int, ...]]:
+    """For each step, the slots that it is the last one to use, of those that are not returned."""
     last: dict[int, int] = {}
     slot = program.inputs
     for position, step in enumerate(program.steps):
-        if isinstance(step, Allocate) or (isinstance(step, Apply) and step.makes_slot):
+        if makes_slot(step):
             last[slot] = position
             slot += 1
         for place in () if isinstance(step, Allocate) else map(place_of, step.args):
             if place is not None and place.slot in last:
                 last[place.slot] = position
-    return {slot: use for slot, use in last.items() if slot not in program.outputs}
+    dead: list[list[int]] = [[] for _ in program.steps]
+    for slot, position in last.items():
+        if slot not in program.outputs:
+            dead[position].append(slot)
+    return [tuple(slots) for slots in dead]
 
 
 def _repeat(
-    steps: tuple[Callable[..., None], ...],
-    aligned: Callable[[list[int]], tuple[int, ...]],
+    steps: tuple[_Step, ...],
+    aligned: tuple[int, ...],
     moved: tuple[tuple[int, int], ...],
     constants: tuple[Any, ...],
     outputs: tuple[int, ...],
     stream_of: Callable[[], int],
-    empty: Empty,
+    hooked: Callable[[], bool],
     tensors: Sequence[Tensor],
 ) -> list[Tensor] | None:
-    values: list[Any] = [*map(_data_ptr, tensors)]
-    if functools.reduce(operator.or_, aligned(values)) % _ALIGNMENT or _hooked():
+    values: list[Any] = [stream_of(), *map(_data_ptr, tensors)]
+    bits = 0
+    for place in aligned:
+        bits |= values[place]
+    if bits % _ALIGNMENT or hooked():
         return None
-    for slot, offset in moved:
-        values.append(values[slot] + offset)
+    for address, offset in moved:
+        values.append(values[address] + offset)
     values += constants
     slots: list[Any] = [*tensors]
-    stream = stream_of()
     for step in steps:
-        step(values, slots, stream, empty)
+        step(values, slots)
     return [slots[slot] for slot in outputs]
 
 
 def _allocate(
-    meta: Meta,
-    offsets: tuple[int, ...],
-    values: list[Any],
-    slots: list[Any],
-    stream: int,
-    empty: Empty,
+    empty: Empty, meta: Meta, offsets: tuple[int, ...], values: list[Any], slots: list[Any]
 ) -> None:
     tensor = empty(*meta)
     slots.append(tensor)
-    address = _data_ptr(tensor)
-    for offset in offsets:
-        values.append(address + offset)
+    if offsets:
+        address = _data_ptr(tensor)
+        for offset in offsets:
+            values.append(address + offset)
 
 
-def _apply(
-    step: Apply,
-    offsets: tuple[int, ...] | None,
-    values: list[Any],
-    slots: list[Any],
-    stream: int,
-    empty: Empty,
-) -> None:
-    args = (slots[arg.slot] if isinstance(arg, Place) else arg for arg in step.args)
+def _apply(step: Apply, offsets: list[int] | None, values: list[Any], slots: list[Any]) -> None:
+    args = [slots[arg.slot] if isinstance(arg, Place) else arg for arg in step.args]
     tensor = step.function(*args, **step.named)
     if offsets is not None:
         slots.append(tensor)
         address = _data_ptr(tensor)
-        values.extend(address + offset for offset in offsets)
+        values.extend([address + offset for offset in offsets])
 
 
-def _free(
-    dead: tuple[int, ...], values: list[Any], slots: list[Any], stream: int, empty: Empty
-) -> None:
+def _free(dead: tuple[int, ...], values: list[Any], slots: list[Any]) -> None:
     for slot in dead:
         slots[slot] = None
 
 
-def _launch(
-    launch: Callable[..., None],
-    grid: tuple[int, ...],
-    pick: Callable[[list[Any]], tuple[Any, ...]],
-    values: list[Any],
-    slots: list[Any],
-    stream: int,
-    empty: Empty,
-) -> None:
-    launch(*grid, stream, *pick(values))
-
-
-def _launch_described(
-    launch: Callable[..., None],
-    grid: tuple[int, ...],
-    pick: Callable[[list[Any]], tuple[Any, ...]],
-    makes: tuple[tuple[int, Callable[[int], Any]], ...],
-    values: list[Any],
-    slots: list[Any],
-    stream: int,
-    empty: Empty,
+def _describe(
+    makes: tuple[tuple[int, Callable[[int], Any]], ...], values: list[Any], slots: list[Any]
 ) -> None:
     for base, make in makes:
         values.append(make(values[base]))
-    launch(*grid, stream, *pick(values))
 
 
-class ReplayedLaunch:
-    """A generated kernel's `launch`, for calls that differ only in the addresses of their tensors.
+def _launch(
+    launch: Callable[..., None],
+    pick: Callable[[list[Any]], tuple[Any, ...]],
+    values: list[Any],
+    slots: list[Any],
+) -> None:
+    launch(*pick(values))
 
-    The caller ensures this: shapes, strides, dtypes, devices and all other arguments agree with
-    the first call's, and the call runs on the tensors' device. Calls that cannot be repeated are
-    launched as usual: a `launch` that does more than allocate and launch, addresses with another
-    alignment, and calls while a profiler has hooks in Triton.
 
-    Args:
-        after: calls to make before recording one. Recording takes a few times as long as a call and
-            is wasted on calls that never come again.
-    """
+_SMALL = 2 << 20
+"""Bytes. Larger workspaces are freed after their last use; smaller ones share an allocation."""
+_APART = 512
+"""Bytes. PyTorch's allocator, too, starts each tensor at a multiple of this."""
 
-    def __init__(self, launch: Launch, after: int = 0) -> None:
-        self._launch = launch
-        self._plain = after
-        self._recorded = False
-        self.program: Program | None = None
 
-    def __call__(self, *args: object) -> None:
-        if self._plain > 0:
-            self._plain -= 1
-            self._launch(*args)
-        elif not self._recorded:
-            self.program = record(self._launch, args)
-            self._recorded = True
+def share_workspaces(program: Program) -> Program:
+    """The same with one allocation for all small tensors that only its kernels use."""
+    tensors = {*program.outputs}
+    for step in program.steps:
+        if isinstance(step, Apply):
+            tensors |= {place.slot for place in map(place_of, step.args) if place is not None}
+    shared = program.inputs
+    places = {slot: Place(slot) for slot in range(shared)}
+    slot, made, size, steps = shared, shared + 1, 0, list[Step]()
+    for step in filter(makes_slot, program.steps):
+        places[slot] = Place(made)
+        if isinstance(step, Allocate) and slot not in tensors and _bytes(step.meta) <= _SMALL:
+            places[slot] = Place(shared, size)
+            size += -(-_bytes(step.meta) // _APART) * _APART
         else:
-            tensors = [arg for arg in args if isinstance(arg, Tensor)]
-            if self.program is None or self.program.run(tensors) is None:
-                self._launch(*args)
+            made += 1
+        slot += 1
+    if size == 0:
+        return program
+
+    def moved(arg: Any) -> Any:
+        if isinstance(arg, Descriptor):
+            return Descriptor(arg.kind, arg.fields, moved(arg.base))
+        if not isinstance(arg, Place):
+            return arg
+        return Place(places[arg.slot].slot, places[arg.slot].offset + arg.offset)
+
+    slot = shared
+    for step in program.steps:
+        if not isinstance(step, Allocate):
+            steps.append(replace(step, args=tuple(map(moved, step.args))))
+        elif places[slot].slot != shared:
+            steps.append(step)
+        slot += makes_slot(step)
+    outputs = tuple(places[slot].slot for slot in program.outputs)
+    steps.insert(0, Allocate(((size,), (1,), torch.uint8)))
+    return replace(program, steps=tuple(steps), outputs=outputs)
 
 
-def record(launch: Launch, args: tuple[object, ...]) -> Program | None:
-    """Run a call of `launch`; returns how to repeat it, or None if that cannot be known.
-
-    The program takes the call's tensors in order. What is repeated must follow from shapes,
-    strides and dtypes alone. A `launch` that computes anything else on tensors does not qualify,
-    so the recorder watches what it does besides launching.
-    """
-    from triton import JITFunction
-
-    names = getattr(launch, "__globals__", {})
-    kernels = {n: v for n, v in names.items() if isinstance(v, JITFunction)}
-    if not kernels or not isinstance(launch, types.FunctionType):
-        launch(*args)
-        return None
-    recorder = Recorder([arg for arg in args if isinstance(arg, Tensor)])
-    shadow = dict(names)
-    for name, value in names.items():
-        if isinstance(value, types.FunctionType) and value.__globals__ is names:
-            shadow[name] = _with_globals(value, shadow)
-    shadow.update({n: _RecordedKernel(kernel, recorder) for n, kernel in kernels.items()})
-    with _Watch(recorder):
-        _with_globals(launch, shadow)(*args)
-    shadow.clear()  # its functions and it hold each other, and the recorder's tensors
-    return recorder.program(())
+def _bytes(meta: Meta) -> int:
+    """From the first to the last element of a tensor."""
+    shape, strides, dtype = meta
+    if 0 in shape:
+        return 0
+    last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    return (last + 1) * dtype.itemsize
 
 
 class Recorder:
-    """Collects the steps of a call on some tensors."""
+    """Collects the steps of a call on some tensors, while it runs.
+
+    The caller ensures this of the calls that repeat them: shapes, strides, dtypes, devices and all
+    other arguments agree with the recorded call's, and they run on the tensors' device.
+    """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._inputs = list(inputs)
-        self._slots: list[Tensor] = list(inputs)  # also keeps ids and addresses from being reused
+        self._slots: list[Tensor | None] = list(inputs)  # keeps ids and addresses from being reused
         self._of_id = {id(tensor): slot for slot, tensor in enumerate(inputs)}
         self._of_storage: dict[int, int] = {}
         self._steps: list[Step] = []
+        self._aligned: dict[int, None] = {}
         # A tensor that is passed twice has two places, and which one is meant is unknown.
         self._failed = not 1 <= len(inputs) == len(self._of_id)
 
@@ -497,21 +489,18 @@ class Recorder:
         self._failed = True
 
     def program(self, outputs: Iterable[Tensor]) -> Program | None:
-        """The steps so far, with the outputs that they made."""
+        """The steps so far, with the outputs that they made; None if they cannot be repeated."""
         slots = [self._of_id.get(id(tensor), -1) for tensor in outputs]
         if self._failed or min(slots, default=0) < 0:
             return None
-        return Program(len(self._inputs), tuple(self._steps), tuple(slots), self._inputs[0].device)
-
-    def made(self, tensor: Tensor) -> None:
-        """Record the tensor of the next slot."""
-        self._of_id[id(tensor)] = len(self._slots)
-        self._of_storage[tensor.untyped_storage().data_ptr()] = len(self._slots)
-        self._slots.append(tensor)
+        device, inputs = self._inputs[0].device, len(self._inputs)
+        steps, aligned = tuple(self._steps), tuple(self._aligned)
+        return share_workspaces(Program(inputs, steps, tuple(slots), device, aligned))
 
     def allocated(self, tensor: Tensor) -> None:
+        """Record a new tensor without content."""
         self._steps.append(Allocate(meta_of(tensor)))
-        self.made(tensor)
+        self._made(tensor)
 
     def applied(
         self, function: Callable[..., Tensor], args: tuple, named: Mapping[str, Any], result: Tensor
@@ -519,70 +508,76 @@ class Recorder:
         """Record a function of whole tensors that returned a new one, or changed one in place."""
         places = [self._argument(arg) for arg in args]
         whole = all(
-            self._slots[place.slot] is arg or meta_of(self._slots[place.slot]) == meta_of(arg)
+            slot is arg or (slot is not None and meta_of(slot) == meta_of(arg))
             for place, arg in zip(places, args, strict=True)
             if isinstance(place, Place)
+            for slot in [self._slots[place.slot]]
         )
         if not whole:
             return self.fail()
         new = id(result) not in self._of_id
         self._steps.append(Apply(function, tuple(places), named, new))
         if new:
-            self.made(result)
+            self._made(result)
         return None
 
-    def launched(self, compiled: Any, grid: Any, args: Iterable[Any]) -> None:
+    def run(self, launch: Launch, args: Sequence[Any]) -> None:
+        """Run a generated kernel's `launch`, and record what it allocates and launches.
+
+        What is repeated must follow from shapes, strides and dtypes alone. A `launch` that computes
+        anything else on tensors does not qualify, so all that it does is watched.
+        """
+        from triton import JITFunction
+
+        names = getattr(launch, "__globals__", {})
+        kernels = {n: v for n, v in names.items() if isinstance(v, JITFunction)}
+        if not kernels or not isinstance(launch, types.FunctionType):
+            self.fail()
+            return launch(*args)
+        shadow = dict(names)
+        for name, value in names.items():
+            if isinstance(value, types.FunctionType) and value.__globals__ is names:
+                shadow[name] = _with_globals(value, shadow)
+        shadow.update({n: _RecordedKernel(kernel, self) for n, kernel in kernels.items()})
+        before = len(self._slots)
+        with _Watch(self):
+            _with_globals(launch, shadow)(*args)
+        shadow.clear()  # its functions and it hold each other, and this recorder's tensors
+        self._let_go(before)
+        return None
+
+    def _made(self, tensor: Tensor) -> None:
+        """Note the tensor of the next slot."""
+        self._of_id[id(tensor)] = len(self._slots)
+        self._of_storage[tensor.untyped_storage().data_ptr()] = len(self._slots)
+        self._slots.append(tensor)
+
+    def _let_go(self, first: int) -> None:
+        """Free the workspaces of a `launch` that has returned: all slots from one on."""
+        self._of_id = {key: slot for key, slot in self._of_id.items() if slot < first}
+        self._of_storage = {key: slot for key, slot in self._of_storage.items() if slot < first}
+        self._slots[first:] = [None] * (len(self._slots) - first)
+
+    def launched(self, compiled: Any, grid: Any, args: Sequence[Any], specialized: Any) -> None:
+        """Record a launch.
+
+        Args:
+            specialized: for each argument, whether the kernel was compiled for its alignment.
+        """
         parts = ("run", "function", "packed_metadata")
         known = all(getattr(compiled, part, None) is not None for part in parts)
         places = tuple(self._argument(arg) for arg in args)
         if not known or not isinstance(grid, tuple) or len(places) < 2:
             return self.fail()
-        for place in map(place_of, places):
-            start = 0 if place is None else self._slots[place.slot].data_ptr()
-            if start % _ALIGNMENT:
+        for place, special in zip(map(place_of, places), specialized, strict=True):
+            tensor = self._slots[place.slot] if place is not None and special else None
+            if place is None or tensor is None:
+                continue
+            if tensor.data_ptr() % _ALIGNMENT:
                 return self.fail()
+            if place.slot < len(self._inputs):
+                self._aligned[place.slot] = None
         self._steps.append(Run(compiled, tuple([*grid, 1, 1][:3]), places))
-        return None
-
-    def called(
-        self, program: Program | None, outputs: Iterable[Tensor], tensors: Sequence[Tensor]
-    ) -> None:
-        """Record a call that made some outputs, then ran a program on tensors including them."""
-        if program is None:
-            return self.fail()
-        for output in outputs:
-            self.allocated(output)
-        return self._join(program, tensors)
-
-    def _join(self, program: Program, tensors: Sequence[Tensor]) -> None:
-        slots: list[Place] = []
-        for tensor in tensors:
-            place = self._argument(tensor)
-            if not isinstance(place, Place):
-                return self.fail()
-            slots.append(place)
-
-        def moved(arg: Any) -> Any:
-            if isinstance(arg, Descriptor):
-                return Descriptor(arg.kind, arg.fields, moved(arg.base))
-            if not isinstance(arg, Place):
-                return arg
-            return Place(slots[arg.slot].slot, slots[arg.slot].offset + arg.offset)
-
-        for step in program.steps:
-            if isinstance(step, Allocate):
-                self._steps.append(step)
-            elif isinstance(step, Run):
-                args = tuple(map(moved, step.args))
-                self._steps.append(Run(step.compiled, step.grid, args))
-            else:
-                args = tuple(map(moved, step.args))
-                if any(isinstance(arg, Place) and arg.offset for arg in args):
-                    return self.fail()
-                self._steps.append(Apply(step.function, args, step.named, step.makes_slot))
-            if isinstance(step, Allocate) or (isinstance(step, Apply) and step.makes_slot):
-                slots.append(Place(len(self._slots)))
-                self._slots.append(self._inputs[0])  # a workspace: only this call uses it
         return None
 
     def _argument(self, value: Any) -> Any:
@@ -604,9 +599,10 @@ class Recorder:
         if slot is not None:
             return Place(slot)
         slot = self._of_storage.get(tensor.untyped_storage().data_ptr())
-        if slot is None:
+        whole = None if slot is None else self._slots[slot]
+        if slot is None or whole is None:
             return None
-        return Place(slot, _offset(tensor) - _offset(self._slots[slot]))
+        return Place(slot, _offset(tensor) - _offset(whole))
 
 
 def place_of(arg: Any) -> Place | None:
@@ -636,8 +632,10 @@ class _RecordedKernel:
             compiled = self.kernel[grid](*args, **named)
             names = self.kernel.arg_names[: len(args)]
             values = dict(zip(names, args, strict=True)) | named
-            ordered = (values.get(p.name, p.default) for p in self.kernel.params)
-            self.recorder.launched(compiled, grid, ordered)
+            params = self.kernel.params
+            ordered = [values.get(p.name, p.default) for p in params]
+            specialized = [not p.do_not_specialize_on_alignment for p in params]
+            self.recorder.launched(compiled, grid, ordered, specialized)
 
         return call
 
@@ -659,8 +657,11 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
             self._recorder.allocated(result)
+        elif func in _FILLED:
+            self._recorder.allocated(result)
+            self._recorder.applied(Tensor.fill_, (result, _FILLED[func](*args)), {}, result)
         elif func in _REPEATED:
-            self._recorder.applied(func, args, kwargs or {}, result)
+            self._recorder.applied(_REPEATED[func], args, kwargs or {}, result)
         elif not func.is_view:
             self._recorder.fail()
         return result
@@ -674,12 +675,19 @@ def _stream_of(device: torch.device) -> Callable[[], int]:
     return functools.partial(active.get_current_stream, device.index or 0)
 
 
-def _hooked() -> bool:
-    """Whether a launch hook is set that must see every launch."""
+def _hooks() -> Callable[[], bool]:
+    """Asks whether a launch hook is set that must see every launch."""
     from triton import knobs
 
-    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    def hooked(runtime: Any = knobs.runtime) -> bool:
+        first, last = runtime.launch_enter_hook, runtime.launch_exit_hook
+        return _calls(first) or _calls(last)
+
+    return hooked
+
+
+def _calls(hook: Any) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _with_globals(function: types.FunctionType, names: dict[str, Any]) -> types.FunctionType:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nsagen.core.branches import BRANCHES
 from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.compress import compress_backward, compress_forward
@@ -14,8 +15,10 @@ from nsagen.ops.compressed_attention import (
     compressed_attention_forward,
 )
 from nsagen.ops.compressed_lse import compressed_lse_forward
+from nsagen.ops.gated_attention import branch_columns
 from nsagen.ops.gated_sum import gated_sum_backward, gated_sum_forward
 from nsagen.ops.layout import compressed_cu_seqlens
+from nsagen.ops.native_sparse_attention import add_gradients, attention_without_gradients
 from nsagen.ops.reference.compress import tensors_of
 from nsagen.ops.rope import rope_forward
 from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
@@ -130,6 +133,26 @@ def backward_calls() -> dict[str, Call]:
 def test_backward_ops(name: str) -> None:
     op, args = backward_calls()[name]
     check(op, args)
+
+
+def test_small_ops_of_the_backward_pass() -> None:
+    x = Packed()
+    deltas = x.randn(60, 6, 3).unbind(-1)
+    check(branch_columns, (x.gate, *deltas))
+    check(add_gradients, (x.k, x.randn(*x.k.shape), x.v, x.randn(*x.v.shape)))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_whole_block_as_one_op(requires_grad: bool) -> None:
+    """Where gradients are wanted, the ops that it calls have them."""
+    x = Packed(seqlens=(0, 5, 20, 18), requires_grad=requires_grad)
+    tensors = (x.q, x.k, x.v, x.gate, x.cu_seqlens, None, None, None)
+    weights = (None, None, x.pe, None, x.cos, x.sin, None, None)
+    statics = ("avgpool", "avgpool", *STATICS.values(), 9, SCALE)
+    args = (*tensors, *weights, *statics, " ".join(BRANCHES), "")
+    check(attention_without_gradients, args)
+    o = attention_without_gradients(*args)
+    assert o.requires_grad == requires_grad
 
 
 def test_block_selection() -> None:

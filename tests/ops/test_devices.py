@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import _op
-from nsagen.ops._op import _KnownCall, _LaunchArguments
+from nsagen.ops._op import _KernelCall, _LaunchArguments
 from nsagen.runtime import replay
 
 THIRD = torch.device("cuda", 2)
@@ -33,14 +33,13 @@ def test_a_launch_makes_its_device_the_current_one(
     monkeypatch.setattr(_op, "_current_device", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(_op, "allocator", lambda device: empty)
-    call = _KnownCall(
-        kernel=lambda x, number, y: launched.append(number),
+    call = _KernelCall(
+        launch=lambda x, number, y: launched.append(number),
         outputs=(replay.meta_of(torch.zeros(1)),),
         launched=_LaunchArguments(("x", "number", "y"), ("x", "number", "y"), (), {}),
         device=THIRD,
-        requires_grad=False,
         returns=1,
     )
-    call.run((torch.zeros(1), 7))
+    call.compute((torch.zeros(1), 7))
     assert launched == [7]
     assert entered == ([] if current == 2 else [THIRD])

@@ -161,13 +161,13 @@ def test_a_branchs_delta_is_not_copied_while_outputs_are_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The outputs are freed after the sum's gradient: until then every copy is one too many."""
-    together, handed = gated_attention._together, list[torch.Tensor]()
+    columns, handed = gated_attention.branch_columns, list[torch.Tensor]()
 
-    def watched(*columns: torch.Tensor) -> torch.Tensor:
-        handed.extend(columns)
-        return together(*columns)
+    def watched(gate: torch.Tensor, *deltas: torch.Tensor) -> torch.Tensor:
+        handed.extend(deltas)
+        return columns(gate, *deltas)
 
-    monkeypatch.setattr(gated_attention, "_together", watched)
+    monkeypatch.setattr(gated_attention, "branch_columns", watched)
     args, keywords = inputs(torch.float32)
     by_ops(args, keywords).sum().backward()
     assert len(handed) == 3

@@ -100,9 +100,9 @@ def test_its_kernel_compiles(backend: str, arch: Any) -> None:
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from nsagen.ops import _lengths_kernel
+    from nsagen.ops import _fixed_kernels
 
-    kernel = importlib.reload(_lengths_kernel).lengths_kernel
+    kernel = importlib.reload(_fixed_kernels).lengths_kernel
     constants = {"STEPS": 3, "TILE": 512, "CHUNK": 8}
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {n: "*i32" if n.endswith(("seqlens", "positions")) else "i32" for n in names}

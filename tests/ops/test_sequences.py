@@ -15,7 +15,6 @@ from torch import Tensor
 from nsagen import ops
 from nsagen.ops import _op
 from nsagen.ops.compressed_attention import compressed_attention_forward
-from nsagen.runtime.replay import ReplayedLaunch
 from tests.stand_in import Launch, StandIn, dispatcher, same_up_to_addresses
 from tests.stand_in import gpu as gpu
 
@@ -56,8 +55,7 @@ class Inputs:
 def by_jit(gpu: StandIn, call: Callable[[], Any]) -> list[Launch]:
     """The launches of a call in which each op is called by itself, by Triton's JIT."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReplayedLaunch, "__call__", lambda self, *args: self._launch(*args))
-        patch.setattr(_op._KnownSequence, "run", lambda self, args: self._function(args))
+        patch.setattr(_op._Known, "run", lambda self, args: self.compute(args))
         return gpu.of(call)
 
 
@@ -81,6 +79,13 @@ def test_few_launches(gpu: StandIn, tokens: int) -> None:
     for _ in range(3):
         assert len(gpu.of(x.forward)) == 11
         assert len(gpu.of(lambda: ops.native_sparse_attention(*y.args, **y.keywords))) == 12
+
+
+def test_few_launches_of_both_passes(gpu: StandIn) -> None:
+    """Beside these of Triton, PyTorch launches six: fills, a running sum, a copy and a sign."""
+    x = Inputs(2048, requires_grad=True)
+    for _ in range(3):
+        assert len(gpu.of(x.training)) == 35
 
 
 def test_prepared_lengths_save_one(gpu: StandIn) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -29,7 +29,7 @@ from triton.runtime import driver  # noqa: E402
 from nsagen.cases.base import Sizes, cases_of  # noqa: E402
 from nsagen.core.importing import import_file  # noqa: E402
 from nsagen.core.workload import Workload  # noqa: E402
-from nsagen.runtime.replay import Recorder, ReplayedLaunch  # noqa: E402
+from nsagen.runtime.replay import Program, Recorder  # noqa: E402
 from tests.support import load_kernel  # noqa: E402
 
 SELECTION = {"block_size": 16, "topk": 4}
@@ -115,11 +115,28 @@ def normal_form(launches: list[tuple[Any, ...]], args: tuple[Any, ...]) -> list[
     return [(*launch[:3], values) for launch, values in zip(launches, relative, strict=True)]
 
 
+class Replayed:
+    """A `launch` that is recorded once, and then repeated where that is possible."""
+
+    def __init__(self, launch: Callable[..., None], args: tuple[Any, ...]) -> None:
+        self.launch = launch
+        recorder = Recorder(self.tensors(args))
+        recorder.run(launch, args)
+        self.program: Program | None = recorder.program(())
+
+    @staticmethod
+    def tensors(args: tuple[Any, ...]) -> list[Tensor]:
+        return [arg for arg in args if isinstance(arg, Tensor)]
+
+    def __call__(self, *args: Any) -> bool:
+        """Whether the call was repeated."""
+        return self.program is not None and self.program.run(self.tensors(args)) is not None
+
+
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda w: w.op)
 def test_a_replay_launches_what_the_jit_would(fake: Driver, workload: Workload) -> None:
     launch = load_kernel(workload).launch
-    replayed = ReplayedLaunch(launch)
-    replayed(*call_of(workload))
+    replayed = Replayed(launch, call_of(workload))
     assert all(by_jit for *_, by_jit, _ in fake.launches)
     for seed in (1, 2):
         args = call_of(workload, seed)
@@ -127,49 +144,35 @@ def test_a_replay_launches_what_the_jit_would(fake: Driver, workload: Workload) 
         launch(*args)
         expected = normal_form(fake.launches, args)
         fake.launches.clear()
-        replayed(*args)
+        assert replayed(*args)
         assert not any(by_jit for *_, by_jit, _ in fake.launches)
         assert normal_form(fake.launches, args) == expected
 
 
-def test_other_alignments_take_another_kernel(fake: Driver) -> None:
+def test_addresses_of_another_alignment_are_not_repeated(fake: Driver) -> None:
     """Triton compiles for addresses that are multiples of 16, and for others."""
     workload = WORKLOADS[1]
-    launch = load_kernel(workload).launch
-    replayed = ReplayedLaunch(launch)
-    args = call_of(workload)
-    replayed(*args)
-    aligned = [launch[2] for launch in fake.launches]
+    launch, args = load_kernel(workload).launch, call_of(workload)
+    replayed = Replayed(launch, args)
     odd = torch.empty(args[0].numel() + 1, dtype=args[0].dtype)[1:].view(args[0].shape)
-    fake.launches.clear()
-    replayed(odd, *args[1:])
-    assert all(by_jit for *_, by_jit, _ in fake.launches)
-    assert [launch[2] for launch in fake.launches] != aligned
-    fake.launches.clear()
-    replayed(*args)
-    assert not any(by_jit for *_, by_jit, _ in fake.launches)
-    replayed = ReplayedLaunch(launch)
-    replayed(odd, *args[1:])  # nor is a first call like that one to go by
-    fake.launches.clear()
-    replayed(*args)
-    assert all(by_jit for *_, by_jit, _ in fake.launches)
+    assert not replayed(odd, *args[1:])
+    assert replayed(*args)
+    assert Replayed(launch, (odd, *args[1:])).program is None
 
 
 def test_hooks_see_every_launch(fake: Driver) -> None:
     workload = WORKLOADS[1]
-    replayed = ReplayedLaunch(load_kernel(workload).launch)
     args = call_of(workload)
-    replayed(*args)
+    replayed = Replayed(load_kernel(workload).launch, args)
 
     def hook(metadata: object) -> None: ...
 
     triton.knobs.runtime.launch_enter_hook.add(hook)
     try:
-        fake.launches.clear()
-        replayed(*args)
-        assert all(by_jit for *_, by_jit, _ in fake.launches)
+        assert not replayed(*args)
     finally:
         triton.knobs.runtime.launch_enter_hook.remove(hook)
+    assert replayed(*args)
 
 
 def edited(old: str, new: str) -> ModuleType:
@@ -186,30 +189,25 @@ def edited(old: str, new: str) -> ModuleType:
 def test_a_launch_that_does_more_is_never_repeated(fake: Driver, line: str) -> None:
     """What it computed for the first call need not hold for the next one."""
     module = edited("    outputs = y.shape[1]\n", f"    outputs = y.shape[1]\n    {line}\n")
-    replayed = ReplayedLaunch(module.launch)
-    args = call_of(WORKLOADS[2])
-    for _ in range(2):
-        fake.launches.clear()
-        replayed(*args)
-        assert all(by_jit for *_, by_jit, _ in fake.launches)
+    assert Replayed(module.launch, call_of(WORKLOADS[2])).program is None
+    assert fake.launches
 
 
 def test_what_launches_nothing_of_triton_is_called_every_time() -> None:
     calls: list[tuple[object, ...]] = []
-    replayed = ReplayedLaunch(lambda *args: calls.append(args))
-    for number in range(3):
-        replayed(torch.zeros(1), number)
-    assert [number for _, number in calls] == [0, 1, 2]
+    args = (torch.zeros(1), 7)
+    assert Replayed(lambda *args: calls.append(args), args).program is None
+    assert [number for _, number in calls] == [7]
 
 
 def test_nothing_of_a_recorded_call_is_held(fake: Driver) -> None:
     """Its tensors are free when the caller lets go of them, not when cycles are collected."""
     args = call_of(WORKLOADS[0])
     held = [weakref.ref(x) for x in args if isinstance(x, Tensor)]
-    replayed = ReplayedLaunch(load_kernel(WORKLOADS[0]).launch)
     gc.disable()
     try:
-        replayed(*args)
+        replayed = Replayed(load_kernel(WORKLOADS[0]).launch, args)
+        assert replayed.program is not None
         fake.launches.clear()
         del args
         assert not any(ref() is not None for ref in held)
@@ -282,7 +280,7 @@ def test_launches_pass_by_a_launcher_that_is_known(fake: Driver, descriptors: in
     described = [descriptor(x), descriptor(y)][:descriptors]
     args = (*described, 7, x, y, z, 0.5)
     recorder = Recorder(tensors)
-    recorder.launched(compiled, (2, 3), args)
+    recorder.launched(compiled, (2, 3), args, [True] * len(args))
     program = recorder.program(())
     assert program is not None
     for _ in range(2):

@@ -1,7 +1,5 @@
-"""The kernel of `lengths`: positions of tokens, offsets and positions of windows, in one launch.
-
-It is the same for every workload and has nothing to tune, so it is not generated.
-"""
+"""Small kernels that are the same for every workload. They have nothing to tune, so they are not
+generated: the lengths of a batch, and what the backward pass does between its large ones."""
 
 from __future__ import annotations
 
@@ -73,7 +71,7 @@ def runs_on(x: Tensor) -> bool:
     return x.is_cuda or not isinstance(tl.cdiv, triton.JITFunction)
 
 
-def launch(
+def launch_lengths(
     cu_seqlens: Tensor,
     positions: Tensor,
     window_cu_seqlens: Tensor,
@@ -103,5 +101,89 @@ def launch(
         STEPS=max(0, batch - 1).bit_length(),
         TILE=TILE,
         CHUNK=min(CHUNK, triton.next_power_of_2(max(1, batch))),
+        num_warps=4,  # pyright: ignore
+    )
+
+
+@triton.jit
+def column(x, at, columns, which, row, rows):
+    """Copy one column: of each row an element at x + at, to row `which` of columns."""
+    value = tl.load(x + at, mask=row < rows).to(tl.float32)
+    tl.store(columns + which * rows.to(tl.int64) + row, value, mask=row < rows)
+
+
+# Columns of one tensor [N, HQ, 3] lie 4 bytes apart.
+@triton.jit(do_not_specialize_on_alignment=["compressed", "selected", "sliding"])
+def columns_kernel(
+    gate,
+    compressed,
+    selected,
+    sliding,
+    columns,
+    rows,
+    heads,
+    stride_g,
+    stride_gh,
+    stride_c,
+    stride_ch,
+    stride_s,
+    stride_sh,
+    stride_w,
+    stride_wh,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    token, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    for branch in tl.static_range(3):  # pyright: ignore
+        column(gate, token * stride_g + head * stride_gh + branch, columns, branch, row, rows)
+    column(compressed, token * stride_c + head * stride_ch, columns, 3, row, rows)
+    column(selected, token * stride_s + head * stride_sh, columns, 4, row, rows)
+    column(sliding, token * stride_w + head * stride_wh, columns, 5, row, rows)
+
+
+def launch_columns(
+    gate: Tensor, compressed: Tensor, selected: Tensor, sliding: Tensor, columns: Tensor
+) -> None:
+    """Write gates and deltas as columns.
+
+    Args:
+        gate: [N, HQ, 3], the last dimension contiguous; compressed, selected, sliding: [N, HQ],
+            any strides.
+        columns: float32 [6, N, HQ], contiguous: the gates' columns, then the other three.
+    """
+    rows, heads = columns.shape[1] * columns.shape[2], columns.shape[2]
+    columns_kernel[(triton.cdiv(rows, TILE),)](
+        *(gate, compressed, selected, sliding, columns, rows, heads),
+        *(*gate.stride()[:2], *compressed.stride(), *selected.stride(), *sliding.stride()),
+        TILE=TILE,
+        num_warps=4,  # pyright: ignore
+    )
+
+
+@triton.jit
+def add_kernel(x, more_x, y, more_y, size_x, size_y, TILE: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * TILE
+    if tl.program_id(1) == 0:
+        at = first + tl.arange(0, TILE)
+        total = tl.load(x + at, mask=at < size_x).to(tl.float32)
+        total += tl.load(more_x + at, mask=at < size_x).to(tl.float32)
+        tl.store(x + at, total.to(x.dtype.element_ty), mask=at < size_x)
+    else:
+        at = first + tl.arange(0, TILE)
+        total = tl.load(y + at, mask=at < size_y).to(tl.float32)
+        total += tl.load(more_y + at, mask=at < size_y).to(tl.float32)
+        tl.store(y + at, total.to(y.dtype.element_ty), mask=at < size_y)
+
+
+def launch_add(x: Tensor, more_x: Tensor, y: Tensor, more_y: Tensor) -> None:
+    """x += more_x and y += more_y, of a shape each, contiguous, rounded once from float32."""
+    sizes = (x.numel(), y.numel())
+    add_kernel[(triton.cdiv(max(sizes), 4 * TILE), 2)](
+        x,
+        more_x,
+        y,
+        more_y,
+        *sizes,
+        TILE=4 * TILE,
         num_warps=4,  # pyright: ignore
     )
