@@ -101,8 +101,8 @@ def define_op(
         kernel: op and pass of the workload that serves a call, or a function that gives the
             `launch`. Without one the function calls other ops, and PyTorch only through `apply`;
             its calls on kernels, and those of its gradients, are repeated as a whole. If it has no
-            `gradients` either, those ops are called one by one where gradients are wanted, and in
-            exported graphs.
+            `gradients` either, those ops are called one by one on the reference, where gradients
+            are wanted, in exported graphs, and where a mode or a transform looks on.
         sizes: static parameters of the workload, besides those that the op has by the same name.
         context: for decoding, the tokens that a cache slot holds at most.
         launch: arguments of the kernel's `launch`, in order. The rows of the first are the call's
@@ -151,8 +151,9 @@ def _define(
     def call(*args: Any, **named: Any) -> Any:
         if named:
             args = op.bound(args, named)
-        if torch.compiler.is_compiling() or transformed() or not on_kernels(args[0]):
-            if in_parts and (torch.compiler.is_exporting() or _trains(args)):
+        compiling = torch.compiler.is_compiling()
+        if compiling or transformed() or not on_kernels(args[0]):
+            if in_parts and (torch.compiler.is_exporting() or not compiling or _trains(args)):
                 return function(*args)
             return dispatched(*args)
         full = args + defaults[len(args) :]
@@ -164,8 +165,8 @@ def _define(
             if in_parts:
                 return function(*full)
             return dispatched(*args) if node is None else node.apply(*full)
-        if profiled():  # it names ops
-            return dispatched(*args)
+        if profiled():
+            return function(*full) if in_parts else dispatched(*args)
         return calls.run(full, known)
 
     vars(call)["op"] = op
@@ -424,7 +425,8 @@ class _Known:
         self._shape: Callable[[list[Tensor]], Any] = tuple
 
     def run(self, args: Args) -> Any:
-        if not self._repeats or _recording.recorder is not None:  # a part of what is recorded
+        # A part of what is recorded, or a profiler that names ops.
+        if not self._repeats or _recording.recorder is not None or profiled():
             return self.compute(args)
         if not self._recorded:
             return self._record(args)

@@ -42,6 +42,21 @@ def test_another_number_of_tokens_needs_no_other_graph() -> None:
     assert len(graphs) == 1
 
 
+def test_without_gradients_the_block_is_one_op() -> None:
+    """A compiled call costs the host little more than an eager one."""
+    ops_seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        ops_seen.extend(str(n.target) for n in graph.graph.nodes if "nsagen" in str(n.target))
+        return graph.forward
+
+    args, keywords = Packed().block()
+    compiled = torch.compile(ops.native_sparse_attention, backend=backend, fullgraph=True)
+    expected = reference.native_sparse_attention(*args, **keywords)
+    torch.testing.assert_close(compiled(*args, **keywords), expected)
+    assert ops_seen == ["nsagen.attention_without_gradients.default"]
+
+
 class Block(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, cu_seqlens: Tensor) -> Tensor:
         statics = {**STATICS, "compress_type": "avgpool", "window_size": 9}
