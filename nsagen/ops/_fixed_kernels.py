@@ -113,7 +113,10 @@ def column(x, at, columns, which, row, rows):
 
 
 # Columns of one tensor [N, HQ, 3] lie 4 bytes apart.
-@triton.jit(do_not_specialize_on_alignment=["compressed", "selected", "sliding"])
+@triton.jit(
+    do_not_specialize=["rows"],
+    do_not_specialize_on_alignment=["compressed", "selected", "sliding"],
+)
 def columns_kernel(
     gate,
     compressed,

@@ -16,6 +16,7 @@ from nsagen.core.branches import BRANCHES
 from nsagen.ops import gated_attention, native_sparse_attention, reference
 from nsagen.ops.branch_attention import attend_branches
 from nsagen.ops.layout import compressed_cu_seqlens
+from nsagen.ops.native_sparse_attention import add_gradients
 
 from .inputs import STATICS, Packed
 
@@ -172,6 +173,23 @@ def test_a_branchs_delta_is_not_copied_while_outputs_are_held(
     by_ops(args, keywords).sum().backward()
     assert len(handed) == 3
     assert len({delta.untyped_storage().data_ptr() for delta in handed}) == 1
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 700])
+def test_small_kernels_give_pytorchs_bits(dtype: torch.dtype, tokens: int) -> None:
+    """Columns that lie 4 bytes apart, a gate that lies in another order, sums of two sizes."""
+    gate = torch.randn(1, tokens, 3, dtype=dtype).transpose(0, 1)
+    deltas = torch.randn(tokens, 1, 3).unbind(-1)
+    columns = gated_attention.branch_columns(gate, *deltas)
+    assert torch.equal(columns, torch.stack([x.float() for x in (*gate.unbind(-1), *deltas)]))
+    dk, of_k = torch.randn(2, tokens, 2, 16, dtype=dtype)
+    dv, of_v = torch.randn(2, tokens, 2, 24, dtype=dtype)
+    expected = (dk + of_k, dv + of_v)
+    add_gradients(dk, of_k, dv, of_v)
+    assert torch.equal(dk, expected[0])
+    assert torch.equal(dv, expected[1])
 
 
 @pytest.mark.gpu

@@ -29,7 +29,7 @@ from triton.runtime import driver  # noqa: E402
 from nsagen.cases.base import Sizes, cases_of  # noqa: E402
 from nsagen.core.importing import import_file  # noqa: E402
 from nsagen.core.workload import Workload  # noqa: E402
-from nsagen.runtime.replay import Program, Recorder  # noqa: E402
+from nsagen.runtime.replay import Allocate, Program, Recorder, Run  # noqa: E402
 from tests.support import load_kernel  # noqa: E402
 
 SELECTION = {"block_size": 16, "topk": 4}
@@ -291,3 +291,28 @@ def test_launches_pass_by_a_launcher_that_is_known(fake: Driver, descriptors: in
     run(2, 3, 1, 1000, "function", (4, 1, 0), None, None, None, *plain)
     assert by_program == again == launches[0]
     assert len(made) == 2 * descriptors  # once for the program, once by the launcher itself
+
+
+def test_small_workspaces_share_an_allocation(fake: Driver) -> None:
+    """Tensors that PyTorch or the caller reads, and large ones, stay apart."""
+    (x,) = inputs = [torch.zeros(8)]
+    recorder = Recorder(inputs)
+    compiled = SimpleNamespace(run=lambda *args: None, function=object(), packed_metadata=())
+    kept, filled, first, second, large = (
+        torch.empty(size) for size in (3, 4, 5, 6, (2 << 20) // 4 + 1)
+    )
+    for tensor in (kept, filled, first, second, large):
+        recorder.allocated(tensor)
+    recorder.applied(Tensor.fill_, (filled, 0), {}, filled)
+    args = (x, kept, filled, first[2:], second, large)
+    recorder.launched(compiled, (1,), args, [False] * len(args))
+    program = recorder.program([kept])
+    assert program is not None
+    allocated = [step.meta[0] for step in program.steps if isinstance(step, Allocate)]
+    assert allocated == [(1024,), (3,), (4,), ((2 << 20) // 4 + 1,)]
+    (run,) = (step for step in program.steps if isinstance(step, Run))
+    places = [(place.slot, place.offset) for place in run.args]
+    assert places == [(0, 0), (2, 0), (3, 0), (1, 8), (1, 512), (4, 0)]
+    assert program.outputs == (2,)
+    (output,) = program.run(inputs) or []
+    assert output.shape == (3,)
