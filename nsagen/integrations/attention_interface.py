@@ -93,7 +93,7 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layout = layout_of(attention_mask, query.shape[0], query.shape[2], key.shape[2], query.device)
     layout = _with_documents(layout, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
-    heads = (query, key, value)
+    heads = _one_dtype(query, key, value)
     if block_indices is None:
         return dense(*heads, layout, scale), None
     if block_indices is not NO_INDEX:
@@ -110,6 +110,15 @@ def attention(
     # No two of them have a token in common.
     o = dense(*heads, layout.only(small), scale)
     return o + _sparse(form, *heads, layout.only([not s for s in small]), scale, layer), None
+
+
+def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As SDPA takes them: under autocast, rope may leave queries and keys in float32."""
+    kind = q.device.type
+    if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def register() -> None:

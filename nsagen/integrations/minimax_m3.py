@@ -110,12 +110,14 @@ class IndexHeads:
         k: [B, 1, T, Di], those of a cache included.
         layer: the layer's number.
         config: the model's.
+        training: whether the indexer is in training.
     """
 
     q: Tensor
     k: Tensor
     layer: int
     config: Any
+    training: bool
 
     def attend(
         self,
@@ -131,9 +133,16 @@ class IndexHeads:
             rule = f"must equal num_key_value_heads, {key.shape[1]}: a head selects for one of them"
             came, advice = str(self.q.shape[1]), "use eager attention for this model"
             refuse("config.index_n_heads", rule, came, advice)
+        settings, block_size = settings_of(self.config), self.config.index_block_size
+        warm = settings.index_warmup
         if losses is not None:
             self._check_training(layout)
-        warm, block_size = settings_of(self.config).index_warmup, self.config.index_block_size
+        elif self.training and self.q.requires_grad and settings.index_loss_coef:
+            rule = (
+                "needs MiniMaxM3VLForCausalLM, whose loss it is added to: the index would not learn"
+            )
+            advice = "set index_loss_coef to 0, or freeze the indexers"
+            refuse("the index loss", rule, "another model in training", advice)
         index_q, index_k = layout.pack_queries(self.q), layout.pack_keys(self.k)
         heads = layout.pack_queries(query), layout.pack_keys(key), layout.pack_keys(value)
         blocks = None if warm else self._blocks(index_q, index_k, layout)
@@ -187,7 +196,7 @@ def _index_heads(
     q, k = m3.apply_rotary_pos_emb(q, k, cos, sin)
     if cache is not None:
         k = cache.layers[self.layer_idx].update_index(k)
-    return IndexHeads(q, k, self.layer_idx, self.config)
+    return IndexHeads(q, k, self.layer_idx, self.config, self.training)
 
 
 def _with_index_heads(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from nsagen.codegen import template
 from tests.docs.blocks import DOCS, ROOT, blocks_of, follow
 
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+OF_TRANSFORMERS = {"any-model.md", "minicpm.md", "minimax-m3.md"}
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +54,8 @@ def own_templates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 @pytest.mark.parametrize("page", sorted({*PAGES} - {"templates.md", "transformers.md"}))
 def test_every_block_runs(page: str, folder: Path) -> None:
+    if page in OF_TRANSFORMERS:
+        pytest.importorskip("transformers")
     assert follow(page, folder).ran > 0
 
 

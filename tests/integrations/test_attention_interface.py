@@ -394,3 +394,15 @@ def test_checkpointing_computes_the_same_gradients() -> None:
         model(ids, labels=ids).loss.backward()
     for mine, theirs in zip(again.parameters(), one.parameters(), strict=True):
         assert torch.allclose(mine.grad, theirs.grad, atol=1e-6)
+
+
+def test_autocast_trains_and_generates_near_float32() -> None:
+    """Where queries and keys are float32 after rope, and values bfloat16."""
+    ids, model = tokens(1, 90), sparse("Llama", INFLLM)
+    with torch.no_grad():
+        expected = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids, labels=ids)
+        assert model.generate(ids, **GREEDY).shape == (1, 98)
+    out.loss.backward()
+    assert distance(out.logits.detach().float(), expected) < 0.05

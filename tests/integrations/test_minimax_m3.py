@@ -288,6 +288,7 @@ def test_what_is_not_computed_is_refused_by_name() -> None:
     refused("reentrant", reentrant, inputs_embeds=embeds)
     behind = ours()(ids, use_cache=True).past_key_values
     refused("whole sequences", ours().train(), ids, past_key_values=behind)
+    refused("index would not learn", ours().train().model, ids)
     wide = m3.MiniMaxM3VLTextConfig(**{**SIZES, "index_n_heads": 4})
     model = m3.MiniMaxM3VLForCausalLM._from_config(wide, attn_implementation="nsagen")
     refused("index_n_heads", model, ids)
