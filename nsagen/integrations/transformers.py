@@ -81,8 +81,24 @@ def apply_nsa(
         with its settings, in `config.nsa`, and `AutoModelForCausalLM` reads it back.
 
     Raises:
-        InvalidInputError: another kind of model, rope or setting; NSA is there already.
+        InvalidInputError: another kind of model, rope or setting; NSA or an adapter is there
+            already.
     """
+    require(
+        isinstance(model, PreTrainedModel),
+        "apply_nsa",
+        "the model must be a PreTrainedModel",
+        type(model).__name__,
+        "swap the model first, then wrap or compile it",
+    )
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    require(
+        not adapted,
+        "apply_nsa",
+        "the model must have no adapters: they would be saved for the dense model",
+        ", ".join(adapted[:3]),
+        "swap the model first, or call merge_and_unload",
+    )
     require(
         not swapped_modules(model),
         "apply_nsa",

@@ -59,6 +59,8 @@ class Inputs:
     def __call__(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if len(args) > len(self.names) or any(name in kwargs for name in self.names[: len(args)]):
+            return args, kwargs  # the model refuses both
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
         unknown = [n for n, v in kwargs.items() if n not in INPUTS and v is not None]
         if unknown:

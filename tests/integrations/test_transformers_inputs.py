@@ -174,6 +174,15 @@ def test_an_input_that_no_model_knows_is_refused(model: Any) -> None:
         model(IDS, token_type_ids=torch.zeros_like(IDS))
 
 
+def test_arguments_by_position(model: Any) -> None:
+    """Too many, or one twice, is an error of the model, as it is of the dense one."""
+    base, mask = model.model, torch.ones_like(IDS)
+    assert base(IDS, mask).last_hidden_state.shape == (2, 30, 32)
+    for args, kwargs in (((IDS, *[None] * 12), {}), ((IDS,), {"input_ids": IDS})):
+        with pytest.raises(TypeError, match="argument"):
+            base(*args, **kwargs)
+
+
 def test_the_page_lists_every_input() -> None:
     text = PAGE.read_text()
     for name in (CASES.keys() - {"kwargs"}) | GENERATE.keys():

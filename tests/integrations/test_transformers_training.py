@@ -16,7 +16,8 @@ accelerate = pytest.importorskip("accelerate")
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments  # noqa: E402
 
 from nsagen.core.errors import InvalidInputError  # noqa: E402
-from tests.integrations.tiny import distance, sparse, tokens, trained  # noqa: E402
+from nsagen.integrations.transformers import apply_nsa  # noqa: E402
+from tests.integrations.tiny import dense, distance, sparse, tokens, trained  # noqa: E402
 
 DOCUMENTS = [tokens(n, seed=n).tolist() for n in (21, 9, 30, 14)]
 PARTS = ("compress_key", "compress_value", "intra_block_pe", "gate")
@@ -99,6 +100,16 @@ class TestAdapters:
         ids = tokens(2, 20)
         tuned(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
         assert tuned.prompt_encoder.default.embedding.weight.grad.norm() > 0
+
+    def test_a_dense_model_with_adapters_is_not_swapped(self) -> None:
+        """Its adapters would be saved without NSA, for the dense model's folder."""
+        one = dense()
+        tuned = peft.get_peft_model(one, peft.LoraConfig(target_modules=["q_proj"]))
+        with pytest.raises(InvalidInputError, match="must be a PreTrainedModel, got PeftModel"):
+            apply_nsa(tuned)
+        with pytest.raises(InvalidInputError, match=r"no adapters.*self_attn.q_proj.*swap the mod"):
+            apply_nsa(one)
+        apply_nsa(tuned.merge_and_unload())
 
     def test_a_prefix_in_a_dense_cache_is_refused(self, model: Any) -> None:
         tuned = peft.get_peft_model(
