@@ -48,14 +48,14 @@ def registers(schedule: Schedule) -> int:
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
-    """Two programs per multiprocessor, one of which multiplies while the other takes maxima."""
+    """Large tiles, and copies that keep ahead of the products."""
     wide = int(workload.head_dim) > 128
     roomy = target.shared_memory >= 128 * 1024
     loads = "pointers"
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
         block_m, block_n, warps, stages = 32, 32, 4, 1
     elif target.has_wgmma:
-        block_m, block_n, warps, stages, loads = 128, 128, 8, 2, "descriptors"
+        block_m, block_n, warps, stages, loads = 128, 128, 8, 3, "descriptors"
     elif roomy:
         block_m, block_n, warps, stages = 128, 64, 8, 2
     else:

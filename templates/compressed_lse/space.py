@@ -36,7 +36,7 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
         block_m, block_n, warps, stages = 32, 32, 4, 1
     elif target.has_wgmma:
-        block_m, block_n, warps, stages = 128, 64 if wide else 128, 8, 3
+        block_m, block_n, warps, stages = 128, 64 if wide else 128, 8, 2  # a third one is slower
     elif roomy:
         block_m, block_n, warps, stages = 128, 32 if wide else 64, 8, 3
     else:
