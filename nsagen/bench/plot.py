@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from nsagen.core.errors import InvalidInputError
 from nsagen.core.files import check_own
 from nsagen.core.version import __version__
 from nsagen.reports.page import ALGORITHM_HUES
@@ -41,10 +42,21 @@ def plot(path: Path, out: Path | None = None) -> Path:
 
     Raises:
         ImportError: matplotlib is not installed.
-        InvalidInputError: the figure would replace a file that is not nsagen's.
+        InvalidInputError: the figure would replace a file that is not nsagen's, or `path` does not
+            hold a benchmark's results.
     """
     out = out or path.with_suffix(".png")
     check_free(out)
+    try:
+        return _draw_figure(path, out)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidInputError(
+            f"{path}: must be what nsagen bench wrote, by its name (prefill, train, decode); got "
+            f"{type(error).__name__}: {error}; give such a file"
+        ) from error
+
+
+def _draw_figure(path: Path, out: Path) -> Path:
     import matplotlib
 
     matplotlib.use("Agg")

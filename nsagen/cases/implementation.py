@@ -103,9 +103,10 @@ def load_implementation(text: str) -> Callable[..., Any]:
         function = importlib.import_module(module_name)
         for part in name.split("."):
             function = getattr(function, part)
-    except (ImportError, ValueError, AttributeError) as error:
+    except (Exception, SystemExit) as error:  # a module may raise anything, or end the program
         remedy = "put its folder on PYTHONPATH, or write an adapter"
-        raise InvalidInputError(f"{rule}: {error}; {remedy}") from None
+        said = f"{type(error).__name__}: {error}"
+        raise InvalidInputError(f"{rule}: {said}; {remedy}") from error
     if not callable(function):
         raise InvalidInputError(f"{rule}, which is no function; name one")
     return function

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from nsagen.core.errors import InvalidInputError
+
 app = typer.Typer(
     help="Measure kernels on this GPU against dense attention and the GPU's limits.",
     no_args_is_help=True,
@@ -86,7 +88,12 @@ def plot(results: Annotated[Path, typer.Argument(help="A benchmark's JSON file."
     """Plot results as a PNG beside the JSON file."""
     from nsagen.bench.plot import plot as draw
 
-    print(draw(results))
+    try:
+        print(draw(results))
+    except ImportError as error:
+        raise InvalidInputError(
+            f"bench plot: needs matplotlib; got {error}; run: pip install 'nsagen[plot]'"
+        ) from None
 
 
 def _run(

@@ -39,6 +39,28 @@ def test_where_results_go_is_no_part_of_the_command(out, tmp_path, monkeypatch):
     assert content["provenance"]["command"] == "nsagen bench --set kv_heads=2"
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"a": 1}', '{"rows": [], "provenance": {}}', '{"rows": [{"what": 3}]}']
+)
+def test_a_file_that_holds_no_results_is_not_drawn(content, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "prefill.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "plot", str(path)])
+    assert end.value.code == 2
+    assert f"{path}: must be what nsagen bench wrote" in capsys.readouterr().err
+    assert not path.with_suffix(".png").exists()
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "plot", str(tmp_path / "prefill.json")])
+    assert end.value.code == 2
+    assert "run: pip install 'nsagen[plot]'" in capsys.readouterr().err
+
+
 def test_a_table_lines_up_and_leaves_blank_what_a_row_lacks():
     text = table_text([*ROWS[:1], {"what": "x"}], {"what": "<26", "tokens": ">8", "ms": ">9.2f"})
     assert text.splitlines() == [

@@ -327,3 +327,27 @@ def test_help_and_a_bad_spec_load_nothing_heavy() -> None:
             [sys.executable, "-c", code.format(arguments)], capture_output=True, text=True, cwd=ROOT
         )
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("raise RuntimeError('no GPU')", "RuntimeError: no GPU"),
+        ("1 +", "SyntaxError"),
+        ("", "AttributeError: module 'theirs'"),
+    ],
+)
+def test_a_module_to_verify_that_cannot_be_imported(
+    code: str,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "theirs.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
+    ran = Ran(capsys, "verify", "--implementation", "theirs:f", "--op", "selected_attention")
+    assert ran.code == 2
+    assert said in ran.err
