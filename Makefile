@@ -61,6 +61,7 @@ test-interpreter: $(STAMP)
 # A failure prints the command that runs its shape again.
 test-shapes: $(STAMP)
 	SHAPES_SECONDS=$(BUDGET) $(INTERPRETED) $(PYTEST) tests/kernels/test_any_shape.py -k many
+	SHAPES_SECONDS=$(BUDGET) $(PYTEST) tests/aot/test_any_target.py -k many -rP
 
 check: $(STAMP)
 	$(MAKE) -j 2 test static

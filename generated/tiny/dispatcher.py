@@ -21,10 +21,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__c05acee9"),
+            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__4fa7d12c"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__d53c2008"),
+            (Bucket(), "block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__a823f08a"),
         ),
     },
     Workload(
@@ -43,10 +43,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__4b0f2b1b"),
+            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__7290e971"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__c538ced7"),
+            (Bucket(), "block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__123bee0d"),
         ),
     },
     Workload(

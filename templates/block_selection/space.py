@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.spaces.padding import SCRATCH, element_bytes
+from nsagen.codegen.spaces.padding import SCRATCH, element_bytes, multiplies_from_shared_memory
 from nsagen.core.target import KNOWN_TARGETS, Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -106,7 +106,7 @@ def scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
     tokens, windows = int(schedule.tokens), int(schedule.windows)
     row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
     scores = 4 * tokens * max(2 * int(schedule.segment), 32 * kept_rows(workload))
-    sums = 8 * tokens * windows
+    sums = 8 * tokens * windows if multiplies_from_shared_memory(target) else 0
     return max(sums, scores - row * int(schedule.num_stages) * windows) + SCRATCH
 
 
@@ -125,19 +125,24 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
     spills = crowded or target.arch == "100" or (odd and target.backend == "cuda")
     if group > 32 or (group > 8 and (wide or spills)):
         tokens = 8 if group > 16 or wide or (odd and not crowded) else 16
-        windows = 32 if wide and crowded else 64
+        windows = 64
+        if wide and crowded:  # with 32, a heuristic of ptxas spills to fit a second program
+            windows = 32 if group > 16 else 16 if target.arch == "120" else 64
         knobs = {"tokens": tokens, "columns": 256, "windows": windows, "segment": 256}
         return {**knobs, "num_warps": 8}
     if group > 8:
         tokens = 8 if group > 16 else 16
-        segment = 64 if int(workload.head_dim) <= 64 else 256
-        return {"tokens": tokens, "columns": 256, "windows": 64, "segment": segment}
-    if group > 4 and (target.arch == "100" or group < 8):
+        narrow = int(workload.head_dim) <= 64
+        knobs = {"tokens": tokens, "columns": 256, "windows": 64, "segment": 64 if narrow else 256}
+        return {**knobs, "num_warps": 8 if narrow and target.arch == "80" else 4}
+    if group > 4 and (target.arch in ("100", "120") or group < 8):
         return {"tokens": 16, "columns": 256, "windows": 64, "segment": 64, "num_warps": 8}
-    tokens = 16 if int(workload.head_dim) <= 32 else 32  # with heads of 32, 32 tokens spill
-    if group > 2:
-        return {"tokens": tokens, "columns": 256, "windows": 64, "segment": 64}
-    return {"tokens": tokens, "columns": 64, "windows": 128, "segment": 64, "num_warps": 8}
+    small = int(workload.head_dim) <= 32
+    if group > 2:  # with heads of 32, 32 tokens spill
+        return {"tokens": 16 if small else 32, "columns": 256, "windows": 64, "segment": 64}
+    tokens = 16 if small and target.backend == "hip" else 32
+    windows = 64 if group == 1 and crowded and 64 < int(workload.head_dim) <= 128 else 128
+    return {"tokens": tokens, "columns": 64, "windows": windows, "segment": 64, "num_warps": 8}
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.spaces.padding import element_bytes
+from nsagen.codegen.spaces.padding import SCRATCH, element_bytes
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -40,6 +40,12 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the query tile and of the key tiles in flight."""
     rows = int(schedule.block_m) + int(schedule.num_stages) * int(schedule.block_n)
     return element_bytes(workload) * rows * next_power_of_2(int(workload.head_dim))
+
+
+def scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
+    """Bytes of the blocks' largest products, which change their layout."""
+    blocks = int(schedule.block_n) // step(workload)
+    return 4 * int(schedule.block_m) * blocks + SCRATCH
 
 
 def registers(schedule: Schedule) -> int:
@@ -112,6 +118,7 @@ SPACES = (
         ),
         derive=derive,
         shared_memory=shared_memory,
+        scratch=scratch,
         default=default,
         supports=supports,
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.spaces.padding import SCRATCH, element_bytes, raw_peak
+from nsagen.codegen.spaces.padding import element_bytes, few_bytes, raw_peak
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -69,7 +69,7 @@ SPACES = (
         ),
         derive=derive,
         shared_memory=shared_memory,
-        scratch=lambda workload, schedule, target: SCRATCH,
+        scratch=few_bytes,
         default=default,
     ),
 )

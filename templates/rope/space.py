@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.spaces.padding import SCRATCH
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -21,6 +20,11 @@ def elements(workload: Workload, schedule: Schedule) -> float:
     """Elements of each half that a thread holds; as many cosines and sines."""
     tile = int(schedule.block_rows) * next_power_of_2(int(workload.head_dim) // 2)
     return tile / (32 * int(schedule.num_warps))
+
+
+def shared_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of a half that changes its layout."""
+    return 4 * int(schedule.block_rows) * next_power_of_2(int(workload.head_dim) // 2)
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
@@ -46,7 +50,7 @@ SPACES = (
             ),
         ),
         derive=derive,
-        scratch=lambda workload, schedule, target: SCRATCH,
+        shared_memory=shared_memory,
         default=default,
     ),
 )

@@ -8,7 +8,9 @@ from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_pow
 from nsagen.codegen.spaces.padding import (
     LEAST_TILE,
     element_bytes,
+    few_bytes,
     group_tile,
+    multiplies_from_shared_memory,
     padded_heads,
     raw_peak,
 )
@@ -166,6 +168,14 @@ def key_major_memory(workload: Workload, schedule: Schedule) -> int:
     return element_bytes(workload) * (keys + buffers * int(schedule.block_m) * sizes["block_d"])
 
 
+def key_major_scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
+    """Bytes of the probabilities, in float32, where a product takes them from shared memory."""
+    scores = 4 * int(schedule.block_m) * whole_block(workload)
+    return few_bytes(workload, schedule, target) + (
+        scores if multiplies_from_shared_memory(target) else 0
+    )
+
+
 def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
     """Steps of 64 rows, for wgmma; parts of about 4096 rows; more warps for a wide output tile."""
     group = int(workload.gqa_ratio)
@@ -204,6 +214,7 @@ SPACES = (
         rules=(Rule("block_m holds a group of query heads", holds_group),),
         derive=derive_key_major,
         shared_memory=key_major_memory,
+        scratch=key_major_scratch,
         default=default_key_major,
         preferred=prefers_key_major,
     ),
@@ -222,6 +233,7 @@ SPACES = (
         rules=(Rule("steps of block_n tile block_size", tiles_block),),
         derive=derive,
         shared_memory=shared_memory,
+        scratch=few_bytes,
         default=default,
     ),
     ScheduleSpace(
@@ -243,6 +255,7 @@ SPACES = (
         ),
         derive=derive_shared_blocks,
         shared_memory=shared_blocks_memory,
+        scratch=few_bytes,
         default=default_shared_blocks,
         # What neighbours have in common depends on the text, so tuning on it decides.
         preferred=lambda workload, target: False,

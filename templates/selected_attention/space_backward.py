@@ -8,7 +8,9 @@ from typing import Any
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces.padding import (
     LEAST_TILE,
+    SCRATCH,
     element_bytes,
+    few_bytes,
     group_tile,
     padded_heads,
     raw_peak,
@@ -115,6 +117,12 @@ def key_pass_memory(workload: Workload, schedule: Schedule, *, shares: bool = Fa
         copies = block_b * sizes["block_d"] if small else 0  # keys, for the product with ds
     elements = (block_b + buffers * block_m) * both + copies
     return width * elements + turned + 6 * 4 * block_m  # lse, delta and tokens
+
+
+def key_pass_scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
+    """Bytes of p and ds, in float32, on Blackwell, whose products take them from shared memory."""
+    turned = 2 * 4 * key_tile(workload, schedule) * int(schedule.block_m)
+    return turned + SCRATCH if target.arch == "100" else 0
 
 
 def key_major_memory(workload: Workload, schedule: Schedule) -> int:
@@ -338,6 +346,7 @@ SPACES = (
         rules=(Rule("block_m holds a group of query heads", holds_group),),
         derive=derive_key_major,
         shared_memory=key_major_memory,
+        scratch=few_bytes,
         default=default_key_major,
         preferred=prefers_key_major,
     ),
@@ -371,6 +380,7 @@ SPACES = (
         ),
         derive=derive_two_pass,
         shared_memory=two_pass_memory,
+        scratch=key_pass_scratch,
         default=default_two_pass,
     ),
     ScheduleSpace(

@@ -1,7 +1,7 @@
 """Every shape that a spec may ask for has a default that fits each target, or is refused by name.
 
-Selected attention's defaults are also compiled: two shapes and targets by default, always the same;
-`make test-shapes` draws new ones for as long as SHAPES_SECONDS says. A failure prints the pair.
+Defaults are also compiled, one shape and target for each op, always the same. `make test-shapes`
+draws new ones for as long as SHAPES_SECONDS says; a failure prints the pair.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import random
 import time
 from pathlib import Path
 
@@ -21,7 +22,14 @@ from nsagen.aot.resources import read_resources
 from nsagen.codegen.template import default_schedule, render, space_for
 from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.core.target import KNOWN_TARGETS
-from nsagen.core.workload import DTYPES, STATIC_PARAMS, Param, Workload, parameter_names
+from nsagen.core.workload import (
+    COMPRESS_TYPES,
+    DTYPES,
+    STATIC_PARAMS,
+    Param,
+    Workload,
+    parameter_names,
+)
 
 SECONDS = float(os.environ.get("SHAPES_SECONDS", "0"))
 USUAL: dict[str, Param] = {
@@ -31,7 +39,6 @@ USUAL: dict[str, Param] = {
 }
 HEADS = ((64, 64), (128, 128), (72, 248), (192, 128), (256, 256))
 GROUPS, BLOCKS = (1, 4, 16, 48, 64), (16, 64, 128, 512, 1024)
-SELECTED = (("selected_attention", "forward"), ("selected_attention", "backward"))
 
 
 def workload(
@@ -71,33 +78,41 @@ def test_every_shape_has_a_default_that_fits(target: str) -> None:
 
 
 @st.composite
-def pairs(draw: st.DrawFn) -> tuple[Workload, str]:
-    """A workload of selected attention and a target."""
+def pairs(draw: st.DrawFn, op: str, pass_: str) -> tuple[Workload, str]:
+    """A workload and a target."""
     dim = st.integers(2, 32).map(lambda n: n * 8)
-    op, pass_ = draw(st.sampled_from(SELECTED))
     heads = draw(st.one_of(st.sampled_from(HEADS), st.tuples(dim, dim)))
     group = draw(st.one_of(st.sampled_from(GROUPS), st.integers(1, 64)))
     block = draw(st.one_of(st.sampled_from(BLOCKS), st.integers(16, 1024)))
-    work = workload(op, pass_, draw(st.sampled_from(sorted(DTYPES))), heads, group, block)
+    stride = draw(st.sampled_from([n for n in (1, 4, 8, 16, 32) if block % n == 0]))
+    sizes = {"kernel_size": stride * draw(st.sampled_from((1, 2, 4))), "kernel_stride": stride}
+    kind = draw(st.sampled_from(COMPRESS_TYPES))
+    sizes |= {"compress_type": kind, "v_compress_type": kind, "mlp_hidden": draw(dim)}
+    sizes |= {"topk": draw(st.sampled_from((4, 16, 64, 256)))}
+    dtype = draw(st.sampled_from(sorted(DTYPES)))
+    work = workload(op, pass_, dtype, heads, group, block, **sizes)
     return work, draw(st.sampled_from(sorted(KNOWN_TARGETS)))
 
 
-def check(work: Workload, target: str, folder: Path) -> None:
-    """Compile a default, and see that it fits, by its formula too, and that no loop spills."""
+def check(work: Workload, target: str, folder: Path) -> int:
+    """Compile a default; see that it fits, by its formula too. Accesses of the stack in loops."""
     try:
         schedule = default_schedule(work, KNOWN_TARGETS[target])
     except UnsupportedWorkloadError:
-        return
+        return 0
     path = folder / "kernel.py"
     path.write_text(render(work, schedule, header="# drawn"))
-    estimate = space_for(work, schedule.algorithm).shared_memory(work, schedule)
+    space, spilled = space_for(work, schedule.algorithm), 0
+    estimate = space.memory_on(work, schedule, KNOWN_TARGETS[target])
     for call in recorded_launches(path, work):
         compiled = compile_launch(call, KNOWN_TARGETS[target], "drawn")
         found = read_resources(call.kernel.__name__, compiled, KNOWN_TARGETS[target])
         where = f"{work} on {target}, {schedule}: {found}"
-        assert not found.problems(KNOWN_TARGETS[target]), where
+        assert not found.problems(KNOWN_TARGETS[target], measured=True), where
         if call.kernel.__name__.startswith(work.op):
             assert found.shared_bytes <= estimate, f"{where}; the estimate is {estimate}"
+        spilled += found.loop_spills
+    return spilled
 
 
 @pytest.mark.parametrize(
@@ -109,21 +124,35 @@ def check(work: Workload, target: str, folder: Path) -> None:
     ids=str,
 )
 def test_corners_that_did_not_fit(case: tuple, target: str, tmp_path: Path) -> None:
-    check(workload("selected_attention", *case), target, tmp_path)
+    assert check(workload("selected_attention", *case), target, tmp_path) == 0
+
+
+@pytest.mark.parametrize(("op", "pass_"), sorted(STATIC_PARAMS))
+def test_one_shape_and_target(op: str, pass_: str, tmp_path: Path) -> None:
+    """Of each op; the same in each run."""
+    rng = random.Random(f"{op} {pass_}")
+    heads = rng.choice(((32, 32), (64, 64), (24, 40)))
+    block, group = rng.choice((16, 128, 1024)), rng.choice((1, 2, 4, 7))
+    dtype, target = rng.choice(("float16", "bfloat16")), rng.choice(sorted(KNOWN_TARGETS))
+    assert check(workload(op, pass_, dtype, heads, group, block), target, tmp_path) == 0
 
 
 @pytest.mark.skipif(not SECONDS, reason="compiles for minutes; make test-shapes runs it")
-def test_many_shapes_and_targets(tmp_path: Path) -> None:
-    end = time.monotonic() + SECONDS
+@pytest.mark.parametrize(("op", "pass_"), sorted(STATIC_PARAMS))
+def test_many_shapes_and_targets(op: str, pass_: str, tmp_path: Path) -> None:
+    """Prints the pairs that use the stack in a loop; for selected attention they fail."""
+    end = time.monotonic() + SECONDS / len(STATIC_PARAMS)
 
     @hypothesis.settings(
         max_examples=10, deadline=None, derandomize=False, database=None,
         phases=[hypothesis.Phase.generate],
     )  # fmt: skip
-    @hypothesis.given(pairs())
+    @hypothesis.given(pairs(op, pass_))
     def draw(pair: tuple[Workload, str]) -> None:
-        if time.monotonic() < end:
-            check(*pair, tmp_path)
+        if time.monotonic() < end and (spilled := check(*pair, tmp_path)):
+            said = f"{pair[0]} on {pair[1]}: uses the stack {spilled} times in loops"
+            assert op != "selected_attention", said
+            print(said)
 
     while time.monotonic() < end:
         draw()

@@ -96,11 +96,7 @@ def test_selected_gradients_are_pipelined_for_two_tokens_a_step_or_more(group):
     assert "two_pass" in algorithms
 
 
-LOOP_SPILLS = {
-    ("compressed_attention", 8): 5,
-    ("compressed_attention", 16): 1,
-    ("selected_attention", 16): 44,
-}
+LOOP_SPILLS = {("selected_attention", 16): 44}
 """Accesses to the stack in loops that are a known debt, with Triton 3.9."""
 
 
@@ -118,8 +114,8 @@ def test_gradients_compile_to_warpgroup_products_without_a_gpu(op, group, tmp_pa
     path.write_text(render(w, schedule, "# test"))
     found = compile_variant(path, w, SM90)
     assert sum(one.matrix == "wgmma" for one in found) == (1 if op == "selected_attention" else 2)
-    # Only a measurement chooses selected attention's for groups of 8, and such kernels may spill.
-    measured = (op, group) == ("selected_attention", 8)
+    # Only a measurement chooses those of groups of 8, and such kernels may spill.
+    measured = group == 8 and op != "sliding_window_attention"
     for one in found:
         assert not one.problems(SM90, measured=True)
     assert measured or sum(one.loop_spills for one in found) <= LOOP_SPILLS.get((op, group), 0)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
+import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +99,69 @@ def test_a_refusal_is_no_pass() -> None:
 
     assert results(only_long, "topk_sparse_attention")["short tails"] <= {"refused", "ok"}
     assert results(only_long, "topk_sparse_attention")["empty sequences"] == {"refused"}
+
+
+PARALLEL = """
+import torch
+from nsagen.ops import topk_sparse_attention
+
+def parallel_nsa(q, k, v, g_cmp, g_slc, g_swa, block_indices=None, block_counts=16, block_size=64,
+                 window_size=0, scale=None, cu_seqlens=None, head_first=False):
+    assert q.shape[0] == 1 and q.shape[2] % (k.shape[2] * 16) == 0
+    assert block_indices.shape == (*k.shape[:3], block_counts)
+    assert block_indices.dtype == cu_seqlens.dtype == torch.int64
+    assert g_cmp is None and g_slc.shape == q.shape[:3] and window_size == 0 and not head_first
+    blocks = block_indices[0].transpose(0, 1).int()
+    o = topk_sparse_attention(q[0], k[0], v[0], blocks, block_size, cu_seqlens.int(), scale)
+    return o[None] * g_slc.unsqueeze(-1)
+"""
+"""fla-org/native-sparse-attention's function: its parameters, and what it checks of them."""
+
+TRITON = """
+from nsagen import ops
+
+def compressed_attention(q, k, v, kernel_size, kernel_stride, block_size, topk, cu_seqlens_q,
+                         cu_seqlens_k, max_seqlen_q, max_seqlen_k, sm_scale=None, init_blocks=1,
+                         local_blocks=2, parallel_topk_compute="auto"):
+    return ops.compressed_attention(q, k, v, kernel_size, kernel_stride, block_size, topk,
+                                    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                    sm_scale, init_blocks, local_blocks)
+
+def topk_sparse_attention(q, k, v, topk_idx, block_size, cu_seqlens, softmax_scale=None):
+    return ops.topk_sparse_attention(q, k, v, topk_idx, block_size, cu_seqlens, softmax_scale)
+"""
+"""native-sparse-attention-triton's functions: their parameters."""
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "op"),
+    [
+        ("native_sparse_attention.ops.parallel", PARALLEL, "topk_sparse_attention"),
+        ("native_sparse_attention.ops", TRITON, "topk_sparse_attention"),
+        ("native_sparse_attention.ops", TRITON, "compressed_attention"),
+    ],
+)
+def test_the_documented_packages(
+    module: str, source: str, op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/verify.md says, with a stub of the package's parameters over our ops."""
+    path = tmp_path / (module.replace(".", "/") + ("/__init__.py" if source == TRITON else ".py"))
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    text = (Path(__file__).parents[2] / "docs" / "verify.md").read_text("utf-8")
+    name = module
+    if source == PARALLEL:
+        name = "adapter"
+        adapter = re.search(r'```python title="adapter.py"\n(.*?)```', text, re.DOTALL)
+        assert adapter
+        (tmp_path / "adapter.py").write_text(adapter[1])
+    assert f"--implementation {name}:{op}" in text
+    monkeypatch.syspath_prepend(tmp_path)
+    for loaded in ("native_sparse_attention", "native_sparse_attention.ops", module, "adapter"):
+        monkeypatch.delitem(sys.modules, loaded, raising=False)
+    wide = dataclasses.replace(SMALL, gqa_ratio=16, kv_heads=1)
+    function = getattr(importlib.import_module(name), op)
+    assert wrong(function, op, wide) == []
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

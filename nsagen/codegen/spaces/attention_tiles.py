@@ -10,7 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, next_power_of_2
-from nsagen.codegen.spaces.padding import SCRATCH, element_bytes, padded_heads, raw_peak
+from nsagen.codegen.spaces.padding import (
+    SCRATCH,
+    element_bytes,
+    multiplies_from_shared_memory,
+    padded_heads,
+    raw_peak,
+)
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -76,8 +82,8 @@ def row_tiles_scratch(workload: Workload, schedule: Schedule, target: Target) ->
     which change their layout where the steps' tiles were."""
     block_m, block_n = int(schedule.block_m), int(schedule.block_n)
     block_d, block_dv = padded_sizes(workload)
-    asynchronous = target.has_wgmma or target.arch == "100"
-    scores = element_bytes(workload) * block_m * block_n if asynchronous else 0
+    scores = element_bytes(workload) * block_m * block_n
+    scores = scores if multiplies_from_shared_memory(target) else 0
     steps = element_bytes(workload) * int(schedule.num_stages) * block_n * (block_d + block_dv)
     results = 4 * block_m * block_dv - steps if target.backend == "cuda" else 0
     return SCRATCH + max(scores, results)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import next_power_of_2
-from nsagen.core.workload import Workload
+from nsagen.core.target import Target
+from nsagen.core.workload import Schedule, Workload
 
 LEAST_TILE = 16
 """The shortest side of a tile that tl.dot multiplies."""
@@ -13,6 +14,16 @@ LEAST_TILE = 16
 
 SCRATCH = 1024
 """Bytes of shared memory that reductions, barriers and alignment take at most."""
+
+
+def few_bytes(workload: Workload, schedule: Schedule, target: Target) -> int:
+    """The scratch of kernels that convert no tile."""
+    return 0 if target.backend == "hip" else SCRATCH
+
+
+def multiplies_from_shared_memory(target: Target) -> bool:
+    """Whether products take their left operand, too, from shared memory, on some paths."""
+    return target.has_wgmma or target.arch == "100"
 
 
 def element_bytes(workload: Workload) -> int:

@@ -2,19 +2,19 @@
 # Regenerate: nsagen build tiny
 # Spec:       tiny
 # Template:   templates/block_selection/forward_resident_scores.py.j2
-# Source:     fingerprint c783412f117572c5
+# Source:     fingerprint 972b6c5e64113429
 # Workload:   block_selection forward
-#             dtype=float16, head_dim=32, gqa_ratio=2, kernel_size=8, kernel_stride=4,
+#             dtype=float16, head_dim=32, gqa_ratio=1, kernel_size=8, kernel_stride=4,
 #             block_size=16, topk=4, init_blocks=1, local_blocks=2
 # Schedule:   resident_scores(columns=64, num_stages=3, num_warps=8, programs=216, segment=64,
-#             tokens=16, windows=128)
+#             tokens=32, windows=128)
 # Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 """Block selection: the 4 blocks of 16 tokens that matter most to each query, per key/value head.
 
 score[t, j] = sum over the group's heads h and windows i of p[h, t, i] overlap(i, j) / 4, with
 p = exp(softmax_scale q k - lse) and windows of 8 tokens. The first 1 and last 2 blocks are taken
-whatever they score. q [N, HQ, 32], k [sum M, HK, 32] -> topk_idx [HK, N, 4]; HQ = 2 HK.
+whatever they score. q [N, HQ, 32], k [sum M, HK, 32] -> topk_idx [HK, N, 4]; HQ = 1 HK.
 """
 
 import torch
@@ -23,7 +23,7 @@ import triton.language as tl
 
 HEAD_DIM = tl.constexpr(32)  # D
 BLOCK_D = tl.constexpr(32)
-GROUP = tl.constexpr(2)  # G: query heads of one key/value head
+GROUP = tl.constexpr(1)  # G: query heads of one key/value head
 KERNEL_SIZE = tl.constexpr(8)  # l: tokens of a window
 KERNEL_STRIDE = tl.constexpr(4)  # s: tokens between the starts of two windows
 BLOCK_SIZE = tl.constexpr(16)  # B: tokens of a block
@@ -31,7 +31,7 @@ TOPK = tl.constexpr(4)
 INIT_BLOCKS = tl.constexpr(1)
 LOCAL_BLOCKS = tl.constexpr(2)
 
-TOKENS = tl.constexpr(16)  # of a tile
+TOKENS = tl.constexpr(32)  # of a tile
 WINDOWS = tl.constexpr(128)  # of a step, STEP_PAD rows to a block
 SEGMENT = tl.constexpr(64)  # blocks between two selections
 PROGRAMS = 216
@@ -124,9 +124,9 @@ def add_windows(
     else:
         k_tile = tl.load(k_ptrs)  # [WINDOWS, BLOCK_D]
 
-    s_0 = tl.dot(k_tile, tl.trans(q_0))  # [WINDOWS, 2 TOKENS]
+    s_0 = tl.dot(k_tile, tl.trans(q_0))  # [WINDOWS, 1 TOKENS]
     p_0 = tl.exp2(s_0 * scale - lse_0[None, :])
-    mass_0 = tl.sum(tl.reshape(p_0, [WINDOWS, 2, TOKENS]), 1)
+    mass_0 = tl.sum(tl.reshape(p_0, [WINDOWS, 1, TOKENS]), 1)
     mass = mass_0  # [WINDOWS, TOKENS]
     if MASKED:  # after the sum: what a hidden window scored may be infinite
         mass = tl.where(window[:, None] < visible[None, :], mass, 0.0)
@@ -294,12 +294,12 @@ def select_tile(
         visible: [TOKENS] windows that each token sees.
     """
     dim = tl.arange(0, BLOCK_D)
-    column = tl.arange(0, 2 * TOKENS)
+    column = tl.arange(0, 1 * TOKENS)
     head = 0 + column // TOKENS
-    at_column = tl.reshape(tl.broadcast_to(at[None, :], [2, TOKENS]), [2 * TOKENS])
+    at_column = tl.reshape(tl.broadcast_to(at[None, :], [1, TOKENS]), [1 * TOKENS])
     head += kv_head * GROUP
     q_ptrs = q + (at_column * stride_q + head.to(tl.int64) * stride_qh)[:, None] + dim[None, :]
-    q_0 = tl.load(q_ptrs)  # [2 TOKENS, BLOCK_D]
+    q_0 = tl.load(q_ptrs)  # [1 TOKENS, BLOCK_D]
     lse_ptrs_0 = lse + at_column * (kv_heads * GROUP) + head
 
     # Blocks 0 .. own: the `leading` ones and those from `local` on are forced, the rest are rivals.
@@ -373,7 +373,7 @@ def select_tile(
 
 
 @triton.jit
-def block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__4b0f2b1b(
+def block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__4fa7d12c(
     q,
     k,
     lse,
@@ -449,9 +449,9 @@ def launch(q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale, q_sta
         ValueError: a tensor breaks this contract.
     """
     tokens, query_heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
-    if q.shape[2] != 32 or k.shape[2] != 32 or query_heads != 2 * kv_heads:
+    if q.shape[2] != 32 or k.shape[2] != 32 or query_heads != 1 * kv_heads:
         raise ValueError(
-            "block_selection: this kernel is for head_dim 32 and gqa_ratio 2; "
+            "block_selection: this kernel is for head_dim 32 and gqa_ratio 1; "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}; build one for them"
         )
     if q.stride(2) != 1 or k.stride(2) != 1:
@@ -472,11 +472,11 @@ def launch(q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale, q_sta
     if tokens == 0:
         return
     batch = cu_seqlens_q.shape[0] - 1
-    tiles = triton.cdiv(tokens, 16) + batch
+    tiles = triton.cdiv(tokens, 32) + batch
     programs = min(PROGRAMS, tiles * kv_heads)
-    scores = torch.empty((programs, 2, 16, 128), dtype=torch.float32, device=q.device)
-    kept = torch.empty((programs, 2, 16, 32), dtype=torch.int32, device=q.device)
-    block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__4b0f2b1b[(programs,)](
+    scores = torch.empty((programs, 2, 32, 128), dtype=torch.float32, device=q.device)
+    kept = torch.empty((programs, 2, 32, 32), dtype=torch.int32, device=q.device)
+    block_selection_forward__f16_d32_g1_l8_s4_b16_k4_i1_c2__4fa7d12c[(programs,)](
         q,
         k,
         lse,

@@ -2,13 +2,13 @@
 # Regenerate: nsagen build tiny
 # Spec:       tiny
 # Template:   templates/block_selection/forward_resident_scores.py.j2
-# Source:     fingerprint 0ff95be55602f300
+# Source:     fingerprint e9a7f88d07c04030
 # Workload:   block_selection forward
 #             dtype=float16, head_dim=32, gqa_ratio=2, kernel_size=8, kernel_stride=4,
 #             block_size=16, topk=4, init_blocks=1, local_blocks=2
-# Schedule:   resident_scores(columns=64, num_stages=3, num_warps=8, programs=264, segment=64,
-#             tokens=16, windows=128)
-# Targets:    cuda:90
+# Schedule:   resident_scores(columns=64, num_stages=3, num_warps=8, programs=216, segment=64,
+#             tokens=32, windows=128)
+# Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 """Block selection: the 4 blocks of 16 tokens that matter most to each query, per key/value head.
 
@@ -31,10 +31,10 @@ TOPK = tl.constexpr(4)
 INIT_BLOCKS = tl.constexpr(1)
 LOCAL_BLOCKS = tl.constexpr(2)
 
-TOKENS = tl.constexpr(16)  # of a tile
+TOKENS = tl.constexpr(32)  # of a tile
 WINDOWS = tl.constexpr(128)  # of a step, STEP_PAD rows to a block
 SEGMENT = tl.constexpr(64)  # blocks between two selections
-PROGRAMS = 264
+PROGRAMS = 216
 
 # In units of s tokens window i covers [i, i + WIDTH) and block j covers [j STEP, (j + 1) STEP).
 WIDTH = tl.constexpr(2)
@@ -373,7 +373,7 @@ def select_tile(
 
 
 @triton.jit
-def block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__c538ced7(
+def block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__7290e971(
     q,
     k,
     lse,
@@ -472,11 +472,11 @@ def launch(q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale, q_sta
     if tokens == 0:
         return
     batch = cu_seqlens_q.shape[0] - 1
-    tiles = triton.cdiv(tokens, 16) + batch
+    tiles = triton.cdiv(tokens, 32) + batch
     programs = min(PROGRAMS, tiles * kv_heads)
-    scores = torch.empty((programs, 2, 16, 128), dtype=torch.float32, device=q.device)
-    kept = torch.empty((programs, 2, 16, 32), dtype=torch.int32, device=q.device)
-    block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__c538ced7[(programs,)](
+    scores = torch.empty((programs, 2, 32, 128), dtype=torch.float32, device=q.device)
+    kept = torch.empty((programs, 2, 32, 32), dtype=torch.int32, device=q.device)
+    block_selection_forward__f16_d32_g2_l8_s4_b16_k4_i1_c2__7290e971[(programs,)](
         q,
         k,
         lse,
