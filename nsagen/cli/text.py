@@ -100,7 +100,7 @@ def checkpoint_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InvalidInputError(
-            f"{path}: generate needs the checkpoint's tokenizer.json; there is none; fetch it, "
+            f"{path}: generate needs the checkpoint's tokenizer.json; it is missing; fetch it, "
             "or save it with Transformers' tokenizer.save_pretrained"
         )
     try:

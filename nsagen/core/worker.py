@@ -70,7 +70,7 @@ class Server(Protocol):
 
 @dataclass(frozen=True)
 class Reply:
-    """A worker's answer: a value, or the reason why there is none."""
+    """A worker's answer: a value, or the reason why it has no value."""
 
     value: Any = None
     reason: str = ""
@@ -109,7 +109,7 @@ class Worker:
         """Call a method of the server.
 
         Returns:
-            its value; or why there is none: its exception, or that the process died, or that it
+            its value; or the reason why not: its exception, or that the process died, or that it
             was killed for not answering within `limit_s`.
 
         Raises:

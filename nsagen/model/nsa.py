@@ -105,9 +105,7 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
         sizes = {"hidden_size": hidden_size, "num_q_heads": num_q_heads}
         for name, value in {**sizes, "num_kv_heads": num_kv_heads}.items():
             integer = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            require(
-                integer, where, f"{name} must be a positive integer", repr(value), "pass such a one"
-            )
+            require(integer, where, f"{name} must be a positive integer", repr(value), "pass one")
         require_head_dim(where, "head_dim", head_dim)
         if v_head_dim is not None:
             require_head_dim(where, "v_head_dim", v_head_dim)

@@ -1,4 +1,4 @@
-"""Fused products read copies of weights: never stale, in nobody's way, never past a wrapper."""
+"""Fused products read copies of weights: never stale, hidden from savers, never past a wrapper."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def near_ties_of_blocks() -> Iterator[list[Tensor]]:
 def check_choices(model: ToyNSALlama, lengths: list[int], tokens: Tensor) -> None:
     """Every token is the reference's choice, or so near to it that float16 cannot tell.
 
-    A token whose blocks float16 may choose otherwise is none to go by.
+    A token for which float16 may choose other blocks is not compared.
     """
     ids, _ = packed_batch(lengths)
     texts = [torch.cat([a, b]) for a, b in zip(ids.split(lengths), tokens.cpu(), strict=True)]

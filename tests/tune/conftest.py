@@ -1,4 +1,4 @@
-"""A machine with a GPU that is none, and one op with a space of its own to search."""
+"""A machine with a simulated GPU, and one op with a space of its own to search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A GPU that is none: servers for the worker protocol whose kernels behave as a test asks.
+"""A GPU that does not exist: servers for the worker protocol whose kernels behave as a test asks.
 
 The environment variable FAKE names a JSON file {key: behaviour}; a schedule whose text contains
 the key behaves so when it is measured, or compiled or certified if the key begins with

@@ -49,7 +49,7 @@ def server() -> Iterator[str]:
 
 
 def _missing(what: str) -> NoReturn:
-    """Skip the test, or fail it where whoever runs it has said that nothing is missing."""
+    """Skip the test, or fail it if the caller said that nothing is missing."""
     if os.environ.get("NSAGEN_NEEDS_POSTGRESQL"):
         pytest.fail(f"NSAGEN_NEEDS_POSTGRESQL is set, but {what}")
     pytest.skip(what)

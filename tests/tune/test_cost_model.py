@@ -66,7 +66,7 @@ def test_resident_programs(kernel: dict[str, int], programs: int) -> None:
 def test_from_spec_to_choices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Real compilation of a few schedules of the tiny spec, for a target that nobody has here."""
+    """Real compilation of a few schedules of the tiny spec, for a target not in this machine."""
     monkeypatch.setenv("NSAGEN_CACHE_DIR", str(tmp_path / "cache"))
     arguments = "tune tiny --op gated_sum --pass forward --objective static --target cuda:80"
     arguments += f" --seqlens 4096 --trials 3 --jobs 1 --json --out {tmp_path} --report"
