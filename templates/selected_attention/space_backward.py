@@ -287,42 +287,50 @@ def prefers_key_major(workload: Workload, target: Target) -> bool:
 
 
 def supports_pipeline(workload: Workload) -> bool:
-    """bfloat16 heads, and groups and blocks that fill a warp group's products exactly.
+    """16-bit heads of 64 or 128, and groups and blocks that fill a warp group's products exactly.
 
-    Shares of dq leave in the inputs' dtype: those of float16 could overflow although dq does not.
-
-    Two tokens per step or more: on an H200, groups of 64 with one token mostly end in an illegal
-    access, for an unknown reason (benchmarks/NOTES.md, "What is left").
+    Triton lays out no tile of fewer than 8 rows as products read it, so a copy has 8 heads or more.
     """
-    group, dim = int(workload.gqa_ratio), int(workload.head_dim)
+    sizes = {int(workload.head_dim), int(workload.v_head_dim)}
     return (
-        workload.dtype == "bfloat16"
-        and dim in (64, 128)
-        and dim == int(workload.v_head_dim)
-        and group in (8, 16, 32)
+        workload.dtype != "float32"
+        and sizes <= {64, 128}
+        and int(workload.gqa_ratio) in (8, 16, 32, 64)
         and int(workload.block_size) == 64
     )
 
 
 def derive_pipeline(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """The rows of a step, which are whole groups."""
+    """The rows of a step, which are whole groups, and how shares of dq leave.
+
+    Float32 shares take twice the room, so that a group's columns leave one tile after another.
+    """
+    dtype = share_dtype(workload)
+    wide = dtype == "float32"
+    step_tokens = PIPELINE_ROWS // int(workload.gqa_ratio)
     return {
         "row_step": PIPELINE_ROWS,
-        "step_tokens": PIPELINE_ROWS // int(workload.gqa_ratio),
+        "step_tokens": step_tokens,
+        "copy_tokens": min(4, step_tokens),
         "raw_peak": raw_peak(workload),
+        "share_dtype": dtype,
+        "share_columns": 32 if wide else 64,
+        "share_places": 1 if wide else min(2, int(workload.head_dim) // 64),
     }
 
 
 def pipeline_memory(workload: Workload, schedule: Schedule) -> int:
-    """Bytes of the block, of the steps in flight, of ds, sums and shares on their way out."""
-    dim, rows = int(workload.head_dim), PIPELINE_ROWS
-    tiles = 2 * 2 * dim * (64 + rows * int(schedule.row_stages))
-    return tiles + 2 * 2 * 64 * rows + 4 * 64 * dim + 2 * 2 * rows * dim + 4096
+    """Bytes of the block, of the steps in flight, of p and ds, and of shares on their way out."""
+    sizes = derive_pipeline(workload, schedule)
+    both, rows = int(workload.head_dim) + int(workload.v_head_dim), PIPELINE_ROWS
+    tiles = 2 * both * (64 + rows * int(schedule.row_stages))
+    share = 64 * rows * 64 // sizes["share_columns"] * 2
+    return tiles + 2 * 2 * 2 * 64 * rows + 2 * sizes["share_places"] * share + 2048
 
 
 def default_pipeline(workload: Workload, target: Target) -> dict[str, Param]:
     """A GiB of shares: enough for a few hundred programs at a time."""
-    return {"row_stages": 3, "part_tokens": default_part_tokens(workload), "shares": 1024}
+    return {"row_stages": 4, "part_tokens": default_part_tokens(workload), "shares": 1024}
 
 
 KEY_KNOBS = (
@@ -388,7 +396,7 @@ SPACES = (
         pass_="backward",
         algorithm="warp_specialized",
         knobs=(
-            Knob("row_stages", (2, 3), "steps that are loading, against shared memory"),
+            Knob("row_stages", (2, 4, 6), "steps that are loading, in pairs, against shared memory"),
             PowerOfTwo(
                 "part_tokens", 16, 8192, "balance of long lists against sums of their parts"
             ),
@@ -400,8 +408,5 @@ SPACES = (
         supports=supports_pipeline,
         runs_on=runs_on,
         triton=GLUON,
-        # On an H200 (16 heads of 128 a group, 32768 tokens) 12.1 ms; two_pass took 15.0. But
-        # its loop reloads some addresses from the stack, and no default may spill: tuning finds it.
-        preferred=lambda workload, target: False,
     ),
 )

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from nsagen.cases.base import Case, Sizes, cases_of
+from nsagen.cases.base import THRESHOLDS, Case, Sizes, cases_of, relative_error
 from nsagen.codegen.template import spaces_of
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Schedule, Workload
+from nsagen.ops import reference
 from tests.support import check_case, is_hopper, load_kernel
 
 pytestmark = pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")
@@ -50,8 +51,8 @@ def case_of(w: Workload, seqlens: tuple[int, ...] = RAGGED, kv_heads: int = 2) -
 @pytest.mark.parametrize("group", [4, 8, 16, 32, 64])
 @each_op
 def test_group_sizes(op: str, group: int, dtype: str) -> None:
-    if op == "selected_attention" and (group not in (8, 16, 32) or dtype == "float16"):
-        pytest.skip("other groups, and float16, take plain kernels")
+    if op == "selected_attention" and group < 8:
+        pytest.skip("smaller groups take plain kernels")
     w = workload(op, dtype, group=group)
     check_case(load_kernel(w, schedule_of(w)), case_of(w))
 
@@ -65,11 +66,42 @@ def test_head_sizes_and_schedules(op: str, knobs: dict[str, int], dim: int, v_di
 
 
 @pytest.mark.parametrize("knobs", [{"row_stages": 2}, {"part_tokens": 16, "shares": 64}], ids=str)
-@pytest.mark.parametrize("dim", [64, 128])
-def test_selected_schedules(dim: int, knobs: dict[str, int]) -> None:
+@pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (128, 128), (64, 128), (128, 64)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_selected_schedules(dtype: str, dim: int, v_dim: int, knobs: dict[str, int]) -> None:
     """Lists of many parts; at 64 MiB also several ranges of tokens."""
-    w = workload("selected_attention", dim=dim)
+    w = workload("selected_attention", dtype, dim, v_head_dim=v_dim)
     check_case(load_kernel(w, schedule_of(w, **knobs)), case_of(w, (3000, 77)))
+
+
+@pytest.mark.parametrize("group", [8, 64])
+def test_selected_blocks_named_twice_out_of_order_or_in_the_future(group: int) -> None:
+    """topk_idx is a set: what does not count has no gradient, and a repeat counts once."""
+    w = workload("selected_attention", group=group)
+    random = torch.Generator().manual_seed(0)
+    topk_idx = torch.randint(-2, 12, (2, 700, 9), generator=random)
+    topk_idx[:, 100:110] = -1  # rows that see nothing
+    case = cases_of(w).make_case(w, Sizes((650, 50), 2), "cuda", seed=1, topk_idx=topk_idx)
+    check_case(load_kernel(w, schedule_of(w)), case)
+    assert case.outputs["dq"][100:110].count_nonzero() == 0
+
+
+def test_selected_shares_that_float16_cannot_hold() -> None:
+    """A block's share of dq reaches 1e5 in one column, where their sum is about 0."""
+    w = workload("selected_attention", "float16")
+    case = case_of(w, (1000,))
+    do, q, k, v, topk_idx, cu_seqlens, o, lse, *_ = case.args
+    do *= 2.0**6
+    q[..., 0], k[..., 0] = 0.0, 2.0**8
+    exact = reference.selected_attention(
+        *(x.double() for x in (q, k, v)), topk_idx, cu_seqlens, block_size=64
+    )
+    for given, right in zip((o, lse), exact, strict=True):
+        given.copy_(right)
+    load_kernel(w, schedule_of(w)).launch(*case.args)
+    dq, right = case.outputs["dq"], case.expected()["dq"]
+    assert dq.isfinite().all()
+    assert relative_error(dq[..., 1:], right[..., 1:]) <= THRESHOLDS[torch.float16]
 
 
 @pytest.mark.parametrize("part_tokens", [16, 64, 4096])
