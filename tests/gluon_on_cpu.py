@@ -98,7 +98,7 @@ class Pointer:
 
 @dataclass
 class Shared:
-    """Elements of shared memory: `at` says where each lies, 128 bytes of a row next to each other."""
+    """Elements of shared memory: `at` says where each lies, 128 bytes of a row together."""
 
     memory: Tensor
     at: Tensor
@@ -346,7 +346,9 @@ class Box:
     def _view(self, place: list[Any]) -> tuple[Tensor, list[int]] | None:
         """What of a box is inside."""
         whole = self.tensor.as_strided(self.shape, self.strides)
-        inside = [min(n, size - int(at)) for n, size, at in zip(self.box, self.shape, place, strict=True)]
+        inside = [
+            min(n, size - int(at)) for n, size, at in zip(self.box, self.shape, place, strict=True)
+        ]
         if min(inside) <= 0:
             return None
         for dim, (at, n) in enumerate(zip(place, inside, strict=True)):
@@ -375,11 +377,18 @@ class Unshared(ast.NodeTransformer):
 
 
 class Pipeline:
-    """Stands in for a file's Gluon kernel: runs its programs one after another."""
+    """Stands in for a file's Gluon kernel: runs its programs one after another.
 
-    def __init__(self, path: Path, name: str, seed: int) -> None:
-        self.path, self.name, self.seed = path, name, seed
+    Args:
+        without: a line that is left out, to see that it is missed.
+    """
+
+    def __init__(self, path: Path, name: str, seed: int = 0, without: str = "") -> None:
+        self.name, self.seed = name, seed
         text = path.read_text()
+        if without:
+            assert without in text
+            text = text.replace(without, "pass")
         tree = Unshared().visit(ast.parse(text[text.index("\nbulk_load =") :]))
         self.code = compile(ast.fix_missing_locations(tree), str(path), "exec")
         self.grid: tuple[int, ...] = ()
@@ -394,7 +403,14 @@ class Pipeline:
             language = Language(Scheduler(self.seed + number), program)
             gl = language.namespace()
             jit = types.SimpleNamespace(jit=lambda f: f)
-            names = {"gl": gl, "tl": gl, "gluon": jit, "triton": jit, "torch": torch, **language.hopper()}
+            names = {
+                "gl": gl,
+                "tl": gl,
+                "gluon": jit,
+                "triton": jit,
+                "torch": torch,
+                **language.hopper(),
+            }
             names |= {"NamedTuple": object, "TensorDescriptor": None}
             exec(self.code, names)
             names[self.name](*(argument(x) for x in args))
@@ -403,7 +419,9 @@ class Pipeline:
 def argument(x: Any) -> Any:
     """A launch's argument as the kernel sees it."""
     if isinstance(x, Tensor):
-        return Pointer(x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0), x.storage_offset())
+        return Pointer(
+            x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0), x.storage_offset()
+        )
     if hasattr(x, "block_shape"):
         return Box(x.base, list(x.shape), list(x.strides), list(x.block_shape), x.layout)
     return torch.tensor(x) if isinstance(x, int) else x

@@ -856,7 +856,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__a4303e01"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__a4303e01"),),
+        "cuda:90": (
+            (Bucket(), "selected_attention_backward__bf16_d128_g16_b64__6423df4b"),
+            (Bucket(), "selected_attention_backward__bf16_d128_g16_b64__a4303e01"),
+        ),
     },
     Workload(
         op="selected_attention",
@@ -983,6 +986,7 @@ TRITON = {
     "compressed_attention_backward__bf16_d128_g16_l32_s16__ab66ed6e": Releases((3, 6), (3, 9)),
     "compressed_attention_forward__bf16_d128_g16_l32_s16__54f81bf4": Releases((3, 6), (3, 9)),
     "compressed_attention_forward__bf16_d128_g4_l32_s16__f8e30162": Releases((3, 6), (3, 9)),
+    "selected_attention_backward__bf16_d128_g16_b64__6423df4b": Releases((3, 6), (3, 9)),
     "sliding_window_attention_backward__bf16_d128_g16_w512__913daf67": Releases((3, 6), (3, 9)),
     "sliding_window_attention_forward__bf16_d128_g16_w512__cc264aaf": Releases((3, 6), (3, 9)),
     "sliding_window_attention_forward__bf16_d128_g4_w512__ae64ed63": Releases((3, 6), (3, 9)),

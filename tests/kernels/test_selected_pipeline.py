@@ -1,9 +1,13 @@
-"""Selected attention's backward pipeline on the CPU, its warps in random order (tests/gluon_on_cpu.py)."""
+"""Selected attention's backward pipeline on the CPU, its warps in random order.
+
+On a GPU a missing barrier shows by chance alone, and without one Gluon only compiles.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,13 +24,81 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(seqlens, dtype="bfloat16", group=16, dim=64, v_dim=64, seed=0, kv_heads=1, topk_idx=None, **knobs):
+def check(
+    monkeypatch: pytest.MonkeyPatch,
+    seqlens: tuple[int, ...] = (70, 3),
+    sizes: tuple[str, int, int, int] = ("bfloat16", 16, 64, 64),
+    *,
+    topk_idx: torch.Tensor | None = None,
+    shares_bytes: int = 1 << 30,
+    without: str = "",
+    **knobs: int,
+) -> None:
+    """Compare the gradients with the reference's.
+
+    Args:
+        sizes: dtype, group, head_dim and v_head_dim.
+        without: a line of the kernel that is left out.
+    """
+    dtype, group, dim, v_dim = sizes
     params = {"head_dim": dim, "v_head_dim": v_dim, "gqa_ratio": group, "block_size": 64}
     w = Workload.of("selected_attention", "backward", dtype=dtype, **params)
-    (space,) = (s for s in spaces_of(w.op, "backward") if s.algorithm == "warp_specialized")
-    schedule = Schedule.of(space.algorithm, {**space.default(w, KNOWN_TARGETS["cuda:90"]), **knobs})
-    module = load_kernel(w, schedule)
+    (space,) = (s for s in spaces_of(w.op, w.pass_) if s.algorithm == "warp_specialized")
+    default: dict[str, Any] = dict(space.default(w, KNOWN_TARGETS["cuda:90"]))
+    module = load_kernel(w, Schedule.of(space.algorithm, {**default, **knobs}))
     (name,) = (n for n in vars(module) if n.startswith("selected_attention_backward__"))
-    setattr(module, name, Pipeline(Path(module.__file__), name, seed))
-    case = cases_of(w).make_case(w, Sizes(seqlens, kv_heads), "cpu", seed=1, topk_idx=topk_idx)
-    check_case(module, case)
+    assert module.__file__
+    monkeypatch.setattr(module, name, Pipeline(Path(module.__file__), name, without=without))
+    monkeypatch.setattr(module, "SHARES_BYTES", shares_bytes)
+    check_case(module, cases_of(w).make_case(w, Sizes(seqlens, 1), "cpu", 1, topk_idx))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "knobs"),
+    [
+        (70, ("bfloat16", 16, 64, 64), {}),
+        (66, ("bfloat16", 16, 128, 64), {"row_stages": 2}),
+        (20, ("float16", 16, 128, 128), {}),  # shares of float32, in copies of 32 columns
+        (70, ("float16", 8, 64, 64), {"row_stages": 6}),  # a step's copies in two turns
+        (18, ("bfloat16", 64, 64, 64), {"part_tokens": 16}),  # a token a step, parts of a list
+    ],
+    ids=str,
+)
+def test_gradients(
+    tokens: int, sizes: Any, knobs: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(monkeypatch, (tokens, 3), sizes, **knobs)
+
+
+def test_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges of tokens add their sums to those before, blocks of one part and of several."""
+    token = torch.arange(200)
+    topk_idx = torch.stack([token * 0, torch.where(token > 140, token // 64, -1)], 1)[None]
+    limit = 80 * 2 * 16 * 64 * 2
+    check(monkeypatch, (200,), topk_idx=topk_idx, shares_bytes=limit, part_tokens=64)
+
+
+def test_rows_that_see_nothing_and_blocks_that_do_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Empty sequences, -1, blocks of the future, and repeats, which count once."""
+    topk_idx = torch.randint(-1, 3, (1, 90, 4), generator=torch.Generator().manual_seed(0))
+    topk_idx[:, 5:9] = -1
+    check(monkeypatch, (0, 20, 0, 70), topk_idx=topk_idx)
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("mbarrier.wait(pair_free, step // 2 & 1 ^ 1)", "changed while it was in flight|relative"),
+        ("mbarrier.wait(pair_full, step // 2 & 1)", "changed while it was in flight|relative"),
+        ("mbarrier.arrive(pair_free, count=1)", "deadlock"),
+        ("mbarrier.wait(q_full.index(slot), filled)", "changed while it was in flight|relative"),
+        ("mbarrier.arrive(rows_free.index(first_slot + 1), count=1)", "deadlock"),
+        ("mbarrier.wait(rows_free.index(slot), step // ROW_STAGES & 1 ^ 1)", "changed|more|rel"),
+        ("tma.store_wait((SHARE_PLACES - 1) * COPIES)", "relative"),
+    ],
+)
+def test_a_missing_barrier_is_seen(line: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AssertionError, match=found):
+        check(monkeypatch, without=line)

@@ -7,8 +7,10 @@
 #             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, block_size=64
 # Schedule:   two_pass(block_m=32, block_n=16, key_orientation=keys, key_stages=3, key_tile=64,
 #             key_warps=4, num_stages=3, num_warps=1, orientation=rows, part_tokens=1024)
-# Targets:    cuda:80, cuda:90
+# Targets:    cuda:80
 # Provenance: the architecture's default; not measured
+# Targets:    cuda:90
+# Provenance: for Triton outside 3.6 to 3.9; not measured
 """Selected attention, backward: dq query-major, dk and dv key-block-major.
 
 dv[u] = sum p[t, h, u] do[t, h]; ds = p (do . v - sum_d do o); dq = softmax_scale ds k and
