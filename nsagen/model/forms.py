@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nsagen.model.checks import require
-from nsagen.ops import block_selection, reference
+from nsagen.ops import block_selection, compressed_lse
 
 FORMS: dict[str, dict[str, Any]] = {
     "infllm_v2": {
@@ -190,7 +190,7 @@ def select(
     scores: dict[str, Any] = SCORES[form.form]
     lse = None
     if scores["score_norm"] == "softmax":
-        lse = reference.compressed_lse(q, windows, cu_seqlens_q, cu_seqlens_k, **sizes, **where)
+        lse = compressed_lse(q, windows, cu_seqlens_q, cu_seqlens_k, **sizes, **where)
     return block_selection(
         q,
         windows,
