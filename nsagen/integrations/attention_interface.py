@@ -133,6 +133,8 @@ def dense(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: floa
         keys = slice(0, layout.keys)
         o = _causal(query, key[:, :, keys], value[:, :, keys], scale)
         return o.transpose(1, 2)
+    if layout.steps:
+        return _dense_steps(query, key, value, layout, scale)
     q = layout.pack_queries(query).transpose(0, 1).split(layout.query_lengths, 1)
     k, v = (layout.pack_keys(t).transpose(0, 1).split(layout.key_lengths, 1) for t in (key, value))
     parts = [_causal(a[None], b[None], c[None], scale)[0] for a, b, c in zip(q, k, v, strict=True)]
@@ -154,6 +156,17 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     )
 
 
+def _dense_steps(q: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    """`dense` of one token a row, by a mask of the real keys."""
+    assert layout.key_index is not None
+    k, v = key[:, :, : layout.keys], value[:, :, : layout.keys]
+    real = torch.zeros(layout.batch * layout.keys, dtype=torch.bool, device=q.device)
+    real = real.index_fill(0, layout.key_index, True).view(layout.batch, 1, 1, layout.keys)
+    seen = real | ~real.any(-1, keepdim=True)  # a row without tokens: no NaN before it is dropped
+    o = functional.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
+    return layout.unpack(layout.pack_queries(o))
+
+
 def _sparse(
     form: Form,
     query: Tensor,
@@ -164,11 +177,11 @@ def _sparse(
     layer: Any,
 ) -> Tensor:
     """[B, S, HQ, D] of the sequences of a layout, each by its selected blocks."""
-    q, k, v = layout.pack_queries(query), layout.pack_keys(key), layout.pack_keys(value)
-    ends, key_ends = layout.cu_seqlens_q, layout.cu_seqlens_k
+    q, ends = layout.pack_queries(query), layout.cu_seqlens_q
     if layout.whole:
+        k = layout.pack_keys(key).detach()
         windows, window_ends = compress(
-            k.detach(), None, None, key_ends, compress_type="avgpool", **form.window_sizes
+            k, None, None, layout.cu_seqlens_k, compress_type="avgpool", **form.window_sizes
         )
     elif layer is not None:
         kept = layer.windows_of(form, key, layout)
@@ -177,20 +190,67 @@ def _sparse(
         none = (0,) * layout.batch
         windows, window_ends = packed_windows(*with_windows(form, key, layout, None, none), layout)
     blocks = select(form, q, windows, ends, window_ends, layout.q_start, scale)
-    if form.each_head and q.shape[1] != k.shape[1]:
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    return layout.unpack(chosen_attention(q, k, v, blocks, form.block_size, layout, scale))
+    return chosen(query, key, value, blocks, form.block_size, layout, scale)
 
 
-def chosen_attention(
-    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, block_size: int, layout: Layout, scale: float
+def chosen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    layout: Layout,
+    scale: float,
 ) -> Tensor:
-    """Attention to selected blocks of packed sequences, behind a cache or whole."""
-    behind = {}
+    """Attention of each sequence's queries to the blocks that were selected for them.
+
+    Args:
+        query: [B, HQ, S, D]; key, value: [B, HK, >= T, D].
+        blocks: int32 [HK or HQ, N, topk] of the packed queries; of B times as many heads where
+            rows are merged.
+
+    Returns:
+        [B, S, HQ, D].
+    """
+    if layout.steps:
+        return layout.unpack(_chosen_steps(query, key, value, blocks, block_size, layout, scale))
+    q, k, v = layout.pack_queries(query), layout.pack_keys(key), layout.pack_keys(value)
+    repeats = blocks.shape[0] // k.shape[1]
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    behind: dict[str, Any] = {}
     if not layout.whole:
         behind = {"cu_seqlens_k": layout.cu_seqlens_k, "q_start": layout.q_start}
-    return topk_sparse_attention(q, k, v, blocks, block_size, layout.cu_seqlens_q, scale, **behind)
+    return layout.unpack(
+        topk_sparse_attention(q, k, v, blocks, block_size, layout.cu_seqlens_q, scale, **behind)
+    )
+
+
+def _chosen_steps(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    layout: Layout,
+    scale: float,
+) -> Tensor:
+    """[N, HQ, D] of one token a row: only the chosen tokens of the cache are read."""
+    assert layout.key_index is not None
+    new = [i for i, count in enumerate(layout.query_lengths) if count]
+    starts = layout.cu_seqlens_k[new][:, None]
+    lengths = layout.cu_seqlens_k.diff()[new][:, None]
+    inside = torch.arange(block_size, device=query.device)
+    tokens = (blocks[..., None] * block_size + inside).flatten(-2)  # [R, N, topk * block_size]
+    seen = (tokens >= 0) & (tokens < lengths)
+    places = layout.key_index[(starts + tokens).where(seen, starts).long()]
+    heads = torch.arange(blocks.shape[0], device=query.device) * key.shape[1] // blocks.shape[0]
+    taken = (places // layout.keys, heads[:, None, None], places % layout.keys)
+    q = layout.pack_queries(query).unflatten(1, (blocks.shape[0], -1)).transpose(0, 1)
+    o = functional.scaled_dot_product_attention(
+        q, key[taken], value[taken], seen[:, :, None], scale=scale
+    )
+    return o.transpose(0, 1).flatten(1, 2)
 
 
 def _form(module: Any) -> Form:

@@ -147,6 +147,12 @@ class Layout:
         copy."""
         return self.key_index is None and not self.whole
 
+    @property
+    def steps(self) -> bool:
+        """Whether rows with padding have one new token each behind a cache, which is not packed:
+        that would copy it."""
+        return self.key_index is not None and self.queries == 1 and not self.whole
+
     @functools.cached_property
     def cu_seqlens_q(self) -> Tensor:
         """int32 [sequences + 1]; of one sequence where merged, as all have the same lengths."""

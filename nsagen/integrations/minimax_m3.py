@@ -25,7 +25,7 @@ from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as m3
 from nsagen.integrations.attention_interface import (
     IMPLEMENTATION,
     LOSSES,
-    chosen_attention,
+    chosen,
     dense,
 )
 from nsagen.integrations.attention_layout import Layout, refuse
@@ -144,16 +144,15 @@ class IndexHeads:
             advice = "set index_loss_coef to 0, or freeze the indexers"
             refuse("the index loss", rule, "another model in training", advice)
         index_q, index_k = layout.pack_queries(self.q), layout.pack_keys(self.k)
-        heads = layout.pack_queries(query), layout.pack_keys(key), layout.pack_keys(value)
         blocks = None if warm else self._blocks(index_q, index_k, layout)
         if blocks is None:
             o = dense(query, key, value, layout, scale)
         else:
-            o = layout.unpack(chosen_attention(*heads, blocks, block_size, layout, scale))
+            o = chosen(query, key, value, blocks, block_size, layout, scale)
         if losses is not None and index_q.requires_grad:
+            q, k = layout.pack_queries(query).detach(), layout.pack_keys(key).detach()
             loss = reference.index_loss(
-                *(heads[0].detach(), heads[1].detach(), index_q, index_k, blocks),
-                layout.cu_seqlens_q,
+                *(q, k, index_q, index_k, blocks, layout.cu_seqlens_q),
                 block_size=block_size,
                 softmax_scale=scale,
             )

@@ -19,6 +19,7 @@ from transformers import DynamicCache  # noqa: E402
 import nsagen.integrations.transformers  # noqa: E402, F401
 from nsagen.core.errors import InvalidInputError  # noqa: E402
 from nsagen.integrations import attention_cache  # noqa: E402
+from nsagen.integrations.attention_layout import Layout  # noqa: E402
 from tests.integrations.plain_forms import INFLLM, MOBA, distance, plain  # noqa: E402
 
 KINDS = ("Llama", "Qwen3", "Gemma3", "Mistral")
@@ -238,15 +239,29 @@ class TestCaches:
         expected = oracle("Llama", INFLLM, made[:-1])[79:].argmax(-1)
         assert torch.equal(made[80:], expected)
 
+    @pytest.mark.parametrize("dense_decode", [False, True])
+    @EVERY_FORM
     @torch.no_grad()
-    def test_left_padded_prompts_go_on_as_each_alone(self) -> None:
-        ids, model = tokens(3, 80), sparse("Llama", INFLLM, dense_len=60)
+    def test_left_padded_prompts_go_on_as_each_alone(
+        self, form: dict[str, Any], dense_decode: bool
+    ) -> None:
+        ids = tokens(3, 80)
+        model = sparse("Llama", form, dense_len=60, dense_decode=dense_decode)
         mask = torch.ones_like(ids)
         mask[0, :37], mask[1, :22] = 0, 0
         made = model.generate(ids, attention_mask=mask, **GREEDY)[:, 80:]
         for row, first in enumerate((37, 22, 0)):
             alone = model.generate(ids[row : row + 1, first:], **GREEDY)[0, 80 - first :]
             assert torch.equal(made[row], alone)
+
+    @torch.no_grad()
+    def test_a_step_behind_padding_copies_no_cache(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ids, model = tokens(2, 90), sparse("Llama", INFLLM, dense_len=80)
+        mask = torch.ones(2, 91, dtype=torch.int64)
+        mask[0, :15] = 0
+        cache = model(ids, attention_mask=mask[:, :90], use_cache=True).past_key_values
+        monkeypatch.setattr(Layout, "pack_keys", lambda *_: pytest.fail("packed"))
+        model(ids[:, :1], attention_mask=mask, past_key_values=cache)
 
     @torch.no_grad()
     def test_beams_carry_their_means(self) -> None:
