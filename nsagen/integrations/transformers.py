@@ -5,7 +5,7 @@
 
     model = apply_nsa(AutoModelForCausalLM.from_pretrained(folder), attention={"topk": 16})
     model.generate(**inputs)
-    model.save_pretrained(swapped)  # AutoModelForCausalLM reads it where this module is imported
+    model.save_pretrained(swapped)  # AutoModelForCausalLM reads it once this module is imported
 
 Importing it also registers `attn_implementation="nsagen"`, for MiniMax-M3 and, in any dense model,
 for the forms of `nsagen.model.forms`.
@@ -60,29 +60,29 @@ def apply_nsa(
     The models are those of `nsagen.integrations.transformers_models.MODELS`, with any head or
     none. The projections and norms stay the model's own; branches with their own keys and values
     start with copies of them. The gates start as the constants `gates`, compression as the mean (an
-    "mlp" near it) and the position embedding at 0, so that, with the default gates,
-    the model starts close to the dense one: all but the same where a token sees at most
-    min(window_size, topk * block_size) tokens, and beyond that as close as the selected blocks
-    hold the mass of the attention. `docs/transformers.md` has measured distances.
+    "mlp" near it) and the position embedding at 0. With the default gates, the model starts close
+    to the dense one: nearly equal while a token sees at most min(window_size, topk * block_size)
+    tokens; beyond that, it depends on how much of the attention the selected blocks hold.
+    `docs/transformers.md` has measured distances.
 
-    Where some layers attend within a sliding window and others to everything (Gemma 3), the
-    sliding ones stay dense. Where all do (the first Mistral), all are replaced, and see more.
+    If some layers attend within a sliding window and others to everything (Gemma 3), the sliding
+    ones stay dense. If all layers slide (the first Mistral), all are replaced, and see more.
 
     Args:
         model: with any head, or none.
         attention: settings of NSA, those of `nsagen.model.sparsity.Sparsity`: a mapping, or an
             object with them as attributes, such as a `ToyNSALlamaConfig` or an `AttentionShape`
-            of a spec. What is left out has its default.
+            of a spec. Omitted settings have their defaults.
         dispatcher: generated kernels to use on a GPU; None for nsagen's own choice.
         gates: initial shares of the compressed, selected and sliding branch.
 
     Returns:
-        The model, its class and config now those of a swapped one. `save_pretrained` saves it
-        with its settings, in `config.nsa`, and `AutoModelForCausalLM` reads it back.
+        The model, with the class and config of a swapped one. `save_pretrained` saves its settings
+        in `config.nsa`, and `AutoModelForCausalLM` reads it back.
 
     Raises:
-        InvalidInputError: another kind of model, rope or setting; NSA or an adapter is there
-            already.
+        InvalidInputError: an unsupported model, rope or setting; the model already has NSA or
+            adapters.
     """
     require(
         isinstance(model, PreTrainedModel),
@@ -120,10 +120,10 @@ def apply_nsa(
 
 
 def load_nsa(folder: str | Path, *, dispatcher: Any = None, **kwargs: Any) -> PreTrainedModel:
-    """A model that `apply_nsa` made and `save_pretrained` wrote, with a head for text.
+    """Load a swapped causal language model that `save_pretrained` wrote.
 
-    It reads folders that nsagen saved as dense models with a key `nsa`, before swapped models had
-    a model_type, too: saving such a model converts it.
+    It also reads folders from before swapped models had a model_type, which look like a dense
+    model's with a key `nsa`. Saving such a model converts it.
 
     Args:
         folder: with config.json and safetensors.
@@ -131,7 +131,7 @@ def load_nsa(folder: str | Path, *, dispatcher: Any = None, **kwargs: Any) -> Pr
         kwargs: for `AutoModelForCausalLM.from_pretrained`, such as dtype.
 
     Raises:
-        InvalidInputError: the folder's config.json has no `nsa`, or the weights do not fit it.
+        InvalidInputError: config.json has no `nsa`, or the weights do not match it.
     """
     settings = getattr(AutoConfig.from_pretrained(folder), "nsa", None)
     require(
@@ -153,7 +153,7 @@ def load_nsa(folder: str | Path, *, dispatcher: Any = None, **kwargs: Any) -> Pr
 
 
 def _read_old_names(model: PreTrainedModel, folder: Path) -> None:
-    """Read NSA's parameters, those of compression under the names that they had as no modules."""
+    """Read NSA's parameters; those of compression had shorter names before they were modules."""
     parameters = {
         f"{name}.{own}": parameter
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Native Sparse Attention in the place of an attention module of Transformers."""
+"""Native Sparse Attention as an attention module of a Transformers model."""
 
 from __future__ import annotations
 
@@ -23,21 +23,20 @@ from nsagen.model.sparsity import Sparsity
 
 
 class TransformersNSA(NSAOps):
-    """Takes what an attention module of a supported model takes, and `nsa_call`.
+    """Takes the inputs of a supported model's attention module, and `nsa_call`.
 
-    Its projections and norms are the replaced module's own, under their names; its other
-    parameters have the names and shapes of `NativeSparseAttention`'s, but that the gate has a bias
-    and that each part of compression is a module of its own, which adapters can name:
-    `compress_key.weight`, `intra_block_pe.weight`.
+    It uses the replaced module's projections and norms under their names. Its other parameters have
+    the names and shapes of `NativeSparseAttention`'s, except that the gate has a bias, and that
+    each part of compression is a module that adapters can name, as in `compress_key.weight`.
 
     Args:
         dense: the module to replace.
         facts: of its model.
         sparsity: the settings.
-        turned: components of a head that rope turns.
+        turned: components of a head that rope rotates.
         dispatcher: generated kernels to use on a GPU; None for nsagen's own choice.
-        gates: what the gates start as.
-        dtype: of what NSA adds.
+        gates: initial shares of the branches.
+        dtype: of the new parameters.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class TransformersNSA(NSAOps):
         self.add_compression(**where)
         for part in self._parts():
             for module in part.modules():
-                # Else Transformers would start a linear layer in its own way.
+                # Otherwise Transformers would initialize linear layers itself.
                 vars(module)["is_part_of_nsa"] = True
 
     def _new_gate(self, hidden_size: int) -> Any:
@@ -82,7 +81,7 @@ class TransformersNSA(NSAOps):
         )
 
     def _parts(self) -> list[nn.Module]:
-        """What NSA adds to the dense module."""
+        """The modules that NSA adds."""
         names = ("compress_key", "compress_value", "intra_block_pe", "intra_block_pe_value")
         own = [name for branch in self.sparsity.kv_branches[1:] for name in PROJECTIONS[branch]]
         parts = [getattr(self, name) for name in ("gate", *names, *own)]
@@ -90,7 +89,7 @@ class TransformersNSA(NSAOps):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Set what NSA adds to what it starts as, but for what a checkpoint has filled."""
+        """Initialize the new parameters, except those that a checkpoint has filled."""
         sparsity, gates = self.sparsity, self.initial_gates
         fresh = TransformersNSA(
             self, self.facts, sparsity, self.turned_dim, None, gates, torch.float32
@@ -105,12 +104,12 @@ class TransformersNSA(NSAOps):
         return PlainWeights(held.data) if isinstance(held, nn.Parameter) else held
 
     def _sizes(self) -> list[int]:
-        """Outputs of the projections of queries, keys and values."""
+        """The widths of the projections of queries, keys and values."""
         kv = self.num_kv_heads * self.head_dim
         return [self.num_q_heads * self.head_dim, kv, kv]
 
     def _own_projections(self) -> list[nn.Module]:
-        """Those of keys and values; parts of the joined one, where the model has one."""
+        """The projections of keys and values; slices of the joined one, if there is one."""
         if len(self.facts.projections) == 3:
             return [getattr(self, name) for name in self.facts.projections[1:]]
         name = self.facts.projections[0]
@@ -151,7 +150,7 @@ class TransformersNSA(NSAOps):
         return self._normed(k, self.k_norm, self.num_kv_heads)
 
     def _normed(self, x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
-        dtype = x.dtype  # under autocast norms return another one than the values have
+        dtype = x.dtype  # under autocast, norms return another one
         if norm is not None and self.facts.norm == "all heads":
             x = norm(x)
         x = x.unflatten(-1, (heads, -1))
@@ -173,19 +172,17 @@ class TransformersNSA(NSAOps):
 
         Args:
             hidden_states: [B, T, hidden].
-            cache: Transformers' `Cache`; its older versions call it past_key_values.
-            nsa_call: the layout, made from the model's inputs, which were checked there.
-            others: what it was made from, and `position_embeddings`: rope has float32 tables of
-                its own in any dtype.
+            cache: Transformers' `Cache`; older versions call it past_key_values.
+            nsa_call: the layout, made from the model's inputs.
+            others: the checked inputs themselves, and `position_embeddings`, which is not used:
+                NSA has float32 rope tables in any dtype.
 
         Returns:
             [B, T, hidden], and None for the attention weights, which NSA never forms.
         """
         if nsa_call is None:
-            advice = "call the model, or its base model, in place of forward or single layers"
-            refuse(
-                "a layer", "needs what its base model makes of the inputs", "a call alone", advice
-            )
+            advice = "call the model or its base model, not their forward or single layers"
+            refuse("a layer", "needs the layout that its base model makes", "a call alone", advice)
         x, call = hidden_states, nsa_call.to(hidden_states.device)
         cache = cache if cache is not None else past_key_values
         layer = None if cache is None else layer_of(cache, self.layer_idx, self.sparsity)
@@ -211,7 +208,7 @@ class TransformersNSA(NSAOps):
         return out, None
 
     def _step(self, heads: Heads, gate: Tensor, layer: NSALayer, call: Call) -> Tensor:
-        """One new token of each row."""
+        """One new token per row."""
         assert call.positions is not None
         slots = torch.arange(call.batch, dtype=torch.int32, device=gate.device)
         store = layer.reserve(call, heads)
@@ -219,7 +216,7 @@ class TransformersNSA(NSAOps):
         return self.decode_heads(heads, gate, call.positions, slots, store, call.rope.tables)
 
     def _pass(self, heads: Heads, gate: Tensor, layer: NSALayer, call: Call) -> Tensor:
-        """Several new tokens of each row, behind none or some that the cache holds."""
+        """Several new tokens per row, the first ones or after cached ones."""
         pieces = call.pieces
         assert pieces is not None
         store = layer.reserve(call, heads)
@@ -235,11 +232,11 @@ class TransformersNSA(NSAOps):
     def _recorded(
         self, new: Branches, whole: Branches, gate: Tensor, pieces: PrefillRows
     ) -> Tensor:
-        """`attend`, with gradients that end at what the cache held.
+        """`attend`, with gradients for the new tokens only.
 
-        Backward passes take whole sequences: so the tokens in the cache have queries of 0 and
-        gates of 0 here, and no part in the result. The new tokens' own keys and values, which the
-        cache holds without their history, are put in again.
+        Backward kernels take whole sequences. So cached tokens get queries and gates of 0 here,
+        which take no part in the result. The new tokens' keys and values replace their detached
+        copies from the cache.
         """
         assert pieces.context is not None
         assert pieces.windows is not None
@@ -271,11 +268,11 @@ class TransformersNSA(NSAOps):
 
 
 def _tensor_of(layer: nn.Module) -> Tensor:
-    """Any tensor of a layer: quantized ones may have no weight."""
+    """Any tensor of a layer: a quantized one may have no weight."""
     return next(chain(layer.parameters(), layer.buffers()))
 
 
 def _places_in(context: Context, index: tuple[Tensor, Tensor]) -> Tensor:
-    """int64: where rows and positions of a cache lie among what a context packs of it."""
+    """int64: the indices of rows and positions of a cache in a context packed from it."""
     row, position = index
     return context.cu_seqlens[:-1].to(torch.int64)[row] + position

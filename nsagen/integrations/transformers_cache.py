@@ -1,8 +1,7 @@
 """One attention layer's NSA cache, as a layer of Transformers' `Cache`.
 
-`generate` makes a `DynamicCache` or a `StaticCache`; an NSA module puts one of these in its own
-place there before the first token. Rows are sequences; each has a length of its own, so that
-padding takes no room.
+`generate` makes a `DynamicCache` or a `StaticCache`; before the first token, an NSA module replaces
+its layer there by one of these. Rows are sequences of different lengths: padding takes no room.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ from nsagen.model.layer_cache import NSALayerCache, Pair, layer_lengths
 from nsagen.model.sparsity import Sparsity
 
 GROWTH = 1.5
-"""A full cache grows by half, so that a token costs few copies and a cache little spare room."""
+"""A full cache grows by half: few copies per token, and little unused memory."""
 
 ROUND = 256
-"""Tokens that a capacity is a multiple of."""
+"""Capacities are multiples of this many tokens."""
 
 _REPLACEABLE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
@@ -59,7 +58,7 @@ class NSALayer(CacheLayerMixin):
         recent: the last keys before rope, [rows, Recent.length + 1, HK, D], token t at index
             t % Recent.length, and where the compressed branch has its own the values: `crop`
             restores the store's from them.
-        unfinished: whether a pass of several tokens began to write and has not ended.
+        unfinished: whether a pass of several tokens started writing and did not end.
     """
 
     is_croppable = True
@@ -84,7 +83,7 @@ class NSALayer(CacheLayerMixin):
         return self.capacity is not None
 
     def reserve(self, call: Call, heads: Heads) -> NSALayerCache:
-        """Room for the tokens of a call, keeping what is there.
+        """Make room for the tokens of a call, keeping the cached ones.
 
         Raises:
             InvalidInputError: another dtype than the tokens held.
@@ -94,7 +93,7 @@ class NSALayer(CacheLayerMixin):
         if store is not None:
             held = store.k.shape[1]
             if store.k.dtype != k.dtype:
-                rule = f"holds {store.k.dtype}, and what goes on behind it must have that dtype"
+                rule = f"holds {store.k.dtype}, and tokens added to it must have that dtype"
                 refuse("cache", rule, str(k.dtype), "use the same autocast for all calls")
             if not torch.compiler.is_compiling() and _stale(store.k):
                 copies = {name: tensor.clone() for name, tensor in store.tensors().items()}
@@ -124,7 +123,7 @@ class NSALayer(CacheLayerMixin):
         return self.store
 
     def remember(self, call: Call, raw: Pair) -> None:
-        """Keep what `crop` needs of the call's tokens.
+        """Store what `crop` may need of the call's tokens.
 
         Args:
             raw: the compressed branch's new keys before rope and values, [N, HK, dim], packed.
@@ -162,7 +161,7 @@ class NSALayer(CacheLayerMixin):
         return self.capacity or self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> Any:
-        """Tokens; of a fixed capacity, a tensor, as from Transformers' `StaticLayer`."""
+        """Tokens; with a fixed capacity, a tensor, as in Transformers' `StaticLayer`."""
         return 0 if self.state is None else self.state.seen
 
     def get_max_length(self) -> int:
@@ -184,14 +183,15 @@ class NSALayer(CacheLayerMixin):
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens of each row, as assisted generation does with a draft's.
+        """Remove the last tokens of each row, as assisted generation does with rejected drafts.
 
         Args:
-            tokens_to_remove: minus their number, padding included; above 0, as in Transformers
-                before 5.18, the number that is left.
+            tokens_to_remove: minus their number, including padding; a positive number, as in
+                Transformers before 5.18, is how many to keep.
 
         Raises:
-            InvalidInputError: so many tokens that keys which the next window needs are gone.
+            InvalidInputError: more than `KEPT` tokens, but not all: the keys that the next window
+                needs are gone.
         """
         count = int(tokens_to_remove)
         if self.state is None or self.store is None:
@@ -213,7 +213,7 @@ class NSALayer(CacheLayerMixin):
         position = position + back[0] + lengths[row]
         length = Recent.length(self.sparsity)
         if bool((position <= written[row] - length).any()):
-            rule = f"can forget its last {KEPT} tokens, or all"
+            rule = f"can drop its last {KEPT} tokens, or all"
             refuse("cache", rule, f"crop({count})", "start from an empty cache")
         rings = [ring for ring in (self.store.k_raw, self.store.v_raw) if ring is not None]
         for ring, recent in zip(rings, self.recent, strict=True):
@@ -232,19 +232,19 @@ class NSALayer(CacheLayerMixin):
 
 
 def _stale(tensor: Tensor) -> bool:
-    """Whether inference mode made a tensor that may not be written to here."""
+    """Whether a tensor was made in inference mode and can't be written to here."""
     return tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _stay(tensors: Sequence[Tensor]) -> None:
-    """Tell torch.compile that tensors keep their addresses, for CUDA graphs."""
+    """Tell torch.compile that tensors keep their addresses: CUDA graphs need not copy them."""
     if not torch.compiler.is_compiling():
         for tensor in tensors:
             torch._dynamo.mark_static_address(tensor)
 
 
 def check_replaceable(layer: Any) -> None:
-    """Check that NSA can take a layer's place in a cache.
+    """Check that NSA can replace a cache's layer.
 
     Raises:
         InvalidInputError: the layer is of a kind that NSA cannot replace, or holds tokens.
@@ -265,7 +265,7 @@ def _any(number: Tensor) -> bool:
 
 
 def capacity_of(layer: Any) -> int | None:
-    """Tokens that a cache's layer has room for as NSA's; None: it grows."""
+    """Tokens that an NSA layer in the place of this one has room for; None if it grows."""
     if isinstance(layer, NSALayer):
         return layer.capacity
     # A sliding layer has room for its window, and NSA keeps every token.
@@ -273,7 +273,7 @@ def capacity_of(layer: Any) -> int | None:
 
 
 def layer_of(cache: Cache, index: int, sparsity: Sparsity) -> NSALayer:
-    """The NSA layer at a place of a cache, put there if only an empty layer is."""
+    """A cache's NSA layer at an index; made if the layer there is empty."""
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[index]
@@ -290,11 +290,11 @@ def state_of(
     """What a cache holds for the layers with NSA.
 
     Returns:
-        the state, None if the cache is empty; the layers' capacity, None if they grow.
+        the state, None if the cache is empty; and the layers' capacity, None if they grow.
 
     Raises:
-        InvalidInputError: a kind of cache that NSA has no layers for; one that another model
-            filled, or other rows; one that a call left half written.
+        InvalidInputError: an unknown kind of cache; a cache of another model or of other rows; one
+            that a failed call left half written.
     """
     offloads = getattr(cache, "offloading", False)
     if type(cache) not in (Cache, DynamicCache, StaticCache) or offloads:
@@ -313,8 +313,8 @@ def state_of(
     if all(other is None for other in states):
         return None, capacity
     if any(one.unfinished for one in layers if isinstance(one, NSALayer)):
-        rule = "must hold whole calls; one that failed left it half written"
-        refuse("cache", rule, "such a cache", "start from an empty one")
+        rule = "must not be half written by a call that failed"
+        refuse("cache", rule, "one that is", "start from an empty one")
     if len(states) < len(indices) or not _even(states):
         seen = sorted({0 if one is None else int(one.seen) for one in states})
         rule = "must hold as many tokens in every layer"
@@ -327,7 +327,7 @@ def state_of(
 
 
 def _even(states: Sequence[State | None]) -> bool:
-    """Whether all layers hold as much; fixed ones are compared by what the host can see."""
+    """Whether all layers hold the same number of tokens, as far as the host knows them."""
     first = states[0]
     if first is None or any(one is None for one in states):
         return False
@@ -337,15 +337,15 @@ def _even(states: Sequence[State | None]) -> bool:
 
 
 def begin(cache: Any) -> None:
-    """Mark the layers that a pass of several tokens is about to write to: where it fails between,
-    keys that the next window needs are overwritten. A single token overwrites none of these."""
+    """Mark the layers that a pass of several tokens will write to: if it fails, keys that the next
+    window needs may be overwritten. A single token overwrites none of them."""
     for layer in () if cache is None else cache.layers:
         if isinstance(layer, NSALayer) and layer.state is not None:
             layer.unfinished = True
 
 
 def end(cache: Cache, call: Call) -> None:
-    """Let a cache hold a call's tokens: after its last layer, so that a call that fails before
+    """Add a call's tokens to a cache's state, after the last layer: a call that fails earlier
     leaves the cache as it was, or marked."""
     layers = [layer for layer in cache.layers if isinstance(layer, NSALayer)]
     after, old = call.after, layers[0].state

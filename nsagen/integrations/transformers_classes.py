@@ -1,8 +1,8 @@
 """Configs and models with NSA, as Transformers' Auto classes know them.
 
 A swapped model has a config of its own, `Nsagen<model>Config` with the model_type
-`nsagen_<model>`: a Transformers without nsagen refuses such a folder in place of reading it as a
-dense model. The classes are made from `MODELS`: each is the dense one with its attention replaced.
+`nsagen_<model>`: the Auto classes of a Transformers without nsagen refuse its folder. The classes
+are made from `MODELS`: each is the dense class with its attention replaced.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PREFIX = "Nsagen"
 
 
 class SwappedModel:
-    """What the classes add to a dense model's."""
+    """What a swapped model's class adds to the dense one."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # pyright: ignore
@@ -67,8 +67,8 @@ class SwappedModel:
 
 
 def _checked(prepare: Callable[..., Any]) -> Callable[..., Any]:
-    """A generator's method that prepares a call, refusing a prompt whose last token is padding:
-    the next one would be read there."""
+    """`prepare_inputs_for_generation`, refusing prompts that end with padding: `generate` reads the
+    next token from the last column."""
 
     @functools.wraps(prepare)  # generate reads its parameters
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -84,10 +84,10 @@ def _checked(prepare: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Check that there is a swapped model's config for a dense one's.
+    """Check that a dense model's config has a swapped counterpart.
 
     Raises:
-        InvalidInputError: there is none, as for models that see images too.
+        InvalidInputError: it has none, as for models that also take images.
     """
     known = ", ".join(kind.__name__ for kind in _configs)
     advice = "swap its text model alone, or use NativeSparseAttention in your own code"
@@ -100,22 +100,22 @@ def swapped_config(config: PreTrainedConfig, settings: dict[str, Any]) -> Any:
     made = copy.deepcopy(config)
     made.__class__ = _configs[type(config)]
     made.nsa = settings
-    made._name_or_path = ""  # an adapter's base is not the dense model's folder
+    made._name_or_path = ""  # else adapters would name the dense folder as their base
     return made
 
 
 def become_swapped(model: PreTrainedModel) -> None:
-    """Give a model the class of a swapped one; a class that Transformers does not have stays."""
+    """Change a model's class to the swapped one; a class of the user's own stays."""
     kind = _models.get(type(model))
     if kind is not None:
         model.__class__ = kind
-        # Transformers learns what to record of a class (hidden states) when it makes one.
+        # Transformers registers what to record (hidden states) when it makes an instance.
         PreTrainedModel.__init__(kind.__new__(kind), model.config)
     model.name_or_path = ""
 
 
 def _made(name: str, base: type, *bases: type, **content: Any) -> type:
-    """A class of this module, where pickle finds it."""
+    """A class in this module's namespace, where pickle finds it."""
     made = type(name, (*bases, base), {"__module__": __name__, "__qualname__": name, **content})
     globals()[name] = made
     return made
@@ -131,7 +131,7 @@ def _make_config(facts: Facts) -> type:
         __annotations__={"nsa": dict | None},
         nsa=None,
         model_type=f"nsagen_{facts.module}",
-        # Ranks would have some of the heads, and gates and compression of all.
+        # A rank would have some of the heads, but the gates and compression of all.
         base_model_tp_plan={n: how for n, how in plan.items() if "self_attn" not in n},
     )
 

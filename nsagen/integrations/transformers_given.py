@@ -21,16 +21,16 @@ INPUTS = {
     "input_ids": "computed",
     "inputs_embeds": "computed",
     "attention_mask": "computed if [batch, tokens]; prepared masks are refused",
-    "position_ids": "computed: documents packed into a row, and positions that go on by one",
+    "position_ids": "computed: documents packed into a row, and positions that increase by one",
     "cache": "computed if a DynamicCache or StaticCache",
     "past_key_values": "computed, as cache",
     "use_cache": "computed",
-    "cache_position": "computed if it goes on behind the cache",
+    "cache_position": "computed if it continues after the cache",
     "cu_seq_lens_q": "computed for one row without cache and mask",
     "cu_seq_lens_k": "must equal cu_seq_lens_q",
-    "max_length_q": "must be no less than the longest document",
-    "max_length_k": "must be no less than the longest document",
-    "seq_idx": "computed, as position_ids that start again",
+    "max_length_q": "must be at least the length of the longest document",
+    "max_length_k": "must be at least the length of the longest document",
+    "seq_idx": "computed, as position_ids that restart",
     "output_hidden_states": "computed",
     "output_router_logits": "computed",
     "return_dict": "computed",
@@ -38,7 +38,7 @@ INPUTS = {
     "output_attentions": "True is refused: NSA never forms the weights",
     "is_causal": "False is refused",
 }
-"""What a base model may be given, and what becomes of it. All else is refused."""
+"""The inputs of a base model, and how each is handled. Any other input is refused."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Given:
 
     Attributes:
         batch, tokens, device: of the tokens.
-        mask: bool [B, cached tokens and new ones], True for a token; [B, capacity] in a step
-            behind a cache of fixed capacity.
+        mask: bool [B, cached and new tokens], True for a token; [B, capacity] in a step with a
+            cache of fixed capacity.
         position_ids: [B, T].
         cu_seqlens: [documents + 1].
         seq_idx: [B, T].
         cache: Transformers' `Cache`.
-        state: what it holds; fixed in a step behind a cache of fixed capacity, else plain.
+        state: what it holds; fixed in a step with a cache of fixed capacity, else plain.
         capacity: of its layers; None: they grow.
-        caches: whether the call may have a cache.
+        caches: whether the call may write to a cache.
         recording: whether autograd records.
     """
 
@@ -78,17 +78,17 @@ class Given:
 
     @property
     def is_step(self) -> bool:
-        """One token a row behind a cache: no length is read on the host."""
+        """One token per row after cached ones: the host reads no length."""
         return self.state is not None and self.tokens == 1 and not self.recording
 
 
 def check_flags(model: Any, inputs: dict[str, Any]) -> None:
-    """Refuse what would change attention, wherever it is said."""
+    """Refuse what would change attention, whether an input or the config asks for it."""
     config = model.config
     advice = "leave it out, or use the dense model"
     for name, wrong, why in (
         ("output_attentions", True, "NSA never forms the weights"),
-        ("is_causal", False, "NSA looks back alone"),
+        ("is_causal", False, "NSA is causal"),
     ):
         value = inputs.get(name)
         if value is None:
@@ -99,7 +99,7 @@ def check_flags(model: Any, inputs: dict[str, Any]) -> None:
         refuse("config.use_bidirectional_attention", "must be False", "True", advice)
     dropout = getattr(config, "attention_dropout", 0.0)
     if model.training and dropout:
-        rule = "must be 0 in training: NSA drops no weights of attention"
+        rule = "must be 0 in training: NSA has no attention dropout"
         refuse("config.attention_dropout", rule, str(dropout), "set it to 0")
 
 
@@ -117,9 +117,9 @@ def given_of(
         model: the base model.
         inputs: by name.
         tokens: the ids or embeddings among them.
-        layers: the indices of those that have NSA.
+        layers: the indices of the layers with NSA.
         sparsity: their settings.
-        layer_type: what Transformers calls their kind, in models with several.
+        layer_type: Transformers' name for their kind, in models with several kinds.
 
     Raises:
         InvalidInputError: an input that NSA would not compute as the dense model does.
@@ -144,8 +144,8 @@ def given_of(
     if state is not None and state.recorded and recording:
         refuse(
             "cache",
-            "must be filled under torch.no_grad() where gradients are wanted behind it: it "
-            "does not lead gradients into the tokens that it holds",
+            "must be filled under torch.no_grad() if later tokens need gradients: gradients do "
+            "not flow into cached tokens",
             f"{state.seen} tokens that autograd recorded",
             "wrap the earlier calls, or this one if it needs no gradients, in torch.no_grad()",
         )
@@ -188,7 +188,7 @@ def _mask(
     capacity: int | None,
     layer_type: str | None,
 ) -> Tensor | None:
-    """`Given.mask`. What comes may be as wide as the cache's capacity: `generate` has it so."""
+    """`Given.mask`. The input may be as wide as the cache's capacity, as `generate` makes it."""
     if isinstance(mask, dict):  # what generate prepares for static caches, by kind of layer
         mask = mask.get(layer_type or "full_attention")
     if mask is None:
@@ -205,7 +205,7 @@ def _mask(
             f"must be [batch, tokens] = {expected} with the tokens of the cache, 1 for a "
             "token and 0 for padding",
             str(list(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__,
-            "NSA chooses itself what a token sees of its row",
+            "NSA decides which tokens of its row a token sees",
         )
     mask = _real(mask if state is None else mask.to(state.lengths.device), wait)
     beyond = ("attention_mask", "must have no ones beyond the tokens so far")
@@ -222,7 +222,7 @@ def _mask(
 
 
 def _real(mask: Tensor, wait: bool) -> Tensor:
-    """bool, True for tokens. Read as bool, an additive mask (0 and -inf) would mean the opposite,
+    """bool, True for tokens. Cast to bool, an additive mask (0 and -inf) would mean the opposite,
     and document numbers would be lost."""
     if mask.dtype == torch.bool:
         return mask
@@ -234,7 +234,7 @@ def _real(mask: Tensor, wait: bool) -> Tensor:
 
 
 def check_windows(given: Given, window: int) -> None:
-    """Layers that stay dense count padding in their windows: it must not push a token out."""
+    """Layers that stay dense count padding in their windows: it must not displace a token."""
     mask = given.mask
     if mask is None:
         return
@@ -251,11 +251,9 @@ def _check_cache_position(position: Any, given: Given) -> None:
     if position is None:
         return
     expected = torch.arange(given.tokens, device=position.device) + given.seen
-    rule = "must run from the number of tokens that the cache holds"
+    rule = "must run from the number of cached tokens"
     if not isinstance(given.seen, Tensor):
-        rule = (
-            f"must run from {given.seen}, the tokens behind it, to {given.seen + given.tokens - 1}"
-        )
+        rule += f", {given.seen}, to {given.seen + given.tokens - 1}"
     what = ("cache_position", rule, f"shape {list(position.shape)}", "leave it out")
     if position.shape != expected.shape:
         refuse(*what)
@@ -300,7 +298,7 @@ def _cu_seqlens(inputs: dict[str, Any], batch: int, tokens: int) -> Tensor | Non
         refuse_unless((of_keys.to(ends.device) == ends).all(), *what)
     for name, limit in zip(names[2:], limits, strict=True):
         if limit is not None:
-            rule = "must be no less than the longest document"
+            rule = "must be at least the length of the longest document"
             fits = (ends.diff() <= limit).all()
             refuse_unless(fits, name, rule, str(limit), "leave it out")
     return ends

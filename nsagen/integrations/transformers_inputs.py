@@ -1,7 +1,7 @@
 """Where the tokens of a swapped model's call belong, computed before any layer runs.
 
-`Inputs` is a forward hook of the base model, the module whose `layers` NSA is in. It has the
-inputs read, and lays out the `Call` that the layers share.
+`Inputs` is a forward pre-hook of the base model, the module whose `layers` have NSA. It reads the
+inputs and lays out the `Call` that the layers share.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nsagen.model.packing import Packed
 from nsagen.model.sparsity import Sparsity
 
 CALL = "nsa_call"
-"""The name under which layers get the `Call`."""
+"""The keyword that passes the `Call` to layers."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Inputs:
 
     Attributes:
         names: the parameters of the base model's forward, in order.
-        layers: indices of the layers that have NSA.
+        layers: indices of the layers with NSA.
         sparsity: their settings.
         rope: makes their tables.
-        window: tokens that the layers which stay dense see; None without such layers.
+        window: tokens that dense sliding layers see; None without such layers.
     """
 
     names: tuple[str, ...]
@@ -83,7 +83,7 @@ class Inputs:
         return (), {**kwargs, CALL: replace(call, last=layers[-1])}
 
     def _call(self, given: Given) -> tuple[Call, Tensor | None]:
-        """The layout, and position_ids for dense layers where none were given."""
+        """The layout, and position_ids for dense layers if the caller gave none."""
         if given.state is not None and given.is_step:
             return self._step(given, given.state), None
         if (given.cu_seqlens, given.seq_idx) != (None, None):
@@ -93,7 +93,7 @@ class Inputs:
         return self._rows(given)
 
     def _tables(self, given: Given, positions: int) -> Rope:
-        """Rope's tables for `positions`, or all that a cache may come to have."""
+        """Rope tables for `positions`; for a fixed capacity, for all that it has room for."""
         old = None if given.state is None else given.state.rope
         longest = _longest(given) if self.rope.by_length else 1
         if given.caches and given.capacity is not None:
@@ -101,14 +101,14 @@ class Inputs:
         return self.rope.tables(positions, longest, given.device, old, spare=given.caches)
 
     def _plain(self, given: Given) -> Call:
-        """Whole rows, without cache: nothing that a compiler could not trace."""
+        """Whole rows without a cache: all of it can be traced."""
         ends = torch.arange(given.batch + 1, dtype=torch.int32, device=given.device)
         packed = Packed.of(ends * given.tokens, given.batch * given.tokens)
         rope = self._tables(given, given.tokens)
         return Call(given.batch, given.tokens, packed, rope, given.recording)
 
     def _step(self, given: Given, state: State) -> Call:
-        """One token a row behind a cache: no length is read on the host."""
+        """One token per row after cached ones: the host reads no length."""
         room = given.capacity
         if room is None:
             assert isinstance(state.seen, int)
@@ -121,7 +121,7 @@ class Inputs:
         lengths = state.lengths
         if given.position_ids is not None:
             expected = lengths if state.shift is None else lengths + state.shift
-            # A row of padding alone may begin anywhere, but not behind one token: it is decoded.
+            # A row without a token in this step may have any position.
             right = given.position_ids[:, -1].expand(given.batch) == expected
             right = right if real is None else right | ~real
             refuse_unless(right.all(), *_GOES_ON, wait=False)
@@ -151,7 +151,7 @@ class Inputs:
         )
 
     def _packed(self, given: Given) -> tuple[Call, Tensor | None]:
-        """Documents in rows, said by cu_seq_lens_q, seq_idx, position_ids or several of them."""
+        """Documents in rows, marked by cu_seq_lens_q, seq_idx, position_ids or several of them."""
         if given.caches or given.mask is not None:
             refuse(
                 "documents packed into a row",
@@ -184,7 +184,7 @@ class Inputs:
 
     @on_host
     def _rows(self, given: Given) -> tuple[Call, Tensor | None]:
-        """A sequence in each row, padded or not, from its start or behind a cache."""
+        """One sequence per row, padded or not, from its start or after cached tokens."""
         batch, tokens, state, mask = given.batch, given.tokens, given.state, given.mask
         if given.position_ids is not None and mask is None and state is None:
             broken = not bool((given.position_ids.diff(dim=1) == 1).all())
@@ -233,30 +233,30 @@ class Inputs:
 
 _GOES_ON = (
     "position_ids",
-    "must go on by one from token to token of a row, padding not counted, and from those that the "
-    "cache holds",
+    "must increase by one from token to token of a row, not counting padding, and continue after "
+    "the tokens in the cache",
     "others",
     "leave them out; to pack documents into a row, pass use_cache=False and no attention_mask",
 )
 
 _NO_MASK = (
     "attention_mask",
-    "must be given behind a cache that holds padding, for all its tokens and the new ones",
+    "must be given when the cache holds padding, for its tokens and the new ones",
     "none",
-    "extend the earlier one by ones",
+    "append ones to the earlier mask",
 )
 
 
 @on_host
 def _longest(given: Given) -> int:
-    """The largest position of a call and 1, padding counted, which some rope types scale by."""
+    """The largest position of a call plus 1, counting padding; some rope types scale by it."""
     if given.position_ids is not None:
         return int(given.position_ids.max()) + 1
     return int(given.seen) + given.tokens
 
 
 def _with_token(state: State, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Which rows have a token in a step, bool [B], None: all; and `State.real` after it."""
+    """Which rows have a token in a step, bool [B] or None for all; and `State.real` after it."""
     if not isinstance(state.seen, Tensor):
         if mask is None:
             if state.real is not None:
@@ -274,16 +274,17 @@ def _with_token(state: State, mask: Tensor | None) -> tuple[Tensor | None, Tenso
 
 
 def _check_earlier(earlier: Tensor, state: State, wait: bool = True) -> None:
-    """The mask must say of tokens in the cache what it said when they were put there."""
+    """The mask of cached tokens must be what it was when they were cached."""
     same = earlier.all() if state.real is None else (earlier == state.real).all()
     rule = "must not change for tokens that the cache holds"
     refuse_unless(same, "attention_mask", rule, "another", "start from an empty cache", wait=wait)
 
 
 def _shift(given: Given, real: Tensor, before: list[int]) -> tuple[Tensor | None, Tensor]:
-    """How far position_ids are ahead, and position_ids [B, T] where none are given.
+    """How far position_ids are ahead of positions in the row, and position_ids [B, T].
 
-    Rope sees differences only, so a row may begin at any position. It must go on by one.
+    Rope depends on differences only, so a row may start at any position. From there, positions
+    must increase by one.
     """
     state, device = given.state, given.device
     counted = torch.tensor(before, device=device)[:, None] + real.cumsum(1) - 1
@@ -305,7 +306,7 @@ def _shift(given: Given, real: Tensor, before: list[int]) -> tuple[Tensor | None
 
 
 def _starts(values: Tensor, step: int) -> Tensor:
-    """bool [B, T]: where a row begins, or its values do not go on by `step`."""
+    """bool [B, T]: the start of each row, and where its values do not increase by `step`."""
     starts = torch.ones_like(values, dtype=torch.bool)
     starts[:, 1:] = values.diff(dim=1) != step
     return starts

@@ -1,7 +1,7 @@
-"""Where the tokens of one call of a Transformers model belong: what its NSA layers share.
+"""The layout of one call's tokens, which all NSA layers of a Transformers model share.
 
-`transformers_inputs` makes a `Call` from a model's inputs, and the model hands it to its layers.
-Nothing of it stays on a module.
+`transformers_inputs` makes a `Call` from a model's inputs, and the model passes it to its layers.
+No module keeps any of it.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class State:
     """What the NSA layers of a cache hold.
 
-    A cache with a fixed capacity holds it in tensors of fixed shapes, so that a compiled decoding
+    With a fixed capacity, all of it is in tensors of fixed shapes, so that one compiled decoding
     step serves every length: see `fixed` and `plain`.
 
     Attributes:
         lengths: int32 [rows], tokens of each row, padding not counted.
-        seen: tokens that went through the model, padding included: Transformers counts these.
+        seen: tokens that the model has processed, including padding, as Transformers counts.
             Fixed: int64 [].
-        real: bool [rows, seen], which of them were tokens; None: all. Fixed: [rows, capacity].
-        shift: int64 [rows], how far position_ids are ahead of positions in the row; None: 0.
-        given: whether the caller gave them.
-        recorded: whether autograd recorded what made them.
-        rope: the tables that turned the keys.
+        real: bool [rows, seen], False at padding; None without padding. Fixed: [rows, capacity].
+        shift: int64 [rows], how far position_ids are ahead of positions in the row; None for 0.
+        given: whether the caller passed position_ids.
+        recorded: whether autograd recorded the calls that filled the cache.
+        rope: the tables that rotated the keys.
     """
 
     lengths: Tensor
@@ -57,7 +57,7 @@ class State:
         return replace(self, lengths=self.lengths.index_select(0, index), **kept)
 
     def fixed(self, capacity: int) -> State:
-        """A plain state in tensors of fixed shapes."""
+        """The same in tensors of fixed shapes."""
         rows, device = self.lengths.shape[0], self.lengths.device
         real = torch.zeros(rows, capacity, dtype=torch.bool, device=device)
         real[:, : self.seen] = True if self.real is None else self.real
@@ -67,7 +67,7 @@ class State:
         return replace(self, seen=seen, real=real, shift=shift)
 
     def plain(self) -> State:
-        """A fixed state as one whose numbers the host knows."""
+        """The same with the numbers on the host."""
         if not isinstance(self.seen, Tensor):
             return self
         seen = int(self.seen)
@@ -80,7 +80,7 @@ class State:
         )
 
     def overwrite(self, new: State) -> State:
-        """`new`, in this fixed state's own tensors."""
+        """`new`, copied into the tensors of this fixed state."""
         kept = {}
         for name in ("lengths", "seen", "real", "shift"):
             kept[name] = getattr(self, name)
@@ -90,20 +90,20 @@ class State:
 
 @dataclass(frozen=True)
 class Call:
-    """A batch [B, T], padded or packed, and where its tokens go.
+    """The layout of a batch [B, T], padded or packed.
 
     Attributes:
         batch, tokens: B and T.
         packed: the tokens without padding, as sequences one after another.
-        places: int64 [N], place of each of them in the flattened batch; None: all, in order.
+        places: int64 [N], their indices in the flattened batch; None for all, in order.
         rope: the tables.
         recording: whether autograd records.
         continues: whether the cache holds tokens already.
-        room: tokens of a row that the cache must have room for.
-        after: the state of a cache after the call; None: the call may have no cache.
-        last: the last layer with NSA, which puts `after` into the cache.
-        pieces: how the tokens go into a cache; None without one, and for one token a row.
-        positions: int32 [B], for one token a row behind a cache: where it goes, -1 at padding.
+        room: tokens per row that the cache must have room for.
+        after: the cache's state after the call; None if the call may not write to a cache.
+        last: the last layer with NSA, which sets the cache's state to `after`.
+        pieces: where the tokens go in a cache; None without a cache and in decoding steps.
+        positions: int32 [B], in decoding steps: where the row's token goes, -1 at padding.
         recent: where the tokens go in `NSALayer.recent`.
     """
 
@@ -123,7 +123,7 @@ class Call:
     _elsewhere: dict[torch.device, Call] = field(default_factory=dict, compare=False, repr=False)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Call:
-        """The same on another device, for models whose layers lie on several."""
+        """The same on another device, for models on several devices."""
         del non_blocking
         device = torch.device(device)
         if device == self.rope.tables.cos.device:
@@ -147,14 +147,14 @@ class Call:
 
 
 KEPT = 128
-"""The last tokens of each row that a cache can forget again."""
+"""How many of a row's last tokens `crop` can remove."""
 
 
 @dataclass(frozen=True)
 class Recent:
-    """Where tokens go in a ring of the last tokens of each row.
+    """Where tokens go in a ring of each row's last tokens.
 
-    The ring has a place more, which takes what is to be kept nowhere.
+    The ring has one more place, for the tokens of padding.
 
     Attributes:
         row, place: int64 [M], the ring's index.
@@ -167,8 +167,8 @@ class Recent:
 
     @staticmethod
     def length(sparsity: Sparsity) -> int:
-        """Tokens of a ring: what the next window may need after `KEPT` are forgotten, and one
-        that a step which failed may have written."""
+        """Tokens of a ring: those that the next window may need after `crop` removed `KEPT`, and
+        one that a failed step may have overwritten."""
         return sparsity.kernel_size + KEPT + 1
 
     @classmethod
@@ -201,7 +201,7 @@ class RowPlaces:
 
 
 def on_host(function: Function) -> Function:
-    """Keep a function that reads numbers from a device out of compiled graphs."""
+    """Keep a function out of compiled graphs: it reads numbers from the device."""
     return torch.compiler.disable(function)  # pyright: ignore
 
 
@@ -220,7 +220,7 @@ def moved(part: Any, device: torch.device) -> Any:
 def pieces_of(
     starts: Sequence[int], lengths: Sequence[int], sparsity: Sparsity, device: torch.device
 ) -> PrefillRows:
-    """How new tokens of each row, behind `starts` older ones, go into a cache."""
+    """Where new tokens of each row, after `starts` cached ones, go in a cache."""
     sizes = (sparsity.kernel_size, sparsity.kernel_stride)
     rows = [Piece(i, *row) for i, row in enumerate(zip(starts, lengths, strict=True))]
     return PrefillRows.of(rows, RowPlaces(device, sizes))
@@ -238,8 +238,8 @@ def refuse_unless(
 
     Args:
         came: a tensor of one element, or text.
-        wait: False where the host should not wait for a GPU, as in a decoding step: then the GPU
-            asserts. So it does in compiled code.
+        wait: False to keep the host from waiting for a GPU, as in a decoding step: the GPU then
+            asserts. It also asserts in compiled code.
     """
     if torch.compiler.is_compiling() or (holds.is_cuda and not wait):
         torch.ops.aten._assert_async.msg(holds, f"NSA model: {what}: {rule}; {advice}")

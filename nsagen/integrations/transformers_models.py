@@ -1,4 +1,4 @@
-"""The models of Transformers that NSA fits into, as data."""
+"""The supported models of Transformers, as data."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Facts:
-    """What NSA needs to know of a model beside its config.
+    """What NSA needs to know about a model besides its config.
 
     Attributes:
-        name: what Transformers' classes of it begin with.
+        name: the prefix of its classes in Transformers.
         module: their module, below `transformers.models`.
-        config: the class of its config, if not `<name>Config`.
+        config: the class of its config, if other than `<name>Config`.
         projections: those of queries, keys and values, or the joined one, of an attention module.
-        norm: what its q_norm and k_norm see: "each head" or "all heads"; None without them.
+        norm: what its q_norm and k_norm apply to: "each head" or "all heads"; None without them.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Facts:
     norm: str | None = None
 
     def kind(self, suffix: str) -> Any:
-        """A class of the model, such as that of its "Attention"; None if there is no such class."""
+        """A class of the model, such as its "Attention"; None if there is none."""
         home = importlib.import_module(f"transformers.models.{self.module}.modeling_{self.module}")
         return getattr(home, self.name + suffix, None)
 
@@ -59,7 +59,7 @@ HEADS = {
     "AutoModelForTokenClassification": ("ForTokenClassification",),
     "AutoModelForQuestionAnswering": ("ForQuestionAnswering",),
 }
-"""The Auto classes, and the suffixes of the models' classes that they make."""
+"""The Auto classes, and the suffixes of the classes that they make."""
 
 
 def facts_of(attention: Any) -> Facts | None:

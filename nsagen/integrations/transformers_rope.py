@@ -1,9 +1,9 @@
 """Rope tables for any rope type of Transformers, from the model's own frequencies.
 
-A table has a row a position and a column a pair of a head's components. What a type does to the
-frequencies (yarn, longrope, dynamic, llama3, linear) and to the length of what it turns is in them.
-Where rope turns only a part of a head, the other pairs have an angle of 0, and `arranged` brings
-queries and keys into the order that the tables pair.
+A table has a row per position and a column per pair of a head's components. It includes what a type
+(yarn, longrope, dynamic, llama3, linear) does to frequencies and magnitudes. If rope rotates only a
+part of a head, the other pairs have an angle of 0, and `arranged` brings queries and keys into the
+order of the tables' pairs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nsagen.model.checks import require
 from nsagen.model.rope import Tables
 
 ROUND = 256
-"""Positions that the tables of a cache are a multiple of."""
+"""Tables of growing caches have a multiple of this many rows."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Rope:
 
     Attributes:
         tables: cos and sin, float32 [P, D/2].
-        key: what the frequencies depend on beside the model; equal keys, equal rows.
+        key: tables of one model with equal keys have equal rows.
     """
 
     tables: Tables
@@ -42,12 +42,12 @@ class RopeSource:
     Attributes:
         kind: the rope type.
         config: the model's.
-        layer_type: the kind of layer that the tables are for, in models with several.
+        layer_type: the kind of layer that the tables are for, in models with several kinds.
         head_dim: D.
-        turned: components of a head that rope turns.
-        fixed: for types whose frequencies are one of few sets, these sets by their key: radians a
-            token of each pair, and what cos and sin are multiplied by. Not Transformers' buffers,
-            which follow `.to(dtype)`.
+        turned: components of a head that rope rotates.
+        fixed: for types with one or two sets of frequencies, these sets by key: radians per token
+            of each pair, and the factor of cos and sin. Transformers' own buffers can't be used:
+            `.to(dtype)` rounds them.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class RopeSource:
 
     @property
     def by_length(self) -> bool:
-        """Whether the frequencies depend on the longest position."""
+        """Whether the frequencies depend on the largest position."""
         return "dynamic" in self.kind or self.kind == "longrope"
 
     def tables(
@@ -68,14 +68,14 @@ class RopeSource:
         """The tables of a call.
 
         Args:
-            positions: rows to have.
-            longest: the call's largest position and 1, which some types scale by.
-            old: tables of an earlier call, used again where they serve.
-            spare: whether to make more rows than asked for, for calls to come.
+            positions: rows that are needed.
+            longest: the call's largest position plus 1; some types scale by it.
+            old: tables of an earlier call, reused if they fit.
+            spare: whether to make more rows than needed, for later calls.
         """
         key = self._key(longest)
         if old is not None and old.key == key and positions <= old.tables.cos.shape[0]:
-            # What inference mode made cannot be saved for a backward pass.
+            # Autograd cannot save tensors made in inference mode.
             compiled = torch.compiler.is_compiling()
             if (
                 not compiled
@@ -96,7 +96,7 @@ class RopeSource:
         return Rope(Tables(cos, sin), key)
 
     def frequencies(self, longest: int = 1) -> tuple[tuple[float, ...], float]:
-        """Radians a token of each pair, and what cos and sin are multiplied by."""
+        """Radians per token of each pair, and the factor of cos and sin."""
         with torch.device("cpu"):  # a model may be under construction on the meta device
             layer = {} if self.layer_type is None else {"layer_type": self.layer_type}
             make = ROPE_INIT_FUNCTIONS[self.kind]
@@ -122,7 +122,7 @@ def rope_source(rotary: Any, layer_type: str | None, head_dim: int) -> RopeSourc
         rotary: Transformers' module, read for its rule.
 
     Raises:
-        InvalidInputError: rope that turns pairs which do not come out even.
+        InvalidInputError: rope that rotates an odd part of a head.
     """
     kinds: Any = rotary.rope_type
     config = rotary.config
@@ -142,7 +142,7 @@ def rope_source(rotary: Any, layer_type: str | None, head_dim: int) -> RopeSourc
     require(
         turned <= head_dim and (head_dim - turned) % 2 == 0,
         "apply_nsa",
-        "rope must turn an even part of a head",
+        "rope must rotate an even part of a head",
         f"{turned} of {head_dim} components",
         "such a model cannot be swapped",
     )
@@ -150,10 +150,10 @@ def rope_source(rotary: Any, layer_type: str | None, head_dim: int) -> RopeSourc
 
 
 def arranged(x: Tensor, turned: int) -> Tensor:
-    """Queries or keys [..., D] with the halves that rope pairs D/2 apart.
+    """Queries or keys [..., D], reordered so that rope's pairs lie D/2 apart.
 
-    Of D components the first `turned` are the ones that rope turns, its pairs turned/2 apart.
-    Scores do not depend on the order, as long as queries and keys share it.
+    Rope rotates the first `turned` of D components, in pairs turned/2 apart. Scores do not depend
+    on the order, if queries and keys share it.
     """
     if turned == x.shape[-1]:
         return x

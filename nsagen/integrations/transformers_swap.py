@@ -1,4 +1,4 @@
-"""NSA put in the place of a model's attention modules."""
+"""Replacing a model's attention modules by NSA."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def swap(
     dispatcher: Any = None,
     gates: Gates = INITIAL_GATES,
 ) -> None:
-    """Replace the attention of each layer, but for sliding layers among others.
+    """Replace the attention of each layer, except sliding layers in models that have other ones.
 
     Raises:
-        InvalidInputError: no part of the model is one that NSA fits into.
+        InvalidInputError: the model has no attention module of a known kind.
     """
     known = ", ".join(facts.name for facts in MODELS)
     bases = [module for module in model.modules() if _is_base(module)]
@@ -73,7 +73,7 @@ def swap(
 
 
 def keeps_sliding_layers(config: Any) -> bool:
-    """Whether some layers attend within a window and others to everything: the former stay."""
+    """Whether some layers attend within a window, which stay dense, and others do not."""
     kinds = set(getattr(config, "layer_types", None) or ())
     return SLIDING in kinds and len(kinds) > 1
 
@@ -107,9 +107,9 @@ def _swap_layers(base: Any, sparsity: Sparsity, dispatcher: Any, gates: Gates) -
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-    """What layers get as their mask: nothing N by N, but for sliding layers that stay dense.
+    """The mask that layers get: never N by N, except for dense sliding layers.
 
-    Behind a static cache it is as wide as this, so that compiled steps have one shape.
+    With a static cache it is as wide as the cache, so that compiled steps have one shape.
     """
     config, window = kwargs.get("config"), kwargs.get("local_size")
     if window is not None and keeps_sliding_layers(config):

@@ -236,10 +236,10 @@ class TestPositionIds:
         with torch.no_grad():
             model(IDS[:, :20], past_key_values=cache, position_ids=torch.arange(5, 25)[None])
             for wrong in (torch.arange(20, 30)[None], None):
-                with pytest.raises(InvalidInputError, match="position_ids: must go on by one"):
+                with pytest.raises(InvalidInputError, match="position_ids: must increase by one"):
                     model(IDS[:, 20:], past_key_values=cache, position_ids=wrong)
             for wrong in (torch.tensor([[20]]), None):
-                with pytest.raises(InvalidInputError, match="position_ids: must go on by one"):
+                with pytest.raises(InvalidInputError, match="position_ids: must increase by one"):
                     model(IDS[:, 20:21], past_key_values=cache, position_ids=wrong)
             logits = model(
                 IDS[:, 20:], past_key_values=cache, position_ids=torch.arange(25, 35)[None]
@@ -295,7 +295,7 @@ class TestMasks:
                 more = {"input_ids": ids[:, 20 : 20 + new], "past_key_values": cache}
                 with pytest.raises(InvalidInputError, match="must not change for tokens"):
                     model(attention_mask=other[:, : 20 + new], **more)
-                with pytest.raises(InvalidInputError, match="must be given behind a cache that"):
+                with pytest.raises(InvalidInputError, match="must be given when the cache"):
                     model(**more)
                 with pytest.raises(
                     InvalidInputError, match=rf"\[batch, tokens\] = \[2, {20 + new}"
@@ -341,7 +341,7 @@ class TestMasks:
             model(IDS, attention_mask=masks[kind])
 
     def test_prepared_masks_are_refused(self, model: Any) -> None:
-        with pytest.raises(InvalidInputError, match=r"got \[1, 1, 30, 30\]; NSA chooses itself"):
+        with pytest.raises(InvalidInputError, match=r"got \[1, 1, 30, 30\]; NSA decides"):
             model(IDS, attention_mask=torch.ones(1, 1, 30, 30))
 
 
@@ -351,8 +351,8 @@ class TestPackedLengths:
         [
             ({"cu_seq_lens_k": torch.tensor([0, 13, 30])}, "must equal cu_seq_lens_q"),
             ({"cu_seq_lens_k": torch.tensor([0, 30])}, "must equal cu_seq_lens_q"),
-            ({"max_length_q": 17}, "max_length_q: must be no less than the longest"),
-            ({"max_length_k": 17}, "max_length_k: must be no less than the longest"),
+            ({"max_length_q": 17}, "max_length_q: must be at least the length of the longest"),
+            ({"max_length_k": 17}, "max_length_k: must be at least the length of the longest"),
             ({"cu_seq_lens_q": torch.tensor([0, 12, 29])}, "must run from 0 to 30"),
             ({"position_ids": torch.arange(30)[None]}, "position_ids: must start documents where"),
             ({"seq_idx": torch.zeros(1, 30, dtype=torch.int32)}, "seq_idx: must start documents"),
@@ -493,7 +493,10 @@ class TestCaches:
             with pytest.raises(InvalidInputError, match="as many rows as the batch, 1; got 2"):
                 model(IDS[:1], past_key_values=cache)
             wrong = torch.arange(3)
-            with pytest.raises(InvalidInputError, match="cache_position: must run from 30"):
+            with pytest.raises(
+                InvalidInputError,
+                match=r"cache_position: .* cached tokens, 30",
+            ):
                 model(IDS[:, :3], past_key_values=cache, cache_position=wrong)
             both = transformers.EncoderDecoderCache(DynamicCache(), DynamicCache())
             with pytest.raises(InvalidInputError, match=r"got an? EncoderDecoderCache"):
@@ -508,7 +511,7 @@ class TestCaches:
             model.train()(IDS, past_key_values=cache)
 
     def test_a_layer_alone(self, model: Any) -> None:
-        with pytest.raises(InvalidInputError, match="needs what its base model makes"):
+        with pytest.raises(InvalidInputError, match="needs the layout that its base model"):
             model.model.layers[0].self_attn(torch.zeros(1, 3, 32))
 
 

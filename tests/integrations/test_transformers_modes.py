@@ -307,7 +307,7 @@ class TestStaticCache:
                 logits = model(ids[:, start:end], cache=cache, attention_mask=given).logits
                 kept = mask[:, start:end] == 1
                 assert distance(logits[kept], expected[:, start:end][kept]) < 1e-5
-            with pytest.raises(InvalidInputError, match="must be given behind a cache that holds"):
+            with pytest.raises(InvalidInputError, match="must be given when the cache holds"):
                 model(ids[:, 27:28], cache=cache)
             with pytest.raises(InvalidInputError, match="must have no ones beyond the tokens"):
                 model(ids[:, 27:29], cache=cache, attention_mask=torch.ones(2, 48))
@@ -327,6 +327,61 @@ class TestStaticCache:
                 rule = f"has room for 32 tokens; got {32 + new}"
                 with pytest.raises(InvalidInputError, match=rule):
                     model(IDS[:, :new], cache=cache)
+
+
+class TestSecondTurns:
+    @torch.no_grad()
+    @pytest.mark.parametrize("implementation", [None, "static"])
+    def test_generate_continues_from_a_returned_cache(
+        self, model: Any, implementation: str | None
+    ) -> None:
+        """With padding, and prompts that are the whole text or its new tokens."""
+        mask, ids = torch.ones_like(IDS), IDS.clone()
+        ids[1, :9] = mask[1, :9] = 0
+        wanted = {"max_new_tokens": 5, "do_sample": False}
+        room = {"cache_implementation": implementation, "max_cache_len": 80}
+        first = model.generate(
+            ids, attention_mask=mask, return_dict_in_generate=True, **room, **wanted
+        )
+        text = torch.cat([first.sequences, tokens(2, 7, seed=9)], 1)
+        mask = torch.nn.functional.pad(mask, (0, 12), value=1)
+        expected = model.generate(text, attention_mask=mask, **wanted)[:, 42:]
+        for prompt in (text, text[:, 34:]):  # the last new token has not been through the model
+            cache = copy.deepcopy(first[1])
+            second = model.generate(prompt, attention_mask=mask, cache=cache, **wanted)
+            assert torch.equal(second[:, -5:], expected)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("static", [False, True])
+    def test_rows_taken_from_a_cache(self, model: Any, static: bool) -> None:
+        cache = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache()
+        model(IDS[:, :20], cache=cache)
+        cache.batch_select_indices(torch.tensor([1]))
+        cache = pickled(cache)
+        logits = [model(IDS[1:, a:b], cache=cache).logits for a, b in ((20, 21), (21, 30))]
+        whole = model(IDS[1:], use_cache=False).logits[:, 20:]
+        assert distance(torch.cat(logits, 1), whole) < 1e-5
+
+    @torch.no_grad()
+    def test_a_static_cache_is_used_again(self, model: Any) -> None:
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        model(tokens(2, 50), cache=cache)
+        cache.reset()
+        assert distance(model(IDS, cache=cache).logits, model(IDS).logits) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
+def test_another_attention_implementation_is_that_of_sliding_layers(kind: str) -> None:
+    model, mask = trained(sparse(kind)), torch.ones_like(IDS)
+    mask[1, :5] = 0
+    expected = model(IDS, attention_mask=mask).logits
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        logits = model(IDS, attention_mask=mask).logits
+        assert distance(logits[mask == 1], expected[mask == 1]) < 1e-5
+        with pytest.raises(InvalidInputError, match=r"attention_mask: must be \[batch, tokens\]"):
+            model.generate(IDS, max_new_tokens=2, cache_implementation="static")
 
 
 class TestAssisted:
@@ -362,10 +417,10 @@ class TestAssisted:
     def test_what_cannot_be_cropped(self, model: Any) -> None:
         cache = DynamicCache()
         model(tokens(2, 150), cache=cache)
-        with pytest.raises(InvalidInputError, match=r"forget its last 128 tokens.*crop\(-129\)"):
+        with pytest.raises(InvalidInputError, match=r"drop its last 128 tokens.*crop\(-129\)"):
             cache.crop(-129)
         cache.crop(-128)
-        with pytest.raises(InvalidInputError, match="forget its last 128 tokens"):
+        with pytest.raises(InvalidInputError, match="drop its last 128 tokens"):
             cache.crop(-10)  # of the 128 before them, nothing is kept
         cache.crop(-22)
         assert cache.get_seq_length() == 0
@@ -437,7 +492,7 @@ class TestFailedCalls:
         cache = DynamicCache()
         model(IDS[:, :20], cache=cache)
         self.fail(model, monkeypatch, IDS[:, 20:], cache=cache)
-        with pytest.raises(InvalidInputError, match="must hold whole calls; one that failed left"):
+        with pytest.raises(InvalidInputError, match="must not be half written by a call that"):
             model(IDS[:, 20:], cache=cache)
         cache.reset()
         assert distance(model(IDS, cache=cache).logits, model(IDS).logits) < 1e-5
