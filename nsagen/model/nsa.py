@@ -144,6 +144,7 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
         self.v_head_dim = head_dim if v_head_dim is None else v_head_dim
         self.softmax_scale, self.dispatcher = head_dim**-0.5, dispatcher
         self.rotary_emb = rope or RotaryEmbedding(rope_config or RopeConfig(head_dim=head_dim))
+        self.rotary_emb.follow(self)
         std = initializer_range
         self.q_proj = linear(hidden_size, num_q_heads * head_dim, std, generator)
         for branch in self.sparsity.kv_branches:

@@ -187,6 +187,24 @@ class RotaryEmbedding(nn.Module):
         self.cos, self.sin = (table.to(self.cos.device) for table in exact)
         return self
 
+    def follow(self, owner: nn.Module) -> None:
+        """Have a module that is built on the meta device bring the tables when it loads weights.
+
+        With `load_state_dict(assign=True)` weights appear without `_apply`, and no state dict has
+        the tables.
+
+        Args:
+            owner: holds this module as `rotary_emb`.
+        """
+        owner.register_load_state_dict_post_hook(_bring_tables)
+
     def extra_repr(self) -> str:
         positions, pairs = self.cos.shape
         return f"positions={positions}, head_dim={2 * pairs}, type={self.config.rope_type}"
+
+
+def _bring_tables(owner: Any, keys: object) -> None:
+    rope = owner.rotary_emb
+    weight = next((weight for weight in owner.parameters() if not weight.is_meta), None)
+    if rope.cos.is_meta and weight is not None:
+        rope.to_empty(device=weight.device)  # `_apply` fills them

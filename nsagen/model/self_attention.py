@@ -44,6 +44,7 @@ class SelfAttention(JoinsWeights):
         self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
         self.rotary_emb = rope
         q_dim, kv_dim = num_q_heads * head_dim, num_kv_heads * head_dim
+        rope.follow(self)
         self.q_proj = linear(hidden_size, q_dim, initializer_range, generator)
         self.k_proj = linear(hidden_size, kv_dim, initializer_range, generator)
         self.v_proj = linear(hidden_size, kv_dim, initializer_range, generator)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from nsagen.model import RopeConfig
+from nsagen.model import RopeConfig, ToyLlama, ToyNSALlama
 from nsagen.model.rope import RotaryEmbedding, inverse_frequencies, rope_tables
+from tests.model.tiny import dense_config, nsa_config, packed_batch
 
 
 def llama3_frequency(pair: int, config: RopeConfig) -> float:
@@ -70,6 +73,21 @@ def test_tables_stay_float32_and_out_of_the_state_dict() -> None:
         assert rope.cos.dtype == rope.sin.dtype == torch.float32
         assert torch.equal(rope.cos, exact)
     assert rope.state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ToyNSALlama(nsa_config()), lambda: ToyLlama(dense_config())]
+)
+def test_a_model_built_on_meta_brings_its_tables_with_assigned_weights(
+    make: Callable[[], ToyNSALlama | ToyLlama],
+) -> None:
+    model, batch = make(), packed_batch([9, 30])
+    with torch.device("meta"):
+        empty = make()
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty(*batch), model(*batch))
+    again = pickle.loads(pickle.dumps(empty))
+    assert torch.equal(again(*batch), model(*batch))
 
 
 def test_a_model_built_on_meta_gets_its_tables_when_it_lands() -> None:
