@@ -143,7 +143,9 @@ COMPILED = torch.compile(ops.native_sparse_attention, fullgraph=True, dynamic=Tr
 REDUCED = torch.compile(ops.native_sparse_attention, fullgraph=True, mode="reduce-overhead")
 
 
-def measure(x: Inputs, what: str, mode: str, make: Callable[[], Call], right: Any) -> dict:
+def measure(
+    x: Inputs, what: str, mode: str, make: Callable[[], Call], right: Any, profile: bool
+) -> dict:
     row: dict[str, Any] = {"what": what, "mode": mode, "tokens": x.q.shape[0]}
     try:
         call = make()
@@ -154,6 +156,8 @@ def measure(x: Inputs, what: str, mode: str, make: Callable[[], Call], right: An
         row["ms"] = gpu_ms(call)
         row |= host_cost(call).columns(0.9 * row["ms"])
         row["kernels"] = launched(call)
+        if profile:
+            profiled(call)
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {error}"[:2000]
     return row
@@ -165,7 +169,9 @@ def main() -> None:
     parser.add_argument("--package", default="llama8b", help="generated package")
     parser.add_argument("--modes", nargs="+", default=MODES, help="only these, e.g. eager graph")
     parser.add_argument("--out", type=Path, help="file of the rows as JSON")
-    parser.add_argument("--profile", action="store_true", help="print where the host's time goes")
+    parser.add_argument(
+        "--profile", action="store_true", help="print where each call's host time goes"
+    )
     options = parser.parse_args()
     dispatcher = nsagen.load(options.package)
     rows = []
@@ -179,13 +185,11 @@ def main() -> None:
             for mode, make in modes(x, what):
                 if mode not in options.modes:
                     continue
-                row = measure(x, what, mode, make, right)
+                row = measure(x, what, mode, make, right, options.profile)
                 rows.append(row)
                 shown = {n: v for n, v in row.items() if n != "kernels"}
                 print(json.dumps(shown), flush=True)
                 gc.collect()
-            if options.profile:
-                profiled(first)
             del right
         del x
         gc.collect()
