@@ -1,7 +1,7 @@
-"""What is known of calls, found again by what a call looks like.
+"""Remembers calls by what they look like.
 
-Checks and kernel look-up see nothing of a tensor but its shape, strides, dtype and device. A call
-that agrees with an earlier one in all of these, and in its other arguments, needs neither again.
+Checks and kernel look-up only see a tensor's shape, strides, dtype and device. A call that agrees
+with an earlier one in these and in its other arguments needs neither again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ try:
     from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
     from torch._C._autograd import _profiler_enabled
     from torch._C._functorch import peek_interpreter_stack
-except ImportError:  # a release that tells these otherwise: never past the dispatcher
+except ImportError:  # another release's names: every call goes through the dispatcher
     peek_interpreter_stack = None
     _profiler_enabled = bool
 
-# torch.compile's own means: a comparison takes a tenth of a microsecond.
+# What torch.compile compares tensors with, in a tenth of a microsecond.
 TensorGuards = getattr(
     getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None
 )
@@ -31,7 +31,7 @@ Args = tuple[Any, ...]
 Known = TypeVar("Known")
 
 PLAIN = (Tensor, nn.Parameter)
-"""Types of tensors whose calls can be known. A subclass may want to see each call."""
+"""Types of tensors whose calls can be remembered. A subclass may have to see each call."""
 
 _MAX_CALLS = 4096
 _MAX_ALIKE = 16
@@ -41,11 +41,11 @@ _all: weakref.WeakSet[KnownCalls[Any]] = weakref.WeakSet()
 
 
 class KnownCalls(Generic[Known]):
-    """What was found out for calls, by what they look like.
+    """What was learned about calls, by what they look like.
 
     Args:
         is_tensor: for each argument, whether it is a tensor or None. The first argument is a
-            tensor, and those that are no tensors can be hashed.
+            tensor, and arguments that aren't tensors must be hashable.
     """
 
     def __init__(self, is_tensor: Sequence[bool]) -> None:
@@ -104,21 +104,18 @@ class _Look(Generic[Known]):
 
 
 def all_none(values: Sequence[Any]) -> bool:
-    """Whether there is no value: tuple.count would compare tensors with None."""
+    """Whether all values are None; tuple.count would compare tensors with None."""
     return all(value is None for value in values)
 
 
 def is_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether none of the tensors is of a subclass."""
+    """Whether no tensor is an instance of a subclass."""
     return all(type(tensor) in PLAIN for tensor in tensors)
 
 
 def unobserved() -> bool:
-    """Whether a call of an op means to compute it now, and nothing else.
-
-    False where torch.compile or a tracer looks on, a mode or a transform is on, or a profiler,
-    which names ops. Whether gradients are recorded a call's tensors tell.
-    """
+    """Whether only the result of a call counts: no compiler, tracer, mode, transform or profiler
+    must observe it. Gradients are another matter."""
     return not (torch.compiler.is_compiling() or transformed() or profiled())
 
 

@@ -155,7 +155,7 @@ def check_range(op: str, name: str, values: Tensor, least: int, end: int) -> Non
     low, high = int(values.min()), int(values.max())
     if low < least or high >= end:
         rule = f"{name} must be from {least} to {end - 1}"
-        fail(op, rule, f"{low} to {high}", "make the table or cache longer, or mend the numbers")
+        fail(op, rule, f"{low} to {high}", "make the table or cache longer, or fix the numbers")
 
 
 def check_compress_weights(

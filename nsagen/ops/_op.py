@@ -17,9 +17,9 @@ parameters and outputs by their names, as a pytest function takes fixtures.
     def rope_forward(x: Tensor, cos: Tensor, sin: Tensor, ...) -> Tensor:
         return reference.rope(x, cos, sin, positions)
 
-The first call of some look is checked and finds its kernel, the second one is recorded, and the
-others repeat the recording: they allocate and launch, and do nothing else on the host. An op that
-calls other ops is recorded as a whole.
+The first call with given shapes, strides and dtypes is checked and looks up its kernel. The second
+is recorded, and later ones repeat the recording: on the host they only allocate and launch. An op
+that calls other ops is recorded as a whole.
 """
 
 from __future__ import annotations
@@ -84,14 +84,11 @@ def define_op(
     scratch: Mapping[str, Callable[..., Tensor]] | None = None,
     mutates: str = "",
     gradients: Callable[..., Any] | None = None,
-    saves: str = "",
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Register a function as the custom op nsagen::<its name>; returns what to call.
+    """Register a function as the custom op nsagen::<its name>, without leading underscores.
 
-    Underscores before the name are left out.
-
-    The functions given here take parameters and outputs of the op by name, or all of them as
-    attributes of a single parameter `call`. The texts name them, with blanks between.
+    The functions passed here take parameters and outputs of the op by name, or all of them as
+    attributes of a single parameter `call`. The strings list names, separated by blanks.
 
     Args:
         returns: the outputs, in order.
@@ -101,21 +98,20 @@ def define_op(
         kernel: op and pass of the workload that serves a call, or a function that gives the
             `launch`. Without one the function calls other ops, and PyTorch only through `apply`;
             its calls on kernels, and those of its gradients, are repeated as a whole. If it has no
-            `gradients` either, those ops are called one by one on the reference, where gradients
-            are wanted, in exported graphs, and where a mode or a transform looks on.
+            `gradients` either, those ops are called individually on the reference, where gradients
+            are wanted, in exported graphs, and under a mode, a transform or a profiler.
         sizes: static parameters of the workload, besides those that the op has by the same name.
         context: for decoding, the tokens that a cache slot holds at most.
         launch: arguments of the kernel's `launch`, in order. The rows of the first are the call's
             tokens; where it has none, nothing is launched and the outputs are zeros.
-        optional: more arguments of `launch`, left out where all are None.
-        prepare: by name, what stands in for an argument of `launch`.
-        scratch: tensors for `launch` by name that are not returned.
+        optional: more arguments of `launch`, omitted if all are None.
+        prepare: by name, what replaces an argument of `launch`.
+        scratch: by name, tensors for `launch` that are not returned.
         mutates: parameters that are written to.
         gradients: from saved parameters and outputs, and `d` + name for the gradients of outputs,
             the gradients of parameters by name; or an op that returns them, named `d` + name. An
             output whose gradient it does not take is not differentiable, and a parameter that is
             None has no gradient.
-        saves: what `gradients` takes, where its one parameter is `call`.
     """
 
     def define(function: Callable[P, R]) -> Callable[P, R]:
@@ -123,7 +119,7 @@ def define_op(
         op.kernel = _Kernel(op, kernel, sizes, context) if kernel else None
         values = (*op.values, *op.scratch)
         launched = _LaunchArguments(values, launch.split(), optional.split(), prepare or {})
-        backward = None if gradients is None else _Backward(op, gradients, saves.split())
+        backward = None if gradients is None else _Backward(op, gradients)
         return _define(op, launched, tuple(mutates.split()), backward)
 
     return define
@@ -169,7 +165,7 @@ def _define(
             return function(*full) if in_parts else dispatched(*args)
         return calls.run(full, known)
 
-    vars(call)["op"] = op
+    vars(call).update(op=op, calls=calls)
     return call
 
 
@@ -196,10 +192,10 @@ _LIBRARY = torch.library.Library("nsagen", "FRAGMENT")
 
 
 def _register_autograd(op: _Op, dispatched: Any, calls: _Calls, backward: _Backward | None) -> None:
-    """As `torch.library.register_autograd`, but that calls without gradients run at once.
+    """Like `torch.library.register_autograd`, but calls without gradients run directly.
 
-    PyTorch hands them on to the dispatcher from Python, once more. Compiled code, which calls ops
-    through it, would pay for that at each.
+    PyTorch would dispatch them a second time, from Python, and compiled code calls ops through the
+    dispatcher.
     """
     info = Info(functools.partial(_refuse, op.name), None)
     if backward is not None:
@@ -220,11 +216,11 @@ def _register_autograd(op: _Op, dispatched: Any, calls: _Calls, backward: _Backw
 
 
 _UNUSUAL = [getattr(torch._C.DispatchKey, name) for name in ("Python", "Negative", "Conjugate")]
-"""What keeps a tensor's call from being its values' alone."""
+"""Dispatch keys of tensors whose calls PyTorch has to handle first."""
 
 
 def _is_direct(tensors: list[Tensor]) -> bool:
-    """Whether a call on tensors may pass by the dispatcher: nothing of theirs wants to see it."""
+    """Whether a call on these tensors may bypass the dispatcher: no subclass has to see it."""
     return is_plain(tensors) and tensors[0].device.type in ("cuda", "cpu")
 
 
@@ -233,8 +229,8 @@ def _refuse(op: str, ctx: Any, *grads: Tensor) -> Any:
 
 
 def by_name(function: Callable[..., Any], names: Sequence[str]) -> Callable[[Args], Any]:
-    """Calls `function` with those of some values, which have these names, that it has parameters
-    for; or with all of them as attributes of its parameter `call`."""
+    """`function` on a tuple of values with these names: it gets those that it has parameters for,
+    or all of them as attributes of its parameter `call`."""
     wanted = tuple(inspect.signature(function).parameters)
     if wanted == ("call",):
         return lambda values: function(SimpleNamespace(**dict(zip(names, values, strict=True))))
@@ -243,7 +239,7 @@ def by_name(function: Callable[..., Any], names: Sequence[str]) -> Callable[[Arg
 
 
 class _Op:
-    """An op's parts, on arguments by position: what the names stand for is worked out once."""
+    """An op's parts, on arguments by position: names are resolved once."""
 
     def __init__(
         self,
@@ -359,10 +355,7 @@ class _LaunchArguments:
 
 
 class _Calls:
-    """Calls of an op, or of some ops in a row, on kernels.
-
-    The function of a sequence returns a tensor, a tuple or a dictionary of tensors. It calls ops,
-    and PyTorch only through `apply`. What cannot be repeated is computed every time.
+    """The calls of an op on kernels. What cannot be repeated is computed every time.
 
     Args:
         is_tensor: which arguments are tensors or None.
@@ -380,7 +373,7 @@ class _Calls:
         self._prepare, self._check = prepare, check
 
     def run(self, args: Args, known: _Known | None = None) -> Any:
-        """Compute a call; `known` is what was found of it, if it was looked up before."""
+        """Compute a call; `known` is what look-up found, if it came before."""
         known = self.known.find(args) if known is None else known
         if known is None:
             return self._learned(args)
@@ -425,7 +418,7 @@ class _Known:
         self._shape: Callable[[list[Tensor]], Any] = tuple
 
     def run(self, args: Args) -> Any:
-        # A part of what is recorded, or a profiler that names ops.
+        # Another recording includes this call, or a profiler names ops.
         if not self._repeats or _recording.recorder is not None or profiled():
             return self.compute(args)
         if not self._recorded:
@@ -449,10 +442,6 @@ class _Known:
         outputs: Iterable[Tensor] = ()
         if result is None:
             self._shape = lambda outputs: None
-        elif isinstance(result, dict):
-            names = tuple(result)
-            self._shape = lambda outputs: dict(zip(names, outputs, strict=True))
-            outputs = result.values()
         elif isinstance(result, Tensor):
             self._shape, outputs = (lambda outputs: outputs[0]), (result,)
         else:
@@ -463,10 +452,10 @@ class _Known:
 
 @dataclass(frozen=True, slots=True)
 class _KernelCall:
-    """How calls of an op that look alike are computed by a kernel.
+    """How a kernel computes calls that look alike.
 
     Attributes:
-        launch: of the kernel; None where it would have no rows, and the outputs are zeros.
+        launch: of the kernel; None if there are no rows, and the outputs are zeros.
         outputs: shapes, strides and dtypes.
         launched: the arguments of `launch`.
         returns: how many of the outputs are returned.
@@ -519,7 +508,7 @@ _recording = _Recording()
 
 
 def apply(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Call PyTorch between the ops of a sequence, such that it is repeated with them."""
+    """Call PyTorch between ops that are recorded as a whole; the recording includes it."""
     result = function(*args)
     if _recording.recorder is not None:
         _recording.recorder.applied(function, args, {}, result)
@@ -527,14 +516,11 @@ def apply(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 class _Backward:
-    """An op's backward pass by names.
+    """An op's backward pass by names; `gradients` as in `define_op`."""
 
-    Args:
-        gradients, saves: see `define_op`.
-    """
-
-    def __init__(self, op: _Op, gradients: Callable[..., Any], saves: Sequence[str]) -> None:
-        wanted = saves or tuple(inspect.signature(gradients).parameters)
+    def __init__(self, op: _Op, gradients: Callable[..., Any]) -> None:
+        other: _Op | None = vars(gradients).get("op")
+        wanted = tuple(inspect.signature(gradients).parameters)
         is_tensor = (*op.is_tensor, *(True for _ in op.returns))
         of_value = dict(zip(op.values, is_tensor, strict=True))
         grads = [f"d{name}" for name in op.returns]
@@ -546,14 +532,11 @@ class _Backward:
         self._taken = picker([i for i, name in enumerate(grads) if name in wanted])
         self._without = picker([i for i, name in enumerate(grads) if name not in wanted])
         names = (*(name for name in grads if name in wanted), *kept, *statics)
-        other: _Op | None = vars(gradients).get("op")
-        self._compute = (
-            by_name(gradients, names) if other is None else _by_op(gradients, other, names)
-        )
-        self._on_kernels = self._compute
-        if op.kernel is None and other is None:
-            tensors = [name not in statics for name in names]
-            self._on_kernels = _Calls(tensors, lambda args: self._compute).run
+        if other is None:
+            self._compute = self._on_kernels = by_name(gradients, names)
+        else:
+            self._compute = _by_op(lambda args: gradients(*args), other, names)
+            self._on_kernels = _by_op(vars(gradients)["calls"].run, other, names)
 
     def setup_context(self, ctx: Any, inputs: Args, output: Any) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
@@ -594,17 +577,17 @@ class _Backward:
 
 
 def _by_op(
-    call: Callable[..., Any], op: _Op, names: Sequence[str]
+    call: Callable[[Args], Any], op: _Op, names: Sequence[str]
 ) -> Callable[[Args], dict[str, Tensor]]:
-    """Calls an op with those of some values that are its parameters; the others are as by default.
+    """Gradients by name from an op that returns them as `d` + name.
 
-    It returns the gradients `d` + name, by name.
+    It gets those of the values, named `names`, that it has parameters for, and defaults for others.
     """
     places = [names.index(n) if n in names else len(names) + i for i, n in enumerate(op.names)]
     pick, of = picker(places), [name.removeprefix("d") for name in op.returns]
 
     def compute(values: Args) -> dict[str, Tensor]:
-        found = call(*pick((*values, *op.defaults)))
+        found = call(pick((*values, *op.defaults)))
         return dict(zip(of, (found,) if len(of) == 1 else found, strict=True))
 
     return compute
