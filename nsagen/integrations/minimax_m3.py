@@ -133,6 +133,10 @@ class IndexHeads:
             rule = f"must equal num_key_value_heads, {key.shape[1]}: a head selects for one of them"
             came, advice = str(self.q.shape[1]), "use eager attention for this model"
             refuse("config.index_n_heads", rule, came, advice)
+        if self.k.shape[2] != key.shape[2]:
+            rule = f"must hold an index key for each of its tokens, {key.shape[2]}"
+            came, advice = str(self.k.shape[2]), "let a MiniMax-M3 fill it from the first token on"
+            refuse("cache", rule, came, advice)
         settings, block_size = settings_of(self.config), self.config.index_block_size
         warm = settings.index_warmup
         if losses is not None:

@@ -17,6 +17,7 @@ Transformers; see `nsagen.model.checkpoints`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ except ImportError as error:
         f"got {error}; run: pip install 'nsagen[transformers]'"
     ) from error
 
-from nsagen.integrations import attention_interface, minicpm, minimax_m3
+from nsagen.integrations import attention_interface, minicpm
 from nsagen.integrations.transformers_classes import become_swapped, check_config, swapped_config
 from nsagen.integrations.transformers_swap import sparsity_of, swap, swapped_modules
 from nsagen.model.checks import require
@@ -44,7 +45,10 @@ __all__ = ["INITIAL_GATES", "apply_nsa", "load_nsa"]
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 attention_interface.register()
-minimax_m3.register()
+if find_spec("transformers.models.minimax_m3_vl") is not None:  # younger than Transformers 5.0
+    from nsagen.integrations import minimax_m3
+
+    minimax_m3.register()
 minicpm.register()
 
 

@@ -145,6 +145,14 @@ class TestDecoding:
             expected = eager().generate(ids[row : row + 1, first:], **settings)[0, 100 - first :]
             assert torch.equal(made[row], expected)
 
+    @pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 4}, {"prefill_chunk_size": 32}])
+    @torch.no_grad()
+    def test_drafts_and_chunks_change_no_token(self, how: dict[str, int]) -> None:
+        """Drafts are repeats of the prompt; some are rejected, and the cache is cropped."""
+        ids, model = tokens(1, 20).repeat(1, 4), ours()
+        settings = {"max_new_tokens": 16, "do_sample": False}
+        assert torch.equal(model.generate(ids, **how, **settings), model.generate(ids, **settings))
+
     @torch.no_grad()
     def test_beams_carry_their_index_keys(self) -> None:
         settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3}
@@ -288,6 +296,10 @@ def test_what_is_not_computed_is_refused_by_name() -> None:
     refused("reentrant", reentrant, inputs_embeds=embeds)
     behind = ours()(ids, use_cache=True).past_key_values
     refused("whole sequences", ours().train(), ids, past_key_values=behind)
+    with torch.no_grad():
+        mixed = ours()(ids, use_cache=True).past_key_values
+    mixed.layers[1].idx_keys = mixed.layers[1].idx_keys[:, :, :30]
+    refused("an index key for each", ours(), ids, past_key_values=mixed)
     refused("index would not learn", ours().train().model, ids)
     wide = m3.MiniMaxM3VLTextConfig(**{**SIZES, "index_n_heads": 4})
     model = m3.MiniMaxM3VLForCausalLM._from_config(wide, attn_implementation="nsagen")
