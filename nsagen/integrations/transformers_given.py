@@ -129,8 +129,7 @@ def given_of(
     recording = graded and (
         tokens.requires_grad or any(p.requires_grad for p in model.parameters())
     )
-    cache = inputs.get("cache")
-    cache = inputs.get("past_key_values") if cache is None else cache
+    cache = inputs.get("cache", inputs.get("past_key_values"))
     caches = inputs.get("use_cache")
     caches = bool(model.config.use_cache if caches is None else caches) or cache is not None
     state = capacity = None

@@ -67,6 +67,7 @@ class Inputs:
             known = ", ".join(INPUTS)
             refuse("inputs", f"must be among {known}", ", ".join(unknown), "leave it out")
         kwargs = {name: value for name, value in kwargs.items() if name in INPUTS}
+        kwargs |= self._cache_of(kwargs)
         check_flags(model, kwargs)
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         tokens = ids if embeds is None else embeds
@@ -81,6 +82,15 @@ class Inputs:
         if kwargs.get("position_ids") is None and position_ids is not None:
             kwargs["position_ids"] = position_ids  # for layers that stay dense
         return (), {**kwargs, CALL: replace(call, last=layers[-1])}
+
+    def _cache_of(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The cache under the name that this version of the model has for it."""
+        caches = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
+        given = [cache for cache in caches if cache is not None]
+        if len(given) == 2 and given[0] is not given[1]:
+            refuse("past_key_values", "must not differ from cache", "another", "pass one of them")
+        name = "cache" if "cache" in self.names else "past_key_values"
+        return {name: given[0]} if given else {}
 
     def _call(self, given: Given) -> tuple[Call, Tensor | None]:
         """The layout, and position_ids for dense layers if the caller gave none."""

@@ -469,6 +469,16 @@ class TestCaches:
             with pytest.raises(InvalidInputError, match="DynamicLayer that holds tokens"):
                 model(IDS, past_key_values=cache)
 
+    @torch.no_grad()
+    def test_a_cache_under_both_of_its_names(self, model: Any) -> None:
+        cache, other = DynamicCache(), DynamicCache()
+        model.model(IDS[:, :20], cache=cache)
+        with pytest.raises(InvalidInputError, match="past_key_values: must not differ from cache"):
+            model.model(IDS[:, 20:], cache=cache, past_key_values=other)
+        states = model.model(IDS[:, 20:], cache=cache, past_key_values=cache).last_hidden_state
+        whole = model(IDS, use_cache=False).logits[:, 20:]
+        assert distance(model.lm_head(states), whole) < 1e-5
+
     def test_a_cache_of_a_model_with_other_settings(self, model: Any) -> None:
         cache = DynamicCache()
         with torch.no_grad():
