@@ -5,6 +5,7 @@ On a GPU a missing barrier shows by chance alone, and without one Gluon only com
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def check(
     sizes: tuple[str, int, int, int] = ("bfloat16", 16, 64, 64),
     *,
     topk_idx: torch.Tensor | None = None,
+    gate: float | None = None,
     shares_bytes: int = 1 << 30,
     without: str = "",
     **knobs: int,
@@ -38,6 +40,7 @@ def check(
 
     Args:
         sizes: dtype, group, head_dim and v_head_dim.
+        gate: of all rows, by which do is yet to be multiplied; with delta instead of o.
         without: a line of the kernel that is left out.
     """
     dtype, group, dim, v_dim = sizes
@@ -50,7 +53,13 @@ def check(
     assert module.__file__
     monkeypatch.setattr(module, name, Pipeline(Path(module.__file__), name, without=without))
     monkeypatch.setattr(module, "SHARES_BYTES", shares_bytes)
-    check_case(module, cases_of(w).make_case(w, Sizes(seqlens, 1), "cpu", 1, topk_idx))
+    case = cases_of(w).make_case(w, Sizes(seqlens, 1), "cpu", 1, topk_idx)
+    if gate is not None:
+        do, *middle, o, lse, dq, dk, dv, scale = case.args
+        delta = (do.float() * o.float()).sum(-1)
+        args = (do / gate, *middle, None, lse, dq, dk, dv, scale, delta / gate)
+        case = dataclasses.replace(case, args=(*args, torch.full_like(lse, gate)))
+    check_case(module, case)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +94,10 @@ def test_rows_that_see_nothing_and_blocks_that_do_not_count(
     topk_idx = torch.randint(-1, 3, (1, 90, 4), generator=torch.Generator().manual_seed(0))
     topk_idx[:, 5:9] = -1
     check(monkeypatch, (0, 20, 0, 70), topk_idx=topk_idx)
+
+
+def test_a_gate_and_delta(monkeypatch: pytest.MonkeyPatch) -> None:
+    check(monkeypatch, (10,), gate=0.25)
 
 
 @pytest.mark.parametrize(
