@@ -28,6 +28,7 @@ from nsagen.integrations.transformers_attention import TransformersNSA  # noqa: 
 from nsagen.integrations.transformers_given import INPUTS  # noqa: E402
 from tests.integrations.tiny import (  # noqa: E402
     ATTENTION,
+    CACHE,
     KINDS,
     as_dense,
     build,
@@ -106,7 +107,7 @@ CASES: dict[str, Case | str] = {
     ),
     "attention_mask": _with_mask,
     "position_ids": lambda m: (packed(m, position_ids=RESTARTS), documents(m)),
-    "cache": lambda m: _behind_a_cache(m, _cache_name()),
+    "cache": lambda m: _behind_a_cache(m, CACHE),
     "past_key_values": lambda m: _behind_a_cache(m, "past_key_values"),
     "use_cache": lambda m: (m(IDS, use_cache=True).logits.flatten(0, 1), alone(m, *IDS)),
     "cache_position": lambda m: (
@@ -140,11 +141,6 @@ CASES: dict[str, Case | str] = {
 """How each input is computed; or the words of the refusal."""
 
 REFUSED_VALUES = {"output_attentions": True, "is_causal": False}
-
-
-def _cache_name() -> str:
-    names = inspect.signature(LlamaForCausalLM.forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
 
 
 def accepted() -> set[str]:

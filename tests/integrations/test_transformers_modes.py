@@ -19,6 +19,7 @@ from nsagen.core.errors import InvalidInputError  # noqa: E402
 from nsagen.integrations.transformers import apply_nsa  # noqa: E402
 from tests.integrations.tiny import (  # noqa: E402
     ATTENTION,
+    CACHE,
     KINDS,
     as_dense,
     build,
@@ -347,8 +348,8 @@ class TestSecondTurns:
         mask = torch.nn.functional.pad(mask, (0, 12), value=1)
         expected = model.generate(text, attention_mask=mask, **wanted)[:, 42:]
         for prompt in (text, text[:, 34:]):  # the last new token has not been through the model
-            cache = copy.deepcopy(first[1])
-            second = model.generate(prompt, attention_mask=mask, cache=cache, **wanted)
+            given = {"attention_mask": mask, CACHE: copy.deepcopy(first[1])}
+            second = model.generate(prompt, **given, **wanted)
             assert torch.equal(second[:, -5:], expected)
 
     @torch.no_grad()

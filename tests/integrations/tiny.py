@@ -5,15 +5,20 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from nsagen.integrations.transformers import apply_nsa
 from nsagen.integrations.transformers_models import MODELS, Facts
 
 ATTENTION = {"kernel_size": 8, "kernel_stride": 4, "block_size": 8, "topk": 4, "window_size": 12}
+CACHE = "cache" if "cache" in signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+"""What this version of Transformers calls the cache."""
+
 KINDS = {facts.name: facts for facts in MODELS}
 
 _SIZES: dict[str, Any] = {
