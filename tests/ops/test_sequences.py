@@ -83,7 +83,7 @@ def test_few_launches(gpu: StandIn, tokens: int) -> None:
 
 
 def test_few_launches_of_both_passes(gpu: StandIn) -> None:
-    """The committed schedules decide how many; PyTorch adds fills, a running sum, a copy, a sign."""
+    """The committed schedules decide how many; PyTorch adds fills, a sum, a copy, a sign."""
     x = Inputs(2048, requires_grad=True)
     for _ in range(3):
         assert len(gpu.of(x.training)) <= 36
