@@ -31,6 +31,7 @@ _SELECTION = (
     *("head_dim", "gqa_ratio", "kernel_size", "kernel_stride"),
     *("block_size", "topk", "init_blocks", "local_blocks"),
 )
+_INDEX = ("head_dim", "index_head_dim", "gqa_ratio", "block_size")
 _SELECTED = ("head_dim", "v_head_dim", "gqa_ratio", "block_size")
 _SLIDING = ("head_dim", "v_head_dim", "gqa_ratio", "window_size")
 
@@ -41,6 +42,8 @@ STATIC_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
     ("compressed_attention", "forward"): _COMPRESSED,
     ("compressed_attention", "backward"): _COMPRESSED,
     ("block_selection", "forward"): _SELECTION,
+    ("index_loss", "forward"): _INDEX,
+    ("index_loss", "backward"): _INDEX,
     ("compressed_lse", "forward"): ("head_dim", "gqa_ratio", "kernel_size", "kernel_stride"),
     ("selected_attention", "forward"): _SELECTED,
     ("selected_attention", "backward"): _SELECTED,
@@ -99,6 +102,7 @@ if it is compress_type, `mlp_hidden` if no type is mlp, `v_with_pe` if it is fal
 PARAMETERS = {
     "head_dim": "D: elements of a query and a key",
     "v_head_dim": "Dv: elements of a value and an output",
+    "index_head_dim": "Di: elements of an index query and an index key",
     "gqa_ratio": "G: query heads of a key/value head",
     "kernel_size": "l: tokens of a window",
     "kernel_stride": "s: tokens between the starts of two windows",
@@ -122,6 +126,7 @@ PARAMETERS = {
 _SHORT = {
     "head_dim": "d",
     "v_head_dim": "dv",
+    "index_head_dim": "di",
     "gqa_ratio": "g",
     "block_size": "b",
     "kernel_size": "l",

@@ -20,6 +20,7 @@ from nsagen.ops.compressed_attention import compressed_attention
 from nsagen.ops.compressed_attention_decode import compressed_attention_decode
 from nsagen.ops.compressed_lse import compressed_lse
 from nsagen.ops.gated_sum import gated_sum
+from nsagen.ops.index_loss import index_loss
 from nsagen.ops.lengths import Lengths
 from nsagen.ops.linear_decode import LINEAR_DECODE_ROWS, linear_decode
 from nsagen.ops.native_sparse_attention import native_sparse_attention
@@ -43,6 +44,7 @@ __all__ = [
     "compressed_attention_decode",
     "compressed_lse",
     "gated_sum",
+    "index_loss",
     "linear_compress",
     "linear_decode",
     "mlp_compress",

@@ -17,6 +17,8 @@ _SERVES = {
     ("block_selection", "forward"): {"selected"},
     ("block_selection", "decode"): set(),
     ("compressed_lse", "forward"): set(),
+    ("index_loss", "forward"): set(),
+    ("index_loss", "backward"): set(),
     ("pool_append", "decode"): set(),
     ("selected_attention", "forward"): {"selected"},
     ("selected_attention", "backward"): {"selected"},
@@ -159,6 +161,9 @@ class AttentionShape:
             used, wanted = of_scores, (op, pass_) in _FAMILY
             if op == "pool_append" or (op, pass_) == ("compress", "forward"):
                 wanted = self.kernel_size > 1
+            elif op == "index_loss":
+                # Only training calls it, its forward pass too.
+                wanted, used = self.scorer == "index" and "backward" in passes, values
             elif op == "compressed_lse":
                 wanted = self.score_norm == "softmax"
                 used = values | {

@@ -109,6 +109,11 @@ def table() -> dict[str, Call]:
             ops.pool_append,
             {"k_cache": k, "ck_cache": pck, **rows, **WINDOWS, "block_table": block_table},
         ),
+        "index_loss": (
+            ops.index_loss,
+            {"q": x.q, "k": x.k, "index_q": x.randn(60, 2, 24), "index_k": x.randn(60, 1, 24)}
+            | {"topk_idx": topk_idx, "cu_seqlens": x.cu_seqlens, "block_size": 8},
+        ),
         "topk_sparse_attention": (
             ops.topk_sparse_attention,
             {**qkv, "topk_idx": topk_idx, "block_size": 8, "cu_seqlens": x.cu_seqlens, **chunk},
@@ -249,7 +254,7 @@ RIGHT = {
     ),
     *(
         (name, "cu_seqlens", f"a sequence {what}")
-        for name in (*ONE_CU_SEQLENS, "native_sparse_attention")
+        for name in (*ONE_CU_SEQLENS, "native_sparse_attention", "index_loss")
         for what in ("fewer", "more")
     ),
     *((name, "block_table", "one of the first size more") for name in PAGED),

@@ -17,6 +17,7 @@ from nsagen.ops.compressed_attention import (
 from nsagen.ops.compressed_lse import compressed_lse_forward
 from nsagen.ops.gated_attention import branch_columns
 from nsagen.ops.gated_sum import gated_sum_backward, gated_sum_forward
+from nsagen.ops.index_loss import index_loss_forward
 from nsagen.ops.layout import compressed_cu_seqlens
 from nsagen.ops.native_sparse_attention import add_gradients, attention_without_gradients
 from nsagen.ops.reference.compress import tensors_of
@@ -74,6 +75,12 @@ def positions(x: Packed) -> Tensor:
     return torch.arange(x.q.shape[0], dtype=torch.int32)
 
 
+def index_inputs(x: Packed) -> tuple[Tensor, ...]:
+    """Constants q and k, an index of its own, and the selection."""
+    index = x.randn(x.q.shape[0], 2, 8), x.randn(x.q.shape[0], 1, 8)
+    return x.q.detach(), x.k.detach(), *index, selection(x), x.cu_seqlens
+
+
 DIFFERENTIABLE: dict[str, Callable[[Packed], Call]] = {
     "avgpool": compress_call("avgpool", pe=False),
     "avgpool with pe": compress_call("avgpool", pe=True),
@@ -92,6 +99,7 @@ DIFFERENTIABLE: dict[str, Callable[[Packed], Call]] = {
         (x.q, x.k, x.v, x.cu_seqlens, 9, SCALE),
     ),
     "gated_sum": lambda x: (gated_sum_forward, (x.q, *like(x.q, x), x.gate)),
+    "index_loss": lambda x: (index_loss_forward, (*index_inputs(x), 8, SCALE, SCALE)),
 }
 
 

@@ -12,6 +12,51 @@ from nsagen.ops.reference._checks import check_heads, sequence_bounds
 from nsagen.ops.reference.selected_attention import selected_tokens
 
 
+def index_loss_forward(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    topk_idx: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    block_size: int,
+    softmax_scale: float | None = None,
+    index_scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`index_loss`, and the log-sum-exps of the attention [N, HQ] and of the index [N, HK]."""
+    where = "index_loss"
+    check_heads(where, q, k, k)
+    check_heads(where, index_q, index_k, index_k)
+    heads = k.shape[1]
+    if index_q.shape[:2] != (q.shape[0], heads) or index_k.shape[:2] != (k.shape[0], 1):
+        raise InvalidInputError(
+            f"{where}: index_q must be [N, HK, Di] and index_k [N, 1, Di] with N={q.shape[0]} and "
+            f"HK={heads}; got {tuple(index_q.shape)} and {tuple(index_k.shape)}; "
+            "pass one index head per key/value head"
+        )
+    if topk_idx is not None and topk_idx.shape[:2] != (heads, q.shape[0]):
+        raise InvalidInputError(
+            f"{where}: topk_idx must be [HK, N, topk] with HK={heads} and N={q.shape[0]}; got "
+            f"{tuple(topk_idx.shape)}; pass the indices of block selection, heads first"
+        )
+    bounds = sequence_bounds(where, cu_seqlens, q.shape[0])
+    scales = scale_of(softmax_scale, q.shape[-1]), scale_of(index_scale, index_q.shape[-1])
+    q, k, index_q, index_k = upcast(q.detach(), k.detach(), index_q, index_k)
+    parts = []
+    for start, end in bounds:
+        for lo, hi in chunks(end - start, (q.shape[1] + heads) * (end - start)):
+            rows, keys = slice(start + lo, start + hi), slice(start, start + hi)
+            chosen = None if topk_idx is None else topk_idx[:, rows]
+            given = (q[rows], k[keys], index_q[rows], index_k[keys], chosen)
+            # Recomputed in the backward pass: kept scores would take memory as N * N.
+            parts.append(
+                checkpoint(_chunk_loss, *given, lo, block_size, *scales, use_reentrant=False)
+            )
+    losses, lses, index_lses = zip(*parts, strict=True)
+    return torch.cat(losses, 1), torch.cat(lses), torch.cat(index_lses)
+
+
 def index_loss(
     q: Tensor,
     k: Tensor,
@@ -46,35 +91,12 @@ def index_loss(
         [HK, N] in float32 (float64 for float64 inputs), 0 where nothing is selected.
         Differentiable in index_q and index_k alone: q, k and topk_idx are constants.
     """
-    where = "index_loss"
-    check_heads(where, q, k, k)
-    check_heads(where, index_q, index_k, index_k)
-    heads = k.shape[1]
-    if index_q.shape[:2] != (q.shape[0], heads) or index_k.shape[:2] != (k.shape[0], 1):
-        raise InvalidInputError(
-            f"{where}: index_q must be [N, HK, Di] and index_k [N, 1, Di] with N={q.shape[0]} and "
-            f"HK={heads}; got {tuple(index_q.shape)} and {tuple(index_k.shape)}; "
-            "pass one index head per key/value head"
-        )
-    if topk_idx is not None and topk_idx.shape[:2] != (heads, q.shape[0]):
-        raise InvalidInputError(
-            f"{where}: topk_idx must be [HK, N, topk] with HK={heads} and N={q.shape[0]}; got "
-            f"{tuple(topk_idx.shape)}; pass the indices of block selection, heads first"
-        )
-    bounds = sequence_bounds(where, cu_seqlens, q.shape[0])
-    scales = scale_of(softmax_scale, q.shape[-1]), scale_of(index_scale, index_q.shape[-1])
-    q, k, index_q, index_k = upcast(q.detach(), k.detach(), index_q, index_k)
-    losses = []
-    for start, end in bounds:
-        for lo, hi in chunks(end - start, (q.shape[1] + heads) * (end - start)):
-            rows, keys = slice(start + lo, start + hi), slice(start, start + hi)
-            chosen = None if topk_idx is None else topk_idx[:, rows]
-            parts = (q[rows], k[keys], index_q[rows], index_k[keys], chosen)
-            # Recomputed in the backward pass: kept scores would take memory as N * N.
-            losses.append(
-                checkpoint(_chunk_loss, *parts, lo, block_size, *scales, use_reentrant=False)
-            )
-    return torch.cat(losses, 1)
+    return index_loss_forward(
+        *(q, k, index_q, index_k, topk_idx, cu_seqlens),
+        block_size=block_size,
+        softmax_scale=softmax_scale,
+        index_scale=index_scale,
+    )[0]
 
 
 def _chunk_loss(
@@ -87,8 +109,11 @@ def _chunk_loss(
     block_size: int,
     softmax_scale: float,
     index_scale: float,
-) -> Tensor:
-    """[HK, C] of the queries first .. first + C - 1 of one sequence and its keys up to them."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [HK, C], and log-sum-exps [C, HQ] and [C, HK].
+
+    Of the queries first .. first + C - 1 of one sequence and its keys up to them.
+    """
     keys = torch.arange(k.shape[0], device=q.device)
     tokens = first + torch.arange(q.shape[0], device=q.device)
     seen = (keys <= tokens[:, None]).expand(k.shape[1], -1, -1)
@@ -99,7 +124,12 @@ def _chunk_loss(
 
     scores = scores_of(q, k, softmax_scale).masked_fill(hidden[:, None], float("-inf"))
     teacher = torch.softmax(scores, -1).mean(1)  # [HK, C, T]
-    scores = scores_of(index_q, index_k, index_scale)[0]  # one key head: [1, HK, C, T]
-    student = torch.log_softmax(scores.masked_fill(hidden, float("-inf")), -1)
+    index_scores = scores_of(index_q, index_k, index_scale)[0]  # one key head: [1, HK, C, T]
+    index_scores = index_scores.masked_fill(hidden, float("-inf"))
+    student = torch.log_softmax(index_scores, -1)
     terms = torch.special.xlogy(teacher, teacher) - teacher * student.masked_fill(hidden, 0.0)
-    return terms.sum(-1).masked_fill(empty.squeeze(-1), 0.0)
+    nothing = empty.squeeze(-1)
+    lse = scores.detach().logsumexp(-1).masked_fill(nothing[:, None], float("-inf"))
+    index_lse = index_scores.detach().logsumexp(-1).masked_fill(nothing, float("-inf"))
+    loss = terms.sum(-1).masked_fill(nothing, 0.0)
+    return loss, lse.permute(2, 0, 1).flatten(1), index_lse.T

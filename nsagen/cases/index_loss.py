@@ -1,0 +1,93 @@
+"""Example calls of the index loss's forward kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsagen.cases.base import Case, Cost, Sizes, cu_seqlens_of, poisoned
+from nsagen.cases.selected_attention import in_any_order, keys_seen, random_blocks
+from nsagen.core.workload import Workload
+from nsagen.ops.reference.index_loss import index_loss_forward
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q [N, HQ, D], k [N, HK, D], index_q [N, HK, Di], index_k [N, 1, Di], and the selection."""
+
+    q: Tensor
+    k: Tensor
+    index_q: Tensor
+    index_k: Tensor
+    topk_idx: Tensor
+    cu_seqlens: Tensor
+    block_size: int
+    scales: tuple[float, float]
+    pairs: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.q, self.k, self.index_q, self.index_k, self.topk_idx, self.cu_seqlens
+
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Poisoned loss, lse and lse_index."""
+        (tokens, heads), device = self.k.shape[:2], self.q.device
+        shapes = (heads, tokens), tuple(self.q.shape[:2]), (tokens, heads)
+        loss, lse, lse_index = (poisoned(shape, torch.float32, device) for shape in shapes)
+        return loss, lse, lse_index
+
+    def loss(self, index_q: Tensor, index_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The reference's outputs in float64."""
+        return index_loss_forward(
+            *(self.q.double(), self.k.double(), index_q, index_k, self.topk_idx, self.cu_seqlens),
+            block_size=self.block_size,
+            softmax_scale=self.scales[0],
+            index_scale=self.scales[1],
+        )
+
+
+def make_inputs(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int) -> Inputs:
+    """Standard normal tensors, and forced and random blocks."""
+    dtype = getattr(torch, workload.dtype)
+    dim, index_dim = int(workload.head_dim), int(workload.index_head_dim)
+    heads, block_size = sizes.kv_heads, int(workload.block_size)
+    meta = torch.device(device).type == "meta"
+    random = None if meta else torch.Generator(device).manual_seed(seed)
+
+    def normal(heads: int, size: int) -> Tensor:
+        shape = (sizes.tokens, heads, size)
+        return torch.randn(shape, dtype=dtype, device=device, generator=random)
+
+    topk_idx = random_blocks(sizes, block_size, device, random)
+    return Inputs(
+        normal(heads * int(workload.gqa_ratio), dim),
+        normal(heads, dim),
+        normal(heads, index_dim),
+        normal(1, index_dim),
+        in_any_order(topk_idx, seed) if sizes.any_order else topk_idx,
+        cu_seqlens_of(sizes.seqlens, device),
+        block_size,
+        (dim**-0.5, index_dim**-0.5),
+        sum(keys_seen(length, block_size) for length in sizes.seqlens),
+    )
+
+
+def cost_of(x: Inputs, outputs: tuple[Tensor, ...]) -> Cost:
+    """Two products a (query, key) pair and head: of the attention and of the index."""
+    flops = 2 * x.pairs * (x.q.shape[1] * x.q.shape[2] + x.index_q.shape[1] * x.index_q.shape[2])
+    return Cost(flops, float(sum(tensor.nbytes for tensor in (*x.tensors, *outputs))))
+
+
+def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
+    """A call on random inputs."""
+    x = make_inputs(workload, sizes, device, seed)
+    outputs = dict(zip(("loss", "lse", "lse_index"), x.outputs(), strict=True))
+
+    def expected() -> dict[str, Tensor]:
+        found = x.loss(x.index_q.double(), x.index_k.double())
+        return dict(zip(outputs, found, strict=True))
+
+    made = tuple(outputs.values())
+    return Case((*x.tensors, *made, *x.scales), outputs, expected, cost_of(x, made))

@@ -1,0 +1,181 @@
+"""The loss that trains a learned index: KL of its distribution to the attention's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from nsagen.ops import reference
+from nsagen.ops._checks import (
+    check_cu_seqlens,
+    check_keys,
+    check_rows,
+    check_topk_idx,
+    fail,
+    shapes,
+)
+from nsagen.ops._gradients import reference_gradients
+from nsagen.ops._launch import key_of, lse_dtype, scale_of
+from nsagen.ops._op import define_op
+from nsagen.ops.reference.index_loss import index_loss_forward as on_reference
+from nsagen.runtime import Dispatcher
+
+_OP = "index_loss"
+
+
+def index_loss(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    topk_idx: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    block_size: int,
+    softmax_scale: float | None = None,
+    index_scale: float | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """KL(attention || index) of each query and key/value head, over what it selected.
+
+    The teacher is the mean over the group's heads of softmax(softmax_scale q k^T), the student
+    softmax(index_scale index_q index_k^T), both over the tokens u <= t of the selected blocks, and
+    the loss is sum_u teacher log(teacher / student).
+
+    Args:
+        q: [N, HQ, D] and k: [N, HK, D], after rope; constants of the loss.
+        index_q: [N, HK, Di], one index head per key/value head; index_k: [N, 1, Di].
+        topk_idx: int32 [HK, N, topk], contiguous, block indices as a set; or None for the dense
+            warm-up: all tokens u <= t. That has no kernel: it is computed in PyTorch, a part of the
+            queries at a time, on any device.
+        cu_seqlens: int32 [batch + 1].
+        block_size: tokens of a block.
+        softmax_scale: of the attention's scores; 1/sqrt(D) by default.
+        index_scale: of the index's scores; 1/sqrt(Di) by default.
+        dispatcher: the generated kernels to use; by default they are built when missing.
+
+    Returns:
+        [HK, N] float32 (float64 for float64 inputs), 0 where nothing is selected. Differentiable in
+        index_q and index_k alone.
+
+    Raises:
+        InvalidInputError: a tensor or parameter breaks the contract above.
+    """
+    scales = scale_of(softmax_scale, q), scale_of(index_scale, index_q)
+    if topk_idx is None:
+        _check_rows(q, k, index_q, index_k, cu_seqlens, block_size)
+        return reference.index_loss(
+            *(q, k, index_q, index_k, None, cu_seqlens),
+            block_size=block_size,
+            softmax_scale=scales[0],
+            index_scale=scales[1],
+        )
+    q, k = q.detach(), k.detach()
+    args = (q, k, index_q, index_k, topk_idx, cu_seqlens, block_size, *scales, key_of(dispatcher))
+    return index_loss_forward(*args)[0]
+
+
+def _check_rows(
+    q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, cu_seqlens: Tensor, block_size: int
+) -> None:
+    check_rows(_OP, q=q, k=k, index_q=index_q, index_k=index_k)
+    check_keys(_OP, q, k)
+    check_keys(_OP, index_q, index_k)
+    if index_q.shape[:2] != k.shape[:2] or index_k.shape[:2] != (k.shape[0], 1):
+        came = shapes({"k": k, "index_q": index_q, "index_k": index_k})
+        rule = "index_q must be [N, HK, Di] and index_k [N, 1, Di], of k [N, HK, D]"
+        fail(_OP, rule, came, "pass one index head per key/value head")
+    if q.shape[0] != k.shape[0]:
+        fail(_OP, "q and k must have the same tokens", shapes({"q": q, "k": k}), "pass both whole")
+    check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, q)
+    if block_size < 1:
+        fail(_OP, "block_size must be positive", block_size, "pass block selection's")
+
+
+def _check(call: Any) -> None:
+    _check_rows(call.q, call.k, call.index_q, call.index_k, call.cu_seqlens, call.block_size)
+    check_topk_idx(_OP, call.q, call.k.shape[1], call.topk_idx)
+
+
+def _sizes(q: Tensor, k: Tensor, index_q: Tensor) -> dict[str, int]:
+    heads = q.shape[1] // k.shape[1]
+    return {"head_dim": q.shape[2], "gqa_ratio": heads, "index_head_dim": index_q.shape[2]}
+
+
+def _outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, (tokens, heads) = lse_dtype(q), k.shape[:2]
+    loss = q.new_empty((heads, tokens), dtype=dtype)
+    lse = q.new_empty(q.shape[:2], dtype=dtype)
+    return loss, lse, q.new_empty((tokens, heads), dtype=dtype)
+
+
+@define_op(
+    returns="dindex_q dindex_k",
+    allocate=lambda index_q, index_k: (
+        index_q.new_empty(index_q.shape),
+        index_k.new_empty(index_k.shape),
+    ),
+    kernel="index_loss backward",
+    sizes=_sizes,
+    launch="dloss q k index_q index_k topk_idx cu_seqlens lse lse_index dindex_q dindex_k"
+    " softmax_scale index_scale",
+    prepare={"dloss": lambda dloss: dloss.contiguous()},
+)
+def index_loss_backward(
+    dloss: Tensor,
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    topk_idx: Tensor,
+    cu_seqlens: Tensor,
+    lse: Tensor,
+    lse_index: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    index_scale: float,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor]:
+    """(dindex_q, dindex_k)."""
+
+    def forward(index_q: Tensor, index_k: Tensor) -> Tensor:
+        return reference.index_loss(
+            *(q, k, index_q, index_k, topk_idx, cu_seqlens),
+            block_size=block_size,
+            softmax_scale=softmax_scale,
+            index_scale=index_scale,
+        )
+
+    dindex_q, dindex_k = reference_gradients(forward, (index_q, index_k), dloss)
+    return dindex_q, dindex_k
+
+
+@define_op(
+    returns="loss lse lse_index",
+    allocate=_outputs,
+    check=_check,
+    kernel="index_loss forward",
+    sizes=_sizes,
+    launch="q k index_q index_k topk_idx cu_seqlens loss lse lse_index softmax_scale index_scale",
+    gradients=index_loss_backward,
+)
+def index_loss_forward(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    topk_idx: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    index_scale: float,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [HK, N], lse [N, HQ], lse_index [N, HK]); the last two are not differentiable."""
+    return on_reference(
+        *(q, k, index_q, index_k, topk_idx, cu_seqlens),
+        block_size=block_size,
+        softmax_scale=softmax_scale,
+        index_scale=index_scale,
+    )

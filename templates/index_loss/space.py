@@ -1,0 +1,108 @@
+"""The schedule spaces of the index's loss: forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.spaces.padding import LEAST_TILE, element_bytes
+from nsagen.core.target import Target
+from nsagen.core.workload import Param, Schedule, Workload
+
+LEAST_TOKENS = 16
+"""Tokens of a step of the second backward pass: the shortest side of a matrix product."""
+
+
+def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """Sizes padded to powers of two."""
+    return {
+        "block_d": next_power_of_2(int(workload.head_dim)),
+        "block_di": next_power_of_2(int(workload.index_head_dim)),
+        "group_pad": max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio))),
+    }
+
+
+def derive_backward(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """The sizes of the forward pass, and those of a step of the second pass."""
+    return {
+        **derive(workload, schedule),
+        "heads_pad": next_power_of_2(int(workload.gqa_ratio)),
+        "tokens": LEAST_TOKENS,
+    }
+
+
+def step_bytes(workload: Workload, keys: int) -> int:
+    """Bytes of a step's keys and index keys."""
+    widths = next_power_of_2(int(workload.head_dim)) + next_power_of_2(int(workload.index_head_dim))
+    return element_bytes(workload) * keys * widths
+
+
+def shared_memory(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the steps in flight, and of a token's queries."""
+    group = max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio)))
+    queries = element_bytes(workload) * group * next_power_of_2(int(workload.head_dim))
+    return int(schedule.num_stages) * step_bytes(workload, int(schedule.block_n)) + queries
+
+
+def shared_memory_backward(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the larger pass: the second keeps keys and a step's queries, and reshapes scores."""
+    rows = LEAST_TOKENS * next_power_of_2(int(workload.gqa_ratio))
+    queries = element_bytes(workload) * rows * next_power_of_2(int(workload.head_dim))
+    keys = int(schedule.key_tile)
+    second = step_bytes(workload, keys) + queries + 4 * rows * keys
+    return max(shared_memory(workload, schedule), second)
+
+
+def default(workload: Workload, target: Target) -> dict[str, Param]:
+    """Short steps: a program has one token's heads."""
+    wide = max(int(workload.head_dim), int(workload.index_head_dim)) > 128
+    block_n = 16 if wide or workload.dtype == "float32" else 32
+    return {"block_n": block_n, "num_warps": 4, "num_stages": 2}
+
+
+def default_backward(workload: Workload, target: Target) -> dict[str, Param]:
+    """Key tiles that leave registers for the products of many rows."""
+    many = int(workload.gqa_ratio) > 16 or workload.dtype == "float32"
+    key_tile = 16 if many or target.shared_memory < 96 * 1024 else 32
+    return {**default(workload, target), "key_tile": key_tile, "key_warps": 8}
+
+
+_KNOBS = (
+    PowerOfTwo("block_n", 16, 128, "keys a step of a token: fewer steps against registers"),
+    Knob("num_warps", (1, 2, 4, 8), "registers a thread against programs that fit"),
+    Knob("num_stages", (1, 2, 3), "steps that are loading, against shared memory"),
+)
+
+
+def _whole_steps(workload: Workload, schedule: Schedule, target: Target) -> bool:
+    return int(schedule.block_n) <= max(16, next_power_of_2(int(workload.block_size)))
+
+
+_RULES = (Rule("a step must not be longer than a block", _whole_steps),)
+
+SPACES = (
+    ScheduleSpace(
+        op="index_loss",
+        pass_="forward",
+        algorithm="query_major",
+        knobs=_KNOBS,
+        rules=_RULES,
+        derive=derive,
+        shared_memory=shared_memory,
+        default=default,
+    ),
+    ScheduleSpace(
+        op="index_loss",
+        pass_="backward",
+        algorithm="two_passes",
+        knobs=(
+            *_KNOBS,
+            PowerOfTwo("key_tile", 16, 64, "keys a program of the second pass"),
+            Knob("key_warps", (4, 8), "threads for the same tile"),
+        ),
+        rules=_RULES,
+        derive=derive_backward,
+        shared_memory=shared_memory_backward,
+        default=default_backward,
+    ),
+)
