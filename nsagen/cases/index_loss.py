@@ -83,7 +83,7 @@ def cost_of(x: Inputs, outputs: tuple[Tensor, ...]) -> Cost:
 def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
     """A call on random inputs."""
     x = make_inputs(workload, sizes, device, seed)
-    outputs = dict(zip(("loss", "lse", "lse_index"), x.outputs(), strict=True))
+    outputs: dict[str, Tensor] = dict(zip(("loss", "lse", "lse_index"), x.outputs(), strict=True))
 
     def expected() -> dict[str, Tensor]:
         found = x.loss(x.index_q.double(), x.index_k.double())

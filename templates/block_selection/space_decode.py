@@ -26,24 +26,35 @@ def apart(workload: Workload) -> bool:
 
 def whole_blocks(workload: Workload) -> bool:
     """Whether the first kernel's tiles can hold blocks whose score is their largest product."""
+    row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
+    if step(workload) * row > split_kv.STEP_BYTES:
+        return False
     raw = workload.score_norm == "none" and workload.kernel_size == workload.kernel_stride
     windows = step(workload)
     return raw and apart(workload) and windows == next_power_of_2(windows) and windows <= 256
 
 
-def padded_group(workload: Workload) -> int:
-    """Query heads of a key head, padded to the rows of a tile."""
-    return max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio)))
+def heads_of_program(workload: Workload) -> tuple[int, int]:
+    """(query heads that a program takes, padded to a tile's rows, and the programs of a group).
+
+    All heads of a key head, unless their queries take more than 32 KiB.
+    """
+    row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
+    padded = max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio)))
+    tile = max(LEAST_TILE, min(padded, split_kv.STEP_BYTES // row))
+    return tile, -(-int(workload.gqa_ratio) // tile)
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Padded sizes, windows and blocks in units of kernel_stride."""
     heads = 1 if apart(workload) else int(workload.gqa_ratio)
     heads_pad = next_power_of_2(heads)
+    group_pad, head_tiles = heads_of_program(workload)
     return {
         "block_d": next_power_of_2(int(workload.head_dim)),
         "pad_d": next_power_of_2(int(workload.head_dim)) != workload.head_dim,
-        "group_pad": padded_group(workload),
+        "group_pad": group_pad,
+        "head_tiles": head_tiles,
         "heads": heads,
         "heads_pad": heads_pad,
         "step": step(workload),
@@ -57,7 +68,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
     """The keys in flight (the current ones are in registers), queries and scores."""
     row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
-    group, block_n = padded_group(workload), int(schedule.block_n)
+    (group, _), block_n = heads_of_program(workload), int(schedule.block_n)
     steps = max(1, int(schedule.num_stages) - 1)
     return row * (steps * block_n + group) + 4 * group * block_n
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
-from nsagen.codegen.spaces.padding import LEAST_TILE, element_bytes
+from nsagen.codegen.spaces.padding import LEAST_TILE, SCRATCH, element_bytes
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -13,10 +13,20 @@ LEAST_TOKENS = 16
 """Tokens of a step of the second backward pass: the shortest side of a matrix product."""
 
 
+def elements_at_once(workload: Workload) -> int:
+    """Elements of a head that are multiplied at once: all, unless queries take over 16 KiB."""
+    group = max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio)))
+    most = 16 * 1024 // (group * element_bytes(workload))
+    return min(next_power_of_2(int(workload.head_dim)), most)
+
+
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Sizes padded to powers of two."""
+    block_d, block_c = next_power_of_2(int(workload.head_dim)), elements_at_once(workload)
     return {
-        "block_d": next_power_of_2(int(workload.head_dim)),
+        "block_d": block_d,
+        "block_c": block_c,
+        "chunks": block_d // block_c,
         "block_di": next_power_of_2(int(workload.index_head_dim)),
         "group_pad": max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio))),
     }
@@ -26,7 +36,6 @@ def derive_backward(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """The sizes of the forward pass, and those of a step of the second pass."""
     return {
         **derive(workload, schedule),
-        "heads_pad": next_power_of_2(int(workload.gqa_ratio)),
         "tokens": LEAST_TOKENS,
     }
 
@@ -40,15 +49,17 @@ def step_bytes(workload: Workload, keys: int) -> int:
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the steps in flight, and of a token's queries."""
     group = max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio)))
-    queries = element_bytes(workload) * group * next_power_of_2(int(workload.head_dim))
+    queries = element_bytes(workload) * group * elements_at_once(workload)
     return int(schedule.num_stages) * step_bytes(workload, int(schedule.block_n)) + queries
 
 
 def shared_memory_backward(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the larger pass: the second keeps keys and a step's queries, and reshapes scores."""
-    rows = LEAST_TOKENS * next_power_of_2(int(workload.gqa_ratio))
+    rows = LEAST_TOKENS * int(schedule.row_heads)
     queries = element_bytes(workload) * rows * next_power_of_2(int(workload.head_dim))
     keys = int(schedule.key_tile)
+    if workload.dtype != "float32":  # a copy in the layout of a matrix instruction
+        queries *= 2
     second = step_bytes(workload, keys) + queries + 4 * rows * keys
     return max(shared_memory(workload, schedule), second)
 
@@ -62,9 +73,10 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
 
 def default_backward(workload: Workload, target: Target) -> dict[str, Param]:
     """Key tiles that leave registers for the products of many rows."""
-    many = int(workload.gqa_ratio) > 16 or workload.dtype == "float32"
-    key_tile = 16 if many or target.shared_memory < 96 * 1024 else 32
-    return {**default(workload, target), "key_tile": key_tile, "key_warps": 8}
+    small = workload.dtype == "float32" or target.shared_memory < 128 * 1024
+    rows = min(next_power_of_2(int(workload.gqa_ratio)), 4 if small else 16)
+    knobs = {"key_tile": 16 if small else 32, "key_warps": 8, "row_heads": rows}
+    return {**default(workload, target), **knobs}
 
 
 _KNOBS = (
@@ -89,6 +101,7 @@ SPACES = (
         rules=_RULES,
         derive=derive,
         shared_memory=shared_memory,
+        scratch=lambda workload, schedule, target: SCRATCH,
         default=default,
     ),
     ScheduleSpace(
@@ -99,10 +112,18 @@ SPACES = (
             *_KNOBS,
             PowerOfTwo("key_tile", 16, 64, "keys a program of the second pass"),
             Knob("key_warps", (4, 8), "threads for the same tile"),
+            PowerOfTwo("row_heads", 1, 64, "heads of a token a product: fewer against registers"),
         ),
-        rules=_RULES,
+        rules=(
+            *_RULES,
+            Rule(
+                "a product must not have more heads than a group",
+                lambda w, s, t: int(s.row_heads) <= next_power_of_2(int(w.gqa_ratio)),
+            ),
+        ),
         derive=derive_backward,
         shared_memory=shared_memory_backward,
+        scratch=lambda workload, schedule, target: SCRATCH,
         default=default_backward,
     ),
 )

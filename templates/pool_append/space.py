@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, ScheduleSpace, next_power_of_2
+from nsagen.codegen.spaces.padding import SCRATCH
+from nsagen.core.target import Target
 from nsagen.core.workload import Schedule, Workload
 
 
@@ -14,6 +16,11 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "block_d": next_power_of_2(int(workload.head_dim)),
         "block_t": min(int(schedule.step_tokens), next_power_of_2(int(workload.kernel_size))),
     }
+
+
+def scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
+    """Bytes of a mean's parts, which warps exchange."""
+    return SCRATCH + 4 * int(schedule.num_warps) * next_power_of_2(int(workload.head_dim))
 
 
 SPACES = (
@@ -26,6 +33,7 @@ SPACES = (
             Knob("num_warps", (1, 2, 4), "registers a thread against programs that fit"),
         ),
         derive=derive,
+        scratch=scratch,
         default=lambda workload, target: {"step_tokens": 32, "num_warps": 2},
     ),
 )

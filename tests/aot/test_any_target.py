@@ -45,7 +45,7 @@ def workload(
     op: str, pass_: str, dtype: str, heads: tuple[int, int], group: int, block: int, **more: Param
 ) -> Workload:
     sizes = {"head_dim": heads[0], "v_head_dim": heads[1], "gqa_ratio": group, "block_size": block}
-    params = {**USUAL, **sizes, **more}
+    params = {**USUAL, **sizes, "index_head_dim": heads[1], **more}
     names = [name for name in parameter_names(op, pass_) if name in params]
     return Workload.of(op, pass_, dtype=dtype, **{name: params[name] for name in names})
 

@@ -20,7 +20,14 @@ FEW, MANY, LENGTH = 13, 70_000, 32
 
 PLACES = 65535
 SHAPE: dict[str, Param] = {
-    **{"head_dim": 64, "v_head_dim": 64, "gqa_ratio": 16, "kernel_size": 32, "kernel_stride": 16},
+    **{
+        "head_dim": 64,
+        "v_head_dim": 64,
+        "index_head_dim": 64,
+        "gqa_ratio": 16,
+        "kernel_size": 32,
+        "kernel_stride": 16,
+    },
     **{"block_size": 64, "topk": 4, "init_blocks": 1, "local_blocks": 2, "window_size": 100},
 }
 

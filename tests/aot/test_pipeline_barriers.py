@@ -19,7 +19,14 @@ from nsagen.core.workload import STATIC_PARAMS, Param, Workload
 
 TARGET = KNOWN_TARGETS["cuda:90"]
 PARAMS: dict[str, Param] = {  # of test_warp_specialized.py's kernels, which it compiles as well
-    **{"head_dim": 128, "v_head_dim": 128, "gqa_ratio": 16, "kernel_size": 32, "kernel_stride": 16},
+    **{
+        "head_dim": 128,
+        "v_head_dim": 128,
+        "index_head_dim": 128,
+        "gqa_ratio": 16,
+        "kernel_size": 32,
+        "kernel_stride": 16,
+    },
     **{"block_size": 64, "topk": 16, "init_blocks": 1, "local_blocks": 2, "window_size": 512},
 }
 ARRIVAL = re.compile(r"mbarrier\.arrive\.shared")  # not a copy's, which begins after it

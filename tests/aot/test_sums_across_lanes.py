@@ -19,7 +19,14 @@ from nsagen.core.workload import STATIC_PARAMS, Param, Workload
 
 TARGET = KNOWN_TARGETS["cuda:90"]
 PARAMS: dict[str, Param] = {
-    **{"head_dim": 64, "v_head_dim": 64, "gqa_ratio": 2, "kernel_size": 32, "kernel_stride": 16},
+    **{
+        "head_dim": 64,
+        "v_head_dim": 64,
+        "index_head_dim": 64,
+        "gqa_ratio": 2,
+        "kernel_size": 32,
+        "kernel_stride": 16,
+    },
     **{"block_size": 16, "topk": 4, "init_blocks": 1, "local_blocks": 1, "window_size": 100},
 }
 SHUFFLED = re.compile(r"shfl\.sync\.\w+\.b32\s+(%r\d+)")

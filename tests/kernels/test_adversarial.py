@@ -23,7 +23,13 @@ from tests.canaries import guarded
 from tests.support import check_case, is_hopper, kernel_device, kernel_dtypes, load_kernel
 
 SHAPE: dict[str, Param] = {
-    **{"head_dim": 16, "v_head_dim": 16, "gqa_ratio": 2, "compress_type": "weightedpool"},
+    **{
+        "head_dim": 16,
+        "v_head_dim": 16,
+        "index_head_dim": 16,
+        "gqa_ratio": 2,
+        "compress_type": "weightedpool",
+    },
     **{"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "topk": 4, "init_blocks": 1},
     **{"local_blocks": 2, "window_size": 12, "with_pe": True},
 }

@@ -17,7 +17,7 @@ RAGGED = (0, 1, 9, 37)
 SCHEDULES = {
     "forward": Schedule.of("query_major", block_n=16, num_warps=4, num_stages=1),
     "backward": Schedule.of(
-        "two_passes", block_n=16, num_warps=4, num_stages=1, key_tile=16, key_warps=4
+        "two_passes", block_n=16, num_warps=4, num_stages=1, key_tile=16, key_warps=4, row_heads=1
     ),
 }
 

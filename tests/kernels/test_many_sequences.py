@@ -12,11 +12,25 @@ from nsagen.core.workload import STATIC_PARAMS, Param, Workload
 from tests.support import check_case, is_hopper, kernel_device, load_kernel
 
 SHAPE: dict[str, Param] = {
-    **{"head_dim": 16, "v_head_dim": 16, "gqa_ratio": 2, "kernel_size": 4, "kernel_stride": 2},
+    **{
+        "head_dim": 16,
+        "v_head_dim": 16,
+        "index_head_dim": 16,
+        "gqa_ratio": 2,
+        "kernel_size": 4,
+        "kernel_stride": 2,
+    },
     **{"block_size": 4, "topk": 2, "init_blocks": 1, "local_blocks": 1, "window_size": 3},
 }
 FOR_HOPPER: dict[str, Param] = {
-    **{"head_dim": 64, "v_head_dim": 64, "gqa_ratio": 16, "kernel_size": 32, "kernel_stride": 16},
+    **{
+        "head_dim": 64,
+        "v_head_dim": 64,
+        "index_head_dim": 64,
+        "gqa_ratio": 16,
+        "kernel_size": 32,
+        "kernel_stride": 16,
+    },
     **{"block_size": 64, "topk": 4, "init_blocks": 1, "local_blocks": 2, "window_size": 100},
 }
 LENGTHS = tuple(length for n in range(43) for length in (n % 6, 0, 70 if n % 16 == 5 else 1))

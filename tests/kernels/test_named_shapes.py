@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 
 from nsagen.cases.base import Sizes, cases_of
-from nsagen.core.workload import STATIC_PARAMS, Workload
+from nsagen.core.workload import STATIC_PARAMS, Param, Workload
 from nsagen.spec.shape import AttentionShape, violations
 from tests.support import check_case, kernel_device, load_kernel
 
@@ -46,6 +46,11 @@ def test_every_promised_number_is_among_them() -> None:
     assert not [text for shape in SHAPES for text in violations(shape)]
 
 
+def of_shape(shape: AttentionShape, name: str) -> Param:
+    """A parameter of the shape; an index has heads as large as the values'."""
+    return getattr(shape, "v_head_dim" if name == "index_head_dim" else name)
+
+
 def cases() -> dict[str, tuple[Workload, AttentionShape]]:
     """Each workload of these shapes, once."""
     return {
@@ -57,7 +62,7 @@ def cases() -> dict[str, tuple[Workload, AttentionShape]]:
                 op,
                 pass_,
                 dtype=shape.dtype,
-                **{name: getattr(shape, name) for name in STATIC_PARAMS[op, pass_]},
+                **{name: of_shape(shape, name) for name in STATIC_PARAMS[op, pass_]},
             )
         )
     }
