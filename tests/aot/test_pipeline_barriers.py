@@ -1,8 +1,9 @@
 """What a pipeline's warps did in shared memory comes before what they tell other warps.
 
-One thread of a group arrives at the barrier where the other one waits. Its own accesses come before
-that; those of the group's other threads do only if all have met since. Gluon's compiler puts that
-meeting there; the pipelines rely on it, and on a GPU its lack would show by chance alone.
+One thread of a group arrives at the barrier where the other one waits, or has a tile copied to memory.
+Its own accesses come before that; those of the group's other threads do only if all have met since.
+Gluon's compiler puts that meeting there; the pipelines rely on it, and on a GPU its lack would show by
+chance alone. tests/kernels/test_selected_pipeline.py runs the barriers themselves, in random order.
 """
 
 from __future__ import annotations
@@ -30,19 +31,22 @@ PARAMS: dict[str, Param] = {  # of test_warp_specialized.py's kernels, which it 
     **{"block_size": 64, "topk": 16, "init_blocks": 1, "local_blocks": 2, "window_size": 512},
 }
 ARRIVAL = re.compile(r"mbarrier\.arrive\.shared")  # not a copy's, which begins after it
+STORE = re.compile(
+    r"cp\.async\.bulk\.tensor\S*\.global\.shared"
+)  # one thread's, of all threads' tile
 ACCESS = re.compile(r"\b(?:st|ld)(?:\.shared|matrix)")
 MEETING = re.compile(r"bar\.sync")
 
 
 def early_arrivals(ptx: str) -> list[str]:
-    """Arrivals with an access of shared memory since the threads met last."""
+    """Arrivals, and bulk stores, with an access of shared memory since the threads met last."""
     found, after = [], ""
     for line in ptx.splitlines():
         if MEETING.search(line):
             after = ""
         elif ACCESS.search(line):
             after = line
-        elif ARRIVAL.search(line) and after:
+        elif after and (ARRIVAL.search(line) or STORE.search(line)):
             found.append(f"{after.strip()} before {line.strip()}")
     return found
 
@@ -52,6 +56,9 @@ def test_an_early_arrival_is_seen() -> None:
     arrival = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r3];"
     assert early_arrivals(f"{access}\n{met}\n{arrival}") == []
     assert early_arrivals(f"{met}\n{access}\n{arrival}") == [f"{access} before {arrival}"]
+    store = "@%p1 cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%rd1, {%r1}], [%r2];"
+    assert early_arrivals(f"{access}\n{met}\n{store}") == []
+    assert early_arrivals(f"{met}\n{access}\n{store}") == [f"{access} before {store}"]
 
 
 @pytest.mark.parametrize(
