@@ -1,4 +1,4 @@
-"""Small random checkpoints: nothing is downloaded."""
+"""Small random checkpoints; nothing is downloaded."""
 
 from __future__ import annotations
 

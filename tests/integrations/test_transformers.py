@@ -1,4 +1,4 @@
-"""Beside Transformers: equal logits of checkpoints, and NSA within its models."""
+"""Checkpoints give the logits that Transformers computes; NSA works in its models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ATTENTION = {
 
 @functools.cache
 def dense_model(kind: str, tied: bool = False, scaled: bool = False) -> Any:
-    """A small random model whose attention is far from even."""
+    """A small random model whose attention is far from uniform."""
     rope = {"rope_theta": 10000.0, **(LLAMA3 if scaled else {"rope_type": "default"})}
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=97,
@@ -165,7 +165,7 @@ def test_beam_search_reorders_the_cache() -> None:
 
 @torch.no_grad()
 def test_a_cache_goes_on_with_several_tokens_and_grows() -> None:
-    """A second turn of a chat, past the room that the first turn took."""
+    """A second turn of a chat that outgrows the first turn's cache."""
     model, ids = sparse_model("Llama"), tokens(2, 300)
     first = model(ids[:, :250], use_cache=True)
     name = "cache" if "cache" in first else "past_key_values"
@@ -211,7 +211,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def trained_form(form: str) -> Any:
-    """A Qwen3, which has norms of heads, whose new parameters are not what they start as."""
+    """A Qwen3 (it normalizes heads) whose new parameters differ from their initial values."""
     model = sparse_model("Qwen3", **FORMS[form])
     generator = torch.Generator().manual_seed(4)
     new = ("gate.", "compress", "intra_block", "_sliding")

@@ -1,4 +1,4 @@
-"""What a swapped model does with each input: each sequence as if it were alone, or an error.
+"""Each input of a swapped model: every sequence is computed as if alone, or the call is refused.
 
 `CASES` has every input that a Llama of Transformers accepts in a call, and `GENERATE` those of
 `generate` that reach the model or its cache. docs/transformers.md repeats both.
@@ -70,7 +70,7 @@ def left_padded() -> tuple[Tensor, Tensor]:
 
 
 Case = Callable[[Any], tuple[Tensor, Tensor]]
-"""What the model makes of an input, and what that must equal."""
+"""The model's result for an input, and what it must equal."""
 
 
 def _with_mask(model: Any) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def _with_mask(model: Any) -> tuple[Tensor, Tensor]:
     return logits, alone(model, IDS[0], IDS[1, 7:])
 
 
-def _behind_a_cache(model: Any, name: str) -> tuple[Tensor, Tensor]:
+def _after_cached_tokens(model: Any, name: str) -> tuple[Tensor, Tensor]:
     cache = DynamicCache()
     model(IDS[:, :20], past_key_values=cache)
     logits = model(IDS[:, 20:], **{name: cache}).logits
@@ -107,8 +107,8 @@ CASES: dict[str, Case | str] = {
     ),
     "attention_mask": _with_mask,
     "position_ids": lambda m: (packed(m, position_ids=RESTARTS), documents(m)),
-    "cache": lambda m: _behind_a_cache(m, CACHE),
-    "past_key_values": lambda m: _behind_a_cache(m, "past_key_values"),
+    "cache": lambda m: _after_cached_tokens(m, CACHE),
+    "past_key_values": lambda m: _after_cached_tokens(m, "past_key_values"),
     "use_cache": lambda m: (m(IDS, use_cache=True).logits.flatten(0, 1), alone(m, *IDS)),
     "cache_position": lambda m: (
         m(IDS, cache_position=torch.arange(30)).logits.flatten(0, 1),
@@ -138,7 +138,7 @@ CASES: dict[str, Case | str] = {
     "is_causal": "must not be False",
     "kwargs": "",
 }
-"""How each input is computed; or the words of the refusal."""
+"""How each input is computed, or the text of the refusal."""
 
 REFUSED_VALUES = {"output_attentions": True, "is_causal": False}
 
@@ -171,7 +171,7 @@ def test_an_input_that_no_model_knows_is_refused(model: Any) -> None:
 
 
 def test_arguments_by_position(model: Any) -> None:
-    """Too many, or one twice, is an error of the model, as it is of the dense one."""
+    """Too many arguments, or one given twice, raise the dense model's TypeError."""
     base, mask = model.model, torch.ones_like(IDS)
     assert base(IDS, mask).last_hidden_state.shape == (2, 30, 32)
     for args, kwargs in (((IDS, *[None] * 12), {}), ((IDS,), {"input_ids": IDS})):
@@ -301,7 +301,7 @@ class TestMasks:
     @pytest.mark.parametrize("kind", ["Gemma3", "Llama"])
     @torch.no_grad()
     def test_padding_inside_the_window_of_a_sliding_layer(self, kind: str) -> None:
-        """It would take the place of tokens there; NSA layers do not count it."""
+        """Dense sliding layers would count it; NSA layers don't."""
         model, ids = trained(sparse(kind)), tokens(1, 44)
         mask = torch.ones_like(ids)
         mask[0, 20:23] = 0
@@ -309,7 +309,7 @@ class TestMasks:
         first = model(ids[:, :24], past_key_values=cache, attention_mask=mask[:, :24])
         whole = alone(model, ids[0, mask[0] == 1])
         assert distance(first.logits[0, -1], whole[20]) < 1e-5
-        for new in (1, 20):  # behind the cache, and one token
+        for new in (1, 20):  # a step, and a pass
             given = {"input_ids": ids[:, 24 : 24 + new], "attention_mask": mask[:, : 24 + new]}
             held = copy.deepcopy(cache)
             if kind == "Gemma3":
@@ -376,20 +376,20 @@ class TestPackedLengths:
 class TestTraining:
     @pytest.mark.parametrize("new", [1, 6])
     @pytest.mark.parametrize("branch_kv", ["shared", "separate"])
-    def test_gradients_behind_a_cache(self, new: int, branch_kv: str) -> None:
+    def test_gradients_after_cached_tokens(self, new: int, branch_kv: str) -> None:
         """Those of the last layer's own parameters: they do not depend on the prefix's history."""
         model = trained(sparse(branch_kv=branch_kv, compress_type="avgpool"))
         ids = tokens(2, 10 + new)
         ids_of = [n for n, _ in model.named_parameters() if n.endswith("1.self_attn.o_proj.weight")]
         grads = []
-        for behind in (False, True):
+        for cached in (False, True):
             model.zero_grad()
-            cache = DynamicCache() if behind else None
-            if behind:
+            cache = DynamicCache() if cached else None
+            if cached:
                 with torch.no_grad():
                     model(ids[:, :10], past_key_values=cache)
-            rest = ids[:, 10:] if behind else ids
-            logits = model(rest, past_key_values=cache, use_cache=behind).logits
+            rest = ids[:, 10:] if cached else ids
+            logits = model(rest, past_key_values=cache, use_cache=cached).logits
             logits[:, -new:].square().mean().backward()
             grads.append(dict(model.named_parameters())[ids_of[0]].grad.clone())
         assert distance(grads[1], grads[0]) < 1e-5
@@ -444,7 +444,7 @@ class TestCaches:
         assert distance(torch.cat(parts, 1).flatten(0, 1), alone(model, *ids)) < 1e-5
 
     def test_several_tokens_take_one_pass(self, model: Any, monkeypatch: Any) -> None:
-        """Behind a cache no token is decoded by itself."""
+        """Cached or not, a pass never loops over tokens."""
         calls: list[str] = []
         step = TransformersNSA._step
         monkeypatch.setattr(
@@ -508,7 +508,7 @@ class TestCaches:
             with pytest.raises(InvalidInputError, match=r"got an? EncoderDecoderCache"):
                 model(IDS, past_key_values=both)
 
-    def test_gradient_checkpointing_behind_tokens(self) -> None:
+    def test_gradient_checkpointing_after_cached_tokens(self) -> None:
         model, cache = sparse(), DynamicCache()
         with torch.no_grad():
             model(IDS, past_key_values=cache)
@@ -540,8 +540,8 @@ GENERATE: dict[str, dict[str, Any] | str] = {
     "guidance_scale": {"guidance_scale": 1.5},
     "assistant_early_exit": {"assistant_early_exit": 1},
 }
-"""The settings of `generate` that decide which calls the model gets: dense and NSA agree; or the
-words of the refusal."""
+"""The settings of `generate` that decide which calls the model gets: dense and NSA agree, or the
+text of the refusal."""
 
 
 @pytest.mark.parametrize("name", GENERATE)
@@ -571,7 +571,7 @@ def test_prompts_padded_on_the_right_are_refused_before_any_layer(kind: str) -> 
 
 @torch.no_grad()
 def test_a_prompt_padded_by_whole_chunks(model: Any) -> None:
-    """The first chunk of a row may be padding; so it is not on the right."""
+    """The first chunk of a row may be all padding: that isn't padding on the right."""
     ids, mask = IDS.clone(), torch.ones_like(IDS)
     ids[1, :19] = mask[1, :19] = 0
     wanted = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
@@ -592,7 +592,7 @@ def test_other_caches_are_refused(model: Any, implementation: str) -> None:
 
 
 def test_every_setting_of_generate_is_known() -> None:
-    """A setting that a later Transformers adds must be put in its place here."""
+    """A setting that a later Transformers adds must be listed here."""
     known = set(GENERATE) | ON_LOGITS | WITH_OTHERS
     fields = {n for n in vars(GenerationConfig()) if not n.startswith("_")}
     if dataclasses.is_dataclass(GenerationConfig):
@@ -668,4 +668,4 @@ WITH_OTHERS = {
     "target_lookbehind",
     "use_mtp",
 }
-"""Settings of assistants, compilation and caches, which say nothing without these."""
+"""Settings of assistants, compilation and caches, without effect on their own."""

@@ -117,7 +117,7 @@ def test_a_config_without_settings_is_refused(folder: Path, tmp_path: Path) -> N
 
 
 def old_folder(model: Any, path: Path) -> None:
-    """What save_pretrained wrote of a swapped model that still called itself a Qwen3."""
+    """The folder of a swapped model from when its config said it was a Qwen3."""
     model.save_pretrained(path)
     config = json.loads((path / "config.json").read_text())
     config |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}

@@ -112,7 +112,7 @@ def test_rope_of_every_type_is_the_dense_models(name: str) -> None:
 @torch.no_grad()
 def test_longrope_goes_from_short_to_long_as_the_dense_model_does() -> None:
     kind, parameters = ROPES["longrope"]
-    # Where Phi-3's generate looks for the length at which it computes its cache anew.
+    # Phi-3's generate recomputes its cache at this length.
     original = {"original_max_position_embeddings": 48}
     model = build(KINDS[kind], rope_parameters={**THETA, **parameters}, **original)
     wanted = {"max_new_tokens": 12, "do_sample": False}
@@ -123,7 +123,7 @@ def test_longrope_goes_from_short_to_long_as_the_dense_model_does() -> None:
 
 
 @torch.no_grad()
-def test_dynamic_rope_generates_behind_its_cache_as_the_dense_model_does() -> None:
+def test_dynamic_rope_generates_with_a_cache_as_the_dense_model_does() -> None:
     kind, parameters = ROPES["dynamic"]
     rope = {"rope_parameters": {**THETA, **parameters}, "max_position_embeddings": 48}
     model = build(KINDS[kind], **rope)

@@ -129,7 +129,7 @@ class TestCopies:
 
 
 def attributes(model: Any) -> dict[tuple[str, str], Any]:
-    """What every module of a model holds; of its dictionaries the items."""
+    """The attributes of every module of a model; dictionaries as copies."""
     return {
         (name, attribute): dict(value) if isinstance(value, dict) else value
         for name, module in model.named_modules()
@@ -171,7 +171,7 @@ CALLS: dict[str, Any] = {
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
 def test_no_call_leaves_anything_on_a_module(kind: str, name: str) -> None:
-    """But what Transformers leaves on a dense model, too."""
+    """Except what Transformers also leaves on a dense model."""
     one = build(KINDS[kind])
     models = (one, trained(apply_nsa(copy.deepcopy(one), ATTENTION)))
     left = []
@@ -201,7 +201,7 @@ def pickled(model: Any) -> Any:
 
 @pytest.fixture
 def shallow() -> Any:
-    """One layer: compiling takes long. What other tests compiled counts for nothing."""
+    """One layer, because compiling is slow; and a compiler that has forgotten other tests."""
     torch._dynamo.reset()
     return trained(apply_nsa(build(KINDS["Llama"], num_hidden_layers=1), ATTENTION))
 
@@ -227,7 +227,7 @@ class TestCompile:
         assert torch.equal(shallow.generate(IDS, **wanted), expected)
 
     def test_generate_compiles_one_step_for_static_caches(self, shallow: Any) -> None:
-        """What Transformers does by itself on a GPU: one graph for every step of every call."""
+        """As Transformers does by default on a GPU: one graph for all steps of all calls."""
         (run, graphs), mask, ids = counting(), torch.ones_like(IDS), IDS.clone()
         ids[1, :9] = mask[1, :9] = 0
         config = transformers.CompileConfig(backend=run, fullgraph=True, mode=None)  # type: ignore[arg-type]
@@ -242,7 +242,7 @@ class TestCompile:
         assert len(graphs) == 1
 
     @torch.no_grad()
-    def test_steps_behind_a_growing_cache_share_a_graph(self, shallow: Any) -> None:
+    def test_steps_with_a_growing_cache_share_a_graph(self, shallow: Any) -> None:
         (run, graphs), ids = counting(), tokens(2, 40)
         whole = shallow(ids, use_cache=False).logits
         compiled, cache = torch.compile(shallow, backend=run), DynamicCache()
@@ -250,7 +250,7 @@ class TestCompile:
         for at in range(30, 40):
             logits = compiled(ids[:, at : at + 1], cache=cache).logits
             assert distance(logits[:, 0], whole[:, at]) < 1e-5
-        assert len(graphs) <= 2  # the first length, and any
+        assert len(graphs) <= 2  # one for the first length, one for any
 
     @torch.no_grad()
     def test_prompts_of_any_length_share_graphs(self, shallow: Any) -> None:
@@ -260,11 +260,11 @@ class TestCompile:
             ids = tokens(2, length)
             assert distance(compiled(ids).logits, shallow(ids).logits) < 1e-5
             counts.append(len(graphs))
-        assert counts[1] == counts[2]  # the first length's, and any other's
+        assert counts[1] == counts[2]  # those of the first length, and of any other
 
 
 def counting() -> tuple[Any, list[Any]]:
-    """A backend that runs graphs as they are, and the list of them."""
+    """A backend that runs graphs unchanged, and the list of those it saw."""
     graphs: list[Any] = []
 
     def run(module: Any, inputs: Any, **options: Any) -> Any:
@@ -286,7 +286,7 @@ class TestStaticCache:
 
     @torch.no_grad()
     def test_a_window_of_layers_that_all_slide_is_no_bound(self) -> None:
-        """Transformers makes room for the window alone; NSA layers keep every token."""
+        """Transformers makes room for the window only; NSA layers keep every token."""
         model = trained(apply_nsa(build(KINDS["Mistral"], sliding_window=16), ATTENTION))
         wanted = {"max_new_tokens": 6, "do_sample": False}
         static = model.generate(IDS, cache_implementation="static", **wanted)
@@ -294,7 +294,7 @@ class TestStaticCache:
 
     @torch.no_grad()
     def test_masks_by_hand(self, model: Any) -> None:
-        """As wide as the tokens so far, or as the cache; and steps without one."""
+        """As wide as the tokens so far or as the cache; and steps without a mask."""
         ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
         mask[0, :7] = mask[1, 21] = 0
         expected = model(ids, attention_mask=mask, use_cache=False).logits
@@ -336,7 +336,7 @@ class TestSecondTurns:
     def test_generate_continues_from_a_returned_cache(
         self, model: Any, implementation: str | None
     ) -> None:
-        """With padding, and prompts that are the whole text or its new tokens."""
+        """With padding; the prompt is the whole text, or its new tokens only."""
         mask, ids = torch.ones_like(IDS), IDS.clone()
         ids[1, :9] = mask[1, :9] = 0
         wanted = {"max_new_tokens": 5, "do_sample": False}
@@ -347,7 +347,7 @@ class TestSecondTurns:
         text = torch.cat([first.sequences, tokens(2, 7, seed=9)], 1)
         mask = torch.nn.functional.pad(mask, (0, 12), value=1)
         expected = model.generate(text, attention_mask=mask, **wanted)[:, 42:]
-        for prompt in (text, text[:, 34:]):  # the last new token has not been through the model
+        for prompt in (text, text[:, 34:]):  # the cache lacks the last generated token
             given = {"attention_mask": mask, CACHE: copy.deepcopy(first[1])}
             second = model.generate(prompt, **given, **wanted)
             assert torch.equal(second[:, -5:], expected)
@@ -390,7 +390,7 @@ class TestAssisted:
     @pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
     @pytest.mark.parametrize("branch_kv", ["shared", "separate"])
     def test_an_assistant_model_changes_no_token(self, kind: str, branch_kv: str) -> None:
-        """Whether its drafts are right now and then, as a Llama's dense model's, or never."""
+        """The dense Llama's drafts are sometimes right; the other one's never."""
         model = trained(sparse(kind, branch_kv=branch_kv))
         wanted = {"max_new_tokens": 24, "do_sample": False}
         expected = model.generate(IDS[:1], **wanted)
@@ -407,7 +407,7 @@ class TestAssisted:
         model(IDS[:, 18:], cache=cache)
         left = 30 - count
         cache.crop(torch.tensor(-count))
-        cache.layers[0].crop(left)  # what is left already
+        cache.layers[0].crop(left)  # has no effect: as many are left
         assert cache.get_seq_length() == left
         more = tokens(2, 9, seed=5)
         logits = model(more, cache=cache).logits
@@ -422,7 +422,7 @@ class TestAssisted:
             cache.crop(-129)
         cache.crop(-128)
         with pytest.raises(InvalidInputError, match="drop its last 128 tokens"):
-            cache.crop(-10)  # of the 128 before them, nothing is kept
+            cache.crop(-10)  # no earlier tokens are kept
         cache.crop(-22)
         assert cache.get_seq_length() == 0
         whole = model(IDS, use_cache=False).logits
@@ -432,7 +432,7 @@ class TestAssisted:
     @pytest.mark.parametrize("static", [False, True])
     @pytest.mark.parametrize("branch_kv", ["shared", "separate"])
     def test_a_padded_cache_is_cropped(self, static: bool, branch_kv: str) -> None:
-        """Also after steps of one token, as an assistant model's, and over a row that paused."""
+        """Also after single steps, as in an assistant model, and across a row's pause."""
         model = trained(sparse(branch_kv=branch_kv))
         ids, mask = tokens(2, 30, seed=7), torch.ones_like(IDS)
         mask[0, :7] = mask[1, 20:23] = mask[1, 26] = 0
@@ -466,7 +466,7 @@ class TestAssisted:
 
 
 class TestFailedCalls:
-    """A call that fails in its second layer, as where memory runs out."""
+    """A call that fails in its second layer, as when memory runs out."""
 
     @staticmethod
     def fail(model: Any, monkeypatch: Any, *args: Any, **kwargs: Any) -> None:
@@ -516,7 +516,7 @@ def test_gradient_checkpointing_of_both_kinds(kind: str, reentrant: bool) -> Non
 
 
 def test_two_models_interleaved_and_threads(model: Any) -> None:
-    """No call leaves anything on a module that another call could take for its own."""
+    """Concurrent calls don't share state."""
     from concurrent.futures import ThreadPoolExecutor
 
     masks = [torch.ones_like(IDS) for _ in range(4)]
@@ -550,7 +550,7 @@ def test_an_accelerate_device_map_on_the_cpu(tmp_path: Any, model: Any) -> None:
 
 @torch.no_grad()
 def test_bfloat16_and_casts_keep_rope_exact() -> None:
-    """Rope's tables are made from the config: no cast of the model rounds its frequencies."""
+    """Rope tables come from the config: casting the model doesn't round its frequencies."""
     model = as_dense(build(KINDS["Llama"]))
     exact = model(IDS).logits
     there_and_back = model.to(torch.bfloat16).float()

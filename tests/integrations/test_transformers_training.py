@@ -1,4 +1,4 @@
-"""Adapters and trainers: PEFT, Transformers' Trainer, accelerate and TRL, a step each."""
+"""Adapters and trainers: one step each with PEFT, Trainer, accelerate and TRL."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TestAdapters:
         return peft.LoraConfig(task_type="CAUSAL_LM", **{**wanted, **changes})
 
     def test_lora_with_modules_to_save(self, tmp_path: Path, model: Any) -> None:
-        """Train a step, generate, save, load by the Auto class, and merge: one model all along."""
+        """A step, generate, save, load by the Auto class, merge: always the same logits."""
         model.save_pretrained(tmp_path / "base")
         base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         saved = ["compress_key", "compress_value", "intra_block_pe"]
@@ -93,7 +93,7 @@ class TestAdapters:
         assert set(PARTS) <= set(attention)
 
     def test_prompts_in_front_of_the_input(self, model: Any) -> None:
-        """Prompt tuning gives embeddings and a longer mask."""
+        """Prompt tuning passes embeddings and a longer mask."""
         tuned = peft.get_peft_model(
             model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
         )

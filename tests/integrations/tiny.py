@@ -62,7 +62,7 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def build(facts: Facts, head: str = "ForCausalLM", **changes: Any) -> Any:
-    """A dense model whose attention is far from even."""
+    """A dense model whose attention is far from uniform."""
     config = facts.config_class(**{**_SIZES, **_OWN.get(facts.name, {}), **changes})
     torch.manual_seed(0)
     return facts.kind(head)(config).eval()
@@ -80,7 +80,7 @@ def sparse(kind: str = "Llama", **changes: Any) -> Any:
 
 
 def trained(model: Any) -> Any:
-    """The model with new parameters that are not what they start as."""
+    """The model with new parameters that differ from their initial values."""
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
