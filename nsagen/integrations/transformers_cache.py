@@ -336,10 +336,10 @@ def _even(states: Sequence[State | None]) -> bool:
     return all(one is not None and one.seen == first.seen for one in states)
 
 
-def begin(cache: Any) -> None:
+def begin(cache: Any, last: int) -> None:
     """Mark the layers that a pass of several tokens will write to: if it fails, keys that the next
     window needs may be overwritten. A single token overwrites none of them."""
-    for layer in () if cache is None else cache.layers:
+    for layer in () if cache is None else cache.layers[: last + 1]:
         if isinstance(layer, NSALayer) and layer.state is not None:
             layer.unfinished = True
 
@@ -347,7 +347,8 @@ def begin(cache: Any) -> None:
 def end(cache: Cache, call: Call) -> None:
     """Add a call's tokens to a cache's state, after the last layer: a call that fails earlier
     leaves the cache as it was, or marked."""
-    layers = [layer for layer in cache.layers if isinstance(layer, NSALayer)]
+    run = cache.layers[: call.last + 1]  # assistants may leave out the last layers
+    layers = [layer for layer in run if isinstance(layer, NSALayer)]
     after, old = call.after, layers[0].state
     assert after is not None
     if isinstance(after.seen, Tensor):

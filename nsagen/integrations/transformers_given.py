@@ -52,6 +52,7 @@ class Given:
         position_ids: [B, T].
         cu_seqlens: [documents + 1].
         seq_idx: [B, T].
+        last: index of the last layer with NSA.
         cache: Transformers' `Cache`.
         state: what it holds; fixed in a step with a cache of fixed capacity, else plain.
         capacity: of its layers; None: they grow.
@@ -66,6 +67,7 @@ class Given:
     position_ids: Tensor | None
     cu_seqlens: Tensor | None
     seq_idx: Tensor | None
+    last: int
     cache: Any
     state: State | None
     capacity: int | None
@@ -159,6 +161,7 @@ def given_of(
         _rows("position_ids", inputs.get("position_ids"), batch, length),
         _cu_seqlens(inputs, batch, length),
         _rows("seq_idx", inputs.get("seq_idx"), batch, length),
+        layers[-1],
         cache,
         state,
         capacity,

@@ -81,7 +81,7 @@ class Inputs:
         call, position_ids = self._call(given)
         if kwargs.get("position_ids") is None and position_ids is not None:
             kwargs["position_ids"] = position_ids  # for layers that stay dense
-        return (), {**kwargs, CALL: replace(call, last=layers[-1])}
+        return (), {**kwargs, CALL: replace(call, last=given.last)}
 
     def _cache_of(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The cache under the name that this version of the model has for it."""
@@ -237,7 +237,7 @@ class Inputs:
             recent = Recent.of_pass(pieces, after.lengths, self.sparsity)
             after = after if given.capacity is None else after.fixed(given.capacity)
             call = replace(call, room=room, after=after, pieces=pieces, recent=recent)
-            begin(given.cache)
+            begin(given.cache, given.last)
         return call, position_ids if padded else None
 
 

@@ -499,6 +499,17 @@ class TestFailedCalls:
         assert distance(model(IDS, cache=cache).logits, model(IDS).logits) < 1e-5
 
     @torch.no_grad()
+    def test_fewer_layers_leave_the_others_as_they_were(self, model: Any) -> None:
+        """As an assistant that exits early."""
+        cache = DynamicCache()
+        model.config.num_hidden_layers = 1
+        model(IDS[:, :20], cache=cache)
+        model(IDS[:, 20:21], cache=cache)
+        model.config.num_hidden_layers = 2
+        with pytest.raises(InvalidInputError, match="must hold as many tokens in every layer"):
+            model(IDS[:, 21:], cache=cache)
+
+    @torch.no_grad()
     def test_the_first_pass_may_be_repeated(self, model: Any, monkeypatch: Any) -> None:
         cache = DynamicCache()
         self.fail(model, monkeypatch, tokens(2, 50), cache=cache)
