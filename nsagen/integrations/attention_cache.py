@@ -146,7 +146,7 @@ def with_windows(
     lengths = dict(zip(layout.rows, layout.key_lengths, strict=True))
     # A row without new tokens keeps what it has.
     needed = tuple(form.windows(lengths[b]) if b in lengths else counts[b] for b in range(batch))
-    room = max(needed)
+    room = max(1, *needed)  # an op takes no empty tensor
     kept = old
     if old is not None and old.is_inference() and not torch.is_inference_mode_enabled():
         kept = old = old.clone()

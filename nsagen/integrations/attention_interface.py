@@ -26,8 +26,8 @@ from nsagen.integrations.attention_cache import (
     with_windows,
 )
 from nsagen.integrations.attention_layout import Layout, layout_of, mask_of, refuse
-from nsagen.model.forms import Form, form_of, select
-from nsagen.ops import topk_sparse_attention
+from nsagen.model.forms import Form, form_of, select, select_step
+from nsagen.ops import native_sparse_attention_decode, topk_sparse_attention
 from nsagen.ops.compress import compress
 
 IMPLEMENTATION = "nsagen"
@@ -133,7 +133,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: floa
         keys = slice(0, layout.keys)
         o = _causal(query, key[:, :, keys], value[:, :, keys], scale)
         return o.transpose(1, 2)
-    if layout.steps:
+    if layout.step:
         return _dense_steps(query, key, value, layout, scale)
     q = layout.pack_queries(query).transpose(0, 1).split(layout.query_lengths, 1)
     k, v = (layout.pack_keys(t).transpose(0, 1).split(layout.key_lengths, 1) for t in (key, value))
@@ -177,20 +177,31 @@ def _sparse(
     layer: Any,
 ) -> Tensor:
     """[B, S, HQ, D] of the sequences of a layout, each by its selected blocks."""
-    q, ends = layout.pack_queries(query), layout.cu_seqlens_q
     if layout.whole:
         k = layout.pack_keys(key).detach()
         windows, window_ends = compress(
             k, None, None, layout.cu_seqlens_k, compress_type="avgpool", **form.window_sizes
         )
-    elif layer is not None:
-        kept = layer.windows_of(form, key, layout)
-        windows, window_ends = packed_windows(kept, layer.counts, layout)
     else:
-        none = (0,) * layout.batch
-        windows, window_ends = packed_windows(*with_windows(form, key, layout, None, none), layout)
-    blocks = select(form, q, windows, ends, window_ends, layout.q_start, scale)
+        kept, counts = _kept_windows(form, key, layout, layer)
+        if layout.step:
+            windows = kept.transpose(1, 2)
+            places = (layout.positions, layout.slots)
+            blocks = select_step(form, query[:, :, 0], windows, *places, scale)
+            return chosen(query, key, value, blocks, form.block_size, layout, scale)
+        windows, window_ends = packed_windows(kept, counts, layout)
+    q = layout.pack_queries(query)
+    blocks = select(form, q, windows, layout.cu_seqlens_q, window_ends, layout.q_start, scale)
     return chosen(query, key, value, blocks, form.block_size, layout, scale)
+
+
+def _kept_windows(
+    form: Form, key: Tensor, layout: Layout, layer: Any
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The windows behind a cache, [B, HK, M, D], and how many each row has."""
+    if layer is None:
+        return with_windows(form, key, layout, None, (0,) * layout.batch)
+    return layer.windows_of(form, key, layout), layer.counts
 
 
 def chosen(
@@ -207,13 +218,16 @@ def chosen(
     Args:
         query: [B, HQ, S, D]; key, value: [B, HK, >= T, D].
         blocks: int32 [HK or HQ, N, topk] of the packed queries; of B times as many heads where
-            rows are merged.
+            rows are merged; in a step [HK or HQ, B, topk].
 
     Returns:
         [B, S, HQ, D].
     """
-    if layout.steps:
-        return layout.unpack(_chosen_steps(query, key, value, blocks, block_size, layout, scale))
+    if layout.step:
+        graded = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+        alike = layout.key_index is None and blocks.shape[0] == key.shape[1]
+        take = _chosen_step if alike and not graded else _gathered_step
+        return take(query, key, value, blocks, block_size, layout, scale)
     q, k, v = layout.pack_queries(query), layout.pack_keys(key), layout.pack_keys(value)
     repeats = blocks.shape[0] // k.shape[1]
     if repeats > 1:
@@ -226,7 +240,7 @@ def chosen(
     )
 
 
-def _chosen_steps(
+def _chosen_step(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -235,22 +249,44 @@ def _chosen_steps(
     layout: Layout,
     scale: float,
 ) -> Tensor:
-    """[N, HQ, D] of one token a row: only the chosen tokens of the cache are read."""
-    assert layout.key_index is not None
-    new = [i for i, count in enumerate(layout.query_lengths) if count]
-    starts = layout.cu_seqlens_k[new][:, None]
-    lengths = layout.cu_seqlens_k.diff()[new][:, None]
-    inside = torch.arange(block_size, device=query.device)
-    tokens = (blocks[..., None] * block_size + inside).flatten(-2)  # [R, N, topk * block_size]
-    seen = (tokens >= 0) & (tokens < lengths)
-    places = layout.key_index[(starts + tokens).where(seen, starts).long()]
-    heads = torch.arange(blocks.shape[0], device=query.device) * key.shape[1] // blocks.shape[0]
-    taken = (places // layout.keys, heads[:, None, None], places % layout.keys)
-    q = layout.pack_queries(query).unflatten(1, (blocks.shape[0], -1)).transpose(0, 1)
-    o = functional.scaled_dot_product_attention(
-        q, key[taken], value[taken], seen[:, :, None], scale=scale
+    """`chosen` of one token a row without padding, by the decoding kernel."""
+    q, k, v = query[:, :, 0], key.transpose(1, 2), value.transpose(1, 2)
+    o = native_sparse_attention_decode(
+        *(q, k, v, blocks, layout.positions, layout.slots),
+        q.new_zeros(*q.shape[:2], v.shape[-1]),
+        q.new_ones(*q.shape[:2], 3),
+        block_size=block_size,
+        window_size=0,
+        softmax_scale=scale,
+        branches=("selected",),
     )
-    return o.transpose(0, 1).flatten(1, 2)
+    return o[:, None]
+
+
+def _gathered_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    block_size: int,
+    layout: Layout,
+    scale: float,
+) -> Tensor:
+    """`chosen` of one token a row, with padding, for each query head or with gradients: reads only
+    the chosen tokens of the cache."""
+    tokens = blocks[..., None] * block_size + torch.arange(block_size, device=query.device)
+    tokens = tokens.flatten(-2)  # [R, B, topk * block_size]
+    seen = (tokens >= 0) & (tokens <= layout.positions[:, None])
+    heads = torch.arange(blocks.shape[0], device=query.device) * key.shape[1] // blocks.shape[0]
+    places = layout.places_of(tokens.where(seen, 0))
+    taken = (layout.slots.long()[:, None], heads[:, None, None], places)
+    q = query[:, :, 0].unflatten(1, (blocks.shape[0], -1)).transpose(0, 1)
+    some = seen | ~seen.any(-1, keepdim=True)  # a row without a token: no NaN before it is dropped
+    o = functional.scaled_dot_product_attention(
+        q, key[taken], value[taken], some[:, :, None], scale=scale
+    )
+    o = o.transpose(0, 1).flatten(1, 2)
+    return o.masked_fill((layout.positions < 0)[:, None, None], 0.0)[:, None]
 
 
 def _form(module: Any) -> Form:

@@ -148,10 +148,51 @@ class Layout:
         return self.key_index is None and not self.whole
 
     @property
-    def steps(self) -> bool:
-        """Whether rows with padding have one new token each behind a cache, which is not packed:
-        that would copy it."""
-        return self.key_index is not None and self.queries == 1 and not self.whole
+    def step(self) -> bool:
+        """Whether each row has one new token behind a cache."""
+        return self.queries == 1 and not self.whole
+
+    @functools.cached_property
+    def positions(self) -> Tensor:
+        """int32 [B], in a step: each row's new token, counted in its sequence; -1: none."""
+        found = [-1] * self.batch
+        for row, keys, new in zip(self.rows, self.key_lengths, self.query_lengths, strict=True):
+            found[row] = keys - 1 if new else -1
+        return torch.tensor(found, dtype=torch.int32, device=self.device)
+
+    @functools.cached_property
+    def slots(self) -> Tensor:
+        """int32 [B], the rows."""
+        return torch.arange(self.batch, dtype=torch.int32, device=self.device)
+
+    def places_of(self, tokens: Tensor) -> Tensor:
+        """Where in the cache tokens of rows lie, in a step.
+
+        Args:
+            tokens: int [..., B, K], counted in each row's sequence.
+
+        Returns:
+            int64 [..., B, K], in [B, H, T, D]; anything for rows without a sequence.
+        """
+        if self.key_index is None:
+            return tokens.long()
+        return self.key_index[self._row_starts[:, None] + tokens] % self.keys
+
+    @functools.cached_property
+    def _row_starts(self) -> Tensor:
+        """int64 [B], the first key of each row in `key_index`, in a step."""
+        firsts, first = [0] * self.batch, 0
+        for row, keys in zip(self.rows, self.key_lengths, strict=True):
+            firsts[row] = first
+            first += keys
+        return torch.tensor(firsts, device=self.device)
+
+    def by_row(self, blocks: Tensor) -> Tensor:
+        """Blocks of the packed queries, [R, N, topk], as [R, B, topk], in a step."""
+        rows = [r for r, new in zip(self.rows, self.query_lengths, strict=True) if new]
+        every = blocks.new_full((blocks.shape[0], self.batch, blocks.shape[2]), -1)
+        every[:, rows] = blocks
+        return every
 
     @functools.cached_property
     def cu_seqlens_q(self) -> Tensor:

@@ -30,7 +30,7 @@ from nsagen.integrations.attention_interface import (
 )
 from nsagen.integrations.attention_layout import Layout, refuse
 from nsagen.model.checks import require
-from nsagen.ops import block_selection, reference
+from nsagen.ops import block_selection, block_selection_decode, reference
 
 SCORES: dict[str, Any] = {"score_norm": "none", "score_heads": "each", "score_pool": "max"}
 """A block's score: the largest product of an index query with its tokens' index keys."""
@@ -147,14 +147,14 @@ class IndexHeads:
             )
             advice = "set index_loss_coef to 0, or freeze the indexers"
             refuse("the index loss", rule, "another model in training", advice)
-        index_q, index_k = layout.pack_queries(self.q), layout.pack_keys(self.k)
-        blocks = None if warm else self._blocks(index_q, index_k, layout)
+        blocks = None if warm else self._blocks(layout)
         if blocks is None:
             o = dense(query, key, value, layout, scale)
         else:
             o = chosen(query, key, value, blocks, block_size, layout, scale)
-        if losses is not None and index_q.requires_grad:
+        if losses is not None and self.q.requires_grad:
             q, k = layout.pack_queries(query).detach(), layout.pack_keys(key).detach()
+            index_q, index_k = layout.pack_queries(self.q), layout.pack_keys(self.k)
             loss = reference.index_loss(
                 *(q, k, index_q, index_k, blocks, layout.cu_seqlens_q),
                 block_size=block_size,
@@ -173,18 +173,24 @@ class IndexHeads:
             advice = "pass use_cache=False, call model.eval(), or set index_loss_coef to 0"
             refuse("cache", rule, f"{layout.keys - layout.queries} tokens", advice)
 
-    def _blocks(self, index_q: Tensor, index_k: Tensor, layout: Layout) -> Tensor:
-        return block_selection(
-            *(index_q, index_k, None, layout.cu_seqlens_q, layout.cu_seqlens_k),
-            kernel_size=1,
-            kernel_stride=1,
-            block_size=self.config.index_block_size,
-            topk=self.config.index_topk_blocks,
-            init_blocks=0,
-            local_blocks=self.config.index_local_blocks,
-            q_start=layout.q_start,
+    def _blocks(self, layout: Layout) -> Tensor:
+        """As `chosen` takes them."""
+        rule: dict[str, Any] = {
+            "kernel_size": 1,
+            "kernel_stride": 1,
+            "block_size": self.config.index_block_size,
+            "topk": self.config.index_topk_blocks,
+            "init_blocks": 0,
+            "local_blocks": self.config.index_local_blocks,
             **SCORES,
-        )
+        }
+        if layout.step and layout.key_index is None:
+            places = (layout.positions, layout.slots)
+            return block_selection_decode(self.q[:, :, 0], self.k.transpose(1, 2), *places, **rule)
+        q, k = layout.pack_queries(self.q), layout.pack_keys(self.k)
+        ends = (layout.cu_seqlens_q, layout.cu_seqlens_k)
+        blocks = block_selection(q, k, None, *ends, **rule, q_start=layout.q_start)
+        return layout.by_row(blocks) if layout.step else blocks
 
 
 def _index_heads(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nsagen.model.checks import require
-from nsagen.ops import block_selection, compressed_lse
+from nsagen.ops import block_selection, block_selection_decode, compressed_lse
 
 FORMS: dict[str, dict[str, Any]] = {
     "infllm_v2": {
@@ -82,6 +82,18 @@ class Form:
     def window_sizes(self) -> dict[str, Any]:
         """As the ops take them."""
         return {"kernel_size": self.kernel_size, "kernel_stride": self.kernel_stride}
+
+    @property
+    def rule(self) -> dict[str, Any]:
+        """What `block_selection` takes."""
+        return {
+            **self.window_sizes,
+            "block_size": self.block_size,
+            "topk": self.topk,
+            "init_blocks": self.init_blocks,
+            "local_blocks": self.local_blocks,
+            **SCORES[self.form],
+        }
 
     def dense(self, tokens: int) -> bool:
         """Whether a sequence of so many tokens attends to everything."""
@@ -187,21 +199,32 @@ def select(
     """
     sizes = form.window_sizes
     where: dict[str, Any] = {"softmax_scale": softmax_scale, "q_start": q_start}
-    scores: dict[str, Any] = SCORES[form.form]
     lse = None
-    if scores["score_norm"] == "softmax":
+    if SCORES[form.form]["score_norm"] == "softmax":
         lse = compressed_lse(q, windows, cu_seqlens_q, cu_seqlens_k, **sizes, **where)
-    return block_selection(
-        q,
-        windows,
-        lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        block_size=form.block_size,
-        topk=form.topk,
-        init_blocks=form.init_blocks,
-        local_blocks=form.local_blocks,
-        **sizes,
-        **where,
-        **scores,
+    return block_selection(q, windows, lse, cu_seqlens_q, cu_seqlens_k, **form.rule, **where)
+
+
+def select_step(
+    form: Form,
+    q: Tensor,
+    windows: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    softmax_scale: float,
+) -> Tensor:
+    """The blocks that one new token of each row sees.
+
+    Args:
+        q: [B, HQ, D], after rope.
+        windows: [B, M, HK, D], of each row, as a cache keeps them.
+        positions: int32 [B], of the new tokens; -1: none.
+        slots: int32 [B], the rows of `windows`.
+        softmax_scale: of the scores.
+
+    Returns:
+        int32 [HK, B, topk], or [HQ, B, topk] where each head selects for itself.
+    """
+    return block_selection_decode(
+        q, windows, positions, slots, **form.rule, softmax_scale=softmax_scale
     )
