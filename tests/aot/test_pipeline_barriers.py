@@ -1,9 +1,9 @@
 """What a pipeline's warps did in shared memory comes before what they tell other warps.
 
-One thread of a group arrives at the barrier where the other one waits, or has a tile copied to memory.
-Its own accesses come before that; those of the group's other threads do only if all have met since.
-Gluon's compiler puts that meeting there; the pipelines rely on it, and on a GPU its lack would show by
-chance alone. tests/kernels/test_selected_pipeline.py runs the barriers themselves, in random order.
+One thread of a group arrives at the barrier where the other one waits, or has a tile copied to
+memory. Its own accesses come before that; those of the group's other threads do only if all have
+met since. Gluon's compiler puts that meeting there; the pipelines rely on it, and on a GPU its lack
+would show by chance alone. tests/kernels/test_selected_pipeline.py runs the barriers themselves.
 """
 
 from __future__ import annotations
