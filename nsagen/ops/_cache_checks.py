@@ -73,7 +73,7 @@ def _check_separate(
     v_cache: Tensor,
     needed: tuple[int, ...],
 ) -> None:
-    """The branches' own tensors are like those that they stand beside."""
+    """The branches' own tensors have the shapes of those that they replace."""
     check_rows(_OP, k=k, k_compress=one.k_compress, k_window=one.k_window)
     check_rows(_OP, v=v, v_compress=one.v_compress, v_window=one.v_window)
     check_like(_OP, ("k", k), k_compress=one.k_compress, k_window=one.k_window)

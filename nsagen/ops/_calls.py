@@ -71,7 +71,7 @@ class KnownCalls(Generic[Known]):
         return None
 
     def learn(self, args: Args, known: Known) -> None:
-        """Remember something of a call on plain tensors. After 4096 calls, all are forgotten."""
+        """Remember something about a call on plain tensors. Clears the cache after 4096 calls."""
         if self._count >= _MAX_CALLS:
             self.clear()
         present = [i for i in self._places if args[i] is not None]
@@ -87,7 +87,7 @@ class KnownCalls(Generic[Known]):
 
 
 def forget() -> None:
-    """Forget all calls that are known, of all ops."""
+    """Forget all calls of all ops."""
     for calls in _all:
         calls.clear()
 
@@ -120,7 +120,7 @@ def unobserved() -> bool:
 
 
 def transformed() -> bool:
-    """Whether a mode, a tracer or a transform takes part in what an op computes."""
+    """Whether a mode, a tracer or a transform is active."""
     return (
         peek_interpreter_stack is None
         or peek_interpreter_stack() is not None
@@ -131,7 +131,7 @@ def transformed() -> bool:
 
 
 def profiled() -> bool:
-    """Whether a profiler is on, which names ops."""
+    """Whether a profiler is active. It has to see each op."""
     return _profiler_enabled()
 
 
@@ -159,7 +159,7 @@ def _looks(tensors: list[Tensor]) -> Any:
 
 
 class _Looks:
-    """The same in Python, at ten times the cost."""
+    """The same in Python, ten times slower."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
         self._seen = self._all(tensors)

@@ -1,4 +1,4 @@
-"""The contracts of the ops' tensors, checked without reading a value from a GPU unless asked to."""
+"""Checks of the ops' tensors. Values on a GPU are read only on request."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from nsagen.core.errors import InvalidInputError
 from nsagen.ops.reference.compress import Weight, check_weights, tensors_of
 
 MOST_HEADS = 65535
-"""Of keys and values: what a GPU takes along the second axis of a grid."""
+"""The most heads of keys and values: a GPU's limit for the second axis of a grid."""
 
 
 def values_are_read(x: Tensor) -> bool:
-    """Whether a call looks at the numbers of offsets, positions and slots before it uses them.
+    """Whether a call checks the values of offsets, positions and slots before it uses them.
 
     On a CPU always. A GPU would have to be waited for, each time: there only where the variable
     NSAGEN_CHECK_VALUES is 1, and never while a CUDA graph is captured.
@@ -107,7 +107,7 @@ def check_indices(op: str, x: Tensor, shape: tuple[int, ...], **tensors: Tensor)
 def check_cu_seqlens(
     op: str, name: str, cu_seqlens: Tensor, x: Tensor, *, spare: bool = False
 ) -> None:
-    """int32 [batch + 1] on x's device; where values are read: 0, never falling, x's rows.
+    """int32 [batch + 1] on x's device. If values are read: from 0, never falling, to x's rows.
 
     Args:
         spare: x may have rows past the last sequence.
@@ -125,7 +125,7 @@ def check_cu_seqlens(
 
 
 def check_offsets(op: str, name: str, cu_seqlens: Tensor) -> None:
-    """int32 [batch + 1]: what can be said without the packed tensor or any value."""
+    """int32 [batch + 1]: what can be checked without the packed tensor or any value."""
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
         rule = f"{name} must have shape [batch + 1]"
         fail(op, rule, tuple(cu_seqlens.shape), "start with 0 and append the running sum")
@@ -140,7 +140,7 @@ def check_topk_idx(op: str, q: Tensor, kv_heads: int, topk_idx: Tensor) -> None:
 
 
 def check_q_start(op: str, cu_seqlens: Tensor, q_start: Tensor | None) -> None:
-    """None, or int32 [batch] on the device of cu_seqlens; where values are read, not negative."""
+    """None, or int32 [batch] on the device of cu_seqlens. If values are read: not negative."""
     if q_start is None:
         return
     check_indices(op, cu_seqlens, (cu_seqlens.shape[0] - 1,), q_start=q_start)
@@ -149,7 +149,7 @@ def check_q_start(op: str, cu_seqlens: Tensor, q_start: Tensor | None) -> None:
 
 
 def check_range(op: str, name: str, values: Tensor, least: int, end: int) -> None:
-    """Where values are read: least <= value < end. Elsewhere kernels rely on the caller."""
+    """If values are read: least <= value < end. Otherwise kernels rely on the caller."""
     if not values_are_read(values) or values.numel() == 0:
         return
     low, high = int(values.min()), int(values.max())

@@ -37,7 +37,7 @@ def reference_gradients(
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """Let autograd record inside a custom op, where it is shut out of dispatch by default."""
+    """Let autograd record inside a custom op, where dispatch excludes it by default."""
     keys = torch._C.DispatchKey
     with (
         torch._C._SetExcludeDispatchKeyGuard(keys.AutogradCPU, False),

@@ -1,4 +1,4 @@
-"""Where a call runs, and which kernel serves it: what all custom ops share."""
+"""Where a call runs and which kernel serves it: shared by all custom ops."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def scale_of(softmax_scale: float | None, q: Tensor) -> float:
 
 
 def lse_dtype(q: Tensor) -> torch.dtype:
-    """Of softmax statistics: float32, or float64 for float64 inputs (CPU only)."""
+    """The dtype of softmax statistics: float32, or float64 for float64 inputs (CPU only)."""
     return torch.promote_types(q.dtype, torch.float32)
 
 
@@ -57,7 +57,7 @@ def find_kernel(
     x: Tensor,
     context: int | None = None,
 ) -> Launch:
-    """The `launch` of the kernel that serves a call, found by sizes alone.
+    """The `launch` of the kernel that serves a call, by its sizes.
 
     Args:
         dispatcher: the dispatcher's key.
@@ -105,7 +105,7 @@ def attention_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 
 
 def with_contiguous_rows(gradient: Tensor) -> Tensor:
-    """A gradient as kernels take it: autograd may hand one back in any layout."""
+    """The gradient in a layout that kernels take; autograd may return any."""
     return gradient if gradient.stride(-1) == 1 else gradient.contiguous()
 
 

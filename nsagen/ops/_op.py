@@ -63,7 +63,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Outputs = Tensor | tuple[Tensor, ...]
-"""One tensor stands by itself."""
+"""A single tensor isn't in a tuple."""
 
 Gradients = Mapping[str, Tensor | None]
 
@@ -174,7 +174,7 @@ def _trains(args: Args) -> bool:
 
 
 def _registered(op: _Op, calls: _Calls, mutates: tuple[str, ...]) -> Callable[..., Any]:
-    """The op that PyTorch's dispatcher knows; it leaves out arguments that are as by default."""
+    """The op that PyTorch's dispatcher knows. The dispatcher drops default arguments at the end."""
     name, defaults, allocate = f"nsagen::{op.name}", op.defaults, op.allocate
 
     def from_dispatcher(*args: Any) -> Any:
@@ -266,7 +266,7 @@ class _Op:
         return self.function(*args)
 
     def computer(self, launched: _LaunchArguments, args: Args) -> Callable[[Args], Any]:
-        """What computes a call on kernels, and those that look like it."""
+        """A function that computes a call on kernels, and all that look like it."""
         if self.kernel is None:
             return lambda args: self.function(*args)
         found = self.allocate(args)
@@ -327,7 +327,7 @@ def tensor_parameters(function: Callable[..., Any]) -> tuple[bool, ...]:
 
 
 _CONSTANTS = {"None": None, "True": True}
-"""What a `launch` may take besides an op's values."""
+"""What a `launch` may take in addition to an op's values."""
 
 
 class _LaunchArguments:
@@ -494,12 +494,12 @@ def replays(x: Tensor) -> bool:
 
 
 def elsewhere(device: torch.device) -> bool:
-    """Whether kernels for a device need it to be made the current one."""
+    """Whether a device must be made current before kernels run on it."""
     return device.type == "cuda" and _current_device() != device.index
 
 
 class _Recording(threading.local):
-    """The recorder of the call that this thread runs, if any."""
+    """The recorder of this thread's current call, if any."""
 
     recorder: Recorder | None = None
 

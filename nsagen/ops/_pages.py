@@ -19,7 +19,7 @@ def check_table(op: str, like: Tensor, block_table: Tensor) -> None:
 
 
 def check_page_size(op: str, page_size: int, multiple_of: str, unit: int) -> None:
-    """A page holds a whole number of units, so that none lies in two pages."""
+    """A page holds a whole number of units: no unit spans two pages."""
     if page_size < 1 or page_size % unit:
         rule = f"the page size must be a positive multiple of {multiple_of}"
         came = f"{page_size} tokens and {multiple_of} {unit}"
@@ -36,7 +36,7 @@ def check_places(
     cache: Tensor,
     block_table: Tensor | None,
 ) -> None:
-    """Where values are read: a row's position is one of so many tokens, or -1; its slot exists.
+    """If values are read: a row's position is -1 or less than `tokens`, and its slot exists.
 
     Elsewhere a row that breaks this reads and writes what is not its own.
     """

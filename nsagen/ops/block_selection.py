@@ -158,7 +158,7 @@ def block_selection_forward(
 
 
 def select_blocks(q: Tensor, k: Tensor, lse: Tensor | None, *args: Any) -> Tensor:
-    """`block_selection_forward` on tensors with gradients, of which it has none."""
+    """`block_selection_forward` for tensors that require gradients; it has no gradient."""
     if torch.is_grad_enabled():
         q, k, lse = q.detach(), k.detach(), None if lse is None else lse.detach()
     return block_selection_forward(q, k, lse, *args)

@@ -117,7 +117,7 @@ def _sizes(x: Tensor, w: Tensor | None, pe: Tensor | None, compress_type: str) -
 
 
 def _columns(x: Tensor, w: Tensor | None, compress_type: str) -> int:
-    """Elements of a window's result: as of a token's, or an mlp's hidden ones."""
+    """Elements of a window's result: those of a token, or the hidden ones of an mlp."""
     return w.shape[-1] if compress_type == "mlp" and w is not None else x.shape[2]
 
 
@@ -157,7 +157,7 @@ def compress_backward(
     kernel_stride: int,
     dispatcher: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dw, dpe), empty for a w or pe that is None."""
+    """(dx, dw, dpe); dw or dpe is empty if w or pe is None."""
     given = [tensor for tensor in (w, pe) if tensor is not None]
 
     def forward(x: Tensor, *given: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def add_compressed_gradient(
     delta: Tensor,
     gate: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Add a gated branch's gradient to dq, in place, and return (dk, dv); by kernels alone.
+    """Add a gated branch's gradient to dq, in place, and return (dk, dv); only by kernels.
 
     Args:
         do: of the gated sum; delta: do . o of each row, gate: what o was multiplied by before do

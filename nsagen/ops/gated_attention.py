@@ -1,4 +1,4 @@
-"""All three branches and their gated sum, kept to little memory while gradients are computed.
+"""All three branches and their gated sum, with little memory while gradients are computed.
 
 With o = sum_i g_i o_i, a branch's gradient do_i = g_i do is never made. For P_i = g_i p_i,
 

@@ -1,4 +1,4 @@
-"""What depends on a batch's lengths alone: made once a batch, for all ops and layers.
+"""What depends only on a batch's lengths: made once per batch, for all ops and layers.
 
 `Lengths.of` takes one launch. Nothing of it is read on the host, so a call neither synchronizes a
 GPU nor breaks a graph under capture.

@@ -20,7 +20,7 @@ from nsagen.runtime import Dispatcher
 _OP = "linear decode"
 
 LINEAR_DECODE_ROWS = 64
-"""Most rows that the kernel takes. It reads the weights once for all of them."""
+"""The most rows that the kernel takes. It reads the weights once for all of them."""
 
 
 def linear_decode(

@@ -211,7 +211,7 @@ def add_gradients(dk: Tensor, of_k: Tensor, dv: Tensor, of_v: Tensor) -> None:
 
 
 def _like(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradients to be written, contiguous; without elements for tensors that are None."""
+    """Contiguous gradients to be written; without elements for tensors that are None."""
     return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
 
 
@@ -256,7 +256,7 @@ def attention_backward(
     softmax_scale: float,
     dispatcher: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From what `sum_branches` hands on, see `gated_attention`; by kernels alone."""
+    """Gradients from what `sum_branches` passes on, see `gated_attention`; only by kernels."""
     sizes, made = (kernel_size, kernel_stride), (positions, window_cu_seqlens, window_positions)
     positions, ends, window_positions = _offsets(k, cu_seqlens, sizes, made)
     dq, dk, dv, dck, dcv = branches_backward(
@@ -322,7 +322,7 @@ def attention_with_gradients(
     softmax_scale: float,
     dispatcher: str,
 ) -> _Eleven:
-    """What `branches_forward` gives, and what its gradients need besides."""
+    """The outputs of `branches_forward`, and what its gradients need in addition."""
     check_attention(_OP, q, k, v)
     sizes, made = (kernel_size, kernel_stride), (positions, window_cu_seqlens, window_positions)
     positions, ends, window_positions = _offsets(q, cu_seqlens, sizes, made)

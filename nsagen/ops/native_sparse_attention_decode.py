@@ -108,7 +108,7 @@ def _check(call: Any) -> None:
 def _check_window(
     k_cache: Tensor, v_cache: Tensor, k_window_cache: Tensor | None, v_window_cache: Tensor | None
 ) -> None:
-    """The sliding branch's caches: both, and like those of the selected one."""
+    """The sliding branch's caches: both are given, and like those of the selected branch."""
     if k_window_cache is None or v_window_cache is None:
         came = "v_window_cache" if k_window_cache is None else "k_window_cache"
         fail(_OP, "k_window_cache and v_window_cache must come together", came, "pass both")

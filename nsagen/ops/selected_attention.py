@@ -129,7 +129,7 @@ def selected_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv).
 
-    Kernels alone take these float32 [N, HQ]: delta, which is do . o of each row and stands for o
+    Only kernels take these float32 [N, HQ]: delta, which is do . o of each row and stands for o
     where it is given, and gate, by which o was multiplied before do came.
     """
 

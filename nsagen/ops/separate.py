@@ -1,4 +1,4 @@
-"""Keys and values of their own for each branch, as in the paper's model."""
+"""Separate keys and values for each branch, as in the paper's model."""
 
 from __future__ import annotations
 

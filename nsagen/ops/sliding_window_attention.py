@@ -147,7 +147,7 @@ def add_sliding_window_gradients(
     delta: Tensor,
     gate: Tensor,
 ) -> None:
-    """Add a gated branch's gradients to dq, dk and dv, in place; by kernels alone.
+    """Add a gated branch's gradients to dq, dk and dv, in place; only by kernels.
 
     Args:
         do: of the gated sum; delta: do . o of each row, gate: what o was multiplied by before do

@@ -1,4 +1,4 @@
-"""The running side: which kernel serves a call, on which device, and what a miss does.
+"""The run-time side: which kernel serves a call, on which device, and what a miss does.
 
 Importing it needs neither torch nor triton, so generated tables load fast.
 """

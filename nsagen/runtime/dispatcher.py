@@ -139,7 +139,7 @@ class Dispatcher:
         ]
 
     def with_on_missing(self, on_missing: OnMissing) -> Dispatcher:
-        """This dispatcher, or one on the same table that treats a miss the other way."""
+        """This dispatcher, or one on the same table that handles a miss the other way."""
         if on_missing == self.on_missing:
             return self
         with LOCK:

@@ -6,7 +6,6 @@ addresses of their tensors, all of this gives the same result. So one such call 
 it runs, and the others pass the new addresses to the kernels that it launched.
 
 A `Program` is such a recording: allocations, launches and a few PyTorch operations in order.
-Programs of several calls join into one, whose tensors are found only by name of place.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _FILLED = {
     _aten.new_zeros.default: lambda x, size: 0,
     _aten.new_full.default: lambda x, size, value: value,
 }
-"""Allocations with a content, and what that is by their arguments."""
+"""Allocations that are filled, and with what, by their arguments."""
 _REPEATED: dict[Any, Callable[..., Tensor]] = {
     _aten.cumsum.default: torch.cumsum,
     _aten.zero_.default: Tensor.zero_,
@@ -134,7 +133,7 @@ class Program:
 
 @dataclass(slots=True)
 class _Base:
-    """Stands for a tensor in a descriptor: an address."""
+    """Stands in for a tensor in a descriptor."""
 
     address: int
 
@@ -162,7 +161,7 @@ _Step = Callable[[list[Any], list[Any]], None]
 
 
 def _compiled(program: Program) -> tuple[Any, ...]:
-    """What `_repeat` needs besides the tensors.
+    """The arguments of `_repeat` before the tensors.
 
     Its `values` are the stream, the inputs' addresses, the constants and then, as steps make them,
     the slots' addresses (one for each offset in use) and maps of bulk copies.
@@ -256,7 +255,7 @@ def _expanded(step: Run, constant: Callable[[Any], int]) -> _Expanded:
 
 
 _STREAM = 0
-"""Its index in the values."""
+"""Its index in `values`."""
 
 Launcher = tuple[Callable[..., None], tuple[Any, ...], list[dict[str, Any]] | None]
 """What launches a kernel, its arguments between the stream and the kernel's own, and what is known
@@ -296,7 +295,7 @@ _MAX_MAPS = 64
 
 
 def _map_maker(fields: Mapping[str, Any], meta: dict[str, Any]) -> Callable[[int], Any]:
-    """Makes what the GPU reads of a descriptor, from an address; keeps the last ones."""
+    """Makes the map that a GPU reads for a descriptor from an address; caches the last ones."""
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
     from triton.runtime import driver
 
@@ -416,11 +415,11 @@ def _launch(
 _SMALL = 2 << 20
 """Bytes. Larger workspaces are freed after their last use; smaller ones share an allocation."""
 _APART = 512
-"""Bytes. PyTorch's allocator, too, starts each tensor at a multiple of this."""
+"""Bytes between starts of tensors, as in PyTorch's allocator."""
 
 
 def share_workspaces(program: Program) -> Program:
-    """The same with one allocation for all small tensors that only its kernels use."""
+    """The program with one allocation for all small tensors that only its kernels use."""
     tensors = {*program.outputs}
     for step in program.steps:
         if isinstance(step, Apply):
@@ -459,7 +458,7 @@ def share_workspaces(program: Program) -> Program:
 
 
 def _bytes(meta: Meta) -> int:
-    """From the first to the last element of a tensor."""
+    """The bytes from a tensor's first to its last element."""
     shape, strides, dtype = meta
     if 0 in shape:
         return 0
@@ -468,7 +467,7 @@ def _bytes(meta: Meta) -> int:
 
 
 class Recorder:
-    """Collects the steps of a call on some tensors, while it runs.
+    """Collects the steps of a call on some tensors as it runs.
 
     The caller ensures this of the calls that repeat them: shapes, strides, dtypes, devices and all
     other arguments agree with the recorded call's, and they run on the tensors' device.
@@ -481,7 +480,7 @@ class Recorder:
         self._of_storage: dict[int, int] = {}
         self._steps: list[Step] = []
         self._aligned: dict[int, None] = {}
-        # A tensor that is passed twice has two places, and which one is meant is unknown.
+        # With a tensor passed twice, a later use of it could mean either input.
         self._failed = not 1 <= len(inputs) == len(self._of_id)
 
     def fail(self) -> None:
@@ -542,7 +541,7 @@ class Recorder:
         before = len(self._slots)
         with _Watch(self):
             _with_globals(launch, shadow)(*args)
-        shadow.clear()  # its functions and it hold each other, and this recorder's tensors
+        shadow.clear()  # breaks a cycle that would keep the recorder's tensors alive
         self._let_go(before)
         return None
 
@@ -616,7 +615,7 @@ def meta_of(tensor: Tensor) -> Meta:
 
 
 def _offset(tensor: Tensor) -> int:
-    """Bytes into its storage; the address of a tensor without elements would be 0."""
+    """Bytes from the start of its storage; a tensor without elements has address 0."""
     return int(tensor.storage_offset()) * tensor.element_size()
 
 
@@ -641,7 +640,7 @@ class _RecordedKernel:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees the PyTorch operations of a launch; a few of them can be repeated."""
+    """Records the PyTorch operations of a `launch`; only a few can be repeated."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -668,7 +667,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _stream_of(device: torch.device) -> Callable[[], int]:
-    """Asks for the current stream of a device, as Triton does."""
+    """A function that returns the current stream of a device, as Triton does."""
     from triton.runtime import driver
 
     active: Any = driver.active
@@ -676,7 +675,7 @@ def _stream_of(device: torch.device) -> Callable[[], int]:
 
 
 def _hooks() -> Callable[[], bool]:
-    """Asks whether a launch hook is set that must see every launch."""
+    """A function that tells whether a launch hook must see every launch."""
     from triton import knobs
 
     def hooked(runtime: Any = knobs.runtime) -> bool:

@@ -1,4 +1,4 @@
-"""The mathematics once more, written the plain way: whole [N, N] masks, loops over windows and
+"""The mathematics again, in plain form: whole [N, N] masks, loops over windows and
 blocks, and sets of tokens. It shares no code with `nsagen.ops.reference`, which it checks, and is
 only fit for small sizes.
 """
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
-"""Few, repeatable examples: enough for shapes, quick enough for every run."""
+"""A few repeatable examples: enough for shapes, fast enough for every run."""
 
 SEQLENS = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(sum)
 HEADS = st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 1), (6, 2)])

@@ -1,4 +1,4 @@
-"""Branches that are off take no part: neither their gates, nor whatever stands in these."""
+"""Branches that are off take no part, and the values of their gates don't matter."""
 
 import itertools
 import math
@@ -74,7 +74,7 @@ def test_a_window_of_0_is_a_sliding_branch_that_is_off(module):
 
 @pytest.mark.parametrize("on", SUBSETS, ids="-".join)
 def test_gradients(on):
-    """As with gates of 0, and none for the gates themselves."""
+    """The same as with gates of 0; the gates themselves get none."""
     args, keywords = Packed(torch.float64, requires_grad=True).block()
     *qkv, gate = args
     zeroed = without(gate, on)[0].requires_grad_()

@@ -1,4 +1,4 @@
-"""Decoding calls are checked once for all that look alike, and each that differs anew."""
+"""Decoding calls that look alike are checked once; a call that differs is checked again."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +19,7 @@ from .inputs import STATICS, Cached
 
 
 class Counter(Dispatcher):
-    """Serves every call with nothing, and counts how often it was asked for a kernel."""
+    """Serves every call with a kernel that does nothing, and counts look-ups."""
 
     def __init__(self) -> None:
         super().__init__("counter", "", {})
@@ -82,7 +82,7 @@ def test_a_call_that_was_right_once_is_checked_again_when_it_differs(
 def test_without_kernels_nothing_is_remembered(
     counter: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU that interprets no longer takes the reference, whatever it did before."""
+    """A CPU that stops interpreting takes the reference, even for calls it has seen."""
     x = Cached()
     append(x, counter)
     monkeypatch.delenv("TRITON_INTERPRET")
@@ -178,7 +178,7 @@ def test_too_many_calls_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_few_calls_are_kept_that_only_their_guards_tell_apart(calls: KnownCalls[str]) -> None:
-    """Each is looked at in turn: the oldest go."""
+    """They are compared in turn, and the oldest are dropped."""
     x = torch.zeros(4, 6)
     for size in range(40):
         calls.learn((x, 1, None, torch.zeros(size)), "known")
@@ -205,10 +205,10 @@ def attend(x: Cached, counter: Counter, gate: Tensor | None = None) -> Tensor:
     )
 
 
-def test_known_calls_skip_the_dispatcher_unless_somebody_looks(
+def test_known_calls_skip_the_dispatcher_unless_observed(
     counter: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a mode, a profiler or autograd would see of an op they see of every call."""
+    """Modes, profilers and autograd see every call of an op."""
     x, seen = Cached(), list[str]()
     with torch.no_grad():
         attend(x, counter)
@@ -252,7 +252,7 @@ def test_a_subclass_sees_every_call(counter: Counter) -> None:
 def test_gradients_are_left_to_the_dispatcher(
     counter: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call on the direct way is looked up once, and again behind the dispatcher."""
+    """A direct call is looked up once, a call through the dispatcher twice."""
     looked_up: list[object] = []
     find = KnownCalls.find
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export see whole graphs: no op breaks one or is traced through."""
+"""torch.compile and torch.export get whole graphs: ops neither break them nor are traced."""
 
 import pytest
 import torch

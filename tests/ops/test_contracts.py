@@ -29,7 +29,7 @@ WINDOWS = {"kernel_size": 8, "kernel_stride": 4}
 
 
 class Elsewhere(Tensor):
-    """A tensor that says it is on another GPU, where there is none."""
+    """A tensor that claims to be on another GPU."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -38,7 +38,7 @@ class Elsewhere(Tensor):
 
 @functools.cache
 def table() -> dict[str, Call]:
-    """A right call of each op."""
+    """A valid call of each op."""
     x, c = Packed(), Cached()
     w_k, w_v = x.weights("linear")
     w_pool, _ = x.weights("weightedpool")
@@ -186,7 +186,7 @@ def _ends(x: Packed, of_windows: Tensor) -> dict[str, Tensor]:
 
 
 def call(name: str) -> Call:
-    """The right call of an op, on tensors of its own: some ops write to them."""
+    """A valid call of an op on its own tensors, since some ops write to them."""
     function, given = table()[name]
     return function, {k: v.clone() if isinstance(v, Tensor) else v for k, v in given.items()}
 
@@ -284,7 +284,7 @@ EACH_TENSOR = [(name, key) for name in table() for key in tensors(name)]
 
 
 def told(function: Callable[..., Any], given: dict[str, Any]) -> str:
-    """The text of the call's InvalidInputError; empty where it is right."""
+    """The text of the call's InvalidInputError; empty for a valid call."""
     try:
         function(**given)
     except InvalidInputError as error:

@@ -1,4 +1,4 @@
-"""Kernels run where their tensors are, whatever the current device is."""
+"""Kernels run on their tensors' device, whichever is current."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decode calls on a GPU: repeated ones give what the first ones give, to the bit."""
+"""Decode calls on a GPU: repeated calls match the first ones bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cached(seed: int) -> Cached:
 
 
 def step(x: Cached) -> list[Tensor]:
-    """Everything that a decoding step of attention computes and changes, and a product."""
+    """All results and caches of a decoding step of attention, and a matrix product."""
     caches = x.caches()
     q = ops.cache_append(*x.append_inputs(), *caches, compress_type="linear", **WINDOWS)
     o, topk_idx = ops.compressed_attention_decode(q, *caches[2:4], *x.rows, **STATICS)
@@ -43,7 +43,7 @@ def step(x: Cached) -> list[Tensor]:
 
 
 def by_jit(run: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-    """What the same gives with every launch through Triton's JIT."""
+    """The results with every launch through Triton's JIT."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_op._Known, "run", lambda self, args: self.compute(args))
         return [tensor.clone() for tensor in run()]
@@ -62,7 +62,7 @@ def test_repeated_calls_give_the_same(mode: type) -> None:
 
 @torch.no_grad()
 def test_repeated_calls_take_the_current_stream() -> None:
-    """On another stream, behind work that takes long and writes what the calls read."""
+    """On another stream, behind slow work that writes what the calls read."""
     x, y = cached(1), cached(2)
     expected = by_jit(lambda: step(y))
     step(x)

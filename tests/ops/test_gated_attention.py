@@ -1,4 +1,4 @@
-"""Attention whose gradients never take the form of a branch's, against the reference."""
+"""Gated attention that never materializes a branch's gradient, against the reference."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_it_compiles_to_one_graph() -> None:
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("cache")
 def test_where_it_is_taken() -> None:
-    """By all branches with the same keys and values, where something is trained."""
+    """It serves training with all branches on shared keys and values."""
 
     def is_taken(args: list[Any], keywords: dict[str, Any], **changes: Any) -> bool:
         q, k, v, ck, cv, gate, cu_seqlens, offsets = args
@@ -161,7 +161,7 @@ def test_no_branch_is_kept_for_the_attention() -> None:
 def test_a_branchs_delta_is_not_copied_while_outputs_are_held(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The outputs are freed after the sum's gradient: until then every copy is one too many."""
+    """The outputs are freed after the sum's gradient; a copy before that would raise the peak."""
     columns, handed = gated_attention.branch_columns, list[torch.Tensor]()
 
     def watched(gate: torch.Tensor, *deltas: torch.Tensor) -> torch.Tensor:
@@ -194,6 +194,6 @@ def test_small_kernels_give_pytorchs_bits(dtype: torch.dtype, tokens: int) -> No
 
 @pytest.mark.gpu
 def test_memory_of_65536_tokens() -> None:
-    """Beside inputs, output and gradients, no more than the outputs of two branches."""
+    """Apart from inputs, output and gradients: at most the outputs of two branches."""
     x = Inputs.random(Shape(), 65536, requires_grad=True)
     assert peak_memory(x) <= 2.0

@@ -1,4 +1,4 @@
-"""Training in CUDA graphs: captured passes, replayed with new inputs, have an eager call's bits."""
+"""Training in CUDA graphs: replays with new inputs match eager calls bit for bit."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Launch = tuple[Workload, tuple[Any, ...], int, int | None]
 
 
 class Recorder(Dispatcher):
-    """Takes every call, writes nothing, and notes it."""
+    """Records every call and computes nothing."""
 
     def __init__(self) -> None:
         super().__init__("recorder", "", {})
@@ -145,7 +145,7 @@ def test_decoding(recorder: Recorder) -> None:
 
 
 def test_decoding_from_pages(recorder: Recorder) -> None:
-    """The table goes last; the context is what its pages hold."""
+    """The table is the last argument; the context is what its pages hold."""
     x = Cached()
     (*caches, k_raw), table = x.paged_caches(page_size=16)
     statics = {"compress_type": "linear", "kernel_size": 8, "kernel_stride": 4}

@@ -108,7 +108,7 @@ def test_overlaps(shape: tuple[int, int, int], first: int, weights: list[int]) -
 
 
 def test_block_j_sums_windows_from_4j_minus_1_to_4j_plus_3() -> None:
-    """Not 0-based equation 9 (one block early), nor its other sign (a stride late)."""
+    """Equation 9 is a block early with 0-based indices, and a stride late with the other sign."""
     rule = BlockRule(32, 16, 64, 3, 1, 2)
     scores = block_scores(torch.eye(16), 4, rule)
     expected = torch.zeros(16, 4)

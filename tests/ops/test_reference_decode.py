@@ -22,7 +22,7 @@ WINDOW = 7
 
 @dataclass
 class Caches:
-    """Poisoned, so that reading what was never written shows."""
+    """Poisoned, to expose reads of memory that was never written."""
 
     k: Tensor
     v: Tensor
@@ -149,7 +149,7 @@ def sequence(seed: int) -> tuple[Tensor, ...]:
 
 
 def rows_of(sequences: list[tuple[Tensor, ...]], positions: list[int]) -> tuple[Tensor, ...]:
-    """Each row's new token; an idle row gets the last one, which must not matter."""
+    """Each row's new token; an idle row gets the last one, which must not count."""
     rows = zip(sequences, positions, strict=True)
     tokens = [[part[position] for part in parts] for parts, position in rows]
     return tuple(torch.stack(parts) for parts in zip(*tokens, strict=True))

@@ -1,4 +1,4 @@
-"""The whole attention on a stand-in for a GPU: how many launches, and that repeated ones agree."""
+"""The whole attention on a stand-in for a GPU: its launches, and that repeated ones agree."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class Inputs:
 
 
 def by_jit(gpu: StandIn, call: Callable[[], Any]) -> list[Launch]:
-    """The launches of a call in which each op is called by itself, by Triton's JIT."""
+    """The launches of a call in which Triton's JIT launches each op's kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_op._Known, "run", lambda self, args: self.compute(args))
         return gpu.of(call)
 
 
-# Each has tokens of its own: what is known of calls stays known.
+# Each has its own number of tokens, since calls stay remembered.
 @pytest.mark.parametrize(("what", "tokens"), [("forward", 300), ("training", 320)])
 def test_a_repeated_call_launches_what_its_ops_do(gpu: StandIn, tokens: int, what: str) -> None:
     x = Inputs(tokens, requires_grad=what == "training")
@@ -83,7 +83,7 @@ def test_few_launches(gpu: StandIn, tokens: int) -> None:
 
 
 def test_few_launches_of_both_passes(gpu: StandIn) -> None:
-    """The committed schedules decide how many; PyTorch adds fills, a sum, a copy, a sign."""
+    """How many depends on the schedules. PyTorch adds fills, a running sum, a copy and a sign."""
     x = Inputs(2048, requires_grad=True)
     for _ in range(3):
         assert len(gpu.of(x.training)) <= 36
@@ -122,7 +122,7 @@ def test_a_call_that_launches_nothing_of_triton_is_repeated(gpu: StandIn) -> Non
 
 
 def test_tensors_of_a_repeated_call_are_free_as_soon_as_those_of_the_first(gpu: StandIn) -> None:
-    """None is held by what is known of calls."""
+    """Remembered calls hold no tensor."""
     x = Inputs(336, requires_grad=True)
     gc.disable()
     try:

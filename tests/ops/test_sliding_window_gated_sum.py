@@ -110,7 +110,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("wide_gate", [False, True], ids=["gate", "float32 gate"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_by_kernels(dtype: torch.dtype, wide_gate: bool) -> None:
-    """Beside the separate ops, on sequences that are empty or see no window among others.
+    """Against the separate ops; some sequences are empty or see no window.
 
     Branches and gates that lie in memory in another order are copied first.
     """

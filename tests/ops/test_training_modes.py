@@ -1,4 +1,4 @@
-"""What training does to ops: autocast around them, and activations that are computed again."""
+"""Ops under autocast and under activation checkpointing."""
 
 import pytest
 import torch

@@ -95,7 +95,7 @@ def test_errors_inside_a_package_are_not_hidden(tmp_path: Path) -> None:
 def test_two_folders_with_packages_of_one_name_keep_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where an entry of `sys.path` is the working folder, whichever that is."""
+    """Also if an entry of `sys.path` stands for the working folder."""
     import torch
 
     monkeypatch.setattr("nsagen.runtime.dispatcher.target_of", lambda device: "cuda:90")

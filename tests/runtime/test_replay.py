@@ -1,6 +1,6 @@
-"""Repeated launches hand kernels what launches by Triton's JIT do; what cannot be repeated is not.
+"""Repeated launches pass kernels what Triton's JIT does; other launches are never repeated.
 
-Triton compiles here as ever, for a driver whose launcher takes notes instead of launching.
+Triton compiles as usual, for a driver whose launcher only records.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Driver:
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
         self.utils = SimpleNamespace(
-            # No module, for it would be unloaded when this driver is no longer there.
+            # No module: it would be unloaded after this driver is gone.
             load_binary=lambda *args: (None, object(), 32, 0, 1024),
             get_device_properties=lambda device: {"max_shared_mem": 232448},
         )
@@ -187,7 +187,7 @@ def edited(old: str, new: str) -> ModuleType:
 
 @pytest.mark.parametrize("line", ["x = x + 0", "x = x[:, 8:]"], ids=["a sum", "a view of an input"])
 def test_a_launch_that_does_more_is_never_repeated(fake: Driver, line: str) -> None:
-    """What it computed for the first call need not hold for the next one."""
+    """What it computed for the first call may be wrong for the next one."""
     module = edited("    outputs = y.shape[1]\n", f"    outputs = y.shape[1]\n    {line}\n")
     assert Replayed(module.launch, call_of(WORKLOADS[2])).program is None
     assert fake.launches
@@ -201,7 +201,7 @@ def test_what_launches_nothing_of_triton_is_called_every_time() -> None:
 
 
 def test_nothing_of_a_recorded_call_is_held(fake: Driver) -> None:
-    """Its tensors are free when the caller lets go of them, not when cycles are collected."""
+    """Its tensors are freed with the caller's last reference, without garbage collection."""
     args = call_of(WORKLOADS[0])
     held = [weakref.ref(x) for x in args if isinstance(x, Tensor)]
     gc.disable()
@@ -257,7 +257,7 @@ Launcher36.__name__ = "CudaLauncher"
 
 @pytest.mark.parametrize("descriptors", [0, 2])
 def test_launches_pass_by_a_launcher_that_is_known(fake: Driver, descriptors: int) -> None:
-    """And hand its last part what the launcher would, with descriptors that are made once."""
+    """They pass its C function what the launcher would, and make descriptors once."""
     made: list[Any] = []
 
     def fill(*args: Any) -> Any:
@@ -294,7 +294,7 @@ def test_launches_pass_by_a_launcher_that_is_known(fake: Driver, descriptors: in
 
 
 def test_small_workspaces_share_an_allocation(fake: Driver) -> None:
-    """Tensors that PyTorch or the caller reads, and large ones, stay apart."""
+    """Tensors that PyTorch or the caller reads, and large ones, have their own."""
     (x,) = inputs = [torch.zeros(8)]
     recorder = Recorder(inputs)
     compiled = SimpleNamespace(run=lambda *args: None, function=object(), packed_metadata=())
