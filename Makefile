@@ -5,6 +5,7 @@
 #   make test       all tests that need no GPU
 #   make check      all tests that need no GPU, and beside them make static
 #   make static     lint, formatting, types, and that generated/ is up to date
+#   make test-lowest  fast tests on the lowest releases that pyproject.toml allows, in .venv-lowest
 #   make test-shapes  kernels of shapes drawn anew, in BUDGET=600 seconds of computing
 #   make gpu-test   the tests for a GPU; PY=python3 uses an environment of yours
 #   make sanitize   some of them under compute-sanitizer: stray accesses and races; SANITIZE_JOBS=8;
@@ -29,7 +30,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 # The interpreter must not see a GPU: it is what stands in for one.
 INTERPRETED := TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: setup demo test test-plain test-interpreter test-shapes check static gpu-test sanitize docs generate clean
+.PHONY: setup demo test test-plain test-interpreter test-shapes test-lowest check static gpu-test sanitize docs generate clean
 
 setup: $(STAMP)
 
@@ -57,6 +58,19 @@ test-plain: $(STAMP)
 test-interpreter: $(STAMP)
 	$(INTERPRETED) $(PYTEST) -m "(kernel or interpreter) and not slow" \
 	  tests/kernels $$(grep -rlE 'interpret|mark\.kernel' tests --include='test_*.py')
+
+# Kernels through the interpreter, and what reads or writes files with pydantic, yaml and jinja2.
+test-lowest: .venv-lowest/.stamp
+	$(INTERPRETED) OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n $(JOBS) \
+	  tests/kernels/test_rope.py tests/kernels/test_gated_sum.py tests/kernels/test_many_sequences.py
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n $(JOBS) \
+	  tests/core tests/records tests/spec tests/codegen tests/aot/test_cubin.py
+
+.venv-lowest/.stamp: pyproject.toml lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -r lowest.txt 'pytest>=8' pytest-xdist hypothesis hatchling
+	.venv-lowest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
 
 # A failure prints the command that runs its shape again.
 test-shapes: $(STAMP)
@@ -89,4 +103,4 @@ generate: $(STAMP)
 	$(PY) -m nsagen build --compile $(SPECS)
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis site
+	rm -rf .venv .venv-lowest .pytest_cache .ruff_cache .hypothesis site

@@ -26,6 +26,14 @@ def test_resources_are_found_beside_the_package() -> None:
     assert (specs_dir() / "tiny.yaml").is_file()
 
 
+def test_the_lowest_releases_are_those_that_pyproject_allows() -> None:
+    """`make test-lowest` installs lowest.txt."""
+    dependencies = PROJECT["project"]["dependencies"]
+    bounds = {text.partition(";")[0].replace(">=", "==").strip() for text in dependencies}
+    lines = (ROOT / "lowest.txt").read_text().splitlines()
+    assert {line for line in lines if line and not line.startswith("#")} == bounds
+
+
 def test_every_requirement_is_pinned_by_the_constraints() -> None:
     pinned = {
         re.split("==", line)[0].lower().replace("_", "-")

@@ -115,6 +115,8 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
     group = group_of(workload)
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
         tokens, warps = (8, 4) if group > 4 else (16, 8)
+        if int(workload.head_dim) > 64:  # one product of 32 columns: with more, thousands of spills
+            tokens = max(1, min(tokens, 32 // next_power_of_2(group)))
         knobs = {"tokens": tokens, "columns": 32, "windows": 16, "segment": 256}
         return {**knobs, "num_warps": warps}
     wide = int(workload.head_dim) > 128  # twice the addresses of keys in flight

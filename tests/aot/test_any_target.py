@@ -50,6 +50,10 @@ def workload(
     return Workload.of(op, pass_, dtype=dtype, **{name: params[name] for name in names})
 
 
+REFUSED = {("selected_attention", "backward"), ("block_selection", "decode")}
+"""Of heads above 128, and in decoding groups above 32."""
+
+
 @functools.cache
 def every_workload() -> tuple[Workload, ...]:
     """Each op with every combination of the sizes above that it takes."""
@@ -73,8 +77,8 @@ def test_every_shape_has_a_default_that_fits(target: str) -> None:
         assert not space.violations(work, schedule, KNOWN_TARGETS[target])
     for work, said in refused.items():
         assert f"bytes of shared memory, {target} has" in said
-        assert (work.op, work.pass_, work.dtype) == ("selected_attention", "backward", "float32")
-        assert target == "hip:gfx942"
+        assert (work.dtype, target) == ("float32", "hip:gfx942")
+        assert (work.op, work.pass_) in REFUSED
 
 
 @st.composite
