@@ -3,7 +3,7 @@
 One thread of a group arrives at the barrier where the other one waits, or has a tile copied to
 memory. Its own accesses come before that; those of the group's other threads do only if all have
 met since. Gluon's compiler puts that meeting there; the pipelines rely on it, and on a GPU its lack
-would show by chance alone. tests/kernels/test_selected_pipeline.py runs the barriers themselves.
+would show by chance alone. tests/kernels/test_pipelines_on_cpu.py runs the barriers themselves.
 """
 
 from __future__ import annotations

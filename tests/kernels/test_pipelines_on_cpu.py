@@ -1,4 +1,4 @@
-"""Selected attention's backward pipeline on the CPU, its warps in random order.
+"""The backward pipelines on the CPU, their warps in random order.
 
 On a GPU a missing barrier shows by chance alone, and without one Gluon only compiles.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from triton.experimental.gluon._runtime import GluonJITFunction
 
 from nsagen.cases.base import Sizes, cases_of
 from nsagen.codegen.template import spaces_of
@@ -25,7 +27,44 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def check(
+def pipeline(
+    op: str, sizes: tuple[str, int, int, int], knobs: dict[str, int], **statics: int
+) -> tuple[Workload, ModuleType]:
+    """A workload of dtype, group, head_dim and v_head_dim, and its kernels."""
+    dtype, group, dim, v_dim = sizes
+    params = {"head_dim": dim, "v_head_dim": v_dim, "gqa_ratio": group, **statics}
+    w = Workload.of(op, "backward", dtype=dtype, **params)
+    (space,) = (s for s in spaces_of(op, w.pass_) if s.algorithm == "warp_specialized")
+    default: dict[str, Any] = dict(space.default(w, KNOWN_TARGETS["cuda:90"]))
+    return w, load_kernel(w, Schedule.of(space.algorithm, {**default, **knobs}))
+
+
+def on_cpu(monkeypatch: pytest.MonkeyPatch, module: ModuleType, without: str = "") -> None:
+    """Let a module's launch run its pipelines here, without one of their lines."""
+    assert module.__file__
+    path = Path(module.__file__)
+    kernels = (n for n, f in vars(module).items() if isinstance(f, GluonJITFunction))
+    for name in [n for n in kernels if "_backward__" in n]:
+        monkeypatch.setattr(module, name, Pipeline(path, name, without=without))
+
+
+@pytest.mark.parametrize("sizes", [("bfloat16", 16, 64, 64), ("float16", 4, 64, 128)], ids=str)
+@pytest.mark.parametrize(
+    ("op", "statics"),
+    [
+        ("compressed_attention", {"kernel_size": 8, "kernel_stride": 4}),
+        ("sliding_window_attention", {"window_size": 40}),
+    ],
+)
+def test_two_passes(
+    op: str, statics: dict[str, int], sizes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, module = pipeline(op, sizes, {}, **statics)
+    on_cpu(monkeypatch, module)
+    check_case(module, cases_of(w).make_case(w, Sizes((70, 0, 3), 1), "cpu", 1))
+
+
+def check_selected(
     monkeypatch: pytest.MonkeyPatch,
     seqlens: tuple[int, ...] = (70, 3),
     sizes: tuple[str, int, int, int] = ("bfloat16", 16, 64, 64),
@@ -36,22 +75,14 @@ def check(
     without: str = "",
     **knobs: int,
 ) -> None:
-    """Compare the gradients with the reference's.
+    """Compare selected attention's gradients with the reference's.
 
     Args:
-        sizes: dtype, group, head_dim and v_head_dim.
         gate: of all rows, by which do is yet to be multiplied; with delta instead of o.
         without: a line of the kernel that is left out.
     """
-    dtype, group, dim, v_dim = sizes
-    params = {"head_dim": dim, "v_head_dim": v_dim, "gqa_ratio": group, "block_size": 64}
-    w = Workload.of("selected_attention", "backward", dtype=dtype, **params)
-    (space,) = (s for s in spaces_of(w.op, w.pass_) if s.algorithm == "warp_specialized")
-    default: dict[str, Any] = dict(space.default(w, KNOWN_TARGETS["cuda:90"]))
-    module = load_kernel(w, Schedule.of(space.algorithm, {**default, **knobs}))
-    (name,) = (n for n in vars(module) if n.startswith("selected_attention_backward__"))
-    assert module.__file__
-    monkeypatch.setattr(module, name, Pipeline(Path(module.__file__), name, without=without))
+    w, module = pipeline("selected_attention", sizes, knobs, block_size=64)
+    on_cpu(monkeypatch, module, without)
     monkeypatch.setattr(module, "SHARES_BYTES", shares_bytes)
     case = cases_of(w).make_case(w, Sizes(seqlens, 1), "cpu", 1, topk_idx)
     if gate is not None:
@@ -73,10 +104,10 @@ def check(
     ],
     ids=str,
 )
-def test_gradients(
+def test_selected_gradients(
     tokens: int, sizes: Any, knobs: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(monkeypatch, (tokens, 3), sizes, **knobs)
+    check_selected(monkeypatch, (tokens, 3), sizes, **knobs)
 
 
 def test_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +115,7 @@ def test_some_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     token = torch.arange(200)
     topk_idx = torch.stack([token * 0, torch.where(token > 140, token // 64, -1)], 1)[None]
     limit = 80 * 2 * 16 * 64 * 2
-    check(monkeypatch, (200,), topk_idx=topk_idx, shares_bytes=limit, part_tokens=64)
+    check_selected(monkeypatch, (200,), topk_idx=topk_idx, shares_bytes=limit, part_tokens=64)
 
 
 def test_rows_that_see_nothing_and_blocks_that_do_not_count(
@@ -93,11 +124,11 @@ def test_rows_that_see_nothing_and_blocks_that_do_not_count(
     """Empty sequences, -1, blocks of the future, and repeats, which count once."""
     topk_idx = torch.randint(-1, 3, (1, 90, 4), generator=torch.Generator().manual_seed(0))
     topk_idx[:, 5:9] = -1
-    check(monkeypatch, (0, 20, 0, 70), topk_idx=topk_idx)
+    check_selected(monkeypatch, (0, 20, 0, 70), topk_idx=topk_idx)
 
 
 def test_a_gate_and_delta(monkeypatch: pytest.MonkeyPatch) -> None:
-    check(monkeypatch, (10,), gate=0.25)
+    check_selected(monkeypatch, (10,), gate=0.25)
 
 
 @pytest.mark.parametrize(
@@ -114,4 +145,4 @@ def test_a_gate_and_delta(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_missing_barrier_is_seen(line: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match=found):
-        check(monkeypatch, without=line)
+        check_selected(monkeypatch, without=line)
