@@ -29,6 +29,7 @@ from nsagen.integrations.attention_layout import Layout, layout_of, mask_of, ref
 from nsagen.model.forms import Form, form_of, select, select_step
 from nsagen.ops import native_sparse_attention_decode, topk_sparse_attention
 from nsagen.ops.compress import compress
+from nsagen.runtime import Dispatcher
 
 IMPLEMENTATION = "nsagen"
 
@@ -180,7 +181,11 @@ def _sparse(
     if layout.whole:
         k = layout.pack_keys(key).detach()
         windows, window_ends = compress(
-            k, None, None, layout.cu_seqlens_k, compress_type="avgpool", **form.window_sizes
+            *(k, None, None, layout.cu_seqlens_k),
+            compress_type="avgpool",
+            kernel_size=form.kernel_size,
+            kernel_stride=form.kernel_stride,
+            dispatcher=form.dispatcher,
         )
     else:
         kept, counts = _kept_windows(form, key, layout, layer)
@@ -188,11 +193,13 @@ def _sparse(
             windows = kept.transpose(1, 2)
             places = (layout.positions, layout.slots)
             blocks = select_step(form, query[:, :, 0], windows, *places, scale)
-            return chosen(query, key, value, blocks, form.block_size, layout, scale)
+            return chosen(
+                query, key, value, blocks, form.block_size, layout, scale, form.dispatcher
+            )
         windows, window_ends = packed_windows(kept, counts, layout)
     q = layout.pack_queries(query)
     blocks = select(form, q, windows, layout.cu_seqlens_q, window_ends, layout.q_start, scale)
-    return chosen(query, key, value, blocks, form.block_size, layout, scale)
+    return chosen(query, key, value, blocks, form.block_size, layout, scale, form.dispatcher)
 
 
 def _kept_windows(
@@ -212,6 +219,7 @@ def chosen(
     block_size: int,
     layout: Layout,
     scale: float,
+    dispatcher: Dispatcher | None,
 ) -> Tensor:
     """Attention of each sequence's queries to the blocks that were selected for them.
 
@@ -226,17 +234,18 @@ def chosen(
     if layout.step:
         graded = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
         alike = layout.key_index is None and blocks.shape[0] == key.shape[1]
-        take = _chosen_step if alike and not graded else _gathered_step
-        return take(query, key, value, blocks, block_size, layout, scale)
+        if graded or not alike:
+            return _gathered_step(query, key, value, blocks, block_size, layout, scale)
+        return _chosen_step(query, key, value, blocks, block_size, layout, scale, dispatcher)
     q, k, v = layout.pack_queries(query), layout.pack_keys(key), layout.pack_keys(value)
     repeats = blocks.shape[0] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-    behind: dict[str, Any] = {}
+    more: dict[str, Any] = {"dispatcher": dispatcher}
     if not layout.whole:
-        behind = {"cu_seqlens_k": layout.cu_seqlens_k, "q_start": layout.q_start}
+        more |= {"cu_seqlens_k": layout.cu_seqlens_k, "q_start": layout.q_start}
     return layout.unpack(
-        topk_sparse_attention(q, k, v, blocks, block_size, layout.cu_seqlens_q, scale, **behind)
+        topk_sparse_attention(q, k, v, blocks, block_size, layout.cu_seqlens_q, scale, **more)
     )
 
 
@@ -248,6 +257,7 @@ def _chosen_step(
     block_size: int,
     layout: Layout,
     scale: float,
+    dispatcher: Dispatcher | None,
 ) -> Tensor:
     """`chosen` of one token a row without padding, by the decoding kernel."""
     q, k, v = query[:, :, 0], key.transpose(1, 2), value.transpose(1, 2)
@@ -259,6 +269,7 @@ def _chosen_step(
         window_size=0,
         softmax_scale=scale,
         branches=("selected",),
+        dispatcher=dispatcher,
     )
     return o[:, None]
 

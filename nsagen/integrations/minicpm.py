@@ -50,7 +50,8 @@ class MiniCPMConfig(GraniteConfig):
         scale_depth: times each residual branch, over the square root of the number of layers.
         dim_model_base: the logits are divided by hidden_size over this.
         sparse_config: InfLLM-V2's settings, by their released names: see `SPARSE`, and
-            `local_blocks`, which is window_size / block_size + 1 unless given. None: dense.
+            `local_blocks`, which is window_size / block_size + 1 unless given, and `package`, as in
+            `nsagen.model.forms`. None: dense.
 
     Raises:
         InvalidInputError: a `sparse_config` with an unknown name or a value out of its range;
@@ -90,7 +91,7 @@ class MiniCPMConfig(GraniteConfig):
         where, given = "MiniCPMConfig.sparse_config", self.sparse_config
         fits = isinstance(given, Mapping)
         require(fits, where, "must be a mapping or None", repr(given), "see docs/minicpm.md")
-        names = {*SPARSE, "local_blocks"}
+        names = {*SPARSE, "local_blocks", "package"}
         unknown = ", ".join(sorted(set(given) - names, key=str))
         rule = f"the settings are {', '.join(sorted(names))}"
         require(not unknown, where, rule, unknown, "correct the name, or leave it out")

@@ -30,7 +30,8 @@ from nsagen.integrations.attention_interface import (
 )
 from nsagen.integrations.attention_layout import Layout, refuse
 from nsagen.model.checks import require
-from nsagen.ops import block_selection, block_selection_decode, reference
+from nsagen.model.forms import check_package, dispatcher_of
+from nsagen.ops import block_selection, block_selection_decode, index_loss
 
 SCORES: dict[str, Any] = {"score_norm": "none", "score_heads": "each", "score_pool": "max"}
 """A block's score: the largest product of an index query with its tokens' index keys."""
@@ -45,10 +46,13 @@ class IndexSettings:
             computed. Only the index projections and their norms learn from it.
         index_warmup: whether sparse layers attend to everything, and the index learns from all
             tokens that a query sees, as when it is new.
+        package: name of the generated package whose kernels a GPU runs; None for nsagen's own
+            choice.
     """
 
     index_loss_coef: float = 1.0
     index_warmup: bool = False
+    package: str | None = None
 
 
 def settings_of(config: Any) -> IndexSettings:
@@ -67,6 +71,7 @@ def settings_of(config: Any) -> IndexSettings:
     fits = isinstance(coef, int | float) and not isinstance(coef, bool) and coef >= 0
     rule = "index_loss_coef must be a number of at least 0"
     require(fits, where, rule, repr(coef), "1.0 is the default")
+    check_package(where, settings.package)
     rule = "index_warmup must be true or false"
     require(isinstance(warm, bool), where, rule, repr(warm), "false is the default")
     return settings
@@ -138,7 +143,7 @@ class IndexHeads:
             came, advice = str(self.k.shape[2]), "let a MiniMax-M3 fill it from the first token on"
             refuse("cache", rule, came, advice)
         settings, block_size = settings_of(self.config), self.config.index_block_size
-        warm = settings.index_warmup
+        warm, dispatcher = settings.index_warmup, dispatcher_of(settings.package)
         if losses is not None:
             self._check_training(layout)
         elif self.training and self.q.requires_grad and settings.index_loss_coef:
@@ -147,18 +152,19 @@ class IndexHeads:
             )
             advice = "set index_loss_coef to 0, or freeze the indexers"
             refuse("the index loss", rule, "another model in training", advice)
-        blocks = None if warm else self._blocks(layout)
+        blocks = None if warm else self._blocks(layout, dispatcher)
         if blocks is None:
             o = dense(query, key, value, layout, scale)
         else:
-            o = chosen(query, key, value, blocks, block_size, layout, scale)
+            o = chosen(query, key, value, blocks, block_size, layout, scale, dispatcher)
         if losses is not None and self.q.requires_grad:
             q, k = layout.pack_queries(query).detach(), layout.pack_keys(key).detach()
             index_q, index_k = layout.pack_queries(self.q), layout.pack_keys(self.k)
-            loss = reference.index_loss(
+            loss = index_loss(
                 *(q, k, index_q, index_k, blocks, layout.cu_seqlens_q),
                 block_size=block_size,
                 softmax_scale=scale,
+                dispatcher=dispatcher,
             )
             losses.add(self.layer, loss.mean())
         return o
@@ -173,7 +179,7 @@ class IndexHeads:
             advice = "pass use_cache=False, call model.eval(), or set index_loss_coef to 0"
             refuse("cache", rule, f"{layout.keys - layout.queries} tokens", advice)
 
-    def _blocks(self, layout: Layout) -> Tensor:
+    def _blocks(self, layout: Layout, dispatcher: Any) -> Tensor:
         """As `chosen` takes them."""
         rule: dict[str, Any] = {
             "kernel_size": 1,
@@ -183,6 +189,7 @@ class IndexHeads:
             "init_blocks": 0,
             "local_blocks": self.config.index_local_blocks,
             **SCORES,
+            "dispatcher": dispatcher,
         }
         if layout.step and layout.key_index is None:
             places = (layout.positions, layout.slots)

@@ -6,6 +6,7 @@ has their settings, `select` their choice.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsagen import load
 from nsagen.model.checks import require
 from nsagen.ops import block_selection, block_selection_decode, compressed_lse
+from nsagen.runtime import Dispatcher
 
 FORMS: dict[str, dict[str, Any]] = {
     "infllm_v2": {
@@ -61,6 +64,8 @@ class Form:
         local_blocks: blocks up to its own that it always sees.
         dense_len: sequences with fewer tokens attend to everything; -1 or 0: none do.
         dense_decode: whether a single new token behind a cache attends to everything.
+        package: name of the generated package whose kernels a GPU runs; None for nsagen's own
+            choice.
     """
 
     form: str
@@ -72,6 +77,12 @@ class Form:
     local_blocks: int
     dense_len: int
     dense_decode: bool
+    package: str | None = None
+
+    @property
+    def dispatcher(self) -> Dispatcher | None:
+        """The package's."""
+        return dispatcher_of(self.package)
 
     @property
     def each_head(self) -> bool:
@@ -102,6 +113,23 @@ class Form:
     def windows(self, tokens: int) -> int:
         """Whole windows of a sequence."""
         return max(0, (tokens - self.kernel_size) // self.kernel_stride + 1)
+
+
+@functools.cache
+def dispatcher_of(package: str | None) -> Dispatcher | None:
+    """The dispatcher of a generated package; None for nsagen's own choice.
+
+    Raises:
+        InvalidInputError: there is no such package.
+    """
+    return None if package is None else load(package)
+
+
+def check_package(where: str, package: Any) -> None:
+    """A name or None; whether there is such a package, a call says."""
+    fits = package is None or isinstance(package, str)
+    rule = "package must be the name of a generated package"
+    require(fits, where, rule, repr(package), 'e.g. "minicpm4", after nsagen build')
 
 
 SETTINGS = tuple(field.name for field in fields(Form))
@@ -148,12 +176,13 @@ def _check(where: str, form: Form) -> None:
     values = asdict(form)
     minimum = {"init_blocks": 0, "local_blocks": 0, "dense_len": -1}
     for name, value in values.items():
-        if name in ("form", "dense_decode"):
+        if name in ("form", "dense_decode", "package"):
             continue
         least = minimum.get(name, 1)
         fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
         rule = f"{name} must be an integer of at least {least}"
         require(fits, where, rule, repr(value), f"set {name} to such a number")
+    check_package(where, form.package)
     fits = isinstance(form.dense_decode, bool)
     rule = "dense_decode must be true or false"
     require(fits, where, rule, repr(form.dense_decode), "set it to one of them")
@@ -198,7 +227,11 @@ def select(
         int32 [HK, N, topk], or [HQ, N, topk] where each head selects for itself.
     """
     sizes = form.window_sizes
-    where: dict[str, Any] = {"softmax_scale": softmax_scale, "q_start": q_start}
+    where: dict[str, Any] = {
+        "softmax_scale": softmax_scale,
+        "q_start": q_start,
+        "dispatcher": form.dispatcher,
+    }
     lse = None
     if SCORES[form.form]["score_norm"] == "softmax":
         lse = compressed_lse(q, windows, cu_seqlens_q, cu_seqlens_k, **sizes, **where)
@@ -225,6 +258,5 @@ def select_step(
     Returns:
         int32 [HK, B, topk], or [HQ, B, topk] where each head selects for itself.
     """
-    return block_selection_decode(
-        q, windows, positions, slots, **form.rule, softmax_scale=softmax_scale
-    )
+    more = {"softmax_scale": softmax_scale, "dispatcher": form.dispatcher}
+    return block_selection_decode(q, windows, positions, slots, **form.rule, **more)

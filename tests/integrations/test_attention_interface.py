@@ -16,10 +16,13 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import DynamicCache  # noqa: E402
 
-import nsagen.integrations.transformers  # noqa: E402, F401
+import nsagen.integrations.transformers  # noqa: E402
+from nsagen import ops  # noqa: E402
 from nsagen.core.errors import InvalidInputError  # noqa: E402
-from nsagen.integrations import attention_cache  # noqa: E402
+from nsagen.integrations import attention_cache, attention_interface  # noqa: E402
 from nsagen.integrations.attention_layout import Layout  # noqa: E402
+from nsagen.model import forms  # noqa: E402
+from nsagen.ops.compress import compress  # noqa: E402
 from tests.integrations.plain_forms import INFLLM, MOBA, distance, plain  # noqa: E402
 
 KINDS = ("Llama", "Qwen3", "Gemma3", "Mistral")
@@ -421,3 +424,37 @@ def test_autocast_trains_and_generates_near_float32() -> None:
         assert model.generate(ids, **GREEDY).shape == (1, 98)
     out.loss.backward()
     assert distance(out.logits.detach().float(), expected) < 0.05
+
+
+class TestPackages:
+    @torch.no_grad()
+    def test_every_op_gets_the_dispatcher_of_the_package(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """In a prompt, in chunks and in steps; on a CPU it changes nothing."""
+        given, ids = [], tokens(1, 80)
+        for home in (attention_interface, forms):
+            for name in vars(ops).keys() & vars(home).keys() - {"reference"}:
+                monkeypatch.setattr(home, name, noting(getattr(home, name), given))
+        monkeypatch.setattr(attention_interface, "compress", noting(compress, given))
+        for form in (INFLLM, {**MOBA, "dense_decode": False}):
+            plain, named = sparse("Llama", form), sparse("Llama", form, package="tiny")
+            cache = DynamicCache()
+            for first, end in ((0, 60), (60, 79), (79, 80)):
+                named(ids[:, first:end], past_key_values=cache)
+            assert {one.key for one in given} == {nsagen.load("tiny").key}
+            given.clear()
+            assert torch.equal(named(ids).logits, plain(ids).logits)
+            given.clear()
+
+    def test_one_that_is_not_there_is_refused(self) -> None:
+        refused("nowhere", sparse("Llama", INFLLM, package="nowhere"), tokens(1, 80))
+        refused("package", sparse("Llama", INFLLM, package=3), tokens(1, 80))
+
+
+def noting(op: Any, given: list[Any]) -> Any:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        given.append(kwargs["dispatcher"])
+        return op(*args, **kwargs)
+
+    return noted

@@ -285,6 +285,7 @@ def refused(text: str, model: Any, *args: Any, **kwargs: Any) -> None:
 def test_what_is_not_computed_is_refused_by_name() -> None:
     ids = tokens(1, 40)
     refused("index_lost_coef", ours(nsagen={"index_lost_coef": 1.0}), ids)
+    refused("nowhere", ours(nsagen={"package": "nowhere"}), ids)
     refused("at least 0", ours(nsagen={"index_loss_coef": -1.0}), ids)
     refused("attention_dropout", ours(attention_dropout=0.1).train(), ids)
     refused("output_attentions", ours(), ids, output_attentions=True)
