@@ -102,12 +102,18 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
-    """Bytes of the windows' sums, or of a segment's scores beyond a step, in two layouts."""
+    """Bytes of the windows' sums, or of a segment's scores beyond a step, in two layouts.
+
+    With one stage, the sums are where the step's keys were.
+    """
     tokens, windows = int(schedule.tokens), int(schedule.windows)
     row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
-    scores = 4 * tokens * max(2 * int(schedule.segment), 32 * kept_rows(workload))
-    sums = 8 * tokens * windows if multiplies_from_shared_memory(target) else 0
-    return max(sums, scores - row * int(schedule.num_stages) * windows) + SCRATCH
+    step = row * int(schedule.num_stages) * windows
+    scores = 4 * tokens * max(2 * int(schedule.segment), 32 * kept_rows(workload)) - step
+    sums = 8 * tokens * windows if target.backend == "cuda" else 0
+    if int(schedule.num_stages) == 1 and not multiplies_from_shared_memory(target):
+        sums -= step
+    return max(0, sums, scores) + SCRATCH
 
 
 def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
@@ -175,7 +181,8 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     if int(knobs["tokens"]) <= 8 and int(knobs["windows"]) == 128:  # too few tokens for this many
         knobs |= {"windows": max(64, min(128, step_pad(workload))), "num_warps": 4}
     compared = 64 * kept_rows(workload) + int(knobs["segment"])
-    while int(knobs["tokens"]) * compared > _COMPARED_A_THREAD * 32 * int(knobs["num_warps"]):
+    most = _COMPARED_A_THREAD if kept_rows(workload) < 4 else _COMPARED_A_THREAD // 2
+    while int(knobs["tokens"]) * compared > most * 32 * int(knobs["num_warps"]):
         knobs["tokens"] = int(knobs["tokens"]) // 2
     return knobs
 
