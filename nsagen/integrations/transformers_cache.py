@@ -88,6 +88,8 @@ class NSALayer(CacheLayerMixin):
         Raises:
             InvalidInputError: another dtype than the tokens held.
         """
+        if self.state is None:  # what a failed call or `crop` left may be of other rows
+            self.store, self.recent = None, []
         k, v = heads.compressed
         store, held = self.store, 0
         if store is not None:

@@ -508,7 +508,14 @@ class TestFailedCalls:
     @torch.no_grad()
     def test_the_first_pass_may_be_repeated(self, model: Any, monkeypatch: Any) -> None:
         cache = DynamicCache()
-        self.fail(model, monkeypatch, tokens(2, 50), cache=cache)
+        self.fail(model, monkeypatch, tokens(3, 50), cache=cache)
+        assert distance(model(IDS, cache=cache).logits, model(IDS).logits) < 1e-5
+
+    @torch.no_grad()
+    def test_a_cache_cropped_to_nothing_takes_other_rows(self, model: Any) -> None:
+        cache = DynamicCache()
+        model(tokens(1, 50), cache=cache)
+        cache.crop(-50)
         assert distance(model(IDS, cache=cache).logits, model(IDS).logits) < 1e-5
 
 
