@@ -106,10 +106,15 @@ def launch_lengths(
 
 
 @triton.jit
-def column(x, at, columns, which, row, rows):
-    """Copy one column: of each row an element at x + at, to row `which` of columns."""
-    value = tl.load(x + at, mask=row < rows).to(tl.float32)
-    tl.store(columns + which * rows.to(tl.int64) + row, value, mask=row < rows)
+def branch_columns(gate, delta, at, columns, dgate, branch, row, rows):
+    """One branch's gates and deltas as columns, and the deltas as its gates' gradients."""
+    inside, size = row < rows, rows.to(tl.int64)
+    weight = tl.load(gate + branch, mask=inside).to(tl.float32)
+    value = tl.load(delta + at, mask=inside).to(tl.float32)
+    tl.store(columns + branch * size + row, weight, mask=inside)
+    tl.store(columns + (branch + 3) * size + row, value, mask=inside)
+    at_gate = row.to(tl.int64) * 3 + branch
+    tl.store(dgate + at_gate, value.to(dgate.dtype.element_ty), mask=inside)
 
 
 # Columns of one tensor [N, HQ, 3] lie 4 bytes apart.
@@ -123,6 +128,7 @@ def columns_kernel(
     selected,
     sliding,
     columns,
+    dgate,
     rows,
     heads,
     stride_g,
@@ -137,26 +143,33 @@ def columns_kernel(
 ):
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     token, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
-    for branch in tl.static_range(3):  # pyright: ignore
-        column(gate, token * stride_g + head * stride_gh + branch, columns, branch, row, rows)
-    column(compressed, token * stride_c + head * stride_ch, columns, 3, row, rows)
-    column(selected, token * stride_s + head * stride_sh, columns, 4, row, rows)
-    column(sliding, token * stride_w + head * stride_wh, columns, 5, row, rows)
+    gate += token * stride_g + head * stride_gh
+    at_c, at_s = token * stride_c + head * stride_ch, token * stride_s + head * stride_sh
+    at_w = token * stride_w + head * stride_wh
+    branch_columns(gate, compressed, at_c, columns, dgate, 0, row, rows)
+    branch_columns(gate, selected, at_s, columns, dgate, 1, row, rows)
+    branch_columns(gate, sliding, at_w, columns, dgate, 2, row, rows)
 
 
 def launch_columns(
-    gate: Tensor, compressed: Tensor, selected: Tensor, sliding: Tensor, columns: Tensor
+    gate: Tensor,
+    compressed: Tensor,
+    selected: Tensor,
+    sliding: Tensor,
+    columns: Tensor,
+    dgate: Tensor,
 ) -> None:
-    """Write gates and deltas as columns.
+    """Write gates and deltas as columns, and the gates' gradient.
 
     Args:
         gate: [N, HQ, 3], the last dimension contiguous; compressed, selected, sliding: [N, HQ],
             any strides.
         columns: float32 [6, N, HQ], contiguous: the gates' columns, then the other three.
+        dgate: [N, HQ, 3], contiguous: the other three in any dtype.
     """
     rows, heads = columns.shape[1] * columns.shape[2], columns.shape[2]
     columns_kernel[(triton.cdiv(rows, TILE),)](
-        *(gate, compressed, selected, sliding, columns, rows, heads),
+        *(gate, compressed, selected, sliding, columns, dgate, rows, heads),
         *(*gate.stride()[:2], *compressed.stride(), *selected.stride(), *sliding.stride()),
         TILE=TILE,
         num_warps=4,  # pyright: ignore

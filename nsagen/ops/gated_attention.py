@@ -40,9 +40,9 @@ from nsagen.ops.sliding_window_attention import (
 
 
 def _allocate_gradients(
-    q: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor
+    q: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, gate: Tensor
 ) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, ck, cv))
+    return tuple(x.new_empty(x.shape) for x in (q, k, v, ck, cv, gate))
 
 
 def allocate_branches(q: Tensor, k: Tensor, v: Tensor, topk: int) -> tuple[Tensor, ...]:
@@ -51,29 +51,37 @@ def allocate_branches(q: Tensor, k: Tensor, v: Tensor, topk: int) -> tuple[Tenso
     return *itertools.chain(*branches), topk_idx
 
 
-def _columns(gate: Tensor, *deltas: Tensor) -> Tensor:
-    return torch.stack([x.float() for x in (*gate.unbind(-1), *deltas)])
+def _columns(gate: Tensor, *deltas: Tensor) -> tuple[Tensor, Tensor]:
+    columns = torch.stack([x.float() for x in (*gate.unbind(-1), *deltas)])
+    return columns, torch.stack(deltas, -1).to(gate.dtype)
 
 
 def _write_columns(*tensors: Tensor) -> None:
-    *inputs, columns = tensors
-    columns.copy_(_columns(*inputs))
+    *inputs, columns, dgate = tensors
+    for output, result in zip((columns, dgate), _columns(*inputs), strict=True):
+        output.copy_(result)
+
+
+def _allocate_columns(gate: Tensor) -> tuple[Tensor, Tensor]:
+    columns = gate.new_empty((6, *gate.shape[:2]), dtype=torch.float32)
+    return columns, gate.new_empty(gate.shape)
 
 
 @define_op(
-    returns="columns",
-    allocate=lambda gate: gate.new_empty((6, *gate.shape[:2]), dtype=torch.float32),
+    returns="columns dgate",
+    allocate=_allocate_columns,
     kernel=lambda gate: fixed_kernel("launch_columns", gate, _write_columns),
-    launch="gate delta_compressed delta_selected delta_sliding columns",
+    launch="gate delta_compressed delta_selected delta_sliding columns dgate",
 )
 def branch_columns(
     gate: Tensor, delta_compressed: Tensor, delta_selected: Tensor, delta_sliding: Tensor
-) -> Tensor:
-    """float32 [6, N, HQ] of gate [N, HQ, 3] and three [N, HQ], which need not be contiguous."""
+) -> tuple[Tensor, Tensor]:
+    """float32 [6, N, HQ] of gate [N, HQ, 3] and three [N, HQ], which need not be contiguous; and
+    the gradient of gate, which these three are."""
     return _columns(gate, delta_compressed, delta_selected, delta_sliding)
 
 
-@define_op(returns="dq dk dv dck dcv", allocate=_allocate_gradients)
+@define_op(returns="dq dk dv dck dcv dgate", allocate=_allocate_gradients)
 def branches_backward(
     do_compressed: Tensor,
     dlse_compressed: Tensor,
@@ -97,14 +105,14 @@ def branches_backward(
     window_size: int,
     softmax_scale: float,
     dispatcher: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dck, dcv) from the gradient of the gated sum and delta of each branch.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dck, dcv, dgate) from the gradient of the gated sum and delta of each branch.
 
-    `sum_branches` hands them on in the places of the gradients of o_compressed and of each lse.
+    `sum_branches` passes these on in the places of the gradients of o_compressed and of each lse.
     One branch after the other; the second and the third add theirs to what the first one wrote.
     """
     do, last = do_compressed, (softmax_scale, dispatcher)
-    columns = branch_columns(gate, dlse_compressed, dlse_selected, dlse_sliding)
+    columns, dgate = branch_columns(gate, dlse_compressed, dlse_selected, dlse_sliding)
     of_compressed, of_selected, of_sliding, *deltas = columns
     delta_compressed, delta_selected, delta_sliding = deltas
     dq, dk, dv = selected_attention_backward(
@@ -119,7 +127,7 @@ def branches_backward(
         *(do, q, ck, cv, cu_seqlens, window_cu_seqlens, lse_compressed, dq),
         *(kernel_size, kernel_stride, *last, delta_compressed, of_compressed),
     )
-    return dq, dk, dv, dck, dcv
+    return dq, dk, dv, dck, dcv, dgate
 
 
 @define_op(
@@ -200,7 +208,7 @@ def _gradients_of_sum(
     compressed, selected, sliding = deltas.unbind(-1)
     branches = {"o_compressed": do, "o_selected": do, "o_sliding": do}
     lses = {"lse_compressed": compressed, "lse_selected": selected, "lse_sliding": sliding}
-    return {**branches, **lses, "gate": deltas.to(gate.dtype)}
+    return {**branches, **lses}  # gate's gradient comes from the attention, in the same launch
 
 
 @define_op(

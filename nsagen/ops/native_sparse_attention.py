@@ -216,9 +216,9 @@ def _like(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 
 @define_op(
-    returns="dq dk dv dw_k dw_v dpe dpe_v",
-    allocate=lambda q_turned, k, v, w_k, w_v, pe, pe_v: _like(
-        v, q_turned, k, v, w_k, w_v, pe, pe_v
+    returns="dq dk dv dgate dw_k dw_v dpe dpe_v",
+    allocate=lambda q_turned, k, v, gate, w_k, w_v, pe, pe_v: _like(
+        v, q_turned, k, v, gate, w_k, w_v, pe, pe_v
     ),
 )
 def attention_backward(
@@ -255,11 +255,11 @@ def attention_backward(
     window_size: int,
     softmax_scale: float,
     dispatcher: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients from what `sum_branches` passes on, see `gated_attention`; only by kernels."""
     sizes, made = (kernel_size, kernel_stride), (positions, window_cu_seqlens, window_positions)
     positions, ends, window_positions = _offsets(k, cu_seqlens, sizes, made)
-    dq, dk, dv, dck, dcv = branches_backward(
+    dq, dk, dv, dck, dcv, dgate = branches_backward(
         *(do_compressed, dlse_compressed, dlse_selected, dlse_sliding),
         *(q_turned, k_turned, v, ck, cv, gate, cu_seqlens, ends),
         *(lse_compressed, lse_selected, lse_sliding, topk_idx),
@@ -276,7 +276,7 @@ def attention_backward(
         dcv, v, w_v, pe_v, cu_seqlens, ends, v_compress_type, *more
     )
     add_gradients(dk, of_k, dv, of_v)
-    return dq, dk, dv, dw_k, dw_v, dpe, dpe_v
+    return dq, dk, dv, dgate, dw_k, dw_v, dpe, dpe_v
 
 
 def _allocate(q: Tensor, k: Tensor, v: Tensor, topk: int, kernel_stride: int) -> tuple[Tensor, ...]:

@@ -164,7 +164,7 @@ def test_a_branchs_delta_is_not_copied_while_outputs_are_held(
     """The outputs are freed after the sum's gradient; a copy before that would raise the peak."""
     columns, handed = gated_attention.branch_columns, list[torch.Tensor]()
 
-    def watched(gate: torch.Tensor, *deltas: torch.Tensor) -> torch.Tensor:
+    def watched(gate: torch.Tensor, *deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         handed.extend(deltas)
         return columns(gate, *deltas)
 
@@ -182,8 +182,9 @@ def test_small_kernels_give_pytorchs_bits(dtype: torch.dtype, tokens: int) -> No
     """Columns that lie 4 bytes apart, a gate that lies in another order, sums of two sizes."""
     gate = torch.randn(1, tokens, 3, dtype=dtype).transpose(0, 1)
     deltas = torch.randn(tokens, 1, 3).unbind(-1)
-    columns = gated_attention.branch_columns(gate, *deltas)
+    columns, dgate = gated_attention.branch_columns(gate, *deltas)
     assert torch.equal(columns, torch.stack([x.float() for x in (*gate.unbind(-1), *deltas)]))
+    assert torch.equal(dgate, torch.stack(deltas, -1).to(dtype))
     dk, of_k = torch.randn(2, tokens, 2, 16, dtype=dtype)
     dv, of_v = torch.randn(2, tokens, 2, 24, dtype=dtype)
     expected = (dk + of_k, dv + of_v)

@@ -83,7 +83,7 @@ def test_few_launches(gpu: StandIn, tokens: int) -> None:
 
 
 def test_few_launches_of_both_passes(gpu: StandIn) -> None:
-    """How many depends on the schedules. PyTorch adds fills, a running sum, a copy and a sign."""
+    """How many depends on the schedules. PyTorch adds fills, a running sum and a sign."""
     x = Inputs(2048, requires_grad=True)
     for _ in range(3):
         assert len(gpu.of(x.training)) <= 36
