@@ -75,6 +75,8 @@ class Inputs:
             return (), kwargs  # the model refuses both
         check_shape(tokens, embeds is not None)
         layers = [index for index in self.layers if index < model.config.num_hidden_layers]
+        if not layers:
+            return (), kwargs  # an assistant that exits before the first of them
         given = given_of(model, kwargs, tokens, layers, self.sparsity, self.rope.layer_type)
         if self.window is not None:
             check_windows(given, self.window)
@@ -94,10 +96,10 @@ class Inputs:
 
     def _call(self, given: Given) -> tuple[Call, Tensor | None]:
         """The layout, and position_ids for dense layers if the caller gave none."""
-        if given.state is not None and given.is_step:
-            return self._step(given, given.state), None
         if (given.cu_seqlens, given.seq_idx) != (None, None):
             return self._packed(given)
+        if given.state is not None and given.is_step:
+            return self._step(given, given.state), None
         if not given.caches and given.mask is None and given.position_ids is None:
             return self._plain(given), None
         return self._rows(given)

@@ -368,6 +368,20 @@ class TestPackedLengths:
             model(IDS, max_length_q=30, use_cache=False)
 
     @torch.no_grad()
+    @pytest.mark.parametrize(
+        "inputs",
+        [
+            {"cu_seq_lens_q": torch.tensor([0, 1])},
+            {"seq_idx": torch.zeros(1, 1, dtype=torch.int32)},
+        ],
+    )
+    def test_a_step_takes_no_documents(self, model: Any, inputs: Any) -> None:
+        cache = DynamicCache()
+        model(IDS[:1], past_key_values=cache)
+        with pytest.raises(InvalidInputError, match="must come without cache"):
+            model(IDS[:1, :1], past_key_values=cache, **inputs)
+
+    @torch.no_grad()
     def test_sliding_layers_learn_of_documents(self) -> None:
         one = build(KINDS["Gemma3"])
         assert distance(packed(as_dense(one), cu_seq_lens_q=ENDS), documents(one)) < 1e-5
@@ -556,6 +570,14 @@ def test_a_setting_of_generate_is_honoured_or_refused(name: str) -> None:
     wanted = {"max_new_tokens": 12, "do_sample": False, **case}
     expected, generated = (m.generate(prompt, **wanted) for m in (one, model))
     assert torch.equal(generated, expected)
+
+
+@torch.no_grad()
+def test_an_assistant_that_exits_before_the_first_layer_with_nsa() -> None:
+    model = sparse("Gemma3")  # the first layer slides
+    wanted = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(IDS[:1], **wanted)
+    assert torch.equal(model.generate(IDS[:1], assistant_early_exit=1, **wanted), expected)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Phi3"])
