@@ -22,7 +22,8 @@ from nsagen.codegen.template import (
 )
 from nsagen.core.importing import import_once
 from nsagen.core.target import KNOWN_TARGETS
-from nsagen.core.workload import Schedule, Workload
+from nsagen.core.workload import Param, Schedule, Workload
+from nsagen.spec import AttentionShape
 from tests.canaries import guarded
 
 
@@ -48,6 +49,11 @@ def is_hopper() -> bool:
 def kernel_dtypes() -> tuple[str, ...]:
     """The dtypes to test kernels in; the interpreter's tl.dot is wrong on bfloat16."""
     return ("float32", "float16", "bfloat16")[: 3 if torch.cuda.is_available() else 2]
+
+
+def of_shape(shape: AttentionShape, name: str) -> Param:
+    """A parameter of a shape; an index has heads as large as the values'."""
+    return getattr(shape, "v_head_dim" if name == "index_head_dim" else name)
 
 
 @functools.cache

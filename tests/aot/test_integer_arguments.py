@@ -35,11 +35,15 @@ GATES = Workload.of(
 """A type that llama8b has not, with an algorithm of its own."""
 
 
+FAMILY = [w for n in ("minimax_m3", "minicpm4") for w in load_spec(n).workloads()]
+"""What other members of the family than NSA have more."""
+
+
 def variants() -> dict[str, tuple[Workload, Schedule]]:
     """The default schedule of each algorithm; of those that pool, the one with most inputs."""
     return {
         f"{work.op} {work.pass_} {space.algorithm}": (work, space.default_schedule(work, TARGET))
-        for work in [*representative(load_spec("llama8b")), GATES]
+        for work in [*FAMILY, *representative(load_spec("llama8b")), GATES]
         for space in spaces_for(work, TARGET)
     }
 

@@ -17,7 +17,7 @@ import torch
 from nsagen.cases.base import Case, Sizes, cases_of
 from nsagen.core.workload import OPTIONAL_PARAMS, STATIC_PARAMS, Workload, parameter_names
 from nsagen.spec.shape import AttentionShape
-from tests.support import check_case, load_kernel
+from tests.support import check_case, load_kernel, of_shape
 
 pytestmark = pytest.mark.interpreter
 
@@ -59,6 +59,7 @@ CONTIGUOUS = {
     "sin",
 }
 CONTIGUOUS |= {"dq", "dk", "dv", "dx", "dw", "dpe"}
+CONTIGUOUS |= {"loss", "lse_index", "dloss", "dindex_q", "dindex_k"}
 CONTIGUOUS |= {"d_compressed", "d_selected", "d_sliding", "dgate"}
 """What `launch` wants contiguous: outputs, and weights and tables, which are small."""
 
@@ -93,7 +94,7 @@ def spread(case: Case, launch: Callable[..., None]) -> Case:
 
 
 def check(op: str, pass_: str, shape: AttentionShape) -> None:
-    params = {name: getattr(shape, name) for name in parameter_names(op, pass_)}
+    params = {name: of_shape(shape, name) for name in parameter_names(op, pass_)}
     workload = Workload.of(op, pass_, dtype="float32", **params)
     sizes = DECODE_SIZES if pass_ == "decode" else SIZES
     case = cases_of(workload).make_case(workload, sizes, "cpu", 0)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import pytest
 
 from nsagen.cases.base import Sizes, cases_of
-from nsagen.core.workload import STATIC_PARAMS, Param, Workload
+from nsagen.core.workload import STATIC_PARAMS, Workload
 from nsagen.spec.shape import AttentionShape, violations
-from tests.support import check_case, kernel_device, load_kernel
+from tests.support import check_case, kernel_device, load_kernel, of_shape
 
 NAMES = (
     *("gqa_ratio", "head_dim", "v_head_dim", "kernel_size", "kernel_stride", "block_size", "topk"),
@@ -44,11 +44,6 @@ def test_every_promised_number_is_among_them() -> None:
     assert 0 in promised("init_blocks")
     assert sum(shape.block_size % shape.kernel_size > 0 for shape in SHAPES) >= 4
     assert not [text for shape in SHAPES for text in violations(shape)]
-
-
-def of_shape(shape: AttentionShape, name: str) -> Param:
-    """A parameter of the shape; an index has heads as large as the values'."""
-    return getattr(shape, "v_head_dim" if name == "index_head_dim" else name)
 
 
 def cases() -> dict[str, tuple[Workload, AttentionShape]]:
