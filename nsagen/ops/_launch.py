@@ -79,12 +79,12 @@ def find_kernel(
     return registry.lookup(dispatcher).launcher(workload, x.device, x.shape[0], context)
 
 
-def fixed_kernel(name: str, x: Tensor, otherwise: Launch) -> Launch:
-    """The `launch` of a kernel that is not generated; `otherwise` where Triton does not run on x's
-    device, since the interpreter was chosen too late."""
+def fixed_kernel(name: str, x: Tensor) -> Launch | None:
+    """The `launch` of a kernel that is not generated; None if Triton can't run on x's device,
+    because the interpreter was chosen too late."""
     from nsagen.ops import _fixed_kernels
 
-    return getattr(_fixed_kernels, name) if _fixed_kernels.runs_on(x) else otherwise
+    return getattr(_fixed_kernels, name) if _fixed_kernels.runs_on(x) else None
 
 
 def attention_sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:

@@ -75,7 +75,7 @@ def define_op(
     returns: str,
     allocate: Callable[..., Outputs | None],
     check: Callable[..., None] | None = None,
-    kernel: str | Callable[..., Launch] = "",
+    kernel: str | Callable[..., Launch | None] = "",
     sizes: Callable[..., Mapping[str, Param]] | None = None,
     context: Callable[..., int] | None = None,
     launch: str = "",
@@ -95,11 +95,12 @@ def define_op(
         allocate: makes the outputs, uninitialized and contiguous; it is the op's fake too. Returns
             None for an op that only writes to parameters.
         check: raises the errors of the op's contract.
-        kernel: op and pass of the workload that serves a call, or a function that gives the
-            `launch`. Without one the function calls other ops, and PyTorch only through `apply`;
-            its calls on kernels, and those of its gradients, are repeated as a whole. If it has no
-            `gradients` either, those ops are called individually on the reference, where gradients
-            are wanted, in exported graphs, and under a mode, a transform or a profiler.
+        kernel: op and pass of the workload that serves a call; or a function that gives the
+            `launch`, or None where the reference has to serve. Without a kernel the function calls
+            other ops, and PyTorch only through `apply`. Its launches, and those of its gradients,
+            are repeated as a whole. If it has no `gradients` either, those ops are called
+            individually on the reference, where gradients are wanted, in exported graphs, and under
+            a mode, a transform or a profiler.
         sizes: static parameters of the workload, besides those that the op has by the same name.
         context: for decoding, the tokens that a cache slot holds at most.
         launch: arguments of the kernel's `launch`, in order. The rows of the first are the call's
@@ -273,8 +274,11 @@ class _Op:
         returned = (found,) if isinstance(found, Tensor) else found or ()
         outputs = (*returned, *(make(args) for make in self.scratch.values()))
         main = launched(args, outputs)[0]
+        launch = self.kernel.find(args, main) if main.shape[0] else None
+        if main.shape[0] and launch is None:
+            return lambda args: self.function(*args)
         return _KernelCall(
-            launch=self.kernel.find(args, main) if main.shape[0] else None,
+            launch=launch,
             outputs=tuple(map(meta_of, outputs)),
             launched=launched,
             device=main.device,
@@ -297,7 +301,7 @@ class _Kernel:
     def __init__(
         self,
         op: _Op,
-        kernel: str | Callable[..., Launch],
+        kernel: str | Callable[..., Launch | None],
         sizes: Callable[..., Mapping[str, Param]] | None,
         context: Callable[..., int] | None,
     ) -> None:
@@ -309,8 +313,8 @@ class _Kernel:
         self._context = by_name(context or (lambda: None), op.names)
         self._dispatcher = op.names.index("dispatcher") if self._launch is None else 0
 
-    def find(self, args: Args, main: Tensor) -> Launch:
-        """The `launch` of a call's kernel; main is the first of its arguments."""
+    def find(self, args: Args, main: Tensor) -> Launch | None:
+        """The `launch` of a call's kernel, if there is one; main is the first of its arguments."""
         if self._launch is not None:
             return self._launch(args)
         op, pass_ = self._workload

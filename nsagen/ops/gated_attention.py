@@ -51,17 +51,6 @@ def allocate_branches(q: Tensor, k: Tensor, v: Tensor, topk: int) -> tuple[Tenso
     return *itertools.chain(*branches), topk_idx
 
 
-def _columns(gate: Tensor, *deltas: Tensor) -> tuple[Tensor, Tensor]:
-    columns = torch.stack([x.float() for x in (*gate.unbind(-1), *deltas)])
-    return columns, torch.stack(deltas, -1).to(gate.dtype)
-
-
-def _write_columns(*tensors: Tensor) -> None:
-    *inputs, columns, dgate = tensors
-    for output, result in zip((columns, dgate), _columns(*inputs), strict=True):
-        output.copy_(result)
-
-
 def _allocate_columns(gate: Tensor) -> tuple[Tensor, Tensor]:
     columns = gate.new_empty((6, *gate.shape[:2]), dtype=torch.float32)
     return columns, gate.new_empty(gate.shape)
@@ -70,7 +59,7 @@ def _allocate_columns(gate: Tensor) -> tuple[Tensor, Tensor]:
 @define_op(
     returns="columns dgate",
     allocate=_allocate_columns,
-    kernel=lambda gate: fixed_kernel("launch_columns", gate, _write_columns),
+    kernel=lambda gate: fixed_kernel("launch_columns", gate),
     launch="gate delta_compressed delta_selected delta_sliding columns dgate",
 )
 def branch_columns(
@@ -78,7 +67,9 @@ def branch_columns(
 ) -> tuple[Tensor, Tensor]:
     """float32 [6, N, HQ] of gate [N, HQ, 3] and three [N, HQ], which need not be contiguous; and
     the gradient of gate, which these three are."""
-    return _columns(gate, delta_compressed, delta_selected, delta_sliding)
+    deltas = (delta_compressed, delta_selected, delta_sliding)
+    columns = torch.stack([x.float() for x in (*gate.unbind(-1), *deltas)])
+    return columns, torch.stack(deltas, -1).to(gate.dtype)
 
 
 @define_op(returns="dq dk dv dck dcv dgate", allocate=_allocate_gradients)

@@ -7,7 +7,6 @@ GPU nor breaks a graph under capture.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -100,31 +99,18 @@ def _allocate(cu_seqlens: Tensor, tokens: int, kernel_stride: int) -> tuple[Tens
     return cu_seqlens.new_empty(tokens), offsets, cu_seqlens.new_empty(tokens // kernel_stride)
 
 
-def _by_pytorch(cu_seqlens: Tensor, *args: Any) -> None:
-    *outputs, tokens, kernel_size, kernel_stride = args
-    found = _reference(cu_seqlens, tokens, kernel_size, kernel_stride)
-    for output, result in zip(outputs, found, strict=True):
-        output.copy_(result)
-
-
-def _reference(
-    cu_seqlens: Tensor, tokens: int, kernel_size: int, kernel_stride: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    offsets = compressed_cu_seqlens(cu_seqlens, kernel_size, kernel_stride)
-    starts = positions_in_sequence(offsets, tokens // kernel_stride) * kernel_stride
-    return positions_in_sequence(cu_seqlens, tokens), offsets, starts
-
-
 @define_op(
     returns="positions window_cu_seqlens window_positions",
     allocate=_allocate,
     check=_check,
-    kernel=lambda cu_seqlens: fixed_kernel("launch_lengths", cu_seqlens, _by_pytorch),
+    kernel=lambda cu_seqlens: fixed_kernel("launch_lengths", cu_seqlens),
     launch="cu_seqlens positions window_cu_seqlens window_positions"
     " tokens kernel_size kernel_stride",
 )
 def lengths_forward(
-    cu_seqlens: Tensor, tokens: int, kernel_size: int, kernel_stride: int, dispatcher: str = ""
+    cu_seqlens: Tensor, tokens: int, kernel_size: int, kernel_stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(positions, window_cu_seqlens, window_positions); see `Lengths`."""
-    return _reference(cu_seqlens, tokens, kernel_size, kernel_stride)
+    offsets = compressed_cu_seqlens(cu_seqlens, kernel_size, kernel_stride)
+    starts = positions_in_sequence(offsets, tokens // kernel_stride) * kernel_stride
+    return positions_in_sequence(cu_seqlens, tokens), offsets, starts

@@ -193,21 +193,17 @@ def attention_without_gradients(
     return attend(q, ck, cv, k, v, None, None, gate, cu_seqlens, ends, *more)
 
 
-def _add(dk: Tensor, of_k: Tensor, dv: Tensor, of_v: Tensor) -> None:
-    dk += of_k
-    dv += of_v
-
-
 @define_op(
     returns="",
     allocate=lambda: None,
-    kernel=lambda dk: fixed_kernel("launch_add", dk, _add),
+    kernel=lambda dk: fixed_kernel("launch_add", dk),
     launch="dk of_k dv of_v",
     mutates="dk dv",
 )
 def add_gradients(dk: Tensor, of_k: Tensor, dv: Tensor, of_v: Tensor) -> None:
     """dk += of_k and dv += of_v, all contiguous."""
-    _add(dk, of_k, dv, of_v)
+    dk += of_k
+    dv += of_v
 
 
 def _like(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
