@@ -1,0 +1,55 @@
+"""The commands on specs of the family's other members: what they take, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nsagen.cli.app import main
+
+SPEC = """
+name: NAME
+attention: {head_dim: 16, gqa_ratio: 2, dtype: float32, compress_type: avgpool, topk: 3,
+  kernel_size: SIZE, kernel_stride: SIZE, block_size: 16, init_blocks: 0, local_blocks: 1,
+  window_size: 0, with_pe: false, FORM}
+branches: selected
+targets: ["cuda:90"]
+"""
+INDEX = "scorer: index, index_heads: 2, index_head_dim: 16, score_norm: none, score_heads: each"
+MEMBERS = {
+    "index": (1, f"{INDEX}, score_pool: max"),
+    "pooled": (8, "score_pool: max, pool_rope: after"),
+}
+
+
+@pytest.fixture(params=MEMBERS)
+def spec(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    size, form = MEMBERS[request.param]
+    text = SPEC.replace("NAME", request.param).replace("SIZE", str(size)).replace("FORM", form)
+    Path(f"{request.param}.yaml").write_text(text)
+    return f"{request.param}.yaml"
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    return int(end.value.code or 0)
+
+
+def test_build_and_check(spec: str) -> None:
+    assert run("build", spec) == 0
+    assert run("build", spec, "--check") == 0
+
+
+def test_pictures(spec: str) -> None:
+    assert run("inspect", spec, "--html", "page.html") == 0
+    page = Path("page.html").read_text()
+    ranking = "a learned index" if spec == "index.yaml" else "the compressed attention's maximum"
+    assert f"the rest by {ranking}" in page.replace("&#x27;", "'")
+
+
+def test_plan_says_that_it_knows_nsa_alone(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", spec) == 2
+    assert "can estimate NSA and dense attention only" in capsys.readouterr().err
