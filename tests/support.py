@@ -23,7 +23,6 @@ from nsagen.codegen.template import (
 from nsagen.core.importing import import_once
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Param, Schedule, Workload
-from nsagen.spec import AttentionShape
 from tests.canaries import guarded
 
 
@@ -51,8 +50,8 @@ def kernel_dtypes() -> tuple[str, ...]:
     return ("float32", "float16", "bfloat16")[: 3 if torch.cuda.is_available() else 2]
 
 
-def of_shape(shape: AttentionShape, name: str) -> Param:
-    """A parameter of a shape; an index has heads as large as the values'."""
+def of_shape(shape: object, name: str) -> Param:
+    """A parameter of an AttentionShape; an index has heads as large as the values'."""
     return getattr(shape, "v_head_dim" if name == "index_head_dim" else name)
 
 
