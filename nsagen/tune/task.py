@@ -71,8 +71,11 @@ def tasks_of(
     """
     tasks = []
     for workload in workloads:
-        group = int(dict(workload.params).get("gqa_ratio", _QUERY_HEADS // _KV_HEADS))
-        heads = kv_heads or max(1, _QUERY_HEADS // group)
+        params = dict(workload.params)
+        group = int(params.get("gqa_ratio", _QUERY_HEADS // _KV_HEADS))
+        # The heads of a learned index share one key head.
+        shared = group > 1 and params.get("score_heads") == "each"
+        heads = kv_heads or (1 if shared else max(1, _QUERY_HEADS // group))
         decode = workload.pass_ == "decode"
         make = _decode_tasks if decode else _forward_tasks
         lengths = tuple(sorted(set(seqlens))) or (CONTEXTS if decode else SEQLENS)
