@@ -65,8 +65,6 @@ R = TypeVar("R")
 Outputs = Tensor | tuple[Tensor, ...]
 """A single tensor isn't in a tuple."""
 
-Gradients = Mapping[str, Tensor | None]
-
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
