@@ -78,8 +78,20 @@ class MiniCPMConfig(GraniteConfig):
         self.residual_multiplier = self.scale_depth / math.sqrt(self.num_hidden_layers)
         self.logits_scaling = self.hidden_size / self.dim_model_base
         self.attention_multiplier = head_dim**-0.5
+        self.choose_attention()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        chosen = getattr(self, "_attn_implementation_internal", None)
+        if name == "sparse_config" and value is not None and chosen not in (None, IMPLEMENTATION):
+            rule = f"needs attn_implementation {IMPLEMENTATION!r}, or the model would stay dense"
+            advice = f"call model.set_attn_implementation({IMPLEMENTATION!r}) first"
+            require(False, "MiniCPMConfig.sparse_config", rule, repr(chosen), advice)
+        super().__setattr__(name, value)
+
+    def choose_attention(self) -> None:
+        """Check the `sparse_config`, and let attention follow it unless another is asked for."""
         if self.sparse_config is not None:
-            form_of(f"{where}.sparse_config", self.nsagen)
+            form_of("MiniCPMConfig.sparse_config", self.nsagen)
             if self._attn_implementation is None:
                 self._attn_implementation = IMPLEMENTATION
 
@@ -126,6 +138,10 @@ class _MiniCPM:
 
     config_class = MiniCPMConfig
     _keys_to_ignore_on_load_unexpected = (r"rotary_emb\.",)
+
+    def __init__(self, config: MiniCPMConfig, *args: Any, **kwargs: Any) -> None:
+        config.choose_attention()  # it may have got its sparse_config just now
+        super().__init__(config, *args, **kwargs)  # pyright: ignore
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

@@ -284,6 +284,19 @@ class TestFolders:
         assert one.config._attn_implementation == "nsagen"
         assert AutoModel.from_pretrained(path, attn_implementation="sdpa") is not None
 
+    def test_a_sparse_config_added_later_is_no_dense_model(self, tmp_path: Path) -> None:
+        path = folder(tmp_path, None)
+        config = AutoConfig.from_pretrained(path)
+        config.sparse_config = SPARSE
+        one = AutoModelForCausalLM.from_pretrained(path, config=config)
+        assert one.config._attn_implementation == "nsagen"
+        one = AutoModelForCausalLM.from_pretrained(path)
+        with pytest.raises(InvalidInputError, match="would stay dense"):
+            one.config.sparse_config = SPARSE
+        one.set_attn_implementation("nsagen")
+        one.config.sparse_config = SPARSE
+        one(tokens(1, 20))
+
     @torch.no_grad()
     def test_one_is_saved_as_it_was_released(self, tmp_path: Path) -> None:
         ids, one = tokens(1, 170), model(tmp_path / "released")
