@@ -81,8 +81,8 @@ def record(
 ) -> int:
     """Measure every schedule of a task, in random order, into `path` (*.jsonl.gz).
 
-    Lines go to `path` without .gz as they come, so a crash loses one schedule; running it
-    again continues from there.
+    Lines go to `path` without .gz as they come, so a crash loses one schedule. Running it again
+    continues from there, and from a finished recording: no outcome is lost or measured twice.
 
     Args:
         seconds: stop after this long; what was measured until then is still a recording.
@@ -91,13 +91,14 @@ def record(
         how many schedules have an outcome.
 
     Raises:
-        TuneError: `path`, or the file of its lines, exists and is not a recording of the task.
+        TuneError: `path`, or the file of its lines, exists and is not a recording of the task, or
+            is a finished one of another device or of kernels that have changed since.
     """
     candidates = evaluator.candidates(task)
     with locked(path.parent, path.name):  # the lines of two processes would mix
         check_free(path, task)
         plain = _plain(path)
-        known = _resume(plain, task)
+        known = _resume(path, task, facts)
         order = [s for s in candidates.schedules if s != candidates.default]
         random.Random(0).shuffle(order)
         rest = [s for s in (candidates.default, *order) if s not in known]
@@ -201,10 +202,7 @@ def _check_of(path: Path, task: Task) -> None:
             "move it away, or name another"
         ) from None
     if came != task:
-        raise TuneError(
-            f"{path}: must be free, or a recording of {task}; got one of {came}; "
-            "move it away, or name another"
-        )
+        raise _other_recording(path, f"of {task}", f"one of {came}")
 
 
 def _plain(path: Path) -> Path:
@@ -212,21 +210,56 @@ def _plain(path: Path) -> Path:
     return path.with_suffix("") if path.suffix == ".gz" else path
 
 
-def _resume(plain: Path, task: Task) -> dict[Schedule, Outcome]:
-    """An unfinished recording's outcomes of unchanged kernels, without a torn last line."""
-    if not plain.is_file():
-        return {}
-    lines = plain.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [row for row in map(_row_of, lines) if row is not None]
-    head, found = rows[:1], {}
-    for row in rows[1:]:
+def _resume(path: Path, task: Task, facts: Mapping[str, Any]) -> dict[Schedule, Outcome]:
+    """What is measured already; puts it into the file of lines, without a torn last one.
+
+    Outcomes of changed kernels are dropped from an unfinished recording.
+
+    Raises:
+        TuneError: a finished recording would lose outcomes.
+    """
+    plain = _plain(path)
+    finished: list[dict[str, Any]] = []
+    if path != plain and path.is_file():
+        load_recording(path)  # refuses a damaged one
+        finished = _rows_of(gzip.decompress(path.read_bytes()))
+    unfinished = _rows_of(plain.read_bytes()) if plain.is_file() else []
+    rows: dict[Schedule, dict[str, Any]] = {}
+    lost = 0
+    for row in (*finished[1:], *unfinished[1:]):
         with contextlib.suppress(KeyError, TypeError, ValueError, NsagenError):
             schedule, outcome = _schedule_of(row), _outcome_of(row)
             if (outcome.fingerprint or None) == fingerprint_or_none(task, schedule):
-                head.append(row)
-                found[schedule] = outcome
-    replace_file(plain, "".join(json.dumps(row) + "\n" for row in head))
-    return found
+                rows[schedule] = row
+            else:
+                lost += 1
+    is_complete = bool(finished) or any("refined" in row for row in unfinished)
+    head = (finished or unfinished)[:1]
+    here = facts.get("device")
+    device = head[0]["facts"].get("device", here) if head else here
+    if device != here:
+        raise _other_recording(path, f"of this device, {here}", f"one of {device}")
+    if is_complete and lost:
+        raise _other_recording(
+            path, "of the present kernels", f"{lost} outcomes of kernels that have changed"
+        )
+    if head:
+        lines = (json.dumps(row) + "\n" for row in (*head, *rows.values()))
+        replace_file(plain, "".join(lines))
+    return {schedule: _outcome_of(row) for schedule, row in rows.items()}
+
+
+def _other_recording(path: Path, wanted: str, came: str) -> TuneError:
+    return TuneError(
+        f"{path}: must be free, or a recording {wanted}; got {came}; nothing was changed; "
+        "move it away, or name another"
+    )
+
+
+def _rows_of(data: bytes) -> list[dict[str, Any]]:
+    """A recording's rows without torn lines."""
+    lines = data.decode("utf-8", "replace").splitlines(keepends=True)
+    return [row for row in map(_row_of, lines) if row is not None]
 
 
 def _row_of(line: str) -> dict[str, Any] | None:

@@ -86,6 +86,42 @@ def test_a_stopped_recording_goes_on(world: World, tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 74
 
 
+def test_a_finished_recording_goes_on_and_loses_nothing(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "all.jsonl.gz"
+    record(world, path)
+    whole = load_recording(path)
+    lines = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
+    path.write_bytes(gzip.compress(b"".join([*lines[:50], lines[-1]])))  # its time was up
+    record(world, path, seconds=1e-9)
+    part = load_recording(path)
+    assert part.outcomes.items() == dict(list(whole.outcomes.items())[:49]).items()
+    record(world, path)
+    assert load_recording(path).outcomes.keys() == whole.outcomes.keys()
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "text"),
+    [
+        ('"fingerprint": "', '"fingerprint": "0', "72 outcomes of kernels that have changed"),
+        ('"device": "nvidia-h200"', '"device": "nvidia-h100"', "got one of nvidia-h100"),
+    ],
+)
+@pytest.mark.parametrize("name", ["all.jsonl", "all.jsonl.gz"])
+def test_a_finished_recording_of_something_else_is_refused(
+    world: World, tmp_path: Path, name: str, was: str, now: str, text: str
+) -> None:
+    path = tmp_path / name
+    record(world, path)
+    data = path.read_bytes()
+    lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().replace(was, now)
+    path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
+    before = path.read_bytes()
+    with pytest.raises(TuneError, match=text):
+        record(world, path)
+    assert path.read_bytes() == before
+    assert path == tmp_path / "all.jsonl" or not path.with_suffix("").exists()
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{}", b"not json", gzip.compress(b'{"format": 99}', mtime=0), b"\x1f\x8b broken"],
