@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import sqlite3
 import threading
@@ -34,6 +35,16 @@ PROXY_PORT = 13000
 
 PROXY_WAIT_S = 10.0
 """Seconds that a proxy has to answer."""
+
+_OPTUNAS = {
+    "version_info": {"version_info_id", "schema_version", "library_version"},
+    "studies": {"study_id", "study_name"},
+    "trials": {"trial_id", "study_id", "state"},
+}
+"""Tables, each with some of its columns, that tell Optuna's databases of all versions."""
+
+_TABLES = r"stud(y|ies)(_\w+)?|trials?(_\w+)?|version_info|alembic_version"
+"""Names of its tables."""
 
 _EXAMPLES = "sqlite:///tune.db, postgresql+psycopg://user@host/name, grpc://host:13000"
 
@@ -140,9 +151,17 @@ def _check_sqlite(path: Path) -> None:
     if not path.is_file():
         return
     with contextlib.closing(sqlite3.connect(path, timeout=60)) as database:
-        tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master")}
-    if tables and not tables & {"studies", "version_info"}:
-        shown = ", ".join(sorted(tables)[:4])
+        rows = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        names = {name for (name,) in rows}
+        known = {
+            table: {row[1] for row in database.execute(f"PRAGMA table_info({table})")}
+            for table in _OPTUNAS.keys() & names
+        }
+    is_own = all(_OPTUNAS[table] <= columns for table, columns in known.items())
+    if len(known) < len(_OPTUNAS):  # another process is making the tables, or was killed
+        is_own &= all(re.fullmatch(_TABLES, name) for name in names)
+    if not is_own:
+        shown = ", ".join(sorted(names)[:4])
         raise TuneError(
             f"{path}: must be a database that Optuna wrote, or free; got one with {shown}; "
             "nothing was changed; name another file"

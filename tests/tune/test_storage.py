@@ -126,16 +126,37 @@ def test_a_file_of_the_users_is_not_taken_for_a_journal(tmp_path: Path, content:
     assert path.read_bytes() == content
 
 
-def test_a_database_of_another_program_is_refused_unchanged(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "tables",
+    [
+        ["accounts (owner)"],
+        ["accounts (owner)", "studies (study_id, study_name, patient)"],
+        ["accounts (owner)", "version_info (version)"],
+        ["accounts (owner)", "studies (name)", "trials (drug)", "version_info (schema_version)"],
+    ],
+)
+def test_a_database_of_another_program_is_refused_unchanged(
+    tmp_path: Path, tables: list[str]
+) -> None:
     path = tmp_path / "my bank.db"
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("CREATE TABLE accounts (owner)")
+        for table in tables:
+            database.execute(f"CREATE TABLE {table}")
         database.commit()
     before = path.read_bytes()
     with pytest.raises(TuneError, match=r"must be a database that Optuna wrote.*accounts"):
         open_storage(sqlite_url(path))
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["my bank.db"]
+
+
+def test_a_database_without_all_its_tables_is_completed(tmp_path: Path) -> None:
+    """The process that made it was killed, or is still at it."""
+    path = tmp_path / "new.db"
     path.write_bytes(b"")  # as `mktemp` makes it
+    study_in(sqlite_url(path))
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("DROP TABLE version_info")
+        database.commit()
     assert study_in(sqlite_url(path)).trials == []
     assert study_in(sqlite_url(path)).trials == []
