@@ -35,6 +35,7 @@ class Shape:
     init_blocks: int = 1
     local_blocks: int = 2
     window_size: int = 512
+    index_head_dim: int = 128
     compress_type: str = "avgpool"
     with_pe: bool = False
     dtype: str = "bfloat16"
