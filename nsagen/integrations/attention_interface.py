@@ -32,6 +32,7 @@ from nsagen.ops.compress import compress
 from nsagen.runtime import Dispatcher
 
 IMPLEMENTATION = "nsagen"
+SLIDING = "sliding_attention"
 
 LOSSES = "nsagen_index_losses"
 """The name under which a MiniMax-M3 hands its layers what collects their index losses."""
@@ -93,7 +94,8 @@ def attention(
     _check(dropout, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layout = layout_of(attention_mask, query.shape[0], query.shape[2], key.shape[2], query.device)
-    layout = _with_documents(layout, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
+    ends = (kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
+    layout = _with_documents(module, layout, *ends)
     heads = _one_dtype(query, key, value)
     if block_indices is None:
         return dense(*heads, layout, scale), None
@@ -340,7 +342,7 @@ def _check_some_layer_is_sparse(module: Any) -> None:
     """Where each layer has a window, nothing would be sparse, and nobody would notice."""
     config = module.config
     kinds = getattr(config, "layer_types", None)
-    windowed = kinds is None or set(kinds) == {"sliding_attention"}
+    windowed = kinds is None or set(kinds) == {SLIDING}
     if getattr(module, "is_causal", True) and windowed:
         rule = "must be None where all layers have one, for they stay dense"
         came = str(getattr(config, "sliding_window", None))
@@ -348,7 +350,9 @@ def _check_some_layer_is_sparse(module: Any) -> None:
         refuse("config.sliding_window", rule, came, advice)
 
 
-def _with_documents(layout: Layout, ends: Tensor | None, key_ends: Tensor | None) -> Layout:
+def _with_documents(
+    module: Any, layout: Layout, ends: Tensor | None, key_ends: Tensor | None
+) -> Layout:
     """The layout of documents that cu_seq_lens_q packs into one row."""
     if ends is None:
         if key_ends is not None:
@@ -367,6 +371,9 @@ def _with_documents(layout: Layout, ends: Tensor | None, key_ends: Tensor | None
     if sum(lengths) != layout.keys or min(lengths, default=0) < 0 or int(ends[0]) != 0:
         rule = f"must run from 0 to {layout.keys} without decreasing"
         refuse("cu_seq_lens_q", rule, str(lengths), "end it with the number of tokens")
+    if SLIDING in (getattr(module.config, "layer_types", None) or ()):
+        rule = "must come with position_ids that start again: layers with a window know no other"
+        refuse("cu_seq_lens_q", rule, "no such position_ids", "add them")
     index = torch.arange(layout.keys, device=layout.device)
     rows = (0,) * len(lengths)
     sizes = (1, layout.queries, layout.keys)

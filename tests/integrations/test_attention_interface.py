@@ -366,6 +366,12 @@ class TestRefusals:
         refused("cu_seq_lens_q", model, ids, cu_seq_lens_q=ends)
         refused("cu_seq_lens_q", model, ids.repeat(2, 1), cu_seq_lens_q=ends)
 
+    def test_documents_that_layers_with_a_window_would_not_see(self) -> None:
+        ids, model, ends = tokens(1, 40), sparse("Gemma3", INFLLM), torch.tensor([0, 9, 40])
+        refused("position_ids", model, ids, cu_seq_lens_q=ends, use_cache=False)
+        positions = torch.cat([torch.arange(9), torch.arange(31)])[None]
+        model(ids, cu_seq_lens_q=ends, position_ids=positions, use_cache=False)
+
     def test_dropout_of_attention_in_training(self) -> None:
         model = sparse("Llama", INFLLM).train()
         for layer in model.model.layers:
