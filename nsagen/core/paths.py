@@ -60,9 +60,10 @@ def cache_dir() -> Path:
     except ImportError:
         user_cache_path = _user_cache_path
     try:
-        return user_cache_path("nsagen")
+        folder = user_cache_path("nsagen")
     except RuntimeError:  # neither $HOME nor an entry among the system's users
         return _without_home()
+    return folder if folder.is_absolute() else _without_home()  # older ones of platformdirs keep ~
 
 
 def _user_cache_path(name: str) -> Path:
