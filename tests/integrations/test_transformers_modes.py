@@ -235,6 +235,28 @@ class TestCompile:
             assert torch.equal(generated, expected if prompt is ids else expected.flip(0))
         assert len(graphs) == 1
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @torch.no_grad()
+    def test_steps_in_cuda_graphs(self, dtype: torch.dtype) -> None:
+        """The tensors that a step changes keep their addresses: nothing skips CUDA graphs."""
+        torch._dynamo.reset()
+        one = build(KINDS["Llama"], num_hidden_layers=2, hidden_size=256, head_dim=64)
+        model = trained(apply_nsa(one, {"topk": 4, "window_size": 64})).to("cuda", dtype)
+        ids, mask = tokens(2, 340).cuda(), torch.ones(2, 340, dtype=torch.long, device="cuda")
+        mask[1, :70] = 0
+        cache = StaticCache(config=model.config, max_cache_len=400)
+        model(ids[:, :300], cache=cache, attention_mask=mask[:, :300])
+        step, logits = torch.compile(model, mode="reduce-overhead", fullgraph=True), []
+        for end in range(301, 341):
+            wide = torch.nn.functional.pad(mask[:, :end], (0, 400 - end))
+            out = step(ids[:, end - 1 : end], cache=cache, attention_mask=wide)
+            logits.append(out.logits.float().clone())
+        whole = model(ids, attention_mask=mask, use_cache=False).logits[:, 300:].float()
+        bound = 1e-3 if dtype == torch.float32 else 3e-2
+        assert distance(torch.cat(logits, 1), whole) < bound
+        assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
     @torch.no_grad()
     def test_steps_with_a_growing_cache_share_a_graph(self, shallow: Any) -> None:
         (run, graphs), ids = counting(), tokens(2, 40)
