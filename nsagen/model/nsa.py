@@ -20,6 +20,7 @@ from nsagen.model.gate import after_first_layer, first_layer, new_gate
 from nsagen.model.heads import PROJECTIONS, Heads
 from nsagen.model.layer_cache import NSALayerCache
 from nsagen.model.layers import RMSNorm, linear, project
+from nsagen.model.memory import require_memory
 from nsagen.model.nsa_ops import NSAOps
 from nsagen.model.packing import Packed
 from nsagen.model.prefill import CachedRows, DecodeRows
@@ -144,7 +145,6 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
         self.v_head_dim = head_dim if v_head_dim is None else v_head_dim
         self.softmax_scale, self.dispatcher = head_dim**-0.5, dispatcher
         self.rotary_emb = rope or RotaryEmbedding(rope_config or RopeConfig(head_dim=head_dim))
-        self.rotary_emb.follow(self)
         std = initializer_range
         self.q_proj = linear(hidden_size, num_q_heads * head_dim, std, generator)
         for branch in self.sparsity.kv_branches:
@@ -181,8 +181,10 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
             heads = self.split([layer(x).to(x.dtype) for layer in self.projections()])
             return self.o_proj(self._behind(heads, self.gates(x).to(x.dtype), packed, cache))
         assert not isinstance(packed, CachedRows)
-        packed = packed or Packed.of(cu_seqlens, x.shape[0])
-        seen = self.branches(self.heads(x), packed, self.rotary_emb.tables)
+        if packed is None:  # called by itself, not by a model that has checked its weights
+            require_memory("NativeSparseAttention.forward", self, x)
+            packed = Packed.of(cu_seqlens, x.shape[0])
+        seen = self.branches(self.heads(x), packed, self.rotary_emb.tables(x))
         return self.o_proj(self.attend(seen, self.gates(x)))
 
     def fused(
@@ -198,7 +200,7 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
 
     def _behind(self, heads: Heads, gate: Tensor, rows: CachedRows, cache: NSALayerCache) -> Tensor:
         """Add tokens to the cache and attend with them: [N, HQ * Dv]."""
-        tables = self.rotary_emb.tables
+        tables = self.rotary_emb.tables(heads.q)
         if isinstance(rows, DecodeRows):
             return self.decode_heads(heads, gate, rows.positions, rows.slots, cache, tables)
         seen = self.append(heads, rows, cache, tables)

@@ -14,6 +14,7 @@ from torch import Tensor
 from nsagen.core.errors import InvalidInputError
 from nsagen.model.checks import require
 from nsagen.model.configs import InferenceConfig
+from nsagen.model.memory import require_memory
 from nsagen.model.sampling import SamplingConfig
 
 PROMPT_DTYPES = (torch.int64, torch.int32)
@@ -64,6 +65,7 @@ def check_inference(where: str, model: Any) -> InferenceConfig:
         f"build it with {name}(config, InferenceConfig(...))",
     )
     _check_wrapping(where, model)
+    require_memory(where, model)
     weight = next(model.parameters())
     require(
         weight.device.type != "cuda" or weight.dtype in (torch.bfloat16, torch.float16),
@@ -71,14 +73,6 @@ def check_inference(where: str, model: Any) -> InferenceConfig:
         "weights on a GPU must be bfloat16 or float16",
         str(weight.dtype),
         "call model.to(torch.bfloat16), or model.cpu() to run in float32",
-    )
-    device = weight.device.type
-    require(
-        device != "meta",
-        where,
-        "the weights must be in memory",
-        "weights on the meta device",
-        "load them first, as from_pretrained does",
     )
     return limits
 

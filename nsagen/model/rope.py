@@ -161,7 +161,8 @@ class RotaryEmbedding(nn.Module):
 
     The tables are non-persistent buffers `cos` and `sin`, float32 [P, D/2]. They follow
     `.to(device)` but stay float32 whatever dtype the model is cast to: in bfloat16 neighbouring
-    positions would share their slow rotations.
+    positions would share their slow rotations. No checkpoint has them: a model that was built on
+    the meta device computes them at the first use, however its weights came.
     """
 
     cos: Tensor
@@ -175,36 +176,30 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", cos.to(device), persistent=False)
         self.register_buffer("sin", sin.to(device), persistent=False)
 
-    @property
-    def tables(self) -> Tables:
+    def tables(self, like: Tensor) -> Tables:
+        """The tables for an input, where it is if they are computed now."""
+        if (self.cos.is_meta or self.sin.is_meta) and not like.is_meta:
+            with torch.inference_mode(False):
+                self._compute(like.device)
         return Tables(self.cos, self.sin)
+
+    def _compute(self, device: torch.device) -> None:
+        self.cos, self.sin = (table.to(device) for table in rope_tables(self.config))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         exact = (self.cos, self.sin)
-        super()._apply(fn, recurse)
-        if exact[0].is_meta and not self.cos.is_meta:
-            exact = rope_tables(self.config)
-        self.cos, self.sin = (table.to(self.cos.device) for table in exact)
+        if not any(table.is_meta for table in exact):
+            super()._apply(fn, recurse)
+            self.cos, self.sin = (table.to(self.cos.device) for table in exact)
+            return self
+        try:
+            super()._apply(fn, recurse)
+        except NotImplementedError:  # `to(device)` refuses what has no values; the weights have
+            return self
+        if not self.cos.is_meta:
+            self._compute(self.cos.device)
         return self
-
-    def follow(self, owner: nn.Module) -> None:
-        """Have a module that is built on the meta device bring the tables when it loads weights.
-
-        With `load_state_dict(assign=True)` weights appear without `_apply`, and no state dict has
-        the tables.
-
-        Args:
-            owner: holds this module as `rotary_emb`.
-        """
-        owner.register_load_state_dict_post_hook(_bring_tables)
 
     def extra_repr(self) -> str:
         positions, pairs = self.cos.shape
         return f"positions={positions}, head_dim={2 * pairs}, type={self.config.rope_type}"
-
-
-def _bring_tables(owner: Any, keys: object) -> None:
-    rope = owner.rotary_emb
-    weight = next((weight for weight in owner.parameters() if not weight.is_meta), None)
-    if rope.cos.is_meta and weight is not None:
-        rope.to_empty(device=weight.device)  # `_apply` fills them

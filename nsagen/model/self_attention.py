@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nsagen.model.cache import KVLayerCache
 from nsagen.model.fused import JoinsWeights
 from nsagen.model.layers import RMSNorm, linear, project
+from nsagen.model.memory import require_memory
 from nsagen.model.packing import Packed
 from nsagen.model.prefill import CachedRows, DecodeRows
 from nsagen.model.rope import RotaryEmbedding
@@ -44,7 +45,6 @@ class SelfAttention(JoinsWeights):
         self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
         self.rotary_emb = rope
         q_dim, kv_dim = num_q_heads * head_dim, num_kv_heads * head_dim
-        rope.follow(self)
         self.q_proj = linear(hidden_size, q_dim, initializer_range, generator)
         self.k_proj = linear(hidden_size, kv_dim, initializer_range, generator)
         self.v_proj = linear(hidden_size, kv_dim, initializer_range, generator)
@@ -75,7 +75,9 @@ class SelfAttention(JoinsWeights):
             q, k, v = (layer(x).to(x.dtype) for layer in self.joined_layers())
             return self.o_proj(self._behind(q, k, v, packed, cache))
         assert not isinstance(packed, CachedRows)
-        packed = packed or Packed.of(cu_seqlens, x.shape[0], cu_seqlens.diff().tolist())
+        if packed is None:  # called by itself, not by a model that has checked its weights
+            require_memory("SelfAttention.forward", self, x)
+            packed = Packed.of(cu_seqlens, x.shape[0], cu_seqlens.diff().tolist())
         assert packed.lengths is not None
         q, k, v = self._heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), packed.positions)
         return self.o_proj(self._attend(q, k, v, packed.lengths, packed.lengths))
@@ -137,7 +139,7 @@ class SelfAttention(JoinsWeights):
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [N, HQ, D] and k [N, HK, D] after rope, v [N, HK, D]."""
-        cos, sin = self.rotary_emb.cos, self.rotary_emb.sin
+        cos, sin = self.rotary_emb.tables(q)
         q = q.unflatten(-1, (self.num_q_heads, self.head_dim))
         k, v = (t.unflatten(-1, (self.num_kv_heads, self.head_dim)) for t in (k, v))
         return reference.rope(q, cos, sin, positions), reference.rope(k, cos, sin, positions), v

@@ -25,6 +25,7 @@ from nsagen.model.configs import (
 from nsagen.model.generation import Generation
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.logits import logits_of
+from nsagen.model.memory import require_memory
 from nsagen.model.packing import Packed, check_packed, host_lengths
 from nsagen.model.prefill import CachedRows
 from nsagen.model.rope import RotaryEmbedding
@@ -166,8 +167,10 @@ class ToyLlama(Pretrained, Generation[KVCache]):
             float32 [N, vocab_size].
 
         Raises:
-            InvalidInputError: shapes, dtypes or devices that do not fit; a sequence too long.
+            InvalidInputError: shapes, dtypes or devices that do not fit; a sequence too long;
+                weights that are not in memory.
         """
+        require_memory("ToyLlama.forward", self, input_ids)
         limit = self.config.max_position_embeddings
         ends = check_packed("ToyLlama.forward", input_ids, cu_seqlens, None)
         lengths = host_lengths("ToyLlama.forward", cu_seqlens, input_ids.shape[0], limit)

@@ -21,6 +21,7 @@ from nsagen.model.generation import Generation
 from nsagen.model.initial import start_from_dense
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.logits import logits_of
+from nsagen.model.memory import require_memory
 from nsagen.model.nsa import NativeSparseAttention
 from nsagen.model.packing import Packed, check_packed
 from nsagen.model.prefill import CachedRows
@@ -167,8 +168,10 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
             float32 [N, vocab_size].
 
         Raises:
-            InvalidInputError: shapes, dtypes or devices that do not fit; a sequence too long.
+            InvalidInputError: shapes, dtypes or devices that do not fit; a sequence too long;
+                weights that are not in memory.
         """
+        require_memory("ToyNSALlama.forward", self, input_ids)
         limit = self.config.max_position_embeddings
         cu_seqlens = check_packed("ToyNSALlama.forward", input_ids, cu_seqlens, limit)
         config = self.config

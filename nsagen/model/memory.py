@@ -1,0 +1,48 @@
+"""Weights that are nowhere: PyTorch multiplies by a weight on the meta device without an error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nsagen.model.checks import require
+from nsagen.model.rope import RotaryEmbedding
+
+
+def require_memory(where: str, module: nn.Module, like: Tensor | None = None) -> None:
+    """Check that no parameter or buffer of a module is on the meta device.
+
+    Modules with hooks, or with a forward of their own instance, are skipped with all that is in
+    them: offloading brings their weights when they are called. Rope tables are computed when they
+    are needed.
+
+    Args:
+        like: the input of a forward; one on the meta device asks for shapes alone.
+
+    Raises:
+        InvalidInputError: names the first such tensor.
+    """
+    if torch.compiler.is_compiling() or (like is not None and like.is_meta):
+        return
+    todo = [("", module)]
+    for path, one in todo:
+        own = one.__dict__
+        for held in (own["_parameters"], own["_buffers"]):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_meta:
+                    require(
+                        False,
+                        where,
+                        "the weights must be in memory",
+                        f"{path}{name} on the meta device",
+                        "load them first, as from_pretrained does",
+                    )
+        for name, child in own["_modules"].items():
+            if child is not None and not _may_bring(child):
+                todo.append((f"{path}{name}.", child))
+
+
+def _may_bring(module: nn.Module) -> bool:
+    own = module.__dict__
+    wrapped = own["_forward_pre_hooks"] or "forward" in own
+    return bool(wrapped) or isinstance(module, RotaryEmbedding)
