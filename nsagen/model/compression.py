@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsagen.model.fused import own
+
 Weights = Tensor | tuple[Tensor, Tensor] | None
 """What `ops.compress` takes: None for "avgpool", two tensors for "mlp"."""
 
@@ -20,6 +22,7 @@ MLP_INPUT = 0.25
 m * (1 + tanh(MLP_INPUT * m / 2)). Smaller is nearer to the mean, and slower to train."""
 
 
+@own
 class PlainWeights(nn.Module):
     """One tensor in its own module, so that adapters can name it."""
 
@@ -32,6 +35,7 @@ class PlainWeights(nn.Module):
         return self.weight.to(like.dtype)
 
 
+@own
 class MLPWeights(nn.Module):
     """The two layers of "mlp" compression: silu(x @ up) @ down for each head.
 

@@ -8,10 +8,11 @@ hook, an adapter, a quantized layer or any other module, the whole model calls i
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,35 @@ from torch.nn.modules import module as modules
 
 from nsagen import ops
 
-_PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList)
+Kind = TypeVar("Kind", bound=type[nn.Module])
+
+_FORWARD: dict[type, Callable[..., Any]] = {}
+"""The forward of each class whose modules may be bare, as the class was written."""
+
+_FUNCTIONS: set[Callable[..., Any]] = set()
+"""The functions of these classes, as written. Names tell nothing: functools.wraps copies them."""
+
+_CALL = nn.Module.__call__
+
+
+def own(kind: Kind) -> Kind:
+    """Class decorator: fused products may do the work of this class's forward.
+
+    They never do after a patch of the class, as kernel collections apply them, or in a subclass.
+    """
+    _FORWARD[kind] = kind.forward
+    _FUNCTIONS.update(f for f in (kind.forward, *vars(kind).values()) if inspect.isfunction(f))
+    return kind
+
+
+def is_own(function: Callable[..., Any]) -> bool:
+    """Whether a function, or a method's function, is one that an `own` class was written with."""
+    return getattr(function, "__func__", function) in _FUNCTIONS
+
+
+for _kind in (nn.Linear, nn.Embedding, nn.ModuleList):
+    if _kind.forward.__module__.startswith("torch.") and not hasattr(_kind.forward, "__wrapped__"):
+        own(_kind)
 
 CAPTURING = threading.Lock()
 """Held while a step is captured: a capture starts by waiting for the device, which another
@@ -59,6 +88,8 @@ def is_bare_below(model: nn.Module) -> bool:
     """Whether all modules of a model are bare. It is fast, because each step waits for it."""
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:
         return False
+    if nn.Module.__call__ is not _CALL:
+        return False
     todo = list(model.__dict__["_modules"].values())
     while todo:
         module = todo.pop()
@@ -91,11 +122,11 @@ def refresh_joined(model: nn.Module) -> None:
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether calling a module does only what its class in nsagen or PyTorch says."""
+    """Whether calling a module does only what its class was written to do in nsagen or PyTorch."""
     own, kind = module.__dict__, type(module)
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
         return False
-    if kind not in _PLAIN and not kind.__module__.startswith("nsagen."):
+    if _FORWARD.get(kind) is not kind.forward:
         return False
     for name, weight in own["_parameters"].items():
         if weight is None:

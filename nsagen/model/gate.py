@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsagen.core.branches import BRANCHES
+from nsagen.model.fused import own
 from nsagen.model.layers import linear, project
 
 
+@own
 class MLPGate(nn.Module):
     """down(silu(up(x)))."""
 

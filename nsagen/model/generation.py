@@ -14,7 +14,7 @@ from torch.nn.modules import module as modules
 from nsagen.core.errors import CapacityError
 from nsagen.model.checks import require
 from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
-from nsagen.model.fused import may_fuse, renew_joined
+from nsagen.model.fused import may_fuse, own, renew_joined
 from nsagen.model.layers import project
 from nsagen.model.packing import check_packed, host_lengths
 from nsagen.model.prefill import CachedRows, DecodeRows, Piece, PrefillRows
@@ -39,6 +39,7 @@ else:
     Cache = TypeVar("Cache")
 
 
+@own
 class Generation(nn.Module, Generic[Cache]):
     """Gives a model `generate`. The model brings `new_cache` and its parts.
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsagen import ops
-from nsagen.model.fused import JoinsWeights
+from nsagen.model.fused import JoinsWeights, own
 
 
 class _BareLinear(nn.Linear):
@@ -29,8 +29,12 @@ class _BareEmbedding(nn.Embedding):
 def linear(
     in_features: int, out_features: int, std: float, generator: torch.Generator | None = None
 ) -> nn.Linear:
-    """A linear layer without bias, weights drawn from a normal distribution around 0."""
-    layer = _BareLinear(in_features, out_features, bias=False)
+    """A linear layer without bias, weights drawn from a normal distribution around 0.
+
+    It is exactly an `nn.Linear`: quantizers and adapters find layers by their class.
+    """
+    layer: nn.Linear = _BareLinear(in_features, out_features, bias=False)
+    layer.__class__ = nn.Linear
     nn.init.normal_(layer.weight, std=std, generator=generator)
     return layer
 
@@ -39,11 +43,13 @@ def embedding(
     rows: int, dim: int, std: float, generator: torch.Generator | None = None
 ) -> nn.Embedding:
     """An embedding, weights drawn from a normal distribution around 0."""
-    layer = _BareEmbedding(rows, dim)
+    layer: nn.Embedding = _BareEmbedding(rows, dim)
+    layer.__class__ = nn.Embedding
     nn.init.normal_(layer.weight, std=std, generator=generator)
     return layer
 
 
+@own
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 or more."""
 
@@ -112,6 +118,7 @@ def project(
     return y if residual is None else residual + y
 
 
+@own
 class FeedForward(JoinsWeights):
     """down(silu(gate(x)) * up(x)): x [N, hidden_size] to the same shape."""
 

@@ -15,7 +15,7 @@ from nsagen.model.checks import (
     require_head_dim,
     require_kind,
 )
-from nsagen.model.fused import JoinsWeights
+from nsagen.model.fused import JoinsWeights, own
 from nsagen.model.gate import after_first_layer, first_layer, new_gate
 from nsagen.model.heads import PROJECTIONS, Heads
 from nsagen.model.layer_cache import NSALayerCache
@@ -28,6 +28,7 @@ from nsagen.model.rope import RopeConfig, RotaryEmbedding
 from nsagen.model.sparsity import Sparsity
 
 
+@own
 class NativeSparseAttention(JoinsWeights, NSAOps):
     """Native Sparse Attention over a packed batch, for training, prefill and decoding.
 

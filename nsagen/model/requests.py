@@ -14,6 +14,7 @@ from torch import Tensor
 from nsagen.core.errors import InvalidInputError
 from nsagen.model.checks import require
 from nsagen.model.configs import InferenceConfig
+from nsagen.model.fused import is_own
 from nsagen.model.memory import require_memory
 from nsagen.model.sampling import SamplingConfig
 
@@ -78,7 +79,7 @@ def check_inference(where: str, model: Any) -> InferenceConfig:
 
 
 def check_hooks(where: str, model: Any) -> None:
-    """Refuse hooks on a model's own forward, which generation does not call.
+    """Refuse what changes a model's own forward, which generation does not call: hooks, patches.
 
     Raises:
         InvalidInputError: names them.
@@ -93,19 +94,19 @@ def check_hooks(where: str, model: Any) -> None:
         ", ".join(map(repr, hooks)),
         "put the hook on model.model or model.lm_head, where it counts",
     )
-
-
-def _check_wrapping(where: str, model: Any) -> None:
-    """Refuse wrappers that would take part in forward, but not here."""
-    check_hooks(where, model)
-    kind, name = type(model), type(model).__name__
+    kind = type(model)
     require(
-        _is_own(kind.forward) or not (_is_own(kind.hidden) and _is_own(kind.head)),
+        is_own(kind.forward) or not (is_own(kind.hidden) and is_own(kind.head)),
         where,
         "generation runs a model's hidden and head, not its forward",
         f"a {name} with a forward of its own",
         "override head or hidden to the same effect, or put what forward adds into a module",
     )
+
+
+def _check_wrapping(where: str, model: Any) -> None:
+    """Refuse wrappers that would take part in forward, but not here."""
+    check_hooks(where, model)
     layers = list(getattr(model.model, "layers", ()))
     most = model.config.num_hidden_layers
     require(
@@ -130,17 +131,13 @@ def _check_wrapping(where: str, model: Any) -> None:
 
 
 def _takes(function: Any, arguments: int) -> bool:
-    if _is_own(function):
+    if is_own(function):
         return True
     try:
-        inspect.signature(function).bind(*range(arguments))
+        inspect.signature(function, follow_wrapped=False).bind(*range(arguments))
     except TypeError:
         return False
     return True
-
-
-def _is_own(function: Any) -> bool:
-    return getattr(function, "__module__", "").startswith("nsagen.")
 
 
 def check_length(where: str, limits: InferenceConfig, length: int, max_new_tokens: int) -> int:

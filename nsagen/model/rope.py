@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nsagen.model.checks import require, require_integers, require_numbers
+from nsagen.model.fused import own
 
 _LLAMA3_KEYS = (
     "factor",
@@ -156,6 +157,7 @@ class Tables(NamedTuple):
     sin: Tensor
 
 
+@own
 class RotaryEmbedding(nn.Module):
     """Holds the rope tables of a model; all its layers share one.
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsagen.model.cache import KVLayerCache
-from nsagen.model.fused import JoinsWeights
+from nsagen.model.fused import JoinsWeights, own
 from nsagen.model.layers import RMSNorm, linear, project
 from nsagen.model.memory import require_memory
 from nsagen.model.packing import Packed
@@ -19,6 +19,7 @@ from nsagen.model.rope import RotaryEmbedding
 from nsagen.ops import reference
 
 
+@own
 class SelfAttention(JoinsWeights):
     """Dense causal attention over a packed batch, in PyTorch alone.
 

@@ -22,6 +22,7 @@ from nsagen.model.configs import (
     ToyNSALlamaConfig,
     check_inference_config,
 )
+from nsagen.model.fused import own
 from nsagen.model.generation import Generation
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.logits import logits_of
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 
+@own
 class ToyLlamaLayer(nn.Module):
     """Attention and feed-forward, each behind a norm and beside a residual connection."""
 
@@ -68,6 +70,7 @@ class ToyLlamaLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@own
 class ToyLlamaModel(nn.Module):
     """A `ToyLlama` without the language model head."""
 
@@ -98,6 +101,7 @@ class ToyLlamaModel(nn.Module):
         return x
 
 
+@own
 class ToyLlama(Pretrained, Generation[KVCache]):
     """A Llama-like language model with dense causal attention.
 

@@ -17,6 +17,7 @@ from nsagen.model.checkpoint_config import nsa_config
 from nsagen.model.checkpoints import Pretrained
 from nsagen.model.checks import require_dispatcher, require_generator, require_kind
 from nsagen.model.configs import InferenceConfig, ToyNSALlamaConfig, check_inference_config
+from nsagen.model.fused import own
 from nsagen.model.generation import Generation
 from nsagen.model.initial import start_from_dense
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 
+@own
 class ToyNSALlamaLayer(nn.Module):
     """Attention and feed-forward, each behind a norm and beside a residual connection."""
 
@@ -71,6 +73,7 @@ class ToyNSALlamaLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+@own
 class ToyNSALlamaModel(nn.Module):
     """A `ToyNSALlama` without the language model head."""
 
@@ -103,6 +106,7 @@ class ToyNSALlamaModel(nn.Module):
         return x
 
 
+@own
 class ToyNSALlama(Pretrained, Generation[NSACache]):
     """A Llama-like language model with Native Sparse Attention.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from collections import Counter
@@ -21,14 +22,18 @@ from nsagen.core.errors import InvalidInputError
 from nsagen.model import (
     ContinuousBatch,
     InferenceConfig,
+    NativeSparseAttention,
     ToyLlama,
     ToyNSALlama,
     generation,
 )
 from nsagen.model.fused import JoinedWeight, JoinsWeights, is_bare, state_of
-from nsagen.model.layers import FeedForward, linear
+from nsagen.model.gate import MLPGate
+from nsagen.model.layers import FeedForward, RMSNorm, linear
 from nsagen.model.sampling import SamplingConfig
+from nsagen.model.self_attention import SelfAttention
 from nsagen.model.step import DecodeStep, Row
+from nsagen.model.toy_llama import ToyLlamaLayer, ToyLlamaModel
 from tests.model.tiny import dense_config, nsa_model, packed_batch
 
 LIMITS = InferenceConfig(2, 64, 4)
@@ -494,6 +499,96 @@ def test_what_is_bare() -> None:
     assert not is_bare(nn.Dropout())
     with torch.inference_mode():
         assert not is_bare(nn.Linear(4, 4, bias=False)), "its weight has no version"
+
+
+def patch(monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module]) -> None:
+    """Replace a class's forward under its own name, as kernel collections do."""
+    plain = kind.forward
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any) -> Tensor:
+        return plain(self, *args) * 0.7
+
+    monkeypatch.setattr(kind, "forward", forward)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (dense, nn.Linear),
+        (dense, nn.Embedding),
+        (dense, FeedForward),
+        (dense, RMSNorm),
+        (dense, SelfAttention),
+        (dense, ToyLlamaLayer),
+        (dense, ToyLlamaModel),
+        (sparse, NativeSparseAttention),
+        (sparse, FeedForward),
+        (paper, MLPGate),
+    ],
+)
+def test_a_patched_class_counts(
+    make: Callable[[], Model],
+    kind: type[nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+    fused: None,
+) -> None:
+    model = make()
+    model.generate(*BATCH)
+    patch(monkeypatch, kind)
+    assert not is_bare(next(module for module in model.modules() if type(module) is kind))
+    check(model)
+
+
+def test_a_patched_call_of_all_modules_counts(monkeypatch: pytest.MonkeyPatch, fused: None) -> None:
+    model, plain = sparse(), nn.Module.__call__
+
+    @functools.wraps(plain)
+    def call(self: nn.Module, *args: Any) -> Any:
+        return plain(self, *args) * (0.7 if isinstance(self, FeedForward) else 1)
+
+    monkeypatch.setattr(nn.Module, "__call__", call)
+    check(model)
+
+
+@pytest.mark.parametrize("make", [dense, sparse])
+def test_a_patched_forward_of_the_model_is_refused_by_name(
+    make: Callable[[], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = make(), "a model's hidden and head, not its forward, got a .* forward of its own"
+    batch = ContinuousBatch(model)
+
+    class Scaled(type(model)):
+        @functools.wraps(type(model).forward)
+        def forward(self, *args: Any) -> Tensor:
+            return super().forward(*args) * -1
+
+    kind, model.__class__ = type(model), Scaled
+    with pytest.raises(InvalidInputError, match=f"generate: .*{text}"):
+        model.generate(*BATCH)
+    model.__class__ = kind
+    patch(monkeypatch, kind)
+    with pytest.raises(InvalidInputError, match=f"generate: .*{text}"):
+        model.generate(*BATCH)
+    with pytest.raises(InvalidInputError, match=text):
+        batch.add([1, 2, 3])
+
+
+@pytest.mark.parametrize("make", [dense, sparse])
+def test_a_wrapper_that_takes_no_cache_is_refused_by_name(
+    make: Callable[[], Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    kind = type(model.model.layers[0])
+    plain = kind.forward
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, x: Tensor, rows: Any) -> Tensor:
+        return plain(self, x, rows) * 0.7
+
+    monkeypatch.setattr(kind, "forward", forward)
+    with pytest.raises(InvalidInputError, match=r"layers\.0: generation passes a cache as the"):
+        model.generate(*BATCH)
 
 
 @pytest.mark.parametrize("make", [dense, sparse])
