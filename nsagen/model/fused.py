@@ -46,9 +46,10 @@ def is_own(function: Callable[..., Any]) -> bool:
     return getattr(function, "__func__", function) in _FUNCTIONS
 
 
-for _kind in (nn.Linear, nn.Embedding, nn.ModuleList):
-    if _kind.forward.__module__.startswith("torch.") and not hasattr(_kind.forward, "__wrapped__"):
-        own(_kind)
+for _plain in (nn.Linear, nn.Embedding, nn.ModuleList):
+    _run = _plain.forward
+    if _run.__module__.startswith("torch.") and not hasattr(_run, "__wrapped__"):
+        own(_plain)
 
 CAPTURING = threading.Lock()
 """Held while a step is captured: a capture starts by waiting for the device, which another

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ def linear(
 
     It is exactly an `nn.Linear`: quantizers and adapters find layers by their class.
     """
-    layer: nn.Linear = _BareLinear(in_features, out_features, bias=False)
+    layer = cast(nn.Linear, _BareLinear(in_features, out_features, bias=False))
     layer.__class__ = nn.Linear
     nn.init.normal_(layer.weight, std=std, generator=generator)
     return layer
@@ -43,7 +43,7 @@ def embedding(
     rows: int, dim: int, std: float, generator: torch.Generator | None = None
 ) -> nn.Embedding:
     """An embedding, weights drawn from a normal distribution around 0."""
-    layer: nn.Embedding = _BareEmbedding(rows, dim)
+    layer = cast(nn.Embedding, _BareEmbedding(rows, dim))
     layer.__class__ = nn.Embedding
     nn.init.normal_(layer.weight, std=std, generator=generator)
     return layer
