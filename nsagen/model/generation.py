@@ -255,7 +255,7 @@ class Generation(nn.Module, Generic[Cache]):
     ) -> None:
         """Generate into `tokens`; whatever happens, the batch is empty afterwards."""
         batch = self._take_batch()
-        batch.cuda_graph = cuda_graph
+        batch.cuda_graph, batch.retries = cuda_graph, False
         try:
             numbers = [
                 batch.admit(f"generate: sequence {i}", request)

@@ -72,10 +72,15 @@ class ContinuousBatch:
     Args:
         model: a `ToyNSALlama` or `ToyLlama` with an InferenceConfig.
         cuda_graph: replay captured steps; `InferenceConfig.cuda_graph` unless given.
+
+    Attributes:
+        retries: whether the sequences of a failed pass or step run again. If not, the whole batch
+            ends with its error, which may be meant for the caller, such as a time limit.
     """
 
     model: Any
     cuda_graph: bool | None = None
+    retries: bool = field(default=True, init=False, repr=False)
     _count: int = field(default=0, init=False)
     _waiting: list[RunningSequence] = field(default_factory=list, init=False)
     _running: list[RunningSequence] = field(default_factory=list, init=False)
@@ -300,7 +305,9 @@ class ContinuousBatch:
             if not isinstance(error, Exception):
                 raise
             _free_frames(error)
-            if len(chosen) == 1:
+            if not self.retries:
+                self._fail_all(error)
+            elif len(chosen) == 1:
                 self._fail(chosen[0][0], error)
             else:
                 _log.warning(
@@ -364,6 +371,9 @@ class ContinuousBatch:
             self._run_rows(together)
         except Exception as error:
             _free_frames(error)
+            if not self.retries:
+                self._fail_all(error)
+                return
             if len(together) == 1:
                 self._fail(together[0], error)
                 return
@@ -468,6 +478,10 @@ class ContinuousBatch:
         one.received = DROPPED
         del self._unread[one.number]
         self._end(one)
+
+    def _fail_all(self, error: Exception) -> None:
+        for one in (*self._waiting, *self._running):
+            self._fail(one, error)
 
     def _end(self, one: RunningSequence) -> None:
         """Free a sequence's slot. Work in flight runs before that of the slot's next sequence."""

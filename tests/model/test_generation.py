@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nsagen.core.workload import COMPRESS_TYPES
-from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
+from nsagen.model import InferenceConfig, NewToken, ToyLlama, ToyNSALlama
 from nsagen.model.cache import NSACache
 from tests.model.tiny import dense_config, nsa_model, packed_batch
 
@@ -108,6 +108,28 @@ def test_calls_leave_nothing_behind_for_the_next() -> None:
     first = model.generate(*short, max_new_tokens=8)
     model.generate(*packed_batch([100, 90, 80, 70], seed=2), max_new_tokens=8)
     assert torch.equal(model.generate(*short, max_new_tokens=8), first)
+
+
+@pytest.mark.parametrize("at", [0, 1, 3])
+@pytest.mark.parametrize("lengths", [[9], [9, 20, 13]])
+def test_an_error_that_does_not_come_back_is_raised(at: int, lengths: list[int]) -> None:
+    """Such as a time limit, raised by a signal's handler: a second try would hide it."""
+    model, calls = nsa_model(InferenceConfig(3, 64, 6)), []
+    batch, seen = packed_batch(lengths), list[NewToken]()
+    expected = model.generate(*batch)
+
+    def hook(*args: object) -> None:
+        calls.append(True)
+        if len(calls) == 1 + at:
+            raise TimeoutError("after 30 s")
+
+    model.model.layers[1].mlp.register_forward_hook(hook)
+    with pytest.raises(TimeoutError, match="after 30 s"):
+        model.generate(*batch, stream=seen.append)
+    assert len(calls) == 1 + at, "nothing may run after it"
+    for index, row in enumerate(expected.tolist()):
+        assert [new.token for new in seen if new.sequence == index] == row[:at]
+    assert torch.equal(model.generate(*batch), expected)
 
 
 def test_a_cast_model_gets_a_new_cache() -> None:
