@@ -35,8 +35,10 @@ from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
 import torch
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.core.workload import Param, parameter_names
 from nsagen.ops._calls import (
     Args,
@@ -147,6 +149,8 @@ def _define(
         if named:
             args = op.bound(args, named)
         compiling = torch.compiler.is_compiling()
+        if not compiling and forward_ad._current_level >= 0:
+            _refuse_tangents(op.name, args)
         if compiling or transformed() or not on_kernels(args[0]):
             if in_parts and (torch.compiler.is_exporting() or not compiling or _trains(args)):
                 return function(*args)
@@ -166,6 +170,17 @@ def _define(
 
     vars(call).update(op=op, calls=calls)
     return call
+
+
+def _refuse_tangents(op: str, args: Args) -> None:
+    """PyTorch drops the tangents of an op that has only a backward pass."""
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise UnsupportedWorkloadError(
+                f"{op}: has gradients by the backward pass only; got a tangent of forward-mode "
+                "derivatives (torch.func.jvp, jacfwd, dual tensors); use vjp or backward(), or "
+                "nsagen.ops.reference, which is plain PyTorch"
+            )
 
 
 def _trains(args: Args) -> bool:
@@ -203,6 +218,8 @@ def _register_autograd(op: _Op, dispatched: Any, calls: _Calls, backward: _Backw
     defaults, in_parts = op.defaults, op.kernel is None and backward is None
 
     def autograd(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op.name, args)
         if in_parts and _trains(args):
             return op.function(*args)
         if torch.is_grad_enabled() or transformed() or not on_kernels(args[0]):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nsagen.core.branches import BRANCHES
 from nsagen.core.errors import UnsupportedWorkloadError
@@ -270,3 +271,16 @@ def test_gradients_by_finite_differences(name: str) -> None:
         return result[0] if isinstance(result, tuple) else result
 
     assert torch.autograd.gradcheck(first, args, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_tangents_are_refused_by_name(name: str) -> None:
+    """PyTorch would drop the tangent of an op that has only a backward pass."""
+    x = Packed(seqlens=(3, 10), query_heads=2)
+    op, args = DIFFERENTIABLE[name](x)
+    for call in (op, getattr(OPS, op.__name__).default):
+        refused = pytest.raises(UnsupportedWorkloadError, match=f"{op.__name__}: .*forward-mode")
+        with refused, torch.no_grad():
+            torch.func.jvp(lambda tensor, call=call: call(tensor, *args[1:]), args[:1], args[:1])
+        with forward_ad.dual_level(), refused:
+            call(forward_ad.make_dual(args[0], torch.ones_like(args[0])), *args[1:])
