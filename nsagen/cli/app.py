@@ -172,6 +172,8 @@ def build(
         if not as_json:
             changed = f"{len(result.written)} files written, {len(result.removed)} removed"
             _print(f"{spec.name}: {row['variants']} kernels in {row['folder']}; {changed}")
+            for path in result.removed:
+                _print(f"removed: {result.folder / path}")
     if as_json:
         print(json.dumps(rows, indent=1))
 

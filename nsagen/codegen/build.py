@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsagen.codegen.owned import check_free, own_files, python_files
+from nsagen.codegen.owned import NOTES, check_free, note_files, own_files, python_files
 from nsagen.codegen.package import Origin, manifest_text, package_files, variant_header
 from nsagen.codegen.plan import DEFAULT_PROVENANCE, Use, Variant, plan_variants
 from nsagen.codegen.template import default_schedule, kernel_name, render
 from nsagen.codegen.tuned import tuned_schedules
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import BuildError, InvalidInputError
-from nsagen.core.files import TEMPORARY, locked, replace_file, sealed
+from nsagen.core.files import TEMPORARY, lock_path, locked, replace_file, sealed
 from nsagen.core.installed import triton_version
 from nsagen.core.packages import MANIFEST, read_manifest, recorded_path
 from nsagen.core.releases import installed_release
@@ -89,11 +89,19 @@ def build(
     folder = out_dir / spec.name
     plan = _render(spec, tuned, folder)
     variants, files = plan.variants, plan.files
+    lock = lock_path(out_dir, spec.name)
     with _writing(folder):
-        check_free(folder, files)  # before writing a lock file
+        try:
+            check_free(folder, files)  # before writing a lock file
+        except BuildError:
+            if not lock.exists():  # otherwise another build may be at it
+                raise
     with _writing(folder), locked(out_dir, spec.name):
         check_free(folder, files)
         resources, tritons = _kept_resources(folder, variants)
+        removed = _orphans(folder, files)
+        if removed or any(_differs(folder / path, files[path]) for path in files):
+            note_files(folder, files)
         written = [path for path in _write_order(files) if replace_file(folder / path, files[path])]
         if compile_all:
             compiled = compile_all(folder / "kernels", variants)
@@ -102,9 +110,9 @@ def build(
         manifest = manifest_text(variants, plan.origin, files, resources, tritons)
         if replace_file(folder / MANIFEST, manifest):
             written.append(MANIFEST)
-        removed = _orphans(folder, files) + _left_by_a_kill(folder)
-        for path in removed:
-            (folder / path).unlink()
+        removed += _left_by_a_kill(folder)
+        for path in (*removed, NOTES):
+            (folder / path).unlink(missing_ok=True)
         notes = (*plan.notes, *_left_alone(folder, files))
     return BuildResult(folder, variants, tuple(written), tuple(removed), resources, notes)
 
@@ -120,7 +128,7 @@ def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale
     for path, text in sorted({**files, MANIFEST: manifest}.items()):
         if not (folder / path).is_file():
             stale.append(Stale(path, "missing"))
-        elif (folder / path).read_bytes() != text.encode():
+        elif _differs(folder / path, text):
             stale.append(Stale(path, "edited"))
     return stale + [Stale(path, "orphaned") for path in _orphans(folder, files)]
 
@@ -200,7 +208,11 @@ def _write_order(files: dict[str, str]) -> list[str]:
 
 def _orphans(folder: Path, files: dict[str, str]) -> list[str]:
     """Files that an earlier build wrote and this one does not."""
-    return sorted(own_files(folder) - files.keys() - {MANIFEST})
+    return sorted(own_files(folder) - files.keys())
+
+
+def _differs(path: Path, text: str) -> bool:
+    return not path.is_file() or path.read_bytes() != text.encode()
 
 
 def _left_by_a_kill(folder: Path) -> list[str]:

@@ -140,8 +140,13 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     On file systems without locks it continues without one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _held(_open_lock(folder / f".{name}.lock"), folder / name):
+    with _held(_open_lock(lock_path(folder, name)), folder / name):
         yield
+
+
+def lock_path(folder: Path, name: str) -> Path:
+    """The file of the lock that `locked` takes; it stays when the lock is released."""
+    return folder / f".{name}.lock"
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nsagen.cli.app import main
 from nsagen.codegen import build as building
 from nsagen.codegen.build import build, check
 from nsagen.core.errors import BuildError
@@ -101,6 +102,52 @@ def test_files_beside_a_package_stay(one_op: Path) -> None:
     (note,) = result.notes
     assert note.endswith("left kernels/mine.py, sub/x.py alone, which nsagen did not write")
     assert check(load_spec("other.yaml"), OUT) == []
+
+
+def a_kernel() -> Path:
+    return next(PACKAGE.glob("kernels/[!_]*.py"))
+
+
+def test_a_generated_kernel_that_was_copied_and_edited_stays(one_op: Path) -> None:
+    """Its first line still says that nsagen generated it."""
+    make()
+    kernel = a_kernel()
+    copies = [PACKAGE / "kernels" / "mine.py", PACKAGE / "fast" / kernel.name, PACKAGE / "x.py"]
+    for copy in copies:
+        write(copy.relative_to(PACKAGE).as_posix(), kernel.read_text() + "# faster\n")
+    for spec in ("few.yaml", "other.yaml"):
+        assert not {PACKAGE / path for path in make(spec).removed} & set(copies)
+        assert check(load_spec(spec), OUT) == []
+    assert all(copy.read_text().endswith("# faster\n") for copy in copies)
+
+
+@pytest.mark.parametrize("name", ["dispatcher.py", "__init__.py", "kernel"])
+def test_an_edited_file_that_no_manifest_lists_is_refused(one_op: Path, name: str) -> None:
+    make()
+    (PACKAGE / "manifest.json").unlink()
+    path = a_kernel() if name == "kernel" else PACKAGE / name
+    path.write_text(path.read_text() + "\nEDITED = True\n")
+    before = contents(one_op)
+    with pytest.raises(BuildError, match=f"got .*{path.name}, which it did not write"):
+        make()
+    assert contents(one_op) == before
+
+
+def test_a_package_without_its_manifest_is_completed(one_op: Path) -> None:
+    make()
+    whole = contents(PACKAGE)
+    (PACKAGE / "manifest.json").unlink()
+    a_kernel().write_text(a_kernel().read_text().replace("# Spec: ", "# Spec:  "))
+    make()
+    assert contents(PACKAGE) == whole
+
+
+def test_each_removed_file_is_named(one_op: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make()
+    old = a_kernel()
+    with pytest.raises(SystemExit, match="0"):
+        main(["build", "other.yaml", "--out", "."])
+    assert f"removed: {old}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("out", ["circle", "circle/below", "dangling", "file"])

@@ -79,13 +79,25 @@ def test_killed_before_each_file_of_a_first_build(folder: Path) -> None:
     whole = made("few.yaml")
     for step in itertools.count():
         killed = killed_at(step, make)
-        assert (imported() is None) == (step < len(whole) - 1)  # the manifest is not imported
+        # The first file notes what will be written; the last, the manifest, is not imported.
+        assert (imported() is None) == (step < len(whole))
         make()
         assert contents(OUT / "few") == whole
         shutil.rmtree(OUT)
         if not killed:
             break
-    assert step == len(whole)
+    assert step == len(whole) + 1
+
+
+def test_another_build_after_one_that_was_killed_leaves_nothing_of_it(folder: Path) -> None:
+    other = made("other.yaml")
+    for step in itertools.count():
+        killed = killed_at(step, make)
+        make("other.yaml")
+        assert contents(OUT / "few") == other
+        shutil.rmtree(OUT)
+        if not killed:
+            break
 
 
 def test_killed_before_each_file_of_a_build_over_another(folder: Path) -> None:
@@ -272,7 +284,7 @@ def test_the_command_killed_every_50_ms(tmp_path: Path, monkeypatch: pytest.Monk
         if out.is_dir() and contents(out / "killed").keys() >= whole.keys() - {"manifest.json"}:
             assert load("killed").describe()
         else:
-            with pytest.raises(InvalidInputError, match="run: nsagen build"):
+            with pytest.raises(InvalidInputError, match=r"; (run: |give )nsagen build "):
                 load("killed")
         if number % 10 == 0 or ended:
             subprocess.run([*command, out], check=True, env=environment)
