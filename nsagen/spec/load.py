@@ -39,7 +39,8 @@ class Spec:
         label: what to give `nsagen build` to read this spec again: the name of a shipped spec,
             or a path from the project's root; never a path of the machine.
         sha256: hex digest of the file's text.
-        tuned_folder: where this machine keeps the spec's tuning records, one file a device.
+        tuned_folder: where this machine keeps the spec's tuning records, one file a device: beside
+            the spec or, for an installed nsagen's own, in the project around the working folder.
         source: its file on this machine.
         shipped_tuned: the records that an installed nsagen ships for its own spec, if it is one.
     """
@@ -144,8 +145,12 @@ def _is_packaged(path: Path) -> bool:
 
 
 def _tuned_folder(path: Path, name: str) -> Path:
-    parent = Path("specs") if _is_packaged(path) else path.parent
-    return parent / "tuned" / name
+    if not _is_packaged(path):
+        return path.parent / "tuned" / name
+    roots = list(_roots(Path.cwd() / path.name))
+    places = [root / "specs" / "tuned" / name for root in (Path.cwd(), *roots)]
+    known = [place for place in places if place.is_dir()]
+    return (known or [places[1] if roots else places[0]])[0]
 
 
 def _label(given: Path) -> str:

@@ -354,8 +354,25 @@ def test_records_of_a_spec_in_a_wheel_go_to_the_users_project(
     monkeypatch.setattr(loading, "specs_dir", lambda: wheel)
     (one_op / "few.yaml").unlink()
     spec = load_spec("few")
-    assert spec.tuned_folder == Path("specs/tuned/few")
+    assert spec.tuned_folder == Path.cwd() / "specs" / "tuned" / "few"
     assert spec.shipped_tuned == wheel / "tuned" / "few"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_projects_records_of_a_spec_in_a_wheel_are_found_from_below(
+    one_op: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    wheel = one_op / "site-packages" / "nsagen" / "_specs"
+    wheel.mkdir(parents=True)
+    (one_op / "few.yaml").rename(wheel / "few.yaml")
+    monkeypatch.setattr(loading, "specs_dir", lambda: wheel)
+    (one_op / "pyproject.toml").touch()
+    records = one_op / "specs" / "tuned" / "few"
+    if kept:
+        records.mkdir(parents=True)
+    (one_op / "deep" / "er").mkdir(parents=True)
+    monkeypatch.chdir(one_op / "deep" / "er")
+    assert load_spec("few").tuned_folder == records
 
 
 def test_doctor_recommends_to_remove_kernels_only(
