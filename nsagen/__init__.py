@@ -42,6 +42,7 @@ def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:
     Raises:
         InvalidInputError: no such package is found.
     """
-    from nsagen.runtime.package import load as load_package
+    # The package, not its module: two threads that import both in different orders deadlock.
+    from nsagen.runtime import load as load_package
 
     return load_package(name, on_missing)
