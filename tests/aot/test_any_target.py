@@ -98,8 +98,12 @@ def pairs(draw: st.DrawFn, op: str, pass_: str) -> tuple[Workload, str]:
     return work, draw(st.sampled_from(sorted(KNOWN_TARGETS)))
 
 
-def check(work: Workload, target: str, folder: Path) -> int:
-    """Compile a default; see that it fits, by its formula too. Accesses of the stack in loops."""
+def check(work: Workload, target: str, folder: Path, kernels: int | None = None) -> int:
+    """Compile a default; see that it fits, by its formula too. Accesses of the stack in loops.
+
+    Args:
+        kernels: how many of those that a call launches, from the first on; None: all.
+    """
     try:
         schedule = default_schedule(work, KNOWN_TARGETS[target])
     except UnsupportedWorkloadError:
@@ -108,7 +112,7 @@ def check(work: Workload, target: str, folder: Path) -> int:
     path.write_text(render(work, schedule, header="# drawn"))
     space, spilled = space_for(work, schedule.algorithm), 0
     estimate = space.memory_on(work, schedule, KNOWN_TARGETS[target])
-    for call in recorded_launches(path, work):
+    for call in recorded_launches(path, work)[:kernels]:
         compiled = compile_launch(call, KNOWN_TARGETS[target], "drawn")
         found = read_resources(call.kernel.__name__, compiled, KNOWN_TARGETS[target])
         where = f"{work} on {target}, {schedule}: {found}"
@@ -131,14 +135,15 @@ def test_corners_that_did_not_fit(case: tuple, target: str, tmp_path: Path) -> N
     assert check(workload("selected_attention", *case), target, tmp_path) == 0
 
 
-@pytest.mark.parametrize(("op", "pass_"), sorted(STATIC_PARAMS))
-def test_one_shape_and_target(op: str, pass_: str, tmp_path: Path) -> None:
-    """Of each op; the same in each run."""
-    rng = random.Random(f"{op} {pass_}")
-    heads = rng.choice(((32, 32), (64, 64), (24, 40)))
-    block, group = rng.choice((16, 128, 1024)), rng.choice((1, 2, 4, 7))
+@pytest.mark.parametrize("op", sorted({op for op, _ in STATIC_PARAMS}))
+def test_one_shape_and_target(op: str, tmp_path: Path) -> None:
+    """The first kernel of one pass of each op; always the same, and small: a second each."""
+    rng = random.Random(op)
+    pass_ = rng.choice([pass_ for known, pass_ in sorted(STATIC_PARAMS) if known == op])
+    heads, group = rng.choice(((16, 16), (32, 32), (24, 40))), rng.choice((1, 2))
     dtype, target = rng.choice(("float16", "bfloat16")), rng.choice(sorted(KNOWN_TARGETS))
-    assert check(workload(op, pass_, dtype, heads, group, block), target, tmp_path) == 0
+    work = workload(op, pass_, dtype, heads, group, rng.choice((16, 64)))
+    assert check(work, target, tmp_path, kernels=1) == 0
 
 
 @pytest.mark.skipif(not SECONDS, reason="compiles for minutes; make test-shapes runs it")
