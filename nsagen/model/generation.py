@@ -43,8 +43,8 @@ else:
 class Generation(nn.Module, Generic[Cache]):
     """Gives a model `generate`. The model brings `new_cache` and its parts.
 
-    The model keeps nothing of a call except an idle batch, whose cache the next call takes. A call
-    that comes while another runs makes its own batch.
+    The model keeps nothing of a call except an idle batch, whose cache the next call takes, until
+    the model moves. A call that comes while another runs makes its own batch.
     """
 
     config: ToyLlamaConfig
@@ -60,6 +60,10 @@ class Generation(nn.Module, Generic[Cache]):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have no cache, and no steps captured for another model's weights."""
         return {**self.__dict__, "_idle_batches": deque(maxlen=1)}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Generation[Cache]:
+        self._idle_batches.clear()  # its cache would stay behind
+        return super()._apply(fn, recurse)
 
     def new_cache(self) -> Cache:
         """Allocate a cache as large as `inference_config` says, where the weights are."""
@@ -168,6 +172,7 @@ class Generation(nn.Module, Generic[Cache]):
             return ContinuousBatch(self)
         cache = idle.cache
         if (cache.device, cache.dtype, cache.limits) == wanted:
+            idle.serve(self)
             return idle
         del idle, cache  # frees the old cache before the new one is allocated
         return ContinuousBatch(self)
@@ -263,13 +268,17 @@ class Generation(nn.Module, Generic[Cache]):
             ]
             for new in batch.run(prompts_first=True):
                 if new.error is not None:
-                    raise new.error
+                    try:
+                        raise new.error
+                    finally:
+                        del new  # or the error's traceback would hold the error, and the model
                 index = new.sequence - numbers[0]
                 tokens[index].append(new.token)
                 if stream is not None:
                     stream(replace(new, sequence=index))
         finally:
             batch.clear()
+            batch.serve(None)
             self._idle_batches.append(batch)
 
     def _check_limits(

@@ -212,6 +212,11 @@ class ContinuousBatch:
                 self.cache.release(slot)
             self._free_slots = self._all_slots()
 
+    def serve(self, model: Any) -> None:
+        """Give an empty batch its model, or none while it is idle: a model that holds its batch
+        would otherwise be freed only by the garbage collector."""
+        self.model = self._step.model = model
+
     def step(self) -> list[NewToken]:
         """Run a pass over waiting prompts and a step of running sequences; returns tokens so far.
 

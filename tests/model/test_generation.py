@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import runpy
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,6 +134,32 @@ def test_an_error_that_does_not_come_back_is_raised(at: int, lengths: list[int])
     for index, row in enumerate(expected.tolist()):
         assert [new.token for new in seen if new.sequence == index] == row[:at]
     assert torch.equal(model.generate(*batch), expected)
+
+
+@pytest.mark.parametrize("make", [nsa_model, lambda limits: ToyLlama(dense_config(), limits)])
+def test_a_model_and_its_cache_are_freed_at_once(
+    make: Callable[[InferenceConfig], ToyNSALlama | ToyLlama],
+) -> None:
+    """Without waiting for the garbage collector, which does not know how large they are."""
+    model = make(InferenceConfig(2, 64, 4))
+    gc.collect()
+    gc.disable()
+    try:
+        model.generate(*packed_batch([9, 20]))
+        (idle,) = model._idle_batches
+        held, weight = weakref.ref(idle.cache), weakref.ref(model.lm_head.weight)
+        del idle
+        model.to("meta")
+        assert held() is None, "the cache would stay on the old device"
+        model.to_empty(device="cpu")
+        model.generate(*packed_batch([9]))
+        model.lm_head.register_forward_hook(lambda *_: [][0])
+        with contextlib.suppress(IndexError):
+            model.generate(*packed_batch([9]))
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_a_cast_model_gets_a_new_cache() -> None:
