@@ -24,8 +24,8 @@ from nsagen.model import (
     SamplingConfig,
     ToyLlama,
     ToyNSALlama,
+    fused,
     generation,
-    layers,
 )
 from nsagen.model.fused import state_of
 from tests.model.tiny import dense_config, nsa_model
@@ -413,7 +413,11 @@ def test_all_at_once(case: str, events: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(generation, "may_fuse", lambda model, _: state_of(model) is not None)
     soak = Soak(model, seed=events)
     free = [room(batch) for batch in soak.batches]
-    monkeypatch.setattr(layers._BareEmbedding, "forward", faulty(soak), raising=False)
+    forward = faulty(soak)
+    kind = type("Faulty", (torch.nn.Embedding,), {"forward": forward})
+    monkeypatch.setitem(fused._FORWARD, kind, forward)  # and still the model's modules are bare
+    model.model.embed_tokens.__class__ = kind
+    assert model.may_fuse()
     soak.run(events)
     assert [room(batch) for batch in soak.batches] == free
     assert not any(batch._unread for batch in soak.batches)
