@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError
 
@@ -81,8 +84,29 @@ def checked_device(where: str, device: Any) -> torch.device:
     return found
 
 
+def is_bool(value: Any) -> bool:
+    """Whether a value is a bool, or a tensor of bools."""
+    return isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is a Python, NumPy or zero-dimensional tensor integer, and not a bool."""
+    if is_bool(value):
+        return False
+    try:
+        operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a Python or NumPy number, and not a bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def require_integers(config: Any, names: tuple[str, ...], minimum: int) -> None:
-    """Check that the named fields of a config are integers, at least `minimum`.
+    """Check that the named fields of a config are integers, at least `minimum`; make them Python's.
 
     Raises:
         InvalidInputError: names the config and its field.
@@ -90,29 +114,38 @@ def require_integers(config: Any, names: tuple[str, ...], minimum: int) -> None:
     for name in names:
         value = getattr(config, name)
         require(
-            isinstance(value, int) and not isinstance(value, bool) and value >= minimum,
+            is_integer(value) and value >= minimum,
             type(config).__name__,
             f"{name} must be an integer of at least {minimum}",
             repr(value),
             f"set {name} to such a number",
         )
+        object.__setattr__(config, name, operator.index(value))
 
 
 def require_numbers(config: Any, names: tuple[str, ...]) -> None:
-    """Check that the named fields of a config are positive numbers.
+    """Check that the named fields of a config are positive numbers; make them Python's.
 
     Raises:
         InvalidInputError: names the config and its field.
     """
     for name in names:
+        set_number(config, name)
         value = getattr(config, name)
         require(
-            isinstance(value, int | float) and not isinstance(value, bool) and value > 0,
+            is_number(value) and value > 0,
             type(config).__name__,
             f"{name} must be a positive number",
             repr(value),
             f"set {name} to such a number",
         )
+
+
+def set_number(config: Any, name: str) -> None:
+    """Make a field of a frozen config that holds a number a Python number."""
+    value = getattr(config, name)
+    if is_number(value) and type(value) not in (int, float):
+        object.__setattr__(config, name, float(value))
 
 
 def require_head_dim(where: str, name: str, value: Any) -> None:
@@ -122,7 +155,7 @@ def require_head_dim(where: str, name: str, value: Any) -> None:
         InvalidInputError: names it and its rule.
     """
     require(
-        isinstance(value, int) and value % 8 == 0 and 16 <= value <= 256,
+        is_integer(value) and value % 8 == 0 and 16 <= value <= 256,
         where,
         f"{name} must be a multiple of 8 from 16 to 256",
         repr(value),

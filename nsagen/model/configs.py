@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from nsagen.model.checks import require, require_head_dim, require_integers, require_numbers
+from nsagen.model.checks import (
+    require,
+    require_head_dim,
+    require_integers,
+    require_numbers,
+    set_number,
+)
 from nsagen.model.layer_cache import layer_lengths
 from nsagen.model.rope import RopeConfig, llama3_scaling
 from nsagen.model.sparsity import Sparsity
@@ -60,6 +66,7 @@ class ToyLlamaConfig:
         )
         require_head_dim(where, "head_dim", self.head_dim)
         self.rope  # noqa: B018  (building it checks the rope settings)
+        set_number(self, "rope_theta")
 
     @property
     def rope(self) -> RopeConfig:
@@ -89,6 +96,7 @@ class ToyNSALlamaConfig(Sparsity, ToyLlamaConfig):
         ToyLlamaConfig.__post_init__(self)
         Sparsity.__post_init__(self)
         if self.v_head_dim is not None:
+            require_integers(self, ("v_head_dim",), 1)
             require_head_dim(type(self).__name__, "v_head_dim", self.v_head_dim)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from nsagen.core.branches import BRANCHES
 from nsagen.model.checks import (
+    is_integer,
     require,
     require_dispatcher,
     require_generator,
@@ -106,11 +108,14 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
         where = "NativeSparseAttention"
         sizes = {"hidden_size": hidden_size, "num_q_heads": num_q_heads}
         for name, value in {**sizes, "num_kv_heads": num_kv_heads}.items():
-            integer = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            require(integer, where, f"{name} must be a positive integer", repr(value), "pass one")
+            fits = is_integer(value) and value > 0
+            require(fits, where, f"{name} must be a positive integer", repr(value), "pass one")
         require_head_dim(where, "head_dim", head_dim)
         if v_head_dim is not None:
             require_head_dim(where, "v_head_dim", v_head_dim)
+        hidden_size, num_q_heads, num_kv_heads, head_dim = map(
+            operator.index, (hidden_size, num_q_heads, num_kv_heads, head_dim)
+        )
         if rope is not None:
             require_kind(where, "rope", rope, RotaryEmbedding, "build one of a RopeConfig")
         if rope_config is not None:
@@ -143,7 +148,7 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
             "change either",
         )
         self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
-        self.v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        self.v_head_dim = head_dim if v_head_dim is None else operator.index(v_head_dim)
         self.softmax_scale, self.dispatcher = head_dim**-0.5, dispatcher
         self.rotary_emb = rope or RotaryEmbedding(rope_config or RopeConfig(head_dim=head_dim))
         std = initializer_range

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.model.checks import require
+from nsagen.model.checks import is_bool, is_integer, require
 from nsagen.model.configs import InferenceConfig
 from nsagen.model.fused import is_own
 from nsagen.model.memory import require_memory
@@ -191,7 +191,7 @@ def check_prompt(where: str, prompt: Any) -> Tensor:
     rule = "a prompt must be integers with shape [L], int64 or int32"
     if not isinstance(prompt, Tensor):
         try:
-            if isinstance(prompt, list | tuple) and any(map(_is_bool, prompt)):
+            if isinstance(prompt, list | tuple) and any(map(is_bool, prompt)):
                 raise TypeError  # PyTorch takes a bool among integers for 0 or 1
             prompt = _native(prompt)
             empty = len(prompt) == 0
@@ -208,10 +208,6 @@ def check_prompt(where: str, prompt: Any) -> Tensor:
         "pass token numbers",
     )
     return prompt
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool)
 
 
 def _native(prompt: Any) -> Any:
@@ -316,14 +312,3 @@ def check_samplings(where: str, sampling: Any, batch: int) -> Sequence[SamplingC
         "pass as many as cu_seqlens has sequences",
     )
     return [check_sampling(f"{where}: sequence {i}", one) for i, one in enumerate(sampling)]
-
-
-def is_integer(value: Any) -> bool:
-    """Whether a value is a Python, NumPy or zero-dimensional tensor integer, and not a bool."""
-    if _is_bool(value):
-        return False
-    try:
-        operator.index(value)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return True

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsagen.model.checks import require, require_integers
+from nsagen.model.checks import is_number, require, require_integers, set_number
 from nsagen.model.packing import to_device
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -30,6 +30,8 @@ class SamplingConfig:
         top_p: of these, among the fewest whose probabilities reach top_p; 1 for all.
         seed: of the sequence.
 
+    NumPy's numbers are stored as Python's.
+
     Raises:
         InvalidInputError: a value out of these ranges.
     """
@@ -42,9 +44,9 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         require_integers(self, ("top_k", "seed"), 0)
         for name, low, high in (("temperature", "at least 0", None), ("top_p", "above 0", 1.0)):
+            set_number(self, name)
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            fits = number and (value > 0 or (value == 0 and high is None))
+            fits = is_number(value) and (value > 0 or (value == 0 and high is None))
             require(
                 fits and value <= (high or sys.float_info.max),
                 "SamplingConfig",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nsagen.core.errors import CapacityError, InvalidInputError
-from nsagen.model.checks import require
+from nsagen.model.checks import is_integer, require
 from nsagen.model.fused import renew_joined
 from nsagen.model.packing import to_device
 from nsagen.model.prefill import Piece, PrefillRows
@@ -30,7 +30,6 @@ from nsagen.model.requests import (
     check_sampling,
     check_stop_tokens,
     check_tokens,
-    is_integer,
 )
 from nsagen.model.sampling import SamplingConfig, SamplingRows
 from nsagen.model.sequences import (

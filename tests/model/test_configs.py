@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -183,3 +185,29 @@ def test_cache_bytes_are_what_is_allocated(dtype: torch.dtype) -> None:
     assert NSACache(config, limits, dtype=dtype).nbytes == limits.cache_bytes(config, dtype)
     guide = ToyNSALlamaConfig(**GUIDE)
     assert NSACache(guide, limits, "meta", dtype).nbytes == limits.cache_bytes(guide, dtype)
+
+
+def test_sizes_of_numpy_are_taken_as_pythons(tmp_path: Path) -> None:
+    config = nsa_config(
+        **{name: np.int64(size) for name, size in SPARSITY.items()},
+        hidden_size=np.int32(64),
+        v_head_dim=np.int64(16),
+        rope_theta=np.float32(10000),
+        rms_norm_eps=np.float32(2**-16),
+    )
+    assert config == nsa_config(v_head_dim=16, rope_theta=10000.0, rms_norm_eps=2**-16)
+    kinds = {type(value) for value in vars(config).values()}
+    assert not [kind for kind in kinds if kind.__module__ == "numpy"]
+    limits = InferenceConfig(np.int64(2), np.int64(64))  # pyright: ignore[reportArgumentType]
+    model = ToyNSALlama(config, limits)
+    model.save_pretrained(tmp_path)
+    assert ToyNSALlama.from_pretrained(tmp_path).config == config
+    with pytest.raises(InvalidInputError, match=r"hidden_size must be an integer .*got np\.True_"):
+        nsa_config(hidden_size=np.bool_(True))
+    attention = NativeSparseAttention(
+        "avgpool",
+        *map(np.int64, (64, 4, 2, 32)),
+        **SPARSITY,
+        rope_config=RopeConfig(np.int64(64), np.int64(32)),  # pyright: ignore[reportArgumentType]
+    )
+    assert type(attention.head_dim) is int

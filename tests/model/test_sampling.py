@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -122,3 +124,15 @@ def test_as_many_settings_as_sequences() -> None:
     model = nsa_model(InferenceConfig(4, 64, 4))
     with pytest.raises(InvalidInputError, match="one for each of the 2 sequences, got 3"):
         model.generate(*packed_batch([3, 4]), sampling=[SamplingConfig()] * 3)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16, np.int64])
+def test_numbers_of_numpy_are_taken_as_pythons(kind: Callable[[float], Any]) -> None:
+    config = SamplingConfig(kind(1), np.int64(3), kind(1), seed=np.uint8(7))  # pyright: ignore
+    assert repr(config) == "SamplingConfig(temperature=1.0, top_k=3, top_p=1.0, seed=7)"
+    for wrong in (np.bool_(True), np.float32("nan"), np.array([0.5]), kind(-1)):
+        with pytest.raises(InvalidInputError, match="temperature must be a number at least 0"):
+            SamplingConfig(wrong)
+    for wrong in (np.bool_(True), np.float32(2), np.array([2]), np.int8(-1)):
+        with pytest.raises(InvalidInputError, match="top_k must be an integer of at least 0"):
+            SamplingConfig(1.0, wrong)
