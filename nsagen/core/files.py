@@ -41,8 +41,16 @@ def replace_file(path: Path, content: str | bytes) -> bool:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file for the block to write, which then takes the path's place in one step.
 
-    If the block raises, the temporary file is removed and the path is as it was.
+    If the block raises, the temporary file is removed and the path is as it was. A link stays:
+    the file that it leads to is replaced.
+
+    Raises:
+        OSError: nothing can be written there, or links lead in a circle.
     """
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     before, _, after = TEMPORARY.partition("*")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=before, suffix=after)
     os.close(handle)

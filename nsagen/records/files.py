@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import yaml
@@ -38,6 +39,9 @@ _Other = tuple[TuningRecord | None, dict[str, Any]]
 
 _log = logging.getLogger("nsagen.records")
 
+_QUOTED = re.compile(r'"(?:\\.|[^"\\])*"' + r"|'[^']*'")
+_COMMENT = re.compile(r"(^|\s)#")
+
 MAX_BYTES = 16 << 20
 """Largest size of a file of records: room for about ten thousand."""
 
@@ -66,6 +70,8 @@ class DeviceRecords:
         sha256: of the file's bytes.
         others: rows of other versions of nsagen as they are in the file, each with its record,
             or None if this version cannot read it.
+        extra: what another version wrote beside the records; kept and not used.
+        has_comments: whether the file has comments besides the first line that nsagen writes.
     """
 
     device: str
@@ -74,6 +80,8 @@ class DeviceRecords:
     path: Path = field(default=Path(), compare=False)
     sha256: str = ""
     others: tuple[_Other, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict)
+    has_comments: bool = False
 
 
 def load_records(path: Path) -> DeviceRecords:
@@ -90,7 +98,7 @@ def load_records(path: Path) -> DeviceRecords:
             raise SpecError(f"{path}: must be at most {MAX_BYTES} bytes; got more; {remedy}")
         text = data.decode()
         check_form(text, str(path), _Loader)
-        content, others = _of_other_versions(yaml.load(text, Loader=_Loader))
+        content, others, extra = _of_other_versions(yaml.load(text, Loader=_Loader))
         rows = _FileRow.model_validate(content)
         records = tuple(row.record() for row in rows.records)
     except OSError as error:
@@ -121,16 +129,17 @@ def load_records(path: Path) -> DeviceRecords:
             unread,
         )
     digest = hashlib.sha256(data).hexdigest()
-    return DeviceRecords(rows.device, rows.target, records, path, digest, others)
+    commented = any(_COMMENT.search(_QUOTED.sub("", line)) for line in text.splitlines()[1:])
+    return DeviceRecords(rows.device, rows.target, records, path, digest, others, extra, commented)
 
 
-def _of_other_versions(content: Any) -> tuple[Any, tuple[_Other, ...]]:
-    """A file's content without other versions' records, and those records as far as readable.
+def _of_other_versions(content: Any) -> tuple[Any, tuple[_Other, ...], dict[str, Any]]:
+    """A file's content without other versions' records; those as far as readable; their keys.
 
     Records of this version must be exactly right; unknown keys in others are ignored.
     """
     if not (isinstance(content, dict) and isinstance(content.get("records"), list)):
-        return content, ()
+        return content, (), {}
 
     def is_other(row: Any) -> bool:
         version = row.get("nsagen") if isinstance(row, dict) else None
@@ -138,10 +147,11 @@ def _of_other_versions(content: Any) -> tuple[Any, tuple[_Other, ...]]:
 
     others = [row for row in content["records"] if is_other(row)]
     if not others:
-        return content, ()
+        return content, (), {}
     known = {key: content[key] for key in _FileRow.model_fields if key in content}
     known["records"] = [row for row in content["records"] if not is_other(row)]
-    return known, tuple((_read_other(row), row) for row in others)
+    extra = {key: value for key, value in content.items() if key not in known}
+    return known, tuple((_read_other(row), row) for row in others), extra
 
 
 def _read_other(row: dict[str, Any]) -> TuningRecord | None:
@@ -171,7 +181,9 @@ def save_records(folder: Path, device: str, target: str, new: Iterable[TuningRec
         changed = {record.key: _no_older(record, newest) for record in new}
         known |= changed
         others = [(r, row) for r, row in file.others if r is None or r.key not in changed]
-        replace_file(path, records_text(device, target, known.values(), others))
+        text = records_text(device, target, known.values(), others, file.extra)
+        if replace_file(path, text) and file.has_comments:
+            _log.warning("%s: nsagen writes this file; its comments were not kept", path)
     return path
 
 
@@ -190,12 +202,17 @@ def _no_older(record: TuningRecord, newest: str) -> TuningRecord:
 
 
 def records_text(
-    device: str, target: str, records: Iterable[TuningRecord], others: Iterable[_Other] = ()
+    device: str,
+    target: str,
+    records: Iterable[TuningRecord],
+    others: Iterable[_Other] = (),
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """A file's text: one record per workload, bucket, objective and sizes, in a fixed order.
 
     Args:
         others: rows that another version wrote; they stay exactly as they were read.
+        extra: other keys of the file that another version wrote.
     """
     as_written = {record.key: row for record, row in others if record is not None}
     unread = [row for record, row in others if record is None]
@@ -203,6 +220,7 @@ def records_text(
         f"# Tuning records of {device}: written by nsagen tune, read by nsagen build.",
         f"device: {device}",
         f'target: "{target}"',
+        *(f"{_flow(key)}: {_flow(value)}" for key, value in extra.items()),
         "records:",
     ]
     ordered = sorted(records, key=lambda r: (r.workload, _order(r.bucket), r.objective, r.sizes))

@@ -222,3 +222,33 @@ def test_records_of_other_versions_are_read_as_far_as_they_are_understood_and_ke
     assert set(load_records(path).records) == {replace(record, ms=0.5), newer}
     save_records(tmp_path, "gpu", "cuda:90", [replace(newer, nsagen=record.nsagen)])
     assert "joules" not in path.read_text()
+
+
+def test_keys_of_a_newer_version_are_kept_and_lost_comments_are_named(
+    record: TuningRecord, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newer = replace(record, bucket=Bucket(tokens=(5000, None)), nsagen="9.0")
+    path = save_records(tmp_path, "gpu", "cuda:90", [record, newer])
+    clock = 'clock: {mhz: [1980, 1.5], note: "# of 2"}\n'
+    path.write_text(path.read_text().replace("records:\n", f"{clock}records:\n"))
+    save_records(tmp_path, "gpu", "cuda:90", [replace(record, ms=0.5)])
+    kept = load_records(path).extra
+    assert kept == {"clock": {"mhz": [1980, 1.5], "note": "# of 2"}}
+    assert "comments" not in caplog.text
+    path.write_text(path.read_text() + "  # measured in the cold\n")
+    save_records(tmp_path, "gpu", "cuda:90", [replace(record, ms=0.25)])
+    assert f"{path}: nsagen writes this file; its comments were not kept" in caplog.text
+
+
+def test_a_file_of_records_may_be_a_link(record: TuningRecord, tmp_path: Path) -> None:
+    shared = tmp_path / "shared" / "h200.yaml"
+    shared.parent.mkdir()
+    link = tmp_path / "gpu.yaml"
+    link.symlink_to(shared)
+    for ms in (1.0, 0.5):
+        save_records(tmp_path, "gpu", "cuda:90", [replace(record, ms=ms)])
+        assert link.is_symlink()
+        assert [one.ms for one in load_records(shared).records] == [ms]
+    (tmp_path / "other.yaml").symlink_to("other.yaml")
+    with pytest.raises(OSError, match="symbolic links"):
+        save_records(tmp_path, "other", "cuda:90", [record])
