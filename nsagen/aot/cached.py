@@ -46,7 +46,8 @@ def compiled_resources(path: Path, workload: Workload, target: Target) -> tuple[
     memory = cache_dir() / "compiled" / f"{compile_key(path, workload, target)}.json"
     try:
         rows = json.loads(memory.read_text(encoding="utf-8"))
-        return tuple(Resources(**{**row, "kernel": _named(row, path)}) for row in rows)
+        if rows:  # every variant has a kernel
+            return tuple(Resources(**{**row, "kernel": _named(row, path)}) for row in rows)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         pass  # missing, or written by something else: compile
     from nsagen.aot.compile import compile_variant

@@ -57,7 +57,7 @@ def test_code_counts_and_so_does_the_version_of_triton(kernel, monkeypatch):
     assert len({key, changed, compile_key(path, WORKLOAD, SM90)}) == 3
 
 
-@pytest.mark.parametrize("text", ["", "[]x", "[{}]", '[{"kernel": 3}]', "7"])
+@pytest.mark.parametrize("text", ["", "[]x", "[{}]", "[]", "{}", "null", '[{"kernel": 3}]', "7"])
 def test_a_damaged_memory_is_compiled_anew(kernel, text):
     path, calls = kernel
     right = compiled_resources(path, WORKLOAD, SM90)
