@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `nsagen --help` is quick.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _end_in_order()
     try:
         given = sys.argv[1:] if arguments is None else arguments
+        if "" in given or any(text.endswith("=") for text in given):
+            _check_paths(given)
         app(verbosity.flags_first(given), prog_name="nsagen")
     except NsagenError as error:
         # A spec's problems begin with file:line, which editors and terminals link.
@@ -72,6 +76,29 @@ def _open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # text that the terminal cannot show
+
+
+def _check_paths(given: Sequence[str]) -> None:
+    """Refuse an empty path, as of an unset variable: it would mean the working folder."""
+    names = set()
+    for command in (*app.registered_commands, *bench_app.registered_commands):
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            kind, option = (*get_args(hint), None, None)[:2]
+            if Path in (kind, *get_args(kind)) and isinstance(option, typer.models.OptionInfo):
+                given_names = [option.default, *(option.param_decls or ())]  # as Typer has them
+                own = {text for text in given_names if str(text).startswith("-")}
+                names |= own or {"--" + name.replace("_", "-")}
+    for name, value in pairwise((*given, "-")):
+        if name == "--":
+            return
+        option = name.removesuffix("=") if name.endswith("=") else name if value == "" else None
+        if option in names:
+            raise InvalidInputError(
+                f"nsagen: {option} must be a path; got an empty text; "
+                "give one (. is the working folder), or leave the option out"
+            )
 
 
 def _end_in_order() -> None:
@@ -147,10 +174,12 @@ def build(
     if check:
         _check(loaded, out, tuned, as_json)
         return
-    from nsagen.aot.variants import compile_variants
+    from nsagen.aot.variants import check_compiler_cache, compile_variants
     from nsagen.cli.console import progress_bar
     from nsagen.codegen.build import build as build_package
 
+    if compile_:
+        check_compiler_cache()
     rows = []
     for spec in loaded:
         with progress_bar(spec.name) as progress:

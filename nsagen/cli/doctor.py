@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nsagen.core.errors import NsagenError
+from nsagen.core.files import check_writable
 from nsagen.core.installed import driver_version, triton_version, version_of
 from nsagen.core.paths import cache_dir, visible
 from nsagen.core.version import __version__
@@ -35,11 +36,18 @@ def examine(out_dir: Path) -> dict[str, Any]:
         "numpy": version_of("numpy"),
         "ruff": version_of("ruff"),
         "GPUs": ", ".join(gpus) or None,
-        "GPU driver": driver_version(),
+        "GPU driver": driver_version(problems),
         "optional": ", ".join(f"{name} {found}" for name, found in _optional().items()) or None,
         "user cache": f"{cache_dir()} ({_cache_use(notes)})",
         "interpreter": "on (TRITON_INTERPRET)" if os.environ.get("TRITON_INTERPRET") else "off",
     }
+    try:
+        check_writable(cache_dir())
+    except OSError as error:
+        problems.append(
+            f"the user cache, {cache_dir()}, cannot be written ({error.strerror}: "
+            f"{error.filename}); set NSAGEN_CACHE_DIR to a folder that can"
+        )
     if facts["torch"] is None:
         problems.append("torch is missing; run: pip install torch")
     if facts["triton"] is None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,18 +36,56 @@ def triton_version() -> str | None:
     return named if named.startswith(f"{own}+") else f"{own} (distribution {named})"
 
 
-def driver_version() -> str | None:
-    """The version of NVIDIA's driver; None if nvidia-smi is missing, hangs or reports none."""
+DRIVER_S = 20.0
+"""Seconds that nvidia-smi has to answer: a broken driver can make it hang."""
+
+
+def driver_version(problems: list[str] | None = None) -> str | None:
+    """The version of NVIDIA's driver; None if nvidia-smi is missing, hangs or reports none.
+
+    Args:
+        problems: gets a text if nvidia-smi hangs.
+    """
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
     command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, timeout=20, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
+        said = _answer(command)
+    except OSError:
+        return None
+    except subprocess.TimeoutExpired:
+        if problems is not None:
+            problems.append(
+                f"nvidia-smi did not answer within {DRIVER_S:g} s; run it by hand: if it hangs, "
+                "the driver or a GPU needs a reset"
+            )
         return None
     found = re.match(rb"\s*(\d+(?:\.\d+)+)\s*(?:\n|$)", said)
     return found[1].decode() if found else None
+
+
+def _answer(command: list[str]) -> bytes:
+    """What a command prints; it and what it started are killed when its time is up.
+
+    Raises:
+        subprocess.TimeoutExpired: its time is up.
+    """
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    process = subprocess.Popen(
+        command, stdin=null, stdout=pipe, stderr=null, start_new_session=True
+    )
+    try:
+        return process.communicate(timeout=DRIVER_S)[0]
+    except BaseException:  # an interrupt does not reach another session
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1.0)  # in the driver it may not die
+        raise
+    finally:
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def own_triton_version() -> str | None:

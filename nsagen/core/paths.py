@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import stat
 import tempfile
@@ -11,7 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.files import check_writable
 
+_log = logging.getLogger("nsagen.files")
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -41,7 +44,7 @@ def specs_dir() -> Path:
 def cache_dir() -> Path:
     """$NSAGEN_CACHE_DIR, or the platform's folder for caches of users.
 
-    A user without a home has one in the temporary folder.
+    A user without a home, or with one that cannot be written, has one in the temporary folder.
 
     Raises:
         InvalidInputError: $NSAGEN_CACHE_DIR is in a home that does not exist.
@@ -63,11 +66,31 @@ def cache_dir() -> Path:
         folder = user_cache_path("nsagen")
     except RuntimeError:  # neither $HOME nor an entry among the system's users
         return _without_home()
-    return folder if folder.is_absolute() else _without_home()  # older ones of platformdirs keep ~
+    if not folder.is_absolute():  # older ones of platformdirs keep ~
+        return _without_home()
+    try:
+        if not folder.is_dir():
+            check_writable(folder)
+    except OSError as error:
+        return _instead_of(folder, error.strerror or str(error))
+    return folder
 
 
 def _user_cache_path(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name
+
+
+@functools.cache
+def _instead_of(folder: Path, why: str) -> Path:
+    found = _without_home()
+    _log.warning(
+        "the user cache is in %s because %s cannot be written (%s); "
+        "set NSAGEN_CACHE_DIR to choose another",
+        found,
+        folder,
+        why,
+    )
+    return found
 
 
 @functools.cache

@@ -68,7 +68,13 @@ def _cached_variant(workload: Workload, target: str, who: str) -> Path:
 
         folder.mkdir(parents=True, exist_ok=True)
         path = build_variant(workload, built_for, folder)
-    except (ImportError, OSError, NsagenError) as error:
+    except OSError as error:
+        raise UnsupportedWorkloadError(
+            f"dispatcher {who}: {workload} on {target} is in no package, and building it failed: "
+            f"must be able to write {folder}; got {error.strerror or error}; "
+            "set NSAGEN_CACHE_DIR to a folder that can be written"
+        ) from error
+    except (ImportError, NsagenError) as error:
         raise unsupported(workload, target, who, f"building it failed: {error}") from error
     _log.warning(
         "%s: %s for %s was in no package; built %s in %.1f s with a default, untuned schedule",

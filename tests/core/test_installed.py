@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,22 @@ def test_what_is_no_version_of_a_driver_is_none(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert installed.driver_version() == told
+
+
+def test_a_tool_that_hangs_is_ended_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As nvidia-smi does when the driver is broken."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/child\nwait\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(installed, "DRIVER_S", 1.0)
+    problems: list[str] = []
+    assert installed.driver_version(problems) is None
+    assert problems[0].startswith("nvidia-smi did not answer within 1 s; ")
+    child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
+    deadline = time.monotonic() + 5
+    while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -30,8 +30,10 @@ def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(pwd, "getpwnam", unknown)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     paths._without_home.cache_clear()
+    paths._instead_of.cache_clear()
     yield tmp_path
     paths._without_home.cache_clear()
+    paths._instead_of.cache_clear()
 
 
 @pytest.mark.parametrize("platformdirs", [True, False])
@@ -78,3 +80,53 @@ def test_a_home_that_is_not_there_is_refused_by_name(
     monkeypatch.setenv("NSAGEN_CACHE_DIR", "~/kernels")
     with pytest.raises(InvalidInputError, match="NSAGEN_CACHE_DIR: ~ must be the home of a user"):
         cache_dir()
+
+
+@pytest.mark.parametrize("platformdirs", [True, False])
+def test_a_home_that_cannot_be_written_is_as_good_as_none(
+    no_home: Path,
+    platformdirs: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if not platformdirs:
+        monkeypatch.setitem(sys.modules, "platformdirs", None)
+    monkeypatch.setenv("HOME", "/dev/null")
+    folder = cache_dir()
+    assert folder.parent == no_home
+    assert cache_dir() == folder
+    (message,) = caplog.messages
+    assert message.startswith(f"the user cache is in {folder} because /dev/null/.cache/nsagen")
+    assert message.endswith("set NSAGEN_CACHE_DIR to choose another")
+
+
+def test_doctor_finds_a_cache_that_cannot_be_written(
+    no_home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(no_home)
+    monkeypatch.setenv("NSAGEN_CACHE_DIR", "/dev/null/cache")
+    with pytest.raises(SystemExit, match="1"):
+        main(["doctor"])
+    said = capsys.readouterr().out
+    assert "problem: the user cache, /dev/null/cache, cannot be written" in said
+    assert "set NSAGEN_CACHE_DIR to a folder that can" in said
+
+
+@pytest.mark.parametrize(
+    "variables", [{"HOME": "/dev/null"}, {"HOME": "/", "TRITON_CACHE_DIR": "/dev/null/x"}]
+)
+def test_compiling_without_room_for_tritons_cache_is_refused_before_a_byte_is_written(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match="1"):
+        main(["build", "tiny", "--compile"])
+    assert "set TRITON_CACHE_DIR to a folder that can be written" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

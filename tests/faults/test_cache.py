@@ -75,8 +75,13 @@ def test_killed_while_writing(one_op: Path) -> None:
 
 def test_no_room(one_op: Path) -> None:
     (one_op / "cache").touch()
-    with pytest.raises(LookupError, match=r"building it failed: .*(Not a directory|File exists)"):
+    with pytest.raises(
+        LookupError, match=r"building it failed: .*(Not a directory|File exists)"
+    ) as raised:
         built()
+    assert f"must be able to write {one_op / 'cache'}" in str(raised.value)
+    assert "set NSAGEN_CACHE_DIR" in str(raised.value)
+    assert "add to the spec" not in str(raised.value)
     assert contents(one_op)["cache"] == b""
 
 
