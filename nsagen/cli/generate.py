@@ -128,13 +128,18 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InvalidInputError(
-            f"generate: --device must be cuda or cpu; got {name!r}; choose one"
-        ) from None
+        device = None
+    if device is None or device.type not in ("cuda", "cpu"):
+        raise InvalidInputError(f"generate: --device must be cuda or cpu; got {name!r}; choose one")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidInputError(
             "generate: --device cuda needs a GPU that PyTorch sees; it sees none; "
             "run nsagen doctor, or leave --device out"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidInputError(
+            f"generate: --device must be one of {torch.cuda.device_count()} GPUs, counted from 0; "
+            f"got {name!r}; choose one"
         )
     return device
 

@@ -166,6 +166,9 @@ class TestCheckpoint:
         (["--attention", "flash"], "must be nsa or dense; got 'flash'"),
         (["--prompt", ""], "the prompt must have a token"),
         (["--device", "tpu9"], "must be cuda or cpu; got 'tpu9'"),
+        (["--device", "mps"], "must be cuda or cpu; got 'mps'"),
+        (["--device", "xpu"], "must be cuda or cpu; got 'xpu'"),
+        (["--device", "meta"], "must be cuda or cpu; got 'meta'"),
         (
             ["--kernels", "never_built"],
             "give nsagen build the path of its spec: no never_built.yaml is in ./specs",

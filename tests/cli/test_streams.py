@@ -30,3 +30,14 @@ def test_streams_that_do_not_work(redirection: str, codes: set[int], tmp_path: P
     assert done.returncode in codes, said
     assert "Traceback" not in said
     assert "Exception ignored" not in said
+
+
+def test_text_that_a_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    code = "from nsagen.cli.app import _open_streams as o; o(); print(chr(0x2603), end='')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "HOME": str(tmp_path)},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == (rb"\u2603", b"")
