@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from nsagen.cli.app import app, main
 from nsagen.cli.console import print_verification
+from nsagen.codegen.owned import note_files
 from nsagen.runtime.user_cache import cache_folder
 from nsagen.spec import json_schema, load_spec
 from tests.one_op import SPEC, one_op
