@@ -140,7 +140,7 @@ WRONG: list[tuple[Callable[..., object], tuple[Any, ...], dict[str, Any], str]] 
 ]
 
 
-@pytest.mark.parametrize(("make", "args", "keywords", "text"), WRONG, ids=repr)
+@pytest.mark.parametrize(("make", "args", "keywords", "text"), WRONG)
 def test_arguments_of_another_kind_are_refused_by_name(
     make: Callable[..., object], args: tuple[Any, ...], keywords: dict[str, Any], text: str
 ) -> None:
