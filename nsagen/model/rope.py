@@ -96,7 +96,8 @@ def _check_rope_scaling(scaling: Mapping[str, Any] | None) -> None:
         where,
         "rope_type must be one of default, llama3",
         repr(kind),
-        "leave rope_scaling out for plain rope",
+        "use a model that was trained with one of these: with another rope its weights give wrong "
+        "results (apply_nsa of nsagen.integrations.transformers takes a model with any rope)",
     )
     wanted = set(_LLAMA3_KEYS) if kind == "llama3" else set()
     given = set(scaling) - {"rope_type", "type"}
@@ -105,7 +106,9 @@ def _check_rope_scaling(scaling: Mapping[str, Any] | None) -> None:
         where,
         f"rope_type {kind} takes exactly the keys {', '.join(sorted(wanted)) or '(none)'}",
         ", ".join(sorted(given)) or "none",
-        "add the missing ones and take out the others",
+        "name the rope_type that they belong to, or take them out if the model has plain rope"
+        if kind == "default"
+        else "add the missing ones and take out the others",
     )
     for name in sorted(wanted):
         value = scaling[name]

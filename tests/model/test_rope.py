@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from nsagen.core.errors import InvalidInputError
 from nsagen.model import RopeConfig, ToyLlama, ToyNSALlama
 from nsagen.model.rope import RotaryEmbedding, inverse_frequencies, rope_tables
 from tests.model.tiny import dense_config, nsa_config, packed_batch
@@ -96,3 +97,15 @@ def test_a_model_built_on_meta_gets_its_tables_when_it_lands() -> None:
     assert rope.cos.is_meta
     rope = rope.to_empty(device="cpu")
     assert torch.equal(rope.cos, rope_tables(rope.config)[0])
+
+
+@pytest.mark.parametrize(
+    ("scaling", "text"),
+    [
+        ({"type": "linear", "factor": 2.0}, "got 'linear'; use a model that was trained with one"),
+        ({"factor": 2.0}, "got factor; name the rope_type that they belong to"),
+    ],
+)
+def test_no_advice_leads_to_another_rope(scaling: dict[str, object], text: str) -> None:
+    with pytest.raises(InvalidInputError, match=text):
+        RopeConfig(rope_scaling=scaling)
