@@ -162,14 +162,24 @@ class Pretrained(nn.Module):
         with torch.device("meta"):
             wanted = kind(self.config).state_dict()
         others = sorted(wanted.keys() ^ tensors.keys())
-        bad = [f"{n} of {t.dtype}" for n, t in tensors.items() if t.dtype not in WEIGHTS.values()]
-        bad += [f"{name} on the meta device" for name, t in tensors.items() if t.is_meta]
         advice = "take adapters and quantized layers out of the model, or merge them, first"
-        for found, rule in (
-            (others, "the parameters must be those of the model's config"),
-            (bad, "weights must be in memory, in bfloat16, float16, float32 or float64"),
-        ):
-            require(not found, "save_pretrained", rule, _shown(found), advice)
+        rule = "the parameters must be those of the model's config"
+        require(not others, "save_pretrained", rule, _shown(others), advice)
+        bad = [f"{name} {fault}" for name, t in tensors.items() if (fault := _unsaved(t))]
+        rule = "weights must be in memory, in bfloat16, float16, float32 or float64"
+        require(not bad, "save_pretrained", rule, _shown(bad), advice)
+
+
+def _unsaved(value: Any) -> str:
+    """Why a value of a state dict cannot be saved; empty if it can. Modules may keep any object
+    there, as quantized layers do."""
+    if not isinstance(value, Tensor):
+        return f"of {type(value).__name__}"
+    if value.is_meta:
+        return "on the meta device"
+    if value.dtype not in WEIGHTS.values():
+        return f"of {value.dtype}"
+    return "" if value.layout is torch.strided else f"with layout {value.layout}"
 
 
 def _folder(where: str, folder: Any) -> Path:

@@ -141,7 +141,11 @@ def test_the_dtype_is_the_folders_unless_given(folder: Path) -> None:
         ({"dtype": "int8"}, "got 'int8'"),
         (
             {"rope_parameters": {"rope_type": "yarn"}, "rope_scaling": None},
-            "rope_type must be one of default, llama3",
+            "rope_type must be one of default, llama3, got 'yarn'; use a model that was",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": None},
+            "with another rope its weights give wrong results",
         ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters must say the same"),
         ({"rope_theta": 10.0}, "must say the same"),
@@ -424,7 +428,37 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "made")
     with pytest.raises(InvalidInputError, match="on the meta device"):
         ToyLlama(dense_config()).to("meta").save_pretrained(tmp_path / "made")
+    model = ToyLlama(dense_config())
+    weight = model.lm_head.weight.detach().to_sparse()
+    model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(InvalidInputError, match=r"got lm_head.weight with layout torch.sparse_coo"):
+        model.save_pretrained(tmp_path / "made")
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_what_is_no_tensor_is_not_written(tmp_path: Path) -> None:
+    """Modules may put any object into a state dict."""
+
+    class Tagged(torch.nn.Linear):
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            destination[prefix + "weight"] = torch.qint8
+
+    model = ToyLlama(dense_config())
+    model.lm_head = Tagged(64, 512, bias=False)
+    with pytest.raises(InvalidInputError, match=r"in memory.*got lm_head.weight of dtype; take"):
+        model.save_pretrained(tmp_path / "made")
+    model = ToyNSALlama(nsa_config(), InferenceConfig(2, 64, 4))
+    torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, inplace=True)
+    assert not any(type(module) is torch.nn.Linear for module in model.modules())
+    with pytest.raises(
+        InvalidInputError, match=r"must be those of the model's config, got lm_head\._packed_"
+    ):
+        model.save_pretrained(tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+    ids, cu_seqlens = packed_batch([9])
+    first = model(ids, cu_seqlens)[-1:].argmax(-1)
+    assert model.generate(ids, cu_seqlens)[0, :1].tolist() == first.tolist()
 
 
 def test_layers_that_share_weights_are_written_for_each(tmp_path: Path) -> None:
