@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.model.checks import is_bool, is_integer, require
 from nsagen.model.configs import InferenceConfig
-from nsagen.model.fused import is_own
+from nsagen.model.fused import is_bare, is_own
 from nsagen.model.memory import require_memory
 from nsagen.model.sampling import SamplingConfig
+from nsagen.ops._checks import values_are_read
 
 PROMPT_DTYPES = (torch.int64, torch.int32)
 
@@ -242,6 +243,19 @@ def check_tokens(where: str, input_ids: Tensor, vocab_size: int) -> None:
         f"values from {low} to {high}",
         "check that the tokenizer belongs to the model",
     )
+
+
+def check_known_tokens(where: str, input_ids: Tensor, embedding: Any) -> None:
+    """Check a forward's tokens where values are read, unless a hook or another layer may change
+    them: a GPU is not waited for, and PyTorch fails there with an assertion of the device.
+
+    Raises:
+        InvalidInputError: names the values' range.
+    """
+    if torch.compiler.is_compiling() or not values_are_read(input_ids):
+        return
+    if isinstance(embedding, nn.Embedding) and is_bare(embedding):
+        check_tokens(where, input_ids, embedding.weight.shape[0])
 
 
 def check_stop_tokens(where: str, stop_tokens: Iterable[int]) -> frozenset[int]:

@@ -29,6 +29,7 @@ from nsagen.model.logits import logits_of
 from nsagen.model.memory import require_memory
 from nsagen.model.packing import Packed, check_packed, host_lengths
 from nsagen.model.prefill import CachedRows
+from nsagen.model.requests import check_known_tokens
 from nsagen.model.rope import RotaryEmbedding
 from nsagen.model.self_attention import SelfAttention
 
@@ -164,20 +165,22 @@ class ToyLlama(Pretrained, Generation[KVCache]):
         """Logits of every token of a packed batch.
 
         Args:
-            input_ids: int64 [N], all sequences concatenated.
+            input_ids: int64 [N], all sequences concatenated. On a CPU they are checked to be in
+                the vocabulary; on a GPU only with NSAGEN_CHECK_VALUES=1.
             cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N.
 
         Returns:
             float32 [N, vocab_size].
 
         Raises:
-            InvalidInputError: shapes, dtypes or devices that do not fit; a sequence too long;
-                weights that are not in memory.
+            InvalidInputError: shapes, dtypes, devices or tokens that do not fit; a sequence too
+                long; weights that are not in memory.
         """
         require_memory("ToyLlama.forward", self, input_ids)
         limit = self.config.max_position_embeddings
         ends = check_packed("ToyLlama.forward", input_ids, cu_seqlens, None)
         lengths = host_lengths("ToyLlama.forward", cu_seqlens, input_ids.shape[0], limit)
+        check_known_tokens("ToyLlama.forward", input_ids, self.model.embed_tokens)
         packed = Packed.of(ends, input_ids.shape[0], lengths)
         return logits_of(self.model(input_ids, packed), self.lm_head)
 

@@ -26,6 +26,7 @@ from nsagen.model.memory import require_memory
 from nsagen.model.nsa import NativeSparseAttention
 from nsagen.model.packing import Packed, check_packed
 from nsagen.model.prefill import CachedRows
+from nsagen.model.requests import check_known_tokens
 from nsagen.model.rope import RotaryEmbedding
 
 if TYPE_CHECKING:
@@ -165,19 +166,21 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
         """Logits of every token of a packed batch.
 
         Args:
-            input_ids: int64 [N], all sequences concatenated.
+            input_ids: int64 [N], all sequences concatenated. On a CPU they are checked to be in
+                the vocabulary; on a GPU only with NSAGEN_CHECK_VALUES=1.
             cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N.
 
         Returns:
             float32 [N, vocab_size].
 
         Raises:
-            InvalidInputError: shapes, dtypes or devices that do not fit; a sequence too long;
-                weights that are not in memory.
+            InvalidInputError: shapes, dtypes, devices or tokens that do not fit; a sequence too
+                long; weights that are not in memory.
         """
         require_memory("ToyNSALlama.forward", self, input_ids)
         limit = self.config.max_position_embeddings
         cu_seqlens = check_packed("ToyNSALlama.forward", input_ids, cu_seqlens, limit)
+        check_known_tokens("ToyNSALlama.forward", input_ids, self.model.embed_tokens)
         config = self.config
         windows = (config.kernel_size, config.kernel_stride) if config.needs_windows else None
         packed = Packed.of(cu_seqlens, input_ids.shape[0], windows=windows)

@@ -142,6 +142,20 @@ def test_ends_and_ids_without_values_or_beyond_int32_are_refused(model: ToyNSALl
         model.generate(ids.to("meta"), wrapping.to("meta"))
 
 
+@pytest.mark.parametrize("token", [-1, 512])
+def test_forward_refuses_tokens_beyond_the_vocabulary(model: ToyNSALlama, token: int) -> None:
+    ids, ends = torch.tensor([1, token, 3]), torch.tensor([0, 3])
+    for one in (model, ToyLlama(dense_config()).double()):
+        name = rf"{type(one).__name__}\.forward"
+        text = f"{name}: input_ids must be from 0 to vocab_size-1=511, got values from"
+        with pytest.raises(InvalidInputError, match=text):
+            one(ids, ends)
+        assert one(ids[:0], ends[:1]).shape == (0, 512)
+        handle = one.model.embed_tokens.register_forward_pre_hook(lambda _, args: args[0] % 512)
+        assert one(ids, ends).shape == (3, 512), "a hook may take any token"
+        handle.remove()
+
+
 def test_switches_and_limits_of_another_kind_are_refused(model: ToyNSALlama) -> None:
     with pytest.raises(InvalidInputError, match=r"run: prompts_first must be True .*got 'yes'"):
         next(ContinuousBatch(model).run("yes"))  # pyright: ignore[reportArgumentType]
