@@ -135,12 +135,14 @@ class TransformersNSA(NSAOps):
             layers.append(layer)
         return layers
 
-    def heads(self, x: Tensor) -> Heads:
-        parts = [getattr(self, name)(x) for name in self.facts.projections]
+    def heads(self, x: Tensor, call: Call) -> Heads:
+        """[B, T, hidden] to packed heads. Projections see rows, not packed tokens, because some
+        adapters differ from row to row or start at a token of a row."""
+        parts = [call.pack(getattr(self, name)(x)) for name in self.facts.projections]
         if len(parts) == 1:
             parts = list(parts[0].split(self._sizes(), -1))
         for branch in self.sparsity.kv_branches[1:]:
-            parts += [getattr(self, name)(x) for name in PROJECTIONS[branch]]
+            parts += [call.pack(getattr(self, name)(x)) for name in PROJECTIONS[branch]]
         return self.split(parts)
 
     def query(self, q: Tensor) -> Tensor:
@@ -192,9 +194,8 @@ class TransformersNSA(NSAOps):
             )
         if layer is not None and call.after is None:
             refuse("cache", "must be the model's input", "one of a layer", "pass it to the model")
-        rows = call.pack(x)
-        heads = self.heads(rows)
-        gate = self.gates(rows).to(heads.q.dtype)
+        heads = self.heads(x, call)
+        gate = self.gate_columns(call.pack(self.gate(x)).sigmoid()).to(heads.q.dtype)
         if layer is None:
             assert call.packed is not None
             o = self.attend(self.branches(heads, call.packed, call.rope.tables), gate)
@@ -202,7 +203,7 @@ class TransformersNSA(NSAOps):
             o = self._step(heads, gate, layer, call)
         else:
             o = self._pass(heads, gate, layer, call)
-        out = call.unpack(self.o_proj(o))
+        out = self.o_proj(call.unpack(o))
         if cache is not None and self.layer_idx == call.last:
             end(cache, call)
         return out, None

@@ -105,6 +105,25 @@ def check_flags(model: Any, inputs: dict[str, Any]) -> None:
         refuse("config.attention_dropout", rule, str(dropout), "set it to 0")
 
 
+def check_adapters(model: Any, layers: Sequence[int]) -> None:
+    """Refuse rows with compression of their own, as PEFT's `adapter_names` asks for by hooks: its
+    weights are those of the whole batch."""
+    for index in layers:
+        attention = model.layers[index].self_attn
+        for name in ("compress_key", "compress_value", "intra_block_pe", "intra_block_pe_value"):
+            part = getattr(attention, name)
+            hooks = part._forward_pre_hooks.values() if isinstance(part, nn.Module) else ()
+            asked = [getattr(hook, "keywords", {}).get("adapter_names") for hook in hooks]
+            for names in asked:
+                if names is not None:
+                    refuse(
+                        "adapter_names",
+                        "can't choose adapters of compression, which all rows of a batch share",
+                        f"{names} with an adapter of {name}",
+                        "call set_adapter, and pass the rows of each adapter by themselves",
+                    )
+
+
 def given_of(
     model: Any,
     inputs: dict[str, Any],

@@ -16,6 +16,7 @@ from nsagen.integrations.transformers_cache import begin
 from nsagen.integrations.transformers_given import (
     INPUTS,
     Given,
+    check_adapters,
     check_flags,
     check_shape,
     check_windows,
@@ -77,6 +78,7 @@ class Inputs:
         layers = [index for index in self.layers if index < model.config.num_hidden_layers]
         if not layers:
             return (), kwargs  # an assistant that exits before the first of them
+        check_adapters(model, layers)
         given = given_of(model, kwargs, tokens, layers, self.sparsity, self.rope.layer_type)
         if self.window is not None:
             check_windows(given, self.window)

@@ -88,6 +88,57 @@ class TestAdapters:
         assert of_keys
         assert all(p.grad is not None and p.grad.norm() > 0 for p in of_keys)
 
+    @torch.no_grad()
+    def test_rows_with_adapters_of_their_own(self, model: Any) -> None:
+        """A padded batch with `adapter_names` is each row with its adapter."""
+        config = self.config(target_modules=["q_proj", "v_proj", "o_proj", "gate"])
+        adapted = peft.get_peft_model(model, config, adapter_name="a")
+        adapted.add_adapter("b", config)
+        adapted.eval()
+        ids, mask, names = tokens(2, 20), torch.ones(2, 20, dtype=torch.long), ["a", "b"]
+        mask[1, :4] = 0
+        inputs = {"input_ids": ids, "attention_mask": mask, "adapter_names": names}
+        mixed = adapted(**inputs).logits
+        wanted = {"max_new_tokens": 3, "do_sample": False}
+        texts = [adapted.generate(**inputs, use_cache=use, **wanted) for use in (True, False)]
+        assert torch.equal(*texts)
+        for row, (name, start) in enumerate(zip(names, (0, 4), strict=True)):
+            adapted.set_adapter(name)
+            alone = adapted(input_ids=ids[row : row + 1, start:]).logits
+            assert distance(mixed[row, start:], alone[0]) < 1e-5
+        assert distance(adapted(input_ids=ids[:1]).logits[0], mixed[0]) > 1e-3
+
+    @pytest.mark.parametrize(
+        "parts",
+        [{"modules_to_save": ["compress_key"]}, {"target_parameters": ["compress_key.weight"]}],
+    )
+    def test_rows_with_compression_of_their_own_are_refused(self, model: Any, parts: Any) -> None:
+        adapted = peft.get_peft_model(model, self.config(**parts), adapter_name="a").eval()
+        layer = model.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("too late"))
+        for length in (1, 20):
+            with pytest.raises(InvalidInputError, match=r"adapter_names: .* adapter of compress_k"):
+                adapted(input_ids=tokens(2, length), adapter_names=["a", "__base__"])
+        layer.remove()
+
+    @torch.no_grad()
+    def test_an_adapter_that_starts_at_its_invocation(self, model: Any) -> None:
+        """aLoRA leaves the tokens before it as they were, in each row from another token on."""
+        ids, starts = tokens(2, 20), (6, 13)
+        for row, start in zip(ids, starts, strict=True):
+            row[start : start + 2] = torch.tensor([5, 6])
+        plain = model(ids).logits
+        config = self.config(alora_invocation_tokens=[5, 6])
+        adapted = peft.get_peft_model(model, config).eval()
+        logits = adapted(input_ids=ids).logits
+        for row, start in enumerate(starts):
+            assert distance(logits[row, :start], plain[row, :start]) < 1e-5
+            assert distance(logits[row, start:], plain[row, start:]) > 1e-3
+            alone = adapted(input_ids=ids[row : row + 1]).logits[0]
+            assert distance(logits[row], alone) < 1e-5
+        text = adapted.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
+        expected = adapted(input_ids=text).logits[:, 19:-1].argmax(-1)
+        assert torch.equal(text[:, 20:], expected)
+
     def test_every_part_is_a_module(self, model: Any) -> None:
         attention = dict(model.model.layers[0].self_attn.named_children())
         assert set(PARTS) <= set(attention)
