@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nsagen.integrations.transformers_cache import NSALayer, end, layer_of
+from nsagen.integrations.transformers_given import check_recording
 from nsagen.integrations.transformers_layout import Call, refuse
 from nsagen.integrations.transformers_models import Facts
 from nsagen.integrations.transformers_rope import arranged
@@ -196,16 +197,19 @@ class TransformersNSA(NSAOps):
             refuse("cache", "must be the model's input", "one of a layer", "pass it to the model")
         heads = self.heads(x, call)
         gate = self.gate_columns(call.pack(self.gate(x)).sigmoid()).to(heads.q.dtype)
+        recording = _records(heads, gate)
+        if recording and not call.recording and layer is not None:
+            check_recording(call)
         if layer is None:
             assert call.packed is not None
             o = self.attend(self.branches(heads, call.packed, call.rope.tables), gate)
         elif call.positions is not None:
             o = self._step(heads, gate, layer, call)
         else:
-            o = self._pass(heads, gate, layer, call)
+            o = self._pass(heads, gate, layer, call, recording)
         out = self.o_proj(call.unpack(o))
         if cache is not None and self.layer_idx == call.last:
-            end(cache, call)
+            end(cache, call, recording)
         return out, None
 
     def _step(self, heads: Heads, gate: Tensor, layer: NSALayer, call: Call) -> Tensor:
@@ -216,7 +220,9 @@ class TransformersNSA(NSAOps):
         layer.remember(call, heads.compressed)
         return self.decode_heads(heads, gate, call.positions, slots, store, call.rope.tables)
 
-    def _pass(self, heads: Heads, gate: Tensor, layer: NSALayer, call: Call) -> Tensor:
+    def _pass(
+        self, heads: Heads, gate: Tensor, layer: NSALayer, call: Call, recording: bool
+    ) -> Tensor:
         """Several new tokens per row, the first ones or after cached ones."""
         pieces = call.pieces
         assert pieces is not None
@@ -226,7 +232,7 @@ class TransformersNSA(NSAOps):
         if pieces.context is None:
             return self.attend(seen, gate)
         whole = self.with_context(seen, pieces, store)
-        if not call.recording:
+        if not (recording or call.recording):
             return self.attend(whole, gate)
         return self._recorded(seen, whole, gate, pieces)
 
@@ -266,6 +272,16 @@ class TransformersNSA(NSAOps):
         )
         gates = gate.new_zeros(tokens, *gate.shape[1:]).index_copy(0, here, gate)
         return self.attend(wide, gates)[here]
+
+
+def _records(heads: Heads, gate: Tensor) -> bool:
+    """Whether autograd records what a layer attends with. Hooks may bring in gradients that no
+    parameter and no input of the model has."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(
+        x.requires_grad for x in (gate, heads.q, *heads.compressed, *heads.selected, *heads.sliding)
+    )
 
 
 def _tensor_of(layer: nn.Module) -> Tensor:

@@ -346,13 +346,19 @@ def begin(cache: Any, last: int) -> None:
             layer.unfinished = True
 
 
-def end(cache: Cache, call: Call) -> None:
+def end(cache: Cache, call: Call, recorded: bool) -> None:
     """Add a call's tokens to a cache's state, after the last layer: a call that fails earlier
-    leaves the cache as it was, or marked."""
+    leaves the cache as it was, or marked.
+
+    Args:
+        recorded: whether autograd recorded the last layer, and so any earlier one.
+    """
     run = cache.layers[: call.last + 1]  # assistants may leave out the last layers
     layers = [layer for layer in run if isinstance(layer, NSALayer)]
     after, old = call.after, layers[0].state
     assert after is not None
+    if recorded and not after.recorded:
+        after = replace(after, recorded=True)
     if isinstance(after.seen, Tensor):
         compiled = torch.compiler.is_compiling()
         if old is not None and (compiled or not _stale(old.lengths)):

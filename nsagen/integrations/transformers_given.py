@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nsagen.integrations.transformers_cache import state_of
-from nsagen.integrations.transformers_layout import State, refuse, refuse_unless
+from nsagen.integrations.transformers_layout import Call, State, refuse, refuse_unless
 from nsagen.model.sparsity import Sparsity
 
 INPUTS = {
@@ -162,13 +162,7 @@ def given_of(
             refuse("cache", rule, f"{state.seen} tokens", "call model.eval(), or use no_grad")
         caches = False
     if state is not None and state.recorded and recording:
-        refuse(
-            "cache",
-            "must be filled under torch.no_grad() if later tokens need gradients: gradients do "
-            "not flow into cached tokens",
-            f"{state.seen} tokens that autograd recorded",
-            "wrap the earlier calls, or this one if it needs no gradients, in torch.no_grad()",
-        )
+        refuse(*_RECORDED)
     step = state is not None and length == 1 and not recording
     if state is not None and not step:
         state = state.plain()
@@ -189,6 +183,31 @@ def given_of(
     )
     _check_cache_position(inputs.get("cache_position"), given)
     return given
+
+
+_RECORDED = (
+    "cache",
+    "must be filled under torch.no_grad() if later tokens need gradients: gradients do not flow "
+    "into cached tokens",
+    "tokens that autograd recorded",
+    "wrap the earlier calls, or this one if it needs no gradients, in torch.no_grad()",
+)
+
+
+def check_recording(call: Call) -> None:
+    """Refuse gradients that a layer can't have, where a hook brings them into a call that was laid
+    out without: no parameter and no input says that they will come."""
+    if call.continues and call.after is not None and call.after.recorded:
+        refuse(*_RECORDED)
+    if call.positions is not None:
+        refuse(
+            "gradients",
+            "of one token after a cache must be announced: some parameter of the base model, "
+            "or inputs_embeds, must require grad",
+            "a layer whose input requires grad, as a forward hook can make it, in a frozen model",
+            "call requires_grad_() on a parameter or inputs_embeds, pass use_cache=False with all "
+            "tokens, or use torch.no_grad() if you need no gradients",
+        )
 
 
 def check_shape(tokens: Tensor, embeds: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
@@ -423,6 +423,39 @@ class TestTraining:
         assert new.grad is not None
         assert whole.grad is not None
         assert distance(new.grad, whole.grad[:, 15:]) < 1e-5
+
+    @pytest.mark.parametrize("new", [1, 6])
+    def test_gradients_that_a_hook_brings_into_a_frozen_model(self, new: int) -> None:
+        """A trainable vector is added to the new tokens after the first layer. Without a cache, the
+        last layer's keys of the prefix don't depend on it either."""
+        model, ids = trained(sparse()).requires_grad_(False), tokens(2, 10 + new)
+        vector = torch.full((32,), 0.1, requires_grad=True)
+        layer, cache = model.model.layers[0], DynamicCache()
+        with torch.no_grad():
+            model(ids[:, :10], past_key_values=cache)
+        layer.register_forward_hook(
+            lambda _, __, x: (
+                x + nn.functional.pad(vector.expand(new, 32), (0, 0, x.shape[1] - new, 0))
+            )
+        )
+        logits = model(ids, use_cache=False).logits[:, 10:]
+        (expected,) = torch.autograd.grad(logits.square().mean(), vector)
+        if new == 1:
+            with pytest.raises(InvalidInputError, match=r"gradients: .* announced.*forward hook"):
+                model(ids[:, 10:], past_key_values=cache)
+            model.model.norm.requires_grad_()
+        logits = model(ids[:, 10:], past_key_values=cache).logits
+        (gradient,) = torch.autograd.grad(logits.square().mean(), vector)
+        assert distance(gradient, expected) < 1e-5
+
+    @pytest.mark.parametrize("new", [1, 6])
+    def test_gradients_of_a_hook_into_a_recorded_prefix_are_refused(self, new: int) -> None:
+        model, cache = sparse().requires_grad_(False), DynamicCache()
+        vector = torch.zeros(32, requires_grad=True)
+        model.model.layers[0].register_forward_hook(lambda _, __, x: x + vector)
+        model(IDS[:, :20], past_key_values=cache)
+        with pytest.raises(InvalidInputError, match=r"must be filled under torch\.no_grad"):
+            model(IDS[:, 20 : 20 + new], past_key_values=cache)
 
     def test_gradients_into_a_recorded_prefix_are_refused(self, model: Any) -> None:
         cache = DynamicCache()
