@@ -34,7 +34,12 @@ except ImportError as error:
 
 from nsagen.integrations import attention_interface, minicpm
 from nsagen.integrations.transformers_classes import become_swapped, check_config, swapped_config
-from nsagen.integrations.transformers_swap import sparsity_of, swap, swapped_modules
+from nsagen.integrations.transformers_swap import (
+    offloaded_attention,
+    sparsity_of,
+    swap,
+    swapped_modules,
+)
 from nsagen.model.checks import require
 from nsagen.model.initial import INITIAL_GATES, Gates
 from nsagen.model.safetensors_files import read_tensors, tensor_names
@@ -86,7 +91,7 @@ def apply_nsa(
 
     Raises:
         InvalidInputError: an unsupported model, rope or setting; the model already has NSA or
-            adapters.
+            adapters, or its attention is offloaded.
     """
     require(
         isinstance(model, PreTrainedModel),
@@ -109,6 +114,15 @@ def apply_nsa(
         "a model may be swapped once",
         "one that has NSA already",
         "load it anew",
+    )
+    offloaded = offloaded_attention(model)
+    require(
+        not offloaded,
+        "apply_nsa",
+        "attention must have its weights in memory: new parameters start beside them",
+        f"{', '.join(offloaded[:3])} on meta, with weights that accelerate offloaded",
+        "swap the model first, then dispatch it; or save the swapped model and load that with a "
+        "device_map",
     )
     sparsity = sparsity_of(attention)
     check_config(model.config)

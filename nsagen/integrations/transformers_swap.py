@@ -45,6 +45,20 @@ def swapped_modules(model: nn.Module) -> list[TransformersNSA]:
     return [module for module in model.modules() if isinstance(module, TransformersNSA)]
 
 
+def offloaded_attention(model: nn.Module) -> list[str]:
+    """The attention modules whose weights accelerate holds elsewhere and gives to each call. A
+    model on meta as a whole, made to be filled later, has none."""
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    each = [one for hook in hooks for one in getattr(hook, "hooks", (hook,))]
+    if not any(getattr(hook, "offload", False) for hook in each):
+        return []
+    return [
+        name
+        for name, module in model.named_modules()
+        if facts_of(module) is not None and any(p.is_meta for p in module.parameters())
+    ]
+
+
 def swap(
     model: PreTrainedModel,
     sparsity: Sparsity,

@@ -584,6 +584,34 @@ def test_an_accelerate_device_map_on_the_cpu(tmp_path: Any, model: Any) -> None:
         assert torch.equal(mapped.generate(IDS, **wanted), model.generate(IDS, **wanted))
 
 
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_an_offloaded_dense_model_is_refused(tmp_path: Any, place: str) -> None:
+    """Its weights are on meta between calls, and so would be those of NSA, without data."""
+    accelerate = pytest.importorskip("accelerate")
+    one = dense()
+    if place == "disk":
+        accelerate.disk_offload(one, tmp_path, execution_device="cpu")
+    else:
+        accelerate.cpu_offload(one, execution_device="cpu")
+    with pytest.raises(InvalidInputError, match=r"layers\.0\.self_attn.*offloaded; swap.*dispatch"):
+        apply_nsa(one)
+    assert not hasattr(one.config, "nsa")
+
+
+@torch.no_grad()
+def test_swap_then_dispatch(tmp_path: Any, model: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    expected = model(IDS).logits
+    accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    assert distance(model(IDS).logits, expected) < 1e-5
+
+
+def test_a_model_on_meta_is_swapped() -> None:
+    with torch.device("meta"):
+        one = build(KINDS["Llama"])
+    assert all(p.is_meta for p in apply_nsa(one).parameters())
+
+
 @torch.no_grad()
 def test_bfloat16_and_casts_keep_rope_exact() -> None:
     """Rope tables come from the config: casting the model doesn't round its frequencies."""
