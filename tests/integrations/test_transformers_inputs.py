@@ -220,12 +220,15 @@ class TestPositionIds:
         )
         assert distance(logits, expected) < 1e-5
 
+    @pytest.mark.parametrize("second", [0, 40])
     @pytest.mark.parametrize("inputs", [{}, {"attention_mask": torch.ones(1, 30)}])
-    def test_documents_with_a_cache_or_a_mask_are_refused(self, model: Any, inputs: Any) -> None:
+    def test_documents_with_a_cache_or_a_mask_are_refused(
+        self, model: Any, inputs: Any, second: int
+    ) -> None:
+        positions = torch.cat([torch.arange(12), second + torch.arange(18)])[None]
+        cached = "attention_mask" not in inputs
         with pytest.raises(InvalidInputError, match=r"use_cache=False,? and no attention_mask"):
-            model(
-                IDS[:1], position_ids=RESTARTS, use_cache="attention_mask" not in inputs, **inputs
-            )
+            model(IDS[:1], position_ids=positions, use_cache=cached, **inputs)
 
     def test_they_go_on_from_the_cache(self, model: Any) -> None:
         cache = DynamicCache()

@@ -152,6 +152,20 @@ class TestAdapters:
         tuned(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
         assert tuned.prompt_encoder.default.embedding.weight.grad.norm() > 0
 
+    @torch.no_grad()
+    def test_prompt_tuning_generates_without_a_cache(self, model: Any) -> None:
+        """With one, PEFT calls the model otherwise than it does in forward."""
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+        tuned, ids = peft.get_peft_model(model, config).eval(), tokens(2, 20)
+        wanted = {"input_ids": ids, "max_new_tokens": 3, "do_sample": False}
+        mask = torch.ones_like(ids)
+        text = tuned.generate(**wanted, attention_mask=mask, use_cache=False)
+        expected = tuned(input_ids=text).logits[:, 24:-1].argmax(-1)
+        assert torch.equal(text[:, 20:], expected)
+        mask[1, :4] = 0
+        with pytest.raises(InvalidInputError, match="attention_mask: must be"):
+            tuned.generate(**wanted, attention_mask=mask)
+
     def test_a_dense_model_with_adapters_is_not_swapped(self) -> None:
         """Its adapters would be saved without NSA, for the dense model's folder."""
         one = dense()
