@@ -123,7 +123,7 @@ def _remedy(schema: dict[str, Any], value: Any) -> str:
             return f"did you mean {alias!r}?"
         return nearest(value, [str(known) for known in schema["enum"]])
     if "enum" in schema:
-        return f"choose from {', '.join(map(str, schema['enum']))}"
+        return "choose one of these"
     if schema.get("type") == "boolean" and str(value).lower() in _TRUTH:
         return f"write {_TRUTH[str(value).lower()]}"
     if schema.get("type") == "integer":
