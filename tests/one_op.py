@@ -99,14 +99,16 @@ def one_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (templates / "gated_sum" / "forward_elementwise.py.j2").write_text(TEMPLATE)
     (templates / "gated_sum" / "space.py").write_text(SPACE)
     (tmp_path / "few.yaml").write_text(SPEC.replace("DTYPE", "float32"))
-    for key in list(STATIC_PARAMS):
-        if key != ("gated_sum", "forward"):
-            monkeypatch.delitem(STATIC_PARAMS, key)
     cases = ModuleType("nsagen.cases.gated_sum")
     cases.make_case = make_case  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, cases.__name__, cases)
     monkeypatch.setattr(template, "templates_dir", lambda: templates)
     monkeypatch.chdir(tmp_path)
+    known = dict(STATIC_PARAMS)
+    for key in known.keys() - {("gated_sum", "forward")}:
+        del STATIC_PARAMS[key]
     template.forget()
     yield tmp_path
+    STATIC_PARAMS.clear()
+    STATIC_PARAMS.update(known)  # in the old order, which specs and pages follow
     template.forget()

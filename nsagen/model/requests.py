@@ -245,15 +245,16 @@ def check_tokens(where: str, input_ids: Tensor, vocab_size: int) -> None:
     )
 
 
-def check_known_tokens(where: str, input_ids: Tensor, embedding: Any) -> None:
-    """Check a forward's tokens where values are read, unless a hook or another layer may change
-    them: a GPU is not waited for, and PyTorch fails there with an assertion of the device.
+def check_known_tokens(where: str, input_ids: Tensor, model: Any) -> None:
+    """Check a forward's tokens where values are read, unless a hook, a wrapper or another layer may
+    change them: a GPU is not waited for, and PyTorch fails there with an assertion of the device.
 
     Raises:
         InvalidInputError: names the values' range.
     """
     if torch.compiler.is_compiling() or not values_are_read(input_ids):
         return
+    embedding = getattr(model, "embed_tokens", None)
     if isinstance(embedding, nn.Embedding) and is_bare(embedding):
         check_tokens(where, input_ids, embedding.weight.shape[0])
 

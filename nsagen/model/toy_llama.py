@@ -180,7 +180,7 @@ class ToyLlama(Pretrained, Generation[KVCache]):
         limit = self.config.max_position_embeddings
         ends = check_packed("ToyLlama.forward", input_ids, cu_seqlens, None)
         lengths = host_lengths("ToyLlama.forward", cu_seqlens, input_ids.shape[0], limit)
-        check_known_tokens("ToyLlama.forward", input_ids, self.model.embed_tokens)
+        check_known_tokens("ToyLlama.forward", input_ids, self.model)
         packed = Packed.of(ends, input_ids.shape[0], lengths)
         return logits_of(self.model(input_ids, packed), self.lm_head)
 

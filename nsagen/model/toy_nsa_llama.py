@@ -180,7 +180,7 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
         require_memory("ToyNSALlama.forward", self, input_ids)
         limit = self.config.max_position_embeddings
         cu_seqlens = check_packed("ToyNSALlama.forward", input_ids, cu_seqlens, limit)
-        check_known_tokens("ToyNSALlama.forward", input_ids, self.model.embed_tokens)
+        check_known_tokens("ToyNSALlama.forward", input_ids, self.model)
         config = self.config
         windows = (config.kernel_size, config.kernel_stride) if config.needs_windows else None
         packed = Packed.of(cu_seqlens, input_ids.shape[0], windows=windows)
