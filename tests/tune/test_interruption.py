@@ -20,6 +20,8 @@ from optuna.trial import TrialState
 from nsagen.tune.storage import open_storage
 
 MAIN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 from nsagen.tune import session
 session.MEASURER = "tests.tune.fake:FakeMeasurer"
 session.COMPILER = "tests.tune.fake:FakeCompiler"
