@@ -255,7 +255,7 @@ def check_known_tokens(where: str, input_ids: Tensor, model: Any) -> None:
     if torch.compiler.is_compiling() or not values_are_read(input_ids):
         return
     embedding = getattr(model, "embed_tokens", None)
-    if isinstance(embedding, nn.Embedding) and is_bare(embedding):
+    if isinstance(embedding, nn.Embedding) and is_bare(embedding) and is_bare(model):
         check_tokens(where, input_ids, embedding.weight.shape[0])
 
 

@@ -151,9 +151,10 @@ def test_forward_refuses_tokens_beyond_the_vocabulary(model: ToyNSALlama, token:
         with pytest.raises(InvalidInputError, match=text):
             one(ids, ends)
         assert one(ids[:0], ends[:1]).shape == (0, 512)
-        handle = one.model.embed_tokens.register_forward_pre_hook(lambda _, args: args[0] % 512)
-        assert one(ids, ends).shape == (3, 512), "a hook may take any token"
-        handle.remove()
+        for hooked in (one.model.embed_tokens, one.model):
+            handle = hooked.register_forward_pre_hook(lambda _, args: (args[0] % 512, *args[1:]))
+            assert one(ids, ends).shape == (3, 512), "a hook may take any token"
+            handle.remove()
 
 
 def test_switches_and_limits_of_another_kind_are_refused(model: ToyNSALlama) -> None:
