@@ -180,6 +180,14 @@ def _sparse(
     layer: Any,
 ) -> Tensor:
     """[B, S, HQ, D] of the sequences of a layout, each by its selected blocks."""
+    blocks = _selected(form, query, key, layout, scale, layer)
+    return chosen(query, key, value, blocks, form.block_size, layout, scale, form.dispatcher)
+
+
+def _selected(
+    form: Form, query: Tensor, key: Tensor, layout: Layout, scale: float, layer: Any
+) -> Tensor:
+    """The blocks of each query, as `chosen` takes them."""
     if layout.whole:
         k = layout.pack_keys(key).detach()
         windows, window_ends = compress(
@@ -192,16 +200,11 @@ def _sparse(
     else:
         kept, counts = _kept_windows(form, key, layout, layer)
         if layout.step:
-            windows = kept.transpose(1, 2)
             places = (layout.positions, layout.slots)
-            blocks = select_step(form, query[:, :, 0], windows, *places, scale)
-            return chosen(
-                query, key, value, blocks, form.block_size, layout, scale, form.dispatcher
-            )
+            return select_step(form, query[:, :, 0], kept.transpose(1, 2), *places, scale)
         windows, window_ends = packed_windows(kept, counts, layout)
     q = layout.pack_queries(query)
-    blocks = select(form, q, windows, layout.cu_seqlens_q, window_ends, layout.q_start, scale)
-    return chosen(query, key, value, blocks, form.block_size, layout, scale, form.dispatcher)
+    return select(form, q, windows, layout.cu_seqlens_q, window_ends, layout.q_start, scale)
 
 
 def _kept_windows(
@@ -339,7 +342,7 @@ def _check(dropout: float, kwargs: dict[str, Any]) -> None:
 
 
 def _check_some_layer_is_sparse(module: Any) -> None:
-    """Where each layer has a window, nothing would be sparse, and nobody would notice."""
+    """Refuse a model whose layers all have a window: nothing would be sparse, without a word."""
     config = module.config
     kinds = getattr(config, "layer_types", None)
     windowed = kinds is None or set(kinds) == {SLIDING}

@@ -244,18 +244,15 @@ class Layout:
         assert self.key_index is not None
         assert self.query_index is not None
         kept = [i for i, one in enumerate(keep) if one]
-        key_lengths = tuple(self.key_lengths[i] for i in kept)
-        query_lengths = tuple(self.query_lengths[i] for i in kept)
         keys = self.key_index.split(self.key_lengths)
         queries = self.query_index.split(self.query_lengths)
-        parts = (torch.cat([every[i] for i in kept]) for every in (keys, queries))
         return replace(
             self,
-            key_index=next(parts),
-            query_index=next(parts),
+            key_index=torch.cat([keys[i] for i in kept]),
+            query_index=torch.cat([queries[i] for i in kept]),
             rows=tuple(self.rows[i] for i in kept),
-            key_lengths=key_lengths,
-            query_lengths=query_lengths,
+            key_lengths=tuple(self.key_lengths[i] for i in kept),
+            query_lengths=tuple(self.query_lengths[i] for i in kept),
         )
 
 

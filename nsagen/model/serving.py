@@ -344,19 +344,20 @@ class ContinuousBatch:
         """Run a pass; returns the sequences whose prompts are done, their first tokens, and where
         these go on the host. None if no prompt is done."""
         pieces = [piece for _, piece in chosen]
-        tokens = [one.request.prompt[piece.start : piece.end] for one, piece in chosen]
+        parts = [one.request.prompt[piece.start : piece.end] for one, piece in chosen]
+        tokens = torch.cat(parts)
         rows = PrefillRows.of(pieces, self.cache, self.model.may_fuse())
         if rows.fused and self._begins:
             renew_joined(self.model)
             self._begins = False
         done = [i for i, (one, piece) in enumerate(chosen) if piece.end == one.length]
         if not done:
-            self.model.hidden(torch.cat(tokens), rows, self.cache)
+            self.model.hidden(tokens, rows, self.cache)
             return None
         ready = [chosen[i][0] for i in done]
         host = self._host_memory(len(ready))
         last = rows.cu_seqlens[1:][done] - 1
-        logits = self.model.pass_logits(torch.cat(tokens), rows, self.cache, last)
+        logits = self.model.pass_logits(tokens, rows, self.cache, last)
         first = self._choose_first(ready, logits)
         slots = self._to_device([one.slot for one in ready])
         self._step.newest[slots] = first

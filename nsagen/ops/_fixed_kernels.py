@@ -177,18 +177,19 @@ def launch_columns(
 
 
 @triton.jit
+def add_tile(x, more, at, size):
+    total = tl.load(x + at, mask=at < size).to(tl.float32)
+    total += tl.load(more + at, mask=at < size).to(tl.float32)
+    tl.store(x + at, total.to(x.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
 def add_kernel(x, more_x, y, more_y, size_x, size_y, TILE: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * TILE
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     if tl.program_id(1) == 0:
-        at = first + tl.arange(0, TILE)
-        total = tl.load(x + at, mask=at < size_x).to(tl.float32)
-        total += tl.load(more_x + at, mask=at < size_x).to(tl.float32)
-        tl.store(x + at, total.to(x.dtype.element_ty), mask=at < size_x)
+        add_tile(x, more_x, at, size_x)
     else:
-        at = first + tl.arange(0, TILE)
-        total = tl.load(y + at, mask=at < size_y).to(tl.float32)
-        total += tl.load(more_y + at, mask=at < size_y).to(tl.float32)
-        tl.store(y + at, total.to(y.dtype.element_ty), mask=at < size_y)
+        add_tile(y, more_y, at, size_y)
 
 
 def launch_add(x: Tensor, more_x: Tensor, y: Tensor, more_y: Tensor) -> None:

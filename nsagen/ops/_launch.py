@@ -87,10 +87,14 @@ def fixed_kernel(name: str, x: Tensor) -> Launch | None:
     return getattr(_fixed_kernels, name) if _fixed_kernels.runs_on(x) else None
 
 
+def score_sizes(q: Tensor, k: Tensor) -> dict[str, int]:
+    """The static parameters that all scores have, of q [N, HQ, D] and k [..., HK, D]."""
+    return {"head_dim": q.shape[2], "gqa_ratio": q.shape[1] // k.shape[-2]}
+
+
 def attention_sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
     """The static parameters that all attention has, of q [N, HQ, D] and k, v [R, HK, D | Dv]."""
-    heads = q.shape[1] // k.shape[1]
-    return {"head_dim": q.shape[2], "v_head_dim": v.shape[2], "gqa_ratio": heads}
+    return {**score_sizes(q, k), "v_head_dim": v.shape[2]}
 
 
 def attention_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from nsagen.ops._checks import (
     check_rows,
     fail,
 )
-from nsagen.ops._launch import key_of, lse_dtype, scale_of
+from nsagen.ops._launch import key_of, lse_dtype, scale_of, score_sizes
 from nsagen.ops._op import define_op
 from nsagen.ops.reference.block_selection import BlockRule, Scoring, check_lse
 from nsagen.runtime import Dispatcher
@@ -110,17 +110,18 @@ def _check_lse(q: Tensor, lse: Tensor) -> None:
         fail(_OP, "lse must be on q's device", f"{lse.device} and {q.device}", "move lse")
 
 
-def _outputs(q: Tensor, k: Tensor, topk: int, score_heads: str) -> Tensor:
-    heads = q.shape[1] if score_heads == "each" else k.shape[1]
+def allocate_blocks(q: Tensor, k: Tensor, topk: int, score_heads: str) -> Tensor:
+    """topk_idx of q [N, HQ, D] and k [..., HK, D], to be written."""
+    heads = q.shape[1] if score_heads == "each" else k.shape[-2]
     return q.new_empty((heads, q.shape[0], topk), dtype=torch.int32)
 
 
 @define_op(
     returns="topk_idx",
-    allocate=_outputs,
+    allocate=allocate_blocks,
     check=_check,
     kernel="block_selection forward",
-    sizes=lambda q, k: {"head_dim": q.shape[2], "gqa_ratio": q.shape[1] // k.shape[1]},
+    sizes=score_sizes,
     launch="q k lse cu_seqlens_q cu_seqlens_k topk_idx softmax_scale",
     optional="q_start",
 )

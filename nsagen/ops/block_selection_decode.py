@@ -10,9 +10,10 @@ from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_indices, check_keys, check_rows, fail
-from nsagen.ops._launch import key_of, scale_of
+from nsagen.ops._launch import key_of, scale_of, score_sizes
 from nsagen.ops._op import define_op
 from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
+from nsagen.ops.block_selection import allocate_blocks
 from nsagen.ops.reference.block_selection import BlockRule, Scoring
 from nsagen.runtime import Dispatcher
 
@@ -97,20 +98,12 @@ def _context(
     return context + (0 if block_table is not None else kernel_size - kernel_stride)
 
 
-def _allocate(q: Tensor, k_cache: Tensor, topk: int, score_heads: str) -> Tensor:
-    heads = q.shape[1] if score_heads == "each" else k_cache.shape[2]
-    return q.new_empty((heads, q.shape[0], topk), dtype=torch.int32)
-
-
 @define_op(
     returns="topk_idx",
-    allocate=_allocate,
+    allocate=lambda q, k_cache, topk, score_heads: allocate_blocks(q, k_cache, topk, score_heads),
     check=_check,
     kernel="block_selection decode",
-    sizes=lambda q, k_cache: {
-        "head_dim": q.shape[2],
-        "gqa_ratio": q.shape[1] // k_cache.shape[2],
-    },
+    sizes=lambda q, k_cache: score_sizes(q, k_cache),
     context=_context,
     launch="q k_cache positions slots topk_idx softmax_scale block_table",
 )

@@ -15,7 +15,7 @@ from nsagen.ops._checks import (
     check_q_start,
     check_rows,
 )
-from nsagen.ops._launch import key_of, lse_dtype, scale_of
+from nsagen.ops._launch import key_of, lse_dtype, scale_of, score_sizes
 from nsagen.ops._op import define_op
 from nsagen.ops.reference._checks import check_windows
 from nsagen.runtime import Dispatcher
@@ -78,7 +78,7 @@ def _check(call: Any) -> None:
     allocate=lambda q: q.new_empty(q.shape[:2], dtype=lse_dtype(q)),
     check=_check,
     kernel="compressed_lse forward",
-    sizes=lambda q, k: {"head_dim": q.shape[2], "gqa_ratio": q.shape[1] // k.shape[1]},
+    sizes=score_sizes,
     launch="q k cu_seqlens_q cu_seqlens_k lse softmax_scale",
     optional="q_start",
 )

@@ -16,7 +16,7 @@ from nsagen.ops._checks import (
     shapes,
 )
 from nsagen.ops._gradients import reference_gradients
-from nsagen.ops._launch import key_of, lse_dtype, scale_of
+from nsagen.ops._launch import key_of, lse_dtype, scale_of, score_sizes
 from nsagen.ops._op import define_op
 from nsagen.ops.reference.index_loss import index_loss_forward as on_reference
 from nsagen.runtime import Dispatcher
@@ -99,8 +99,7 @@ def _check(call: Any) -> None:
 
 
 def _sizes(q: Tensor, k: Tensor, index_q: Tensor) -> dict[str, int]:
-    heads = q.shape[1] // k.shape[1]
-    return {"head_dim": q.shape[2], "gqa_ratio": heads, "index_head_dim": index_q.shape[2]}
+    return {**score_sizes(q, k), "index_head_dim": index_q.shape[2]}
 
 
 def _outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,7 +70,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple
     mask = mask.expand(k.shape[1], q.shape[0], k.shape[0]).unsqueeze(1)
     empty = ~mask.any(-1, keepdim=True)
     # An empty row keeps finite scores until its results are overwritten: a softmax over -inf
-    # alone is NaN, there and in its gradient, and would trip whoever looks for NaN in between.
+    # alone is NaN, there and in its gradient, and would trip checks for NaN in between.
     scores = scores.masked_fill(~mask & ~empty, float("-inf"))
     probabilities = torch.softmax(scores, -1).masked_fill(empty, 0.0)
     lse = torch.logsumexp(scores, -1).masked_fill(empty.squeeze(-1), float("-inf"))
