@@ -52,8 +52,8 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
     "one outlier": outlier,
 }
 HUGE = list(KINDS)[3:]
-"""Scores of up to 4e8, beside which float32 holds no logarithm of a sum: whoever takes
-probabilities from lse is finite there, and no more."""
+"""Scores of up to 4e8, beside which float32 holds no logarithm of a sum: passes that take
+probabilities from lse must only be finite there."""
 
 FROM_LSE = {key for key in PASSES if key[1] == "backward"} | {("index_loss", "forward")}
 LEAST = ("denormals", "one outlier", "1e4 of both signs")

@@ -21,30 +21,8 @@ from nsagen.codegen.template import render, space_for
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Schedule, Workload
 from nsagen.ops.reference.block_selection import select_blocks
+from tests.kernels.small_selections import RAGGED, small, workload_of
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
-
-# Shorter than a window, exactly one, empty, one long sequence and many short ones.
-RAGGED = (3, 4, 0, 160, 5, 1, 7)
-
-
-def workload_of(dtype: str = "float32", **params: Any) -> Workload:
-    shape = {
-        "head_dim": 16,
-        "gqa_ratio": 2,
-        "kernel_size": 4,
-        "kernel_stride": 2,
-        "block_size": 4,
-        "topk": 6,
-        "init_blocks": 1,
-        "local_blocks": 2,
-    }
-    return Workload.of("block_selection", "forward", dtype=dtype, **(shape | params))
-
-
-def small(**knobs: Any) -> Schedule:
-    """Few programs, short steps and segments: each program takes several of all of them."""
-    knobs = {"tokens": 32, "columns": 64, "windows": 16, "segment": 32} | knobs
-    return Schedule.of("resident_scores", {"programs": 4, "num_warps": 4, "num_stages": 2} | knobs)
 
 
 def case_of(workload: Workload, seqlens: tuple[int, ...] = RAGGED, kv_heads: int = 1) -> Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from nsagen.cases.base import Sizes
 from nsagen.cases.block_selection_decode import make_case
 from nsagen.core.workload import Schedule, Workload
+from tests.kernels import small_selections
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 FORMS = (
@@ -21,20 +23,7 @@ FORMS = (
 # Idle, the first token, before and at the first window's end, longer ones.
 POSITIONS = (-1, 0, 2, 3, 29, 60)
 
-
-def workload_of(form: tuple[str, str, str], dtype: str = "float32", **params: Any) -> Workload:
-    shape = {
-        "head_dim": 16,
-        "gqa_ratio": 2,
-        "kernel_size": 4,
-        "kernel_stride": 2,
-        "block_size": 4,
-        "topk": 6,
-        "init_blocks": 1,
-        "local_blocks": 2,
-        **dict(zip(("score_norm", "score_heads", "score_pool"), form, strict=True)),
-    }
-    return Workload.of("block_selection", "decode", dtype=dtype, **(shape | params))
+workload_of = partial(small_selections.workload_of, pass_="decode")
 
 
 SMALL = Schedule.of("split_keys", block_n=16, programs=132, num_warps=4, num_stages=2)
@@ -49,7 +38,7 @@ def check(workload: Workload, positions: tuple[int, ...] = POSITIONS, **sizes: A
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
 @pytest.mark.parametrize("dtype", kernel_dtypes())
 def test_forms(form: tuple[str, str, str], dtype: str) -> None:
-    check(workload_of(form, dtype))
+    check(workload_of(dtype, form=form))
 
 
 @pytest.mark.parametrize("form", FORMS[1:], ids="-".join)
@@ -57,13 +46,13 @@ def test_forms(form: tuple[str, str, str], dtype: str) -> None:
 def test_windows_and_blocks(form: tuple[str, str, str], shape: tuple[int, int, int]) -> None:
     """Tokens one by one, blocks that are one window, windows that span blocks, odd ratios."""
     size, stride, block = shape
-    check(workload_of(form, kernel_size=size, kernel_stride=stride, block_size=block), (4, 61))
+    check(workload_of(form=form, kernel_size=size, kernel_stride=stride, block_size=block), (4, 61))
 
 
 @pytest.mark.parametrize("form", [FORMS[1], FORMS[4]], ids="-".join)
 @pytest.mark.parametrize("page_size", [4, 16])
 def test_pages(form: tuple[str, str, str], page_size: int) -> None:
-    check(workload_of(form), page_size=page_size, capacity=64)
+    check(workload_of(form=form), page_size=page_size, capacity=64)
 
 
 @pytest.mark.parametrize("form", [FORMS[1], FORMS[4]], ids="-".join)
@@ -71,16 +60,16 @@ def test_pages(form: tuple[str, str, str], page_size: int) -> None:
 def test_choices(form: tuple[str, str, str], choice: tuple[int, int, int]) -> None:
     topk, init_blocks, local_blocks = choice
     rule = {"topk": topk, "init_blocks": init_blocks, "local_blocks": local_blocks}
-    check(workload_of(form, **rule), (*POSITIONS, 170) if topk > 32 else POSITIONS)
+    check(workload_of(form=form, **rule), (*POSITIONS, 170) if topk > 32 else POSITIONS)
 
 
 @pytest.mark.parametrize("form", [FORMS[1], FORMS[4]], ids="-".join)
 @pytest.mark.parametrize(("gqa_ratio", "head_dim"), [(1, 24), (3, 64), (16, 128)])
 def test_heads(form: tuple[str, str, str], gqa_ratio: int, head_dim: int) -> None:
-    check(workload_of(form, gqa_ratio=gqa_ratio, head_dim=head_dim), (5, 40), kv_heads=2)
+    check(workload_of(form=form, gqa_ratio=gqa_ratio, head_dim=head_dim), (5, 40), kv_heads=2)
 
 
 def test_many_splits() -> None:
     """Each split of a row walks a part; those of a short row have nothing to do."""
-    check(workload_of(FORMS[1]), (3, 250), capacity=256)
-    check(workload_of(FORMS[4], kernel_size=1, kernel_stride=1), (3, 250), capacity=256)
+    check(workload_of(form=FORMS[1]), (3, 250), capacity=256)
+    check(workload_of(form=FORMS[4], kernel_size=1, kernel_stride=1), (3, 250), capacity=256)

@@ -10,6 +10,7 @@ import torch
 from nsagen.cases.base import Sizes
 from nsagen.cases.block_selection import make_case
 from nsagen.core.workload import Schedule, Workload
+from tests.kernels.small_selections import RAGGED, small, workload_of
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 FORMS = (
@@ -19,29 +20,6 @@ FORMS = (
     ("none", "sum", "max"),
     ("none", "each", "max"),
 )
-# Shorter than a window, exactly one, empty, one long sequence and many short ones.
-RAGGED = (3, 4, 0, 160, 5, 1, 7)
-
-
-def workload_of(form: tuple[str, str, str], dtype: str = "float32", **params: Any) -> Workload:
-    shape = {
-        "head_dim": 16,
-        "gqa_ratio": 2,
-        "kernel_size": 4,
-        "kernel_stride": 2,
-        "block_size": 4,
-        "topk": 6,
-        "init_blocks": 1,
-        "local_blocks": 2,
-        **dict(zip(("score_norm", "score_heads", "score_pool"), form, strict=True)),
-    }
-    return Workload.of("block_selection", "forward", dtype=dtype, **(shape | params))
-
-
-def small(**knobs: Any) -> Schedule:
-    """Few programs, short steps and segments: each program takes several of all of them."""
-    knobs = {"tokens": 32, "columns": 64, "windows": 16, "segment": 32} | knobs
-    return Schedule.of("resident_scores", {"programs": 4, "num_warps": 4, "num_stages": 2} | knobs)
 
 
 def largest(**knobs: Any) -> Schedule:
@@ -59,7 +37,7 @@ def check(workload: Workload, seqlens: tuple[int, ...] = RAGGED, **knobs: Any) -
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
 @pytest.mark.parametrize("dtype", kernel_dtypes())
 def test_forms(form: tuple[str, str, str], dtype: str) -> None:
-    check(workload_of(form, dtype))
+    check(workload_of(dtype, form=form))
 
 
 @pytest.mark.parametrize("form", FORMS, ids="-".join)
@@ -67,7 +45,7 @@ def test_forms(form: tuple[str, str, str], dtype: str) -> None:
 def test_windows_and_blocks(form: tuple[str, str, str], shape: tuple[int, int, int]) -> None:
     """Tokens one by one, blocks that are one window, windows that straddle, odd ratios."""
     size, stride, block = shape
-    workload = workload_of(form, kernel_size=size, kernel_stride=stride, block_size=block)
+    workload = workload_of(form=form, kernel_size=size, kernel_stride=stride, block_size=block)
     check(workload, (2, 9 * block + 5))
 
 
@@ -76,20 +54,20 @@ def test_windows_and_blocks(form: tuple[str, str, str], shape: tuple[int, int, i
 def test_choices(form: tuple[str, str, str], choice: tuple[int, int, int]) -> None:
     """Without forced blocks a block may score -inf, and more blocks than 32 may be wanted."""
     topk, init_blocks, local_blocks = choice
-    workload = workload_of(form, topk=topk, init_blocks=init_blocks, local_blocks=local_blocks)
+    workload = workload_of(form=form, topk=topk, init_blocks=init_blocks, local_blocks=local_blocks)
     check(workload, (*RAGGED, 310) if topk > 32 else RAGGED)
 
 
 @pytest.mark.parametrize("gqa_ratio", [1, 3, 8])
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[3], FORMS[4]], ids="-".join)
 def test_group_sizes(form: tuple[str, str, str], gqa_ratio: int) -> None:
-    check(workload_of(form, gqa_ratio=gqa_ratio), (0, 3, 70), tokens=8)
+    check(workload_of(form=form, gqa_ratio=gqa_ratio), (0, 3, 70), tokens=8)
 
 
 @pytest.mark.parametrize("sign", [-1.0, 0.0, 1.0])
 def test_products_of_one_sign(sign: float) -> None:
     """All scores below 0, all equal, all above: ties fall to the lower index, -0.0 is 0.0."""
-    workload = workload_of(FORMS[4], kernel_size=1, kernel_stride=1, init_blocks=0)
+    workload = workload_of(form=FORMS[4], kernel_size=1, kernel_stride=1, init_blocks=0)
     case = make_case(workload, Sizes((90,), 1), kernel_device())
     q, k = case.args[0], case.args[1]
     assert isinstance(q, torch.Tensor)
@@ -100,7 +78,7 @@ def test_products_of_one_sign(sign: float) -> None:
 
 
 def test_no_softmax_takes_no_log_sum_exp() -> None:
-    workload = workload_of(FORMS[4])
+    workload = workload_of(form=FORMS[4])
     case = make_case(workload, Sizes((9,), 1), kernel_device())
     args = list(case.args)
     args[2] = torch.zeros(9, 2, device=kernel_device())
@@ -118,7 +96,7 @@ class TestLargestProducts:
         check_case(load_kernel(workload, largest(**knobs)), case)
 
     def workload(self, dtype: str = "float32", **params: Any) -> Workload:
-        return workload_of(FORMS[4], dtype, **{"kernel_size": 1, "kernel_stride": 1, **params})
+        return workload_of(dtype, form=FORMS[4], **{"kernel_size": 1, "kernel_stride": 1, **params})
 
     @pytest.mark.parametrize("dtype", kernel_dtypes())
     @pytest.mark.parametrize("gqa_ratio", [1, 4])
