@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -49,10 +49,6 @@ class Shape:
         values = asdict(self)
         names = STATIC_PARAMS[op, pass_]
         return Workload.of(op, pass_, dtype=self.dtype, **{name: values[name] for name in names})
-
-    def with_heads(self, query_heads: int, kv_heads: int) -> Shape:
-        """The same attention with other heads."""
-        return replace(self, kv_heads=kv_heads, gqa_ratio=query_heads // kv_heads)
 
 
 @dataclass(frozen=True)

@@ -85,11 +85,6 @@ class Form:
         return dispatcher_of(self.package)
 
     @property
-    def each_head(self) -> bool:
-        """Whether each query head selects for itself; else those of a key head together."""
-        return SCORES[self.form]["score_heads"] == "each"
-
-    @property
     def window_sizes(self) -> dict[str, Any]:
         """As the ops take them."""
         return {"kernel_size": self.kernel_size, "kernel_stride": self.kernel_stride}
