@@ -393,3 +393,4 @@ def main(server: str, descriptor: int, lifeline: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     module, _, name = server.partition(":")
     serve(getattr(importlib.import_module(module), name)(), Connection(descriptor))
+    os.killpg(0, signal.SIGKILL)  # an exit of this process alone would leave what it started

@@ -182,6 +182,17 @@ def test_no_process_outlives_the_one_that_made_the_worker(busy: str, sign: str) 
     assert any(in_time() for _ in range(3))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="watches processes that are not its children")
+def test_a_worker_that_nobody_closed_ends_what_it_started() -> None:
+    """The connection ends well before the process that made the worker."""
+    leave = "worker._connection.close(); import time; time.sleep(5)"
+    command = [sys.executable, "-c", PARENT.replace("worker.ask(sys.argv[1], limit_s=1000)", leave)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        assert end_within(4, [int(parent.stdout.readline()) for _ in range(2)])
+        parent.kill()
+
+
 def test_closing_a_worker_ends_what_it_started(worker: Worker) -> None:
     pids = [worker.ask(m, limit_s=60).value for m in ("pid", "start_a_program")]
     worker.close()
