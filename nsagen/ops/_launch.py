@@ -121,9 +121,9 @@ def no_backward(op: str, x: Tensor) -> UnsupportedWorkloadError:
     )
 
 
-def refuse_chunk(op: str, *given: Tensor | None) -> None:
-    """Raise the error of a backward pass through a chunk of a longer prompt, where one is given."""
-    if any(tensor is not None for tensor in given):
+def refuse_chunk(op: str, q: Tensor, *given: Tensor | None) -> None:
+    """Raise the error of a backward kernel that got a chunk of a longer prompt; CPUs take chunks."""
+    if on_kernels(q) and any(tensor is not None for tensor in given):
         raise UnsupportedWorkloadError(
             f"{op}: gradients need whole sequences; got q_start or cu_seqlens_k, which serve "
             "chunks of a prompt; wrap inference in torch.no_grad(), or train on whole sequences"

@@ -345,7 +345,7 @@ def tensor_parameters(function: Callable[..., Any]) -> tuple[bool, ...]:
     return tuple(hints[n] is Tensor or Tensor in get_args(hints[n]) for n in names)
 
 
-_CONSTANTS = {"None": None, "True": True}
+_CONSTANTS = {"None": None, "True": True, "False": False}
 """What a `launch` may take in addition to an op's values."""
 
 

@@ -68,13 +68,12 @@ def attend_branches(
     ends = (cu_seqlens, window_cu_seqlens)
     selection = (block_size, topk, init_blocks, local_blocks, window_size, softmax_scale)
     statics = (kernel_size, kernel_stride, *selection)
-    whole = q_start is None and cu_seqlens_k is None and len(branches) == len(BRANCHES)
     inputs = [x for x in (q, k, v, ck, cv, gate) if x is not None]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if trains and whole and k_window is None and on_kernels(q):
+    if trains and len(branches) == len(BRANCHES) and k_window is None and on_kernels(q):
         assert ck is not None
         assert cv is not None
-        found = branches_forward(q, k, v, ck, cv, gate, *ends, *statics, key)
+        found = branches_forward(q, k, v, ck, cv, gate, *ends, *statics, key, cu_seqlens_k, q_start)
         return sum_branches(*found[:6], gate, key)
     more = (gate, *ends, q_start, cu_seqlens_k, *statics, " ".join(branches), key)
     return attend(q, ck, cv, k, v, k_window, v_window, *more)

@@ -67,8 +67,7 @@ def compressed_attention(
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
-        o [N, HQ, Dv], 0 where a query sees no window; differentiable in q, k and v, except for
-        chunks. And topk_idx int32 [HK, N, topk]: ascending block indices, then -1.
+        o [N, HQ, Dv], 0 where a query sees no window; differentiable in q, k and v. And topk_idx int32 [HK, N, topk]: ascending block indices, then -1.
 
     Raises:
         InvalidInputError: a tensor or parameter breaks the contract above.
@@ -94,10 +93,11 @@ def _check(call: Any) -> None:
 @define_op(
     returns="dq dk dv",
     allocate=attention_gradients,
-    check=lambda q_start: refuse_chunk(_OP, q_start),
+    check=lambda q, q_start: refuse_chunk(_OP, q, q_start),
     kernel="compressed_attention backward",
     sizes=attention_sizes,
-    launch="do q k v cu_seqlens_q cu_seqlens_k o lse dq dk dv softmax_scale",
+    launch="do q k v cu_seqlens_q cu_seqlens_k o lse dq dk dv softmax_scale None None False",
+    optional="q_start",
     prepare={"do": lambda do: with_contiguous_rows(do)},
 )
 def compressed_attention_backward(
@@ -123,6 +123,7 @@ def compressed_attention_backward(
             kernel_size=kernel_size,
             kernel_stride=kernel_stride,
             softmax_scale=softmax_scale,
+            q_start=q_start,
         )[0]
 
     dq, dk, dv = reference_gradients(forward, (q, k, v), do)
@@ -135,6 +136,7 @@ def compressed_attention_backward(
     kernel="compressed_attention backward",
     sizes=attention_sizes,
     launch="do q k v cu_seqlens_q cu_seqlens_k None lse dq dk dv softmax_scale delta gate True",
+    optional="q_start",
     prepare={"do": lambda do: with_contiguous_rows(do)},
     mutates="dq",
 )
@@ -153,6 +155,7 @@ def add_compressed_gradient(
     dispatcher: str,
     delta: Tensor,
     gate: Tensor,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add a gated branch's gradient to dq, in place, and return (dk, dv); only by kernels.
 

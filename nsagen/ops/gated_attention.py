@@ -96,6 +96,8 @@ def branches_backward(
     window_size: int,
     softmax_scale: float,
     dispatcher: str = "",
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dck, dcv, dgate) from the gradient of the gated sum and delta of each branch.
 
@@ -108,15 +110,15 @@ def branches_backward(
     delta_compressed, delta_selected, delta_sliding = deltas
     dq, dk, dv = selected_attention_backward(
         *(do, q, k, v, topk_idx, cu_seqlens, None, lse_selected, block_size),
-        *(*last, delta_selected, of_selected),
+        *(*last, delta_selected, of_selected, cu_seqlens_k, q_start),
     )
     add_sliding_window_gradients(
         *(do, q, k, v, cu_seqlens, lse_sliding, dq, dk, dv, window_size),
-        *(*last, delta_sliding, of_sliding),
+        *(*last, delta_sliding, of_sliding, cu_seqlens_k, q_start),
     )
     dck, dcv = add_compressed_gradient(
         *(do, q, ck, cv, cu_seqlens, window_cu_seqlens, lse_compressed, dq),
-        *(kernel_size, kernel_stride, *last, delta_compressed, of_compressed),
+        *(kernel_size, kernel_stride, *last, delta_compressed, of_compressed, q_start),
     )
     return dq, dk, dv, dck, dcv, dgate
 
@@ -144,22 +146,23 @@ def branches_forward(
     window_size: int,
     softmax_scale: float,
     dispatcher: str = "",
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(o, lse of the compressed branch, of the selected one, of the sliding one, topk_idx).
 
     gate has no part in them, but in their gradients: see `branches_backward`.
     """
     windows = (cu_seqlens, window_cu_seqlens, kernel_size, kernel_stride)
-    o_compressed, lse_compressed = compressed_attention_forward(
-        q, ck, cv, *windows, softmax_scale, dispatcher
-    )
-    selection = (block_size, topk, init_blocks, local_blocks, softmax_scale, dispatcher)
-    topk_idx = block_selection_forward(q, ck, lse_compressed, *windows, *selection)
+    last, chunk = (softmax_scale, dispatcher), (cu_seqlens_k, q_start)
+    o_compressed, lse_compressed = compressed_attention_forward(q, ck, cv, *windows, *last, q_start)
+    selection = (block_size, topk, init_blocks, local_blocks)
+    topk_idx = block_selection_forward(q, ck, lse_compressed, *windows, *selection, *last, q_start)
     o_selected, lse_selected = selected_attention_forward(
-        q, k, v, topk_idx, cu_seqlens, block_size, softmax_scale, dispatcher
+        q, k, v, topk_idx, cu_seqlens, block_size, *last, *chunk
     )
     o_sliding, lse_sliding = sliding_window_attention_forward(
-        q, k, v, cu_seqlens, window_size, softmax_scale, dispatcher
+        q, k, v, cu_seqlens, window_size, *last, *chunk
     )
     selected, sliding = (o_selected, lse_selected), (o_sliding, lse_sliding)
     return o_compressed, lse_compressed, *selected, *sliding, topk_idx

@@ -24,6 +24,7 @@ from nsagen.ops._launch import (
     attention_outputs,
     attention_sizes,
     key_of,
+    refuse_chunk,
     scale_of,
 )
 from nsagen.ops._op import define_op
@@ -67,8 +68,7 @@ def topk_sparse_attention(
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
-        o [N, HQ, Dv]; 0 where nothing is selected. Differentiable in q, k and v, unless
-        cu_seqlens_k or q_start is given.
+        o [N, HQ, Dv]; 0 where nothing is selected. Differentiable in q, k and v.
 
     Raises:
         InvalidInputError: a tensor breaks the contract above.
@@ -96,19 +96,14 @@ def _check(call: Any) -> None:
         fail(_OP, "block_size must be positive", call.block_size, "64 or 128 are usual")
 
 
-def _refuse_chunk(cu_seqlens_k: Tensor | None, q_start: Tensor | None) -> None:
-    if cu_seqlens_k is not None or q_start is not None:
-        rule = "gradients need every query of a sequence, from position 0"
-        fail(_OP, rule, "cu_seqlens_k or q_start", "train on whole sequences")
-
-
 @define_op(
     returns="dq dk dv",
     allocate=attention_gradients,
-    check=_refuse_chunk,
+    check=lambda q, cu_seqlens_k, q_start: refuse_chunk(_OP, q, cu_seqlens_k, q_start),
     kernel="selected_attention backward",
     sizes=attention_sizes,
     launch="do q k v topk_idx cu_seqlens o lse dq dk dv softmax_scale delta gate",
+    optional="cu_seqlens_k q_start",
 )
 def selected_attention_backward(
     do: Tensor,
@@ -134,8 +129,13 @@ def selected_attention_backward(
     """
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        statics = {"block_size": block_size, "softmax_scale": softmax_scale}
-        return reference.selected_attention(q, k, v, topk_idx, cu_seqlens, **statics)[0]
+        return reference.selected_attention(
+            *(q, k, v, topk_idx, cu_seqlens),
+            block_size=block_size,
+            softmax_scale=softmax_scale,
+            cu_seqlens_k=cu_seqlens_k,
+            q_start=q_start,
+        )[0]
 
     dq, dk, dv = reference_gradients(forward, (q, k, v), do)
     return dq, dk, dv

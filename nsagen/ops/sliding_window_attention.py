@@ -53,7 +53,7 @@ def sliding_window_attention(
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
-        o [N, HQ, Dv]. Differentiable in q, k and v, except for chunks.
+        o [N, HQ, Dv]. Differentiable in q, k and v.
 
     Raises:
         InvalidInputError: a tensor breaks the contract above.
@@ -92,10 +92,11 @@ def check_sliding_window(
 @define_op(
     returns="dq dk dv",
     allocate=attention_gradients,
-    check=lambda cu_seqlens_k, q_start: refuse_chunk(_OP, cu_seqlens_k, q_start),
+    check=lambda q, cu_seqlens_k, q_start: refuse_chunk(_OP, q, cu_seqlens_k, q_start),
     kernel="sliding_window_attention backward",
     sizes=attention_sizes,
-    launch="do q k v cu_seqlens o lse dq dk dv softmax_scale",
+    launch="do q k v cu_seqlens o lse dq dk dv softmax_scale None None False",
+    optional="cu_seqlens_k q_start",
     prepare={"do": lambda do: with_contiguous_rows(do)},
 )
 def sliding_window_attention_backward(
@@ -115,8 +116,13 @@ def sliding_window_attention_backward(
     """(dq, dk, dv)."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        statics = {"window_size": window_size, "softmax_scale": softmax_scale}
-        return reference.sliding_window_attention_forward(q, k, v, cu_seqlens, **statics)[0]
+        return reference.sliding_window_attention_forward(
+            *(q, k, v, cu_seqlens),
+            window_size=window_size,
+            softmax_scale=softmax_scale,
+            cu_seqlens_k=cu_seqlens_k,
+            q_start=q_start,
+        )[0]
 
     dq, dk, dv = reference_gradients(forward, (q, k, v), do)
     return dq, dk, dv
@@ -128,6 +134,7 @@ def sliding_window_attention_backward(
     kernel="sliding_window_attention backward",
     sizes=attention_sizes,
     launch="do q k v cu_seqlens None lse dq dk dv softmax_scale delta gate True",
+    optional="cu_seqlens_k q_start",
     prepare={"do": lambda do: with_contiguous_rows(do)},
     mutates="dq dk dv",
 )
@@ -146,6 +153,8 @@ def add_sliding_window_gradients(
     dispatcher: str,
     delta: Tensor,
     gate: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> None:
     """Add a gated branch's gradients to dq, dk and dv, in place; only by kernels.
 

@@ -130,7 +130,7 @@ def test_where_it_is_taken() -> None:
     assert not is_taken(args, keywords, sliding=(args[1].clone(), args[2]))
     assert not is_taken(args, keywords, branches=("compressed", "selected"))
     starts = torch.zeros(4, dtype=torch.int32)
-    assert not is_taken(args, keywords, q_start=starts)
+    assert is_taken(args, keywords, q_start=starts)
     with torch.no_grad():
         assert not is_taken(args, keywords)
 

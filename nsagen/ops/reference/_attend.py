@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from nsagen.ops.reference._checks import first_positions
+
 MAX_SCORES = 1 << 24
 """Most scores (query heads x queries x keys) that are held at once."""
 
 Bounds = tuple[int, int]
 Visible = Callable[..., Tensor]
-"""(tokens [C], keys [T], *, start) -> bool, broadcastable to [HK, C, T].
+"""(tokens [C], keys [T], *, rows) -> bool, broadcastable to [HK, C, T].
 
-Tokens and keys are counted in their sequence; `start` is the sequence's first packed query.
+Tokens and keys are positions in their sequence; `rows` is the slice of packed queries.
 """
 Keys = Callable[[int, int], Bounds]
 """(first, last + 1) token of a chunk -> (first, last + 1) key that any of them may see."""
@@ -114,7 +116,7 @@ def packed_attention(
     """
     wide_q, wide_k, wide_v = upcast(q, k, v)
     outputs, lses = [], []
-    positions = [0] * len(query_bounds) if q_start is None else q_start.tolist() or [0]
+    positions = first_positions(q_start, query_bounds)
     for (start, end), (key_start, key_end), position in zip(
         query_bounds, key_bounds, positions, strict=True
     ):
@@ -123,9 +125,10 @@ def packed_attention(
             first, last = keys(position + lo, position + hi)
             last = min(last, key_end - key_start)
             first = max(0, min(first, last))
+            rows = slice(start + lo, start + hi)
             piece = functools.partial(
                 _attend_chunk,
-                visible=functools.partial(visible, start=start),
+                visible=functools.partial(visible, rows=rows),
                 tokens=torch.arange(position + lo, position + hi, device=q.device),
                 keys=torch.arange(first, last, device=q.device),
                 scale=scale,
@@ -136,7 +139,7 @@ def packed_attention(
                     checkpoint, piece, use_reentrant=False, preserve_rng_state=False
                 )
             columns = slice(key_start + first, key_start + last)
-            o, lse = piece(wide_q[start + lo : start + hi], wide_k[columns], wide_v[columns])
+            o, lse = piece(wide_q[rows], wide_k[columns], wide_v[columns])
             outputs.append(o.to(q.dtype))
             lses.append(lse)
     return torch.cat(outputs).contiguous(), torch.cat(lses).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -55,3 +56,8 @@ def sequence_bounds(
             f"{total}; got {ends}; pass the running sum of the sequence lengths, 0 first"
         )
     return list(itertools.pairwise(ends)) or [(0, 0)]
+
+
+def first_positions(q_start: Tensor | None, bounds: Sequence[tuple[int, int]]) -> list[int]:
+    """The position of each sequence's first query; bounds are those of `sequence_bounds`."""
+    return [0] * len(bounds) if q_start is None else q_start.tolist() or [0]

@@ -14,7 +14,12 @@ from torch.nn import functional
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.ops.reference._attend import chunks, scale_of, scores_of, upcast
-from nsagen.ops.reference._checks import check_heads, check_windows, sequence_bounds
+from nsagen.ops.reference._checks import (
+    check_heads,
+    check_windows,
+    first_positions,
+    sequence_bounds,
+)
 from nsagen.ops.reference._pages import first_entries
 
 
@@ -297,7 +302,7 @@ def block_selection(
     key_bounds = sequence_bounds("block_selection", cu_seqlens_k, k.shape[0], spare=True)
     scale = scale_of(softmax_scale, q.shape[-1])
     q, k = upcast(q, k)
-    firsts = [0] * len(query_bounds) if q_start is None else q_start.tolist()
+    firsts = first_positions(q_start, query_bounds)
     selected = []
     for (start, end), (key_start, key_end), first in zip(
         query_bounds, key_bounds, firsts, strict=True
@@ -412,7 +417,7 @@ def compressed_lse(
     key_bounds = sequence_bounds(where, cu_seqlens_k, k.shape[0], spare=True)
     scale = scale_of(softmax_scale, q.shape[-1])
     q, k = upcast(q, k)
-    firsts = [0] * len(query_bounds) if q_start is None else q_start.tolist()
+    firsts = first_positions(q_start, query_bounds)
     found = []
     for (start, end), (key_start, key_end), first in zip(
         query_bounds, key_bounds, firsts, strict=True

@@ -47,7 +47,7 @@ def compressed_attention_forward(
     def keys(first: int, end: int) -> Bounds:
         return 0, max(0, (end - kernel_size) // kernel_stride + 1)
 
-    def visible(tokens: Tensor, windows: Tensor, *, start: int) -> Tensor:
+    def visible(tokens: Tensor, windows: Tensor, *, rows: slice) -> Tensor:
         return windows * kernel_stride + kernel_size - 1 <= tokens.unsqueeze(-1)
 
     return packed_attention(

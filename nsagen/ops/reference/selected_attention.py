@@ -71,20 +71,18 @@ def selected_attention(
     key_bounds = bounds
     if cu_seqlens_k is not None:
         key_bounds = sequence_bounds(where, cu_seqlens_k, k.shape[0])
-    shifts = [0] * len(bounds) if q_start is None else q_start.tolist()
-    shift_at = {start: n for (start, end), n in zip(bounds, shifts, strict=True) if start < end}
-    longest = max(shifts, default=0)
 
     def keys(first: int, end: int) -> Bounds:
-        return 0, end + longest
+        return 0, end
 
-    def visible(tokens: Tensor, keys: Tensor, *, start: int) -> Tensor:
-        rows = topk_idx[:, start + tokens]
-        position = tokens + shift_at.get(start, 0)
-        return selected_tokens(rows, keys, block_size) & (keys <= position.unsqueeze(-1))
+    def visible(tokens: Tensor, keys: Tensor, *, rows: slice) -> Tensor:
+        chosen = selected_tokens(topk_idx[:, rows], keys, block_size)
+        return chosen & (keys <= tokens.unsqueeze(-1))
 
     scale = scale_of(softmax_scale, q.shape[-1])
-    return packed_attention(q, k, v, bounds, key_bounds, keys=keys, visible=visible, scale=scale)
+    return packed_attention(
+        q, k, v, bounds, key_bounds, keys=keys, visible=visible, scale=scale, q_start=q_start
+    )
 
 
 def topk_sparse_attention(

@@ -52,7 +52,7 @@ def sliding_window_attention_forward(
     def keys(first: int, end: int) -> Bounds:
         return first - window_size + 1, end
 
-    def visible(tokens: Tensor, keys: Tensor, *, start: int) -> Tensor:
+    def visible(tokens: Tensor, keys: Tensor, *, rows: slice) -> Tensor:
         ages = tokens.unsqueeze(-1) - keys
         return (ages >= 0) & (ages < window_size)
 
