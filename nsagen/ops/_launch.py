@@ -122,7 +122,7 @@ def no_backward(op: str, x: Tensor) -> UnsupportedWorkloadError:
 
 
 def refuse_chunk(op: str, q: Tensor, *given: Tensor | None) -> None:
-    """Raise the error of a backward kernel that got a chunk of a longer prompt; CPUs take chunks."""
+    """Raise the error of a backward kernel that got a chunk; the reference takes them."""
     if on_kernels(q) and any(tensor is not None for tensor in given):
         raise UnsupportedWorkloadError(
             f"{op}: gradients need whole sequences; got q_start or cu_seqlens_k, which serve "

@@ -67,7 +67,8 @@ def compressed_attention(
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
-        o [N, HQ, Dv], 0 where a query sees no window; differentiable in q, k and v. And topk_idx int32 [HK, N, topk]: ascending block indices, then -1.
+        o [N, HQ, Dv], 0 where a query sees no window; differentiable in q, k and v. And topk_idx
+        int32 [HK, N, topk]: ascending block indices, then -1.
 
     Raises:
         InvalidInputError: a tensor or parameter breaks the contract above.
