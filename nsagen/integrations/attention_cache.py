@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from nsagen.integrations.attention_layout import Layout, ends_of
+from nsagen.integrations.attention_layout import Layout
+from nsagen.integrations.block_attention import with_windows
 from nsagen.model.forms import Form
 
 LAYER = "nsagen_layer"
 """The name under which `give_cache` hands an attention module its layer of the cache."""
-
-GROWTH = 1.5
-"""Kept windows grow by half, so that a token costs few copies."""
 
 
 class _Windows:
@@ -132,60 +130,3 @@ def remember_cache(module: Any) -> None:
     hooks = module._forward_pre_hooks.values()
     if give_cache not in hooks and not torch.compiler.is_compiling():
         module.register_forward_pre_hook(give_cache, with_kwargs=True)
-
-
-def with_windows(
-    form: Form, keys: Tensor, layout: Layout, old: Tensor | None, counts: tuple[int, ...]
-) -> tuple[Tensor, tuple[int, ...]]:
-    """The windows of each row, the first `counts` of which are in `old`.
-
-    Returns:
-        [B, HK, M, D] with room for more, and how many of each row are right.
-    """
-    batch, heads, _, dim = keys.shape
-    lengths = dict(zip(layout.rows, layout.key_lengths, strict=True))
-    # A row without new tokens keeps what it has.
-    needed = tuple(form.windows(lengths[b]) if b in lengths else counts[b] for b in range(batch))
-    room = max(1, *needed)  # an op takes no empty tensor
-    kept = old
-    if old is not None and old.is_inference() and not torch.is_inference_mode_enabled():
-        kept = old = old.clone()
-    if old is None or old.shape[2] < room or old.dtype != keys.dtype:
-        kept = keys.new_zeros(batch, heads, int(room * GROWTH) if old is not None else room, dim)
-        if old is not None:
-            kept[:, :, : old.shape[2]] = old
-    assert kept is not None
-    if layout.key_index is None:
-        first = counts[0]
-        if needed[0] > first:
-            kept[:, :, first : needed[0]] = _means(form, keys[:, :, : layout.keys], first)
-        return kept, needed
-    pieces = layout.key_index.split(layout.key_lengths)
-    for row, piece in zip(layout.rows, pieces, strict=True):
-        first = counts[row]
-        if needed[row] > first:
-            slots = piece[first * form.kernel_stride :] - row * layout.keys
-            new = _means(form, keys[row : row + 1].index_select(2, slots), 0)
-            kept[row, :, first : needed[row]] = new[0]
-    return kept, needed
-
-
-def _means(form: Form, keys: Tensor, first: int) -> Tensor:
-    """[B, HK, M, D] of the windows from number `first` on, in float32 and back."""
-    tokens = keys[:, :, first * form.kernel_stride :].detach()
-    return tokens.unfold(2, form.kernel_size, form.kernel_stride).float().mean(-1).to(keys.dtype)
-
-
-def packed_windows(kept: Tensor, counts: tuple[int, ...], layout: Layout) -> tuple[Tensor, Tensor]:
-    """Windows as `select` takes them: [M, HK, D], or [M, B * HK, D] where merged, and their ends.
-
-    Args:
-        kept: [B, HK, M, D].
-        counts: windows of each row.
-    """
-    if layout.merged:
-        merged = kept[:, :, : counts[0]].flatten(0, 1).transpose(0, 1)
-        return merged, ends_of(counts[:1], layout.device)
-    rows = [kept[row, :, : counts[row]].transpose(0, 1) for row in layout.rows]
-    packed = torch.cat(rows) if rows else kept.new_zeros(0, *kept.shape[1::2])
-    return packed, ends_of([counts[row] for row in layout.rows], layout.device)

@@ -1,20 +1,19 @@
 """Where the tokens of a batch belong that comes through Transformers' attention interface.
 
 Such a batch has queries [B, H, S, D] and keys [B, H, T, D], the last S of which are the queries'
-own. `mask_of` reduces what Transformers says of padding and packed documents to one number a key,
-and `layout_of` makes sequences of it, counted from each one's first token: padding takes no part.
+own. `attention_mask.mask_of` reduces what Transformers says of padding and packed documents to one
+number a key, and `layout_of` makes sequences of it, counted from each one's first token: padding
+takes no part. Needs PyTorch alone: exported packages have it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from nsagen.core.errors import InvalidInputError
 
@@ -22,94 +21,44 @@ UNFILLED = -1
 """What a mask has for the part of a static cache that no token fills; 0 is padding."""
 
 
+IGNORED = {
+    "position_ids",  # the model's rope, and the mask, have used them
+    "position_embeddings",
+    "use_cache",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "num_items_in_batch",
+    "cache_position",
+    "logits_to_keep",
+    "sliding_window",  # None here: layers with a window stay dense
+    "is_causal",  # not False here
+    "max_length_q",
+    "max_length_k",
+}
+"""What models hand on that changes nothing for a layer. All else that is given is refused."""
+
+
 def refuse(what: str, rule: str, came: str, advice: str) -> NoReturn:
     """Raise InvalidInputError about what a model was given."""
     raise InvalidInputError(f"nsagen attention: {what}: {rule}; got {came}; {advice}")
 
 
-def mask_of(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    device: Any = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """What the layers of a call get as their mask.
-
-    Returns:
-        int32 [B, T]: 0 for padding, `UNFILLED`, else the number of the token's document in its
-        row, from 1; None if each row is one sequence without padding. For layers that attend
-        within a window: SDPA's own mask.
-
-    Raises:
-        InvalidInputError: a token would see later ones, or not all earlier ones of its document.
-    """
-    if local_size is not None:
-        return sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            mask_function=mask_function,
-            attention_mask=attention_mask,
-            local_size=local_size,
-            device=device,
-            **kwargs,
-        )
-    if kwargs.get("use_vmap"):
-        came, advice = "a mask function", "use sdpa for this model"
-        refuse("the model", "must add nothing to the causal mask", came, advice)
-    static = isinstance(q_offset, Tensor) or q_offset + q_length < kv_length
-    documents = None
-    if mask_function is not causal_mask_function:
-        documents = _documents(mask_function, batch_size, q_length, q_offset, device)
-    if attention_mask is None and documents is None and not static:
-        return None
-    real = torch.ones(batch_size, kv_length, dtype=torch.int32, device=device)
-    if attention_mask is not None:
-        given = attention_mask[:, :kv_length].to(torch.int32)
-        if not static and given.shape[1] < kv_length:
-            rule, came = f"must cover all {kv_length} tokens", f"{given.shape[1]}"
-            refuse("attention_mask", rule, came, "add the tokens that the cache holds")
-        real[:, : given.shape[1]] = given
-    if documents is not None:
-        real = real * documents
-    if static:
-        slots = torch.arange(kv_length, device=device)
-        real = real.masked_fill(slots >= q_offset + q_length, UNFILLED)
-    elif documents is None and bool(real.all()):
-        return None
-    return real
-
-
-def _documents(
-    mask_function: Callable[..., Any], batch: int, tokens: int, offset: Any, device: Any
-) -> Tensor | None:
-    """int32 [B, S], the number of each token's document; None if each row is one.
-
-    Transformers composes the mask of a call from functions of (row, head, query, key). Those of
-    packed documents end between two neighbours of which the later does not see the earlier.
-    """
-    rows = torch.arange(batch, device=device)[:, None]
-    queries = (torch.arange(tokens, device=device) + offset)[None]
-    head = torch.zeros_like(queries)
-    if tokens > 1:
-        ahead = mask_function(rows, head[:, 1:], queries[:, :-1], queries[:, 1:])
-        if bool(torch.as_tensor(ahead).any()):
-            came, advice = "tokens that see later ones", "use sdpa for this model or input"
-            refuse("the mask", "must be causal", came, advice)
-    same = torch.as_tensor(mask_function(rows, head[:, 1:], queries[:, 1:], queries[:, :-1]))
-    same = same.expand(batch, tokens - 1)
-    if bool(same.all()):
-        return None
-    first = torch.ones(batch, 1, dtype=torch.int32, device=same.device)
-    return torch.cat([first, (~same).to(torch.int32)], 1).cumsum(1, dtype=torch.int32)
+def check_inputs(dropout: float, kwargs: dict[str, Any]) -> None:
+    """Refuse what would change attention."""
+    if dropout:
+        rule = "must be 0 in training: no weights of attention are dropped"
+        refuse("config.attention_dropout", rule, str(dropout), "set it to 0")
+    if kwargs.get("output_attentions"):
+        rule = "must not be True: the weights are never formed"
+        refuse("output_attentions", rule, "True", "leave it out, or use eager attention")
+    if kwargs.get("is_causal") is False:
+        refuse("is_causal", "must not be False", "False", "use sdpa")
+    known = IGNORED | {"cu_seq_lens_q", "cu_seq_lens_k", "output_attentions"}
+    strange = [n for n, v in kwargs.items() if n not in known and v is not None and v is not False]
+    if strange:
+        advice = "leave it out, or use another implementation of attention"
+        refuse("inputs", "must not change attention", ", ".join(strange), advice)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,9 @@ from torch import Tensor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as m3
 
-from nsagen.integrations.attention_interface import (
-    IMPLEMENTATION,
-    LOSSES,
-    chosen,
-    dense,
-)
+from nsagen.integrations.attention_interface import IMPLEMENTATION, LOSSES
 from nsagen.integrations.attention_layout import Layout, refuse
+from nsagen.integrations.block_attention import chosen, dense
 from nsagen.model.checks import require
 from nsagen.model.forms import check_package, dispatcher_of
 from nsagen.ops import block_selection, block_selection_decode, index_loss

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsagen import load
 from nsagen.model.checks import require
 from nsagen.ops import block_selection, block_selection_decode, compressed_lse
-from nsagen.runtime import Dispatcher
+from nsagen.runtime import Dispatcher, load
 
 FORMS: dict[str, dict[str, Any]] = {
     "infllm_v2": {

@@ -19,7 +19,7 @@ from transformers import DynamicCache  # noqa: E402
 import nsagen.integrations.transformers  # noqa: E402
 from nsagen import ops  # noqa: E402
 from nsagen.core.errors import InvalidInputError  # noqa: E402
-from nsagen.integrations import attention_cache, attention_interface  # noqa: E402
+from nsagen.integrations import block_attention  # noqa: E402
 from nsagen.integrations.attention_layout import Layout  # noqa: E402
 from nsagen.model import forms  # noqa: E402
 from nsagen.ops.compress import compress  # noqa: E402
@@ -216,13 +216,13 @@ class TestCaches:
     def test_means_of_keys_are_on_the_caches_layers_and_made_once(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        made, means = [], attention_cache._means
+        made, means = [], block_attention._means
 
         def counted(*args: Any) -> Tensor:
             made.append(means(*args))
             return made[-1]
 
-        monkeypatch.setattr(attention_cache, "_means", counted)
+        monkeypatch.setattr(block_attention, "_means", counted)
         model, ids, cache = sparse("Llama", INFLLM), tokens(1, 100), DynamicCache()
         model(ids[:, :60], past_key_values=cache)
         before = {name: id(value) for name, value in vars(model.model.layers[0].self_attn).items()}
@@ -439,10 +439,10 @@ class TestPackages:
     ) -> None:
         """In a prompt, in chunks and in steps; on a CPU it changes nothing."""
         given, ids = [], tokens(1, 80)
-        for home in (attention_interface, forms):
+        for home in (block_attention, forms):
             for name in vars(ops).keys() & vars(home).keys() - {"reference"}:
                 monkeypatch.setattr(home, name, noting(getattr(home, name), given))
-        monkeypatch.setattr(attention_interface, "compress", noting(compress, given))
+        monkeypatch.setattr(block_attention, "compress", noting(compress, given))
         for form in (INFLLM, {**MOBA, "dense_decode": False}):
             plain, named = sparse("Llama", form), sparse("Llama", form, package="tiny")
             cache = DynamicCache()
