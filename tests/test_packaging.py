@@ -28,7 +28,8 @@ def test_resources_are_found_beside_the_package() -> None:
 
 def test_the_lowest_releases_are_those_that_pyproject_allows() -> None:
     """`make test-lowest` installs lowest.txt."""
-    dependencies = PROJECT["project"]["dependencies"]
+    project = PROJECT["project"]
+    dependencies = (*project["dependencies"], *project["optional-dependencies"]["tune"])
     bounds = {text.partition(";")[0].replace(">=", "==").strip() for text in dependencies}
     lines = (ROOT / "lowest.txt").read_text().splitlines()
     assert {line for line in lines if line and not line.startswith("#")} == bounds

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nsagen.core.errors import InvalidInputError
+from nsagen.core.installed import require_extra
 
 app = typer.Typer(
     help="Measure kernels on this GPU against dense attention and the GPU's limits.",
@@ -86,14 +86,10 @@ def decode(
 @app.command(epilog="Example: nsagen bench plot benchmarks/results/nvidia-h200/prefill.json")
 def plot(results: Annotated[Path, typer.Argument(help="A benchmark's JSON file.")]) -> None:
     """Plot results as a PNG beside the JSON file."""
+    require_extra("bench plot", "plot", "matplotlib")
     from nsagen.bench.plot import plot as draw
 
-    try:
-        print(draw(results))
-    except ImportError as error:
-        raise InvalidInputError(
-            f"bench plot: needs matplotlib; got {error}; run: pip install 'nsagen[plot]'"
-        ) from None
+    print(draw(results))
 
 
 def _run(

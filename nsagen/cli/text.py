@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.installed import require_extra
 from nsagen.model.requests import check_stop_tokens
 
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -103,13 +104,9 @@ def checkpoint_tokenizer(folder: Path) -> Tokenizer:
             f"{path}: generate needs the checkpoint's tokenizer.json; it is missing; fetch it, "
             "or save it with Transformers' tokenizer.save_pretrained"
         )
-    try:
-        from tokenizers import Tokenizer as Fast
-    except ImportError:
-        raise InvalidInputError(
-            "generate: reading tokenizer.json needs the package tokenizers; it is missing; "
-            "run: pip install 'nsagen[transformers]'"
-        ) from None
+    require_extra("generate", "transformers", "tokenizers")
+    from tokenizers import Tokenizer as Fast
+
     try:
         fast = Fast.from_file(str(path))
     except Exception as error:

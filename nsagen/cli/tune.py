@@ -13,6 +13,7 @@ from typing import Annotated, get_args
 import typer
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.installed import require_extra
 
 EXAMPLE = "Example: nsagen tune llama8b --op selected_attention --time 10m"
 
@@ -92,6 +93,7 @@ def tune(
     Stop it at any time: the same command resumes. On several GPUs, run it once per GPU
     (CUDA_VISIBLE_DEVICES=0, 1, ...) with the same --study.
     """
+    require_extra("tune", "tune", "optuna", "scipy")
     _check_choices(objective, sampler, target)
     from nsagen.cli.tune_progress import Live, print_result, result_json
     from nsagen.tune import session

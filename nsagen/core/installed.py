@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nsagen.core.errors import InvalidInputError
+
 
 def version_of(distribution: str) -> str | None:
     """The version of a distribution; None if it is not installed."""
@@ -20,6 +22,20 @@ def version_of(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def require_extra(where: str, extra: str, *modules: str) -> None:
+    """Refuse to go on without the packages of one of nsagen's extras.
+
+    Raises:
+        InvalidInputError: one of the modules is not installed; the text has the command to run.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InvalidInputError(
+            f"{where}: needs {' and '.join(modules)}; got no {' and no '.join(missing)}; "
+            f"run: pip install 'nsagen[{extra}]'"
+        )
 
 
 def triton_version() -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import math
 from collections import Counter
 from pathlib import Path
@@ -12,8 +11,8 @@ import optuna
 from optuna.importance import get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from nsagen.core.errors import TuneError
 from nsagen.core.files import replace_file
+from nsagen.core.installed import require_extra
 from nsagen.records.record import TuningRecord
 from nsagen.reports.page import check_free, page
 from nsagen.tune.session import Result
@@ -23,13 +22,9 @@ def check_report(path: Path) -> None:
     """Refuse a page that could not be written after the search; call it before.
 
     Raises:
-        TuneError: plotly is missing.
-        InvalidInputError: a file exists that is not a page of nsagen.
+        InvalidInputError: plotly is missing, or a file exists that is not a page of nsagen.
     """
-    if importlib.util.find_spec("plotly") is None:
-        raise TuneError(
-            "tune: --report needs plotly, which is not installed; pip install 'nsagen[plot]'"
-        )
+    require_extra("tune --report", "plot", "plotly")
     check_free(path, "choose another --out")
 
 
@@ -37,7 +32,7 @@ def write_report(path: Path, result: Result) -> None:
     """Write the page: history, importance, slices, parallel coordinates, default, failures.
 
     Raises:
-        TuneError, InvalidInputError: as `check_report`.
+        InvalidInputError: as `check_report`.
     """
     check_report(path)
     from plotly.offline import get_plotlyjs

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import triton
 
+from nsagen.cli.app import main
 from nsagen.core import installed
 
 
@@ -79,3 +80,34 @@ def test_a_tool_that_hangs_is_ended_with_all_that_it_started(
     while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        ("tune tiny", "scipy", "tune"),
+        ("tune tiny --report --objective static", "plotly", "plot"),
+        ("bench plot results.json", "matplotlib", "plot"),
+        ("generate --model folder --prompt text", "tokenizers", "transformers"),
+    ],
+)
+def test_a_command_names_the_extra_that_it_needs(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    command: str,
+    missing: str,
+    extra: str,
+) -> None:
+    find = installed.importlib.util.find_spec
+    monkeypatch.setattr(
+        installed.importlib.util, "find_spec", lambda name: None if name == missing else find(name)
+    )
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "tokenizer.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(command.split())
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"got no {missing}; run: pip install 'nsagen[{extra}]'" in said
