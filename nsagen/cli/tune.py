@@ -52,7 +52,13 @@ def tune(
     trials: Annotated[
         int, typer.Option(min=1, help="Schedules to try per workload and size.")
     ] = 200,
-    time: Annotated[str, typer.Option(help="Total time: 90s, 10m or 1h, divided evenly.")] = "",
+    time: Annotated[
+        str,
+        typer.Option(
+            help="Total time: 90s, 10m or 1h, divided evenly; default: no limit, or 2m with "
+            "--objective static."
+        ),
+    ] = "",
     study: Annotated[
         str | None, typer.Option(help="URL of the studies' storage; default: a local file.")
     ] = None,
@@ -106,7 +112,7 @@ def tune(
     settings = Settings(
         objective=objective,  # type: ignore[arg-type]  # checked above
         budget=Budget(trials=trials),
-        seconds=seconds_of(time),
+        seconds=seconds_of(time or ("2m" if objective == "static" else "")),
         ahead=1 if simulate else EACH_AHEAD * cores,
         sampler=sampler,
         seed=seed,

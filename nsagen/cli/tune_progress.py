@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -102,10 +104,25 @@ def print_result(result: Result) -> None:
         out.print(table)
     for line in result.notes:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in result.failures:
+    for line in _failures(result.failures):
         print(f"nsagen: tune: {line}", file=sys.stderr)
     for path in result.files:
         out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+SHOWN_FAILURES = 3
+"""Tasks named for each reason; --json has all."""
+
+
+def _failures(lines: Sequence[str]) -> Iterator[str]:
+    """The lines of `Result.failures`, many of one reason as a count."""
+    of_reason: dict[str, list[str]] = defaultdict(list)
+    for line in lines:
+        of_reason[line.partition(": ")[2]].append(line)
+    for reason, alike in of_reason.items():
+        yield from alike[:SHOWN_FAILURES]
+        if len(alike) > SHOWN_FAILURES:
+            yield f"{len(alike) - SHOWN_FAILURES} more: {reason}"
 
 
 def _row(record: TuningRecord) -> tuple[str, ...]:

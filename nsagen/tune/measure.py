@@ -120,7 +120,8 @@ class GpuMeasurer:
         self._kept: dict[Task, _Opened] = {}
         self._now: _Opened | None = None
         self._launch_s = 5e-4  # duration of the last launches on the host
-        self._take_device()
+        if self.device == "cpu" or torch.cuda.is_available():
+            self._take_device()
 
     def _take_device(self) -> None:
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
@@ -133,7 +134,9 @@ class GpuMeasurer:
         return any(word in str(error) for word in _BROKEN)
 
     def identify(self) -> dict[str, str]:
-        """What a record says of the device and its software."""
+        """What a record says of the device and its software; nothing where PyTorch sees no GPU."""
+        if not torch.cuda.is_available():
+            return {}
         return {
             "device": device_slug(),
             "name": torch.cuda.get_device_name(),

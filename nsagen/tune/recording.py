@@ -54,11 +54,17 @@ class Recording:
     others: tuple[Schedule, ...] = ()
 
     def true_ms(self, schedule: Schedule) -> float:
-        """The best estimate of a schedule's time; infinite if it fails."""
+        """The best estimate of a schedule's time; infinite if it fails.
+
+        Only the best schedules were timed in turn. The others were slower than those when all were
+        timed once, so a lucky single time does not make one of them faster than the optimum.
+        """
         if schedule in self.refined:
             return self.refined[schedule]
         ms = self.outcomes[schedule].ms
-        return float("inf") if ms is None else ms
+        if ms is None:
+            return float("inf")
+        return max(ms, self.optimum_ms) if self.refined else ms
 
     @property
     def optimum_ms(self) -> float:

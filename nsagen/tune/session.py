@@ -263,7 +263,12 @@ def identify(worker: Worker) -> tuple[Device, dict[str, Any]]:
     """
     reply = worker.ask("identify", limit_s=IDENTIFY_LIMIT_S)
     if reply.reason:
-        raise TuneError(f"tune: the worker must find a GPU; {reply.reason}; see nsagen doctor")
+        raise TuneError(f"tune: the GPU must answer; {reply.reason}; see nsagen doctor")
     facts = reply.value
+    if not facts:
+        raise TuneError(
+            "tune: times are measured on a GPU; PyTorch sees none here; run it where one is, or "
+            "add --objective static to rank schedules by what the compiler says of them"
+        )
     target = parse_target(facts["target"])
     return Device(facts["device"], target, facts["driver"], facts["triton"]), facts

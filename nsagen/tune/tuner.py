@@ -144,7 +144,9 @@ class Tuner:
         while self._waiting and self._searching() < self._width:
             number, task = self._waiting.popleft()
             if self._end is not None and time.monotonic() > self._end and self.studies:
-                self._failures.append(f"{task}: not begun; the time is up")
+                self._failures.append(
+                    f"{task}: not begun; the time is up; the same command goes on from here"
+                )
                 continue
             candidates = self._evaluator.candidates(task)
             search = Search(

@@ -204,6 +204,7 @@ def test_shipped_recordings_are_whole_and_honest(path: Path) -> None:
     if recording.synthetic:  # on a GPU nothing need fail
         assert {o.ok for o in recording.outcomes.values()} == {True, False}
     assert min(recording.refined.values()) == recording.optimum_ms
+    assert min(map(recording.true_ms, recording.outcomes)) == recording.optimum_ms
     head = json.loads(gzip.decompress(path.read_bytes()).splitlines()[0])
     assert head["format"] == 1
 
