@@ -44,7 +44,7 @@ def test_without_a_gpu_it_says_what_to_do() -> None:
         def ask(self, *_: Any, **__: Any) -> Reply:
             return Reply({})  # what the measuring process answers where PyTorch sees no GPU
 
-    with pytest.raises(TuneError, match="PyTorch sees none here; .* --objective static"):
+    with pytest.raises(TuneError, match=r"PyTorch sees none here; .* --objective static"):
         session.identify(Worker())  # type: ignore[arg-type]
 
 
