@@ -1,4 +1,4 @@
-"""Benchmarks that users can rerun: `nsagen bench`, or `python -m nsagen.bench.<name>`.
+"""Benchmarks that users can rerun: `nsagen bench`.
 
 Measuring here needs only torch and triton; plots need matplotlib.
 """

@@ -1,15 +1,13 @@
 """Decoding: attention beside dense attention on the same cache, a step's layers, and whole steps.
 
-nsagen bench decode --batch 1 --batch 32 --context 32768
+nsagen bench decode --batch 1,32 --context 32768
 
 GPU work is timed as a replayed CUDA graph with a cold L2 cache. Floors are the bytes that must be
-read, at the rate of a large copy in the same run. Without pydantic and optuna:
-python -m nsagen.bench.decode
+read, at the rate of a large copy in the same run.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import itertools
@@ -37,9 +35,8 @@ from nsagen.bench.measure import (
     host_milliseconds,
     measure_ceilings,
     milliseconds,
-    require_gpu,
 )
-from nsagen.bench.results import table_text, write_results
+from nsagen.bench.results import write_results
 from nsagen.model import InferenceConfig, SamplingConfig, ToyNSALlama, ToyNSALlamaConfig
 from nsagen.model.step import DecodeStep, Row
 from nsagen.ops import LINEAR_DECODE_ROWS
@@ -256,24 +253,3 @@ def save(rows: Sequence[dict[str, Any]], folder: Path | None = None) -> Path:
     if importlib.util.find_spec("matplotlib"):
         plot.plot(path)
     return path
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """`python -m nsagen.bench.decode`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--batch", type=int, action="append", help=f"sequences; may be given again; {BATCHES}")
-    add("--context", type=int, action="append", help=f"tokens; may be given again; {CONTEXTS}")
-    add("--attention-only", action="store_true", help="leave out the layers and the whole step")
-    args = parser.parse_args(arguments)
-    check_free()
-    require_gpu("decode")
-    rows = run(plan_of(args.batch, args.context, args.attention_only))
-    print(f"written to {save(rows)}")
-    print(table_text(rows, COLUMNS))
-
-
-if __name__ == "__main__":
-    main()

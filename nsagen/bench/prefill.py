@@ -1,6 +1,6 @@
 """Forward pass over one long sequence: each op, the whole attention, and dense attention.
 
-nsagen bench prefill --seqlens 8192 32768 65536
+nsagen bench prefill --seqlens 8192,32768,65536
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from nsagen import ops
 from nsagen.core.branches import BRANCHES
+from nsagen.core.errors import InvalidInputError
 from nsagen.core.workload import STATIC_PARAMS, Workload
 from nsagen.ops.branch_attention import attend_branches
 from nsagen.ops.layout import compressed_cu_seqlens
@@ -145,10 +148,57 @@ class Inputs:
         )
 
 
-def parse_changes(changes: list[str]) -> dict[str, Any]:
+def shape_of(spec: str | None = None, changes: Sequence[str] = ()) -> Shape:
+    """The attention to measure.
+
+    Args:
+        spec: a spec's path or name: its first shape that agrees with `changes`; None: `Shape`'s
+            defaults with the changes made.
+        changes: such as "topk=8" and "dtype=float16".
+
+    Raises:
+        SpecError: no such spec, or it is invalid.
+        InvalidInputError: a change is not NAME=VALUE of `Shape`, the spec has no such shape, or it
+            is of another member of the family than NSA.
+    """
+    values = _parse(changes)
+    if spec is None:
+        return Shape(**values)
+    from nsagen.spec import load_spec  # what measuring does not need
+
+    heads = {"kv_heads": values.pop("kv_heads")} if "kv_heads" in values else {}
+    found = load_spec(spec)
+    names = {f.name for f in fields(Shape)}
+    for shape in found.shapes:
+        if shape.family_keys:
+            keys = ", ".join(f"{key} {getattr(shape, key)}" for key in shape.family_keys)
+            raise InvalidInputError(
+                f"bench: {found.name} must be Native Sparse Attention; got {keys}; "
+                "its ops are measured by nsagen tune"
+            )
+        own = {name: value for name, value in asdict(shape).items() if name in names}
+        if values.items() <= own.items():
+            own["index_head_dim"] = own["index_head_dim"] or shape.head_dim
+            return replace(Shape(**own), **heads)
+    raise InvalidInputError(
+        f"bench: {found.name} must have a shape with {', '.join(changes)}; it has none; "
+        f"see nsagen inspect {found.name}, or leave the spec out to measure any shape"
+    )
+
+
+def _parse(changes: Sequence[str]) -> dict[str, Any]:
     """`["topk=8", "dtype=float16"]` as keyword arguments of `Shape`."""
+    types = {f.name: type(f.default) for f in fields(Shape)}
     found: dict[str, Any] = {}
     for change in changes:
-        name, _, value = change.partition("=")
-        found[name] = int(value) if value.lstrip("-").isdigit() else value
+        name, sign, value = change.partition("=")
+        kind = types.get(name)
+        good = {int: value.isdecimal(), bool: value in ("true", "false"), str: bool(value)}
+        if not sign or kind is None or not good[kind]:
+            near = difflib.get_close_matches(name, types, 1)
+            raise InvalidInputError(
+                f"bench: --set must be PARAM=VALUE with one of {', '.join(types)}; "
+                f"got {change!r}" + (f"; did you mean {near[0]}?" if near and not kind else "")
+            )
+        found[name] = value == "true" if kind is bool else kind(value)
     return found

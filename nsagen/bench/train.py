@@ -1,6 +1,6 @@
 """Forward and backward pass over one long sequence: each op, all of them, and dense attention.
 
-nsagen bench train --seqlens 8192 32768 65536
+nsagen bench train --seqlens 8192,32768,65536
 """
 
 from __future__ import annotations

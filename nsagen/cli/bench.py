@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from nsagen.cli.options import sizes_of
 from nsagen.core.installed import require_extra
 
 app = typer.Typer(
@@ -15,7 +17,17 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Seqlens = Annotated[list[int] | None, typer.Option("--seqlens", help="Tokens; repeatable.")]
+Spec = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[SPEC]",
+        help="Measure the first shape of this spec that --set agrees with; default: the shape of "
+        "the published comparisons.",
+    ),
+]
+Seqlens = Annotated[
+    str, typer.Option("--seqlens", help="Tokens of a sequence, such as 2048,16384.")
+]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PARAM=VALUE", help="Change the attention, e.g. kv_heads=8."),
@@ -29,9 +41,10 @@ Out = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")]
 
 
-@app.command(epilog="Example: nsagen bench prefill --seqlens 8192 --seqlens 65536")
+@app.command(epilog="Example: nsagen bench prefill llama8b --seqlens 8192,65536")
 def prefill(
-    seqlens: Seqlens = None,
+    spec: Spec = None,
+    seqlens: Seqlens = "",
     changes: Changes = None,
     package: Package = None,
     out: Out = None,
@@ -40,12 +53,13 @@ def prefill(
     """Time the forward pass: each op, the whole attention, and dense attention."""
     from nsagen.bench import prefill as bench
 
-    _run("prefill", bench, seqlens, changes, package, out, as_json)
+    _run("prefill", bench, spec, sizes_of(seqlens), changes, package, out, as_json)
 
 
-@app.command(epilog="Example: nsagen bench train --seqlens 32768 --set topk=8")
+@app.command(epilog="Example: nsagen bench train llama8b --seqlens 32768 --set gqa_ratio=4")
 def train(
-    seqlens: Seqlens = None,
+    spec: Spec = None,
+    seqlens: Seqlens = "",
     changes: Changes = None,
     package: Package = None,
     out: Out = None,
@@ -54,17 +68,15 @@ def train(
     """Time the forward and backward passes, and measure their memory."""
     from nsagen.bench import train as bench
 
-    _run("train", bench, seqlens, changes, package, out, as_json)
+    _run("train", bench, spec, sizes_of(seqlens), changes, package, out, as_json)
 
 
-@app.command(epilog="Example: nsagen bench decode --batch 32 --context 32768")
+@app.command(epilog="Example: nsagen bench decode --batch 1,32 --context 32768")
 def decode(
-    batch: Annotated[
-        list[int] | None, typer.Option("--batch", min=1, help="Sequences; repeatable.")
-    ] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Sequences, such as 1,32.")] = "",
     context: Annotated[
-        list[int] | None, typer.Option("--context", min=1, help="Tokens; repeatable.")
-    ] = None,
+        str, typer.Option("--context", help="Tokens in the cache, such as 4096,131072.")
+    ] = "",
     attention_only: Annotated[
         bool, typer.Option("--attention-only", help="Skip layers and steps of a model.")
     ] = False,
@@ -76,10 +88,11 @@ def decode(
     from nsagen.bench.measure import require_gpu
     from nsagen.cli.console import progress_bar
 
+    plan = bench.plan_of(sizes_of(batch), sizes_of(context), attention_only)
     bench.check_free(out)
     require_gpu("decode")
     with progress_bar("bench decode") as progress:
-        rows = bench.run(bench.plan_of(batch, context, attention_only), progress)
+        rows = bench.run(plan, progress)
     _show(bench.save(rows, out), rows, bench.COLUMNS, as_json)
 
 
@@ -95,7 +108,8 @@ def plot(results: Annotated[Path, typer.Argument(help="A benchmark's JSON file."
 def _run(
     name: str,
     bench: Any,
-    seqlens: list[int] | None,
+    spec: str | None,
+    seqlens: Sequence[int],
     changes: list[str] | None,
     package: str | None,
     out: Path | None,
@@ -104,10 +118,10 @@ def _run(
     import nsagen
     from nsagen.bench.measure import require_gpu
     from nsagen.bench.results import check_free, write_results
-    from nsagen.bench.shape import Shape, parse_changes
+    from nsagen.bench.shape import shape_of
     from nsagen.cli.console import progress_bar
 
-    shape = Shape(**parse_changes(changes or []))
+    shape = shape_of(spec, changes or ())
     check_free(name, out)
     require_gpu(name)
     dispatcher = None if package is None else nsagen.load(package)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from nsagen.core.errors import InvalidInputError
 from nsagen.core.paths import specs_dir, visible
 
 
@@ -34,3 +36,17 @@ SpecNames = Annotated[
 ]
 OutDir = Annotated[Path, typer.Option("--out", help="Folder in which packages are written.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+
+
+def sizes_of(text: str) -> tuple[int, ...]:
+    """The numbers of `2048,16384`.
+
+    Raises:
+        InvalidInputError: one is no positive whole number.
+    """
+    parts = [part for part in re.split(r"[\s,]+", text) if part]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InvalidInputError(
+            f"sizes must be positive whole numbers; got {text!r}; such as 2048,16384"
+        )
+    return tuple(map(int, parts))

@@ -12,6 +12,7 @@ from typing import Annotated, get_args
 
 import typer
 
+from nsagen.cli.options import sizes_of
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.installed import require_extra
 
@@ -201,17 +202,3 @@ def params_of(texts: Sequence[str]) -> dict[str, str]:
                 f"tune: --param must be NAME=VALUE; got {text!r}; such as gqa_ratio=16"
             )
     return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def sizes_of(text: str) -> tuple[int, ...]:
-    """The numbers of `2048,16384`.
-
-    Raises:
-        InvalidInputError: one is no positive whole number.
-    """
-    parts = [part for part in re.split(r"[\s,]+", text) if part]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InvalidInputError(
-            f"tune: sizes must be positive whole numbers; got {text!r}; such as 2048,16384"
-        )
-    return tuple(map(int, parts))

@@ -1,11 +1,15 @@
 """The benchmark's calls compute what they are named for, and its rows are complete."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nsagen.bench import measure, prefill, train
-from nsagen.bench.shape import Inputs, Shape, parse_changes
+from nsagen.bench.shape import Inputs, Shape, shape_of
 from nsagen.cases.base import Cost
+from nsagen.core.errors import InvalidInputError
 from nsagen.core.workload import STATIC_PARAMS
 from nsagen.ops import native_sparse_attention
 
@@ -114,10 +118,31 @@ def test_a_row_that_waits_for_the_host_says_so():
     assert cost.columns(gpu_ms=0.4)["bound"] == "host"
 
 
-def test_changes_are_parsed_as_numbers_and_words():
-    changes = parse_changes(["kv_heads=8", "dtype=float16"])
-    assert changes == {"kv_heads": 8, "dtype": "float16"}
-    assert Shape(**changes).query_heads == 128
+def test_changes_are_numbers_and_words():
+    shape = shape_of(None, ["kv_heads=8", "dtype=float16", "with_pe=true"])
+    assert shape == replace(Shape(), kv_heads=8, dtype="float16", with_pe=True)
+
+
+def test_a_spec_gives_its_first_shape_that_the_changes_agree_with():
+    shape = shape_of("tiny", ["gqa_ratio=2", "dtype=float32", "kv_heads=3"])
+    assert (shape.gqa_ratio, shape.dtype, shape.kv_heads) == (2, "float32", 3)
+    assert (shape.head_dim, shape.kernel_size, shape.window_size) == (32, 8, 32)
+
+
+@pytest.mark.parametrize(
+    ("spec", "change", "said"),
+    [
+        (None, "tokp=8", "did you mean topk?"),
+        (None, "topk", "must be PARAM=VALUE"),
+        (None, "topk=many", "must be PARAM=VALUE"),
+        (None, "with_pe=1", "must be PARAM=VALUE"),
+        ("tiny", "topk=7", "tiny must have a shape with topk=7; it has none"),
+        ("minimax_m3", "topk=16", "must be Native Sparse Attention; got scorer index"),
+    ],
+)
+def test_a_shape_that_cannot_be_measured_is_refused(spec, change, said):
+    with pytest.raises(InvalidInputError, match=re.escape(said)):
+        shape_of(spec, [change])
 
 
 def test_without_a_gpu_a_benchmark_says_so(monkeypatch):

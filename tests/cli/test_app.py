@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from nsagen.cli.app import app, main
 from nsagen.cli.console import print_verification
 from nsagen.codegen.owned import note_files
+from nsagen.core.errors import InvalidInputError
 from nsagen.runtime.user_cache import cache_folder
 from nsagen.spec import json_schema, load_spec
 from tests.one_op import SPEC, one_op
@@ -58,7 +59,8 @@ def test_benchmarks_are_a_group_whose_help_shows_an_example() -> None:
     result = CliRunner().invoke(app, ["bench", "decode", "--help"])
     assert result.exit_code == 0
     assert "Example: nsagen bench decode" in result.output
-    assert CliRunner().invoke(app, ["bench", "decode", "--batch", "0"]).exit_code == 2
+    refused = CliRunner().invoke(app, ["bench", "decode", "--batch", "0"])
+    assert isinstance(refused.exception, InvalidInputError)
 
 
 @pytest.mark.parametrize(
