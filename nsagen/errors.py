@@ -1,9 +1,10 @@
-"""The exceptions of nsagen, where callers import them from; `nsagen` has all but one as well."""
+"""The exceptions of nsagen, where callers import them from; `nsagen` has all but two as well."""
 
 from nsagen.core.errors import (
     BuildError,
     CapacityError,
     InvalidInputError,
+    LostRankError,
     NsagenError,
     SpecError,
     TuneError,
@@ -15,6 +16,7 @@ __all__ = [
     "BuildError",
     "CapacityError",
     "InvalidInputError",
+    "LostRankError",
     "NsagenError",
     "SpecError",
     "TuneError",

@@ -34,3 +34,7 @@ class UnsupportedWorkloadError(NsagenError, LookupError):
 
 class CapacityError(NsagenError, RuntimeError):
     """A cache has no room for a sequence now; it may have when others have ended."""
+
+
+class LostRankError(NsagenError, RuntimeError):
+    """Processes that take part in a distributed job are gone."""

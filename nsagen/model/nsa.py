@@ -165,7 +165,7 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
     def forward(
         self,
         x: Tensor,
-        cu_seqlens: Tensor,
+        cu_seqlens: Tensor | Packed,
         packed: Packed | CachedRows | None = None,
         cache: NSALayerCache | None = None,
     ) -> Tensor:
@@ -173,7 +173,8 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
 
         Args:
             x: [N, hidden_size].
-            cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N.
+            cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N. Or a
+                layout, such as a shard of `nsagen.distributed`.
             packed: the layout, if the caller already has it.
             cache: earlier tokens of the sequences, to which these are added; `packed` then says
                 where. Without gradients.
@@ -189,9 +190,12 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
         assert not isinstance(packed, CachedRows)
         if packed is None:  # called by itself, not by a model that has checked its weights
             require_memory("NativeSparseAttention.forward", self, x)
-            packed = Packed.of(cu_seqlens, x.shape[0])
-        seen = self.branches(self.heads(x), packed, self.rotary_emb.tables(x))
-        return self.o_proj(self.attend(seen, self.gates(x)))
+            if isinstance(cu_seqlens, Packed):
+                packed = cu_seqlens
+            else:
+                packed = Packed.of(cu_seqlens, x.shape[0])
+        tables = self.rotary_emb.tables(x)
+        return self.o_proj(self.attend_packed(self.heads(x), self.gates(x), packed, tables))
 
     def fused(
         self, x: Tensor, rows: CachedRows, cache: NSALayerCache, norm: RMSNorm, residual: Tensor

@@ -148,6 +148,12 @@ class NSAOps(nn.Module):
             ends = lengths.window_cu_seqlens
         return Branches(q, windows, selected, sliding, packed.cu_seqlens, ends)
 
+    def attend_packed(self, heads: Heads, gate: Tensor, packed: Packed, tables: Tables) -> Tensor:
+        """The gated sum of the branches, for whole sequences or a part of them: [N, HQ * Dv]."""
+        if packed.remote is not None:
+            return packed.remote.sparse(self, heads, gate, packed, tables)
+        return self.attend(self.branches(heads, packed, tables), gate)
+
     def append(
         self, heads: Heads, rows: PrefillRows, cache: NSALayerCache, tables: Tables
     ) -> Branches:

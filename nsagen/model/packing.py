@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,18 @@ def to_device(
     return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
+class Remote(Protocol):
+    """Attends to tokens that other processes hold; see `nsagen.distributed`."""
+
+    def sparse(self, module: Any, heads: Any, gate: Tensor, packed: Any, tables: Any) -> Tensor:
+        """`NSAOps.attend` of this process's heads and gates to all tokens: [N, HQ * Dv]."""
+        ...
+
+    def dense(self, attend: Any, q: Tensor, k: Tensor, v: Tensor, packed: Any) -> Tensor:
+        """`SelfAttention`'s of this process's queries, with its own way to attend."""
+        ...
+
+
 @dataclass(frozen=True)
 class Packed:
     """The layout of a packed batch; nothing in it needs the host to know a length.
@@ -32,6 +45,7 @@ class Packed:
         positions: int32 [N], each token's position within its sequence.
         lengths: the sequences' lengths, if the host knows them; dense attention needs them.
         prepared: what the ops of sparse attention need of the lengths.
+        remote: attends where this is only a part of the batch; see `nsagen.distributed`.
     """
 
     cu_seqlens: Tensor
@@ -39,6 +53,7 @@ class Packed:
     positions: Tensor
     lengths: tuple[int, ...] | None = None
     prepared: Lengths | None = None
+    remote: Remote | None = None
 
     @classmethod
     def of(
@@ -97,16 +112,9 @@ def check_packed(
         f"shape {list(input_ids.shape)}",
         "flatten the batch and describe it with cu_seqlens",
     )
-    integers = (torch.int32, torch.int64)
+    check_offsets(where, cu_seqlens)
     require(
-        cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1 and cu_seqlens.dtype in integers,
-        where,
-        "cu_seqlens must be int32 with shape [batch+1]",
-        f"{cu_seqlens.dtype} with shape {list(cu_seqlens.shape)}",
-        "start it with 0 and append the running sum of the lengths",
-    )
-    require(
-        input_ids.dtype in integers,
+        input_ids.dtype in _INTEGERS,
         where,
         "input_ids must be int64",
         str(input_ids.dtype),
@@ -127,7 +135,64 @@ def check_packed(
     return cu_seqlens.to(torch.int32)
 
 
-def host_lengths(where: str, cu_seqlens: Tensor, tokens: int, max_positions: int) -> list[int]:
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def check_offsets(where: str, cu_seqlens: Tensor) -> None:
+    """Check the shape and dtype of cu_seqlens, not its values.
+
+    Raises:
+        InvalidInputError: not a vector of integers.
+    """
+    require(
+        isinstance(cu_seqlens, Tensor)
+        and cu_seqlens.dim() == 1
+        and cu_seqlens.shape[0] >= 1
+        and cu_seqlens.dtype in _INTEGERS,
+        where,
+        "cu_seqlens must be int32 with shape [batch+1]",
+        f"{cu_seqlens.dtype} with shape {list(cu_seqlens.shape)}"
+        if isinstance(cu_seqlens, Tensor)
+        else repr(cu_seqlens),
+        "start it with 0 and append the running sum of the lengths",
+    )
+
+
+def check_layout(where: str, input_ids: Tensor, layout: Packed, max_positions: int) -> None:
+    """Check that a layout, which a caller has made itself, is of these tokens.
+
+    Raises:
+        InvalidInputError: it is of other tokens, on another device, or of a sequence longer than
+            the model has positions.
+    """
+    rows, device = layout.positions.shape[0], layout.positions.device
+    require(
+        isinstance(input_ids, Tensor) and input_ids.shape == (rows,),
+        where,
+        f"input_ids must have shape [{rows}], the tokens of the layout",
+        str(list(getattr(input_ids, "shape", []))),
+        "pass shard.take(input_ids) with a shard",
+    )
+    require(
+        input_ids.device == device,
+        where,
+        "input_ids and the layout must be on one device",
+        f"{input_ids.device} and {device}",
+        "move one of them",
+    )
+    longest = max(layout.lengths or (), default=0)
+    require(
+        longest <= max_positions,
+        where,
+        f"a sequence must have at most max_position_embeddings={max_positions} tokens",
+        str(longest),
+        "shorten it or raise max_position_embeddings",
+    )
+
+
+def host_lengths(
+    where: str, cu_seqlens: Tensor, tokens: int, max_positions: int | None
+) -> list[int]:
     """The lengths of all sequences, read from the device and checked.
 
     Raises:
@@ -142,9 +207,9 @@ def host_lengths(where: str, cu_seqlens: Tensor, tokens: int, max_positions: int
         str(ends[:9]) + (" ..." if len(ends) > 9 else ""),
         "start it with 0 and append the running sum of the lengths",
     )
-    for index, length in enumerate(lengths):
+    for index, length in enumerate(lengths if max_positions is not None else ()):
         require(
-            length <= max_positions,
+            max_positions is None or length <= max_positions,
             f"{where}: sequence {index}",
             f"a sequence must have at most max_position_embeddings={max_positions} tokens",
             str(length),

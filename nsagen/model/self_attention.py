@@ -81,6 +81,8 @@ class SelfAttention(JoinsWeights):
             packed = Packed.of(cu_seqlens, x.shape[0], cu_seqlens.diff().tolist())
         assert packed.lengths is not None
         q, k, v = self._heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), packed.positions)
+        if packed.remote is not None:
+            return self.o_proj(packed.remote.dense(self._attend, q, k, v, packed))
         return self.o_proj(self._attend(q, k, v, packed.lengths, packed.lengths))
 
     def joined_layers(self) -> list[nn.Linear]:

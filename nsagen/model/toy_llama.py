@@ -27,7 +27,7 @@ from nsagen.model.generation import Generation
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.logits import logits_of
 from nsagen.model.memory import require_memory
-from nsagen.model.packing import Packed, check_packed, host_lengths
+from nsagen.model.packing import Packed, check_layout, check_packed, host_lengths
 from nsagen.model.prefill import CachedRows
 from nsagen.model.requests import check_known_tokens
 from nsagen.model.rope import RotaryEmbedding
@@ -161,13 +161,14 @@ class ToyLlama(Pretrained, Generation[KVCache]):
         )
         return cls(dense_config(raw, folder), inference_config)
 
-    def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor | Packed) -> Tensor:
         """Logits of every token of a packed batch.
 
         Args:
             input_ids: int64 [N], all sequences concatenated. On a CPU they are checked to be in
                 the vocabulary; on a GPU only with NSAGEN_CHECK_VALUES=1.
-            cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N.
+            cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N. Or a
+                layout, such as a shard of `nsagen.distributed`.
 
         Returns:
             float32 [N, vocab_size].
@@ -178,10 +179,14 @@ class ToyLlama(Pretrained, Generation[KVCache]):
         """
         require_memory("ToyLlama.forward", self, input_ids)
         limit = self.config.max_position_embeddings
-        ends = check_packed("ToyLlama.forward", input_ids, cu_seqlens, None)
-        lengths = host_lengths("ToyLlama.forward", cu_seqlens, input_ids.shape[0], limit)
+        if isinstance(cu_seqlens, Packed):
+            check_layout("ToyLlama.forward", input_ids, cu_seqlens, limit)
+            packed = cu_seqlens
+        else:
+            ends = check_packed("ToyLlama.forward", input_ids, cu_seqlens, None)
+            lengths = host_lengths("ToyLlama.forward", cu_seqlens, input_ids.shape[0], limit)
+            packed = Packed.of(ends, input_ids.shape[0], lengths)
         check_known_tokens("ToyLlama.forward", input_ids, self.model)
-        packed = Packed.of(ends, input_ids.shape[0], lengths)
         return logits_of(self.model(input_ids, packed), self.lm_head)
 
     def new_cache(self) -> KVCache:

@@ -24,7 +24,7 @@ from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.logits import logits_of
 from nsagen.model.memory import require_memory
 from nsagen.model.nsa import NativeSparseAttention
-from nsagen.model.packing import Packed, check_packed
+from nsagen.model.packing import Packed, check_layout, check_packed
 from nsagen.model.prefill import CachedRows
 from nsagen.model.requests import check_known_tokens
 from nsagen.model.rope import RotaryEmbedding
@@ -162,13 +162,14 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
         for layer in self.model.layers:
             start_from_dense(layer.self_attn, self.config.initializer_range)
 
-    def forward(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, cu_seqlens: Tensor | Packed) -> Tensor:
         """Logits of every token of a packed batch.
 
         Args:
             input_ids: int64 [N], all sequences concatenated. On a CPU they are checked to be in
                 the vocabulary; on a GPU only with NSAGEN_CHECK_VALUES=1.
-            cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N.
+            cu_seqlens: int32 [batch+1], where each sequence starts; the last entry is N. Or a
+                layout, such as a shard of `nsagen.distributed`.
 
         Returns:
             float32 [N, vocab_size].
@@ -179,11 +180,15 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
         """
         require_memory("ToyNSALlama.forward", self, input_ids)
         limit = self.config.max_position_embeddings
-        cu_seqlens = check_packed("ToyNSALlama.forward", input_ids, cu_seqlens, limit)
+        if isinstance(cu_seqlens, Packed):
+            check_layout("ToyNSALlama.forward", input_ids, cu_seqlens, limit)
+            packed = cu_seqlens
+        else:
+            cu_seqlens = check_packed("ToyNSALlama.forward", input_ids, cu_seqlens, limit)
+            config = self.config
+            windows = (config.kernel_size, config.kernel_stride) if config.needs_windows else None
+            packed = Packed.of(cu_seqlens, input_ids.shape[0], windows=windows)
         check_known_tokens("ToyNSALlama.forward", input_ids, self.model)
-        config = self.config
-        windows = (config.kernel_size, config.kernel_stride) if config.needs_windows else None
-        packed = Packed.of(cu_seqlens, input_ids.shape[0], windows=windows)
         return logits_of(self.model(input_ids, packed), self.lm_head)
 
     def new_cache(self) -> NSACache:

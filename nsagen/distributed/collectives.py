@@ -1,0 +1,103 @@
+"""Exchanges between the ranks of a group: functional collectives, started early, awaited late.
+
+Each is started by one call and awaited by another, so that a GPU computes while data move.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nsagen.core.errors import LostRankError
+
+_OPS = torch.ops._c10d_functional
+
+REPORT_SECONDS = 5.0
+"""How long the ranks of a failed job wait for each other's sign of life."""
+
+
+def start_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Begin to gather x of all ranks, one after the other along dimension 0; see `finish`."""
+    with naming_lost_ranks(group):
+        return _OPS.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
+
+
+def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Begin to sum x over the ranks; each gets its part of dimension 0. See `finish`."""
+    with naming_lost_ranks(group):
+        return _OPS.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
+
+
+def start_exchange(
+    x: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup
+) -> Tensor:
+    """Begin to send rows of x to each rank and to receive theirs, by rank. See `finish`."""
+    with naming_lost_ranks(group):
+        return _OPS.all_to_all_single(x.contiguous(), [*receive], [*send], group.group_name)
+
+
+def finish(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Wait for what a `start_` function began: on a GPU, its stream waits and not the host."""
+    with naming_lost_ranks(group):
+        return _OPS.wait_tensor(x)
+
+
+@contextmanager
+def naming_lost_ranks(group: ProcessGroup | None = None) -> Iterator[None]:
+    """Replace a broken connection's error by one that names the ranks that are gone.
+
+    A collective over gloo fails with the address of a connection. Every rank that sees this writes
+    a sign of life to the group's store, and looks for the others'. With NCCL, PyTorch's watchdog
+    ends the process after the group's timeout, before Python sees an error: its log names the
+    operation, and torchrun the rank.
+
+    Args:
+        group: whose ranks to look for; None for all.
+
+    Raises:
+        LostRankError: names the ranks without a sign of life.
+    """
+    try:
+        yield
+    except LostRankError:
+        raise
+    except RuntimeError as error:
+        lost = _lost_ranks(group) if _is_connection(error) else []
+        if not lost:
+            raise
+        names = ", ".join(map(str, lost))
+        raise LostRankError(
+            f"distributed: all ranks must reach every exchange; got no sign of life from rank "
+            f"{names} of {dist.get_world_size()} within {REPORT_SECONDS:.0f} s of a failed one; "
+            "look for that rank's own error above, then start the job again"
+        ) from error
+
+
+def _is_connection(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    signs = ("connection", "timed out", "timeout", "gloo", "peer", "nccl", "socket")
+    return any(sign in text for sign in signs)
+
+
+def _lost_ranks(group: ProcessGroup | None) -> list[int]:
+    """The ranks of a group that do not write to the job's store within `REPORT_SECONDS`."""
+    if not dist.is_initialized():
+        return []
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    store, me = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    deadline = time.monotonic() + REPORT_SECONDS
+    try:
+        store.set(f"nsagen/alive/{me}", "1")
+        missing = [rank for rank in ranks if rank != me]
+        while missing and time.monotonic() < deadline:
+            missing = [rank for rank in missing if not store.check([f"nsagen/alive/{rank}"])]
+            time.sleep(0.05)
+    except RuntimeError:  # the store was the lost rank's
+        return []
+    return missing

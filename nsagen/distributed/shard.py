@@ -1,0 +1,154 @@
+"""One rank's share of a packed batch: what a model's forward takes in place of `cu_seqlens`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from nsagen.distributed.collectives import finish, start_gather
+from nsagen.distributed.cuts import Cut, Halo, offsets, spans
+from nsagen.distributed.gathering import Places
+from nsagen.model.checks import require
+from nsagen.model.packing import Packed, Remote
+from nsagen.ops.lengths import Lengths
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The front pieces of all sequences, or the back ones.
+
+    Attributes:
+        rows: where they are among this rank's tokens.
+        cu_seqlens: int32 [batch + 1], first of these rows of each sequence.
+        q_start: int32 [batch], position of each sequence's first one.
+        bounds: first and last + 1 position of each sequence, on the host.
+    """
+
+    rows: slice
+    cu_seqlens: Tensor
+    q_start: Tensor
+    bounds: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The compression windows of a shard.
+
+    Attributes:
+        places: where they are; this rank's are those that start in its pieces.
+        positions: int32, the first token of each of this rank's, within its sequence.
+        cu_seqlens: int32 [2 * batch + 1], where the tokens that each piece's windows read begin.
+        halo: which tokens these are.
+    """
+
+    places: Places
+    positions: Tensor
+    cu_seqlens: Tensor
+    halo: Halo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard(Packed):
+    """The layout of a rank's tokens: the front pieces of all sequences, then the back ones.
+
+    Make it with `ContextParallel.shard`. `cu_seqlens` and `lengths` are those of the whole batch;
+    `sequence` and `positions` are those of this rank's tokens.
+
+    Attributes:
+        rank: this process in the group.
+        cut: which rank holds which tokens.
+        tokens: this rank's part of it.
+        chunks: the front pieces, and the back ones.
+    """
+
+    rank: int
+    cut: Cut
+    tokens: Places
+    chunks: tuple[Chunk, ...]
+    _windows: dict[tuple[int, int], Windows] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of_batch(
+        cls, cu_seqlens: Tensor, lengths: list[int], group: ProcessGroup, remote: Remote
+    ) -> Shard:
+        """This rank's share of a batch whose lengths the host knows."""
+        device, rank = cu_seqlens.device, group.rank()
+        cut = Cut.of_tokens(lengths, group.size())
+        tokens = Places.of(cut, rank, group, device)
+        firsts, counts = cut.firsts(rank), cut.counts(rank)
+        sequence = torch.arange(len(lengths)).expand(2, -1).flatten()
+        sequence = sequence.repeat_interleave(counts.flatten()).to(device, non_blocking=True)
+        ends = counts.sum(1).cumsum(0).tolist()
+        chunks = tuple(
+            Chunk(
+                slice(ends[i] - int(counts[i].sum()), ends[i]),
+                _int32(offsets(counts[i]), device),
+                _int32(firsts[i], device),
+                tuple(zip(firsts[i].tolist(), (firsts[i] + counts[i]).tolist(), strict=True)),
+            )
+            for i in range(2)
+        )
+        return cls(
+            tokens.starts,
+            sequence,
+            _int32(cut.rows(rank), device) - tokens.starts[sequence],
+            tuple(lengths),
+            remote=remote,
+            rank=rank,
+            cut=cut,
+            tokens=tokens,
+            chunks=chunks,
+        )
+
+    def take(self, x: Tensor) -> Tensor:
+        """This rank's rows of a packed tensor [N, ...], such as input_ids or targets.
+
+        Raises:
+            InvalidInputError: x has not one row for each token of the batch.
+        """
+        total = self.tokens.places.shape[0]
+        require(
+            x.shape[:1] == (total,),
+            "Shard.take",
+            f"the tensor must have the batch's {total} tokens as its first dimension",
+            f"shape {list(x.shape)}",
+            "pass the packed batch, of which each rank takes its part",
+        )
+        return x.index_select(0, self.tokens.rows)
+
+    @torch.no_grad()
+    def whole(self, x: Tensor) -> Tensor:
+        """All ranks' rows of what each has for its tokens, in the batch's order.
+
+        Without gradients; every rank must call it. A loss needs it never: sum each rank's.
+        """
+        gathered = finish(start_gather(self.tokens.padded(x), self.tokens.group), self.tokens.group)
+        return gathered.index_select(0, self.tokens.places)
+
+    def lengths_for(self, kernel_size: int, kernel_stride: int) -> Lengths:
+        raise AssertionError("a shard's windows are those of windows_for")
+
+    def windows_for(self, kernel_size: int, kernel_stride: int) -> Windows:
+        """The windows of these sizes, laid out once a batch."""
+        sizes = (kernel_size, kernel_stride)
+        if sizes not in self._windows:
+            self._windows[sizes] = self._lay_out(*sizes)
+        return self._windows[sizes]
+
+    def _lay_out(self, kernel_size: int, kernel_stride: int) -> Windows:
+        device, windows = self.positions.device, self.cut.windows(kernel_size, kernel_stride)
+        halo = Halo.of(self.cut, windows, self.rank, kernel_size, kernel_stride)
+        counts, firsts = windows.counts(self.rank).flatten(), windows.firsts(self.rank).flatten()
+        return Windows(
+            Places.of(windows, self.rank, self.tokens.group, device),
+            _int32(spans(firsts, counts) * kernel_stride, device),
+            _int32(offsets(halo.lengths), device),
+            replace(halo, send=halo.send.to(device), index=halo.index.to(device)),
+        )
+
+
+def _int32(x: Tensor, device: torch.device) -> Tensor:
+    return x.to(torch.int32).to(device, non_blocking=True)
