@@ -51,14 +51,14 @@ ATTENTION = ToyNSALlamaConfig(num_attention_heads=64, num_key_value_heads=4, num
 GUIDE = ToyNSALlamaConfig(topk=8)
 
 COLUMNS = {
-    "what": "<48",
-    "batch": ">6",
-    "tokens": ">8",
-    "ms": ">10.4f",
-    "floor_ms": ">10.4f",
-    "of_floor": ">9.0%",
-    "torch_ms": ">10.4f",
-    "of_torch": ">9.2f",
+    "what": "",
+    "batch": "",
+    "tokens": "",
+    "ms": ".4f",
+    "floor_ms": ".4f",
+    "of_floor": ".0%",
+    "torch_ms": ".4f",
+    "of_torch": ".2f",
 }
 
 

@@ -93,7 +93,7 @@ class HostCost:
 _QUEUE = 500
 """Launches that surely fit in the GPU's queue before the host has to wait."""
 
-HOST_COLUMNS = {"host_ms": ">9.3f", "launches": ">9", "bound": ">6"}
+HOST_COLUMNS = {"host_ms": ".3f", "launches": "", "bound": ""}
 
 
 def host_cost(call: Callable[[], object]) -> HostCost:

@@ -42,13 +42,13 @@ PARTS = (
 """The ops that make up `attention`; compression and rope come before it."""
 
 COLUMNS = {
-    "what": "<34",
-    "tokens": ">8",
-    "ms": ">10.3f",
-    "floor_ms": ">10.3f",
-    "of_floor": ">9.0%",
-    "tflops": ">8.0f",
-    "of_dense": ">9.2f",
+    "what": "",
+    "tokens": "",
+    "ms": ".3f",
+    "floor_ms": ".3f",
+    "of_floor": ".0%",
+    "tflops": ".0f",
+    "of_dense": ".2f",
     **HOST_COLUMNS,
 }
 

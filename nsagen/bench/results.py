@@ -69,27 +69,6 @@ def check_free(name: str, folder: Path | None = None) -> Path:
     return path
 
 
-def table_text(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    """A plain-text table.
-
-    Args:
-        columns: key of a row -> format of its values, e.g. `{"op": "<26", "ms": ">10.3f"}`;
-            a value that a row lacks is left blank.
-    """
-    widths = {
-        key: int("".join(c for c in form.split(".")[0] if c.isdigit()))
-        for key, form in columns.items()
-    }
-    lines = ["".join(f"{key:{form[0]}{widths[key]}}" for key, form in columns.items())]
-    for row in rows:
-        cells = (
-            " " * widths[key] if row.get(key) is None else f"{row[key]:{form}}"
-            for key, form in columns.items()
-        )
-        lines.append("".join(cells).rstrip())
-    return "\n".join(lines)
-
-
 def _command() -> str:
     """The typed command, except where to write, which is not part of what was measured."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

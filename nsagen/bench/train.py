@@ -30,14 +30,14 @@ from nsagen.runtime import Dispatcher
 SEQLENS = (4096, 8192, 16384, 32768, 65536)
 
 COLUMNS = {
-    "what": "<34",
-    "tokens": ">8",
-    "forward_ms": ">12.3f",
-    "backward_ms": ">13.3f",
-    "floor_ms": ">10.3f",
-    "tflops": ">8.0f",
-    "of_dense": ">9.2f",
-    "peak_gib": ">9.2f",
+    "what": "",
+    "tokens": "",
+    "forward_ms": ".3f",
+    "backward_ms": ".3f",
+    "floor_ms": ".3f",
+    "tflops": ".0f",
+    "of_dense": ".2f",
+    "peak_gib": ".2f",
     **HOST_COLUMNS,
 }
 

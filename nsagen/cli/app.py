@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import typer
 
 from nsagen.cli import generate, plan, verbosity
+from nsagen.cli import inspect as inspecting
 from nsagen.cli import tune as tuning
 from nsagen.cli import verify as verifying
 from nsagen.cli.bench import app as bench_app
-from nsagen.cli.options import Json, OptionalSpecName, OutDir, SpecNames
+from nsagen.cli.options import Json, OutDir, SpecNames
 from nsagen.core.errors import InvalidInputError, NsagenError, SpecError
 from nsagen.core.version import __version__
 
@@ -229,57 +230,15 @@ def _check(specs: list[Spec], out: Path, tuned: Path | None, as_json: bool) -> N
             _print(f"{row['state']}: {row['path']}")
         for spec in specs:
             count = sum(row["spec"] == spec.name for row in rows)
-            remedy = f"{count} files not up to date; run: {spec.build_command(out, tuned)}"
+            what = "1 file is" if count == 1 else f"{count} files are"
+            remedy = f"{what} not up to date; run: {spec.build_command(out, tuned)}"
             _print(f"{spec.name}: {remedy if count else 'up to date'}")
     if rows:
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: nsagen inspect tiny --json")
-def inspect(
-    spec: OptionalSpecName = None,
-    schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON Schema of spec files, for editors.")
-    ] = False,
-    html: Annotated[
-        Path | None, typer.Option("--html", help="Write a page with pictures to this file.")
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option("--target", help="Architecture that --html shows, e.g. cuda:90."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Show the workloads that a spec asks for, and the schedule each target starts from."""
-    from nsagen.spec import json_schema, load_spec
-
-    if schema:
-        print(json.dumps(json_schema(), indent=2))
-        return
-    if spec is None:
-        raise InvalidInputError(
-            "inspect: needs a spec; got none; name one, such as: nsagen inspect tiny"
-        )
-    if html is not None and as_json:
-        raise InvalidInputError("inspect: got both --html and --json; give one at most")
-    if html is not None:
-        from nsagen.reports.inspection import inspection_page
-        from nsagen.reports.page import check_free
-
-        check_free(html, "give another file to --html")
-        html.write_text(inspection_page(load_spec(spec), target), encoding="utf-8")
-        print(f"wrote {html}; open it in a browser")
-        return
-    from nsagen.cli.console import inspection, print_inspection
-
-    content = inspection(load_spec(spec))
-    if as_json:
-        print(json.dumps(content, indent=1))
-    else:
-        print_inspection(content)
-
-
 app.command(epilog=generate.EXAMPLE)(generate.generate)
+app.command(epilog=inspecting.EXAMPLE)(inspecting.inspect)
 app.command(epilog=plan.EXAMPLE)(plan.plan)
 app.command(epilog=tuning.EXAMPLE)(tuning.tune)
 app.command(epilog=verifying.EXAMPLE)(verifying.verify)
@@ -288,8 +247,7 @@ app.command(epilog=verifying.EXAMPLE)(verifying.verify)
 @app.command(epilog="Example: nsagen doctor --json")
 def doctor(out: OutDir = Path("generated"), as_json: Json = False) -> None:
     """Show versions, GPUs and folders, find stale packages, and say what to do."""
-    from nsagen.cli.console import print_diagnosis
-    from nsagen.cli.doctor import examine
+    from nsagen.cli.doctor import examine, print_diagnosis
 
     diagnosis = examine(out)
     if as_json:

@@ -132,10 +132,22 @@ def _run(
 
 def _show(path: Path, rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool) -> None:
     """Print what was written to `path`."""
-    from nsagen.bench.results import table_text
+    from nsagen.cli.table import print_table
 
     if as_json:
         print(json.dumps(json.loads(path.read_text()), indent=1))
         return
     print(f"written to {path}")
-    print(table_text(rows, columns))
+    print_table(
+        "",
+        list(columns),
+        [
+            [
+                "" if (value := row.get(key)) is None else format(value, columns[key])
+                for key in columns
+            ]
+            for row in rows
+        ],
+        names=list(columns).index("tokens") + 1,
+        right=[key for key in columns if key != "what"],
+    )

@@ -165,7 +165,28 @@ def _packages(out_dir: Path, problems: list[str]) -> list[str]:
             continue
         if stale:
             problems.append(
-                f"{folder}: {len(stale)} files are not up to date, such as "
+                f"{folder}: {len(stale)} of its files are not up to date, such as "
                 f"{stale[0].path} ({stale[0].state}); run: {spec.build_command(out_dir)}"
             )
     return found
+
+
+def print_diagnosis(diagnosis: dict[str, Any]) -> None:
+    """The facts as a table, then notes and problems as lines that can be copied."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from nsagen.cli.console import console
+
+    table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in diagnosis["facts"].items():
+        table.add_row(name, escape("none" if value is None else str(value)))
+    out = console()
+    out.print(table)
+    for heading in ("notes", "problems"):
+        for text in diagnosis[heading]:
+            out.print(f"{heading[:-1]}: {text}", markup=False, highlight=False, soft_wrap=True)
+    if not diagnosis["problems"]:
+        out.print("no problems found")

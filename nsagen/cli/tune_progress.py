@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-from rich.table import Table
-
 from nsagen.cli.console import console, progress_bar
+from nsagen.cli.table import print_table
 from nsagen.records.record import TuningRecord
 from nsagen.tune.session import Result
 from nsagen.tune.settings import Step
@@ -94,14 +93,14 @@ def print_result(result: Result) -> None:
     if result.records:
         static = result.records[0].objective == "static"
         unit = "cost" if static else "ms"
-        table = Table(title=f"best schedules on {result.device}", title_justify="left")
-        for heading in ("workload", "bucket", "schedule"):
-            table.add_column(heading, overflow="fold")
-        for heading in (unit, f"default {unit}", "gain", "tried"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for record in result.records:
-            table.add_row(*_row(record))
-        out.print(table)
+        print_table(
+            f"best schedules on {result.device}",
+            ["workload", "bucket", "schedule", unit, f"default {unit}", "gain", "tried"],
+            [_row(record) for record in result.records],
+            names=2,
+            right=(unit, f"default {unit}", "gain", "tried"),
+            broken=("schedule",),
+        )
     for line in result.notes:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in _failures(result.failures):

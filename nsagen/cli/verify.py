@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nsagen.cli.options import Json, OptionalSpecName
 from nsagen.core.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from nsagen.cli.table import Cell
 
 EXAMPLE = "Example: TRITON_INTERPRET=1 nsagen verify tiny --op rope"
 
@@ -52,7 +56,7 @@ def verify(
             "verify: needs a spec or --implementation; got neither; name one: nsagen verify tiny"
         )
     from nsagen.cases.verify import verify as run
-    from nsagen.cli.console import print_verification, progress_bar
+    from nsagen.cli.console import progress_bar
     from nsagen.spec import load_spec
 
     loaded = load_spec(spec)
@@ -78,7 +82,6 @@ def _verify_implementation(
         setting_of,
         verify_implementation,
     )
-    from nsagen.cli.console import print_implementation
 
     function = load_implementation(text)
     name = text.rpartition(":")[2].rpartition(".")[2]
@@ -91,3 +94,53 @@ def _verify_implementation(
         print_implementation(text, setting, device, rows)
     if not {row["result"] for row in rows} <= {"ok", "skipped"}:
         raise typer.Exit(1)
+
+
+_STYLES = {"ok": "green", "failed": "bold red", "refused": "red", "skipped": "yellow"}
+
+
+def print_verification(rows: list[dict[str, Any]]) -> None:
+    """One line an output of a kernel: its error beside the threshold."""
+    _print_errors(
+        "relative error against the float64 reference",
+        ["op", "workload", "output"],
+        [((f"{row['op']} {row['pass']}", row["workload"], row["output"]), row) for row in rows],
+    )
+
+
+def print_implementation(name: str, setting: Any, device: Any, rows: list[dict[str, Any]]) -> None:
+    """One line an output of each case that an implementation was put through."""
+    sizes = ", ".join(f"{key} {value}" for key, value in vars(setting).items())
+    _print_errors(
+        f"{name} on {device}: {sizes}",
+        ["case", "output"],
+        [((row["case"], row["output"]), row) for row in rows],
+    )
+    from nsagen.cli.console import console
+
+    counts = Counter(row["result"] for row in rows)
+    console().print(", ".join(f"{count} {result}" for result, count in sorted(counts.items())))
+
+
+def _print_errors(
+    title: str, names: Sequence[str], rows: Sequence[tuple[tuple[str, ...], dict[str, Any]]]
+) -> None:
+    """A table of relative errors, thresholds and results."""
+    from rich.text import Text
+
+    from nsagen.cli.table import print_table
+
+    def cells(row: dict[str, Any]) -> Iterator[Cell]:
+        for key in ("error", "threshold"):
+            yield "" if row[key] is None else f"{row[key]:.1e}"
+        note = f": {row['note']}" if row["note"] else ""
+        yield Text.assemble((row["result"], _STYLES[row["result"]]), note)
+
+    print_table(
+        title,
+        [*names, "error", "threshold", "result"],
+        [(*named, *cells(row)) for named, row in rows],
+        names=len(names),
+        right=("error", "threshold"),
+        broken=("result",),
+    )

@@ -14,7 +14,6 @@ import torch
 from nsagen.bench import decode, measure
 from nsagen.bench.decode_cases import AttentionCaches, layer_shapes, layer_x, step_bytes
 from nsagen.bench.plot import plot
-from nsagen.bench.results import table_text
 from nsagen.model import InferenceConfig, ToyNSALlama
 from nsagen.ops import linear_decode
 from tests.model.tiny import nsa_config
@@ -62,9 +61,8 @@ def test_a_row_for_each_size_op_layer_and_step(tmp_path: Path) -> None:
         assert ("of_torch" in row) == row["what"].startswith(("attention", "linear"))
     path = decode.save(rows, tmp_path)
     assert json.loads(path.read_text())["rows"] == rows
-    table = table_text(rows, decode.COLUMNS).splitlines()
-    assert len(table) == len(rows) + 1
-    assert all(len(name) < 48 for name in what), "names must not run into the numbers"
+    for row in rows:
+        assert all(format(row[key], form) for key, form in decode.COLUMNS.items() if key in row)
 
 
 @pytest.mark.usefixtures("_without_a_gpu")

@@ -9,7 +9,7 @@ import pytest
 from nsagen.bench import measure, results
 from nsagen.bench.plot import check_free as check_figure
 from nsagen.bench.plot import plot
-from nsagen.bench.results import check_free, table_text, write_results
+from nsagen.bench.results import check_free, write_results
 from nsagen.cli.app import main
 from nsagen.core.errors import InvalidInputError
 
@@ -59,15 +59,6 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, capsys, monkeypatc
         main(["bench", "plot", str(tmp_path / "prefill.json")])
     assert end.value.code == 2
     assert "run: pip install 'nsagen[plot]'" in capsys.readouterr().err
-
-
-def test_a_table_lines_up_and_leaves_blank_what_a_row_lacks():
-    text = table_text([*ROWS[:1], {"what": "x"}], {"what": "<26", "tokens": ">8", "ms": ">9.2f"})
-    assert text.splitlines() == [
-        "what                        tokens       ms",
-        "dense attention (cuDNN)       1024    10.24",
-        "x",
-    ]
 
 
 def test_a_figure_is_drawn_beside_the_results(tmp_path):

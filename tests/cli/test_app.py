@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nsagen.cli.app import app, main
-from nsagen.cli.console import print_verification
+from nsagen.cli.verify import print_verification
 from nsagen.codegen.owned import note_files
 from nsagen.core.errors import InvalidInputError
 from nsagen.runtime.user_cache import cache_folder
