@@ -142,10 +142,7 @@ def _show(path: Path, rows: list[dict[str, Any]], columns: dict[str, str], as_js
         "",
         list(columns),
         [
-            [
-                "" if (value := row.get(key)) is None else format(value, columns[key])
-                for key in columns
-            ]
+            ["" if row.get(key) is None else format(row[key], columns[key]) for key in columns]
             for row in rows
         ],
         names=list(columns).index("tokens") + 1,

@@ -168,36 +168,31 @@ def _model(shape: AttentionShape, folder: Path | None) -> dict[str, Any] | None:
 
 
 def _print(rows: list[tuple[str, Needs, str]], gpu: Gpu, load: Any, model: Path | None) -> None:
-    from rich.table import Table
-
     from nsagen.cli.console import console
+    from nsagen.cli.table import print_table
     from nsagen.estimate.model import USABLE
 
     title = (
         f"{load.gpus} x {gpu.name}, {load.batch} sequences of {load.context:,} tokens; "
         f"{model or 'a model of Llama 3.1 8B size'}, 16-bit"
     )
-    table = Table(title=title, title_justify="left")
-    table.add_column("attention", no_wrap=True)
-    table.add_column("split", no_wrap=True)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right")
-    table.add_column("time by")
-    for label, found, time in rows:
-        table.add_row(
-            label,
-            f"{found.split.tensor} x {found.split.data}",
-            _bytes(found.weights),
-            _bytes(found.cache),
-            _bytes(found.workspace),
-            _seconds(found.prefill),
-            _seconds(found.decode) if found.fits else f"{_seconds(found.decode)}, does not fit",
-            f"{found.largest_batch:,}",
-            f"{found.largest_context:,}",
-            time.partition(" ")[0],
-        )
+    print_table(
+        title,
+        ["attention", "split", *HEADINGS, "time by"],
+        [
+            (
+                *(label, f"{found.split.tensor} x {found.split.data}"),
+                *(_bytes(found.weights), _bytes(found.cache), _bytes(found.workspace)),
+                _seconds(found.prefill),
+                _seconds(found.decode) if found.fits else f"{_seconds(found.decode)}, does not fit",
+                *(f"{found.largest_batch:,}", f"{found.largest_context:,}"),
+                time.partition(" ")[0],
+            )
+            for label, found, time in rows
+        ],
+        right=HEADINGS,
+    )
     out = console()
-    out.print(table)
     for line in (
         f"Bytes are per GPU; {USABLE:.0%} of its {_bytes(gpu.memory)} may be used. Split: GPUs "
         "that share the heads x groups that share the batch.",

@@ -74,7 +74,7 @@ def _lines(
     names: int,
     broken: Collection[str],
 ) -> RenderableType:
-    """For each row its names and, below them, what the other columns say: long ones by themselves."""
+    """For each row its names and, below them, the other cells; those that may be broken alone."""
     parts: list[RenderableType] = [Text(title, style="italic")] if title else []
     for row in rows:
         parts.append(Text(" ", style="bold").join(text for text in row[:names] if text))

@@ -58,7 +58,9 @@ def test_on_a_narrow_terminal_each_row_becomes_lines(
 
 
 @pytest.mark.parametrize("width", [60, 80])
-@pytest.mark.parametrize("command", ["inspect tiny", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["inspect tiny", "doctor", "plan llama8b --gpu h200 --context 131072 --batch 32"]
+)
 def test_what_a_command_prints_fits(
     command: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
