@@ -165,7 +165,7 @@ def _packages(out_dir: Path, problems: list[str]) -> list[str]:
             continue
         if stale:
             problems.append(
-                f"{folder}: {len(stale)} of its files not up to date, such as "
+                f"{folder}: not up to date: {len(stale)} file{'s' * (len(stale) > 1)}, such as "
                 f"{stale[0].path} ({stale[0].state}); run: {spec.build_command(out_dir)}"
             )
     return found

@@ -194,7 +194,7 @@ class TestBuild:
         ran = Ran(capsys, "doctor", "--json")
         (problem,) = json.loads(ran.out)["problems"]
         assert ran.code == 1
-        assert problem.startswith("generated/few: 1 of its files not up to date, such as __init__.py")
+        assert problem.startswith("generated/few: not up to date: 1 file, such as __init__.py")
 
 
 class TestVerify:
