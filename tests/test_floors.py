@@ -18,6 +18,7 @@ FLOORS = (
     "spec",
     "records",
     "codegen",
+    "export",
     "runtime",
     "ops",
     "cases",
@@ -36,7 +37,7 @@ FLOORS = (
 RUNNING = {"runtime", "ops", "model", "distributed", "integrations"}
 """What a model imports. It must not need what makes kernels, except through the door below."""
 
-GENERATING = {"spec", "records", "codegen"}
+GENERATING = {"spec", "records", "codegen", "export"}
 
 DOOR = ("nsagen.runtime.user_cache", "nsagen.codegen.build")
 """Where the dispatcher has a kernel built that no package has, imported when that happens."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from nsagen.cli import export as exporting
 from nsagen.cli import generate, plan, verbosity
 from nsagen.cli import inspect as inspecting
 from nsagen.cli import tune as tuning
@@ -237,6 +238,7 @@ def _check(specs: list[Spec], out: Path, tuned: Path | None, as_json: bool) -> N
         raise typer.Exit(1)
 
 
+app.command(epilog=exporting.EXAMPLE)(exporting.export)
 app.command(epilog=generate.EXAMPLE)(generate.generate)
 app.command(epilog=inspecting.EXAMPLE)(inspecting.inspect)
 app.command(epilog=plan.EXAMPLE)(plan.plan)

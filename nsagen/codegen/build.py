@@ -12,7 +12,7 @@ from nsagen.codegen.owned import NOTES, check_free, note_files, own_files, pytho
 from nsagen.codegen.package import Origin, manifest_text, package_files, variant_header
 from nsagen.codegen.plan import DEFAULT_PROVENANCE, Use, Variant, plan_variants
 from nsagen.codegen.template import default_schedule, kernel_name, render
-from nsagen.codegen.tuned import tuned_schedules
+from nsagen.codegen.tuned import Tuned, tuned_schedules
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import BuildError, InvalidInputError
 from nsagen.core.files import TEMPORARY, lock_path, locked, replace_file, sealed
@@ -89,32 +89,66 @@ def build(
     folder = out_dir / spec.name
     plan = _render(spec, tuned, folder)
     variants, files = plan.variants, plan.files
-    lock = lock_path(out_dir, spec.name)
-    with _writing(folder):
+    resources: ResourceRows = {}
+
+    def manifest() -> str:
+        kept, tritons = _kept_resources(folder, variants)
+        resources.update(kept)
+        if compile_all:
+            compiled = compile_all(folder / "kernels", variants)
+            resources.update(compiled)
+            tritons |= dict.fromkeys(compiled, triton_version() or "unknown")
+        return manifest_text(variants, plan.origin, files, resources, tritons)
+
+    written, removed = write_package(out_dir, spec.name, files, manifest)
+    notes = (*plan.notes, *_left_alone(folder, files))
+    return BuildResult(folder, variants, written, removed, resources, notes)
+
+
+def write_package(
+    out_dir: Path,
+    name: str,
+    files: dict[str, str],
+    manifest: Callable[[], str],
+    *,
+    manifest_name: str = MANIFEST,
+    command: str = "build",
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Write a package's files into `out_dir/<name>`, kernels first and the manifest last.
+
+    Files whose text is unchanged are not touched; those that an earlier manifest lists and this
+    package lacks are removed; others are left alone.
+
+    Args:
+        manifest: makes the manifest's text once the files are there.
+        command: that writes, for errors.
+
+    Returns:
+        the paths that were written, and those that were removed, relative to the folder.
+
+    Raises:
+        BuildError: the folder has files of the user's, or cannot be written.
+    """
+    folder, lock = out_dir / name, lock_path(out_dir, name)
+    more = (manifest_name, command)
+    with _writing(folder, command):
         try:
-            check_free(folder, files)  # before writing a lock file
+            check_free(folder, files, *more)  # before writing a lock file
         except BuildError:
             if not lock.exists():  # otherwise another build may be at it
                 raise
-    with _writing(folder), locked(out_dir, spec.name):
-        check_free(folder, files)
-        resources, tritons = _kept_resources(folder, variants)
-        removed = _orphans(folder, files)
+    with _writing(folder, command), locked(out_dir, name):
+        check_free(folder, files, *more)
+        removed = _orphans(folder, files, manifest_name)
         if removed or any(_differs(folder / path, files[path]) for path in files):
-            note_files(folder, files)
+            note_files(folder, files, manifest_name)
         written = [path for path in _write_order(files) if replace_file(folder / path, files[path])]
-        if compile_all:
-            compiled = compile_all(folder / "kernels", variants)
-            resources |= compiled
-            tritons |= dict.fromkeys(compiled, triton_version() or "unknown")
-        manifest = manifest_text(variants, plan.origin, files, resources, tritons)
-        if replace_file(folder / MANIFEST, manifest):
-            written.append(MANIFEST)
+        if replace_file(folder / manifest_name, manifest()):
+            written.append(manifest_name)
         removed += _left_by_a_kill(folder)
         for path in (*removed, NOTES):
             (folder / path).unlink(missing_ok=True)
-        notes = (*plan.notes, *_left_alone(folder, files))
-    return BuildResult(folder, variants, tuple(written), tuple(removed), resources, notes)
+    return tuple(written), tuple(removed)
 
 
 def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale]:
@@ -159,16 +193,31 @@ class _Plan:
     notes: tuple[str, ...]
 
 
-def _render(spec: Spec, records: Path | None, folder: Path) -> _Plan:
+def choose_variants(
+    spec: Spec, records: Path | None, command: str = "build"
+) -> tuple[tuple[Variant, ...], Tuned]:
+    """The kernels of a spec's package, and the tuning records that chose them.
+
+    Args:
+        records: folder of tuning records; by default the spec's own.
+        command: that was given it.
+
+    Raises:
+        InvalidInputError: `records` is not a folder.
+    """
     if records is not None and not records.is_dir():
         raise InvalidInputError(
-            f"build: --tuned must be a folder of tuning records; got {records}, which is "
+            f"{command}: --tuned must be a folder of tuning records; got {records}, which is "
             f"{'a file' if records.exists() else 'not there'}; leave it out for the spec's own"
         )
     workloads = spec.workloads()
     folders = (spec.shipped_tuned, spec.tuned_folder) if records is None else (records,)
     tuned = tuned_schedules([f for f in folders if f is not None], workloads, spec.targets)
-    variants = plan_variants(workloads, spec.targets, tuned.choices)
+    return plan_variants(workloads, spec.targets, tuned.choices), tuned
+
+
+def _render(spec: Spec, records: Path | None, folder: Path) -> _Plan:
+    variants, tuned = choose_variants(spec, records)
     place = recorded_path(folder, spec.label, spec.source)
     origin = Origin(spec.name, spec.label, spec.sha256, tuned.hashes, place)
     return _Plan(variants, origin, package_files(variants, origin), tuned.notes)
@@ -203,12 +252,12 @@ def _are_resources(rows: Any, variant: Variant) -> bool:
 
 
 def _write_order(files: dict[str, str]) -> list[str]:
-    return sorted(files, key=lambda path: (not path.startswith("kernels/"), path))
+    return sorted(files, key=lambda path: ("kernels" not in path.split("/"), path))
 
 
-def _orphans(folder: Path, files: dict[str, str]) -> list[str]:
+def _orphans(folder: Path, files: dict[str, str], manifest: str = MANIFEST) -> list[str]:
     """Files that an earlier build wrote and this one does not."""
-    return sorted(own_files(folder) - files.keys())
+    return sorted(own_files(folder, manifest) - files.keys())
 
 
 def _differs(path: Path, text: str) -> bool:
@@ -228,13 +277,13 @@ def _left_alone(folder: Path, files: dict[str, str]) -> list[str]:
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _writing(folder: Path, command: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise BuildError(
-            f"build: must be able to write {folder}; got {error.strerror}: "
+            f"{command}: must be able to write {folder}; got {error.strerror}: "
             f"{error.filename2 or error.filename}; "
-            "fix that or choose another --out, then build again: what is there stays usable "
-            "or refuses to import, and a build completes it"
+            f"fix that or choose another --out, then {command} again: what is there stays usable "
+            f"or refuses to import, and the next {command} completes it"
         ) from error

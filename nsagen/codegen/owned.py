@@ -30,12 +30,16 @@ _SHOWN = 4
 _SOURCE = re.compile(r"^# Source: +fingerprint ([0-9a-f]{16})$", re.MULTILINE)
 
 
-def check_free(folder: Path, files: Mapping[str, str]) -> None:
+def check_free(
+    folder: Path, files: Mapping[str, str], manifest: str = MANIFEST, command: str = "build"
+) -> None:
     """Refuse a folder in which a package would replace or join files that are not nsagen's.
 
     Args:
         folder: the package's folder; it need not exist.
         files: the texts of the package's files by their paths relative to it.
+        manifest: name of the manifest that the command writes.
+        command: that would write there.
 
     Raises:
         BuildError: names the files in the way.
@@ -43,13 +47,13 @@ def check_free(folder: Path, files: Mapping[str, str]) -> None:
     """
     if not os.path.lexists(folder):
         return
-    own = own_files(folder)
-    own |= {path for path in python_files(folder) if _is_as_written(folder / path, files.get(path))}
-    if _is_plain(folder / MANIFEST) and (own or read_manifest(folder) is not None):
-        own.add(MANIFEST)
+    own = own_files(folder, manifest)
+    own |= {path for path in _plain_files(folder) if _is_as_written(folder / path, files.get(path))}
+    if _is_plain(folder / manifest) and (own or read_manifest(folder, manifest) is not None):
+        own.add(manifest)
     if not own and any(_visible(folder)):
-        _refuse(folder, sorted(entry.name for entry in _visible(folder)))
-    wanted = [folder / path for path in (*files, MANIFEST)]
+        _refuse(command, folder, sorted(entry.name for entry in _visible(folder)))
+    wanted = [folder / path for path in (*files, manifest)]
     parents = {parent for path in wanted for parent in path.parents if folder in parent.parents}
     in_the_way = [path for path in parents if path.is_symlink()]
     for path in wanted:
@@ -58,24 +62,25 @@ def check_free(folder: Path, files: Mapping[str, str]) -> None:
         if os.path.lexists(path) and path.relative_to(folder).as_posix() not in own:
             in_the_way.append(path)
     if in_the_way:
-        _refuse(folder, sorted(path.relative_to(folder).as_posix() for path in in_the_way))
+        _refuse(command, folder, sorted(path.relative_to(folder).as_posix() for path in in_the_way))
 
 
-def own_files(folder: Path) -> set[str]:
-    """The Python files below a folder that nsagen wrote and may remove, relative to it."""
-    manifest = read_manifest(folder)
-    listed = set() if manifest is None else set(manifest["files"])
+def own_files(folder: Path, manifest: str = MANIFEST) -> set[str]:
+    """The files below a folder that nsagen wrote and may remove, relative to it; a build writes
+    nothing but Python files and its manifest."""
+    known = read_manifest(folder, manifest)
+    listed = set() if known is None else set(known["files"])
     noted = _read_notes(folder)
     return {
         path
-        for path in python_files(folder)
+        for path in _plain_files(folder)
         if path in listed or (path in noted and _hash(folder / path) in noted[path])
     }
 
 
-def note_files(folder: Path, files: Mapping[str, str]) -> None:
+def note_files(folder: Path, files: Mapping[str, str], manifest: str = MANIFEST) -> None:
     """Note what a build is about to replace, remove and write, in case that it is stopped."""
-    notes = {path: [_hash(folder / path)] for path in own_files(folder)}
+    notes = {path: [_hash(folder / path)] for path in own_files(folder, manifest)}
     for path, text in files.items():
         notes.setdefault(path, []).append(hashlib.sha256(text.encode()).hexdigest())
     replace_file(folder / NOTES, json.dumps(notes))
@@ -112,7 +117,11 @@ def _is_as_written(path: Path, wanted: str | None) -> bool:
 
 def python_files(folder: Path) -> Iterator[str]:
     """The Python files below a folder, relative to it, except links and hidden ones."""
-    for path in folder.rglob("*.py"):
+    yield from _plain_files(folder, "*.py")
+
+
+def _plain_files(folder: Path, pattern: str = "*") -> Iterator[str]:
+    for path in folder.rglob(pattern):
         relative = path.relative_to(folder)
         if not any(part.startswith(".") for part in relative.parts) and _is_plain(path):
             yield relative.as_posix()
@@ -131,10 +140,10 @@ def _is_plain(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def _refuse(folder: Path, names: list[str]) -> None:
+def _refuse(command: str, folder: Path, names: list[str]) -> None:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     raise BuildError(
-        f"build: {folder} must be empty or a package that nsagen wrote; "
+        f"{command}: {folder} must be empty or a package that nsagen wrote; "
         f"got {', '.join(names[:_SHOWN])}{more}, which it did not write; nothing was changed; "
         "move that away, or choose another --out"
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nsagen.codegen.plan import TunedSchedule
@@ -24,11 +24,14 @@ class Tuned:
         choices: the schedules to use.
         hashes: name of a records' file -> its SHA-256.
         notes: what a user must know: records that a change outdated, and why.
+        devices: device's slug -> the schedules measured on it, whether or not another device's
+            were chosen for its architecture.
     """
 
     choices: tuple[TunedSchedule, ...] = ()
     hashes: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    devices: Mapping[str, tuple[TunedSchedule, ...]] = field(default_factory=dict)
 
 
 def tuned_schedules(
@@ -58,15 +61,24 @@ def tuned_schedules(
                 continue
             found.setdefault((record.workload, file.target), []).append((file.device, record))
         notes += _stale_notes(file, stale)
-    choices = [
+    hashes = tuple((file.path.name, file.sha256) for file in files)
+    names = sorted({device for pairs in found.values() for device, _ in pairs})
+    devices = {name: _schedules(found, name) for name in names if not name.startswith("static-")}
+    return Tuned(_schedules(found), hashes, tuple(notes), devices)
+
+
+_Found = Mapping[tuple[Workload, str], list[tuple[str, TuningRecord]]]
+
+
+def _schedules(found: _Found, only: str | None = None) -> tuple[TunedSchedule, ...]:
+    """The preferred schedules, of one device only if it is named."""
+    return tuple(
         TunedSchedule(
             workload, target, r.bucket, r.schedule, r.evidence(device), r.objective == "time"
         )
-        for (workload, target), records in found.items()
-        for device, r in _preferred(records)
-    ]
-    hashes = tuple((file.path.name, file.sha256) for file in files)
-    return Tuned(tuple(choices), hashes, tuple(notes))
+        for (workload, target), pairs in found.items()
+        for device, r in _preferred([pair for pair in pairs if only in (None, pair[0])])
+    )
 
 
 def outdated(record: TuningRecord, target: Target) -> str:

@@ -19,10 +19,10 @@ GENERATED = Path("generated")
 _COMMAND = "# Regenerate: "
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any] | None:
     """The manifest of a generated package; None where there is no such package, or none whole."""
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     known = {"nsagen": str, "command": str, "files": dict, "variants": dict}

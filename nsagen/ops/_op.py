@@ -52,6 +52,7 @@ from nsagen.ops._calls import (
 )
 from nsagen.ops._checks import values_are_read
 from nsagen.ops._launch import find_kernel, on_kernels
+from nsagen.ops._namespace import NAMESPACE
 from nsagen.runtime.replay import (
     Launch,
     Meta,
@@ -85,7 +86,8 @@ def define_op(
     mutates: str = "",
     gradients: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Register a function as the custom op nsagen::<its name>, without leading underscores.
+    """Register a function as the custom op nsagen::<its name>, without leading underscores; in an
+    exported package the namespace is another.
 
     The functions passed here take parameters and outputs of the op by name, or all of them as
     attributes of a single parameter `call`. The strings list names, separated by blanks.
@@ -189,7 +191,7 @@ def _trains(args: Args) -> bool:
 
 def _registered(op: _Op, calls: _Calls, mutates: tuple[str, ...]) -> Callable[..., Any]:
     """The op that PyTorch's dispatcher knows. The dispatcher drops default arguments at the end."""
-    name, defaults, allocate = f"nsagen::{op.name}", op.defaults, op.allocate
+    name, defaults, allocate = f"{NAMESPACE}::{op.name}", op.defaults, op.allocate
 
     def from_dispatcher(*args: Any) -> Any:
         args += defaults[len(args) :]
@@ -199,10 +201,10 @@ def _registered(op: _Op, calls: _Calls, mutates: tuple[str, ...]) -> Callable[..
     torch.library.define(name, schema)
     torch.library.impl(name, ("cpu", "cuda"), from_dispatcher)
     torch.library.register_fake(name, lambda *args: allocate(args + defaults[len(args) :]))
-    return getattr(torch.ops.nsagen, op.name).default
+    return getattr(getattr(torch.ops, NAMESPACE), op.name).default
 
 
-_LIBRARY = torch.library.Library("nsagen", "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def _register_autograd(op: _Op, dispatched: Any, calls: _Calls, backward: _Backward | None) -> None:
@@ -592,7 +594,7 @@ class _Backward:
             "forward": staticmethod(run_forward),
             "backward": staticmethod(once_differentiable(self.run)),
         }
-        return type(f"BackwardOf_nsagen_{name}", (torch.autograd.Function,), parts)
+        return type(f"BackwardOf_{NAMESPACE}_{name}", (torch.autograd.Function,), parts)
 
 
 def _by_op(

@@ -20,7 +20,7 @@ from nsagen.core.importing import LOCK
 from nsagen.core.packages import remedy
 from nsagen.core.releases import Releases, installed_release
 from nsagen.core.workload import Workload
-from nsagen.runtime.device import INTERPRETED_TARGET, interpreting, target_of
+from nsagen.runtime.device import INTERPRETED_TARGET, device_slug, interpreting, target_of
 from nsagen.runtime.missing import unsupported
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class Dispatcher:
         table: workload -> target -> ((bucket, module name), ...).
         triton: module name -> the releases of Triton that the kernel needs, if it needs particular
             ones. With another release, calls go to kernels of the table that run with every Triton.
+        devices: device's slug, e.g. "nvidia-h200" -> workload -> entries, which come before those
+            that the table has for the device's target.
         on_missing: "build" builds a variant that the table lacks with its target's default
             schedule and logs one line; "error" raises `UnsupportedWorkloadError`.
 
@@ -72,6 +74,7 @@ class Dispatcher:
         table: Table,
         on_missing: OnMissing = "build",
         triton: Mapping[str, Releases] | None = None,
+        devices: Mapping[str, Mapping[Workload, Entries]] | None = None,
     ) -> None:
         if on_missing not in ("build", "error"):
             raise InvalidInputError(
@@ -82,6 +85,7 @@ class Dispatcher:
         self.on_missing: OnMissing = on_missing
         self._table = table
         self._triton = triton or {}
+        self._devices = devices or {}
         self._choices: dict[tuple[Workload, torch.device], list[_Entry]] = {}
         self._other: Dispatcher | None = None
         self.key = register(self, name if on_missing == "build" else f"{name}:error")
@@ -144,7 +148,8 @@ class Dispatcher:
             return self
         with LOCK:
             if self._other is None:
-                other = Dispatcher(self.name, self.package, self._table, on_missing, self._triton)
+                more = (on_missing, self._triton, self._devices)
+                other = Dispatcher(self.name, self.package, self._table, *more)
                 self._other, other._other = other, self
             return self._other
 
@@ -158,6 +163,8 @@ class Dispatcher:
     def _resolve(self, workload: Workload, device: torch.device) -> list[_Entry]:
         target = self._target(workload, device)
         entries: Entries = self._table.get(workload, {}).get(target, ())
+        if self._devices and device.type == "cuda":
+            entries = (*self._devices.get(device_slug(device), {}).get(workload, ()), *entries)
         choices = [
             _Entry(bucket, self._loader(module))
             for bucket, module in entries
@@ -252,6 +259,11 @@ def lookup(key: str) -> Dispatcher:
         f"known: {', '.join(filter(None, _dispatchers)) or 'none'}; "
         f'call nsagen.load("{name}") first'
     )
+
+
+def use_by_default(dispatcher: Dispatcher) -> None:
+    """Let calls that name no dispatcher use this one, for the life of the process."""
+    _dispatchers[DEFAULT] = dispatcher
 
 
 def default_dispatcher() -> Dispatcher:

@@ -19,7 +19,7 @@ from nsagen.codegen import template
 from tests.docs.blocks import DOCS, ROOT, blocks_of, follow
 
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-OF_TRANSFORMERS = {"any-model.md", "minicpm.md", "minimax-m3.md"}
+OF_TRANSFORMERS = {"any-model.md", "export.md", "minicpm.md", "minimax-m3.md"}
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,8 @@ def own_templates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 def test_every_block_runs(page: str, folder: Path) -> None:
     if page in OF_TRANSFORMERS:
         pytest.importorskip("transformers")
+    if page == "export.md":
+        pytest.importorskip("kernels")
     assert follow(page, folder).ran > 0
 
 

@@ -1,0 +1,73 @@
+"""`nsagen export`: a spec's kernels as a package that needs torch and triton only."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nsagen.cli.options import Json, SpecName
+
+EXAMPLE = "Example: nsagen export tiny --out exported"
+
+
+def export(
+    spec: SpecName,
+    out: Annotated[Path, typer.Option("--out", help="Folder in which it is written.")] = Path(
+        "exported"
+    ),
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="package: a Python package; kernels: the layout of Hugging Face kernels."
+        ),
+    ] = "package",
+    name: Annotated[
+        str | None, typer.Option(help="Name to import; default: nsagen_<name of the spec>.")
+    ] = None,
+    release: Annotated[
+        int, typer.Option(help="Counts the exports of a spec; part of the version.")
+    ] = 1,
+    repo_id: Annotated[
+        str, typer.Option("--repo-id", help="organization/name on the hub, for --layout kernels.")
+    ] = "",
+    tuned: Annotated[
+        Path | None,
+        typer.Option(help="Folder with the spec's tuning records; default: beside the spec."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a spec's kernels, and the ops that run them, as a package that stands alone."""
+    from nsagen.export.write import export as write
+    from nsagen.spec import load_spec
+
+    result = write(
+        load_spec(spec),
+        out,
+        layout=layout,  # type: ignore[arg-type]  # checked there
+        name=name,
+        release=release,
+        repo_id=repo_id,
+        tuned=tuned,
+    )
+    for note in result.notes:
+        print(f"nsagen: export: {note}", file=sys.stderr)
+    if as_json:
+        row = {
+            "folder": str(result.folder),
+            "package": result.package,
+            "layout": layout,
+            "kernels": result.kernels,
+            "written": list(result.written),
+            "removed": list(result.removed),
+            "notes": list(result.notes),
+        }
+        print(json.dumps(row, indent=1))
+        return
+    changed = f"{len(result.written)} files written, {len(result.removed)} removed"
+    print(f"{result.package}: {result.kernels} kernels in {result.folder}; {changed}")
+    if layout == "package":
+        print(f"for a wheel, run: pip wheel --no-deps {result.folder}")
