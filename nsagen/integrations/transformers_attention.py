@@ -147,16 +147,16 @@ class TransformersNSA(NSAOps):
         return self.split(parts)
 
     def query(self, q: Tensor) -> Tensor:
-        return self._normed(q, self.q_norm, self.num_q_heads)
+        return self._normed(q, self.q_norm)
 
     def key(self, k: Tensor) -> Tensor:
-        return self._normed(k, self.k_norm, self.num_kv_heads)
+        return self._normed(k, self.k_norm)
 
-    def _normed(self, x: Tensor, norm: nn.Module | None, heads: int) -> Tensor:
+    def _normed(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         dtype = x.dtype  # under autocast, norms return another one
         if norm is not None and self.facts.norm == "all heads":
             x = norm(x)
-        x = x.unflatten(-1, (heads, -1))
+        x = x.unflatten(-1, (-1, self.head_dim))
         if norm is not None and self.facts.norm == "each head":
             x = norm(x)
         return arranged(x.to(dtype), self.turned_dim)
@@ -202,7 +202,7 @@ class TransformersNSA(NSAOps):
             check_recording(call)
         if layer is None:
             assert call.packed is not None
-            o = self.attend(self.branches(heads, call.packed, call.rope.tables), gate)
+            o = self.attend_packed(heads, gate, call.packed, call.rope.tables)
         elif call.positions is not None:
             o = self._step(heads, gate, layer, call)
         else:

@@ -22,6 +22,12 @@ MLP_INPUT = 0.25
 m * (1 + tanh(MLP_INPUT * m / 2)). Smaller is nearer to the mean, and slower to train."""
 
 
+def local_of(weight: Tensor) -> Tensor:
+    """This process's part of a weight that tensor parallelism has spread; any other as it is."""
+    to_local = getattr(weight, "to_local", None)  # importing DTensor takes a while
+    return weight if to_local is None else to_local()
+
+
 @own
 class PlainWeights(nn.Module):
     """One tensor in its own module, so that adapters can name it."""
@@ -32,7 +38,7 @@ class PlainWeights(nn.Module):
 
     def forward(self, like: Tensor) -> Tensor:
         """The weights in the dtype of `like`."""
-        return self.weight.to(like.dtype)
+        return local_of(self.weight).to(like.dtype)
 
 
 @own
@@ -50,7 +56,7 @@ class MLPWeights(nn.Module):
 
     def forward(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The weights in the dtype of `like`."""
-        return self.up.to(like.dtype), self.down.to(like.dtype)
+        return local_of(self.up).to(like.dtype), local_of(self.down).to(like.dtype)
 
 
 Holder = nn.Parameter | nn.Module | None
@@ -117,4 +123,4 @@ def weights_of(holder: Holder, like: Tensor) -> Weights:
     """
     if isinstance(holder, nn.Module):
         return holder(like)
-    return None if holder is None else holder.to(like.dtype)
+    return None if holder is None else local_of(holder).to(like.dtype)

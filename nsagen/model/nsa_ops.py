@@ -23,7 +23,11 @@ from nsagen.ops.separate import SeparateKV
 
 
 class NSAOps(nn.Module):
-    """The ops on the parameters of `NativeSparseAttention`, which documents them."""
+    """The ops on the parameters of `NativeSparseAttention`, which documents them.
+
+    How many heads a pass has is read from its tensors: under tensor parallelism a process has some
+    of num_kv_heads.
+    """
 
     sparsity: Sparsity
     num_q_heads: int
@@ -85,7 +89,7 @@ class NSAOps(nn.Module):
         """The heads in the outputs of `projections`."""
         q, *rest = projected
         pairs = [
-            KV(self.key(k), v.unflatten(-1, (self.num_kv_heads, -1)))
+            KV(self.key(k), v.unflatten(-1, (-1, self.v_head_dim)))
             for k, v in zip(rest[::2], rest[1::2], strict=True)
         ]
         q = self.query(q)
@@ -96,11 +100,11 @@ class NSAOps(nn.Module):
 
     def query(self, q: Tensor) -> Tensor:
         """[N, HQ, D] before rope, from the projection's output."""
-        return q.unflatten(-1, (self.num_q_heads, -1))
+        return q.unflatten(-1, (-1, self.head_dim))
 
     def key(self, k: Tensor) -> Tensor:
         """[N, HK, D] before rope, from the projection's output."""
-        return k.unflatten(-1, (self.num_kv_heads, -1))
+        return k.unflatten(-1, (-1, self.head_dim))
 
     def gates(self, x: Tensor) -> Tensor:
         """[N, HQ, 3]: compressed, selected, sliding; 0 where a branch is off."""
@@ -108,7 +112,7 @@ class NSAOps(nn.Module):
 
     def gate_columns(self, gate: Tensor) -> Tensor:
         """`gates` from [N, HQ * branches that are on]."""
-        return in_columns(gate.unflatten(-1, (self.num_q_heads, -1)), self.sparsity.on)
+        return in_columns(gate.unflatten(-1, (-1, len(self.sparsity.on))), self.sparsity.on)
 
     def rope(self, x: Tensor, positions: Tensor, tables: Tables) -> Tensor:
         return ops.rope(x, *tables, positions, dispatcher=self.dispatcher)
@@ -250,7 +254,7 @@ class NSAOps(nn.Module):
             )
         else:  # neither is read
             o_compressed = q.new_zeros(*q.shape[:2], cache.v.shape[-1])
-            topk_idx = positions.new_full((self.num_kv_heads, q.shape[0], 1), -1)
+            topk_idx = positions.new_full((cache.k.shape[-2], q.shape[0], 1), -1)
         o = ops.native_sparse_attention_decode(
             *(q, cache.k, cache.v, topk_idx),
             *rows,

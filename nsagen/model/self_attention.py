@@ -143,8 +143,8 @@ class SelfAttention(JoinsWeights):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [N, HQ, D] and k [N, HK, D] after rope, v [N, HK, D]."""
         cos, sin = self.rotary_emb.tables(q)
-        q = q.unflatten(-1, (self.num_q_heads, self.head_dim))
-        k, v = (t.unflatten(-1, (self.num_kv_heads, self.head_dim)) for t in (k, v))
+        q = q.unflatten(-1, (-1, self.head_dim))  # some of the heads under tensor parallelism
+        k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (k, v))
         return reference.rope(q, cos, sin, positions), reference.rope(k, cos, sin, positions), v
 
     def _attend(

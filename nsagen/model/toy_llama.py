@@ -192,4 +192,4 @@ class ToyLlama(Pretrained, Generation[KVCache]):
     def new_cache(self) -> KVCache:
         assert self.inference_config is not None
         weight = self._weight()
-        return KVCache(self.config, self.inference_config, weight.device, weight.dtype)
+        return KVCache(self._config_here(), self.inference_config, weight.device, weight.dtype)

@@ -194,4 +194,4 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
     def new_cache(self) -> NSACache:
         assert self.inference_config is not None
         weight = self._weight()
-        return NSACache(self.config, self.inference_config, weight.device, weight.dtype)
+        return NSACache(self._config_here(), self.inference_config, weight.device, weight.dtype)

@@ -1,0 +1,191 @@
+"""Tensor parallel by key/value heads: styles for `parallelize_module`.
+
+A rank has some key/value heads and the query heads of their groups. Selection, compression, gates
+and caches are each head's own, so attention exchanges nothing; a layer's two sums follow o_proj and
+down_proj, as in a dense model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from nsagen.model import NativeSparseAttention, ToyLlama, ToyNSALlama
+from nsagen.model.checks import require
+from nsagen.model.compression import Holder
+from nsagen.model.gate import MLPGate
+from nsagen.model.layers import FeedForward
+from nsagen.model.self_attention import SelfAttention
+
+_WHERE = "tensor_parallel"
+
+COMPRESSION = ("compress_key", "compress_value", "intra_block_pe", "intra_block_pe_value")
+"""Parameters, or modules of them, whose first dimension is key/value heads."""
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Spread a model's heads and feed-forwards over the ranks of a mesh, in place.
+
+        mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "tp"))
+        tensor_parallel(model, mesh["tp"])
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh["dp"])
+
+    Inputs and outputs stay what they were, on every rank alike; so do `generate`, whose caches have
+    the rank's own heads, and the names of the parameters, which become DTensors.
+
+    Args:
+        model: a `NativeSparseAttention`, `ToyNSALlama` or `ToyLlama`.
+        mesh: of one dimension.
+
+    Returns:
+        the model.
+
+    Raises:
+        InvalidInputError: key/value heads or feed-forwards that the ranks cannot share, parameters
+            that are not floating-point, a mesh of several dimensions, another model. Nothing has
+            changed then.
+    """
+    return parallelize_module(model, mesh, tensor_parallel_plan(model, mesh))
+
+
+def tensor_parallel_plan(model: nn.Module, mesh: DeviceMesh) -> dict[str, ParallelStyle]:
+    """The plan that `tensor_parallel` gives `parallelize_module`, checked against a mesh.
+
+    Raises:
+        InvalidInputError: as `tensor_parallel`.
+    """
+    require(
+        isinstance(mesh, DeviceMesh) and mesh.ndim == 1,
+        _WHERE,
+        "mesh must be a DeviceMesh of one dimension",
+        repr(mesh),
+        'pass the tensor parallel one, e.g. mesh["tp"]',
+    )
+    known = isinstance(model, NativeSparseAttention | ToyNSALlama | ToyLlama)
+    require(
+        known,
+        _WHERE,
+        "the model must be a NativeSparseAttention, ToyNSALlama or ToyLlama",
+        type(model).__name__,
+        "load a swapped Transformers model with tp_plan, as docs/scaling.md shows",
+    )
+    for name, module in model.named_modules():
+        check_divisible(name or type(model).__name__, module, mesh.size())
+    for name, parameter in model.named_parameters():
+        require(
+            parameter.is_floating_point() and not isinstance(parameter, DTensor),
+            _WHERE,
+            "parameters must be plain and floating-point",
+            f"{name}: {type(parameter).__name__} of {parameter.dtype}",
+            "spread the model before FSDP and before quantizing it, and only once",
+        )
+    if isinstance(model, NativeSparseAttention):
+        return {"": HeadParallel()}
+    assert isinstance(model, ToyNSALlama | ToyLlama)
+    plan: dict[str, ParallelStyle] = {
+        "model.layers.*.self_attn": HeadParallel(),
+        "model.layers.*.mlp": FeedForwardParallel(),
+    }
+    if model.config.vocab_size % mesh.size() == 0:
+        plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
+    return plan
+
+
+def check_divisible(name: str, module: nn.Module, size: int) -> None:
+    """Check that `size` ranks can share a module's heads, or its hidden features.
+
+    Raises:
+        InvalidInputError: names the module and its number.
+    """
+    rule, count = "", 0
+    if isinstance(module, NativeSparseAttention | SelfAttention):
+        rule, count = "num_kv_heads must be a multiple of the ranks", module.num_kv_heads
+    elif isinstance(module, FeedForward):
+        rule = "intermediate_size must be a multiple of the ranks"
+        count = module.gate_proj.out_features
+    advice = "use fewer ranks for heads, and the others for sequences or batches"
+    require(count % size == 0, f"{_WHERE}: {name}", rule, f"{count} and {size}", advice)
+
+
+class _Shared(ParallelStyle):
+    """A module whose layers read one input: it becomes a DTensor once, so that its gradient is
+    summed over the ranks once."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        check_divisible(type(module).__name__, module, device_mesh.size())
+
+        def spread(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, *rest = args
+            if not isinstance(x, DTensor):
+                x = DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
+            return x, *rest
+
+        self.layers(module, device_mesh)
+        module.register_forward_pre_hook(spread)
+        return module
+
+    def layers(self, module: Any, mesh: DeviceMesh) -> None:
+        raise NotImplementedError
+
+
+class FeedForwardParallel(_Shared):
+    """The style of a `FeedForward`: each rank has some of its hidden features."""
+
+    def layers(self, module: Any, mesh: DeviceMesh) -> None:
+        for layer in (module.gate_proj, module.up_proj):
+            ColwiseParallel()._apply(layer, mesh)
+        RowwiseParallel()._apply(module.down_proj, mesh)
+
+
+class HeadParallel(_Shared):
+    """The style of a `NativeSparseAttention` or `SelfAttention`: each rank has some key/value
+    heads, with their query heads, gates and compression."""
+
+    def layers(self, module: Any, mesh: DeviceMesh) -> None:
+        nsa = isinstance(module, NativeSparseAttention)
+        for layer in module.projections() if nsa else module.joined_layers():
+            ColwiseParallel()._apply(layer, mesh)
+        RowwiseParallel()._apply(module.o_proj, mesh)
+        if not nsa:
+            return
+        if isinstance(module.gate, MLPGate):
+            _Whole()._apply(module.gate.up_proj, mesh)
+            ColwiseParallel()._apply(module.gate.down_proj, mesh)
+        else:
+            ColwiseParallel()._apply(module.gate, mesh)
+        for name in COMPRESSION:
+            _spread_heads(module, name, getattr(module, name), mesh)
+
+
+class _Whole(ParallelStyle):
+    """A layer that every rank has, between a DTensor and layers that are spread."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        for name, parameter in [*module.named_parameters(recurse=False)]:
+            _register(module, name, parameter, device_mesh, Replicate())
+        return module
+
+
+def _spread_heads(module: nn.Module, name: str, holder: Holder, mesh: DeviceMesh) -> None:
+    if isinstance(holder, nn.Parameter):
+        _register(module, name, holder, mesh, Shard(0))
+    elif holder is not None:
+        for part, parameter in [*holder.named_parameters(recurse=False)]:
+            _register(holder, part, parameter, mesh, Shard(0))
+
+
+def _register(
+    module: nn.Module, name: str, parameter: Tensor, mesh: DeviceMesh, placement: Any
+) -> None:
+    spread = distribute_tensor(parameter.detach(), mesh, [placement])
+    module.register_parameter(name, nn.Parameter(spread, parameter.requires_grad))

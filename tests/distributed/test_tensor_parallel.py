@@ -1,0 +1,190 @@
+"""Tensor parallel by key/value heads, alone and with context parallel and FSDP in one mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from nsagen.core.errors import InvalidInputError
+from nsagen.distributed import context_parallel, tensor_parallel, tensor_parallel_plan
+from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
+from nsagen.model.sampling import SamplingConfig
+from tests.distributed.ranks import on_ranks
+from tests.distributed.test_context_parallel import (
+    BATCHES,
+    Found,
+    assert_equal,
+    attention,
+    numbers,
+    offsets_of,
+    passed,
+)
+from tests.model.forms import EVERY, PAPER
+from tests.model.tiny import dense_config, nsa_config
+from tests.support import one_thread
+
+__all__ = ["one_thread"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IDS = torch.randint(512, (142,), generator=torch.Generator().manual_seed(0))
+ENDS = offsets_of([9, 0, 130, 3])
+
+
+def model_of(kind: str, **changes: Any) -> Any:
+    random, limits = torch.Generator().manual_seed(1), InferenceConfig(4, 160)
+    if kind == "nsa":
+        return ToyNSALlama(nsa_config(**changes), limits, generator=random)
+    return ToyLlama(dense_config(**changes), limits, generator=random)
+
+
+def whole(x: Any) -> Tensor | None:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def whole_gradients(module: nn.Module) -> Found:
+    found = {}
+    for name, parameter in module.named_parameters():
+        gradient: Any = parameter.grad
+        if isinstance(gradient, DTensor):
+            assert not any(place.is_partial() for place in gradient.placements), name
+        found[name] = whole(gradient)
+    return found
+
+
+def test_outputs_and_gradients_are_one_process_s() -> None:
+    """For forms that have each kind of parameter, spread by their heads."""
+    lengths = BATCHES["ragged"]
+    forms = ("weightedpool", "the paper's", "no compressed branch")
+    expected = {name: passed(attention(**EVERY[name]), lengths) for name in forms}
+
+    def run(rank: int) -> dict[str, Found]:
+        mesh = init_device_mesh("cpu", (2,))
+        found = {}
+        for name in forms:
+            module = attention(**EVERY[name])
+            kept = {n: p.detach().clone() for n, p in module.named_parameters()}
+            tensor_parallel(module, mesh)
+            for n, parameter in module.named_parameters():
+                assert torch.equal(whole(parameter), kept[n])  # type: ignore[arg-type]
+            x = numbers(169, 48).requires_grad_()
+            y = module(x, offsets_of(lengths))
+            (y * numbers(*x.shape, seed=1)).sum().backward()
+            found[name] = {"output": y.detach(), "input": x.grad, **whole_gradients(module)}
+        return found
+
+    for found in on_ranks(2, run):
+        for name, one in expected.items():
+            assert_equal(found[name], one, name)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("nsa", {}), ("nsa", PAPER), ("dense", {})])
+def test_generation_is_one_process_s(kind: str, changes: dict[str, Any]) -> None:
+    """Greedy and sampled, from caches of a rank's own heads."""
+    sampling = SamplingConfig(temperature=0.8, seed=3)
+
+    def generated(model: Any) -> list[Tensor]:
+        return [
+            model.generate(IDS, ENDS[[0, 1, 3, 4]], 3),
+            model.generate(IDS, ENDS[[0, 1, 3, 4]], 3, sampling=sampling),
+        ]
+
+    expected = generated(model_of(kind, **changes).double())
+
+    def run(rank: int) -> list[Tensor]:
+        model = model_of(kind, **changes).double()
+        alone = model.new_cache().nbytes
+        tensor_parallel(model, init_device_mesh("cpu", (2,)))
+        assert model.new_cache().nbytes == alone // 2
+        return generated(model)
+
+    for found in on_ranks(2, run):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["nsa", "dense"])
+def test_heads_sequences_and_batches_compose(kind: str) -> None:
+    """Two ranks for heads, two for sequences with FSDP over them: one process's training steps."""
+    targets = IDS.roll(-1)
+
+    def steps(model: Any, optimizer: torch.optim.Optimizer, part: Any, scale: float) -> list[float]:
+        losses = []
+        for _ in range(2):
+            ids, goal, layout = part
+            loss = F.cross_entropy(model(ids, layout), goal, reduction="sum") / IDS.shape[0]
+            (loss * scale).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        return losses
+
+    def trained(model: Any) -> Found:
+        return {n: whole(p.detach()) for n, p in model.named_parameters()}
+
+    alone = model_of(kind).double()
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.5)
+    expected = steps(alone, optimizer, (IDS, targets, ENDS), 1.0)
+
+    def run(rank: int) -> tuple[list[float], Found]:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+        model = model_of(kind).double()
+        tensor_parallel(model, mesh["tp"])
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh["cp"])
+        fully_shard(model, mesh=mesh["cp"])
+        shard = context_parallel(model, mesh["cp"]).shard(ENDS)
+        part = (shard.take(IDS), shard.take(targets), shard)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        return steps(model, optimizer, part, 2.0), trained(model)
+
+    results = on_ranks(4, run)
+    for step, loss in enumerate(expected):
+        # ranks are (cp, tp): the losses of one of each pair for heads make the whole
+        assert results[0][0][step] + results[2][0][step] == pytest.approx(loss, rel=1e-6)
+        assert results[0][0][step] == results[1][0][step]
+    for _, found in results:
+        for name, one in trained(alone).items():
+            other = found[name]
+            assert one is not None
+            assert other is not None
+            assert torch.allclose(other, one, rtol=1e-5, atol=1e-6), name
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    def run(rank: int) -> list[str]:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        flat = init_device_mesh("cpu", (4,))
+        spread = tensor_parallel(attention(), mesh["tp"])
+        odd = model_of("nsa", intermediate_size=129)
+        texts = []
+        for model, over in (
+            (model_of("nsa"), flat),
+            (odd, mesh["tp"]),
+            (attention(), mesh),
+            (nn.Linear(2, 2), mesh["tp"]),
+            (spread, mesh["tp"]),
+        ):
+            before = [*model.parameters()]
+            with pytest.raises(InvalidInputError) as error:
+                tensor_parallel_plan(model, over)
+            texts.append(str(error.value))
+            assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+        return texts
+
+    expected = [
+        "model.layers.0.self_attn: num_kv_heads must be a multiple of the ranks, got 2 and 4",
+        "model.layers.0.mlp: intermediate_size must be a multiple of the ranks, got 129 and 2",
+        "mesh must be a DeviceMesh of one dimension",
+        "must be a NativeSparseAttention, ToyNSALlama or ToyLlama, got Linear",
+        "spread the model before FSDP and before quantizing it, and only once",
+    ]
+    for texts in on_ranks(4, run):
+        for text, part in zip(texts, expected, strict=True):
+            assert part in text
