@@ -40,7 +40,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidInputError(
             f"{path}: a checkpoint needs a readable config.json; got {error}; "
             "give the folder that save_pretrained or a download wrote"
@@ -93,13 +93,32 @@ def dense_config(raw: Mapping[str, Any], folder: Path) -> ToyLlamaConfig:
     theta, scaling = _checked_rope(raw, where)
     return ToyLlamaConfig(
         **{name: raw[name] for name in _SAME_NAME},
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        num_key_value_heads=_given(raw, "num_key_value_heads", heads),
+        head_dim=_given(raw, "head_dim", raw["hidden_size"] // heads),
         rope_theta=theta,
         rope_scaling=scaling,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         initializer_range=raw.get("initializer_range", 0.02),
     )
+
+
+def _given(raw: Mapping[str, Any], name: str, otherwise: Any) -> Any:
+    """What config.json says; a key that is absent or null stands for `otherwise`, 0 does not."""
+    value = raw.get(name)
+    return otherwise if value is None else value
+
+
+def is_tied(raw: Mapping[str, Any], folder: Path) -> bool:
+    """Whether embedding and head share their weights.
+
+    Raises:
+        InvalidInputError: the switch is neither true, false nor null.
+    """
+    value = raw.get("tie_word_embeddings")
+    rule = "tie_word_embeddings must be true or false"
+    fits = value is None or isinstance(value, bool)
+    require(fits, f"{folder}/config.json", rule, repr(value), "correct it")
+    return value is True
 
 
 def nsa_config(

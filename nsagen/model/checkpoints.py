@@ -18,6 +18,7 @@ from nsagen.model.checkpoint_config import (
     checked_dtype,
     config_dtype,
     config_json,
+    is_tied,
     read_config,
 )
 from nsagen.model.checks import checked_device, require
@@ -119,7 +120,7 @@ class Pretrained(nn.Module):
         with torch.device("meta"):
             model = cls.from_config(raw, folder, inference_config, more)
         model.to(checked_dtype("from_pretrained", dtype)).to_empty(device=device)
-        tied = bool(raw.get("tie_word_embeddings", False))
+        tied = is_tied(raw, folder)
         if tied and "lm_head.weight" not in stored:
             model.lm_head.weight = model.model.embed_tokens.weight
         elif tied and _EMBEDDING not in stored:

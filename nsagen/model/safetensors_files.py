@@ -40,19 +40,12 @@ def tensor_names(folder: Path) -> dict[str, Path]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             found = {str(name): str(file) for name, file in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InvalidInputError(
                 f"{index}: must map each tensor to a file under weight_map; got {error!r}; "
                 "save the checkpoint again"
             ) from None
-        for file in sorted(set(found.values())):
-            inside = Path(file).name == file
-            if not inside or not (folder / file).is_file():
-                raise InvalidInputError(
-                    f"{index}: each file must lie in the folder; got {file!r}, which "
-                    f"{'does not exist' if inside else 'is a path'}; fetch what is missing"
-                )
-        return {name: folder / file for name, file in found.items()}
+        return _held_by(index, found)
     if not (folder / ONE).is_file():
         pickled = next(iter(sorted(folder.glob("*.bin"))), None)
         raise InvalidInputError(
@@ -65,6 +58,34 @@ def tensor_names(folder: Path) -> dict[str, Path]:
         )
     with _opened(folder / ONE) as file:
         return dict.fromkeys(file.keys(), folder / ONE)
+
+
+def _held_by(index: Path, found: Mapping[str, str]) -> dict[str, Path]:
+    """Every tensor in the files that an index names, and its file.
+
+    As in Transformers, the index says which files there are, and the files what is in them. If two
+    hold the same name, the index decides.
+    """
+    held: dict[str, Path] = {}
+    for name in sorted(set(found.values())):
+        path, rule = index.parent / name, f"{index}: each file must lie in the folder"
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InvalidInputError(f"{rule}; got {name!r}; save the checkpoint again")
+        if not path.is_file():
+            raise InvalidInputError(f"{rule}; got {name!r}, which does not exist; fetch it")
+        with _opened(path) as file:
+            inside = file.keys()
+        held |= {tensor: path for tensor in inside if found.get(tensor, name) == name}
+        held = dict.fromkeys(inside, path) | held
+    for tensor in sorted(found.keys() - held.keys()):
+        raise _lacking(index.parent / found[tensor], tensor)
+    return held
+
+
+def _lacking(path: Path, name: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"{path}: must hold {name}, as the index says; it does not; fetch it again"
+    )
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -94,9 +115,7 @@ def _check_held(path: Path, file: safe_open, name: str) -> None:
     try:
         file.get_slice(name)
     except SafetensorError:
-        raise InvalidInputError(
-            f"{path}: must hold {name}, as the index says; it does not; fetch it again"
-        ) from None
+        raise _lacking(path, name) from None
 
 
 def _opened(path: Path) -> safe_open:

@@ -157,6 +157,13 @@ def test_the_dtype_is_the_folders_unless_given(folder: Path) -> None:
         ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer, got 0"),
         ({"hidden_size": "64"}, "hidden_size must be a positive integer, got '64'"),
         ({"dtype": "float8_e4m3fn"}, "got 'float8_e4m3fn'; pass dtype=torch.bfloat16"),
+        (
+            {"tie_word_embeddings": "false"},
+            "tie_word_embeddings must be true or false, got 'false'",
+        ),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1; correct"),
+        ({"head_dim": 0}, "head_dim must be an integer of at least 1, got 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be an integer of at least 1, got 0"),
     ],
 )
 def test_what_does_not_fit_is_named(folder: Path, changes: dict[str, object], text: str) -> None:
@@ -248,6 +255,36 @@ class TestFiles:
         index.write_text(kept)
         again = ToyLlama.from_pretrained(tmp_path)
         assert torch.equal(again.lm_head.weight, new.lm_head.weight)
+
+    @pytest.mark.parametrize("kind", ["other file", "not in it", "dot", "folder"])
+    def test_the_files_of_an_index_say_what_is_in_them(self, tmp_path: Path, kind: str) -> None:
+        """As in Transformers, an index is read for its files alone."""
+        model = ToyLlama(dense_config())
+        model.save_pretrained(tmp_path, 50_000)
+        path = tmp_path / "model.safetensors.index.json"
+        files = json.loads(path.read_text())["weight_map"]
+        if kind == "other file":
+            names = sorted(files.values())
+            files = dict(zip(files, (*names[1:], names[0]), strict=True))
+        elif kind == "not in it":
+            files = {name: file for file, name in {f: n for n, f in files.items()}.items()}
+        elif kind == "dot":
+            files = {name: f"./{file}" for name, file in files.items()}
+        else:
+            (tmp_path / "parts").mkdir()
+            for file in set(files.values()):
+                (tmp_path / file).rename(tmp_path / "parts" / file)
+            files = {name: f"parts/{file}" for name, file in files.items()}
+        path.write_text(json.dumps({"weight_map": files}))
+        again = ToyLlama.from_pretrained(tmp_path)
+        assert torch.equal(again(*packed_batch([9])), model(*packed_batch([9])))
+
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+    def test_json_nested_too_deeply(self, folder: Path, name: str) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / name).write_text("[" * 100_000)
+        with pytest.raises(InvalidInputError, match=f"{name}: .*recursion"):
+            ToyLlama.from_pretrained(folder)
 
     def test_something_else_than_an_object(self, folder: Path) -> None:
         (folder / "config.json").write_text("[1]")
