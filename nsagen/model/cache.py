@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from nsagen.core.errors import CapacityError
 from nsagen.model.checks import checked_device, require_kind
 from nsagen.model.configs import (
     InferenceConfig,
@@ -51,12 +52,19 @@ class _Cache(Generic[Layer]):
         self.limits = limits
         self.device = checked_device(where, device)
         self.dtype = dtype
-        self.pages = PagePool(limits, self.device) if limits.paged else None
-        # Zeros, not garbage: kernels may load rows past a sequence's end before masking them.
-        self._tensors = {
-            name: torch.zeros(shape, device=device, dtype=dtype)
-            for name, shape in cache_shapes(config, limits).items()
-        }
+        try:
+            # Zeros, not garbage: kernels may load rows past a sequence's end before masking them.
+            self._tensors = {
+                name: torch.zeros(shape, device=device, dtype=dtype)
+                for name, shape in cache_shapes(config, limits).items()
+            }
+            self.pages = PagePool(limits, self.device) if limits.paged else None
+        except (RuntimeError, MemoryError) as error:
+            needed = limits.cache_bytes(config, dtype)
+            raise CapacityError(
+                f"{where}: the cache must fit into the memory of {self.device}, got {needed} bytes "
+                "to allocate; lower max_batch_size or max_length of InferenceConfig"
+            ) from error
         shared: dict[str, Any] = {} if self.pages is None else {"block_table": self.pages.table}
         self._layers = [
             layer_type(**{name: tensor[layer] for name, tensor in self._tensors.items()}, **shared)

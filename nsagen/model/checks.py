@@ -84,6 +84,20 @@ def checked_device(where: str, device: Any) -> torch.device:
     return found
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has one value at each place: it is neither sparse nor nested."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def kind_of(tensor: Tensor) -> str:
+    """A tensor's dtype and shape, or what it is instead of a dense one."""
+    if tensor.is_nested:
+        return f"a nested tensor of {tensor.dtype}"
+    if tensor.layout is not torch.strided:
+        return f"{tensor.dtype} with layout {tensor.layout}"
+    return f"{tensor.dtype} with shape {list(tensor.shape)}"
+
+
 def is_bool(value: Any) -> bool:
     """Whether a value is a bool, or a tensor of bools."""
     return isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool)
@@ -91,7 +105,7 @@ def is_bool(value: Any) -> bool:
 
 def is_integer(value: Any) -> bool:
     """Whether a value is a Python, NumPy or zero-dimensional tensor integer, and not a bool."""
-    if is_bool(value):
+    if is_bool(value) or (isinstance(value, Tensor) and value.dim() != 0):
         return False
     try:
         operator.index(value)

@@ -26,7 +26,9 @@ from nsagen.model.requests import (
     check_length,
     check_samplings,
     check_stop_tokens,
+    check_stream,
     check_tokens,
+    vocabulary,
 )
 from nsagen.model.sampling import SamplingConfig
 from nsagen.model.sequences import NO_TOKEN, NewToken
@@ -236,17 +238,11 @@ class Generation(nn.Module, Generic[Cache]):
         )
         lengths = host_lengths("generate", cu_seqlens, input_ids.shape[0], input_ids.shape[0])
         steps = self._check_limits(limits, lengths, max_new_tokens)
-        check_tokens("generate", input_ids, self.config.vocab_size)
+        check_tokens("generate", input_ids, vocabulary(self))
         samplings = check_samplings("generate", sampling, len(lengths))
         stops = check_stop_tokens("generate", stop_tokens)
         check_cuda_graph("generate", cuda_graph)
-        require(
-            stream is None or callable(stream),
-            "generate",
-            "stream must be a function of a NewToken, or None",
-            repr(stream),
-            "pass one, such as print",
-        )
+        check_stream("generate", stream)
         tokens: list[list[int]] = [[] for _ in lengths]
         if steps > 0 and lengths:
             prompts = input_ids.to(torch.int64, copy=True).split(lengths)

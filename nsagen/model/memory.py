@@ -17,13 +17,48 @@ def require_memory(where: str, module: nn.Module, like: Tensor | None = None) ->
     are needed.
 
     Args:
-        like: the input of a forward; one on the meta device asks for shapes alone.
+        like: the input of a forward; one on the meta device asks for shapes alone, which only
+            weights on the meta device give.
 
     Raises:
         InvalidInputError: names the first such tensor.
     """
-    if torch.compiler.is_compiling() or (like is not None and like.is_meta):
+    if torch.compiler.is_compiling():
         return
+    if like is not None and like.is_meta:
+        held = next((p for p in module.parameters() if not p.is_meta), None)
+        require(
+            held is None,
+            where,
+            "an input on the meta device needs a model on the meta device",
+            f"weights on {held.device if held is not None else None}",
+            "move one of them",
+        )
+    elif _lacks_values(module):
+        _refuse_missing(where, module)
+
+
+def _lacks_values(module: nn.Module) -> bool:
+    """Whether any parameter or buffer is on the meta device. Every forward waits for it: finding
+    names along the way takes three times as long, so they come later."""
+    found: list[nn.Module | None] = [module]
+    for one in found:
+        if one is None:
+            continue
+        own = one.__dict__
+        for tensor in own["_parameters"].values():
+            if tensor is not None and tensor.is_meta:
+                return True
+        if own["_buffers"]:
+            for tensor in own["_buffers"].values():
+                if tensor is not None and tensor.is_meta:
+                    return True
+        if own["_modules"]:
+            found += own["_modules"].values()
+    return False
+
+
+def _refuse_missing(where: str, module: nn.Module) -> None:
     todo = [("", module)]
     for path, one in todo:
         own = one.__dict__

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nsagen.model.checks import require
+from nsagen.model.checks import is_dense, kind_of, require
 from nsagen.ops._checks import values_are_read
 from nsagen.ops.layout import positions_in_sequence
 from nsagen.ops.lengths import Lengths
@@ -97,29 +97,8 @@ def check_packed(
         InvalidInputError: wrong shapes, dtypes or devices; cu_seqlens that does not run from 0
             to N without decreasing; a sequence longer than the model has positions.
     """
-    for name, tensor in (("input_ids", input_ids), ("cu_seqlens", cu_seqlens)):
-        require(
-            isinstance(tensor, Tensor),
-            where,
-            f"{name} must be a tensor",
-            type(tensor).__name__,
-            "make it one with torch.tensor",
-        )
-    require(
-        input_ids.dim() == 1,
-        where,
-        "input_ids must have shape [N], all sequences concatenated",
-        f"shape {list(input_ids.shape)}",
-        "flatten the batch and describe it with cu_seqlens",
-    )
+    check_ids(where, input_ids)
     check_offsets(where, cu_seqlens)
-    require(
-        input_ids.dtype in _INTEGERS,
-        where,
-        "input_ids must be int64",
-        str(input_ids.dtype),
-        "pass token numbers",
-    )
     require(
         cu_seqlens.device == input_ids.device,
         where,
@@ -138,22 +117,49 @@ def check_packed(
 _INTEGERS = (torch.int32, torch.int64)
 
 
-def check_offsets(where: str, cu_seqlens: Tensor) -> None:
+def _check_tensor(where: str, name: str, value: Any) -> None:
+    kind = type(value).__name__
+    advice = "make it one with torch.tensor"
+    require(isinstance(value, Tensor), where, f"{name} must be a tensor", kind, advice)
+    advice = "call its to_dense(), or join its sequences"
+    require(is_dense(value), where, f"{name} must be dense", kind_of(value), advice)
+
+
+def check_ids(where: str, input_ids: Any) -> None:
+    """Check the shape and dtype of tokens, not their values.
+
+    Raises:
+        InvalidInputError: not a dense vector of integers.
+    """
+    _check_tensor(where, "input_ids", input_ids)
+    require(
+        input_ids.dim() == 1,
+        where,
+        "input_ids must have shape [N], all sequences concatenated",
+        f"shape {list(input_ids.shape)}",
+        "flatten the batch and describe it with cu_seqlens",
+    )
+    require(
+        input_ids.dtype in _INTEGERS,
+        where,
+        "input_ids must be int64",
+        str(input_ids.dtype),
+        "pass token numbers",
+    )
+
+
+def check_offsets(where: str, cu_seqlens: Any) -> None:
     """Check the shape and dtype of cu_seqlens, not its values.
 
     Raises:
-        InvalidInputError: not a vector of integers.
+        InvalidInputError: not a dense vector of integers.
     """
+    _check_tensor(where, "cu_seqlens", cu_seqlens)
     require(
-        isinstance(cu_seqlens, Tensor)
-        and cu_seqlens.dim() == 1
-        and cu_seqlens.shape[0] >= 1
-        and cu_seqlens.dtype in _INTEGERS,
+        cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 1 and cu_seqlens.dtype in _INTEGERS,
         where,
         "cu_seqlens must be int32 with shape [batch+1]",
-        f"{cu_seqlens.dtype} with shape {list(cu_seqlens.shape)}"
-        if isinstance(cu_seqlens, Tensor)
-        else repr(cu_seqlens),
+        kind_of(cu_seqlens),
         "start it with 0 and append the running sum of the lengths",
     )
 
@@ -166,11 +172,12 @@ def check_layout(where: str, input_ids: Tensor, layout: Packed, max_positions: i
             the model has positions.
     """
     rows, device = layout.positions.shape[0], layout.positions.device
+    check_ids(where, input_ids)
     require(
-        isinstance(input_ids, Tensor) and input_ids.shape == (rows,),
+        input_ids.shape == (rows,),
         where,
         f"input_ids must have shape [{rows}], the tokens of the layout",
-        str(list(getattr(input_ids, "shape", []))),
+        str(list(input_ids.shape)),
         "pass shard.take(input_ids) with a shard",
     )
     require(
@@ -198,6 +205,13 @@ def host_lengths(
     Raises:
         InvalidInputError: as in `check_packed`.
     """
+    require(
+        not cu_seqlens.is_meta,
+        where,
+        "cu_seqlens must have values where the lengths are needed",
+        "a meta tensor",
+        "pass the lengths on a device",
+    )
     ends = cu_seqlens.tolist()
     lengths = [b - a for a, b in pairwise(ends)]
     require(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.model.checks import is_bool, is_integer, require
+from nsagen.model.checks import is_bool, is_dense, is_integer, kind_of, require
 from nsagen.model.configs import InferenceConfig
 from nsagen.model.fused import is_bare, is_own
 from nsagen.model.memory import require_memory
@@ -68,6 +68,15 @@ def check_inference(where: str, model: Any) -> InferenceConfig:
     )
     _check_wrapping(where, model)
     require_memory(where, model)
+    rows, head = vocabulary(model), model.lm_head
+    chosen = head.weight.shape[0] if isinstance(head, nn.Linear) and is_bare(head) else rows
+    require(
+        chosen <= rows,
+        where,
+        "the head must choose among tokens that the embedding has",
+        f"a head of {chosen} and an embedding of {rows}",
+        "change the size of both",
+    )
     weight = next(model.parameters())
     require(
         weight.device.type != "cuda" or weight.dtype in (torch.bfloat16, torch.float16),
@@ -202,10 +211,10 @@ def check_prompt(where: str, prompt: Any) -> Tensor:
             shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
             raise InvalidInputError(f"{where}: {rule}, got {shown}; pass token numbers") from None
     require(
-        prompt.dim() == 1 and prompt.dtype in PROMPT_DTYPES and prompt.layout is torch.strided,
+        is_dense(prompt) and prompt.dim() == 1 and prompt.dtype in PROMPT_DTYPES,
         where,
         rule,
-        f"{prompt.dtype} with shape {list(prompt.shape)}",
+        kind_of(prompt),
         "pass token numbers",
     )
     return prompt
@@ -245,6 +254,13 @@ def check_tokens(where: str, input_ids: Tensor, vocab_size: int) -> None:
     )
 
 
+def vocabulary(model: Any) -> int:
+    """Tokens that a model's embedding has, or its config says if another layer stands there."""
+    embedding = getattr(model.model, "embed_tokens", None)
+    plain = isinstance(embedding, nn.Embedding) and is_bare(embedding)
+    return embedding.weight.shape[0] if plain else model.config.vocab_size
+
+
 def check_known_tokens(where: str, input_ids: Tensor, model: Any) -> None:
     """Check a forward's tokens where values are read, unless a hook, a wrapper or another layer may
     change them: a GPU is not waited for, and PyTorch fails there with an assertion of the device.
@@ -268,16 +284,44 @@ def check_stop_tokens(where: str, stop_tokens: Iterable[int]) -> frozenset[int]:
     advice = "pass token numbers such as [2], or leave it out"
     rule = "stop_tokens must be integers in a list or another iterable"
     if isinstance(stop_tokens, Tensor):
-        readable = not stop_tokens.is_meta and stop_tokens.layout is torch.strided
-        kind = f"a tensor on {stop_tokens.device} with layout {stop_tokens.layout}"
+        readable = not stop_tokens.is_meta and is_dense(stop_tokens)
+        kind = f"a tensor on {stop_tokens.device}: {kind_of(stop_tokens)}"
         require(readable, where, rule, kind, advice)
         stop_tokens = stop_tokens.tolist()
-    if isinstance(stop_tokens, str | bytes) or not isinstance(stop_tokens, Iterable):
-        raise InvalidInputError(f"{where}: {rule}, got {stop_tokens!r}; {advice}")
-    stops = list(stop_tokens)
+    try:
+        if isinstance(stop_tokens, str | bytes | bytearray | memoryview):
+            raise TypeError  # characters and bytes are not tokens
+        tokens = iter(stop_tokens)
+    except TypeError:
+        raise InvalidInputError(f"{where}: {rule}, got {stop_tokens!r}; {advice}") from None
+    stops = list(tokens)
     for token in stops:
         require(is_integer(token), where, rule, f"{token!r} among them", advice)
     return frozenset(operator.index(token) for token in stops)
+
+
+def check_stream(where: str, stream: Any) -> None:
+    """Check the function that gets new tokens.
+
+    Raises:
+        InvalidInputError: not callable, or calling it runs nothing: an async function, a generator.
+    """
+    require(
+        stream is None or callable(stream),
+        where,
+        "stream must be a function of a NewToken, or None",
+        repr(stream),
+        "pass one, such as print",
+    )
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    for function in (stream, getattr(stream, "__call__", None)):  # noqa: B004  (not a test)
+        require(
+            not any(kind(function) for kind in kinds),
+            where,
+            "stream must be an ordinary function, which runs when it is called",
+            repr(stream),
+            "pass a function that puts the token into a queue, and await that",
+        )
 
 
 def check_cuda_graph(where: str, cuda_graph: Any) -> None:

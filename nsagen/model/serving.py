@@ -30,6 +30,7 @@ from nsagen.model.requests import (
     check_sampling,
     check_stop_tokens,
     check_tokens,
+    vocabulary,
 )
 from nsagen.model.sampling import SamplingConfig, SamplingRows
 from nsagen.model.sequences import (
@@ -154,7 +155,7 @@ class ContinuousBatch:
             tokens = check_prompt(where, prompt)
             limit = check_length(where, self.limits, tokens.shape[0], max_new_tokens)
             require(limit > 0, where, "max_new_tokens must be positive", "0", "leave it out")
-            check_tokens(where, tokens, self.model.config.vocab_size)
+            check_tokens(where, tokens, vocabulary(self.model))
             stops = check_stop_tokens(where, stop_tokens)
             sampling = check_sampling(where, sampling)
             copied = tokens.to(self.cache.device, torch.int64, copy=True)

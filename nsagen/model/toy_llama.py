@@ -177,7 +177,6 @@ class ToyLlama(Pretrained, Generation[KVCache]):
             InvalidInputError: shapes, dtypes, devices or tokens that do not fit; a sequence too
                 long; weights that are not in memory.
         """
-        require_memory("ToyLlama.forward", self, input_ids)
         limit = self.config.max_position_embeddings
         if isinstance(cu_seqlens, Packed):
             check_layout("ToyLlama.forward", input_ids, cu_seqlens, limit)
@@ -186,6 +185,7 @@ class ToyLlama(Pretrained, Generation[KVCache]):
             ends = check_packed("ToyLlama.forward", input_ids, cu_seqlens, None)
             lengths = host_lengths("ToyLlama.forward", cu_seqlens, input_ids.shape[0], limit)
             packed = Packed.of(ends, input_ids.shape[0], lengths)
+        require_memory("ToyLlama.forward", self, input_ids)
         check_known_tokens("ToyLlama.forward", input_ids, self.model)
         return logits_of(self.model(input_ids, packed), self.lm_head)
 

@@ -178,7 +178,6 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
             InvalidInputError: shapes, dtypes, devices or tokens that do not fit; a sequence too
                 long; weights that are not in memory.
         """
-        require_memory("ToyNSALlama.forward", self, input_ids)
         limit = self.config.max_position_embeddings
         if isinstance(cu_seqlens, Packed):
             check_layout("ToyNSALlama.forward", input_ids, cu_seqlens, limit)
@@ -188,6 +187,7 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
             config = self.config
             windows = (config.kernel_size, config.kernel_stride) if config.needs_windows else None
             packed = Packed.of(cu_seqlens, input_ids.shape[0], windows=windows)
+        require_memory("ToyNSALlama.forward", self, input_ids)
         check_known_tokens("ToyNSALlama.forward", input_ids, self.model)
         return logits_of(self.model(input_ids, packed), self.lm_head)
 

@@ -102,6 +102,28 @@ def test_a_model_without_weights_says_shapes(make: Callable[[], Model]) -> None:
 
 
 @MODELS
+def test_an_input_without_values_needs_a_model_without_weights(make: Callable[[], Model]) -> None:
+    """PyTorch looks up tokens on the meta device in weights that it has, and returns numbers."""
+    model, empty = make(), [tensor.to("meta") for tensor in BATCH]
+    text = r"forward: (an input on the meta device needs a model .*, got weights on cpu|cu_seqlens)"
+    with pytest.raises(InvalidInputError, match=text):
+        model(*empty)
+    if isinstance(model, ToyLlama):
+        text = "cu_seqlens must have values where the lengths are needed, got a meta tensor"
+        with pytest.raises(InvalidInputError, match=text):
+            model.to("meta")(*empty)
+
+
+@MODELS
+def test_a_weight_that_goes_later_is_refused_too(make: Callable[[], Model]) -> None:
+    model = make()
+    model(*BATCH)
+    model.model.layers[1].self_attn.o_proj.to("meta")
+    with pytest.raises(InvalidInputError, match=r"got model\.layers\.1\.self_attn\.o_proj\.weight"):
+        model(*BATCH)
+
+
+@MODELS
 def test_offloaded_weights_are_not_missing(make: Callable[[], Model]) -> None:
     """They are on the meta device until a hook brings them."""
     accelerate = pytest.importorskip("accelerate")

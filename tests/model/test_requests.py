@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,10 @@ BAD_STOPS: list[tuple[Any, str]] = [
     (torch.tensor([0.5]), "got 0.5 among them"),
     (torch.tensor([2], device="meta"), "got a tensor on meta"),
     (torch.tensor([2]).to_sparse(), "with layout torch.sparse_coo"),
+    (bytearray(b"ab"), "got bytearray"),
+    (memoryview(b"ab"), "got <memory"),
+    (np.array(3), r"got array\(3\); pass"),
+    ([torch.tensor([3])], r"got tensor\(\[3\]\) among them"),
 ]
 
 BAD_PROMPTS: list[tuple[Any, str]] = [
@@ -70,6 +75,8 @@ BAD_PROMPTS: list[tuple[Any, str]] = [
     ([-1], "values from -1 to -1"),
     ([512], "values from 512 to 512; check that the tokenizer belongs"),
     (torch.zeros(3, dtype=torch.int64, device="meta"), "tokens must have values"),
+    (torch.tensor([1, 0]).to_sparse(), "got torch.int64 with layout torch.sparse_coo"),
+    (torch.nested.nested_tensor([torch.tensor([1, 2])]), "got a nested tensor of torch.int64"),
 ]
 
 BAD_REST: list[tuple[dict[str, Any], str]] = [
@@ -77,6 +84,7 @@ BAD_REST: list[tuple[dict[str, Any], str]] = [
     ({"max_new_tokens": 2.0}, "got 2.0"),
     ({"max_new_tokens": "3"}, "got '3'"),
     ({"max_new_tokens": None}, "got None"),
+    ({"max_new_tokens": torch.tensor([3])}, r"got tensor\(\[3\]\)"),
     ({"max_new_tokens": 60}, "max_length=64, got 5 . 60"),
     ({"sampling": 0.7}, "sampling must be a SamplingConfig or None, got 0.7"),
     ({"sampling": {"temperature": 1.0}}, "sampling must be a SamplingConfig or None, got {"),
@@ -106,7 +114,7 @@ def test_a_refused_request_costs_nothing(
 @pytest.mark.parametrize(
     ("settings", "text"),
     [({"stop_tokens": stops}, text) for stops, text in BAD_STOPS]
-    + BAD_REST[:5]
+    + BAD_REST[:6]
     + [
         ({"sampling": 0.7}, "sampling must be one SamplingConfig, or one for each .*got 0.7"),
         ({"sampling": [None, 3]}, "sequence 1: sampling must be a SamplingConfig or None, got 3"),
@@ -124,12 +132,69 @@ def test_generate_refuses_before_it_takes_a_cache(
     assert not model._idle_batches, "nothing may be allocated before the checks"
 
 
-@pytest.mark.parametrize("ids", [[1, 2, 3], np.array([1, 2, 3])], ids=["list", "array"])
-def test_generate_takes_tensors_alone(model: ToyNSALlama, ids: Any) -> None:
-    with pytest.raises(InvalidInputError, match="generate: input_ids must be a tensor, got"):
-        model.generate(ids, torch.tensor([0, 3]))
-    with pytest.raises(InvalidInputError, match="generate: cu_seqlens must be a tensor, got"):
-        model.generate(torch.tensor([1, 2, 3]), ids)
+async def waits(new: object) -> None:
+    """Called, it runs nothing until something awaits it."""
+
+
+def pauses(new: object) -> Iterator[object]:
+    """Called, it runs nothing until something iterates it."""
+    yield new
+
+
+class Waits:
+    async def __call__(self, new: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("stream", [waits, pauses, Waits(), partial(waits)], ids=repr)
+def test_a_callback_that_would_not_run_is_refused(model: ToyNSALlama, stream: Any) -> None:
+    with pytest.raises(InvalidInputError, match="stream must be an ordinary function, which runs"):
+        model.generate(*packed_batch([5, 5]), stream=stream)
+    assert not model._idle_batches
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        ([1, 2, 3], "must be a tensor, got list"),
+        (np.array([1, 2, 3]), "must be a tensor, got ndarray"),
+        (torch.tensor([0, 1, 3]).to_sparse(), "must be dense, got torch.int64 with layout torch.s"),
+        (torch.nested.nested_tensor([torch.tensor([1, 2])]), "must be dense, got a nested tensor"),
+    ],
+    ids=["list", "array", "sparse", "nested"],
+)
+def test_models_take_dense_tensors_alone(model: ToyNSALlama, ids: Any, text: str) -> None:
+    for call in (model.generate, model, ToyLlama(dense_config()).double()):
+        with pytest.raises(InvalidInputError, match=f"(generate|forward): input_ids {text}"):
+            call(ids, torch.tensor([0, 3]))
+        with pytest.raises(InvalidInputError, match=f"(generate|forward): cu_seqlens {text}"):
+            call(torch.tensor([1, 2, 3]), ids)
+
+
+def test_an_embedding_of_another_size_counts_everywhere(model: ToyNSALlama) -> None:
+    """The model has the tokens that its embedding has, as after a change of the vocabulary."""
+    model.model.embed_tokens = torch.nn.Embedding(300, 64).double().requires_grad_(False)
+    text = "the head must choose among tokens .* got a head of 512 and an embedding of 300; change"
+    with pytest.raises(InvalidInputError, match=f"generate: {text}"):
+        model.generate(*packed_batch([5]))
+    for rows, token in ((600, 599), (300, 299)):
+        model.model.embed_tokens = torch.nn.Embedding(rows, 64).double().requires_grad_(False)
+        model.lm_head = torch.nn.Linear(64, rows, bias=False).double().requires_grad_(False)
+        ends = torch.tensor([0, 2])
+        for call in (model, model.generate):
+            call(torch.tensor([1, token]), ends)
+            with pytest.raises(InvalidInputError, match=f"vocab_size-1={token}, got values from"):
+                call(torch.tensor([1, token + 1]), ends)
+
+
+@pytest.mark.parametrize("size", [2**40, 2**60])
+def test_a_cache_larger_than_the_memory_is_refused_by_its_bytes(size: int) -> None:
+    limits = InferenceConfig(size, 64, 4)
+    model = ToyLlama(dense_config(), limits)
+    needed = limits.cache_bytes(model.config, torch.float32)
+    text = f"KVCache: the cache must fit into the memory of cpu, got {needed} bytes to allocate; l"
+    with pytest.raises(CapacityError, match=text):
+        model.generate(*packed_batch([5]))
 
 
 def test_ends_and_ids_without_values_or_beyond_int32_are_refused(model: ToyNSALlama) -> None:
