@@ -356,7 +356,7 @@ def test_what_cannot_be_shared_is_refused() -> None:
         "1 of class OtherAttention",
         "the model must have attention, got none",
         "without decreasing, got [0, 4, 3]",
-        "cu_seqlens must be int32",
+        "cu_seqlens must be a tensor, got list",
         "the batch's 9 tokens as its first dimension, got shape [4]",
         "the tokens of the layout, got [9]; pass shard.take",
         "at most max_position_embeddings=8 tokens, got 9",
