@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from nsagen.model import SamplingConfig, ToyLlama, ToyNSALlama
 
 EXAMPLE = 'Example: nsagen generate --model ./Llama-3.2-1B --prompt "Sparse attention is"'
+RANDOM_LENGTH = 1 << 20
+"""Most tokens of a prompt and its continuation without a checkpoint, whose positions bound it."""
+
 DEFAULT_PROMPT = "Native sparse attention reads"
 
 _log = logging.getLogger("nsagen.generate")
@@ -57,6 +60,8 @@ def generate(
         raise InvalidInputError(
             f"generate: --attention must be nsa or dense; got {attention!r}; choose one"
         )
+    if kernels is not None and attention == "dense":
+        _refuse_kernels(kernels)
     from nsagen.model import SamplingConfig
 
     sampling = SamplingConfig(temperature, seed=seed)
@@ -113,7 +118,8 @@ def _is_terminal(stream: Any) -> bool:
 
 def _read(stream: Any) -> str:
     try:
-        return "" if stream is None else stream.read()
+        text = "" if stream is None else stream.read()
+        return text.removeprefix("\ufeff")  # the mark of an encoding, which some editors write
     except UnicodeDecodeError as error:
         raise InvalidInputError(
             f"generate: the prompt must be text in UTF-8; got {error}; save it as UTF-8"
@@ -155,6 +161,11 @@ def _random_model(
     from nsagen.model.configs import ToyNSALlamaConfig
     from nsagen.spec import load_spec
 
+    if length > RANDOM_LENGTH:
+        raise InvalidInputError(
+            "generate: without --model, prompt and new tokens together must be at most "
+            f"{RANDOM_LENGTH}; got {length}; lower --max-new-tokens"
+        )
     shape = next(s for s in load_spec("tiny").shapes if s.gqa_ratio == 2)
     model: dict[str, Any] = {
         "vocab_size": len(CHARACTERS),
@@ -213,10 +224,19 @@ def _checkpoint(
             "expect worse text beyond a short prompt"
         )
     if not sparse:
+        if kernels is not None:
+            _refuse_kernels(kernels)
         return ToyLlama.from_pretrained(folder, limits, **common).requires_grad_(False)
     dispatcher = _dispatcher(kernels)
     made = ToyNSALlama.from_pretrained(folder, limits, dispatcher=dispatcher, **common)
     return made.requires_grad_(False)
+
+
+def _refuse_kernels(kernels: str) -> NoReturn:
+    raise InvalidInputError(
+        f"generate: --kernels is for native sparse attention; got {kernels!r} with dense "
+        "attention; leave it out, or add --attention nsa"
+    )
 
 
 def _how(device: torch.device, dtype: torch.dtype) -> str:

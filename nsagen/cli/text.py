@@ -127,13 +127,18 @@ def _stop_tokens(folder: Path) -> frozenset[int]:
     """eos_token_id of generation_config.json, else of config.json: one number or several.
 
     Raises:
-        InvalidInputError: it is something else.
+        InvalidInputError: it is something else, or a file cannot be read.
     """
     for name in ("generation_config.json", "config.json"):
         try:
             content: Any = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except FileNotFoundError:
             continue
+        except (OSError, ValueError, RecursionError) as error:
+            raise InvalidInputError(
+                f"{folder / name}: must be a JSON file, which says where a text ends; got {error}; "
+                "fetch it again, or remove it"
+            ) from None
         found = content.get("eos_token_id") if isinstance(content, dict) else None
         if found is not None:
             listed = found if isinstance(found, list) else [found]

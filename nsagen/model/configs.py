@@ -56,6 +56,13 @@ class ToyLlamaConfig:
         sizes = ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size")
         heads = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
         require_integers(self, sizes + heads, 1)
+        require(
+            self.max_position_embeddings < 1 << 31,
+            where,
+            "max_position_embeddings must be below 2^31, as positions are int32",
+            str(self.max_position_embeddings),
+            "lower it",
+        )
         require_numbers(self, ("rms_norm_eps", "initializer_range"))
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,

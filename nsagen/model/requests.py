@@ -257,8 +257,9 @@ def check_tokens(where: str, input_ids: Tensor, vocab_size: int) -> None:
 def vocabulary(model: Any) -> int:
     """Tokens that a model's embedding has, or its config says if another layer stands there."""
     embedding = getattr(model.model, "embed_tokens", None)
-    plain = isinstance(embedding, nn.Embedding) and is_bare(embedding)
-    return embedding.weight.shape[0] if plain else model.config.vocab_size
+    if isinstance(embedding, nn.Embedding) and is_bare(embedding):
+        return embedding.weight.shape[0]
+    return model.config.vocab_size
 
 
 def check_known_tokens(where: str, input_ids: Tensor, model: Any) -> None:

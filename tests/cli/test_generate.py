@@ -155,9 +155,10 @@ class TestCheckpoint:
         folder: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
         arguments = ("--model", str(folder), "--prompt", "-", "--max-new-tokens", "2", "--json")
-        assert json.loads(run(capsys, "generate", *arguments)[1])["prompt"] == PROMPT
+        for mark in ("", "\ufeff"):  # which editors write before UTF-8
+            monkeypatch.setattr("sys.stdin", io.StringIO(mark + PROMPT))
+            assert json.loads(run(capsys, "generate", *arguments)[1])["prompt"] == PROMPT
 
 
 @pytest.mark.parametrize(
@@ -174,6 +175,15 @@ class TestCheckpoint:
             "give nsagen build the path of its spec: no never_built.yaml is in ./specs",
         ),
         (["--model", "no/such/folder", "--prompt", "x"], "needs the checkpoint's tokenizer.json"),
+        (
+            ["--kernels", "tiny", "--attention", "dense"],
+            "got 'tiny' with dense attention; leave it",
+        ),
+        (
+            ["--max-new-tokens", "1000000000000"],
+            "together must be at most 1048576; got 10000000000",
+        ),
+        (["--max-new-tokens", str(10**30)], "lower --max-new-tokens"),
     ],
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], text: str) -> None:
@@ -272,6 +282,24 @@ def test_stop_tokens_of_a_folder(folder: Path, content: str, expected: Any) -> N
         checkpoint_tokenizer(folder)
     (folder / "generation_config.json").write_text("[1]")
     assert checkpoint_tokenizer(folder).stop == frozenset()
+
+
+@pytest.mark.parametrize("content", ["", '{"eos_token_id": 3', "[" * 100_000, "\udcff"], ids=len)
+def test_a_half_written_generation_config_is_refused(folder: Path, content: str) -> None:
+    """Without it the text might run past its end."""
+    path = folder / "generation_config.json"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(InvalidInputError, match=r"generation_config\.json: must be a JSON file"):
+        checkpoint_tokenizer(folder)
+
+
+def test_kernels_for_a_dense_checkpoint_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--model", str(folder), "--prompt", PROMPT, "--kernels", "tiny")
+    code, _, err = run(capsys, "generate", *arguments)
+    assert code == 2
+    assert "--kernels is for native sparse attention; got 'tiny' with dense attention" in err
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(

@@ -73,6 +73,7 @@ def test_the_guides_configuration_is_valid() -> None:
         ({"topk": True}, "topk must be an integer"),
         ({"num_attention_heads": 5}, "multiple of num_key_value_heads, got 5 and 2"),
         ({"head_dim": 20}, "head_dim must be a multiple of 8 from 16 to 256, got 20"),
+        ({"max_position_embeddings": 2**31}, "must be below 2.31, as positions are int32, got 21"),
         ({"rope_theta": 0}, "rope_theta must be a positive number, got 0"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "one of default, llama3, got 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "original_max_position_emb"),
