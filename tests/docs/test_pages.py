@@ -61,6 +61,11 @@ def test_every_block_runs(page: str, folder: Path) -> None:
     assert follow(page, folder).ran > 0
 
 
+def test_the_readme(folder: Path) -> None:
+    pytest.importorskip("transformers")
+    assert follow("../README.md", folder).ran > 0
+
+
 def test_transformers_page(folder: Path) -> None:
     """Its `nsagen generate` reads a tokenizer, which a random checkpoint lacks."""
     pytest.importorskip("transformers")
