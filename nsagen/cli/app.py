@@ -220,7 +220,12 @@ def _check(specs: list[Spec], out: Path, tuned: Path | None, as_json: bool) -> N
     from nsagen.codegen.build import check
 
     rows = [
-        {"spec": spec.name, "path": str(out / spec.name / stale.path), "state": stale.state}
+        {
+            "spec": spec.name,
+            "path": str(out / spec.name / stale.path),
+            "state": stale.state,
+            "why": stale.why,
+        }
         for spec in specs
         for stale in check(spec, out, tuned=tuned)
     ]
@@ -228,7 +233,8 @@ def _check(specs: list[Spec], out: Path, tuned: Path | None, as_json: bool) -> N
         print(json.dumps(rows, indent=1))
     else:
         for row in rows:
-            _print(f"{row['state']}: {row['path']}")
+            why = f" ({row['why']} changed)" if row["why"] else ""
+            _print(f"{row['state']}: {row['path']}{why}")
         for spec in specs:
             count = sum(row["spec"] == spec.name for row in rows)
             what = "1 file is" if count == 1 else f"{count} files are"

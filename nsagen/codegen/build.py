@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsagen.codegen.owned import NOTES, check_free, note_files, own_files, python_files
+from nsagen.codegen.owned import (
+    NOTES,
+    check_free,
+    intact_files,
+    note_files,
+    own_files,
+    python_files,
+)
 from nsagen.codegen.package import Origin, manifest_text, package_files, variant_header
 from nsagen.codegen.plan import DEFAULT_PROVENANCE, Use, Variant, plan_variants
 from nsagen.codegen.template import default_schedule, kernel_name, render
@@ -20,6 +27,7 @@ from nsagen.core.installed import triton_version
 from nsagen.core.packages import MANIFEST, read_manifest, recorded_path
 from nsagen.core.releases import installed_release
 from nsagen.core.target import parse_target
+from nsagen.core.version import __version__
 from nsagen.core.workload import Workload
 from nsagen.spec import Spec
 
@@ -57,11 +65,13 @@ class Stale:
 
     Attributes:
         path: relative to the package's folder.
-        state: "missing", "edited" or "orphaned".
+        state: "missing", "edited" by hand, "outdated" or "orphaned".
+        why: what changed since the build, such as "the spec"; empty for a file edited by hand.
     """
 
     path: str
     state: str
+    why: str = ""
 
 
 def build(
@@ -158,13 +168,41 @@ def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale
     files = plan.files
     kept, tritons = _kept_resources(folder, plan.variants)
     manifest = manifest_text(plan.variants, plan.origin, files, kept, tritons)
+    why, intact = _changed_inputs(folder, plan.origin), intact_files(folder)
+    listed = (read_manifest(folder) or {"files": {}})["files"]
+
+    def cause(path: str, was_listed: bool) -> str:
+        return (why or "a template") if (path in listed) is was_listed else ""
+
     stale = []
     for path, text in sorted({**files, MANIFEST: manifest}.items()):
         if not (folder / path).is_file():
-            stale.append(Stale(path, "missing"))
-        elif _differs(folder / path, text):
+            stale.append(Stale(path, "missing", cause(path, False) if listed else ""))
+        elif not _differs(folder / path, text):
+            continue
+        elif path in intact or (path == MANIFEST and (why or stale)):
+            stale.append(Stale(path, "outdated", why or "a template"))
+        else:
             stale.append(Stale(path, "edited"))
-    return stale + [Stale(path, "orphaned") for path in _orphans(folder, files)]
+    orphans = _orphans(folder, files)
+    return stale + [Stale(path, "orphaned", cause(path, True)) for path in orphans]
+
+
+def _changed_inputs(folder: Path, origin: Origin) -> str:
+    """Which of a package's recorded inputs are others now; a template is recorded by no hash."""
+    manifest = read_manifest(folder) or {}
+    spec = manifest.get("spec")
+    was = {
+        "the spec": spec.get("sha256") if isinstance(spec, dict) else None,
+        "a tuning record": manifest.get("tuned"),
+        "nsagen's version": manifest.get("nsagen"),
+    }
+    now = {
+        "the spec": origin.spec_sha256,
+        "a tuning record": dict(origin.tuned),
+        "nsagen's version": __version__,
+    }
+    return " and ".join(name for name in now if was[name] not in (None, now[name]))
 
 
 def build_variant(workload: Workload, target: str, out_dir: Path) -> Path:

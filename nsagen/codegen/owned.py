@@ -78,6 +78,12 @@ def own_files(folder: Path, manifest: str = MANIFEST) -> set[str]:
     }
 
 
+def intact_files(folder: Path) -> set[str]:
+    """The files that are as the package's manifest lists them."""
+    listed = (read_manifest(folder) or {"files": {}})["files"]
+    return {path for path in own_files(folder) if _hash(folder / path) == listed.get(path)}
+
+
 def note_files(folder: Path, files: Mapping[str, str], manifest: str = MANIFEST) -> None:
     """Note what a build is about to replace, remove and write, in case that it is stopped."""
     notes = {path: [_hash(folder / path)] for path in own_files(folder, manifest)}

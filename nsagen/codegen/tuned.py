@@ -64,7 +64,13 @@ def tuned_schedules(
     hashes = tuple((file.path.name, file.sha256) for file in files)
     names = sorted({device for pairs in found.values() for device, _ in pairs})
     devices = {name: _schedules(found, name) for name in names if not name.startswith("static-")}
-    return Tuned(_schedules(found), hashes, tuple(notes), devices)
+    choices = _schedules(found)
+    if ranked := [choice for choice in choices if not choice.measured]:
+        notes.append(
+            f"not measured on a GPU but ranked by compile-time resources: {len(ranked)} of "
+            f"{len(choices)} tuned schedules, such as {ranked[0].workload}'s for {ranked[0].target}"
+        )
+    return Tuned(choices, hashes, tuple(notes), devices)
 
 
 _Found = Mapping[tuple[Workload, str], list[tuple[str, TuningRecord]]]
@@ -120,7 +126,7 @@ def _overlap(a: Bucket, b: Bucket) -> bool:
 
 def _stale_notes(file: DeviceRecords, stale: dict[str, list[TuningRecord]]) -> list[str]:
     return [
-        f"{file.path.name}: {len(records)} records are outdated and not used, such as "
+        f"{file.path.name}: {len(records)} outdated and not used, such as "
         f"{records[0].workload}, {records[0].bucket}: {reason}; run nsagen tune on {file.device}"
         for reason, records in stale.items()
     ]

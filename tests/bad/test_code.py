@@ -138,7 +138,7 @@ def test_knobs_of_a_tuning_record(one_op: Path, value: str | int) -> None:
     (one_op / "tuned" / "few" / "gpu.yaml").write_text(text.replace("True", "true"))
     spec = load_spec("few.yaml")
     (note,) = build(spec, Path("generated")).notes
-    assert "gpu.yaml: 1 records are outdated and not used" in note
+    assert "gpu.yaml: 1 outdated and not used" in note
     assert not any(b"pwned" in data for data in contents(one_op / "generated").values())
 
 

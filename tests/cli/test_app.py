@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from nsagen.cli.app import app, main
 from nsagen.cli.verify import print_verification
+from nsagen.codegen import template
 from nsagen.codegen.owned import note_files
 from nsagen.core.errors import InvalidInputError
 from nsagen.runtime.user_cache import cache_folder
@@ -165,9 +166,38 @@ class TestBuild:
         assert told.out.splitlines()[0] == f"{state}: {path}"
         assert "run: nsagen build few.yaml" in told.out
         as_json = Ran(capsys, "build", "few.yaml", "--check", "--json")
-        assert json.loads(as_json.out) == [{"spec": "few", "path": str(path), "state": state}]
+        assert json.loads(as_json.out) == [
+            {"spec": "few", "path": str(path), "state": state, "why": ""}
+        ]
         assert Ran(capsys, "build", "few.yaml").code == 0
         assert Ran(capsys, "build", "few.yaml", "--check").out == "few: up to date\n"
+
+    @pytest.mark.parametrize("cause", ["a template", "the spec", "nsagen's version"])
+    def test_check_says_what_changed(
+        self,
+        capsys: pytest.CaptureFixture[str],
+        one_op: Path,
+        cause: str,
+    ) -> None:
+        Ran(capsys, "build", "few.yaml")
+        edited = Path("generated/few/kernels/__init__.py")
+        edited.write_text("# mine\n")
+        if cause == "a template":
+            (path,) = one_op.rglob("gated_sum/*.py.j2")
+            path.write_text(path.read_text().replace("total += ", "total = total + "))
+            template.forget()
+        elif cause == "the spec":
+            spec = Path("few.yaml")
+            spec.write_text(spec.read_text() + "# a remark\n")
+        else:
+            manifest = Path("generated/few/manifest.json")
+            content = json.loads(manifest.read_text())
+            manifest.write_text(json.dumps(content | {"nsagen": "0.0.1"}))
+        lines = Ran(capsys, "build", "few.yaml", "--check").out.splitlines()
+        assert f"edited: {edited}" in lines
+        stale = [line for line in lines if line.startswith(("outdated", "missing", "orphaned"))]
+        assert stale
+        assert all(line.endswith(f"({cause} changed)") for line in stale)
 
     def test_a_bad_spec_beside_a_good_one_builds_nothing(
         self, capsys: pytest.CaptureFixture[str], one_op: Path
