@@ -10,7 +10,9 @@ import importlib.util
 import logging
 import os
 import re
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,29 +44,81 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file for the block to write, which then takes the path's place in one step.
 
     If the block raises, the temporary file is removed and the path is as it was. A link stays:
-    the file that it leads to is replaced.
+    the file that it leads to is replaced. A pipe or device stays too, and gets the content. The
+    file's mode stays; a new one's follows the umask.
 
     Raises:
         OSError: nothing can be written there, or links lead in a circle.
+    """
+    path = _followed(path)
+    if path.exists() and not path.is_file():
+        with tempfile.TemporaryDirectory(prefix="nsagen-") as folder:
+            temporary = Path(folder, path.name)
+            yield temporary
+            _send(temporary.read_bytes(), path)
+        return
+    before, _, after = TEMPORARY.partition("*")
+    temporary = path.with_name(f"{before}{secrets.token_hex(4)}{after}")
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        yield temporary
+        with contextlib.suppress(OSError):  # no file yet, or a file system without modes
+            os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+        _forget_bytecode(path)
+        _put(temporary, path)
+        _forget_bytecode(path)  # from a process that imported the old file in between
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (str(temporary), temporary):
+            error.filename, error.filename2 = str(path), None  # what the user knows
+        raise
+
+
+def _followed(path: Path) -> Path:
+    """The place that a path means, where links lead.
+
+    Raises:
+        OSError: links lead in a circle.
     """
     if path.is_symlink():
         path = Path(os.path.realpath(path))
         if path.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    before, _, after = TEMPORARY.partition("*")
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=before, suffix=after)
-    os.close(handle)
-    temporary = Path(name)
+    return path
+
+
+def _send(data: bytes, path: Path) -> None:
+    """Write to a pipe or device; a pipe that nothing reads is an error, as waiting may not end."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.set_blocking(descriptor, True)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse a path at which `replace_file` would fail; call it before any work. Makes nothing.
+
+    Raises:
+        OSError: a folder is there, or links lead nowhere, or the folder cannot be written.
+    """
+    place = _followed(path)
+    if place.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if place is not path and not place.parent.is_dir():  # of a link, which nsagen did not make
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(place))
+    if place.is_file() or not place.exists():
+        check_writable(place.parent)
+    elif not os.access(place, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is a regular file that can be reached; False for an impossible path."""
     try:
-        yield temporary
-        with contextlib.suppress(OSError):  # some file systems have no modes
-            os.chmod(temporary, 0o644)
-        _forget_bytecode(path)
-        _put(name, path)
-        _forget_bytecode(path)  # from a process that imported the old file in between
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, a folder that may not be read
+        return False
 
 
 def check_writable(folder: Path) -> None:
@@ -87,9 +141,10 @@ def check_writable(folder: Path) -> None:
 
 
 def check_own(path: Path, mark: re.Pattern[bytes], what: str, remedy: str) -> None:
-    """Refuse to replace a file that nsagen did not write; call it before any work.
+    """Refuse a path where `replace_file` would fail, or replace a file that nsagen did not write.
 
-    A missing or empty file is free, and so is anything that is not a file, such as /dev/stdout.
+    Call it before any work. A missing or empty file is free, and so is a pipe or a device such as
+    /dev/stdout.
 
     Args:
         mark: matches the start of what nsagen writes there.
@@ -98,10 +153,9 @@ def check_own(path: Path, mark: re.Pattern[bytes], what: str, remedy: str) -> No
 
     Raises:
         InvalidInputError: names the file.
-        OSError: it cannot be read, or is a folder.
+        OSError: it cannot be read or written, or is a folder.
     """
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    check_replaceable(path)
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -113,7 +167,7 @@ def check_own(path: Path, mark: re.Pattern[bytes], what: str, remedy: str) -> No
         )
 
 
-def _put(temporary: str, path: Path) -> None:
+def _put(temporary: Path, path: Path) -> None:
     """Rename a file over another, or in two steps where the file system cannot."""
     try:
         os.replace(temporary, path)
@@ -181,11 +235,15 @@ def _held(lock: int, what: Path) -> Iterator[None]:
 
 
 def _open_lock(path: Path) -> int:
-    """Open a lock's file, for writing if that is allowed: it may be another user's."""
+    """Open a lock's file, for writing if that is allowed: it may be another user's.
+
+    A link is refused: it could have the file made anywhere.
+    """
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
     except PermissionError:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | flags)
 
 
 def sealed(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import sys
 import threading
 from pathlib import Path
@@ -16,6 +17,9 @@ LOCK = threading.RLock()
 
 One lock for all, because each may need another: a package's module makes a dispatcher.
 """
+
+# A child that was forked meanwhile would wait for a thread that it does not have.
+os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
 def import_file(path: Path) -> ModuleType:

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nsagen.core.paths import specs_dir
+from nsagen.core.files import is_file
+from nsagen.core.paths import specs_dir, working_folder
+from nsagen.core.text import shell_text
 
 MANIFEST = "manifest.json"
 
@@ -21,8 +23,9 @@ _COMMAND = "# Regenerate: "
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any] | None:
     """The manifest of a generated package; None where there is no such package, or none whole."""
+    path = folder / name
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8")) if is_file(path) else None
     except (OSError, ValueError, RecursionError):
         return None
     known = {"nsagen": str, "command": str, "files": dict, "variants": dict}
@@ -46,7 +49,7 @@ def spec_of(folder: Path) -> Path | None:
     recorded = about.get("path") if isinstance(about, Mapping) else None
     if isinstance(recorded, str):
         path = Path(os.path.normpath(os.path.join(os.path.realpath(folder), recorded)))
-        return path if path.is_file() else None
+        return path if is_file(path) else None
     return spec_near(folder, _label_in(command))
 
 
@@ -56,7 +59,7 @@ def spec_near(folder: Path, label: str) -> Path | None:
         places = iter([specs_dir() / f"{label}.yaml"])
     else:
         places = (parent / label for parent in Path(os.path.realpath(folder)).parents)
-    return next((Path(os.path.normpath(path)) for path in places if path.is_file()), None)
+    return next((Path(os.path.normpath(path)) for path in places if is_file(path)), None)
 
 
 def recorded_path(folder: Path, label: str, source: Path) -> str | None:
@@ -73,17 +76,22 @@ def recorded_path(folder: Path, label: str, source: Path) -> str | None:
 
 def build_command(spec: str, out: Path, tuned: Path | None = None) -> str:
     """What to type into a shell in the working folder to build a spec below `out`."""
-    words = ["nsagen", "build", f"./{spec}" if spec.startswith("-") else spec]
+    words = ["nsagen", "build", as_argument(spec)]
     if out.absolute() != GENERATED.absolute():
         words += ["--out", str(out)]
     if tuned is not None:
         words += ["--tuned", str(tuned)]
-    return shlex.join(words)
+    return shell_text(words)
+
+
+def as_argument(path: str) -> str:
+    """A path that the command line does not take for an option."""
+    return f"./{path}" if path.startswith("-") else path
 
 
 def from_here(path: Path) -> str:
     """A path as the shortest text that means it in the working folder."""
-    here = Path.cwd()
+    here = working_folder()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
@@ -96,15 +104,15 @@ def remedy(name: str, folder: Path | None = None) -> str:
         return f"give nsagen build the path of its spec, which {folder} does not know, and --out"
     for path in _specs_above(name):
         return f"run: {build_command(from_here(path), GENERATED)}"
-    if (specs_dir() / f"{name}.yaml").is_file():
+    if is_file(specs_dir() / f"{name}.yaml"):
         return f"run: {build_command(name, GENERATED)}"
     return f"give nsagen build the path of its spec: no {name}.yaml is in ./specs or shipped"
 
 
 def _specs_above(name: str) -> Iterator[Path]:
-    here = Path.cwd()
+    here = working_folder()
     paths = (folder / "specs" / f"{name}.yaml" for folder in (here, *here.parents))
-    return (path for path in paths if path.is_file())
+    return (path for path in paths if is_file(path))
 
 
 def _command_in(path: Path) -> str | None:

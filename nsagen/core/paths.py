@@ -31,6 +31,14 @@ def visible(paths: Iterable[Path]) -> list[Path]:
     return sorted(path for path in paths if not path.name.startswith("."))
 
 
+def working_folder() -> Path:
+    """The working folder or, if it was removed, the place where the shell says that it was."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path("/", os.environ.get("PWD", ""))
+
+
 def templates_dir() -> Path:
     """The folder of the templates, with one folder per op."""
     return _find("templates")

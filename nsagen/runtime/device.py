@@ -18,7 +18,8 @@ INTERPRETED_TARGET = "cuda:80"
 
 def interpreting() -> bool:
     """Whether Triton's interpreter is on, which runs kernels on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") in ("1", "true", "on")
+    # As Triton reads it, which may not be imported for this.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def target_of(device: torch.device) -> str:

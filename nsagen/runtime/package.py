@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.files import is_file
 from nsagen.core.importing import import_once
 from nsagen.core.packages import remedy
-from nsagen.core.paths import cache_dir
+from nsagen.core.paths import cache_dir, working_folder
 from nsagen.runtime.dispatcher import Dispatcher, OnMissing
 
 _log = logging.getLogger("nsagen.runtime")
@@ -64,8 +66,8 @@ def _package(name: str) -> ModuleType:
             raise
     else:
         # One of the same name may have been imported from a folder that was on the path then.
-        own = Path.cwd() / "generated" / name
-        if _is_of_nsagen(module, name) and (own / "__init__.py").is_file():
+        own = working_folder() / "generated" / name
+        if _is_of_nsagen(module, name) and is_file(own / "__init__.py"):
             if not _is_of(module, own):
                 _log.info("nsagen.load: %s of the working folder, not nsagen's own package", own)
             return import_folder(own) if not _is_of(module, own) else module
@@ -74,7 +76,7 @@ def _package(name: str) -> ModuleType:
         return module
     folders = _folders(name)
     for folder in folders:
-        if (folder / "__init__.py").is_file():
+        if is_file(folder / "__init__.py"):
             return import_folder(folder)
     places = ", ".join(str(folder) for folder in folders)
     raise InvalidInputError(
@@ -85,20 +87,20 @@ def _package(name: str) -> ModuleType:
 
 def _folders(name: str) -> tuple[Path, ...]:
     """Where a package may be that is not on `sys.path`."""
-    return Path.cwd() / "generated" / name, cache_dir() / "generated" / name
+    return working_folder() / "generated" / name, cache_dir() / "generated" / name
 
 
 def _folder_of(name: str) -> Path | None:
     """The folder of a package that is there, whole or not."""
     found = _on_path(name)
-    return found or next((path for path in _folders(name) if path.is_dir()), None)
+    return found or next((path for path in _folders(name) if os.path.isdir(path)), None)
 
 
 def _on_path(name: str) -> Path | None:
     """The folder of a package on `sys.path`, which may include the working folder."""
     for entry in sys.path:
         folder = Path(entry, "generated", name)
-        if (folder / "__init__.py").is_file():
+        if is_file(folder / "__init__.py"):
             return folder
     return None
 

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from nsagen.core.errors import SpecError
+from nsagen.core.text import printable
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 8
@@ -49,12 +50,7 @@ def spec_error(name: str, problems: Iterable[Problem]) -> SpecError:
     if len(lines) > MAX_PROBLEMS:
         rest = len(lines) - MAX_PROBLEMS
         lines[MAX_PROBLEMS:] = [f"{name}: and {rest} more problems; fix these first"]
-    return SpecError("\n".join(map(_printable, lines)))
-
-
-def _printable(text: str) -> str:
-    """The text with an escape for each character that could control a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return SpecError("\n".join(map(printable, lines)))
 
 
 def key_text(path: Location) -> str:
@@ -82,14 +78,6 @@ class Document:
         while near and near not in self.lines:
             near = near[:-1]
         return Problem(self.lines.get(near, 1), key_text(path), text)
-
-
-def is_file(path: Path) -> bool:
-    """Whether a path is a regular file; False for an impossible path."""
-    try:
-        return path.is_file()
-    except OSError:  # such as a name that is too long
-        return False
 
 
 def read_text(path: Path, name: str) -> str:

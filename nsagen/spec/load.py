@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,12 @@ from pydantic import ValidationError
 
 from nsagen.core.branches import BRANCHES
 from nsagen.core.errors import SpecError
+from nsagen.core.files import is_file
 from nsagen.core.packages import GENERATED, build_command, from_here
-from nsagen.core.paths import specs_dir, visible
+from nsagen.core.paths import specs_dir, visible, working_folder
 from nsagen.core.workload import Workload
 from nsagen.spec.combine import combine
-from nsagen.spec.document import is_file, parse, read_text, spec_error
+from nsagen.spec.document import parse, read_text, spec_error
 from nsagen.spec.explain import schema_problems
 from nsagen.spec.schema import SpecFile
 from nsagen.spec.shape import AttentionShape
@@ -147,8 +149,8 @@ def _is_packaged(path: Path) -> bool:
 def _tuned_folder(path: Path, name: str) -> Path:
     if not _is_packaged(path):
         return path.parent / "tuned" / name
-    roots = list(_roots(Path.cwd() / path.name))
-    places = [root / "specs" / "tuned" / name for root in (Path.cwd(), *roots)]
+    roots = list(_roots(working_folder() / path.name))
+    places = [root / "specs" / "tuned" / name for root in (working_folder(), *roots)]
     known = [place for place in places if place.is_dir()]
     return (known or [places[1] if roots else places[0]])[0]
 
@@ -171,7 +173,7 @@ def _label(given: Path) -> str:
 def _roots(path: Path) -> Iterator[Path]:
     """The folders above a path that are project roots, the innermost first."""
     for folder in path.parents:
-        if (folder / "pyproject.toml").is_file() or (folder / ".git").exists():
+        if is_file(folder / "pyproject.toml") or os.path.lexists(folder / ".git"):
             yield folder
 
 
@@ -179,7 +181,7 @@ def _below_a_root(path: Path) -> Path | None:
     """The file that a path means from the root of a project around the working folder."""
     if path.is_absolute():
         return None
-    roots = _roots(Path.cwd() / path.name)
+    roots = _roots(working_folder() / path.name)
     return next((root / path for root in roots if is_file(root / path)), None)
 
 

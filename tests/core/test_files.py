@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.core.files import check_own, check_writable, locked, replace_file
+from nsagen.core.files import (
+    check_own,
+    check_replaceable,
+    check_writable,
+    lock_path,
+    locked,
+    replace_file,
+)
 from nsagen.core.paths import visible
 
 
@@ -35,7 +42,7 @@ def test_a_file_that_nothing_can_be_renamed_over(
     assert replace_file(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "new"
     (tmp_path / "folder").mkdir()
-    with pytest.raises(PermissionError):
+    with pytest.raises(IsADirectoryError):
         replace_file(tmp_path / "folder", "new")
 
 
@@ -119,3 +126,65 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
         check_own(path, re.compile(rb"\Aours"), "a page", "choose another")
     with pytest.raises(IsADirectoryError):
         check_own(tmp_path, re.compile(rb"\Aours"), "a page", "choose another")
+
+
+def test_modes_are_kept_and_new_ones_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        replace_file(tmp_path / "new", "1")
+        assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
+        (tmp_path / "new").chmod(0o640)
+        replace_file(tmp_path / "new", "2")
+        assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_a_pipe_gets_the_content_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    check_replaceable(pipe)
+    with pytest.raises(OSError, match="No such device"):  # nothing reads: it does not wait
+        replace_file(pipe, "x")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    replace_file(pipe, "content")
+    assert os.read(reader, 99) == b"content"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_what_cannot_be_replaced_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere" / "a")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "good").symlink_to("new")
+    for name, kind in {
+        "folder": IsADirectoryError,
+        "file/a": NotADirectoryError,
+        "lost": FileNotFoundError,
+        "circle": OSError,
+    }.items():
+        with pytest.raises(kind):
+            check_replaceable(tmp_path / name)
+        with pytest.raises(OSError, match=r"\[Errno"):
+            replace_file(tmp_path / name, "x")
+    check_replaceable(tmp_path / "good")
+    replace_file(tmp_path / "good", "x")
+    assert (tmp_path / "good").is_symlink()
+    assert (tmp_path / "new").read_text() == "x"
+
+
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path: Path) -> None:
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere" / "a")
+    with pytest.raises(FileNotFoundError) as error:
+        replace_file(tmp_path / "lost", "x")
+    assert error.value.filename == str(tmp_path / "nowhere" / "a")
+
+
+def test_a_lock_follows_no_link(tmp_path: Path) -> None:
+    lock_path(tmp_path, "few").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"), locked(tmp_path, "few"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()

@@ -43,3 +43,15 @@ def test_other_devices_are_refused() -> None:
 )
 def test_slugs(name: str, slug: str) -> None:
     assert device.slug(name) == slug
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "off", "1", "true", "TRUE", "on", "yes", "y"])
+def test_the_interpreter_is_on_where_triton_says_so(
+    value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    getenv_bool = pytest.importorskip("triton._C.libtriton").getenv_bool
+    if value is None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    else:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert device.interpreting() == getenv_bool("TRITON_INTERPRET", False)

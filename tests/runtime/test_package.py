@@ -1,10 +1,13 @@
+import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 import nsagen
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.importing import LOCK
 from nsagen.runtime import package as packages
 
 from .conftest import at_once, package, selected
@@ -122,3 +125,45 @@ def test_threads_that_load_a_package_at_once_get_it_whole(tmp_path: Path) -> Non
     assert found == [found[0]] * 8
     strict = at_once(8, lambda: nsagen.load("slow", on_missing="error"))
     assert strict == [strict[0]] * 8
+
+
+def test_places_that_cannot_be_looked_into_hold_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the path, a folder that this user may not read fails like a name that is too long."""
+    monkeypatch.syspath_prepend("x" * 300)
+    package(tmp_path, "readable", ("kernel",))
+    assert nsagen.load("readable").name == "readable"
+    with pytest.raises(InvalidInputError, match="must be built first"):
+        nsagen.load("y" * 300)
+
+
+def test_a_working_folder_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path / "lib", "elsewhere", ("kernel",))
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert nsagen.load("elsewhere").name == "elsewhere"
+    with pytest.raises(InvalidInputError, match="must be built first"):
+        nsagen.load("nowhere")
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_process_forked_while_a_kernel_is_looked_up_can_look_one_up() -> None:
+    held, forked = threading.Event(), threading.Event()
+
+    def look_up() -> None:
+        with LOCK:
+            held.set()
+            forked.wait(0.2)
+
+    thread = threading.Thread(target=look_up)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if LOCK.acquire(timeout=5) else 1)
+    forked.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

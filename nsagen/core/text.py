@@ -1,0 +1,25 @@
+"""Text that a terminal or a shell takes as it is meant, whatever characters a path has."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable
+
+_BYTES = {b: chr(b) for b in range(0x20, 0x7F)} | {0x27: "\\'", 0x5C: "\\\\"}
+
+
+def printable(text: str) -> str:
+    """The text with an escape for each character that could control a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shell_text(words: Iterable[str]) -> str:
+    """A command of these words for a shell, printable and on one line."""
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    return "$'" + "".join(_BYTES.get(b, f"\\x{b:02x}") for b in os.fsencode(word)) + "'"
