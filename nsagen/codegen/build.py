@@ -304,7 +304,11 @@ def _differs(path: Path, text: str) -> bool:
 
 def _left_by_a_kill(folder: Path) -> list[str]:
     """Temporary files of killed builds; nothing else writes while the lock is held."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob(TEMPORARY))
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob(TEMPORARY)
+        if path.is_file() and not path.is_symlink()
+    )
 
 
 def _left_alone(folder: Path, files: dict[str, str]) -> list[str]:
@@ -319,9 +323,9 @@ def _writing(folder: Path, command: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        place = error.filename2 or error.filename or folder
         raise BuildError(
-            f"{command}: must be able to write {folder}; got {error.strerror}: "
-            f"{error.filename2 or error.filename}; "
+            f"{command}: must be able to write {folder}; got {error.strerror or error}: {place}; "
             f"fix that or choose another --out, then {command} again: what is there stays usable "
             f"or refuses to import, and the next {command} completes it"
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -21,12 +21,18 @@ from nsagen.codegen.plan import Variant
 from nsagen.codegen.template import environment, render
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import BuildError
+from nsagen.core.packages import as_argument
+from nsagen.core.text import shell_text
 from nsagen.core.version import __version__
 from nsagen.core.workload import Workload
 
 _FORMAT = (
     "format",
     "--isolated",
+    # The temporary folder may be in one that a project ignores, or that ruff does by its name.
+    "--no-respect-gitignore",
+    "--config",
+    "exclude = []",
     "--no-cache",
     "--quiet",
     "--line-length",
@@ -60,7 +66,7 @@ class Origin:
 
     @property
     def command(self) -> str:
-        return shlex.join(["nsagen", self.verb, self.spec_label, *self.options])
+        return shell_text(["nsagen", self.verb, as_argument(self.spec_label), *self.options])
 
     @property
     def header(self) -> str:
@@ -231,8 +237,17 @@ def formatted(files: dict[str, str]) -> dict[str, str]:
             (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
             (Path(folder) / path).write_text(text, encoding="utf-8")
         command = [ruff, *_FORMAT, folder]
-        # The working folder may have been removed.
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        settings = {k: v for k, v in os.environ.items() if not k.startswith("RUFF_")}
+        done = subprocess.run(
+            command,
+            cwd=folder,  # the working folder may have been removed
+            env=settings,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
         if done.returncode:
             raise BuildError(f"build: ruff must format every file; it said {done.stderr.strip()}")
         return {path: (Path(folder) / path).read_text(encoding="utf-8") for path in files}

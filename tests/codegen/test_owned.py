@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import pytest
 from nsagen.cli.app import main
 from nsagen.codegen import build as building
 from nsagen.codegen.build import build, check
+from nsagen.codegen.package import formatted
 from nsagen.core.errors import BuildError
+from nsagen.core.packages import spec_of
 from nsagen.spec import load_spec
 from tests.bad.support import contents
 from tests.one_op import SPEC, one_op
@@ -229,3 +232,45 @@ def test_a_working_folder_that_was_removed(
     gone.rmdir()
     assert build(spec, one_op).written
     monkeypatch.chdir(one_op)
+
+
+@pytest.mark.parametrize("text", ["mine", "[1]", None])
+def test_a_users_file_with_the_name_of_the_notes(one_op: Path, text: str | None) -> None:
+    PACKAGE.mkdir()
+    if text is None:
+        (PACKAGE / ".nsagen-build.json").symlink_to(one_op / "elsewhere")
+    else:
+        write(".nsagen-build.json", text)
+    before = contents(one_op)
+    with pytest.raises(BuildError, match=r"got \.nsagen-build\.json, which it did not write"):
+        make()
+    assert contents(one_op) == before
+    assert not (one_op / "elsewhere").exists()
+
+
+def test_the_temporary_folder_may_be_ignored_by_a_project(
+    one_op: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ruff passes over what .gitignore names and over folders called build."""
+    (one_op / ".git").mkdir()
+    (one_op / ".gitignore").write_text("*\n")
+    (one_op / "build").mkdir()
+    files = {"a.py": "x = (1)\n", "b/a.py": "x = 'a'\n"}
+    monkeypatch.setattr(tempfile, "tempdir", str(one_op / "build"))
+    monkeypatch.setenv("RUFF_OUTPUT_FORMAT", "nonsense")
+    assert formatted(files) == {"a.py": "x = 1\n", "b/a.py": 'x = "a"\n'}
+
+
+def test_a_specs_name_that_looks_like_an_option(one_op: Path) -> None:
+    (one_op / "-few.yaml").write_bytes((one_op / "few.yaml").read_bytes())
+    make("./-few.yaml")
+    command = json.loads((PACKAGE / "manifest.json").read_text())["command"]
+    assert command == "nsagen build ./-few.yaml"
+    assert main_exits(command.split()[1:]) == 0
+    assert spec_of(PACKAGE) == one_op / "-few.yaml"
+
+
+def main_exits(words: list[str]) -> object:
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--out", "."])
+    return end.value.code
