@@ -92,6 +92,8 @@ def load_records(path: Path) -> DeviceRecords:
     """
     remedy = "fix or remove the record, and run nsagen tune"
     try:
+        if path.exists() and not path.is_file():
+            raise SpecError(f"{path}: must be a regular file; got another; {remedy}")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
@@ -175,7 +177,7 @@ def save_records(folder: Path, device: str, target: str, new: Iterable[TuningRec
     """
     path = folder / f"{device}.yaml"
     with locked(folder, device):
-        file = load_records(path) if path.is_file() else DeviceRecords(device, target)
+        file = load_records(path) if path.exists() else DeviceRecords(device, target)
         known = {record.key: record for record in file.records}
         newest = max((r.date for r in known.values()), default="")
         changed = {record.key: _no_older(record, newest) for record in new}

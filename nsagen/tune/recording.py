@@ -13,6 +13,7 @@ import math
 import os
 import random
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from typing import Any, TextIO
 from nsagen.cases.sizes import Sizes
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import NsagenError, TuneError
-from nsagen.core.files import check_writable, locked, replace_file
+from nsagen.core.files import check_replaceable, check_writable, locked, replace_file
 from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.evaluate import Candidates, Evaluator
 from nsagen.tune.outcome import Outcome
@@ -32,6 +33,12 @@ FORMAT = 1
 REFINED = 10
 
 _LONGEST_LINE = 1 << 20
+
+_DAMAGES = (
+    *(OSError, EOFError, zlib.error, ValueError, RecursionError),
+    *(KeyError, TypeError, AttributeError, NsagenError),
+)
+"""What reading a file that is no recording, or a damaged one, may raise."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +178,7 @@ def load_recording(path: Path) -> Recording:
             refined={_schedule_of(row): row["ms"] for row in refined},
             others=tuple(map(_schedule_of, head.get("others", ()))),
         )
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, NsagenError) as e:
+    except _DAMAGES as e:
         said = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         raise TuneError(
             f"{path}: must be a recording that nsagen tune --record-exhaustive wrote; {said}"
@@ -189,11 +196,15 @@ def check_free(path: Path, task: Task) -> None:
     for file in {path, _plain(path)}:
         if os.path.lexists(file):
             _check_of(file, task)
+            check_replaceable(file)
 
 
 def _check_of(path: Path, task: Task) -> None:
     try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8") as file:
             head = file.readline(_LONGEST_LINE)
         if not head and path.suffix != ".gz":
             return  # an empty file: the process was killed as it started
@@ -201,7 +212,7 @@ def _check_of(path: Path, task: Task) -> None:
         if row.get("format") != FORMAT:
             raise ValueError("it has no header of one")
         came = _task_of(row)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, NsagenError) as e:
+    except _DAMAGES as e:
         said = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         raise TuneError(
             f"{path}: must be free, or a recording to go on with; got another file ({said}); "
@@ -272,7 +283,7 @@ def _row_of(line: str) -> dict[str, Any] | None:
     """A line's row; None for a torn line."""
     try:
         row = json.loads(line) if line.endswith("\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import optuna
 
 from nsagen.core.errors import InvalidInputError, TuneError
-from nsagen.core.files import check_writable
+from nsagen.core.files import check_replaceable, check_writable
 from nsagen.core.installed import triton_version
 from nsagen.core.paths import cache_dir
 from nsagen.core.target import parse_target
@@ -131,7 +131,9 @@ def tune(
         folders = {spec.name: places.folder(spec) for spec in specs}
         having = {spec.name: set(spec.workloads()) for spec in specs}
         result.files += [folder / f"{device.slug}.yaml" for folder in folders.values()]
-        known = [r for f in result.files if f.is_file() for r in load_records(f).records]
+        for path in result.files:
+            check_replaceable(path)
+        known = [r for f in result.files if f.exists() for r in load_records(f).records]
 
         def keep(record: TuningRecord) -> None:
             for spec, workloads in having.items():

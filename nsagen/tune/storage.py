@@ -97,6 +97,10 @@ def _check_file(url: str, path: Path) -> None:
         raise TuneError(
             f"tune: --study {url}: must name a file; got the folder {path}; name a file in it"
         )
+    if path.exists() and not path.is_file():
+        raise TuneError(
+            f"tune: --study {url}: must name a file; got a pipe or device; name another"
+        )
 
 
 def sqlite_url(path: Path) -> str:

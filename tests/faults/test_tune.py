@@ -26,7 +26,7 @@ from nsagen.tune import final_round
 from nsagen.tune import storage as nsagen_storage
 from nsagen.tune.storage import open_storage
 from tests.faults.support import forked, killed_at, small_disk
-from tests.tune.conftest import World, forget_templates, one_op, world
+from tests.tune.conftest import Silent, World, forget_templates, one_op, world
 from tests.tune.fake import FakeMeasurer
 from tests.tune.test_interruption import World as CommandWorld
 from tests.tune.test_interruption import _children_named
@@ -274,3 +274,25 @@ def test_the_command_killed_every_50_ms(tmp_path: Path) -> None:
             assert done.keys() <= trials_of(command.url).keys()
         if ended:
             break
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
+def test_records_that_could_not_be_written_are_refused_before_any_work(
+    world: World, kind: str
+) -> None:
+    world.tuned.mkdir(parents=True)
+    if kind == "folder":
+        world.records.mkdir()
+    elif kind == "link":
+        world.records.symlink_to(world.folder / "nowhere" / "a.yaml")
+    else:
+        os.mkfifo(world.records)
+    watcher = Silent()
+    with pytest.raises((OSError, NsagenError)) as error:
+        world.tune(watcher=watcher)
+    assert (
+        "nowhere/a.yaml" in str(error.value)
+        if kind == "link"
+        else str(world.records) in str(error.value)
+    )
+    assert not watcher.steps

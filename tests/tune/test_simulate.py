@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 from pathlib import Path
 
 import optuna
@@ -124,7 +125,11 @@ def test_a_finished_recording_of_something_else_is_refused(
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{}", b"not json", gzip.compress(b'{"format": 99}', mtime=0), b"\x1f\x8b broken"],
+    [
+        *(b"", b"{}", b"not json", b"[" * 100_000, gzip.compress(b'{"format": 99}', mtime=0)),
+        b"\x1f\x8b broken",
+        b"\x1f\x8b\x08" + b"\x00" * 7 + b"\xff" * 9,  # whole in front, damaged behind
+    ],
 )
 def test_what_is_no_recording_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / ("x.jsonl.gz" if content[:2] == b"\x1f\x8b" else "x.jsonl")
@@ -222,6 +227,12 @@ def test_a_file_of_the_users_beside_a_recording_is_refused_before_any_work(
     with pytest.raises(TuneError, match="must be free, or a recording to go on with"):
         check_free(tmp_path / "x.jsonl.gz", bowl().task)
     assert path.read_bytes() == content
+
+
+def test_a_pipe_is_no_recording(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.jsonl")
+    with pytest.raises(TuneError, match="it is not a regular file"):
+        check_free(tmp_path / "x.jsonl", bowl().task)
 
 
 def test_a_recording_of_another_task_is_refused(world: World, tmp_path: Path) -> None:
