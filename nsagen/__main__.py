@@ -1,6 +1,6 @@
 """`python -m nsagen` is `nsagen`."""
 
-from nsagen.cli.app import main
+from nsagen.cli import main
 
 if __name__ == "__main__":
     main()

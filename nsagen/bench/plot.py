@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.core.files import check_own
+from nsagen.core.files import check_own, replacing
 from nsagen.core.version import __version__
 from nsagen.reports.page import ALGORITHM_HUES
 
@@ -49,7 +49,7 @@ def plot(path: Path, out: Path | None = None) -> Path:
     check_free(out)
     try:
         return _draw_figure(path, out)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InvalidInputError(
             f"{path}: must be what nsagen bench wrote, by its name (prefill, train, decode); got "
             f"{type(error).__name__}: {error}; give such a file"
@@ -62,7 +62,7 @@ def _draw_figure(path: Path, out: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     name, rows = path.stem.split("-")[0], content["rows"]
     decoding = name == "decode"
     if decoding:
@@ -85,7 +85,9 @@ def _draw_figure(path: Path, out: Path) -> Path:
     lines = textwrap.wrap(note, 105 * len(panels))
     figure.text(0.01, 0.01, "\n".join(lines), fontsize=7, color=QUIET, va="bottom")
     figure.tight_layout(rect=(0, 0.025 * (1 + len(lines)), 1, 1))
-    figure.savefig(out, dpi=120, metadata={"Software": f"nsagen {__version__}"})
+    with replacing(out) as temporary:
+        about = {"Software": f"nsagen {__version__}"}
+        figure.savefig(temporary, format="png", dpi=120, metadata=about)
     pyplot.close(figure)
     return out
 

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import triton
 
 from nsagen.core.files import check_own, replace_file
 from nsagen.core.installed import driver_version
+from nsagen.core.text import shell_text
 from nsagen.core.version import __version__
 from nsagen.runtime.device import device_slug
 
@@ -76,5 +76,5 @@ def _command() -> str:
     _, given = parser.parse_known_args(sys.argv[1:])
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None and spec.name and spec.name != "nsagen.__main__":
-        return shlex.join(["python", "-m", spec.name, *given])
-    return shlex.join(["nsagen", *given])
+        return shell_text(["python", "-m", spec.name, *given])
+    return shell_text(["nsagen", *given])

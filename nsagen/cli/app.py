@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `nsagen --help` is quick.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast, get_args, get_type_hints
 
 import typer
 
@@ -28,6 +29,7 @@ from nsagen.cli import verify as verifying
 from nsagen.cli.bench import app as bench_app
 from nsagen.cli.options import Json, OutDir, SpecNames
 from nsagen.core.errors import InvalidInputError, NsagenError, SpecError
+from nsagen.core.text import printable
 from nsagen.core.version import __version__
 
 if TYPE_CHECKING:
@@ -55,17 +57,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(verbosity.flags_first(given), prog_name="nsagen")
     except NsagenError as error:
         # A spec's problems begin with file:line, which editors and terminals link.
-        print(error if isinstance(error, SpecError) else f"nsagen: {error}", file=sys.stderr)
+        text = "\n".join(map(printable, str(error).splitlines()))
+        print(text if isinstance(error, SpecError) else f"nsagen: {text}", file=sys.stderr)
         usage = isinstance(error, (SpecError, InvalidInputError))
         raise SystemExit(2 if usage else 1) from None
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{printable(str(error.filename))}: " if error.filename else ""
         print(
             f"nsagen: {where}must be there, readable and writable, with room; "
             f"got {error.strerror or error}; fix that and run it again",
             file=sys.stderr,
         )
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("nsagen: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _is_removed() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
+class _Optional:
+    """A stream whose text may be lost: notes and errors on a full disk must not end the work."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _open_streams() -> None:
@@ -78,6 +111,8 @@ def _open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = cast("TextIO", _Optional(sys.stderr))
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # text that the terminal cannot show
 
@@ -98,7 +133,7 @@ def _check_paths(given: Sequence[str]) -> None:
         option = name.removesuffix("=") if name.endswith("=") else name if value == "" else None
         if option in names:
             raise InvalidInputError(
-                f"nsagen: {option} must be a path; got an empty text; "
+                f"{option} must be a path; got an empty text; "
                 "give one (. is the working folder), or leave the option out"
             )
 
@@ -139,8 +174,12 @@ def _common(
         bool, typer.Option("--verbose", "-v", help="Show nsagen's whole log, with times.")
     ] = False,
 ) -> None:
+    if _is_removed():  # relative paths mean nothing there, and importing torch ends the process
+        raise InvalidInputError(
+            "the working folder must exist; it was removed; change to another one"
+        )
     if quiet and verbose:
-        raise InvalidInputError("nsagen: got both --quiet and --verbose; give one at most")
+        raise InvalidInputError("got both --quiet and --verbose; give one at most")
     verbosity.configure(quiet=quiet, verbose=verbose)
 
 
@@ -177,7 +216,7 @@ def build(
         _check(loaded, out, tuned, as_json)
         return
     from nsagen.aot.variants import check_compiler_cache, compile_variants
-    from nsagen.cli.console import progress_bar
+    from nsagen.cli.console import print_line, progress_bar
     from nsagen.codegen.build import build as build_package
 
     if compile_:
@@ -198,25 +237,19 @@ def build(
             "notes": list(result.notes),
         }
         for note in result.notes:
-            print(f"nsagen: build: {note}", file=sys.stderr)
+            print(f"nsagen: build: {printable(note)}", file=sys.stderr)
         rows.append(row)
         if not as_json:
             changed = f"{len(result.written)} files written, {len(result.removed)} removed"
-            _print(f"{spec.name}: {row['variants']} kernels in {row['folder']}; {changed}")
+            print_line(f"{spec.name}: {row['variants']} kernels in {row['folder']}; {changed}")
             for path in result.removed:
-                _print(f"removed: {result.folder / path}")
+                print_line(f"removed: {result.folder / path}")
     if as_json:
         print(json.dumps(rows, indent=1))
 
 
-def _print(line: str) -> None:
-    """A line as it is: a path may look like markup, and its command is copied whole."""
-    from nsagen.cli.console import console
-
-    console().print(line, markup=False, highlight=False, soft_wrap=True)
-
-
 def _check(specs: list[Spec], out: Path, tuned: Path | None, as_json: bool) -> None:
+    from nsagen.cli.console import print_line
     from nsagen.codegen.build import check
 
     rows = [
@@ -234,12 +267,12 @@ def _check(specs: list[Spec], out: Path, tuned: Path | None, as_json: bool) -> N
     else:
         for row in rows:
             why = f" ({row['why']} changed)" if row["why"] else ""
-            _print(f"{row['state']}: {row['path']}{why}")
+            print_line(f"{row['state']}: {row['path']}{why}")
         for spec in specs:
             count = sum(row["spec"] == spec.name for row in rows)
             what = "1 file is" if count == 1 else f"{count} files are"
             remedy = f"{what} not up to date; run: {spec.build_command(out, tuned)}"
-            _print(f"{spec.name}: {remedy if count else 'up to date'}")
+            print_line(f"{spec.name}: {remedy if count else 'up to date'}")
     if rows:
         raise typer.Exit(1)
 

@@ -132,12 +132,13 @@ def _run(
 
 def _show(path: Path, rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool) -> None:
     """Print what was written to `path`."""
+    from nsagen.cli.console import print_line
     from nsagen.cli.table import print_table
 
     if as_json:
-        print(json.dumps(json.loads(path.read_text()), indent=1))
+        print(json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=1))
         return
-    print(f"written to {path}")
+    print_line(f"written to {path}")
     print_table(
         "",
         list(columns),

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from nsagen.cli.verbosity import is_quiet
+from nsagen.core.text import printable
 
 WIDE = 200
 """Columns to lay out for where no terminal cuts them off."""
@@ -22,6 +23,11 @@ def console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     narrow = stream.isatty() or "COLUMNS" in os.environ
     return Console(file=stream, width=None if narrow else WIDE)
+
+
+def print_line(text: str) -> None:
+    """A line as it is: a path may look like markup or hold a tab, and its command is copied."""
+    print(printable(text))
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import platform
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from nsagen.core.errors import NsagenError
 from nsagen.core.files import check_writable
 from nsagen.core.installed import driver_version, triton_version, version_of
 from nsagen.core.paths import cache_dir, visible
+from nsagen.core.text import shell_text
 from nsagen.core.version import __version__
+from nsagen.runtime.device import interpreting
 from nsagen.runtime.user_cache import cache_folder
 
 
@@ -38,8 +39,8 @@ def examine(out_dir: Path) -> dict[str, Any]:
         "GPUs": ", ".join(gpus) or None,
         "GPU driver": driver_version(problems),
         "optional": ", ".join(f"{name} {found}" for name, found in _optional().items()) or None,
-        "user cache": f"{cache_dir()} ({_cache_use(notes)})",
-        "interpreter": "on (TRITON_INTERPRET)" if os.environ.get("TRITON_INTERPRET") else "off",
+        "user cache": f"{cache_dir()} ({_cache_use(notes, problems)})",
+        "interpreter": "on (TRITON_INTERPRET)" if interpreting() else "off",
     }
     try:
         check_writable(cache_dir())
@@ -82,14 +83,18 @@ def _built_for_cpu() -> bool:
     return torch.version.cuda is None and torch.version.hip is None
 
 
-def _cache_use(notes: list[str]) -> str:
+def _cache_use(notes: list[str], problems: list[str]) -> str:
     """Kernels in the user cache; those of other versions of nsagen become a note."""
     root, current = cache_dir(), cache_folder().name
-    folders = [path for path in visible(root.glob("*")) if _is_of_kernels(path)]
-    counts = {path: sum(1 for _ in path.rglob("*.py")) for path in folders}
+    try:
+        folders = [path for path in visible(root.glob("*")) if _is_of_kernels(path)]
+        counts = {path: sum(1 for _ in path.rglob("*.py")) for path in folders}
+    except OSError as error:
+        problems.append(f"the user cache, {root}, cannot be read: {error.strerror}")
+        return "unknown"
     old = [path for path in folders if path.name != current]
     if old:
-        remedy = shlex.join(["rm", "-r", *(os.path.abspath(path) for path in old)])
+        remedy = shell_text(["rm", "-r", *(os.path.abspath(path) for path in old)])
         notes.append(
             f"{sum(counts[path] for path in old)} kernels of other versions of nsagen or its "
             f"templates are in the user cache; to free the room: {remedy}"
@@ -163,6 +168,9 @@ def _packages(out_dir: Path, problems: list[str]) -> list[str]:
         except NsagenError as error:
             problems.append(f"{folder}: cannot be checked: {str(error).splitlines()[0]}")
             continue
+        except OSError as error:
+            problems.append(f"{error.filename or folder}: cannot be read: {error.strerror}")
+            continue
         if stale:
             problems.append(
                 f"{folder}: not up to date: {len(stale)} file{'s' * (len(stale) > 1)}, such as "
@@ -176,7 +184,7 @@ def print_diagnosis(diagnosis: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from nsagen.cli.console import console
+    from nsagen.cli.console import console, print_line
 
     table = Table(show_header=False, box=None)
     table.add_column(no_wrap=True, style="bold")
@@ -187,6 +195,6 @@ def print_diagnosis(diagnosis: dict[str, Any]) -> None:
     out.print(table)
     for heading in ("notes", "problems"):
         for text in diagnosis[heading]:
-            out.print(f"{heading[:-1]}: {text}", markup=False, highlight=False, soft_wrap=True)
+            print_line(f"{heading[:-1]}: {text}")
     if not diagnosis["problems"]:
         out.print("no problems found")

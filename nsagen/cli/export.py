@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from nsagen.cli.options import Json, SpecName
+from nsagen.core.packages import as_argument
+from nsagen.core.text import printable, shell_text
 
 EXAMPLE = "Example: nsagen export tiny --out exported"
 
@@ -41,6 +43,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a spec's kernels, and the ops that run them, as a package that stands alone."""
+    from nsagen.cli.console import print_line
     from nsagen.export.write import export as write
     from nsagen.spec import load_spec
 
@@ -54,7 +57,7 @@ def export(
         tuned=tuned,
     )
     for note in result.notes:
-        print(f"nsagen: export: {note}", file=sys.stderr)
+        print(f"nsagen: export: {printable(note)}", file=sys.stderr)
     if as_json:
         row = {
             "folder": str(result.folder),
@@ -68,6 +71,7 @@ def export(
         print(json.dumps(row, indent=1))
         return
     changed = f"{len(result.written)} files written, {len(result.removed)} removed"
-    print(f"{result.package}: {result.kernels} kernels in {result.folder}; {changed}")
+    print_line(f"{result.package}: {result.kernels} kernels in {result.folder}; {changed}")
     if layout == "package":
-        print(f"for a wheel, run: pip wheel --no-deps {result.folder}")
+        wheel = shell_text(["pip", "wheel", "--no-deps", as_argument(str(result.folder))])
+        print_line(f"for a wheel, run: {wheel}")

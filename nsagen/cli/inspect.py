@@ -45,12 +45,14 @@ def inspect(
     if html is not None and as_json:
         raise InvalidInputError("inspect: got both --html and --json; give one at most")
     if html is not None:
+        from nsagen.cli.console import print_line
+        from nsagen.core.files import replace_file
         from nsagen.reports.inspection import inspection_page
         from nsagen.reports.page import check_free
 
         check_free(html, "give another file to --html")
-        html.write_text(inspection_page(load_spec(spec), target), encoding="utf-8")
-        print(f"wrote {html}; open it in a browser")
+        replace_file(html, inspection_page(load_spec(spec), target))
+        print_line(f"wrote {html}; open it in a browser")
         return
     content = inspection(load_spec(spec))
     if as_json:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-from nsagen.cli.console import console, progress_bar
+from nsagen.cli.console import print_line, progress_bar
 from nsagen.cli.table import print_table
 from nsagen.records.record import TuningRecord
 from nsagen.tune.session import Result
@@ -89,7 +89,6 @@ def result_json(result: Result) -> dict[str, Any]:
 
 def print_result(result: Result) -> None:
     """A table of the records, then where everything is."""
-    out = console()
     if result.records:
         static = result.records[0].objective == "static"
         unit = "cost" if static else "ms"
@@ -102,11 +101,11 @@ def print_result(result: Result) -> None:
             broken=("schedule",),
         )
     for line in result.notes:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(line)
     for line in _failures(result.failures):
         print(f"nsagen: tune: {line}", file=sys.stderr)
     for path in result.files:
-        out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        print_line(f"wrote {path}")
 
 
 SHOWN_FAILURES = 3

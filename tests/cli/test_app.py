@@ -226,6 +226,21 @@ class TestBuild:
         assert ran.code == 1
         assert problem.startswith("generated/few: not up to date: 1 file, such as __init__.py")
 
+    def test_doctor_reports_what_it_cannot_read(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied", "here")
+
+        Ran(capsys, "build", "few.yaml")
+        monkeypatch.setattr("nsagen.codegen.build.check", refuse)
+        monkeypatch.setattr("nsagen.cli.doctor._is_of_kernels", refuse)
+        monkeypatch.setenv("NSAGEN_CACHE_DIR", "cache")
+        Path("cache/a").mkdir(parents=True)
+        problems = json.loads(Ran(capsys, "doctor", "--json").out)["problems"]
+        assert "here: cannot be read: Permission denied" in problems
+        assert any("cannot be read: Permission denied" in p and "cache" in p for p in problems)
+
 
 class TestVerify:
     @pytest.mark.interpreter

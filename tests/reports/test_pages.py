@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -155,6 +157,26 @@ def test_inspect_replaces_its_own_page_and_no_file_of_the_users(
     assert code() == 2
     assert "few.html: must be a new file or a page that nsagen wrote" in capsys.readouterr().err
     assert Path("few.html").read_text() == mine
+
+
+def test_a_page_that_cannot_be_written_whole_leaves_the_old_one(
+    one_op: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def code() -> object:
+        with pytest.raises(SystemExit) as end:
+            main(["inspect", "few.yaml", "--html", "few.html"])
+        return end.value.code
+
+    assert not code()
+    old = Path("few.html").read_text()
+    Path("few.html").write_text(f"{old}<!-- of another version -->")
+    monkeypatch.setattr(os, "replace", full)
+    assert code() == 1
+    assert Path("few.html").read_text().startswith(old)
+    assert not list(Path().glob(".nsagen-*"))
 
 
 def test_inspect_names_the_targets_that_a_spec_has(
