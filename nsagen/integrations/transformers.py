@@ -16,6 +16,7 @@ Transformers; see `nsagen.model.checkpoints`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +26,9 @@ import torch
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.configuration_utils import PreTrainedConfig
     from transformers.modeling_utils import PreTrainedModel
+    from transformers.utils.hub import cached_file
 except ImportError as error:
     raise ImportError(
         "nsagen.integrations.transformers: Transformers 5 must be installed; "
@@ -126,15 +129,19 @@ def apply_nsa(
     )
     sparsity = sparsity_of(attention)
     check_config(model.config)
-    swap(model, sparsity, dispatcher, gates)
+    bases = swap(model, sparsity, dispatcher, gates)
     old = model.config
     config = swapped_config(old, stored_settings(sparsity))
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = config
-        if isinstance(module, PreTrainedModel):
+        if isinstance(module, PreTrainedModel) or module in bases:
             become_swapped(module)
     return model
+
+
+_WHERE = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+"""The arguments of `from_pretrained` that say where a file is."""
 
 
 def load_nsa(folder: str | Path, *, dispatcher: Any = None, **kwargs: Any) -> PreTrainedModel:
@@ -144,14 +151,18 @@ def load_nsa(folder: str | Path, *, dispatcher: Any = None, **kwargs: Any) -> Pr
     model's with a key `nsa`. Saving such a model converts it.
 
     Args:
-        folder: with config.json and safetensors.
+        folder: with config.json and safetensors, or a model's name on the hub.
         dispatcher: as in `apply_nsa`.
         kwargs: for `AutoModelForCausalLM.from_pretrained`, such as dtype.
 
     Raises:
         InvalidInputError: config.json has no `nsa`, or the weights do not match it.
     """
-    settings = getattr(AutoConfig.from_pretrained(folder), "nsa", None)
+    where = {name: kwargs[name] for name in _WHERE if name in kwargs}
+    config = kwargs.pop("config", None)
+    if not isinstance(config, PreTrainedConfig):
+        config = AutoConfig.from_pretrained(folder if config is None else config, **where)
+    settings = getattr(config, "nsa", None)
     require(
         settings is not None,
         f"{folder}/config.json",
@@ -159,14 +170,18 @@ def load_nsa(folder: str | Path, *, dispatcher: Any = None, **kwargs: Any) -> Pr
         "none",
         "call apply_nsa on the dense model instead",
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
-    if swapped_modules(model):
+    is_old = not config.model_type.startswith("nsagen_")
+    if is_old:
+        config = copy.deepcopy(config)
+        delattr(config, "nsa")
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, **kwargs)
+    if not is_old:
         for module in swapped_modules(model):
             module.dispatcher = dispatcher
         return model
-    delattr(model.config, "nsa")
     apply_nsa(model, settings, dispatcher=dispatcher)
-    _read_old_names(model, Path(folder))
+    found = cached_file(folder, "config.json", **where)
+    _read_old_names(model, Path(str(found)).parent)
     return model
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsagen.integrations.transformers_cache import NSALayer, end, layer_of
+from nsagen.integrations.transformers_cache import NSALayer, layer_of
 from nsagen.integrations.transformers_given import check_recording
 from nsagen.integrations.transformers_layout import Call, refuse
 from nsagen.integrations.transformers_models import Facts
-from nsagen.integrations.transformers_rope import arranged
+from nsagen.integrations.transformers_rope import Roped, arranged
 from nsagen.model.compression import Holder, PlainWeights, Weights
 from nsagen.model.heads import KV, PROJECTIONS, Branches, Heads
 from nsagen.model.initial import Gates, constant_gate
@@ -177,29 +177,27 @@ class TransformersNSA(NSAOps):
             hidden_states: [B, T, hidden].
             cache: Transformers' `Cache`; older versions call it past_key_values.
             nsa_call: the layout, made from the model's inputs.
-            others: the checked inputs themselves, and `position_embeddings`, which is not used:
-                NSA has float32 rope tables in any dtype.
+            position_embeddings: checked only: NSA has float32 rope tables in any dtype.
+            attention_mask: checked only: the layout says what is padding.
+            others: the checked inputs themselves.
 
         Returns:
             [B, T, hidden], and None for the attention weights, which NSA never forms.
         """
         if nsa_call is None:
-            advice = "call the model or its base model, not their forward or single layers"
+            advice = "call the model or its base model, not single layers"
             refuse("a layer", "needs the layout that its base model makes", "a call alone", advice)
         x, call = hidden_states, nsa_call.to(hidden_states.device)
         cache = cache if cache is not None else past_key_values
+        _check_same(call, x, position_embeddings, attention_mask, cache)
         layer = None if cache is None else layer_of(cache, self.layer_idx, self.sparsity)
-        if layer is None and call.continues:
-            refuse(
-                "cache", "must reach every layer", "a layer without it", "see docs/transformers.md"
-            )
-        if layer is not None and call.after is None:
-            refuse("cache", "must be the model's input", "one of a layer", "pass it to the model")
         heads = self.heads(x, call)
         gate = self.gate_columns(call.pack(self.gate(x)).sigmoid()).to(heads.q.dtype)
         recording = _records(heads, gate)
         if recording and not call.recording and layer is not None:
             check_recording(call)
+        if layer is not None:
+            layer.recorded = recording
         if layer is None:
             assert call.packed is not None
             o = self.attend_packed(heads, gate, call.packed, call.rope.tables)
@@ -207,10 +205,7 @@ class TransformersNSA(NSAOps):
             o = self._step(heads, gate, layer, call)
         else:
             o = self._pass(heads, gate, layer, call, recording)
-        out = self.o_proj(call.unpack(o))
-        if cache is not None and self.layer_idx == call.last:
-            end(cache, call, recording)
-        return out, None
+        return self.o_proj(call.unpack(o)), None
 
     def _step(self, heads: Heads, gate: Tensor, layer: NSALayer, call: Call) -> Tensor:
         """One new token per row."""
@@ -272,6 +267,27 @@ class TransformersNSA(NSAOps):
         )
         gates = gate.new_zeros(tokens, *gate.shape[1:]).index_copy(0, here, gate)
         return self.attend(wide, gates)[here]
+
+
+def _check_same(call: Call, x: Tensor, rope: Any, mask: Any, cache: Any) -> None:
+    """Refuse what a hook gave a layer in place of its base model's inputs."""
+    advice = "change the inputs of the model or of its base model; hooks may do that too"
+    if x.shape[:2] != (call.batch, call.tokens):
+        rule = f"must keep their shape, [{call.batch}, {call.tokens}, hidden]"
+        refuse("hidden_states of a layer", rule, str(list(x.shape)), advice)
+    for name, strange, came in (
+        ("attention_mask", not _is_mark(mask), type(mask).__name__),
+        ("position_embeddings", not isinstance(rope, Roped), type(rope).__name__),
+        ("cache", cache is not call.cache, type(cache).__name__),
+    ):
+        if strange:
+            rule = "must be what its base model made of the model's inputs"
+            refuse(f"{name} of a layer", rule, f"another {came}", advice)
+
+
+def _is_mark(mask: Any) -> bool:
+    """Whether a layer's mask is what `Inputs` gave its base model."""
+    return isinstance(mask, Tensor) and mask.shape == (0, 0, 0, 0)
 
 
 def _records(heads: Heads, gate: Tensor) -> bool:

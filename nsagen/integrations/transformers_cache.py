@@ -59,6 +59,7 @@ class NSALayer(CacheLayerMixin):
             t % Recent.length, and where the compressed branch has its own the values: `crop`
             restores the store's from them.
         unfinished: whether a pass of several tokens started writing and did not end.
+        recorded: whether autograd recorded what the last call wrote.
     """
 
     is_croppable = True
@@ -68,7 +69,6 @@ class NSALayer(CacheLayerMixin):
     def __init__(self, sparsity: Sparsity, capacity: int | None = None) -> None:
         super().__init__()
         self.sparsity, self.capacity = sparsity, capacity
-        self.unfinished = False
         self.reset()
 
     def reset(self) -> None:
@@ -76,7 +76,7 @@ class NSALayer(CacheLayerMixin):
         self.state: State | None = None
         self.recent: list[Tensor] = []
         self._written: Tensor | None = None
-        self.is_initialized = self.unfinished = False
+        self.is_initialized = self.unfinished = self.recorded = False
 
     @property
     def is_compileable(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -140,6 +140,7 @@ class NSALayer(CacheLayerMixin):
         if self.store is None or self.state is None:
             return
         index = index.to(self.state.lengths.device)
+        index = torch.where(index < 0, index + len(self.state.lengths), index)
         kept = {n: tensor.index_select(0, index) for n, tensor in self.store.tensors().items()}
         self.store, self.state = NSALayerCache(**kept), self.state.rows(index)
         self.recent = [tensor.index_select(0, index) for tensor in self.recent]
@@ -346,18 +347,14 @@ def begin(cache: Any, last: int) -> None:
             layer.unfinished = True
 
 
-def end(cache: Cache, call: Call, recorded: bool) -> None:
-    """Add a call's tokens to a cache's state, after the last layer: a call that fails earlier
-    leaves the cache as it was, or marked.
-
-    Args:
-        recorded: whether autograd recorded the last layer, and so any earlier one.
-    """
+def end(cache: Cache, call: Call) -> None:
+    """Add a call's tokens to a cache's state, after the base model: a call that fails earlier
+    leaves the cache as it was, or marked."""
     run = cache.layers[: call.last + 1]  # assistants may leave out the last layers
     layers = [layer for layer in run if isinstance(layer, NSALayer)]
     after, old = call.after, layers[0].state
     assert after is not None
-    if recorded and not after.recorded:
+    if not after.recorded and any(layer.recorded for layer in layers):
         after = replace(after, recorded=True)
     if isinstance(after.seen, Tensor):
         compiled = torch.compiler.is_compiling()

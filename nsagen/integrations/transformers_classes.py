@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import transformers
@@ -19,6 +21,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from nsagen.integrations.transformers_attention import TransformersNSA
+from nsagen.integrations.transformers_given import check_one_cache
+from nsagen.integrations.transformers_inputs import laid_out
 from nsagen.integrations.transformers_layout import refuse_unless
 from nsagen.integrations.transformers_models import HEADS, MODELS, Facts
 from nsagen.integrations.transformers_swap import sparsity_of, swap, swapped_modules
@@ -34,14 +38,15 @@ class SwappedModel:
         super().__init__(config, *args, **kwargs)  # pyright: ignore
         settings = getattr(config, "nsa", None)
         require(
-            settings is not None,
+            isinstance(settings, Mapping),
             type(self).__name__,
-            "its config must have nsa, the settings of the attention",
-            "none",
+            "its config must have nsa, a mapping of the settings of the attention",
+            "none" if settings is None else repr(settings),
             "call apply_nsa on a dense model instead",
         )
         if not swapped_modules(self):  # type: ignore[arg-type]
-            swap(self, sparsity_of(settings))  # type: ignore[arg-type]
+            for base in swap(self, sparsity_of(settings)):  # type: ignore[arg-type]
+                become_swapped(base)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, TransformersNSA):
@@ -66,19 +71,33 @@ class SwappedModel:
         return (model, info) if output_loading_info else model
 
 
-def _checked(prepare: Callable[..., Any]) -> Callable[..., Any]:
-    """`prepare_inputs_for_generation`, refusing prompts that end with padding: `generate` reads the
-    next token from the last column."""
+def _checked(prefill: Callable[..., Any]) -> Callable[..., Any]:
+    """The first pass of `generate`, refusing prompts that end with padding: the next token is read
+    from the last column."""
 
-    @functools.wraps(prepare)  # generate reads its parameters
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        mask, new = kwargs.get("attention_mask"), kwargs.get("next_sequence_length")
-        if new != 1 and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1]:
+    @functools.wraps(prefill)
+    def checked(
+        self: Any, ids: Any, config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        mask = model_kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1]:
             ends_early = mask.any(1) & (mask[:, -1] == 0)
             advice = "pad on the left: tokenizer.padding_side = 'left'"
             rule = "a prompt must end with a token"
             refuse_unless(~ends_early.any(), "generate", rule, "padding on the right", advice)
-        return prepare(self, *args, **kwargs)
+        return prefill(self, ids, config, model_kwargs, *args, **kwargs)
+
+    return checked
+
+
+def _with_one_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A head's forward, refusing two caches: Transformers would drop one of them."""
+    names = list(inspect.signature(forward).parameters)[1:]
+
+    @functools.wraps(forward)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_one_cache(dict(zip(names, args, strict=False)) | kwargs)
+        return forward(self, *args, **kwargs)
 
     return checked
 
@@ -104,14 +123,56 @@ def swapped_config(config: PreTrainedConfig, settings: dict[str, Any]) -> Any:
     return made
 
 
-def become_swapped(model: PreTrainedModel) -> None:
-    """Change a model's class to the swapped one; a class of the user's own stays."""
-    kind = _models.get(type(model))
+def become_swapped(model: Any) -> None:
+    """Change a model's class to the swapped one; a class of the user's own stays. A base model's
+    forward must lay out its inputs."""
+    kind: Any = _models.get(type(model))
+    is_base = "nsa_inputs" in vars(model) and not issubclass(type(model), LaidOut)
+    if kind is None and is_base:
+        kind = _laid_out_class(type(model))
+    if is_base:
+        _lay_out_instance(model)
     if kind is not None:
         model.__class__ = kind
-        # Transformers registers what to record (hidden states) when it makes an instance.
-        PreTrainedModel.__init__(kind.__new__(kind), model.config)
-    model.name_or_path = ""
+        if isinstance(model, PreTrainedModel):
+            # Transformers registers what to record (hidden states) when it makes an instance.
+            PreTrainedModel.__init__(kind.__new__(kind), model.config)
+    if isinstance(model, PreTrainedModel):
+        model.name_or_path = ""
+
+
+class LaidOut:
+    """A base model whose forward begins with the layout of its inputs."""
+
+
+class _Own(LaidOut):
+    """A base model of a class of the user's own."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new_own, (type(self).__bases__[1],), self.__getstate__()
+
+
+def _new_own(kind: type) -> Any:
+    made: Any = _laid_out_class(kind)
+    return made.__new__(made)
+
+
+@functools.cache
+def _laid_out_class(kind: Any) -> type:
+    names = ("__module__", "__qualname__", "__doc__")
+    content = {name: getattr(kind, name) for name in names}
+    return type(kind.__name__, (_Own, kind), {**content, "forward": laid_out(kind.forward)})
+
+
+def _lay_out_instance(model: Any) -> None:
+    """A forward of the instance's own, such as accelerate's hooks have, hides that of the class."""
+    name = "_old_forward" if "_old_forward" in vars(model) else "forward"
+    own = vars(model).get(name)
+    if own is not None:
+        function = getattr(own, "__func__", None) or (
+            lambda _, *args, **kwargs: own(*args, **kwargs)
+        )
+        vars(model)[name] = MethodType(laid_out(function), model)
 
 
 def _made(name: str, base: type, *bases: type, **content: Any) -> type:
@@ -143,15 +204,43 @@ def _make_models(facts: Facts, config: type) -> None:
             continue
         name = f"{PREFIX}{dense.__name__}"
         content: dict[str, Any] = {"config_class": config}
+        bases: list[type] = [SwappedModel]
+        if auto == "AutoModel":
+            content["forward"] = laid_out(dense.forward)
+            bases.append(LaidOut)
+        else:
+            content["forward"] = _with_one_cache(dense.forward)
         if issubclass(dense, GenerationMixin):
-            prepare = "prepare_inputs_for_generation"
-            content[prepare] = _checked(getattr(dense, prepare))
-        made = _made(name, dense, SwappedModel, **content)
+            content["_prefill"] = _checked(getattr(dense, "_prefill"))  # noqa: B009
+        made = _made(name, dense, *bases, **content)
         made.__annotations__ = {"config": config}
         _models[dense] = made
         getattr(transformers, auto).register(config, made)
 
 
+def _refusing_settings(init: Callable[..., Any]) -> Callable[..., Any]:
+    """`PreTrainedModel.__init__`, refusing a dense model's config with NSA's settings: the model
+    would be dense, without the weights of NSA."""
+
+    @functools.wraps(init)
+    def checked(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        kept = getattr(config, "nsa", None) if type(config) in _configs else None
+        require(
+            kept is None,
+            type(self).__name__,
+            "must have no nsa, the settings of a swapped model, in its config",
+            repr(kept),
+            "open the folder with load_nsa, or with AutoModelForCausalLM if its config has the "
+            f"model_type nsagen_{getattr(config, 'model_type', '')}",
+        )
+        init(self, config, *args, **kwargs)
+
+    checked.nsagen = True  # type: ignore[attr-defined]
+    return checked
+
+
+if not hasattr(PreTrainedModel.__init__, "nsagen"):
+    PreTrainedModel.__init__ = _refusing_settings(PreTrainedModel.__init__)  # type: ignore[method-assign]
 _configs: dict[type, type] = {}
 _models: dict[type, Any] = {}
 for _facts in MODELS:

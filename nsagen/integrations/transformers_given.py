@@ -35,6 +35,7 @@ INPUTS = {
     "output_router_logits": "computed",
     "return_dict": "computed",
     "num_items_in_batch": "computed, by the loss",
+    "shift_labels": "computed, by the loss",
     "output_attentions": "True is refused: NSA never forms the weights",
     "is_causal": "False is refused",
 }
@@ -95,14 +96,26 @@ def check_flags(model: Any, inputs: dict[str, Any]) -> None:
         value = inputs.get(name)
         if value is None:
             value = getattr(config, name, None)
-        if value is wrong:
-            refuse(name, f"must not be {wrong}: {why}", str(wrong), advice)
+        if value is not None and bool(value) is wrong:
+            refuse(name, f"must not be {wrong}: {why}", str(value), advice)
     if getattr(config, "use_bidirectional_attention", False):
         refuse("config.use_bidirectional_attention", "must be False", "True", advice)
     dropout = getattr(config, "attention_dropout", 0.0)
     if model.training and dropout:
         rule = "must be 0 in training: NSA has no attention dropout"
         refuse("config.attention_dropout", rule, str(dropout), "set it to 0")
+
+
+CACHES = ("cache", "past_key_values")
+"""The names of a cache, the newer one first."""
+
+
+def check_one_cache(inputs: dict[str, Any]) -> list[Any]:
+    """The cache among a call's inputs, or none; two different ones are refused."""
+    given = [inputs[name] for name in CACHES if inputs.get(name) is not None]
+    if len(given) == 2 and given[0] is not given[1]:
+        refuse("past_key_values", "must not differ from cache", "another", "pass one of them")
+    return given
 
 
 def check_adapters(model: Any, layers: Sequence[int]) -> None:
@@ -130,7 +143,7 @@ def given_of(
     tokens: Tensor,
     layers: Sequence[int],
     sparsity: Sparsity,
-    layer_type: str | None,
+    kinds: Sequence[str],
 ) -> Given:
     """Read a call's inputs.
 
@@ -140,7 +153,7 @@ def given_of(
         tokens: the ids or embeddings among them.
         layers: the indices of the layers with NSA.
         sparsity: their settings.
-        layer_type: Transformers' name for their kind, in models with several kinds.
+        kinds: Transformers' names for their kinds, in models that have kinds.
 
     Raises:
         InvalidInputError: an input that NSA would not compute as the dense model does.
@@ -170,7 +183,7 @@ def given_of(
         batch,
         length,
         tokens.device,
-        _mask(inputs.get("attention_mask"), batch, length, state, capacity, layer_type),
+        _mask(inputs.get("attention_mask"), batch, length, state, capacity, kinds),
         _rows("position_ids", inputs.get("position_ids"), batch, length),
         _cu_seqlens(inputs, batch, length),
         _rows("seq_idx", inputs.get("seq_idx"), batch, length),
@@ -226,11 +239,15 @@ def _mask(
     tokens: int,
     state: State | None,
     capacity: int | None,
-    layer_type: str | None,
+    kinds: Sequence[str],
 ) -> Tensor | None:
     """`Given.mask`. The input may be as wide as the cache's capacity, as `generate` makes it."""
     if isinstance(mask, dict):  # what generate prepares for static caches, by kind of layer
-        mask = mask.get(layer_type or "full_attention")
+        missing = [kind for kind in kinds if kind not in mask]
+        if missing or not kinds:
+            rule = f"must have one for layers of each kind: {', '.join(kinds) or 'none'}"
+            refuse("attention_mask", rule, ", ".join(map(str, mask)), "pass [batch, tokens]")
+        mask = mask[kinds[0]]
     if mask is None:
         return None
     seen, wait = 0 if state is None else state.seen, tokens > 1
@@ -290,6 +307,7 @@ def check_windows(given: Given, window: int) -> None:
 def _check_cache_position(position: Any, given: Given) -> None:
     if position is None:
         return
+    _check_integers("cache_position", position, "[tokens]")
     expected = torch.arange(given.tokens, device=position.device) + given.seen
     rule = "must run from the number of cached tokens"
     if not isinstance(given.seen, Tensor):
@@ -304,15 +322,24 @@ def _rows(name: str, values: Any, batch: int, tokens: int) -> Tensor | None:
     """[B, T], from [1, T] or that."""
     if values is None:
         return None
-    fits = isinstance(values, Tensor) and values.dim() == 2 and _counts(values)
+    fits = _counts(values) and values.dim() == 2
     if not fits or values.shape[0] not in (1, batch) or values.shape[1] != tokens:
         came = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else str(values)
         refuse(name, f"must be integers [1 or {batch}, {tokens}]", came, "leave it out")
     return values.expand(batch, tokens)
 
 
-def _counts(values: Tensor) -> bool:
-    return values.dtype != torch.bool and not values.is_floating_point()
+def _counts(values: Any) -> bool:
+    dtype = values.dtype if isinstance(values, Tensor) else torch.bool
+    return dtype != torch.bool and not dtype.is_floating_point
+
+
+def _check_integers(name: str, values: Any, shape: str) -> None:
+    """Check for a tensor of integers of one dimension."""
+    if not _counts(values) or values.dim() != 1 or not values.shape[0]:
+        is_tensor = isinstance(values, Tensor)
+        came = f"{values.dtype} {list(values.shape)}" if is_tensor else type(values).__name__
+        refuse(name, f"must be integers {shape}, a tensor", came, "leave it out")
 
 
 def _cu_seqlens(inputs: dict[str, Any], batch: int, tokens: int) -> Tensor | None:
@@ -325,13 +352,12 @@ def _cu_seqlens(inputs: dict[str, Any], batch: int, tokens: int) -> Tensor | Non
         return None
     if batch != 1:
         refuse("cu_seq_lens_q", "is for one row", f"{batch} rows", "flatten the batch to one row")
-    if ends.dim() != 1 or ends.shape[0] < 1 or not _counts(ends):
-        rule = "must be integers [documents + 1]"
-        refuse("cu_seq_lens_q", rule, f"{ends.dtype} {list(ends.shape)}", "start it with 0")
+    _check_integers("cu_seq_lens_q", ends, "[documents + 1]")
     rises = (ends[0] == 0) & (ends[-1] == tokens) & (ends.diff() >= 0).all()
     rule = f"must run from 0 to {tokens}, the tokens of the row, without decreasing"
     refuse_unless(rises, "cu_seq_lens_q", rule, "another", "end it with the number of tokens")
     if of_keys is not None and of_keys is not ends:
+        _check_integers("cu_seq_lens_k", of_keys, "[documents + 1]")
         what = ("cu_seq_lens_k", "must equal cu_seq_lens_q", "another", "pass the same")
         if of_keys.shape != ends.shape:
             refuse(*what)
@@ -339,6 +365,8 @@ def _cu_seqlens(inputs: dict[str, Any], batch: int, tokens: int) -> Tensor | Non
     for name, limit in zip(names[2:], limits, strict=True):
         if limit is not None:
             rule = "must be at least the length of the longest document"
+            if not isinstance(limit, int | Tensor):
+                refuse(name, rule, repr(limit), "leave it out")
             fits = (ends.diff() <= limit).all()
             refuse_unless(fits, name, rule, str(limit), "leave it out")
     return ends

@@ -1,23 +1,30 @@
 """Where the tokens of a swapped model's call belong, computed before any layer runs.
 
-`Inputs` is a forward pre-hook of the base model, the module whose `layers` have NSA. It reads the
-inputs and lays out the `Call` that the layers share.
+`Inputs` belongs to the base model, the module whose `layers` have NSA. `laid_out` lets the forward
+of its class begin with it: what NSA reads is what forward gets, after all hooks. `Inputs` lays out
+the `Call` that the layers share.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.masking_utils import create_masks_for_generate
 
-from nsagen.integrations.transformers_cache import begin
+from nsagen.integrations.transformers_cache import begin, end
 from nsagen.integrations.transformers_given import (
+    CACHES,
     INPUTS,
     Given,
     check_adapters,
     check_flags,
+    check_one_cache,
     check_shape,
     check_windows,
     given_of,
@@ -39,9 +46,25 @@ CALL = "nsa_call"
 """The keyword that passes the `Call` to layers."""
 
 
+def laid_out(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a base model's class, with the layout made from what it gets."""
+
+    @functools.wraps(forward)  # Transformers reads its parameters
+    def laid_out(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get(CALL), Call):  # a subclass's forward, which calls this one
+            return forward(self, *args, **kwargs)
+        args, kwargs = self.nsa_inputs(self, args, kwargs)
+        out, call = forward(self, *args, **kwargs), kwargs.get(CALL)
+        if isinstance(call, Call) and call.cache is not None:
+            end(call.cache, call)
+        return out
+
+    return laid_out
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """The hook.
+    """Reads the inputs of a base model's forward.
 
     Attributes:
         names: the parameters of the base model's forward, in order.
@@ -49,6 +72,7 @@ class Inputs:
         sparsity: their settings.
         rope: makes their tables.
         window: tokens that dense sliding layers see; None without such layers.
+        kinds: Transformers' names for the kinds of the layers with NSA, in models that have kinds.
     """
 
     names: tuple[str, ...]
@@ -56,6 +80,7 @@ class Inputs:
     sparsity: Sparsity
     rope: RopeSource
     window: int | None = None
+    kinds: tuple[str, ...] = ()
 
     def __call__(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -79,22 +104,49 @@ class Inputs:
         if not layers:
             return (), kwargs  # an assistant that exits before the first of them
         check_adapters(model, layers)
-        given = given_of(model, kwargs, tokens, layers, self.sparsity, self.rope.layer_type)
+        given = given_of(model, kwargs, tokens, layers, self.sparsity, self.kinds)
         if self.window is not None:
             check_windows(given, self.window)
         call, position_ids = self._call(given)
         if kwargs.get("position_ids") is None and position_ids is not None:
             kwargs["position_ids"] = position_ids  # for layers that stay dense
-        return (), {**kwargs, CALL: replace(call, last=given.last)}
+        cache = given.cache
+        if given.caches and cache is None:
+            cache = kwargs[self._cache_name] = DynamicCache(config=model.config)
+        kwargs["attention_mask"] = self._masks(model, given, kwargs)
+        call = replace(call, last=given.last, cache=cache if given.caches else None)
+        return (), {**kwargs, CALL: call}
+
+    @property
+    def _cache_name(self) -> str:
+        return "cache" if "cache" in self.names else "past_key_values"
+
+    def _masks(self, model: Any, given: Given, kwargs: dict[str, Any]) -> Any:
+        """What forward gets as its mask: a mark for NSA, which has read the mask. Forward hands on
+        masks of four dimensions as they are, so a layer can tell when a hook changed it."""
+        mark = torch.empty(0, 0, 0, 0, device=given.device)
+        masks = kwargs.get("attention_mask")
+        if self.window is None:
+            return dict.fromkeys(masks, mark) if isinstance(masks, dict) else mark
+        if not isinstance(masks, dict):
+            cache = {self._cache_name: kwargs.get(self._cache_name)}
+            masks: Any = create_masks_for_generate(
+                config=model.config,
+                inputs_embeds=torch.empty(
+                    given.batch, given.tokens, 0, dtype=model.dtype, device=given.device
+                ),
+                attention_mask=masks,
+                position_ids=kwargs.get("position_ids"),
+                **cache,
+            )
+        return {**masks, **dict.fromkeys(self.kinds, mark)}
 
     def _cache_of(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The cache under the name that this version of the model has for it."""
-        caches = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
-        given = [cache for cache in caches if cache is not None]
-        if len(given) == 2 and given[0] is not given[1]:
-            refuse("past_key_values", "must not differ from cache", "another", "pass one of them")
-        name = "cache" if "cache" in self.names else "past_key_values"
-        return {name: given[0]} if given else {}
+        given = check_one_cache(kwargs)
+        for name in CACHES:
+            kwargs.pop(name, None)
+        return {self._cache_name: given[0]} if given else {}
 
     def _call(self, given: Given) -> tuple[Call, Tensor | None]:
         """The layout, and position_ids for dense layers if the caller gave none."""
@@ -132,11 +184,15 @@ class Inputs:
             came = torch.as_tensor(state.seen + 1)
             refuse_unless(came <= room, "cache", rule, came, advice, wait=False)
         real, held = _with_token(state, given.mask)
-        lengths = state.lengths
+        lengths, shift = state.lengths, state.shift
         if given.position_ids is not None:
-            expected = lengths if state.shift is None else lengths + state.shift
+            came = given.position_ids[:, -1].expand(given.batch)
+            if state.waiting:
+                ahead = came.to(torch.int64) - lengths
+                old = torch.zeros_like(ahead) if shift is None else shift
+                shift = torch.where(lengths == 0, ahead, old)
             # A row without a token in this step may have any position.
-            right = given.position_ids[:, -1].expand(given.batch) == expected
+            right = came == (lengths if shift is None else lengths + shift)
             right = right if real is None else right | ~real
             refuse_unless(right.all(), *_GOES_ON, wait=False)
         elif state.given and state.shift is not None:
@@ -148,6 +204,7 @@ class Inputs:
             lengths=lengths + 1 if real is None else lengths + real.to(torch.int32),
             seen=state.seen + 1,
             real=held,
+            shift=shift,
             given=state.given or given.position_ids is not None,
             rope=rope,
         )
@@ -236,6 +293,7 @@ class Inputs:
                 given.position_ids is not None or (state is not None and state.given),
                 given.recording or (state is not None and state.recorded),
                 rope,
+                not all(lengths),
             )
             pieces = pieces_of(before, counts, self.sparsity, given.device)
             recent = Recent.of_pass(pieces, after.lengths, self.sparsity)
@@ -310,8 +368,8 @@ def _shift(given: Given, real: Tensor, before: list[int]) -> tuple[Tensor | None
     if state is not None:
         old = torch.zeros_like(shift) if state.shift is None else state.shift
         shift = torch.where(state.lengths > 0, old, shift)
-    if given.position_ids is None and state is not None and state.given and state.shift is not None:
-        refuse(*_GOES_ON)
+        if given.position_ids is None and state.given and bool(old.any()):
+            refuse(*_GOES_ON)
     if given.position_ids is not None:
         right = (ahead == shift[:, None]) | ~real
         refuse_unless(right.all(), *_GOES_ON)

@@ -36,6 +36,7 @@ class State:
         real: bool [rows, seen], False at padding; None without padding. Fixed: [rows, capacity].
         shift: int64 [rows], how far position_ids are ahead of positions in the row; None for 0.
         given: whether the caller passed position_ids.
+        waiting: whether some row may have no token yet: its first one sets its shift.
         recorded: whether autograd recorded the calls that filled the cache.
         rope: the tables that rotated the keys.
     """
@@ -47,6 +48,7 @@ class State:
     given: bool
     recorded: bool
     rope: Rope
+    waiting: bool = False
 
     def rows(self, index: Tensor) -> State:
         """These rows, in this order."""
@@ -101,10 +103,11 @@ class Call:
         continues: whether the cache holds tokens already.
         room: tokens per row that the cache must have room for.
         after: the cache's state after the call; None if the call may not write to a cache.
-        last: the last layer with NSA, which sets the cache's state to `after`.
+        last: the last layer with NSA.
         pieces: where the tokens go in a cache; None without a cache and in decoding steps.
         positions: int32 [B], in decoding steps: where the row's token goes, -1 at padding.
         recent: where the tokens go in `NSALayer.recent`.
+        cache: Transformers' `Cache`; None if the call may not write to one.
     """
 
     batch: int
@@ -120,6 +123,7 @@ class Call:
     pieces: PrefillRows | None = None
     positions: Tensor | None = None
     recent: Recent | None = None
+    cache: Any = None
     _elsewhere: dict[torch.device, Call] = field(default_factory=dict, compare=False, repr=False)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Call:

@@ -9,7 +9,7 @@ order of the tables' pairs.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,19 @@ class Rope:
 
     tables: Tables
     key: int
+
+
+class Roped(NamedTuple):
+    """What a model's own rope module returns, so that NSA, which has tables of its own, can tell
+    when a hook or another module replaced it."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def mark_rope(module: Any, args: Any, output: Any) -> Roped:
+    """A forward hook of a model's rope module."""
+    return Roped(*output)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from nsagen.integrations.transformers_attention import TransformersNSA
 from nsagen.integrations.transformers_inputs import Inputs
 from nsagen.integrations.transformers_layout import refuse
 from nsagen.integrations.transformers_models import MODELS, facts_of
-from nsagen.integrations.transformers_rope import rope_source
+from nsagen.integrations.transformers_rope import mark_rope, rope_source
 from nsagen.model.checks import require
 from nsagen.model.initial import INITIAL_GATES, Gates
 from nsagen.model.sparsity import SETTINGS, Sparsity, settings_of
@@ -64,8 +64,11 @@ def swap(
     sparsity: Sparsity,
     dispatcher: Any = None,
     gates: Gates = INITIAL_GATES,
-) -> None:
+) -> list[Any]:
     """Replace the attention of each layer, except sliding layers in models that have other ones.
+
+    Returns:
+        the base models, whose classes must then become those of `transformers_classes`.
 
     Raises:
         InvalidInputError: the model has no attention module of a known kind.
@@ -84,6 +87,7 @@ def swap(
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     AttentionInterface.register(IMPLEMENTATION, _attention_of_sliding_layers)
     model.set_attn_implementation(IMPLEMENTATION)
+    return bases
 
 
 def keeps_sliding_layers(config: Any) -> bool:
@@ -100,7 +104,7 @@ def _is_base(module: Any) -> bool:
 
 
 def _swap_layers(base: Any, sparsity: Sparsity, dispatcher: Any, gates: Gates) -> None:
-    config, swapped, kind = base.config, [], None
+    config, swapped, kind, kinds = base.config, [], None, {}
     keeps = keeps_sliding_layers(config)
     for index, layer in enumerate(base.layers):
         dense = layer.self_attn
@@ -115,9 +119,11 @@ def _swap_layers(base: Any, sparsity: Sparsity, dispatcher: Any, gates: Gates) -
         module = TransformersNSA(dense, facts, sparsity, rope.turned, dispatcher, gates, dtype)
         layer.self_attn = module.train(dense.training)
         swapped.append(index)
+        kinds |= {} if kind is None else {kind: None}
     names = tuple(inspect.signature(base.forward).parameters)
-    hook = Inputs(names, tuple(swapped), sparsity, rope, config.sliding_window if keeps else None)
-    base.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+    window = config.sliding_window if keeps and len(swapped) < len(base.layers) else None
+    base.nsa_inputs = Inputs(names, tuple(swapped), sparsity, rope, window, tuple(kinds))
+    base.rotary_emb.register_forward_hook(mark_rope)
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -127,6 +128,9 @@ CASES: dict[str, Case | str] = {
     ),
     "labels": _loss,
     "num_items_in_batch": lambda m: _loss(m, num_items_in_batch=torch.tensor(7)),
+    "shift_labels": lambda m: _loss(
+        m, shift_labels=torch.nn.functional.pad(IDS[:1, 1:], (0, 1), value=-100)
+    ),
     "logits_to_keep": lambda m: (m(IDS[:1], logits_to_keep=3).logits[0], alone(m, IDS[0])[-3:]),
     "output_hidden_states": _hidden,
     "output_router_logits": lambda m: (
@@ -163,6 +167,32 @@ def test_an_input_is_computed_as_each_sequence_alone_or_refused(model: Any, name
             model(IDS, **{name: REFUSED_VALUES[name]})
     else:
         assert distance(*case(model)) < 1e-5
+
+
+@pytest.mark.parametrize("value", [1, np.True_, torch.tensor(True)], ids=["1", "numpy", "tensor"])
+def test_flags_are_read_by_their_truth(model: Any, value: Any) -> None:
+    with pytest.raises(InvalidInputError, match="output_attentions: must not be True"):
+        model(IDS, output_attentions=value)
+    with pytest.raises(InvalidInputError, match="is_causal: must not be False"):
+        model(IDS, is_causal=value - value if isinstance(value, int) else ~value)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"cu_seq_lens_q": [0, 30]},
+        {"cu_seq_lens_q": torch.tensor([0, 30]), "cu_seq_lens_k": [0, 30]},
+        {"cu_seq_lens_q": torch.tensor([0, 30]), "max_length_k": "30"},
+        {"cu_seq_lens_q": torch.tensor([0, 30]), "max_length_q": 30.5},
+        {"cache_position": list(range(30))},
+        {"cache_position": torch.arange(30.0)},
+        {"position_ids": list(range(30))},
+        {"seq_idx": [0] * 30},
+    ],
+)
+def test_values_of_other_types_are_refused(model: Any, inputs: Any) -> None:
+    with pytest.raises(InvalidInputError, match=f"{list(inputs)[-1]}: must be"):
+        model(IDS[:1], use_cache=False, **inputs)
 
 
 def test_an_input_that_no_model_knows_is_refused(model: Any) -> None:
@@ -521,6 +551,8 @@ class TestCaches:
         model.model(IDS[:, :20], cache=cache)
         with pytest.raises(InvalidInputError, match="past_key_values: must not differ from cache"):
             model.model(IDS[:, 20:], cache=cache, past_key_values=other)
+        with pytest.raises(InvalidInputError, match="past_key_values: must not differ from cache"):
+            model(IDS[:, 20:], cache=cache, past_key_values=other)
         states = model.model(IDS[:, 20:], cache=cache, past_key_values=cache).last_hidden_state
         whole = model(IDS, use_cache=False).logits[:, 20:]
         assert distance(model.lm_head(states), whole) < 1e-5
@@ -625,6 +657,61 @@ def test_prompts_padded_on_the_right_are_refused_before_any_layer(kind: str) -> 
         model.generate(IDS, attention_mask=mask, max_new_tokens=2)
     with pytest.raises(InvalidInputError, match="pad on the left"):
         model.generate(IDS * mask, max_new_tokens=2)  # generate finds the padding itself
+    with pytest.raises(InvalidInputError, match="pad on the left"):
+        model.generate(IDS, attention_mask=mask, max_new_tokens=2, prefill_chunk_size=8)
+
+
+@torch.no_grad()
+def test_padding_at_the_end_of_a_chunk_is_not_that_of_a_prompt(model: Any) -> None:
+    mask = torch.ones_like(IDS)
+    mask[1, 10:16] = 0
+    wanted = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(IDS, **wanted)
+    assert torch.equal(model.generate(IDS, prefill_chunk_size=8, **wanted), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["Llama", "Gemma3"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 8},
+        {"num_beams": 2},
+    ],
+    ids=str,
+)
+def test_a_row_of_padding_changes_no_other_row(kind: str, setting: dict[str, Any]) -> None:
+    """Its first token is the first that `generate` makes, at a position that `generate` chose."""
+    model, mask = trained(sparse(kind)), torch.ones_like(IDS)
+    mask[0] = 0
+    wanted = {"max_new_tokens": 12, "do_sample": False, **setting}
+    expected = model.generate(IDS[1:], **wanted)
+    assert torch.equal(model.generate(IDS, attention_mask=mask, **wanted)[1:], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_a_row_may_begin_at_any_position_in_a_step(model: Any, static: bool) -> None:
+    mask = torch.ones_like(IDS)
+    mask[0, :20] = 0
+    counted = (mask.cumsum(1) - 1).clamp(min=0)
+    counted[0] += 7
+    capacity = {"config": model.config, "max_cache_len": 32}
+    cache = transformers.StaticCache(**capacity) if static else DynamicCache()
+    logits = []
+    for start, end in ((0, 20), *((n, n + 1) for n in range(20, 25)), (25, 30)):
+        inputs = {"attention_mask": mask[:, :end], "position_ids": counted[:, start:end]}
+        logits.append(model(IDS[:, start:end], past_key_values=cache, **inputs).logits)
+    found = torch.cat(logits, 1)[mask == 1]
+    assert distance(found, alone(model, IDS[0, 20:], IDS[1])) < 1e-5
+    counted[0, 25] += 1
+    cache.crop(-5)
+    inputs = {"attention_mask": mask[:, :26], "position_ids": counted[:, 25:26]}
+    with pytest.raises(InvalidInputError, match="position_ids: must increase by one"):
+        model(IDS[:, 25:26], past_key_values=cache, **inputs)
 
 
 @torch.no_grad()

@@ -114,6 +114,32 @@ def test_a_config_without_settings_is_refused(folder: Path, tmp_path: Path) -> N
         AutoModelForCausalLM.from_pretrained(copy)
     with pytest.raises(InvalidInputError, match="call apply_nsa on the dense model instead"):
         load_nsa(copy)
+    (copy / "config.json").write_text(json.dumps({**config, "nsa": "the defaults"}))
+    for load in (AutoModelForCausalLM.from_pretrained, load_nsa):
+        with pytest.raises(
+            InvalidInputError, match=r"must have nsa, a mapping .*got 'the defaults'"
+        ):
+            load(copy)
+
+
+@pytest.mark.parametrize("kind", [transformers.Qwen3ForCausalLM, transformers.Qwen3Model])
+def test_a_dense_class_refuses_the_folder(folder: Path, kind: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"must have no nsa, .*open the folder with load_"):
+        kind.from_pretrained(folder)
+
+
+def test_a_folder_elsewhere(model: Any, folder: Path, tmp_path: Path) -> None:
+    """A subfolder, and the layout of the hub's cache."""
+    shutil.copytree(folder, tmp_path / "models--me--mine" / "snapshots" / "abc" / "sub")
+    refs = tmp_path / "models--me--mine" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    there = {"cache_dir": tmp_path, "local_files_only": True, "subfolder": "sub"}
+    assert torch.equal(logits(load_nsa("me/mine", **there)), logits(model))
+    snapshot = tmp_path / "models--me--mine" / "snapshots" / "abc"
+    old_folder(model, snapshot / "sub")
+    assert torch.equal(logits(load_nsa("me/mine", **there)), logits(model))
+    assert torch.equal(logits(load_nsa(snapshot, subfolder="sub")), logits(model))
 
 
 def old_folder(model: Any, path: Path) -> None:
@@ -130,6 +156,9 @@ def old_folder(model: Any, path: Path) -> None:
 
 def test_older_folders_are_read_and_converted(model: Any, tmp_path: Path) -> None:
     old_folder(model, tmp_path / "old")
+    for load in (AutoModelForCausalLM, transformers.Qwen3ForCausalLM):
+        with pytest.raises(InvalidInputError, match="open the folder with load_nsa"):
+            load.from_pretrained(tmp_path / "old")
     again = load_nsa(tmp_path / "old")
     assert torch.equal(logits(again), logits(model))
     again.save_pretrained(tmp_path / "new")

@@ -311,6 +311,22 @@ class TestStaticCache:
         assert torch.equal(static, model.generate(IDS, **wanted))
 
     @torch.no_grad()
+    def test_masks_of_layers_that_all_slide(self) -> None:
+        """`generate` prepares a mask for each kind of layer, here for one that isn't full."""
+        layers = ["sliding_attention"] * 2
+        window = {"layer_types": layers, "sliding_window": 16, "use_sliding_window": True}
+        model = trained(apply_nsa(build(KINDS["Qwen2"], **window), ATTENTION))
+        mask, ids = torch.ones_like(IDS), IDS.clone()
+        ids[1, :9] = mask[1, :9] = 0
+        wanted = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+        static = model.generate(ids, cache_implementation="static", **wanted)
+        assert torch.equal(static, model.generate(ids, **wanted))
+        alone = model.generate(ids[1:, 9:], max_new_tokens=6, do_sample=False)
+        assert torch.equal(static[1:, -6:], alone[:, -6:])
+        with pytest.raises(InvalidInputError, match="must have one for layers of each kind: slid"):
+            model(ids, attention_mask={"full_attention": mask})
+
+    @torch.no_grad()
     def test_masks_by_hand(self, model: Any) -> None:
         """As wide as the tokens so far or as the cache; and steps without a mask."""
         ids, mask = tokens(2, 30), torch.ones(2, 30, dtype=torch.long)
@@ -371,11 +387,12 @@ class TestSecondTurns:
             assert torch.equal(second[:, -5:], expected)
 
     @torch.no_grad()
+    @pytest.mark.parametrize("index", [1, -1])
     @pytest.mark.parametrize("static", [False, True])
-    def test_rows_taken_from_a_cache(self, model: Any, static: bool) -> None:
+    def test_rows_taken_from_a_cache(self, model: Any, static: bool, index: int) -> None:
         cache = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache()
         model(IDS[:, :20], cache=cache)
-        cache.batch_select_indices(torch.tensor([1]))
+        cache.batch_select_indices(torch.tensor([index]))
         cache = pickled(cache)
         logits = [model(IDS[1:, a:b], cache=cache).logits for a, b in ((20, 21), (21, 30))]
         whole = model(IDS[1:], use_cache=False).logits[:, 20:]
