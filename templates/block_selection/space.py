@@ -96,7 +96,9 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
     row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
     windows = int(schedule.windows)
     of_products = query_bytes(workload, schedule)
-    queries = max(of_products) if reloads(workload, schedule) else sum(of_products)
+    # Loaded in each step, they share their place unless they are loaded a step ahead.
+    again = reloads(workload, schedule) and int(schedule.num_stages) == 1
+    queries = max(of_products) if again else sum(of_products)
     plane = 4 * int(schedule.tokens) * (windows // step_rows(workload, schedule))
     return queries + row * int(schedule.num_stages) * windows + plane
 
@@ -124,6 +126,9 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
         if int(workload.head_dim) > 64:  # one product of 32 columns: with more, thousands of spills
             tokens = max(1, min(tokens, 32 // next_power_of_2(group)))
         knobs = {"tokens": tokens, "columns": 32, "windows": 16, "segment": 256}
+        if int(workload.head_dim) > 64 and target.backend == "cuda":
+            # With one stage, or four warps, operands of plain products go through the stack.
+            return {**knobs, "num_warps": 8, "num_stages": 2}
         return {**knobs, "num_warps": warps}
     wide = int(workload.head_dim) > 128  # twice the addresses of keys in flight
     # Four warps spill on Blackwell, on parts whose shared memory holds few tokens of a group, and
@@ -163,10 +168,11 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     knobs |= shape_of(workload, target)
     if workload.dtype != "float32" and step_pad(workload) <= 128:
         knobs["windows"] = max(int(knobs["windows"]), step_pad(workload))
+    least = int(knobs["num_stages"]) if workload.dtype == "float32" else 1
     budget = target.shared_memory // 2 - 512  # each program takes 1 KiB more than it asks for
     while shared_memory(workload, Schedule.of("resident_scores", knobs)) > budget:
         stages, tokens = int(knobs["num_stages"]), int(knobs["tokens"])
-        if stages > 2 or (tokens <= 8 and stages > 1):
+        if stages > 2 or (tokens <= 8 and stages > least):
             knobs["num_stages"] = stages - 1
         elif tokens > 8:
             knobs["tokens"] = tokens // 2
@@ -179,7 +185,8 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
         else:
             break  # one token's heads are too many: the space's own check reports it
     if int(knobs["tokens"]) <= 8 and int(knobs["windows"]) == 128:  # too few tokens for this many
-        knobs |= {"windows": max(64, min(128, step_pad(workload))), "num_warps": 4}
+        windows = max(64, min(128, step_pad(workload)))
+        knobs |= {"windows": windows, "num_warps": 4 if windows < 128 else 8}
     compared = 64 * kept_rows(workload) + int(knobs["segment"])
     most = _COMPARED_A_THREAD if kept_rows(workload) < 4 else _COMPARED_A_THREAD // 2
     while int(knobs["tokens"]) * compared > most * 32 * int(knobs["num_warps"]):

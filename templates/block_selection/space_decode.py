@@ -83,7 +83,7 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     return {
         "block_n": block_n,
         "programs": max(n for n in split_kv.PROGRAMS if n <= max(132, 2 * target.num_sms)),
-        "num_warps": split_kv.default_warps(workload),
+        "num_warps": 8 if workload.dtype == "float32" else 4,
         "num_stages": max(1, min(4, room)) + 1,
     }
 

@@ -12,16 +12,16 @@ from nsagen.codegen.spaces.padding import (
     group_tile,
     multiplies_from_shared_memory,
     padded_heads,
+    plain_keys,
     raw_peak,
 )
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
 
-def tiles_block(workload: Workload, schedule: Schedule, target: Target) -> bool:
-    """Steps cover a block exactly, or one step covers it with the fewest masked keys."""
-    block_size, block_n = int(workload.block_size), int(schedule.block_n)
-    return block_size % block_n == 0 or block_n == whole_block(workload)
+def within_block(workload: Workload, schedule: Schedule, target: Target) -> bool:
+    """A step is no longer than a block takes."""
+    return int(schedule.block_n) <= whole_block(workload)
 
 
 def whole_block(workload: Workload) -> int:
@@ -69,13 +69,15 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     sizes = padded_heads(workload)
     bytes_a_key = element_bytes(workload) * (sizes["block_d"] + sizes["block_dv"])
     keys = max(LEAST_TILE, (32 if exact else 8) * 1024 // bytes_a_key)
+    rows, _ = group_tile(workload)
+    if exact:
+        keys = plain_keys(rows, keys, max(sizes["block_d"], sizes["block_dv"]))
     block_size = int(workload.block_size)
-    steps = [n for n in (64, 32, 16) if n <= keys and block_size % n == 0]
-    block_n = steps[0] if steps else whole_block(workload)
+    steps = [n for n in (64, 32, 16) if n <= min(keys, whole_block(workload))]
+    block_n = next((n for n in steps if block_size % n == 0), steps[0])
     if exact:
         # With 4 warps, or one stage, operands of plain products go through the stack.
         return {"orientation": "rows", "block_n": block_n, "num_warps": 8, "num_stages": 2}
-    rows, _ = group_tile(workload)
     warps = min(8, max(1, rows * max(sizes["block_d"], sizes["block_dv"]) // 2048))
     return {"orientation": "rows", "block_n": block_n, "num_warps": warps, "num_stages": 3}
 
@@ -230,7 +232,7 @@ SPACES = (
             ),
             *STEP_KNOBS,
         ),
-        rules=(Rule("steps of block_n tile block_size", tiles_block),),
+        rules=(Rule("block_n is a block's padded size or less", within_block),),
         derive=derive,
         shared_memory=shared_memory,
         scratch=few_bytes,
@@ -246,7 +248,7 @@ SPACES = (
             Knob("sharers", (2, 3, 4), "fewer reads against rows that are multiplied by zero"),
         ),
         rules=(
-            Rule("steps of block_n tile block_size", tiles_block),
+            Rule("block_n is a block's padded size or less", within_block),
             Rule(
                 "no more sharers than neighbours",
                 lambda w, s, t: int(s.sharers) <= int(s.share_tokens),

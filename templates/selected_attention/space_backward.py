@@ -13,6 +13,7 @@ from nsagen.codegen.spaces.padding import (
     few_bytes,
     group_tile,
     padded_heads,
+    plain_keys,
     raw_peak,
 )
 from nsagen.codegen.spaces.warp_specialized import GLUON, runs_on
@@ -31,10 +32,9 @@ def key_tile(workload: Workload, schedule: Schedule) -> int:
     return int(dict(schedule.knobs).get("key_tile", block_b(workload)))
 
 
-def tiles_block(workload: Workload, schedule: Schedule, target: Target) -> bool:
-    """Steps cover a block exactly, or one step covers it with the fewest masked keys."""
-    block_n = int(schedule.block_n)
-    return int(workload.block_size) % block_n == 0 or block_n == block_b(workload)
+def within_block(workload: Workload, schedule: Schedule, target: Target) -> bool:
+    """A step is no longer than a block takes."""
+    return int(schedule.block_n) <= block_b(workload)
 
 
 def holds_group(workload: Workload, schedule: Schedule, target: Target) -> bool:
@@ -212,12 +212,15 @@ def default_queries(workload: Workload, target: Target) -> dict[str, Param]:
     sizes = padded_heads(workload)
     bytes_a_key = element_bytes(workload) * (sizes["block_d"] + sizes["block_dv"])
     keys = max(LEAST_TILE, (32 if exact else 8) * 1024 // bytes_a_key)
+    rows, _ = group_tile(workload)
+    widest = max(sizes["block_d"], sizes["block_dv"])
+    if exact:
+        keys = plain_keys(rows, keys, widest)
     if target.arch == "120":  # one warp spills there with twice as many
         keys = LEAST_TILE
     block_size = int(workload.block_size)
-    steps = [n for n in (64, 32, 16) if n <= keys and block_size % n == 0]
-    block_n = steps[0] if steps else block_b(workload)
-    rows, _ = group_tile(workload)
+    steps = [n for n in (64, 32, 16) if n <= min(keys, block_b(workload))]
+    block_n = next((n for n in steps if block_size % n == 0), steps[0])
     narrow = sizes["block_d"] <= 64 and target.has_wgmma  # one warp spills there with three stages
     # With 4 warps or one stage, operands of float32's plain products go through the stack.
     stages = (2, 1) if exact or narrow else (3, 2, 1)
@@ -225,7 +228,7 @@ def default_queries(workload: Workload, target: Target) -> dict[str, Param]:
     return {
         "orientation": "rows",
         "block_n": block_n,
-        "num_warps": 8 if exact else min(8, max(1, rows * sizes["block_d"] // 2048)),
+        "num_warps": 8 if exact else min(8, max(1, rows * widest // 2048)),
         "num_stages": fitting[0] if fitting else 1,
     }
 
@@ -389,7 +392,7 @@ SPACES = (
             PowerOfTwo("key_tile", 16, 1024, "reuse of each row against registers"),
         ),
         rules=(
-            Rule("steps of block_n tile block_size", tiles_block),
+            Rule("block_n is a block's padded size or less", within_block),
             Rule(
                 "columns need two stages: of a loop that is not pipelined Triton 3.6's assembler "
                 "makes an operand from a stale register (tests/aot/test_descriptors.py)",

@@ -38,7 +38,7 @@ USUAL: dict[str, Param] = {
     **{"with_pe": False},
 }
 HEADS = ((64, 64), (128, 128), (72, 248), (192, 128), (256, 256))
-GROUPS, BLOCKS = (1, 4, 16, 48, 64), (16, 64, 128, 512, 1024)
+GROUPS, BLOCKS = (1, 4, 16, 48, 64), (16, 64, 128, 512, 999, 1024)
 
 
 def workload(
@@ -59,7 +59,11 @@ def every_workload() -> tuple[Workload, ...]:
     """Each op with every combination of the sizes above that it takes."""
     drawn = itertools.product(STATIC_PARAMS, DTYPES, HEADS, GROUPS, BLOCKS, (16, 1))
     return tuple(
-        dict.fromkeys(workload(*op, *sizes, kernel_stride=stride) for op, *sizes, stride in drawn)
+        dict.fromkeys(
+            workload(*op, *sizes, kernel_stride=stride)
+            for op, *sizes, stride in drawn
+            if sizes[-1] % stride == 0
+        )
     )
 
 

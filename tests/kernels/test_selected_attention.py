@@ -77,7 +77,7 @@ def test_head_sizes(dtype, dim, v_dim, algorithm):
 @pytest.mark.parametrize("orientation", ["rows", "columns"])
 @pytest.mark.parametrize(
     ("block_size", "block_n"),
-    [(16, 16), (24, 32), (32, 16), (64, 64), (64, 16), (80, 128), (80, 16), (96, 32)],
+    [(16, 16), (24, 32), (32, 16), (64, 64), (64, 16), (80, 128), (80, 16), (96, 32), (43, 16)],
 )
 def test_blocks_and_steps(orientation, block_size, block_n):
     """Blocks that steps tile exactly and ones that a longer step covers; short last blocks."""

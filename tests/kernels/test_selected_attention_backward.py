@@ -68,7 +68,7 @@ def test_blocks(key_orientation, block_size, algorithm):
 
 
 @pytest.mark.parametrize("orientation", ["rows", "columns"])
-@pytest.mark.parametrize(("block_size", "block_n"), [(24, 32), (32, 16), (80, 16)])
+@pytest.mark.parametrize(("block_size", "block_n"), [(24, 32), (32, 16), (80, 16), (43, 16)])
 def test_steps_of_the_first_pass(orientation, block_size, block_n):
     w = workload("float16", block_size=block_size)
     schedule = schedule_of(w, "two_pass", orientation=orientation, block_n=block_n)

@@ -12,6 +12,7 @@ from typing import Any
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, next_power_of_2
 from nsagen.codegen.spaces.padding import (
     SCRATCH,
+    buffers,
     element_bytes,
     multiplies_from_shared_memory,
     padded_heads,
@@ -71,8 +72,8 @@ def row_tiles_memory(workload: Workload, schedule: Schedule) -> int:
 def two_passes_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the tiles that a program keeps and of those in flight, in the larger pass."""
     rows_of_tiles = max(
-        int(schedule.block_m) + int(schedule.num_stages) * int(schedule.block_n),
-        int(schedule.key_tile) + int(schedule.dkv_stages) * int(schedule.row_step),
+        int(schedule.block_m) + buffers(workload, int(schedule.num_stages)) * int(schedule.block_n),
+        int(schedule.key_tile) + buffers(workload, int(schedule.dkv_stages)) * int(schedule.row_step),
     )
     return element_bytes(workload) * rows_of_tiles * sum(padded_sizes(workload))
 
@@ -181,8 +182,17 @@ def two_passes_default(workload: Workload, target: Target) -> dict[str, Param]:
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
         dq = dkv = (32, 32) if widest <= 64 else (16, 16)
         dq_warps = 8
+        if widest > 64 and target.backend == "hip":  # whose four warps have twice the threads
+            dq_warps = 4
+        elif widest > 64:  # with one stage, operands go through registers, and spill
+            stages, dkv_warps = 2, 8
     elif widest > 128 and roomy:
         dq, dkv, dq_warps, dkv_warps = (64, 32), (32, 32), 4 if target.arch == "100" else 8, 8
+        group, sizes = int(workload.gqa_ratio), padded_heads(workload)
+        if target.arch == "100" and group != next_power_of_2(group):  # rows take many divisions
+            dkv = (64, 16)
+        if target.arch == "100" and (sizes["pad_d"] or sizes["pad_dv"]):  # and loads many masks
+            dq = (64 if min(sizes["block_d"], sizes["block_dv"]) <= 128 else 32, 32)
     elif widest > 128:
         dq = dkv = (32, 16)
     elif target.has_wgmma:

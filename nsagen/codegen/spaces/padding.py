@@ -31,6 +31,31 @@ def element_bytes(workload: Workload) -> int:
     return 4 if workload.dtype == "float32" else 2
 
 
+def buffers(workload: Workload, num_stages: int) -> int:
+    """Steps whose tiles lie in shared memory at a time.
+
+    Plain products take their operands as soon as they have arrived, so one buffer fewer than
+    num_stages is enough.
+    """
+    return max(1, num_stages - 1) if workload.dtype == "float32" else num_stages
+
+
+def plain_keys(rows: int, keys: int, widest: int) -> int:
+    """The most keys, at most `keys`, whose scores eight warps multiply without the stack.
+
+    A thread of a plain product has a square of scores, 4 x 4, 2 x 2 or one, and keeps its rows of
+    queries, `widest` registers each, through the loop.
+    """
+
+    def held(keys: int) -> int:
+        scores = rows * keys // 256
+        return widest * (4 if scores >= 16 else 2 if scores >= 4 else 1)
+
+    while keys > LEAST_TILE and held(keys) > max(128, widest):
+        keys //= 2
+    return keys
+
+
 def raw_peak(workload: Workload) -> bool:
     """Whether a softmax keeps its peak before the scale: p = exp2((s - peak) scale).
 

@@ -67,5 +67,8 @@ def default_step(workload: Workload) -> int:
 
 
 def default_warps(workload: Workload) -> int:
-    """Four; eight in float32, whose products hold their tiles in registers."""
-    return 8 if workload.dtype == "float32" else 4
+    """Four; eight in float32, whose products hold their tiles in registers, and for wide outputs."""
+    rows, _ = heads_of_program(workload)
+    sizes = padded_heads(workload)
+    wide = rows * max(sizes["block_d"], sizes["block_dv"]) > 64 * 128
+    return 8 if workload.dtype == "float32" or wide else 4
