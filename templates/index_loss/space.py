@@ -76,7 +76,9 @@ def default_backward(workload: Workload, target: Target) -> dict[str, Param]:
     wide = max(int(workload.head_dim), int(workload.index_head_dim)) > 128
     small = wide or workload.dtype == "float32" or target.shared_memory < 128 * 1024
     rows = min(next_power_of_2(int(workload.gqa_ratio)), 4 if small else 16)
-    knobs = {"key_tile": 16 if small else 32, "key_warps": 8, "row_heads": rows}
+    knobs: dict[str, Param] = {"key_tile": 16 if small else 32, "key_warps": 8, "row_heads": rows}
+    if wide:  # four warps spill
+        knobs["num_warps"] = 8
     return {**default(workload, target), **knobs}
 
 

@@ -71,10 +71,9 @@ def row_tiles_memory(workload: Workload, schedule: Schedule) -> int:
 
 def two_passes_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the tiles that a program keeps and of those in flight, in the larger pass."""
-    rows_of_tiles = max(
-        int(schedule.block_m) + buffers(workload, int(schedule.num_stages)) * int(schedule.block_n),
-        int(schedule.key_tile) + buffers(workload, int(schedule.dkv_stages)) * int(schedule.row_step),
-    )
+    keys = buffers(workload, int(schedule.num_stages)) * int(schedule.block_n)
+    rows = buffers(workload, int(schedule.dkv_stages)) * int(schedule.row_step)
+    rows_of_tiles = max(int(schedule.block_m) + keys, int(schedule.key_tile) + rows)
     return element_bytes(workload) * rows_of_tiles * sum(padded_sizes(workload))
 
 

@@ -67,7 +67,7 @@ def default_step(workload: Workload) -> int:
 
 
 def default_warps(workload: Workload) -> int:
-    """Four; eight in float32, whose products hold their tiles in registers, and for wide outputs."""
+    """Four; eight in float32, whose products hold tiles in registers, and for wide outputs."""
     rows, _ = heads_of_program(workload)
     sizes = padded_heads(workload)
     wide = rows * max(sizes["block_d"], sizes["block_dv"]) > 64 * 128
