@@ -127,8 +127,8 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
             tokens = max(1, min(tokens, 32 // next_power_of_2(group)))
         knobs = {"tokens": tokens, "columns": 32, "windows": 16, "segment": 256}
         if int(workload.head_dim) > 64 and target.backend == "cuda":
-            # With one stage, or four warps, operands of plain products go through the stack.
-            return {**knobs, "num_warps": 8, "num_stages": 2}
+            # With one stage, four warps or more columns, operands go through the stack.
+            return {**knobs, "columns": 16, "num_warps": 8, "num_stages": 2}
         return {**knobs, "num_warps": warps}
     wide = int(workload.head_dim) > 128  # twice the addresses of keys in flight
     # Four warps spill on Blackwell, on parts whose shared memory holds few tokens of a group, and

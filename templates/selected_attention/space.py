@@ -134,14 +134,14 @@ def prefers_key_major(workload: Workload, target: Target) -> bool:
     """Small groups, whose partial results cost less than the blocks each token would read.
 
     Not measured: a token writes and reads topk G Dv elements, or reads topk B (D + Dv) from L2.
-    A whole block must fit the target's shared memory. float32 has no exact matrix instruction,
-    and the plain products of a whole block spill.
+    A whole block must fit the target's shared memory, and its scores the registers: 64 a thread
+    for 128 keys. float32 has no exact matrix instruction, and plain products of a block spill.
     """
     if workload.dtype == "float32":
         return False
     schedule = Schedule.of("key_major", default_key_major(workload, target))
     fits = key_major_memory(workload, schedule) <= target.shared_memory
-    return int(workload.gqa_ratio) < 8 and fits
+    return int(workload.gqa_ratio) < 8 and fits and whole_block(workload) <= 128
 
 
 def holds_group(workload: Workload, schedule: Schedule, target: Target) -> bool:

@@ -187,6 +187,8 @@ def default_keys(
     if workload.dtype == "float32":  # no matrix instruction is exact: plain FMA
         wanted = (("keys", 16, 8, 1),)
     group = next_power_of_2(int(workload.gqa_ratio))
+    if tile and wide_heads(workload) and group > 32:  # steps of as many rows spill
+        group = LEAST_TILE
     fallbacks = (*wanted, ("keys", 32, 4, 2), ("keys", 16, 4, 1))
     for least in (group, LEAST_TILE) if tile else (group,):
         for orientation, block_m, warps, stages in fallbacks:
@@ -240,7 +242,8 @@ def default_two_pass(workload: Workload, target: Target) -> dict[str, Param]:
     few = target.shared_memory < 128 * 1024 and keys <= 64
     wanted = (("keys", 32, 4, 2 if few else 3),)
     if wide_heads(workload):  # of what eight warps hold without spills, on every target
-        wanted = (("queries", 32 if target.has_wgmma else 16, 8, 2),)
+        few = not target.has_wgmma or int(workload.gqa_ratio) > 32
+        wanted = (("queries", 16 if few else 32, 8, 2),)
     elif gradient_elements(workload, keys) > FOUR_WARPS:
         wanted = (("keys", 16, 8, 2),)
     elif target.arch == "120" and keys > 64:
@@ -282,11 +285,11 @@ def prefers_key_major(workload: Workload, target: Target) -> bool:
     """Small groups, whose shares of dq cost less than the blocks two passes would read for them.
 
     Not measured: a token's shares are 2 topk G D elements, its blocks 2 topk B D. A whole block
-    must fit the target's shared memory.
+    must fit the target's shared memory, and its scores the registers.
     """
     schedule = Schedule.of("key_major", default_key_major(workload, target))
     fits = key_major_memory(workload, schedule) <= target.shared_memory
-    return int(workload.gqa_ratio) < 8 and fits
+    return int(workload.gqa_ratio) < 8 and fits and block_b(workload) <= 128
 
 
 def supports_pipeline(workload: Workload) -> bool:

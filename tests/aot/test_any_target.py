@@ -131,6 +131,8 @@ CORNERS = (
     (("selected_attention", "forward", "float32", (72, 248), 1, 48), "cuda:120"),
     (("selected_attention", "forward", "float32", (128, 128), 20, 512), "cuda:90"),
     (("selected_attention", "forward", "bfloat16", (128, 168), 1, 999), "cuda:89"),
+    (("selected_attention", "forward", "float16", (16, 16), 2, 512), "cuda:90"),
+    (("selected_attention", "backward", "float16", (16, 16), 2, 512), "cuda:90"),
     (("selected_attention", "backward", "float32", (256, 256), 64, 1024), "cuda:86"),
     (("selected_attention", "backward", "bfloat16", (104, 240), 64, 64), "cuda:90"),
     (("sliding_window_attention", "backward", "float32", (120, 160), 60, 64), "cuda:80"),
