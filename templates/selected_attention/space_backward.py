@@ -47,6 +47,9 @@ def block_b(workload: Workload) -> int:
     return max(LEAST_TILE, next_power_of_2(int(workload.block_size)))
 
 
+MOST_KEYS = 128
+"""Keys of a default's program: scores and their gradients of more do not fit the registers."""
+
 FOUR_WARPS = 64 * 256
 """Elements of a block's dk and dv that four warps hold, in half of their registers."""
 
@@ -162,7 +165,7 @@ def default_key_tile(workload: Workload) -> int:
             else FOUR_WARPS // 2
         )
     keys = block_b(workload)
-    while keys > LEAST_TILE and gradient_elements(workload, keys) > most:
+    while keys > MOST_KEYS or (keys > LEAST_TILE and gradient_elements(workload, keys) > most):
         keys //= 2
     return keys
 
@@ -289,7 +292,7 @@ def prefers_key_major(workload: Workload, target: Target) -> bool:
     """
     schedule = Schedule.of("key_major", default_key_major(workload, target))
     fits = key_major_memory(workload, schedule) <= target.shared_memory
-    return int(workload.gqa_ratio) < 8 and fits and block_b(workload) <= 128
+    return int(workload.gqa_ratio) < 8 and fits and block_b(workload) <= MOST_KEYS
 
 
 def supports_pipeline(workload: Workload) -> bool:
