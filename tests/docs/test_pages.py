@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import logging
 import re
 import runpy
@@ -97,6 +98,19 @@ def test_what_pages_take_from_the_code_is_up_to_date() -> None:
     generate = runpy.run_path(str(DOCS / "generate.py"))
     for path, text in generate["pages"]().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run: make generate"
+
+
+@pytest.mark.parametrize("package", ["nsagen.ops", "nsagen.model", "nsagen.distributed"])
+def test_the_reference_has_every_public_name(package: str) -> None:
+    module = importlib.import_module(package)
+    pages = "\n".join(path.read_text() for path in (DOCS / "reference").glob("*.md"))
+    shown = set(re.findall(rf"^::: ({re.escape(package)}\.\S+)$", pages, re.M))
+    public = {
+        f"{thing.__module__}.{name}"
+        for name in module.__all__
+        if callable(thing := getattr(module, name))
+    }
+    assert public == shown
 
 
 def test_the_readme_points_into_the_documentation() -> None:
