@@ -4,6 +4,7 @@
     python examples/train_toy.py --preset gpu             # 29 million parameters, 4096 tokens
     python examples/train_toy.py --task recall            # needles that lie far back
     torchrun --nproc-per-node 2 examples/train_toy.py --preset gpu --parallel fsdp
+    torchrun --nproc-per-node 8 examples/train_toy.py --preset gpu --tp 2 --cp 2
 
 The text is Python source code that this machine has, byte by byte. Writes <task>.json and
 <task>.png into --out, and checkpoints, from which the same command goes on after an interruption.
@@ -60,7 +61,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--task", choices=("text", "recall"), nargs="+", default=["text"])
     add("--preset", choices=PRESETS, default="cpu", help="sizes to start from (default: cpu)")
     add("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    add("--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun (default: ddp)")
+    fsdp = "weights over processes with other tokens (default: ddp, with --tp fsdp)"
+    add("--parallel", choices=("ddp", "fsdp"), help=fsdp)
+    add("--tp", type=int, default=1, help="processes that share key/value heads (default: 1)")
+    add("--cp", type=int, default=1, help="processes that share each sequence (default: 1)")
     default_out = Path(os.environ.get("OUT", "runs/train_toy"))
     add("--out", type=Path, default=default_out, help=f"folder (default: $OUT or {default_out})")
     add("--checkpoints", type=Path, help="folder of the checkpoints (default: in --out)")
@@ -87,7 +91,7 @@ def main() -> int:
     changes = {name: value for name, value in vars(options).items() if name in names}
     try:
         configs = {name: config_of(options.preset, name, changes) for name in options.task}
-        with join_world(options.device) as world:
+        with join_world(options.device, options.tp, options.cp) as world:
             for name, config in configs.items():
                 run_task(task_of(name, config), config, options, world)
     except ValueError as error:
@@ -155,6 +159,7 @@ def record(
         "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name(world.device) if gpu else platform.machine(),
         "processes": world.size,
+        "mesh": {"data": world.batches, "context": world.cp, "tensor": world.tp},
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),

@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from nsagen.distributed import ContextParallel, Shard
+
 from .config import TrainConfig
 
 Split = Literal["train", "validation"]
@@ -206,11 +208,12 @@ def task_of(name: str, config: TrainConfig) -> Task:
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of a batch on a device: int64 [rows * seq_len] twice, and int32 [rows + 1]."""
+    """Rows of a batch on a device: int64 [rows * seq_len] twice, and int32 [rows + 1]; or a
+    process's part of each sequence."""
 
     input_ids: Tensor
     targets: Tensor
-    cu_seqlens: Tensor
+    cu_seqlens: Tensor | Shard
 
     @classmethod
     def of(cls, input_ids: Tensor, targets: Tensor, device: torch.device) -> Packed:
@@ -218,3 +221,9 @@ class Packed:
         ends = torch.arange(0, (rows + 1) * seq_len, seq_len, dtype=torch.int32)
         flat = (input_ids.flatten(), targets.flatten(), ends)
         return cls(*(tensor.to(device, non_blocking=True) for tensor in flat))
+
+    def shared(self, context: ContextParallel) -> Packed:
+        """This process's part of each sequence."""
+        assert isinstance(self.cu_seqlens, Tensor)
+        shard = context.shard(self.cu_seqlens)
+        return Packed(shard.take(self.input_ids), shard.take(self.targets), shard)

@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
+from nsagen.distributed import context_parallel
 from nsagen.model import ToyLlama, ToyNSALlama
 
 from . import checkpoint, state
 from .checkpoint import Checkpoint
 from .config import Model, ModelKind, TrainConfig, as_dict
 from .data import IGNORED, Packed, Split, Task
-from .parallel import Parallel, World, gradients_stay_local, spread
+from .parallel import Parallel, World, clip_gradients, gradients_stay_local, spread
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ class Trainer:
         task: where batches come from.
         folder: of the checkpoints; None to keep none.
         world: this process among others.
-        parallel: how a model is spread over several processes.
+        parallel: how weights are spread over processes; by default fsdp where heads are, too.
 
     Raises:
-        ValueError: a batch's sequences cannot be shared out evenly.
+        ValueError: a batch's sequences, or the model's heads, cannot be shared out evenly.
     """
 
     def __init__(
@@ -96,17 +97,18 @@ class Trainer:
         task: Task,
         folder: Path | None,
         world: World,
-        parallel: Parallel = "ddp",
+        parallel: Parallel | None = None,
     ) -> None:
-        if config.rows % (config.accumulate * world.size):
+        if config.rows % (config.accumulate * world.batches):
             raise ValueError(
-                "a step's sequences must be a multiple of accumulate * processes; got "
-                f"{config.rows} and {config.accumulate} * {world.size}; raise batch_tokens"
+                "a step's sequences must be a multiple of accumulate * processes with their own; "
+                f"got {config.rows} and {config.accumulate} * {world.batches}; raise batch_tokens"
             )
         self.kind, self.config, self.task = kind, config, task
         self.folder, self.world = folder, world
         self.plain = build_model(kind, config, world.device)
         self.parameters = sum(p.numel() for p in self.plain.parameters())
+        self.context = context_parallel(self.plain, world.dimension("cp")) if world.cp > 1 else None
         self.model = spread(self.plain, list(self.plain.model.layers), world, parallel)
         self.optimizer = state.make_optimizer(self.plain, config.learning_rate, config.weight_decay)
         self.history = History()
@@ -170,9 +172,9 @@ class Trainer:
             with gradients_stay_local(self.model, index + 1 < len(parts)):
                 loss = self._loss(self._logits(part), part.targets) / scored
                 # Processes average their gradients, but each has its share of the sum.
-                (loss * self.world.size).backward()
+                (loss * self.world.shares).backward()
             total += loss.detach()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        clip_gradients(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self.world.total(total)
@@ -181,13 +183,15 @@ class Trainer:
         """This process's share of a batch, in parts; and the scored tokens of the whole batch."""
         rows = self.config.rows
         ids, targets = self.task.batch(split, index, rows)
-        share = rows // (self.world.size * self.config.accumulate)
-        first = self.world.rank * share * self.config.accumulate
+        share = rows // (self.world.batches * self.config.accumulate)
+        first = self.world.batch * share * self.config.accumulate
         starts = range(first, first + share * self.config.accumulate, share)
         parts = [
             Packed.of(ids[at : at + share], targets[at : at + share], self.world.device)
             for at in starts
         ]
+        if self.context is not None:
+            parts = [part.shared(self.context) for part in parts]
         return parts, int((targets != IGNORED).sum())
 
     def _logits(self, part: Packed) -> Tensor:

@@ -1,10 +1,14 @@
-"""One process or many: where a process runs, and how a model is spread over processes."""
+"""One process or many: where a process runs, and how a model is spread over processes.
+
+The processes form a mesh: data x context x tensor. Those that share sequences ("cp") or heads
+("tp") train on one share of a batch, and every other one ("dp") on its own.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -12,29 +16,67 @@ from typing import Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+from nsagen.distributed import naming_lost_ranks, tensor_parallel
 
 Parallel = Literal["ddp", "fsdp"]
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that torchrun started; alone without it."""
+    """This process among those that torchrun started; alone without it.
+
+    Attributes:
+        tp, cp: processes that share heads, and sequences.
+        mesh: "dp", "cp" and "tp"; None without the last two.
+    """
 
     rank: int
     size: int
     device: torch.device
+    tp: int = 1
+    cp: int = 1
+    mesh: DeviceMesh | None = None
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def shares(self) -> int:
+        """Processes that have different tokens of a step, and average their gradients."""
+        return self.size // self.tp
+
+    @property
+    def batches(self) -> int:
+        """Groups of processes that have different sequences of a step."""
+        return self.shares // self.cp
+
+    @property
+    def batch(self) -> int:
+        """This process's group among them."""
+        return self.rank // (self.cp * self.tp)
+
+    def dimension(self, name: str) -> DeviceMesh:
+        """One dimension of the mesh."""
+        assert self.mesh is not None
+        return self.mesh[name]
+
     def total(self, x: Tensor) -> Tensor:
-        """The sum of a tensor over all processes."""
-        if self.size > 1:
-            dist.all_reduce(x)
+        """The sum of a tensor over the processes that have different tokens."""
+        if self.shares > 1:
+            dist.all_reduce(x, group=None if self.tp == 1 else self.of_shares().get_group())
         return x
+
+    def of_shares(self) -> DeviceMesh:
+        """The mesh of these."""
+        assert self.mesh is not None
+        return self.mesh["dp", "cp"]._flatten("shares")
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -43,14 +85,24 @@ class World:
 
 
 @contextmanager
-def join_world(device: str | None = None) -> Iterator[World]:
+def join_world(device: str | None = None, tp: int = 1, cp: int = 1) -> Iterator[World]:
     """Join the other processes, if there are any, and leave them at the end.
 
     Args:
         device: "cpu" or "cuda"; by default a GPU for each process where there is one.
+        tp, cp: processes that share heads, and sequences; the others have other sequences.
+
+    Raises:
+        ValueError: there are not tp * cp processes, or a multiple.
+        LostRankError: another process is gone.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if min(tp, cp) < 1 or size % (tp * cp):
+        raise ValueError(
+            f"the number of processes must be a multiple of --tp times --cp; got {size} and "
+            f"{tp} * {cp}; start that many with torchrun --nproc-per-node"
+        )
     here = torch.device(kind)
     if kind == "cuda":
         here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -60,8 +112,13 @@ def join_world(device: str | None = None) -> Iterator[World]:
             dist.init_process_group("nccl", device_id=here)
         else:
             dist.init_process_group("gloo")
+    mesh = None
+    if tp * cp > 1:
+        shape, names = (size // (tp * cp), cp, tp), ("dp", "cp", "tp")
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
     try:
-        yield World(rank, size, here)
+        with naming_lost_ranks():
+            yield World(rank, size, here, tp, cp, mesh)
     except BaseException:
         if size > 1:  # the others may never come: do not wait for them
             dist.destroy_process_group()
@@ -75,17 +132,53 @@ def join_world(device: str | None = None) -> Iterator[World]:
 
 
 def spread(
-    model: nn.Module, layers: list[nn.Module], world: World, parallel: Parallel
+    model: nn.Module, layers: list[nn.Module], world: World, parallel: Parallel | None
 ) -> nn.Module:
-    """The model as each process calls it: with all weights (ddp), or its share of them (fsdp)."""
-    if world.size == 1:
+    """The model as each process calls it: with some of its heads under tp, and with all weights
+    (ddp) or its share of them (fsdp).
+
+    Raises:
+        ValueError: ddp, which knows no spread heads, with tp.
+    """
+    kind = parallel or ("ddp" if world.tp == 1 else "fsdp")
+    if world.tp > 1:
+        if kind == "ddp":
+            raise ValueError(
+                "--tp needs parameters that --parallel fsdp can share; got ddp; leave it out"
+            )
+        tensor_parallel(model, world.dimension("tp"))
+    if world.shares == 1:
         return model
-    if parallel == "ddp":
+    if kind == "ddp":
         return DistributedDataParallel(model)
+    mesh = None if world.tp == 1 else world.of_shares()
     for layer in layers:
-        fully_shard(layer)
-    fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Scale gradients so that all together have a norm of at most `limit`.
+
+    PyTorch's own takes parameters of one mesh; norms and embeddings are not spread over heads.
+    """
+    held = [p for p in parameters if p.grad is not None]
+    by_mesh: dict[object, list[Tensor]] = {}
+    for parameter in held:
+        gradient = cast(Tensor, parameter.grad)
+        mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None
+        by_mesh.setdefault(mesh, []).append(gradient)
+    if len(by_mesh) < 2:
+        clip_grad_norm_(held, limit)
+        return
+    norms = [get_total_norm(gradients) for gradients in by_mesh.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    factor = (limit / (torch.stack(whole).norm() + 1e-6)).clamp(max=1.0)
+    for gradients in by_mesh.values():
+        for gradient in gradients:
+            own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            own.mul_(factor)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -33,7 +34,10 @@ def make_optimizer(
         group = groups[0 if matrix else 1]
         group["params"].append(parameter)
         group["names"].append(name)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+    # One launch for many parameters takes those of one mesh; heads are spread over another.
+    spread = any(isinstance(p, DTensor) for p in model.parameters())
+    foreach = False if spread else None
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), foreach=foreach)
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ INPUTS = {
     "shift_labels": "computed, by the loss",
     "output_attentions": "True is refused: NSA never forms the weights",
     "is_causal": "False is refused",
+    "nsa_shard": "computed: a shard of `nsagen.distributed`, whose tokens are the one row",
 }
 """The inputs of a base model, and how each is handled. Any other input is refused."""
 

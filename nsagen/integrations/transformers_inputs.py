@@ -107,7 +107,14 @@ class Inputs:
         given = given_of(model, kwargs, tokens, layers, self.sparsity, self.kinds)
         if self.window is not None:
             check_windows(given, self.window)
-        call, position_ids = self._call(given)
+        shard = kwargs.pop("nsa_shard", None)
+        if shard is None:
+            call, position_ids = self._call(given)
+        else:
+            if kwargs.get("use_cache"):
+                refuse("nsa_shard", "has no cache", "use_cache=True", "pass use_cache=False")
+            kwargs["use_cache"] = False
+            call, position_ids = self._shared(model, given, shard)
         if kwargs.get("position_ids") is None and position_ids is not None:
             kwargs["position_ids"] = position_ids  # for layers that stay dense
         cache = given.cache
@@ -252,6 +259,36 @@ class Inputs:
         positions = packed.positions.to(torch.int64).view(given.batch, given.tokens)
         call = Call(given.batch, given.tokens, packed, rope, given.recording)
         return call, positions
+
+    def _shared(self, model: Any, given: Given, shard: Any) -> tuple[Call, Tensor]:
+        """One rank's part of each sequence, all of them in one row."""
+        layers = model.config.num_hidden_layers
+        if self.window is not None or len(self.layers) < layers:
+            came = f"{layers - len(self.layers)} that are dense"
+            refuse("nsa_shard", "needs NSA in every layer", came, "use tensor parallel")
+        whole = {
+            "a cache": given.cache,
+            "attention_mask": given.mask,
+            "position_ids": given.position_ids,
+            "cu_seq_lens_q": given.cu_seqlens,
+            "seq_idx": given.seq_idx,
+        }
+        beside = [name for name, value in whole.items() if value is not None]
+        if beside:
+            refuse("nsa_shard", "says where all tokens are", ", ".join(beside), "leave it out")
+        if not isinstance(shard, Packed) or shard.remote is None:
+            refuse(
+                "nsa_shard", "must be a shard", repr(shard), "make it with ContextParallel.shard"
+            )
+        rows = shard.positions.shape[0]
+        if (given.batch, given.tokens) != (1, rows):
+            came = str([given.batch, given.tokens])
+            rule = f"needs input_ids of shape [1, {rows}]"
+            refuse("nsa_shard", rule, came, "pass shard.take(input_ids)[None]")
+        longest = max(shard.lengths or (), default=0) or 1
+        rope = self.rope.tables(longest, longest, given.device, None, spare=False)
+        call = Call(1, rows, shard, rope, given.recording)
+        return call, shard.positions.to(torch.int64)[None]
 
     @on_host
     def _rows(self, given: Given) -> tuple[Call, Tensor | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from examples.training.checkpoint import Checkpoint
 from examples.training.config import PRESETS, ModelKind, TrainConfig, config_of
 from examples.training.data import IGNORED, Corpus, RecallTask, Split, TextTask
 from examples.training.loop import History, Trainer
-from examples.training.parallel import World, join_world
+from examples.training.parallel import World, join_world, spread
 from tests.faults.support import exit_code, free_port, start_child
 from tests.support import one_thread
 
@@ -193,14 +194,48 @@ def test_two_processes_train_as_one_does(corpus: Corpus, parallel: str, tmp_path
     if parallel == "ddp":
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        launched = [sys.executable, *launcher, *run]
-        subprocess.run(launched, env=environment, stdout=subprocess.DEVNULL, check=True)
+        whole = [sys.executable, *launcher, *run]
+        subprocess.run(whole, env=environment, stdout=subprocess.DEVNULL, check=True)
     else:  # as the launcher starts them, without three more imports of torch
-        world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        ranks = [started(run, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(2)]
-        assert [exit_code(rank) for rank in ranks] == [0, 0]
+        assert launched(run, 2) == [0, 0]
     assert losses_in(tmp_path) == pytest.approx(train(corpus, TINY).losses, abs=2e-5)
     assert (tmp_path / "text.png").stat().st_size > 0  # no process ended before the first had drawn
+
+
+def launched(arguments: list[str], count: int) -> list[int]:
+    """Exit codes of processes, started as the launcher does, without its imports of torch."""
+    world = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [started(arguments, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(count)]
+    return [exit_code(rank) for rank in ranks]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "count"),
+    [(("--tp=2", "--cp=2"), ("--cp=2",), 4), (("--tp=2",), (), 1)],
+    ids=["heads and sequences, then sequences and batches", "heads, then one process"],
+)
+def test_any_mesh_goes_on_from_another_s_checkpoint(
+    corpus: Corpus, first: tuple[str, ...], then: tuple[str, ...], count: int, tmp_path: Path
+) -> None:
+    """With the losses that one process has from its first step."""
+    config = replace(TINY, steps=4, save_every=2, layers=1)
+    expected = pytest.approx(train(corpus, config).losses, abs=3e-5)
+    ranks = 2 ** len(first)
+    assert launched(command(config, tmp_path, *first), ranks) == [0] * ranks
+    assert losses_in(tmp_path) == expected
+    newest = max((tmp_path / "checkpoints" / "text-nsa").iterdir())
+    assert newest.name == "step-00000004"
+    shutil.rmtree(newest)
+    assert launched(command(config, tmp_path, *then), count) == [0] * count
+    assert losses_in(tmp_path) == expected
+
+
+def test_meshes_that_do_not_fit() -> None:
+    text = r"multiple of --tp times --cp; got 1 and 2 \* 3"
+    with pytest.raises(ValueError, match=text), join_world("cpu", tp=2, cp=3):
+        pass
+    with pytest.raises(ValueError, match="--tp needs parameters that --parallel fsdp can share"):
+        spread(torch.nn.Linear(2, 2), [], World(0, 2, torch.device("cpu"), tp=2), "ddp")
 
 
 def test_nccl_is_told_which_gpu_a_process_has(monkeypatch: pytest.MonkeyPatch) -> None:

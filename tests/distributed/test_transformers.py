@@ -1,0 +1,88 @@
+"""Swapped Transformers models whose sequences ranks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from nsagen.core.errors import InvalidInputError
+from nsagen.distributed import context_parallel
+from tests.distributed.ranks import on_ranks
+from tests.distributed.test_context_parallel import Found, assert_equal, offsets_of
+from tests.integrations.tiny import dense, sparse, trained
+from tests.support import one_thread
+
+__all__ = ["one_thread"]  # a fixture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LENGTHS = [7, 0, 64, 2]
+IDS = torch.randint(1, 97, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
+
+
+def gradients(model: Any, logits: Tensor, targets: Tensor) -> Found:
+    F.cross_entropy(logits.double(), targets, reduction="sum").backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+def test_logits_and_gradients_are_one_process_s(kind: str) -> None:
+    model = trained(sparse(kind)).double()
+    targets = IDS.roll(-1)
+    starts = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    logits = model(input_ids=IDS[None], position_ids=starts, use_cache=False).logits[0]
+    expected = {**gradients(model, logits, targets), "logits": logits.detach()}
+
+    def run(rank: int) -> Found:
+        model.zero_grad()
+        shard = context_parallel(model).shard(offsets_of(LENGTHS))
+        mine = model(input_ids=shard.take(IDS)[None], nsa_shard=shard).logits[0]
+        found = gradients(model, mine, shard.take(targets))
+        for one in found.values():
+            if one is not None:
+                dist.all_reduce(one)
+        return {**found, "logits": shard.whole(mine)}
+
+    for found in on_ranks(2, run):
+        assert_equal(found, expected, kind)
+
+
+def test_what_a_shard_does_not_go_with() -> None:
+    model, mixed = sparse(), sparse("Gemma3")
+
+    def run(rank: int) -> list[str]:
+        shard = context_parallel(model).shard(offsets_of(LENGTHS))
+        ids = shard.take(IDS)[None]
+        calls: list[Callable[[], Any]] = [
+            lambda: context_parallel(dense()),
+            lambda: context_parallel(mixed),
+            lambda: mixed(input_ids=ids, nsa_shard=shard),
+            lambda: model(input_ids=IDS[None], nsa_shard=shard),
+            lambda: model(input_ids=ids, nsa_shard=offsets_of(LENGTHS)),
+            lambda: model(input_ids=ids, nsa_shard=shard, position_ids=ids),
+            lambda: model(input_ids=ids, nsa_shard=shard, use_cache=True),
+        ]
+        texts = []
+        for call in calls:
+            with pytest.raises(InvalidInputError) as error:
+                call()
+            texts.append(str(error.value))
+        return texts
+
+    expected = [
+        "model.layers.0.self_attn of class LlamaAttention",
+        "self_attn of class Gemma3Attention",
+        "needs NSA in every layer; got 1 that are dense",
+        f"needs input_ids of shape [1, {sum(LENGTHS) // 2}",
+        "must be a shard",
+        "says where all tokens are; got position_ids",
+        "has no cache; got use_cache=True",
+    ]
+    for text, part in zip(on_ranks(2, run)[1], expected, strict=True):
+        assert part in text
