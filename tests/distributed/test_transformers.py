@@ -79,10 +79,10 @@ def test_what_a_shard_does_not_go_with() -> None:
         "model.layers.0.self_attn of class LlamaAttention",
         "self_attn of class Gemma3Attention",
         "needs NSA in every layer; got 1 that are dense",
-        f"needs input_ids of shape [1, {sum(LENGTHS) // 2}",
+        "needs input_ids of shape [1, 36]",
         "must be a shard",
         "says where all tokens are; got position_ids",
         "has no cache; got use_cache=True",
     ]
-    for text, part in zip(on_ranks(2, run)[1], expected, strict=True):
+    for text, part in zip(on_ranks(2, run)[0], expected, strict=True):
         assert part in text
