@@ -104,16 +104,17 @@ class Inputs:
         if not layers:
             return (), kwargs  # an assistant that exits before the first of them
         check_adapters(model, layers)
-        given = given_of(model, kwargs, tokens, layers, self.sparsity, self.kinds)
-        if self.window is not None:
-            check_windows(given, self.window)
         shard = kwargs.pop("nsa_shard", None)
-        if shard is None:
-            call, position_ids = self._call(given)
-        else:
+        if shard is not None:
             if kwargs.get("use_cache"):
                 refuse("nsa_shard", "has no cache", "use_cache=True", "pass use_cache=False")
             kwargs["use_cache"] = False
+        given = given_of(model, kwargs, tokens, layers, self.sparsity, self.kinds)
+        if self.window is not None:
+            check_windows(given, self.window)
+        if shard is None:
+            call, position_ids = self._call(given)
+        else:
             call, position_ids = self._shared(model, given, shard)
         if kwargs.get("position_ids") is None and position_ids is not None:
             kwargs["position_ids"] = position_ids  # for layers that stay dense
