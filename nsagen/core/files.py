@@ -70,18 +70,18 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (str(temporary), temporary):
+        if isinstance(error, OSError) and error.filename in (str(temporary), temporary, None):
             error.filename, error.filename2 = str(path), None  # what the user knows
         raise
 
 
 def _followed(path: Path) -> Path:
-    """The place that a path means, where links lead.
+    """The place that a path means, where links lead; a link to a pipe or device is one itself.
 
     Raises:
         OSError: links lead in a circle.
     """
-    if path.is_symlink():
+    if path.is_symlink() and (path.is_file() or not path.exists()):
         path = Path(os.path.realpath(path))
         if path.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))

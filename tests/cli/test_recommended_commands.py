@@ -75,10 +75,17 @@ def found(pattern: str) -> list[str]:
     return sorted({one[1] for text in written_texts() for one in re.finditer(pattern, text)})
 
 
+def required_extras() -> list[str]:
+    """The extras that `require_extra` tells to install."""
+    code = [path.read_text("utf-8") for path in Path(nsagen.__file__).parent.rglob("*.py")]
+    return sorted({x for text in code for x in re.findall(r'require_extra\([^,]+, "(\w+)"', text)})
+
+
 INTRODUCED = r"(?:Example: |such as: |name one: |Start with: |run: |, then )"
 COMMANDS = found(INTRODUCED + r"((?:TRITON_INTERPRET=1 )?nsagen .*?)(?=;|, then |$)")
-COMMANDS += found(r"(?:[Ss]ee|run) (nsagen [a-z]+)\b")
-INSTALLS = found(r"(pip install .*?)(?: \(|;|$)")
+COMMANDS += found(r"(?:[Ss]ee|run) (nsagen [a-z]+)\b(?! $)")  # what follows may be computed
+INSTALLS = [one for one in found(r"(pip install .*?)(?: \(|;|$)") if not one.endswith("[")]
+INSTALLS += [f"pip install 'nsagen[{extra}]'" for extra in required_extras()]
 
 
 def test_the_commands_in_the_code_are_found() -> None:
@@ -396,7 +403,7 @@ def test_doctor_recommends_to_remove_kernels_only(
         path.touch()
     (root / "0.0.4-deadbeef").symlink_to(root / "my-research")
     notes: list[str] = []
-    assert doctor._cache_use(notes) == "1 kernels of this version"
+    assert doctor._cache_use(notes, []) == "1 kernels of this version"
     (note,) = notes
     told = shlex.split(note.partition("free the room: ")[2])
     assert told == ["rm", "-r", str(old.parents[1]), str(newer)]

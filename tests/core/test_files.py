@@ -149,6 +149,11 @@ def test_a_pipe_gets_the_content_and_stays(tmp_path: Path) -> None:
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     replace_file(pipe, "content")
     assert os.read(reader, 99) == b"content"
+    (tmp_path / "link").symlink_to(f"/proc/self/fd/{reader}")  # as /dev/stdout is one
+    check_replaceable(tmp_path / "link")
+    replace_file(tmp_path / "link", "more")
+    assert os.read(reader, 99) == b"more"
+    (tmp_path / "link").unlink()
     os.close(reader)
     assert pipe.is_fifo()
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
