@@ -95,6 +95,7 @@ sanitize:
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	$(PY) docs/gallery.py site/gallery
 	@echo "open site/index.html"
 
 generate: $(STAMP)

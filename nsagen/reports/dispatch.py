@@ -25,8 +25,8 @@ def section(dispatcher: Dispatcher, manifest: Mapping[str, Any], target: str) ->
     hues = {name: ALGORITHM_HUES[i % len(ALGORITHM_HUES)] for i, name in enumerate(algorithms)}
     parts = [
         f"<h2>Which kernel serves which call on {escape(target)}</h2>",
-        "<p>A row is a workload; from left to right, calls of more tokens. A kernel's name, "
-        "schedule and provenance show where the pointer rests.</p>",
+        "<p>A row is a workload; from left to right, calls of more tokens. Each says "
+        "its schedule and its source; a kernel's name shows where the pointer rests.</p>",
         legend((hue, name.replace("_", " ")) for name, hue in hues.items()),
     ]
     for (op, pass_), group in groupby(rows, key=lambda row: (row["op"], row["pass"])):
@@ -47,11 +47,11 @@ def _row(choices: list[dict[str, Any]], variants: Mapping[str, Any], hues: dict[
     for choice in choices:
         variant = variants[choice["variant"]]
         schedule = ", ".join(f"{name}={value}" for name, value in variant["schedule"].items())
-        facts = f"{choice['variant']}\n{schedule}\n{_provenance(variant, choice)}"
         spans.append(
             f'<span style="flex-grow:{_width(choice["tokens"], choice["context"]):.3g};'
-            f'--algorithm:{hues[variant["algorithm"]]}" title="{escape(facts)}">'
-            f"<b>{escape(_served(choice))}</b> <i>{escape(schedule)}</i></span>"
+            f'--algorithm:{hues[variant["algorithm"]]}" title="{escape(choice["variant"])}">'
+            f"<b>{escape(_served(choice))}</b> <i>{escape(schedule)}; "
+            f"{escape(_provenance(variant, choice))}</i></span>"
         )
     return f'<div class="row"><code>{label}</code><div class="track">{"".join(spans)}</div></div>'
 
