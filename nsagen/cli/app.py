@@ -24,6 +24,7 @@ import typer
 from nsagen.cli import export as exporting
 from nsagen.cli import generate, plan, verbosity
 from nsagen.cli import inspect as inspecting
+from nsagen.cli import serve as serving
 from nsagen.cli import tune as tuning
 from nsagen.cli import verify as verifying
 from nsagen.cli.bench import app as bench_app
@@ -281,6 +282,7 @@ app.command(epilog=exporting.EXAMPLE)(exporting.export)
 app.command(epilog=generate.EXAMPLE)(generate.generate)
 app.command(epilog=inspecting.EXAMPLE)(inspecting.inspect)
 app.command(epilog=plan.EXAMPLE)(plan.plan)
+app.command(epilog=serving.EXAMPLE)(serving.serve)
 app.command(epilog=tuning.EXAMPLE)(tuning.tune)
 app.command(epilog=verifying.EXAMPLE)(verifying.verify)
 

@@ -152,14 +152,31 @@ class ContinuousBatch:
         """
         with self._lock:
             where = f"ContinuousBatch: sequence {self._count}"
-            tokens = check_prompt(where, prompt)
-            limit = check_length(where, self.limits, tokens.shape[0], max_new_tokens)
-            require(limit > 0, where, "max_new_tokens must be positive", "0", "leave it out")
-            check_tokens(where, tokens, vocabulary(self.model))
-            stops = check_stop_tokens(where, stop_tokens)
-            sampling = check_sampling(where, sampling)
-            copied = tokens.to(self.cache.device, torch.int64, copy=True)
-            return self.admit(where, Request(copied, limit, stops, sampling))
+            options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+            return self.admit(where, self.checked(where, prompt, stop_tokens, **options))
+
+    def checked(
+        self,
+        where: str,
+        prompt: Tensor | Sequence[int],
+        stop_tokens: Iterable[int] = (),
+        *,
+        max_new_tokens: int = -1,
+        sampling: SamplingConfig | None = None,
+    ) -> Request:
+        """What `admit` takes, from what `add` takes; the batch is unchanged, and not waited for.
+
+        Raises:
+            InvalidInputError: a prompt or limit that the cache can never take; it names `where`.
+        """
+        tokens = check_prompt(where, prompt)
+        limit = check_length(where, self.limits, tokens.shape[0], max_new_tokens)
+        require(limit > 0, where, "max_new_tokens must be positive", "0", "leave it out")
+        check_tokens(where, tokens, vocabulary(self.model))
+        stops = check_stop_tokens(where, stop_tokens)
+        sampling = check_sampling(where, sampling)
+        copied = tokens.to(self.cache.device, torch.int64, copy=True)
+        return Request(copied, limit, stops, sampling)
 
     def admit(self, where: str, request: Request) -> int:
         """`add` for a request that is already checked."""

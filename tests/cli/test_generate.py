@@ -15,10 +15,10 @@ import torch
 
 from nsagen.cli import generate
 from nsagen.cli.app import main
-from nsagen.cli.text import CHARACTERS, Stream, characters, checkpoint_tokenizer
 from nsagen.cli.verbosity import flags_first, is_quiet
 from nsagen.core.errors import InvalidInputError
 from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
+from nsagen.serve.text import CHARACTERS, Stream, characters, checkpoint_tokenizer
 from tests.model.tiny import SPARSITY, dense_config, nsa_config
 
 PROMPT = "the quick brown fox"

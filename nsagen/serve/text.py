@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,18 +66,30 @@ class Stream:
         return self.decode(self._tokens)[len(self._known) :]
 
 
+Chat = Sequence[Mapping[str, str]]
+"""Messages with `role` and `content`."""
+
+
+def _no_chat(messages: Chat) -> list[int]:
+    raise InvalidInputError(
+        "messages: the model's tokenizer must have a chat template; got none; use /v1/completions"
+    )
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """Attributes:
     encode, decode: text to token numbers and back.
     stop: tokens that end a text.
     is_byte: whether a token stands for a byte of a character that has none.
+    chat: the tokens of a conversation, up to where the assistant answers.
     """
 
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
     stop: frozenset[int] = frozenset()
     is_byte: Callable[[int], bool] = lambda token: False
+    chat: Callable[[Chat], list[int]] = _no_chat
 
     def stream(self) -> Stream:
         return Stream(self.decode, self.is_byte)
@@ -89,7 +102,11 @@ def characters() -> Tokenizer:
     def encode(text: str) -> list[int]:
         return [CHARACTERS.index(c) if c in CHARACTERS else unknown for c in text]
 
-    return Tokenizer(encode, lambda tokens: "".join(CHARACTERS[t] for t in tokens))
+    def chat(messages: Chat) -> list[int]:
+        said = [f"{message['role']}: {message['content']}\n" for message in messages]
+        return encode("".join([*said, "assistant: "]))
+
+    return Tokenizer(encode, lambda tokens: "".join(CHARACTERS[t] for t in tokens), chat=chat)
 
 
 def checkpoint_tokenizer(folder: Path) -> Tokenizer:
@@ -120,7 +137,36 @@ def checkpoint_tokenizer(folder: Path) -> Tokenizer:
         decode=lambda tokens: fast.decode(list(tokens), skip_special_tokens=True),
         stop=_stop_tokens(folder),
         is_byte=lambda token: _BYTE.fullmatch(fast.id_to_token(token) or "") is not None,
+        chat=functools.partial(_chat, folder),
     )
+
+
+@functools.cache
+def _template(folder: Path) -> Any:
+    """What knows a checkpoint's chat template: Transformers' tokenizer of it, or None."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError):  # a folder without a tokenizer's config
+        return None
+    return found if found.chat_template else None
+
+
+def _chat(folder: Path, messages: Chat) -> list[int]:
+    require_extra("serve", "transformers", "transformers")
+    template = _template(folder)
+    if template is None:
+        return _no_chat(messages)
+    try:
+        text = template.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template refuses roles in its own words
+        raise InvalidInputError(
+            f"messages: must fit the model's chat template; got {error}; change them"
+        ) from None
+    return template.encode(text, add_special_tokens=False)
 
 
 def _stop_tokens(folder: Path) -> frozenset[int]:

@@ -1,0 +1,102 @@
+"""`nsagen serve`: a model behind an endpoint with OpenAI's interface."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nsagen.cli.options import Json
+from nsagen.core.errors import InvalidInputError
+from nsagen.core.installed import require_extra
+
+EXAMPLE = "Example: nsagen serve --model ./Llama-3.2-1B --max-batch-size 16 --max-length 32768"
+
+_log = logging.getLogger("nsagen.serve")
+
+
+def serve(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A Llama checkpoint; default: a tiny model with random weights."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in requests; default: its folder's.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")
+    ] = 8000,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = 16,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Longest prompt and answer together, in tokens.")
+    ] = 8192,
+    prefill_chunk_size: Annotated[
+        int, typer.Option(min=1, help="Prompt tokens of a pass, which delays running answers.")
+    ] = 4096,
+    pages: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep the cache in this many pages of 64 tokens, or of a block."),
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for a slot.")] = 256,
+    attention: Annotated[
+        str | None, typer.Option(help="nsa or dense; default: the checkpoint's own.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; default: a GPU if present.")
+    ] = None,
+    kernels: Annotated[
+        str | None, typer.Option(help="Generated package to use on a GPU, such as llama8b.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed for random weights.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Serve a model: /v1/completions, /v1/chat/completions, /v1/models and /health."""
+    require_extra("serve", "serve", "fastapi", "uvicorn")
+    from nsagen.cli.models import check_attention, checkpoint_model, device_of, random_model
+    from nsagen.model import InferenceConfig
+    from nsagen.serve.app import make_app
+    from nsagen.serve.engine import Engine
+    from nsagen.serve.server import serve as run
+    from nsagen.serve.text import characters, checkpoint_tokenizer
+
+    check_attention("serve", attention, kernels)
+    if pages is not None and attention == "dense":
+        raise InvalidInputError(
+            "serve: --pages is for Native Sparse Attention; got it with --attention dense; "
+            "leave one out"
+        )
+    where = device_of("serve", device)
+    tokenizer = characters() if model is None else checkpoint_tokenizer(model)
+    limits = InferenceConfig(
+        max_batch_size=max_batch_size,
+        max_length=max_length,
+        prefill_chunk_size=prefill_chunk_size,
+        paged=pages is not None,
+        num_pages=pages,
+    )
+    if model is None:
+        made = random_model("serve", limits, seed, where, attention, kernels)
+    else:
+        made = checkpoint_model("serve", model, limits, where, attention, kernels)
+    called = name or ("random" if model is None else model.resolve().name)
+    size = limits.cache_bytes(made.config, next(made.parameters()).dtype)
+    _log.info("the cache takes %.2f GB", size / 1e9)
+    engine = Engine(made, queue)
+
+    def ready(url: str) -> None:
+        if as_json:
+            print(json.dumps({"url": url, "model": called, "cache_bytes": size}), flush=True)
+        else:
+            print(f"{called} is served at {url}/v1; end it with Ctrl-C", flush=True)
+
+    run(make_app(engine, tokenizer, called), engine, host, port, ready)
+    print("nsagen: serve: ended", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # nothing is left to do, and taking PyTorch apart takes seconds

@@ -1,0 +1,1 @@
+"""`nsagen serve`: an endpoint with OpenAI's interface over `ContinuousBatch`."""

@@ -1,0 +1,280 @@
+"""The endpoints, with FastAPI: completions, chat, models and health."""
+
+from __future__ import annotations  # FastAPI reads the endpoints' annotations from this module
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from nsagen.core.errors import InvalidInputError
+from nsagen.serve.answers import Call, Piece, sampling_of
+from nsagen.serve.engine import Busy, Engine, Failed, Stopped
+from nsagen.serve.protocol import ChatRequest, CompletionRequest, SamplingFields
+from nsagen.serve.text import Tokenizer
+
+_log = logging.getLogger("nsagen.serve")
+
+DONE = "data: [DONE]\n\n"
+
+
+class NoModel(Exception):
+    """A request names another model."""
+
+
+def make_app(engine: Engine, tokenizer: Tokenizer, name: str) -> FastAPI:
+    """The application; the engine runs as long as it does.
+
+    Args:
+        name: of the model, which requests must give.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        engine.stop()
+
+    # No pages of documentation: theirs fetch scripts from elsewhere.
+    app = FastAPI(title="nsagen serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    server = _Server(engine, tokenizer, name, int(time.time()))
+    for kind, status in _STATUS.items():
+        app.add_exception_handler(kind, _handler(status))
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        content = {"running": engine.running, "waiting": engine.waiting}
+        if engine.stopping:
+            return JSONResponse({"status": "stopping", **content}, 503)
+        return JSONResponse({"status": "ok", **content})
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [server.card]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        server.check_model(model)
+        return server.card
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        server.check_model(body.model)
+        prompts = [p if isinstance(p, list) else tokenizer.encode(p) for p in body.prompts]
+        call = server.call(body, prompts, body.max_tokens or 16)
+        return await server.answer(call, _Completion(name), body, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        server.check_model(body.model)
+        prompt = tokenizer.chat([message.said for message in body.messages])
+        limit = body.max_completion_tokens or body.max_tokens or server.room(prompt)
+        return await server.answer(server.call(body, [prompt], limit), _Chat(name), body, request)
+
+    return app
+
+
+@dataclass(frozen=True)
+class _Server:
+    engine: Engine
+    tokenizer: Tokenizer
+    name: str
+    created: int
+
+    @property
+    def card(self) -> dict[str, Any]:
+        owner = {"created": self.created, "owned_by": "nsagen"}
+        return {"id": self.name, "object": "model", **owner}
+
+    def check_model(self, model: str) -> None:
+        if model != self.name:
+            raise NoModel(f"model: must be {self.name!r}; got {model!r}; see /v1/models")
+
+    def room(self, prompt: list[int]) -> int:
+        """New tokens that fit behind a prompt; at least 1, so that a longer prompt is refused."""
+        return max(1, self.engine.batch.limits.max_length - len(prompt))
+
+    def call(self, body: SamplingFields, prompts: list[list[int]], limit: int) -> Call:
+        sampling, batch = sampling_of(body), self.engine.batch
+        requests = [
+            batch.checked(
+                "prompt", tokens, self.tokenizer.stop, max_new_tokens=limit, sampling=sampling
+            )
+            for tokens in prompts
+        ]
+        return Call(self.engine, self.tokenizer, requests, body.stops)
+
+    async def answer(
+        self, call: Call, shape: _Shape, body: SamplingFields, request: Request
+    ) -> Response:
+        if body.stream:
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
+            events = _events(call, shape, with_usage)
+            return StreamingResponse(events, media_type="text/event-stream")
+        texts: dict[int, str] = {}
+        ends: dict[int, str] = {}
+
+        async def collect() -> None:
+            async for piece in call.pieces():
+                texts[piece.place] = texts.get(piece.place, "") + piece.text
+                ends[piece.place] = piece.finish
+
+        if not await _unless_gone(collect(), request):
+            return Response(status_code=499)  # nobody reads it
+        choices = [shape.whole(place, texts[place], ends[place]) for place in sorted(texts)]
+        return JSONResponse(shape.body(choices, shape.kind, usage=_usage(call)))
+
+
+async def _unless_gone(work: Any, request: Request) -> bool:
+    """Do work unless the client goes away, which ends it; returns whether it was done."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            _log.info("a client went away; its request ends")
+            return False
+        await task
+        return True
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(call: Call, shape: _Shape, with_usage: bool) -> AsyncIterator[str]:
+    """The answer as server-sent events."""
+    try:
+        async for piece in call.pieces():
+            for choice in shape.parts(piece):
+                more = {"usage": None} if with_usage else {}
+                yield _event(shape.body([choice], shape.part_kind, **more))
+        if with_usage:
+            yield _event(shape.body([], shape.part_kind, usage=_usage(call)))
+        yield DONE
+    except (Failed, Stopped) as error:
+        yield _event(_error(error))
+    finally:
+        call.close()
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _usage(call: Call) -> dict[str, int]:
+    new = call.completion_tokens
+    sums = {"prompt_tokens": call.prompt_tokens, "completion_tokens": new}
+    return {**sums, "total_tokens": call.prompt_tokens + new}
+
+
+class _Shape:
+    """How an endpoint's answers look."""
+
+    prefix, kind, part_kind = "", "", ""
+
+    def __init__(self, model: str) -> None:
+        self._common = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def body(self, choices: list[Any], kind: str, **more: Any) -> dict[str, Any]:
+        return {**self._common, "object": kind, "choices": choices, **more}
+
+    def whole(self, place: int, text: str, finish: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def parts(self, piece: Piece) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+
+class _Completion(_Shape):
+    prefix, kind, part_kind = "cmpl", "text_completion", "text_completion"
+
+    def whole(self, place: int, text: str, finish: str) -> dict[str, Any]:
+        return {"index": place, "text": text, "logprobs": None, "finish_reason": finish}
+
+    def parts(self, piece: Piece) -> list[dict[str, Any]]:
+        return [self.whole(piece.place, piece.text, piece.finish or None)]  # type: ignore[arg-type]
+
+
+class _Chat(_Shape):
+    prefix, kind, part_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    _begun = False
+
+    def whole(self, place: int, text: str, finish: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text}
+        return {"index": place, "message": message, "logprobs": None, "finish_reason": finish}
+
+    def parts(self, piece: Piece) -> list[dict[str, Any]]:
+        deltas: list[tuple[dict[str, str], str | None]] = []
+        if not self._begun:
+            self._begun = True
+            deltas.append(({"role": "assistant", "content": ""}, None))
+        if piece.text:
+            deltas.append(({"content": piece.text}, None))
+        if piece.finish:
+            deltas.append(({}, piece.finish))
+        common = {"index": piece.place, "logprobs": None}
+        return [{**common, "delta": delta, "finish_reason": finish} for delta, finish in deltas]
+
+
+_STATUS: dict[type[Exception], int] = {
+    RequestValidationError: 400,
+    InvalidInputError: 400,
+    NoModel: 404,
+    Busy: 429,
+    Stopped: 503,
+    Failed: 500,
+}
+
+
+def _handler(status: int) -> Callable[[Request, Exception], Any]:
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(_error(error), status)
+
+    return handle
+
+
+def _error(error: Exception) -> dict[str, Any]:
+    """The body of an error, as OpenAI has it."""
+    text, kind, code = str(error), "invalid_request_error", None
+    if isinstance(error, RequestValidationError):
+        text = "; ".join(_problem(one) for one in error.errors())
+    elif isinstance(error, NoModel):
+        code = "model_not_found"
+    elif isinstance(error, InvalidInputError) and "must be at most InferenceConfig" in text:
+        code = "context_length_exceeded"
+    elif isinstance(error, Busy):
+        text, kind = "too many requests wait; try again later", "overloaded"
+    elif isinstance(error, Stopped):
+        text, kind = "the server ends; this request was not finished", "stopped"
+    elif isinstance(error, Failed):
+        text, kind = f"the request failed: {text}", "internal_error"
+    return {"error": {"message": text, "type": kind, "param": None, "code": code}}
+
+
+def _problem(one: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in one["loc"] if part != "body")
+    if one["type"] == "extra_forbidden":
+        return f"{place}: is no parameter of this endpoint; leave it out"
+    shown = json.dumps(one.get("input"), default=repr)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return f"{place}: {one['msg'].removeprefix('Value error, ')}; got {shown}"
