@@ -19,6 +19,8 @@ _log = logging.getLogger("nsagen.generate")
 RANDOM_LENGTH = 1 << 20
 """Most tokens of a prompt and its continuation without a checkpoint, whose positions bound it."""
 
+_LENGTH = {"generate": "--max-new-tokens", "serve": "--max-length"}
+
 
 def check_attention(command: str, attention: str | None, kernels: str | None) -> None:
     """Refuse what --attention does not know, and kernels of dense attention."""
@@ -87,7 +89,7 @@ def random_model(
     if limits.max_length > RANDOM_LENGTH:
         raise InvalidInputError(
             f"{command}: without --model, prompt and new tokens together must be at most "
-            f"{RANDOM_LENGTH}; got {limits.max_length}; ask for fewer"
+            f"{RANDOM_LENGTH}; got {limits.max_length}; lower {_LENGTH[command]}"
         )
     shape = next(s for s in load_spec("tiny").shapes if s.gqa_ratio == 2)
     model: dict[str, Any] = {
