@@ -125,7 +125,7 @@ def refresh_joined(model: nn.Module) -> None:
 def is_bare(module: nn.Module) -> bool:
     """Whether calling a module does only what its class was written to do in nsagen or PyTorch."""
     own, kind = module.__dict__, type(module)
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or is_patched(module):
         return False
     if _FORWARD.get(kind) is not kind.forward:
         return False
@@ -137,6 +137,16 @@ def is_bare(module: nn.Module) -> bool:
         if name == "bias" and isinstance(module, nn.Linear):
             return False
     return True
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether an instance has a forward of its own; not if that is its class's, which programs put
+    there when they take their patch out."""
+    if "forward" not in module.__dict__:
+        return False
+    found = module.__dict__["forward"]
+    bound = getattr(found, "__self__", None) is module
+    return not (bound and getattr(found, "__func__", None) is type(module).forward)
 
 
 def _walk(model: nn.Module) -> list[nn.Module]:

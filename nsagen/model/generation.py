@@ -17,6 +17,7 @@ from nsagen.model.compression import local_of
 from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
 from nsagen.model.fused import may_fuse, own, renew_joined
 from nsagen.model.layers import project
+from nsagen.model.memory import home_of
 from nsagen.model.packing import check_packed, host_lengths
 from nsagen.model.prefill import CachedRows, DecodeRows, Piece, PrefillRows
 from nsagen.model.requests import (
@@ -176,8 +177,7 @@ class Generation(nn.Module, Generic[Cache]):
     def _take_batch(self) -> ContinuousBatch:
         """An empty batch for this call only: the idle one, or a new one if there is no idle one or
         it has other weights or limits."""
-        weight = self._weight()
-        wanted = (weight.device, weight.dtype, self.inference_config)
+        wanted = (*home_of(self), self.inference_config)
         try:
             idle = self._idle_batches.pop()
         except IndexError:
@@ -229,11 +229,12 @@ class Generation(nn.Module, Generic[Cache]):
         """
         limits = check_inference("generate", self)
         check_packed("generate", input_ids, cu_seqlens, None)
+        device, _ = home_of(self)
         require(
-            input_ids.device == self._weight().device,
+            input_ids.device == device,
             "generate",
             "input_ids must be where the weights are",
-            f"{input_ids.device} and {self._weight().device}",
+            f"{input_ids.device} and {device}",
             "move one of them",
         )
         lengths = host_lengths("generate", cu_seqlens, input_ids.shape[0], input_ids.shape[0])

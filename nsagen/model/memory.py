@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 
 from nsagen.model.checks import require
+from nsagen.model.fused import is_patched
 from nsagen.model.rope import RotaryEmbedding
 
 
@@ -78,6 +81,15 @@ def _refuse_missing(where: str, module: nn.Module) -> None:
 
 
 def _may_bring(module: nn.Module) -> bool:
-    own = module.__dict__
-    wrapped = own["_forward_pre_hooks"] or "forward" in own
+    wrapped = module.__dict__["_forward_pre_hooks"] or is_patched(module)
     return bool(wrapped) or isinstance(module, RotaryEmbedding)
+
+
+def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a model computes, and its weights' dtype. Offloaded weights are on the meta device
+    between their calls, so the first tensor in memory says where."""
+    weight = next(model.parameters())
+    if weight.is_meta:
+        tensors = chain(model.parameters(), model.buffers())
+        return next((t.device for t in tensors if not t.is_meta), weight.device), weight.dtype
+    return weight.device, weight.dtype

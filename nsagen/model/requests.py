@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from nsagen.core.errors import InvalidInputError
 from nsagen.model.checks import is_bool, is_dense, is_integer, kind_of, require
 from nsagen.model.configs import InferenceConfig
-from nsagen.model.fused import is_bare, is_own
-from nsagen.model.memory import require_memory
+from nsagen.model.fused import is_bare, is_own, is_patched
+from nsagen.model.memory import home_of, require_memory
 from nsagen.model.sampling import SamplingConfig
 from nsagen.ops._checks import values_are_read
 
@@ -77,12 +77,12 @@ def check_inference(where: str, model: Any) -> InferenceConfig:
         f"a head of {chosen} and an embedding of {rows}",
         "change the size of both",
     )
-    weight = next(model.parameters())
+    device, dtype = home_of(model)
     require(
-        weight.device.type != "cuda" or weight.dtype in (torch.bfloat16, torch.float16),
+        device.type != "cuda" or dtype in (torch.bfloat16, torch.float16),
         where,
         "weights on a GPU must be bfloat16 or float16",
-        str(weight.dtype),
+        str(dtype),
         "call model.to(torch.bfloat16), or model.cpu() to run in float32",
     )
     return limits
@@ -96,7 +96,7 @@ def check_hooks(where: str, model: Any) -> None:
     """
     own, name = model.__dict__, type(model).__name__
     hooks = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
-    hooks += [own["forward"]] if "forward" in own else []
+    hooks += [own["forward"]] if is_patched(model) else []
     require(
         not hooks,
         where,

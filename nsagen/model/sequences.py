@@ -37,13 +37,18 @@ class NewToken:
     error: Exception | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Readout:
-    """New tokens on their way to the host."""
+    """New tokens on their way to the host.
+
+    Attributes:
+        read: how many of them have been processed.
+    """
 
     sequences: tuple[RunningSequence, ...]
     tokens: Tensor
     arrived: torch.cuda.Event | None
+    read: int = 0
 
     def on_host(self) -> list[int]:
         """The tokens, as soon as they have arrived."""

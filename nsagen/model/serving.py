@@ -18,6 +18,7 @@ from torch import Tensor
 from nsagen.core.errors import CapacityError, InvalidInputError
 from nsagen.model.checks import is_integer, require
 from nsagen.model.fused import renew_joined
+from nsagen.model.memory import home_of
 from nsagen.model.packing import to_device
 from nsagen.model.prefill import Piece, PrefillRows
 from nsagen.model.requests import (
@@ -297,13 +298,13 @@ class ContinuousBatch:
         return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _check_model(self, where: str) -> None:
-        weight = next(self.model.parameters())
-        kinds = [(one.dtype, one.device) for one in (weight, self.cache)]
+        device, dtype = home_of(self.model)
         require(
-            kinds[0] == kinds[1],
+            (device, dtype) == (self.cache.device, self.cache.dtype),
             where,
             "a model must stay as it was when its batch was made",
-            "weights of {} on {} and a cache of {} on {}".format(*kinds[0], *kinds[1]),
+            f"weights of {dtype} on {device} and a cache of {self.cache.dtype} on "
+            f"{self.cache.device}",
             "move the model back, or make a new batch of it",
         )
         check_hooks(where, self.model)
@@ -320,6 +321,8 @@ class ContinuousBatch:
             return
         try:
             ready = self._run_pieces(chosen)
+            if ready is not None:
+                self._requested(*ready)
         except BaseException as error:
             # The cache may hold a part of the pass: these prompts restart, each by itself.
             for one, _ in chosen:
@@ -339,10 +342,10 @@ class ContinuousBatch:
         for one, piece in chosen:
             one.computed = piece.end
         if ready is not None:
-            done, first, host = ready
+            done = ready[0]
             self._waiting = [one for one in self._waiting if one not in done]
             self._running += [one for one in done if not one.ended]  # a hook may cancel
-            self._requested(done, first, host)
+            self._end_complete(done)
 
     def _next_pieces(self) -> list[tuple[RunningSequence, Piece]]:
         """What the next pass computes of which waiting prompts."""
@@ -400,11 +403,12 @@ class ContinuousBatch:
             if len(together) == 1:
                 self._fail(together[0], error)
                 return
+            together = [one for one in together if not one.ended]  # a hook may cancel, then fail
             _log.warning(
                 "a step of %d sequences failed (%r): each runs alone", len(together), error
             )
             failed = self._run_apart(together)
-            if len(failed) == len(together):
+            if together and len(failed) == len(together):
                 raise  # not one sequence's fault, as far as this can tell
             for one, own in failed.items():
                 self._fail(one, own)
@@ -428,10 +432,11 @@ class ContinuousBatch:
             # A few sizes, not all: each is captured once. Rows past the last sequence are idle.
             count = min(1 << (len(sequences) - 1).bit_length(), self.limits.max_batch_size)
             tokens = self._step.run(count, cuda_graph=bool(self.cuda_graph))
+            self._requested(sequences, tokens[: len(sequences)], host)
         except BaseException:
             self._rows = None  # what the device holds of them is unknown
             raise
-        self._requested(sequences, tokens[: len(sequences)], host)
+        self._end_complete(sequences)
 
     def _seat(self, sequences: list[RunningSequence]) -> None:
         """Give the step's rows to these sequences."""
@@ -458,7 +463,7 @@ class ContinuousBatch:
         return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=pinned)
 
     def _requested(self, sequences: list[RunningSequence], tokens: Tensor, host: Tensor) -> None:
-        """Start copying new tokens to the host, and end sequences that need no more."""
+        """Start copying new tokens to the host; if it fails, nothing has changed."""
         host.copy_(tokens, non_blocking=True)
         arrived = None
         if tokens.is_cuda:
@@ -469,6 +474,10 @@ class ContinuousBatch:
         for place, one in enumerate(sequences):
             one.chosen += 1
             one.newest = (readout, place)
+
+    def _end_complete(self, sequences: Sequence[RunningSequence]) -> None:
+        """End sequences that need no more tokens from the device."""
+        for one in sequences:
             if one.chosen == one.request.limit:
                 self._end(one)
 
@@ -477,20 +486,25 @@ class ContinuousBatch:
         while len(self._readouts) > int(in_flight):
             readout = self._readouts[0]
             tokens = readout.on_host()
-            self._readouts.popleft()
-            for one, token in zip(readout.sequences, tokens, strict=True):
+            while readout.read < len(tokens):
+                one, token = readout.sequences[readout.read], tokens[readout.read]
                 if one.received != DROPPED:
                     self._received(one, token)
+                readout.read += 1
+            self._readouts.popleft()
 
     def _received(self, one: RunningSequence, token: int) -> None:
-        one.received += 1
-        finished: Finished = "length" if one.received == one.request.limit else ""
+        """Process a token. What can fail comes first, so that a failure loses no token."""
+        count = one.received + 1
+        finished: Finished = "length" if count == one.request.limit else ""
         if token in one.request.stop_tokens:
-            finished, one.received = "stop", DROPPED
+            finished = "stop"
+        if finished:
+            self._end(one)
         self._results.append(NewToken(one.number, token, finished))
+        one.received = DROPPED if finished else count
         if finished:
             del self._unread[one.number]
-            self._end(one)
 
     def _fail(self, one: RunningSequence, error: Exception) -> None:
         """End a sequence with an error, which comes after its tokens."""
@@ -513,8 +527,10 @@ class ContinuousBatch:
         one.ended = True
         self._waiting = [other for other in self._waiting if other is not one]
         self._running = [other for other in self._running if other is not one]
-        self.cache.release(one.slot)
-        self._free_slots.append(one.slot)
+        try:
+            self.cache.release(one.slot)
+        finally:
+            self._free_slots.append(one.slot)
 
     def _to_device(self, values: list[int]) -> Tensor:
         return to_device(values, torch.int64, self.cache.device)

@@ -26,7 +26,7 @@ from nsagen.model.fused import own
 from nsagen.model.generation import Generation
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.logits import logits_of
-from nsagen.model.memory import require_memory
+from nsagen.model.memory import home_of, require_memory
 from nsagen.model.packing import Packed, check_layout, check_packed, host_lengths
 from nsagen.model.prefill import CachedRows
 from nsagen.model.requests import check_known_tokens
@@ -191,5 +191,4 @@ class ToyLlama(Pretrained, Generation[KVCache]):
 
     def new_cache(self) -> KVCache:
         assert self.inference_config is not None
-        weight = self._weight()
-        return KVCache(self._config_here(), self.inference_config, weight.device, weight.dtype)
+        return KVCache(self._config_here(), self.inference_config, *home_of(self))

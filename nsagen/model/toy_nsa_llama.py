@@ -22,7 +22,7 @@ from nsagen.model.generation import Generation
 from nsagen.model.initial import start_from_dense
 from nsagen.model.layers import FeedForward, RMSNorm, embedding, linear
 from nsagen.model.logits import logits_of
-from nsagen.model.memory import require_memory
+from nsagen.model.memory import home_of, require_memory
 from nsagen.model.nsa import NativeSparseAttention
 from nsagen.model.packing import Packed, check_layout, check_packed
 from nsagen.model.prefill import CachedRows
@@ -193,5 +193,4 @@ class ToyNSALlama(Pretrained, Generation[NSACache]):
 
     def new_cache(self) -> NSACache:
         assert self.inference_config is not None
-        weight = self._weight()
-        return NSACache(self._config_here(), self.inference_config, weight.device, weight.dtype)
+        return NSACache(self._config_here(), self.inference_config, *home_of(self))

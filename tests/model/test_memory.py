@@ -102,6 +102,35 @@ def test_a_model_without_weights_says_shapes(make: Callable[[], Model]) -> None:
 
 
 @MODELS
+def test_an_inner_model_may_be_offloaded_whole(make: Callable[[], Model]) -> None:
+    """No weight is in memory between calls, so another tensor says where the model computes."""
+    accelerate = pytest.importorskip("accelerate")
+    model = make()
+    tokens = model.generate(*BATCH)
+    for part in (model.model, model.lm_head):
+        accelerate.cpu_offload(part, torch.device("cpu"))
+    assert all(weight.is_meta for weight in model.parameters())
+    assert torch.equal(model.generate(*BATCH), tokens)
+
+
+@MODELS
+def test_a_model_whose_offloading_ended_generates_again(make: Callable[[], Model]) -> None:
+    """accelerate leaves each module's forward in the module, as its own."""
+    accelerate = pytest.importorskip("accelerate")
+    model = make()
+    tokens = model.generate(*BATCH)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(InvalidInputError, match=r"put the hook on model\.model or model\.lm_head"):
+        model.generate(*BATCH)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert "forward" in vars(model)
+    assert torch.equal(model.generate(*BATCH), tokens)
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(InvalidInputError, match=r"got model\.layers\.1\.mlp\.gate_proj\.weight on"):
+        model(*BATCH)
+
+
+@MODELS
 def test_an_input_without_values_needs_a_model_without_weights(make: Callable[[], Model]) -> None:
     """PyTorch looks up tokens on the meta device in weights that it has, and returns numbers."""
     model, empty = make(), [tensor.to("meta") for tensor in BATCH]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
+from contextlib import suppress
 
 import pytest
 import torch
@@ -307,6 +308,63 @@ def test_a_fault_of_no_sequence_leaves_all_as_they_were(error: type[BaseExceptio
             continue
     assert faults > 4
     assert got == dict(enumerate(texts))
+
+
+@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("name", ["_requested", "_end", "_received"])
+def test_a_failure_between_a_step_and_its_results_loses_no_token(
+    monkeypatch: pytest.MonkeyPatch, name: str, at: int
+) -> None:
+    """As where no memory is left for a copy to the host."""
+    model = nsa_model(InferenceConfig(3, 96, 8, paged=True, page_size=32))
+    prompts = prompts_of([12, 30, 7])
+    texts = [alone(model, prompt, 4) for prompt in prompts]
+    calls = iter(range(1000))
+    work = getattr(ContinuousBatch, name)
+
+    def fail_once(*args: object) -> object:
+        if next(calls) == at:
+            raise MemoryError("no room")
+        return work(*args)
+
+    batch = ContinuousBatch(model)
+    for prompt in prompts:
+        batch.add(prompt, max_new_tokens=4)
+    monkeypatch.setattr(ContinuousBatch, name, fail_once)
+    got: dict[int, list[int]] = defaultdict(list)
+    while not batch.idle:
+        with suppress(MemoryError):
+            for new in batch.run():
+                got[new.sequence].append(new.token)
+    assert got == dict(enumerate(texts))
+    assert len(batch._free_slots) == 3
+    assert batch.cache.pages is not None
+    assert batch.cache.pages.free_pages == 9
+
+
+def test_a_sequence_that_was_cancelled_in_a_failing_step_does_not_run_again() -> None:
+    model = nsa_model(LIMITS)
+    prompts = prompts_of([12, 30, 7])
+    texts = [alone(model, prompt, 8) for prompt in prompts]
+    batch = ContinuousBatch(model)
+    for prompt in prompts:
+        batch.add(prompt)
+    got: dict[int, list[int]] = defaultdict(list)
+    rows: list[int] = []
+    failed: list[int] = []
+
+    def cancel_and_fail(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.append(len(args[0]))
+        if batch.running == 3 and len(rows) > 2:
+            failed.append(len(rows))
+            batch.cancel(0)
+            raise RuntimeError("after the cancelling")
+
+    model.lm_head.register_forward_pre_hook(cancel_and_fail)
+    for new in batch.run():
+        got[new.sequence].append(new.token)
+    assert {i: got[i] for i in (1, 2)} == {1: texts[1], 2: texts[2]}
+    assert rows[failed[0] :][:3] == [1, 1, 2], "each of the others ran alone, once"
 
 
 def test_an_error_holds_no_tensors() -> None:
