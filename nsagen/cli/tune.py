@@ -83,6 +83,9 @@ def tune(
     report: Annotated[
         bool, typer.Option("--report", help="Also write an HTML page about the searches.")
     ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show the running studies on a page of this machine.")
+    ] = False,
     sampler: Annotated[str, typer.Option(help="gp, tpe or random.")] = "gp",
     seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
     jobs: Annotated[
@@ -129,8 +132,14 @@ def tune(
 
         check_report(page_of(device))
 
+    _check_watch(watch, simulate, study, record)
     places = session.Places(
-        out=out, url=study, target=target, jobs=cores, check_report=check_report if report else None
+        out=out,
+        url=study,
+        target=target,
+        jobs=cores,
+        check_report=check_report if report else None,
+        watch=watch,
     )
     try:
         with Live() as live:
@@ -155,6 +164,21 @@ def tune(
         print_result(result)
     if result.failures:
         raise typer.Exit(1)
+
+
+def _check_watch(
+    watch: bool, simulate: Path | None, study: str | None, record: Path | None
+) -> None:
+    if not watch:
+        return
+    from nsagen.tune.watch import check_watch
+
+    check_watch()
+    if record is not None or (simulate is not None and study is None):
+        other = "--record-exhaustive" if record is not None else "--simulate without --study"
+        raise InvalidInputError(
+            f"tune: --watch shows studies; got {other}, which keeps none; leave one out"
+        )
 
 
 def _check_choices(objective: str, sampler: str, target: str | None) -> None:

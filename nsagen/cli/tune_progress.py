@@ -36,6 +36,10 @@ class Live:
     ) -> None:
         self._bar.__exit__(kind, error, trace)
 
+    def watched(self, address: str) -> None:
+        """A page shows the studies now."""
+        print(f"nsagen: tune: watch it at {address} until it ends", file=sys.stderr, flush=True)
+
     def step(self, step: Step) -> None:
         """A schedule was evaluated."""
         best = "nothing ran yet" if step.best_ms is None else f"best {step.best_ms:.4g}"

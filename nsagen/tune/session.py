@@ -50,6 +50,7 @@ class Places:
         jobs: processes that compile.
         check_report: refuses the page about a device's searches, before any work, if it must not
             be written; None: no page is wanted.
+        watch: whether to show the studies on a page of this machine.
     """
 
     out: Path | None = None
@@ -57,6 +58,7 @@ class Places:
     target: str | None = None
     jobs: int = 1
     check_report: Callable[[str], object] | None = None
+    watch: bool = False
 
     def started(self, device: Device) -> None:
         """Refuse what could not be written at the end, now that the device is known."""
@@ -70,6 +72,10 @@ class Places:
 
 class Watcher(Protocol):
     """Receives the progress of a run."""
+
+    def watched(self, address: str) -> None:
+        """A page shows the studies now."""
+        ...
 
     def step(self, step: Step) -> None:
         """A schedule was evaluated."""
@@ -144,7 +150,7 @@ def tune(
 
         storage = open_storage(result.url)
         tuner = Tuner(device, storage, evaluator, settings, known, watcher.step)
-        with storage_errors(result.url):
+        with storage_errors(result.url), _page(places, result.url, watcher):
             result.failures += tuner.run(tasks, keep)
         result.studies += tuner.studies
     return result
@@ -168,7 +174,8 @@ def simulate(path: Path, settings: Settings, places: Places, watcher: Watcher) -
     result = Result(device.slug, places.url or "")
     evaluator = ReplayEvaluator(table, settings.seed)
     tuner = Tuner(device, storage, evaluator, settings, (), watcher.step)
-    result.failures += tuner.run([table.task], result.records.append)
+    with _page(places, result.url, watcher):
+        result.failures += tuner.run([table.task], result.records.append)
     result.studies += tuner.studies
     for record in result.records:
         optimum, true = table.optimum_ms, table.true_ms(record.schedule)
@@ -224,6 +231,19 @@ def record(
         )
         result.notes.append(f"{count} schedules of {tasks[0]} are in {path}")
     return result
+
+
+@contextmanager
+def _page(places: Places, url: str, watcher: Watcher) -> Iterator[None]:
+    """The page that shows the studies, if it is wanted."""
+    if not places.watch:
+        yield
+        return
+    from nsagen.tune.watch import watched
+
+    with watched(open_storage(url)) as address:
+        watcher.watched(address)
+        yield
 
 
 def default_study_url(device: str) -> str:

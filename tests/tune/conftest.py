@@ -72,6 +72,9 @@ class Silent:
     def __init__(self) -> None:
         self.steps: list[Step] = []
 
+    def watched(self, address: str) -> None:
+        pass
+
     def step(self, step: Step) -> None:
         self.steps.append(step)
 
