@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsagen.codegen.fingerprint import code_fingerprint, source_fingerprint
-from nsagen.core.files import replace_file
+from nsagen.core.files import is_file, replace_file
 from nsagen.core.installed import triton_version
 from nsagen.core.paths import cache_dir
 from nsagen.core.target import Target
@@ -45,10 +45,10 @@ def compiled_resources(path: Path, workload: Workload, target: Target) -> tuple[
 
     memory = cache_dir() / "compiled" / f"{compile_key(path, workload, target)}.json"
     try:
-        rows = json.loads(memory.read_text(encoding="utf-8"))
-        if rows:  # every variant has a kernel
+        rows = json.loads(memory.read_text(encoding="utf-8")) if is_file(memory) else []
+        if rows and all(_is_measured(row) for row in rows):  # every variant has a kernel
             return tuple(Resources(**{**row, "kernel": _named(row, path)}) for row in rows)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass  # missing, or written by something else: compile
     from nsagen.aot.compile import compile_variant
 
@@ -82,6 +82,12 @@ def _tools(op: str) -> str:
     files = [package / "aot" / f"{name}.py" for name in ("compile", "resources", "cubin", "cached")]
     files += sorted((package / "cases").glob(f"{op}*.py"))
     return " ".join(code_fingerprint(file.read_text(encoding="utf-8")) for file in files)
+
+
+def _is_measured(row: dict[str, object]) -> bool:
+    """Whether each value has the type that is measured: somebody may have edited the file."""
+    texts = {"kernel", "target", "matrix"}
+    return all(type(value) is (str if key in texts else int) for key, value in row.items())
 
 
 def _named(row: dict[str, str], path: Path) -> str:

@@ -258,7 +258,7 @@ def sealed(text: str) -> str:
 def is_whole(path: Path) -> bool:
     """Whether a file can be read and ends with the hash of its content."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8") if is_file(path) else ""
     except (OSError, ValueError):
         return False
     body, mark, _ = text.rpartition(_MARK)

@@ -1,5 +1,7 @@
 """What was compiled once is not compiled again, and what changed is."""
 
+import os
+
 import pytest
 
 from nsagen.aot import compile as compiling
@@ -64,6 +66,25 @@ def test_a_damaged_memory_is_compiled_anew(kernel, text):
     (memory,) = (cache_dir() / "compiled").iterdir()
     memory.write_text(text)
     assert compiled_resources(path, WORKLOAD, SM90) == right
+    assert compiled_resources(path, WORKLOAD, SM90) == right
+    assert len(calls) == 2
+
+
+def test_an_edited_number_is_compiled_anew(kernel):
+    path, calls = kernel
+    right = compiled_resources(path, WORKLOAD, SM90)
+    (memory,) = (cache_dir() / "compiled").iterdir()
+    memory.write_text(memory.read_text().replace("40", '"many"'))
+    assert compiled_resources(path, WORKLOAD, SM90) == right
+    assert len(calls) == 2
+
+
+def test_a_pipe_in_the_cache_is_not_waited_for(kernel):
+    path, calls = kernel
+    right = compiled_resources(path, WORKLOAD, SM90)
+    (memory,) = (cache_dir() / "compiled").iterdir()
+    memory.unlink()
+    os.mkfifo(memory)
     assert compiled_resources(path, WORKLOAD, SM90) == right
     assert len(calls) == 2
 
