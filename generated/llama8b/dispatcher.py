@@ -564,10 +564,10 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__1e2c7bf3"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__69c46ed8"),),
         "cuda:90": (
-            (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__ab66ed6e"),
-            (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__4d24c99d"),
+            (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__ab97c3b9"),
+            (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__5b5e1e7d"),
         ),
     },
     Workload(
@@ -582,8 +582,8 @@ TABLE = {
             ("kernel_stride", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__5984aa0e"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__ea8a06b5"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__e8886e21"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__1e26a3ae"),),
     },
     Workload(
         op="compressed_attention",
@@ -855,10 +855,10 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__a4303e01"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__35e67adc"),),
         "cuda:90": (
-            (Bucket(), "selected_attention_backward__bf16_d128_g16_b64__6423df4b"),
-            (Bucket(), "selected_attention_backward__bf16_d128_g16_b64__a4303e01"),
+            (Bucket(), "selected_attention_backward__bf16_d128_g16_b64__da0edf12"),
+            (Bucket(), "selected_attention_backward__bf16_d128_g16_b64__35e67adc"),
         ),
     },
     Workload(
@@ -872,8 +872,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__19b6b764"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__c01d68a1"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__0a42c02e"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__c24a7ffd"),),
     },
     Workload(
         op="selected_attention",
@@ -914,10 +914,10 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__b0bbe4df"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__f7fd36d9"),),
         "cuda:90": (
-            (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__913daf67"),
-            (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__8c59f2b2"),
+            (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__bf504d89"),
+            (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__158f5788"),
         ),
     },
     Workload(
@@ -931,8 +931,8 @@ TABLE = {
             ("window_size", 512),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__ad5b3914"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__9fa33ae2"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__274eab29"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__2cb153f7"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -983,11 +983,11 @@ TRITON = {
     "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__c0e5b6f2": Releases(
         (3, 6), (3, 9)
     ),
-    "compressed_attention_backward__bf16_d128_g16_l32_s16__ab66ed6e": Releases((3, 6), (3, 9)),
+    "compressed_attention_backward__bf16_d128_g16_l32_s16__ab97c3b9": Releases((3, 6), (3, 9)),
     "compressed_attention_forward__bf16_d128_g16_l32_s16__54f81bf4": Releases((3, 6), (3, 9)),
     "compressed_attention_forward__bf16_d128_g4_l32_s16__f8e30162": Releases((3, 6), (3, 9)),
-    "selected_attention_backward__bf16_d128_g16_b64__6423df4b": Releases((3, 6), (3, 9)),
-    "sliding_window_attention_backward__bf16_d128_g16_w512__913daf67": Releases((3, 6), (3, 9)),
+    "selected_attention_backward__bf16_d128_g16_b64__da0edf12": Releases((3, 6), (3, 9)),
+    "sliding_window_attention_backward__bf16_d128_g16_w512__bf504d89": Releases((3, 6), (3, 9)),
     "sliding_window_attention_forward__bf16_d128_g16_w512__cc264aaf": Releases((3, 6), (3, 9)),
     "sliding_window_attention_forward__bf16_d128_g4_w512__ae64ed63": Releases((3, 6), (3, 9)),
 }

@@ -815,8 +815,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__9e946681"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__3350c87c"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__f2636ccc"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__df7ca29b"),),
     },
     Workload(
         op="compressed_attention",
@@ -830,8 +830,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__379e83de"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__5f923602"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__a717da02"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__cc243841"),),
     },
     Workload(
         op="compressed_attention",
@@ -845,8 +845,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__bda0f32a"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__d4444494"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__8a5c7aa2"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__a9c19140"),),
     },
     Workload(
         op="compressed_attention",
@@ -860,8 +860,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__4f3d0b7c"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__4f3d0b7c"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__9ecb20b9"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g1_l8_s4__9ecb20b9"),),
     },
     Workload(
         op="compressed_attention",
@@ -875,8 +875,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__93dabf9e"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__93dabf9e"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__450daf1f"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g2_l8_s4__450daf1f"),),
     },
     Workload(
         op="compressed_attention",
@@ -890,8 +890,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__2e239102"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__2e239102"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__4542723a"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f32_d32_g4_l8_s4__4542723a"),),
     },
     Workload(
         op="compressed_attention",
@@ -1300,8 +1300,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__99c3b12c"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__99c3b12c"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__c4213301"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__c4213301"),),
     },
     Workload(
         op="selected_attention",
@@ -1314,8 +1314,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__f99fcdb5"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__f99fcdb5"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__ee5de09d"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__ee5de09d"),),
     },
     Workload(
         op="selected_attention",
@@ -1328,8 +1328,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__509c2a53"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__509c2a53"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__da59a041"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__da59a041"),),
     },
     Workload(
         op="selected_attention",
@@ -1342,8 +1342,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__a4912418"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__a4912418"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__5447f285"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__5447f285"),),
     },
     Workload(
         op="selected_attention",
@@ -1356,8 +1356,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__04608267"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__04608267"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__df39a23a"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__df39a23a"),),
     },
     Workload(
         op="selected_attention",
@@ -1370,8 +1370,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__a3238191"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__a3238191"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__3c1f27c8"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__3c1f27c8"),),
     },
     Workload(
         op="selected_attention",
@@ -1468,8 +1468,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__71c9f453"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__59284ed1"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__577891a1"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__f2fe5a4b"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1482,8 +1482,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__315eab55"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__27411192"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__99716599"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__3442995c"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1496,8 +1496,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__67a41a55"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__b0577703"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__c9c5187a"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__8271aeb6"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1510,8 +1510,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__5bd06461"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__5bd06461"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__b91d148f"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g1_w32__b91d148f"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1524,8 +1524,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__b05efff2"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__b05efff2"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__83127c53"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g2_w32__83127c53"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1538,8 +1538,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__501b82e4"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__501b82e4"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__fa0557f5"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f32_d32_g4_w32__fa0557f5"),),
     },
     Workload(
         op="sliding_window_attention",

@@ -148,6 +148,21 @@ def check_q_start(op: str, cu_seqlens: Tensor, q_start: Tensor | None) -> None:
         fail(op, "q_start must not be negative", q_start.tolist(), "pass positions")
 
 
+def check_chunk(
+    op: str, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, q_start: Tensor | None
+) -> None:
+    """q_start, and if values are read: each query's own token is among its sequence's keys."""
+    check_q_start(op, cu_seqlens, q_start)
+    if (cu_seqlens_k is None and q_start is None) or not values_are_read(cu_seqlens):
+        return
+    queries, keys = cu_seqlens.diff(), (cu_seqlens if cu_seqlens_k is None else cu_seqlens_k).diff()
+    ends = queries if q_start is None else queries + q_start
+    if bool(((ends > keys) & (queries > 0)).any()):
+        rule = "each query's own token must be among its sequence's keys"
+        came = f"queries that end at {ends.tolist()} of {keys.tolist()} keys"
+        fail(op, rule, came, "pass all keys up to the last query, and q_start")
+
+
 def check_range(op: str, name: str, values: Tensor, least: int, end: int) -> None:
     """If values are read: least <= value < end. Otherwise kernels rely on the caller."""
     if not values_are_read(values) or values.numel() == 0:

@@ -119,12 +119,3 @@ def no_backward(op: str, x: Tensor) -> UnsupportedWorkloadError:
         f"{op}: gradients need a kernel for the backward pass, and there is none yet; got "
         f"tensors on {x.device}; wrap inference in torch.no_grad(), or train on the CPU"
     )
-
-
-def refuse_chunk(op: str, q: Tensor, *given: Tensor | None) -> None:
-    """Raise the error of a backward kernel that got a chunk; the reference takes them."""
-    if on_kernels(q) and any(tensor is not None for tensor in given):
-        raise UnsupportedWorkloadError(
-            f"{op}: gradients need whole sequences; got q_start or cu_seqlens_k, which serve "
-            "chunks of a prompt; wrap inference in torch.no_grad(), or train on whole sequences"
-        )

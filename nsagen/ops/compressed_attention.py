@@ -18,7 +18,6 @@ from nsagen.ops._launch import (
     attention_sizes,
     key_of,
     no_backward,
-    refuse_chunk,
     scale_of,
     with_contiguous_rows,
 )
@@ -94,7 +93,6 @@ def _check(call: Any) -> None:
 @define_op(
     returns="dq dk dv",
     allocate=attention_gradients,
-    check=lambda q, q_start: refuse_chunk(_OP, q, q_start),
     kernel="compressed_attention backward",
     sizes=attention_sizes,
     launch="do q k v cu_seqlens_q cu_seqlens_k o lse dq dk dv softmax_scale None None False",

@@ -12,9 +12,9 @@ from torch import Tensor
 from nsagen.ops import reference
 from nsagen.ops._checks import (
     check_attention,
+    check_chunk,
     check_cu_seqlens,
     check_like,
-    check_q_start,
     check_topk_idx,
     fail,
 )
@@ -24,7 +24,6 @@ from nsagen.ops._launch import (
     attention_outputs,
     attention_sizes,
     key_of,
-    refuse_chunk,
     scale_of,
 )
 from nsagen.ops._op import define_op
@@ -90,7 +89,7 @@ def _check(call: Any) -> None:
     elif q.shape[0] != k.shape[0]:
         came = f"{q.shape[0]} and {k.shape[0]}"
         fail(_OP, "q and k must have the same tokens", came, "pack one, or pass cu_seqlens_k")
-    check_q_start(_OP, cu_seqlens, call.q_start)
+    check_chunk(_OP, cu_seqlens, call.cu_seqlens_k, call.q_start)
     check_topk_idx(_OP, q, k.shape[1], call.topk_idx)
     if call.block_size < 1:
         fail(_OP, "block_size must be positive", call.block_size, "64 or 128 are usual")
@@ -99,7 +98,6 @@ def _check(call: Any) -> None:
 @define_op(
     returns="dq dk dv",
     allocate=attention_gradients,
-    check=lambda q, cu_seqlens_k, q_start: refuse_chunk(_OP, q, cu_seqlens_k, q_start),
     kernel="selected_attention backward",
     sizes=attention_sizes,
     launch="do q k v topk_idx cu_seqlens o lse dq dk dv softmax_scale delta gate",

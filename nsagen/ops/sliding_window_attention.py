@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_attention, check_cu_seqlens, check_indices, check_q_start, fail
+from nsagen.ops._checks import check_attention, check_chunk, check_cu_seqlens, check_indices, fail
 from nsagen.ops._gradients import reference_gradients
 from nsagen.ops._launch import (
     attention_gradients,
@@ -13,7 +13,6 @@ from nsagen.ops._launch import (
     attention_sizes,
     key_of,
     no_backward,
-    refuse_chunk,
     scale_of,
     with_contiguous_rows,
 )
@@ -81,10 +80,10 @@ def check_sliding_window(
         came = f"{q.shape[0]} and {k.shape[0]}"
         fail(_OP, "q and k must have the same tokens", came, "pack one, or pass cu_seqlens_k")
     check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, q)
-    check_q_start(_OP, cu_seqlens, q_start)
     if cu_seqlens_k is not None:
         check_indices(_OP, q, tuple(cu_seqlens.shape), cu_seqlens_k=cu_seqlens_k)
         check_cu_seqlens(_OP, "cu_seqlens_k", cu_seqlens_k, k)
+    check_chunk(_OP, cu_seqlens, cu_seqlens_k, q_start)
     if window_size < 1:
         fail(_OP, "window_size must be positive", window_size, "1 is the token itself")
 
@@ -92,7 +91,6 @@ def check_sliding_window(
 @define_op(
     returns="dq dk dv",
     allocate=attention_gradients,
-    check=lambda q, cu_seqlens_k, q_start: refuse_chunk(_OP, q, cu_seqlens_k, q_start),
     kernel="sliding_window_attention backward",
     sizes=attention_sizes,
     launch="do q k v cu_seqlens o lse dq dk dv softmax_scale None None False",

@@ -60,8 +60,9 @@ def check_gradients(
     sums = [torch.zeros_like(x) for x in keys]
     for chunk in cut(cuts):
         parts = [x.detach().requires_grad_() for x in (q[chunk.rows], *keys)]
-        o[chunk.rows] = attend(*parts, chunk)
-        mine, *theirs = torch.autograd.grad(attend(*parts, chunk), parts, do[chunk.rows])
+        came = attend(*parts, chunk)
+        o[chunk.rows] = came.detach()
+        mine, *theirs = torch.autograd.grad(came, parts, do[chunk.rows])
         dq[chunk.rows] = mine
         sums = [total + found for total, found in zip(sums, theirs, strict=True)]
     for came, right in zip((o, dq, *sums), (whole, *expected), strict=True):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from nsagen import ops
+from nsagen.cases.base import THRESHOLDS, relative_error
 from nsagen.core.branches import BRANCHES
 from nsagen.ops.branch_attention import attend_branches
 
@@ -22,7 +24,7 @@ def close(came: Tensor, expected: Tensor) -> None:
 
 
 class Batch:
-    """Random tensors of a batch in float64, and its attention, whole or of a chunk."""
+    """Random tensors of a batch, and its attention, whole or of a chunk."""
 
     def __init__(
         self,
@@ -30,6 +32,7 @@ class Batch:
         heads: tuple[int, int],
         dims: tuple[int, int],
         shape: tuple[int, int, int] = (8, 4, 8),
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         self.kernel_size, self.kernel_stride, self.block_size = shape
         self.windows = {"kernel_size": shape[0], "kernel_stride": shape[1]}
@@ -39,7 +42,7 @@ class Batch:
         random = torch.Generator().manual_seed(0)
 
         def normal(rows: Tensor, heads: int, size: int) -> Tensor:
-            return torch.randn(int(rows), heads, size, generator=random, dtype=torch.float64)
+            return torch.randn(int(rows), heads, size, generator=random).to(dtype)
 
         tokens, windows = self.ends[-1], self.window_ends[-1]
         self.q = normal(tokens, query_heads, dim)
@@ -113,3 +116,16 @@ def test_all_branches(
     """The blocks that a chunk's queries select are those that they select in the whole."""
     x = Batch(cuts, heads, dims, shape)
     check_gradients(x.branches, x.q, [x.ck, x.cv, x.k, x.v], cuts, close)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("cache")
+def test_all_branches_by_kernels() -> None:
+    """An empty sequence, an empty chunk, and sequences shorter and longer than a window."""
+    cuts = [[0, 0, 0], [0, 11, 20], [0, 0, 5]]
+    x = Batch(cuts, (6, 2), (16, 24), dtype=torch.float32)
+
+    def compare(came: Tensor, expected: Tensor) -> None:
+        assert relative_error(came, expected) <= THRESHOLDS[torch.float32]
+
+    check_gradients(x.branches, x.q, [x.ck, x.cv, x.k, x.v], cuts, compare)

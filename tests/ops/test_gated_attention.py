@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,12 +85,6 @@ def check_block(run: Callable[..., torch.Tensor]) -> None:
     found, right = (torch.autograd.grad(x, args, gradient) for x in (o, expected))
     for ours, theirs in zip(found, right, strict=True):
         assert relative_error(ours, theirs) <= THRESHOLDS[o.dtype]
-
-
-@pytest.fixture
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder: Path = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setenv("NSAGEN_CACHE_DIR", str(folder))
 
 
 @pytest.mark.interpreter

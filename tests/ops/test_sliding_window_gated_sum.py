@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,12 +96,6 @@ def test_it_has_no_gradient() -> None:
     args = (x.q.requires_grad_(), x.k, x.v, x.cu_seqlens, o, o.clone(), x.gate, 9, 0.25)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         sliding_window_gated_sum(*args).sum().backward()
-
-
-@pytest.fixture
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder: Path = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setenv("NSAGEN_CACHE_DIR", str(folder))
 
 
 @pytest.mark.interpreter
