@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -122,6 +122,14 @@ def check_cu_seqlens(
         rule = f"{name} must start at 0, never fall and end at {rows}, the number of rows"
         came = f"{ends[:8]}{'...' if len(ends) > 8 else ''}"
         fail(op, rule, came, "pass the running sum of the sequence lengths, 0 first")
+
+
+def check_windowed(op: str, call: Any) -> None:
+    """The offsets of queries and of the windows that they see, and where chunks start."""
+    check_cu_seqlens(op, "cu_seqlens_q", call.cu_seqlens_q, call.q)
+    check_cu_seqlens(op, "cu_seqlens_k", call.cu_seqlens_k, call.k, spare=True)
+    check_like(op, ("cu_seqlens_q", call.cu_seqlens_q), cu_seqlens_k=call.cu_seqlens_k)
+    check_q_start(op, call.cu_seqlens_q, call.q_start)
 
 
 def check_offsets(op: str, name: str, cu_seqlens: Tensor) -> None:

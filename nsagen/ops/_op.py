@@ -84,7 +84,7 @@ def define_op(
     prepare: Mapping[str, Callable[..., Tensor | None]] | None = None,
     scratch: Mapping[str, Callable[..., Tensor]] | None = None,
     mutates: str = "",
-    gradients: Callable[..., Any] | None = None,
+    gradients: object = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register a function as the custom op nsagen::<its name>, without leading underscores; in an
     exported package the namespace is another.
@@ -111,25 +111,30 @@ def define_op(
         prepare: by name, what replaces an argument of `launch`.
         scratch: by name, tensors for `launch` that are not returned.
         mutates: parameters that are written to.
-        gradients: from saved parameters and outputs, and `d` + name for the gradients of outputs,
-            the gradients of parameters by name; or an op that returns them, named `d` + name. An
-            output whose gradient it does not take is not differentiable, and a parameter that is
-            None has no gradient.
+        gradients: `Gradients`; or a function that gives the gradients of parameters by name, from
+            saved parameters and outputs and, as `d` + name, the gradients of outputs. An output
+            whose gradient it does not take is not differentiable, and a parameter that is None has
+            no gradient.
     """
 
     def define(function: Callable[P, R]) -> Callable[P, R]:
-        op = _Op(function, returns.split(), check, allocate, scratch or {})
+        op = Op(function, returns.split(), check, allocate, scratch or {})
         op.kernel = _Kernel(op, kernel, sizes, context) if kernel else None
         values = (*op.values, *op.scratch)
         launched = _LaunchArguments(values, launch.split(), optional.split(), prepare or {})
-        backward = None if gradients is None else _Backward(op, gradients)
-        return _define(op, launched, tuple(mutates.split()), backward)
+        taken: Any = gradients
+        if taken is not None and not callable(taken):
+            taken = taken.define(op, kernel, sizes)
+        backward = None if taken is None else _Backward(op, taken)
+        call = _define(op, launched, tuple(mutates.split()), backward)
+        vars(call)["backward"] = taken
+        return call
 
     return define
 
 
 def _define(
-    op: _Op,
+    op: Op,
     launched: _LaunchArguments,
     mutates: tuple[str, ...],
     backward: _Backward | None,
@@ -189,7 +194,7 @@ def _trains(args: Args) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
-def _registered(op: _Op, calls: _Calls, mutates: tuple[str, ...]) -> Callable[..., Any]:
+def _registered(op: Op, calls: _Calls, mutates: tuple[str, ...]) -> Callable[..., Any]:
     """The op that PyTorch's dispatcher knows. The dispatcher drops default arguments at the end."""
     name, defaults, allocate = f"{NAMESPACE}::{op.name}", op.defaults, op.allocate
 
@@ -207,7 +212,7 @@ def _registered(op: _Op, calls: _Calls, mutates: tuple[str, ...]) -> Callable[..
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def _register_autograd(op: _Op, dispatched: Any, calls: _Calls, backward: _Backward | None) -> None:
+def _register_autograd(op: Op, dispatched: Any, calls: _Calls, backward: _Backward | None) -> None:
     """Like `torch.library.register_autograd`, but calls without gradients run directly.
 
     PyTorch would dispatch them a second time, from Python, and compiled code calls ops through the
@@ -256,7 +261,7 @@ def by_name(function: Callable[..., Any], names: Sequence[str]) -> Callable[[Arg
     return lambda values: function(*pick(values))
 
 
-class _Op:
+class Op:
     """An op's parts, on arguments by position: names are resolved once."""
 
     def __init__(
@@ -272,7 +277,8 @@ class _Op:
         self.names, self.returns = tuple(parameters), tuple(returns)
         self.values = (*self.names, *self.returns)
         self.defaults = tuple(p.default for p in parameters.values())
-        self.is_tensor = tensor_parameters(function)
+        self.hints = get_type_hints(function)
+        self.is_tensor = tuple(_is_tensor(self.hints[name]) for name in self.names)
         self.check = None if check is None else by_name(check, self.names)
         self.allocate = by_name(allocate, self.names)
         self.scratch = {name: by_name(make, self.names) for name, make in scratch.items()}
@@ -317,7 +323,7 @@ class _Kernel:
 
     def __init__(
         self,
-        op: _Op,
+        op: Op,
         kernel: str | Callable[..., Launch | None],
         sizes: Callable[..., Mapping[str, Param]] | None,
         context: Callable[..., int] | None,
@@ -340,14 +346,12 @@ class _Kernel:
         return find_kernel(args[self._dispatcher], op, pass_, params, main, self._context(args))
 
 
-def tensor_parameters(function: Callable[..., Any]) -> tuple[bool, ...]:
-    """For each parameter of an annotated function, whether it is a tensor or None."""
-    hints = get_type_hints(function)
-    names = inspect.signature(function).parameters
-    return tuple(hints[n] is Tensor or Tensor in get_args(hints[n]) for n in names)
+def _is_tensor(hint: object) -> bool:
+    """Whether a parameter is annotated as a tensor, or as one or None."""
+    return hint is Tensor or Tensor in get_args(hint)
 
 
-_CONSTANTS = {"None": None, "True": True, "False": False}
+CONSTANTS = {"None": None, "True": True, "False": False}
 """What a `launch` may take in addition to an op's values."""
 
 
@@ -361,13 +365,13 @@ class _LaunchArguments:
         optional: Sequence[str],
         prepare: Mapping[str, Callable[..., Tensor | None]],
     ) -> None:
-        values += tuple(_CONSTANTS)
+        values += tuple(CONSTANTS)
         self._pick = picker([values.index(name) for name in names])
         self._optional = picker([values.index(name) for name in optional])
         self._prepare = [(values.index(n), by_name(f, values)) for n, f in prepare.items()]
 
     def __call__(self, args: Args, outputs: Sequence[Tensor]) -> Args:
-        values = (*args, *outputs, *_CONSTANTS.values())
+        values = (*args, *outputs, *CONSTANTS.values())
         for place, stand_in in self._prepare:
             values = (*values[:place], stand_in(values), *values[place + 1 :])
         more = self._optional(values)
@@ -539,8 +543,8 @@ def apply(function: Callable[..., Tensor], *args: Any) -> Tensor:
 class _Backward:
     """An op's backward pass by names; `gradients` as in `define_op`."""
 
-    def __init__(self, op: _Op, gradients: Callable[..., Any]) -> None:
-        other: _Op | None = vars(gradients).get("op")
+    def __init__(self, op: Op, gradients: Callable[..., Any]) -> None:
+        other: Op | None = vars(gradients).get("op")
         wanted = tuple(inspect.signature(gradients).parameters)
         is_tensor = (*op.is_tensor, *(True for _ in op.returns))
         of_value = dict(zip(op.values, is_tensor, strict=True))
@@ -598,7 +602,7 @@ class _Backward:
 
 
 def _by_op(
-    call: Callable[[Args], Any], op: _Op, names: Sequence[str]
+    call: Callable[[Args], Any], op: Op, names: Sequence[str]
 ) -> Callable[[Args], dict[str, Tensor]]:
     """Gradients by name from an op that returns them as `d` + name.
 

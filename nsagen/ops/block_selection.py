@@ -6,23 +6,15 @@ overlap(i, j) / s; other members of the family by `score_norm`, `score_heads` an
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import (
-    check_cu_seqlens,
-    check_keys,
-    check_like,
-    check_q_start,
-    check_rows,
-    fail,
-)
+from nsagen.ops._checks import check_keys, check_rows, check_windowed, fail
+from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of, lse_dtype, scale_of, score_sizes
-from nsagen.ops._op import define_op
 from nsagen.ops.reference.block_selection import BlockRule, Scoring, check_lse
 from nsagen.runtime import Dispatcher
 
@@ -91,14 +83,11 @@ def block_selection(
 def _check(call: Any) -> None:
     check_rows(_OP, q=call.q, k=call.k)
     check_keys(_OP, call.q, call.k)
-    check_cu_seqlens(_OP, "cu_seqlens_q", call.cu_seqlens_q, call.q)
-    check_cu_seqlens(_OP, "cu_seqlens_k", call.cu_seqlens_k, call.k, spare=True)
-    check_like(_OP, ("cu_seqlens_q", call.cu_seqlens_q), cu_seqlens_k=call.cu_seqlens_k)
+    check_windowed(_OP, call)
     BlockRule(**{name: getattr(call, name) for name in BlockRule.__annotations__})
     check_lse(_OP, call.lse, call.score_norm)
     if call.lse is not None:
         _check_lse(call.q, call.lse)
-    check_q_start(_OP, call.cu_seqlens_q, call.q_start)
 
 
 def _check_lse(q: Tensor, lse: Tensor) -> None:
@@ -116,7 +105,9 @@ def allocate_blocks(q: Tensor, k: Tensor, topk: int, score_heads: str) -> Tensor
     return q.new_empty((heads, q.shape[0], topk), dtype=torch.int32)
 
 
-@define_op(
+block_selection_forward = op_of(
+    "block_selection_forward",
+    reference.block_selection,
     returns="topk_idx",
     allocate=allocate_blocks,
     check=_check,
@@ -125,37 +116,6 @@ def allocate_blocks(q: Tensor, k: Tensor, topk: int, score_heads: str) -> Tensor
     launch="q k lse cu_seqlens_q cu_seqlens_k topk_idx softmax_scale",
     optional="q_start",
 )
-def block_selection_forward(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor | None,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    topk: int,
-    init_blocks: int,
-    local_blocks: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    q_start: Tensor | None = None,
-    score_norm: str = "softmax",
-    score_heads: str = "sum",
-    score_pool: str = "overlap",
-) -> Tensor:
-    """topk_idx int32 [HK or HQ, N, topk]: ascending block indices within the sequence, then -1.
-
-    Args:
-        q: [N, HQ, D]; k: [>= sum M, HK, D], compressed keys.
-        lse: [N, HQ], natural, from compressed attention; None with score_norm "none".
-        q_start: int32 [batch], position of each sequence's first query, for a chunk of a longer
-            prompt whose earlier windows are in k; None: 0.
-    """
-    rule = BlockRule(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
-    more: dict[str, Any] = {"softmax_scale": softmax_scale, "q_start": q_start}
-    more |= asdict(Scoring(score_norm, score_heads, score_pool))
-    return reference.block_selection(q, k, lse, cu_seqlens_q, cu_seqlens_k, **asdict(rule), **more)
 
 
 def select_blocks(q: Tensor, k: Tensor, lse: Tensor | None, *args: Any) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_indices, check_keys, check_rows, fail
+from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of, scale_of, score_sizes
-from nsagen.ops._op import define_op
 from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
 from nsagen.ops.block_selection import allocate_blocks
 from nsagen.ops.reference.block_selection import BlockRule, Scoring
@@ -98,7 +97,9 @@ def _context(
     return context + (0 if block_table is not None else kernel_size - kernel_stride)
 
 
-@define_op(
+_block_selection_decode = op_of(
+    "block_selection_decode",
+    reference.block_selection_decode,
     returns="topk_idx",
     allocate=lambda q, k_cache, topk, score_heads: allocate_blocks(q, k_cache, topk, score_heads),
     check=_check,
@@ -107,30 +108,3 @@ def _context(
     context=_context,
     launch="q k_cache positions slots topk_idx softmax_scale block_table",
 )
-def _block_selection_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    topk: int,
-    init_blocks: int,
-    local_blocks: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    block_table: Tensor | None = None,
-    score_norm: str = "softmax",
-    score_heads: str = "sum",
-    score_pool: str = "overlap",
-) -> Tensor:
-    """topk_idx int32 [HK or HQ, R, topk]."""
-    rule = BlockRule(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
-    return reference.block_selection_decode(
-        *(q, k_cache, positions, slots),
-        **asdict(rule),
-        **asdict(Scoring(score_norm, score_heads, score_pool)),
-        softmax_scale=softmax_scale,
-        block_table=block_table,
-    )

@@ -20,8 +20,8 @@ from nsagen.ops._checks import (
     check_indices,
     check_rows,
 )
-from nsagen.ops._gradients import reference_gradients
-from nsagen.ops._launch import key_of, with_contiguous_rows
+from nsagen.ops._derive import Gradients
+from nsagen.ops._launch import key_of
 from nsagen.ops._op import apply, define_op
 from nsagen.ops.lengths import Lengths, lengths_of
 from nsagen.ops.reference._checks import check_windows
@@ -126,49 +126,6 @@ def _allocate(x: Tensor, w: Tensor | None, compress_type: str, kernel_stride: in
     return x.new_empty((x.shape[0] // kernel_stride, x.shape[1], columns))
 
 
-def _allocate_gradients(
-    x: Tensor, w: Tensor | None, pe: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    d_w, d_pe = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (w, pe))
-    return x.new_empty(x.shape), d_w, d_pe
-
-
-@define_op(
-    returns="dx dw dpe",
-    allocate=_allocate_gradients,
-    kernel="compress backward",
-    sizes=_sizes,
-    launch="dy x w pe cu_seqlens y_cu_seqlens dx dw dpe",
-    prepare={
-        "dy": lambda dy: with_contiguous_rows(dy),
-        "dw": lambda w, dw: None if w is None else dw,
-        "dpe": lambda pe, dpe: None if pe is None else dpe,
-    },
-)
-def compress_backward(
-    dy: Tensor,
-    x: Tensor,
-    w: Tensor | None,
-    pe: Tensor | None,
-    cu_seqlens: Tensor,
-    y_cu_seqlens: Tensor,
-    compress_type: str,
-    kernel_size: int,
-    kernel_stride: int,
-    dispatcher: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dw, dpe); dw or dpe is empty if w or pe is None."""
-    given = [tensor for tensor in (w, pe) if tensor is not None]
-
-    def forward(x: Tensor, *given: Tensor) -> Tensor:
-        weights = (None if w is None else given[0], None if pe is None else given[-1])
-        return _by_reference(x, *weights, cu_seqlens, compress_type, kernel_size, kernel_stride)
-
-    dx, *rest = reference_gradients(forward, (x, *given), dy)
-    d_w = x.new_empty(0) if w is None else rest.pop(0)
-    return dx, d_w, x.new_empty(0) if pe is None else rest.pop(0)
-
-
 @define_op(
     returns="y",
     allocate=_allocate,
@@ -176,7 +133,7 @@ def compress_backward(
     kernel="compress forward",
     sizes=_sizes,
     launch="x w pe cu_seqlens y_cu_seqlens y",
-    gradients=compress_backward,
+    gradients=Gradients("x w pe", "dy x w pe cu_seqlens y_cu_seqlens dx dw dpe"),
 )
 def compress_forward(
     x: Tensor,
@@ -190,18 +147,6 @@ def compress_forward(
     dispatcher: str = "",
 ) -> Tensor:
     """y [N // kernel_stride, HK, D], zeros past y_cu_seqlens[-1]; for mlp [.., H], w being w1."""
-    return _by_reference(x, w, pe, cu_seqlens, compress_type, kernel_size, kernel_stride)
-
-
-def _by_reference(
-    x: Tensor,
-    w: Tensor | None,
-    pe: Tensor | None,
-    cu_seqlens: Tensor,
-    compress_type: str,
-    kernel_size: int,
-    kernel_stride: int,
-) -> Tensor:
     sizes = {"kernel_size": kernel_size, "kernel_stride": kernel_stride}
     if compress_type == "mlp" and w is not None:
         return reference.mlp_first_layer(x, w, pe, cu_seqlens, **sizes)

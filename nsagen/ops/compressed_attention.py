@@ -10,18 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_attention, check_cu_seqlens, check_like, check_q_start
-from nsagen.ops._gradients import reference_gradients
-from nsagen.ops._launch import (
-    attention_gradients,
-    attention_outputs,
-    attention_sizes,
-    key_of,
-    no_backward,
-    scale_of,
-    with_contiguous_rows,
-)
-from nsagen.ops._op import define_op
+from nsagen.ops._checks import check_attention, check_windowed
+from nsagen.ops._derive import Gradients, op_of
+from nsagen.ops._launch import attention_outputs, attention_sizes, key_of, scale_of
 from nsagen.ops.block_selection import select_blocks
 from nsagen.ops.reference._checks import check_windows
 from nsagen.runtime import Dispatcher
@@ -83,89 +74,13 @@ def compressed_attention(
 
 def _check(call: Any) -> None:
     check_attention(_OP, call.q, call.k, call.v)
-    check_cu_seqlens(_OP, "cu_seqlens_q", call.cu_seqlens_q, call.q)
-    check_cu_seqlens(_OP, "cu_seqlens_k", call.cu_seqlens_k, call.k, spare=True)
-    check_like(_OP, ("cu_seqlens_q", call.cu_seqlens_q), cu_seqlens_k=call.cu_seqlens_k)
+    check_windowed(_OP, call)
     check_windows(_OP, call.kernel_size, call.kernel_stride)
-    check_q_start(_OP, call.cu_seqlens_q, call.q_start)
 
 
-@define_op(
-    returns="dq dk dv",
-    allocate=attention_gradients,
-    kernel="compressed_attention backward",
-    sizes=attention_sizes,
-    launch="do q k v cu_seqlens_q cu_seqlens_k o lse dq dk dv softmax_scale None None False",
-    optional="q_start",
-    prepare={"do": lambda do: with_contiguous_rows(do)},
-)
-def compressed_attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv)."""
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.compressed_attention_forward(
-            *(q, k, v, cu_seqlens_q, cu_seqlens_k),
-            kernel_size=kernel_size,
-            kernel_stride=kernel_stride,
-            softmax_scale=softmax_scale,
-            q_start=q_start,
-        )[0]
-
-    dq, dk, dv = reference_gradients(forward, (q, k, v), do)
-    return dq, dk, dv
-
-
-@define_op(
-    returns="dk dv",
-    allocate=lambda k, v: (k.new_empty(k.shape), v.new_empty(v.shape)),
-    kernel="compressed_attention backward",
-    sizes=attention_sizes,
-    launch="do q k v cu_seqlens_q cu_seqlens_k None lse dq dk dv softmax_scale delta gate True",
-    optional="q_start",
-    prepare={"do": lambda do: with_contiguous_rows(do)},
-    mutates="dq",
-)
-def add_compressed_gradient(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    softmax_scale: float,
-    dispatcher: str,
-    delta: Tensor,
-    gate: Tensor,
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Add a gated branch's gradient to dq, in place, and return (dk, dv); only by kernels.
-
-    Args:
-        do: of the gated sum; delta: do . o of each row, gate: what o was multiplied by before do
-            came; both float32 [N, HQ].
-    """
-    raise no_backward(_OP, q)
-
-
-@define_op(
+compressed_attention_forward = op_of(
+    "compressed_attention_forward",
+    reference.compressed_attention_forward,
     returns="o lse",
     allocate=attention_outputs,
     check=_check,
@@ -173,25 +88,11 @@ def add_compressed_gradient(
     sizes=attention_sizes,
     launch="q k v cu_seqlens_q cu_seqlens_k o lse softmax_scale",
     optional="q_start",
-    gradients=compressed_attention_backward,
+    gradients=Gradients(
+        "q k v",
+        "do q k v cu_seqlens_q cu_seqlens_k o lse dq dk dv softmax_scale delta gate False",
+        optional="q_start",
+        adds="dq",
+    ),
 )
-def compressed_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
-    return reference.compressed_attention_forward(
-        *(q, k, v, cu_seqlens_q, cu_seqlens_k),
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        softmax_scale=softmax_scale,
-        q_start=q_start,
-    )
+"""(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""

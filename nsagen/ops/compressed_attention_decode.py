@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,8 +15,8 @@ from nsagen.ops._checks import (
     fail,
     shapes,
 )
+from nsagen.ops._derive import op_of
 from nsagen.ops._launch import attention_sizes, key_of, scale_of
-from nsagen.ops._op import define_op
 from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
 from nsagen.ops.reference.block_selection import BlockRule
 from nsagen.runtime import Dispatcher
@@ -124,7 +123,9 @@ def _allocate(q: Tensor, cv_cache: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     return o, q.new_empty((cv_cache.shape[2], q.shape[0], topk), dtype=torch.int32)
 
 
-@define_op(
+_compressed_attention_decode = op_of(
+    "compressed_attention_decode",
+    reference.compressed_attention_decode,
     returns="o topk_idx",
     allocate=_allocate,
     check=_check,
@@ -133,27 +134,3 @@ def _allocate(q: Tensor, cv_cache: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     context=_context,
     launch="q ck_cache cv_cache positions slots o topk_idx softmax_scale block_table",
 )
-def _compressed_attention_decode(
-    q: Tensor,
-    ck_cache: Tensor,
-    cv_cache: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    topk: int,
-    init_blocks: int,
-    local_blocks: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    block_table: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(o [R, HQ, Dv], topk_idx int32 [HK, R, topk])."""
-    rule = BlockRule(kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
-    return reference.compressed_attention_decode(
-        *(q, ck_cache, cv_cache, positions, slots),
-        **asdict(rule),
-        softmax_scale=softmax_scale,
-        block_table=block_table,
-    )

@@ -8,15 +8,9 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import (
-    check_cu_seqlens,
-    check_keys,
-    check_like,
-    check_q_start,
-    check_rows,
-)
+from nsagen.ops._checks import check_keys, check_rows, check_windowed
+from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of, lse_dtype, scale_of, score_sizes
-from nsagen.ops._op import define_op
 from nsagen.ops.reference._checks import check_windows
 from nsagen.runtime import Dispatcher
 
@@ -66,14 +60,13 @@ def compressed_lse(
 def _check(call: Any) -> None:
     check_rows(_OP, q=call.q, k=call.k)
     check_keys(_OP, call.q, call.k)
-    check_cu_seqlens(_OP, "cu_seqlens_q", call.cu_seqlens_q, call.q)
-    check_cu_seqlens(_OP, "cu_seqlens_k", call.cu_seqlens_k, call.k, spare=True)
-    check_like(_OP, ("cu_seqlens_q", call.cu_seqlens_q), cu_seqlens_k=call.cu_seqlens_k)
+    check_windowed(_OP, call)
     check_windows(_OP, call.kernel_size, call.kernel_stride)
-    check_q_start(_OP, call.cu_seqlens_q, call.q_start)
 
 
-@define_op(
+compressed_lse_forward = op_of(
+    "compressed_lse_forward",
+    reference.compressed_lse,
     returns="lse",
     allocate=lambda q: q.new_empty(q.shape[:2], dtype=lse_dtype(q)),
     check=_check,
@@ -82,22 +75,3 @@ def _check(call: Any) -> None:
     launch="q k cu_seqlens_q cu_seqlens_k lse softmax_scale",
     optional="q_start",
 )
-def compressed_lse_forward(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    q_start: Tensor | None = None,
-) -> Tensor:
-    """lse [N, HQ]."""
-    return reference.compressed_lse(
-        *(q, k, cu_seqlens_q, cu_seqlens_k),
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        softmax_scale=softmax_scale,
-        q_start=q_start,
-    )

@@ -12,37 +12,26 @@ are free, and hands do and delta on to the attention's, in the places of their g
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsagen.core.branches import BRANCHES
 from nsagen.ops import reference
-from nsagen.ops._launch import (
-    attention_outputs,
-    fixed_kernel,
-    with_contiguous_rows,
-)
+from nsagen.ops._derive import Gradients, backward_of
+from nsagen.ops._launch import attention_outputs, fixed_kernel, with_contiguous_rows
 from nsagen.ops._op import define_op
 from nsagen.ops.block_selection import block_selection_forward
-from nsagen.ops.compressed_attention import (
-    add_compressed_gradient,
-    compressed_attention_forward,
-)
-from nsagen.ops.selected_attention import (
-    selected_attention_backward,
-    selected_attention_forward,
-)
-from nsagen.ops.sliding_window_attention import (
-    add_sliding_window_gradients,
-    sliding_window_attention_forward,
-)
+from nsagen.ops.compressed_attention import compressed_attention_forward
+from nsagen.ops.selected_attention import selected_attention_forward
+from nsagen.ops.sliding_window_attention import sliding_window_attention_forward
 
-
-def _allocate_gradients(
-    q: Tensor, k: Tensor, v: Tensor, ck: Tensor, cv: Tensor, gate: Tensor
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, ck, cv, gate))
+TAKEN = (
+    "do_compressed dlse_compressed dlse_selected dlse_sliding"
+    " lse_compressed lse_selected lse_sliding topk_idx"
+)
+"""What the attention's gradients take: do and delta of each branch, from the sum, and outputs."""
 
 
 def allocate_branches(q: Tensor, k: Tensor, v: Tensor, topk: int) -> tuple[Tensor, ...]:
@@ -72,53 +61,31 @@ def branch_columns(
     return columns, torch.stack(deltas, -1).to(gate.dtype)
 
 
-@define_op(returns="dq dk dv dck dcv dgate", allocate=_allocate_gradients)
-def branches_backward(
-    do_compressed: Tensor,
-    dlse_compressed: Tensor,
-    dlse_selected: Tensor,
-    dlse_sliding: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ck: Tensor,
-    cv: Tensor,
-    gate: Tensor,
-    cu_seqlens: Tensor,
-    window_cu_seqlens: Tensor,
-    lse_compressed: Tensor,
-    lse_selected: Tensor,
-    lse_sliding: Tensor,
-    topk_idx: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    window_size: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    cu_seqlens_k: Tensor | None = None,
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _gradients(call: Any) -> tuple[Tensor, ...]:
     """(dq, dk, dv, dck, dcv, dgate) from the gradient of the gated sum and delta of each branch.
 
     `sum_branches` passes these on in the places of the gradients of o_compressed and of each lse.
     One branch after the other; the second and the third add theirs to what the first one wrote.
     """
-    do, last = do_compressed, (softmax_scale, dispatcher)
-    columns, dgate = branch_columns(gate, dlse_compressed, dlse_selected, dlse_sliding)
+    columns, dgate = branch_columns(
+        call.gate, call.dlse_compressed, call.dlse_selected, call.dlse_sliding
+    )
     of_compressed, of_selected, of_sliding, *deltas = columns
     delta_compressed, delta_selected, delta_sliding = deltas
-    dq, dk, dv = selected_attention_backward(
-        *(do, q, k, v, topk_idx, cu_seqlens, None, lse_selected, block_size),
-        *(*last, delta_selected, of_selected, cu_seqlens_k, q_start),
+    do, q, k, v, ends = call.do_compressed, call.q, call.k, call.v, call.cu_seqlens
+    last, chunk = (call.softmax_scale, call.dispatcher), (call.cu_seqlens_k, call.q_start)
+    dq, dk, dv = backward_of(selected_attention_forward)(
+        *(do, None, call.lse_selected, q, k, v, call.topk_idx, ends, call.block_size),
+        *(*last, *chunk, delta_selected, of_selected),
     )
-    add_sliding_window_gradients(
-        *(do, q, k, v, cu_seqlens, lse_sliding, dq, dk, dv, window_size),
-        *(*last, delta_sliding, of_sliding, cu_seqlens_k, q_start),
+    backward_of(sliding_window_attention_forward, adds=True)(
+        *(do, dq, dk, dv, None, call.lse_sliding, q, k, v, ends, call.window_size),
+        *(*last, *chunk, delta_sliding, of_sliding),
     )
-    dck, dcv = add_compressed_gradient(
-        *(do, q, ck, cv, cu_seqlens, window_cu_seqlens, lse_compressed, dq),
-        *(kernel_size, kernel_stride, *last, delta_compressed, of_compressed, q_start),
+    dck, dcv = backward_of(compressed_attention_forward, adds=True)(
+        *(do, dq, None, call.lse_compressed, q, call.ck, call.cv, ends, call.window_cu_seqlens),
+        *(call.kernel_size, call.kernel_stride, *last, call.q_start),
+        *(delta_compressed, of_compressed),
     )
     return dq, dk, dv, dck, dcv, dgate
 
@@ -126,7 +93,7 @@ def branches_backward(
 @define_op(
     returns="o_compressed lse_compressed o_selected lse_selected o_sliding lse_sliding topk_idx",
     allocate=allocate_branches,
-    gradients=branches_backward,
+    gradients=Gradients("q k v ck cv gate", body=_gradients, takes=TAKEN),
 )
 def branches_forward(
     q: Tensor,
@@ -151,7 +118,7 @@ def branches_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(o, lse of the compressed branch, of the selected one, of the sliding one, topk_idx).
 
-    gate has no part in them, but in their gradients: see `branches_backward`.
+    gate has no part in them, but in their gradients: see `_gradients`.
     """
     windows = (cu_seqlens, window_cu_seqlens, kernel_size, kernel_stride)
     last, chunk = (softmax_scale, dispatcher), (cu_seqlens_k, q_start)

@@ -10,8 +10,8 @@ from torch import Tensor
 from nsagen.core.branches import BRANCHES
 from nsagen.ops import reference
 from nsagen.ops._checks import check_like, check_rows, fail
-from nsagen.ops._launch import key_of, with_contiguous_rows
-from nsagen.ops._op import define_op
+from nsagen.ops._derive import Gradients, op_of
+from nsagen.ops._launch import key_of
 from nsagen.runtime import Dispatcher
 
 _OP = "gated_sum"
@@ -68,45 +68,17 @@ def _check(o_compressed: Tensor, o_selected: Tensor, o_sliding: Tensor, gate: Te
     check_gate(_OP, gate, o_compressed)
 
 
-@define_op(
-    returns="do_compressed do_selected do_sliding dgate",
-    allocate=lambda o_compressed, o_selected, o_sliding, gate: tuple(
-        x.new_empty(x.shape) for x in (o_compressed, o_selected, o_sliding, gate)
-    ),
-    kernel="gated_sum backward",
-    sizes=lambda do: {"v_head_dim": do.shape[2]},
-    launch="do o_compressed o_selected o_sliding gate do_compressed do_selected do_sliding dgate",
-    prepare={"do": lambda do: with_contiguous_rows(do)},
-)
-def gated_sum_backward(
-    do: Tensor,
-    o_compressed: Tensor,
-    o_selected: Tensor,
-    o_sliding: Tensor,
-    gate: Tensor,
-    dispatcher: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(d_compressed, d_selected, d_sliding, dgate)."""
-    branches = (o_compressed, o_selected, o_sliding)
-    wide = do.to(torch.promote_types(do.dtype, torch.float32))
-    d_compressed, d_selected, d_sliding = (
-        (wide * gate[..., i : i + 1]).to(branch.dtype) for i, branch in enumerate(branches)
-    )
-    dgate = torch.stack([(wide * branch).sum(-1) for branch in branches], -1)
-    return d_compressed, d_selected, d_sliding, dgate.to(gate.dtype)
-
-
-@define_op(
+gated_sum_forward = op_of(
+    "gated_sum_forward",
+    reference.gated_sum,
     returns="o",
     allocate=lambda o_compressed: o_compressed.new_empty(o_compressed.shape),
     check=_check,
     kernel="gated_sum forward",
     sizes=lambda o_compressed: {"v_head_dim": o_compressed.shape[2]},
     launch="o_compressed o_selected o_sliding gate o",
-    gradients=gated_sum_backward,
+    gradients=Gradients(
+        "o_compressed o_selected o_sliding gate",
+        "do o_compressed o_selected o_sliding gate do_compressed do_selected do_sliding dgate",
+    ),
 )
-def gated_sum_forward(
-    o_compressed: Tensor, o_selected: Tensor, o_sliding: Tensor, gate: Tensor, dispatcher: str = ""
-) -> Tensor:
-    """o [N, HQ, Dv]."""
-    return reference.gated_sum(o_compressed, o_selected, o_sliding, gate)

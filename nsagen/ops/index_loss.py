@@ -15,9 +15,8 @@ from nsagen.ops._checks import (
     fail,
     shapes,
 )
-from nsagen.ops._gradients import reference_gradients
+from nsagen.ops._derive import Gradients, op_of
 from nsagen.ops._launch import key_of, lse_dtype, scale_of, score_sizes
-from nsagen.ops._op import define_op
 from nsagen.ops.reference.index_loss import index_loss_forward as on_reference
 from nsagen.runtime import Dispatcher
 
@@ -98,10 +97,6 @@ def _check(call: Any) -> None:
     check_topk_idx(_OP, call.q, call.k.shape[1], call.topk_idx)
 
 
-def _sizes(q: Tensor, k: Tensor, index_q: Tensor) -> dict[str, int]:
-    return {**score_sizes(q, k), "index_head_dim": index_q.shape[2]}
-
-
 def _outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype, (tokens, heads) = lse_dtype(q), k.shape[:2]
     loss = q.new_empty((heads, tokens), dtype=dtype)
@@ -109,72 +104,20 @@ def _outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loss, lse, q.new_empty((tokens, heads), dtype=dtype)
 
 
-@define_op(
-    returns="dindex_q dindex_k",
-    allocate=lambda index_q, index_k: (
-        index_q.new_empty(index_q.shape),
-        index_k.new_empty(index_k.shape),
-    ),
-    kernel="index_loss backward",
-    sizes=_sizes,
-    launch="dloss q k index_q index_k topk_idx cu_seqlens lse lse_index dindex_q dindex_k"
-    " softmax_scale index_scale",
-    prepare={"dloss": lambda dloss: dloss.contiguous()},
-)
-def index_loss_backward(
-    dloss: Tensor,
-    q: Tensor,
-    k: Tensor,
-    index_q: Tensor,
-    index_k: Tensor,
-    topk_idx: Tensor,
-    cu_seqlens: Tensor,
-    lse: Tensor,
-    lse_index: Tensor,
-    block_size: int,
-    softmax_scale: float,
-    index_scale: float,
-    dispatcher: str = "",
-) -> tuple[Tensor, Tensor]:
-    """(dindex_q, dindex_k)."""
-
-    def forward(index_q: Tensor, index_k: Tensor) -> Tensor:
-        return reference.index_loss(
-            *(q, k, index_q, index_k, topk_idx, cu_seqlens),
-            block_size=block_size,
-            softmax_scale=softmax_scale,
-            index_scale=index_scale,
-        )
-
-    dindex_q, dindex_k = reference_gradients(forward, (index_q, index_k), dloss)
-    return dindex_q, dindex_k
-
-
-@define_op(
+index_loss_forward = op_of(
+    "index_loss_forward",
+    on_reference,
     returns="loss lse lse_index",
     allocate=_outputs,
     check=_check,
     kernel="index_loss forward",
-    sizes=_sizes,
+    sizes=lambda q, k, index_q: {**score_sizes(q, k), "index_head_dim": index_q.shape[2]},
     launch="q k index_q index_k topk_idx cu_seqlens loss lse lse_index softmax_scale index_scale",
-    gradients=index_loss_backward,
+    gradients=Gradients(
+        "index_q index_k",
+        "dloss q k index_q index_k topk_idx cu_seqlens lse lse_index dindex_q dindex_k"
+        " softmax_scale index_scale",
+        prepare={"dloss": lambda dloss: dloss.contiguous()},
+    ),
 )
-def index_loss_forward(
-    q: Tensor,
-    k: Tensor,
-    index_q: Tensor,
-    index_k: Tensor,
-    topk_idx: Tensor,
-    cu_seqlens: Tensor,
-    block_size: int,
-    softmax_scale: float,
-    index_scale: float,
-    dispatcher: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss [HK, N], lse [N, HQ], lse_index [N, HK]); the last two are not differentiable."""
-    return on_reference(
-        *(q, k, index_q, index_k, topk_idx, cu_seqlens),
-        block_size=block_size,
-        softmax_scale=softmax_scale,
-        index_scale=index_scale,
-    )
+"""(loss [HK, N], lse [N, HQ], lse_index [N, HK]); the last two are not differentiable."""

@@ -13,8 +13,8 @@ from torch.nn import functional
 from nsagen.core.errors import InvalidInputError
 from nsagen.ops import reference
 from nsagen.ops._checks import check_rows, fail
+from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of, on_kernels
-from nsagen.ops._op import define_op
 from nsagen.runtime import Dispatcher
 
 _OP = "linear decode"
@@ -52,8 +52,8 @@ def linear_decode(
     Raises:
         InvalidInputError: a tensor breaks the contract above.
     """
-    settings = (float(eps), swiglu, sigmoid_from, key_of(dispatcher))
-    return _linear_decode(x, weight, norm_weight, residual, *settings)
+    settings = (swiglu, sigmoid_from, key_of(dispatcher))
+    return _linear_decode(x, weight, norm_weight, float(eps), residual, *settings)
 
 
 def _check(
@@ -91,7 +91,9 @@ def _allocate(x: Tensor, weight: Tensor, swiglu: bool) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0] // (2 if swiglu else 1)))
 
 
-@define_op(
+_linear_decode = op_of(
+    "linear_decode",
+    reference.linear_decode,
     returns="y",
     allocate=_allocate,
     check=_check,
@@ -99,16 +101,3 @@ def _allocate(x: Tensor, weight: Tensor, swiglu: bool) -> Tensor:
     launch="x weight residual y swiglu sigmoid_from",
     prepare={"x": _normed},
 )
-def _linear_decode(
-    x: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    swiglu: bool,
-    sigmoid_from: int | None,
-    dispatcher: str = "",
-) -> Tensor:
-    """y; see `linear_decode`."""
-    more = {"norm_weight": norm_weight, "eps": eps, "residual": residual}
-    return reference.linear_decode(x, weight, swiglu=swiglu, sigmoid_from=sigmoid_from, **more)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsagen.core.branches import BRANCHES, branches_on
 from nsagen.ops._checks import check_attention, fail
+from nsagen.ops._derive import Gradients, backward_of, op_like
 from nsagen.ops._launch import fixed_kernel, key_of, on_kernels, scale_of
 from nsagen.ops._op import apply, define_op
 from nsagen.ops.branch_attention import attend
-from nsagen.ops.compress import compress_backward, compress_windows
+from nsagen.ops.compress import compress_forward, compress_windows
 from nsagen.ops.gated_attention import (
+    TAKEN,
     allocate_branches,
-    branches_backward,
     branches_forward,
     sum_branches,
 )
@@ -110,7 +112,8 @@ def native_sparse_attention(
     inputs = (q, k, v, gate, cu_seqlens, positions, ends, window_positions, *weights)
     if plain and trains and cos is not None and sin is not None and on_kernels(q):
         found = attention_with_gradients(*inputs, cos, sin, *statics, key)
-        return sum_branches(*found[:6], gate, key)
+        summed: Any = (*found[:6], gate, key)
+        return sum_branches(*summed)
     tables = (cos, sin, second_k, second_v)
     return attention_without_gradients(*inputs, *tables, *statics, " ".join(on), key)
 
@@ -206,70 +209,34 @@ def add_gradients(dk: Tensor, of_k: Tensor, dv: Tensor, of_v: Tensor) -> None:
     dv += of_v
 
 
-def _like(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Contiguous gradients to be written; without elements for tensors that are None."""
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+def _selection(call: Any) -> tuple[Any, ...]:
+    blocks = (call.block_size, call.topk, call.init_blocks, call.local_blocks)
+    return *blocks, call.window_size, call.softmax_scale
 
 
-@define_op(
-    returns="dq dk dv dgate dw_k dw_v dpe dpe_v",
-    allocate=lambda q_turned, k, v, gate, w_k, w_v, pe, pe_v: _like(
-        v, q_turned, k, v, gate, w_k, w_v, pe, pe_v
-    ),
-)
-def attention_backward(
-    do_compressed: Tensor,
-    dlse_compressed: Tensor,
-    dlse_selected: Tensor,
-    dlse_sliding: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    cu_seqlens: Tensor,
-    positions: Tensor | None,
-    window_cu_seqlens: Tensor | None,
-    window_positions: Tensor | None,
-    w_k: Tensor | None,
-    w_v: Tensor | None,
-    pe: Tensor | None,
-    pe_v: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    lse_compressed: Tensor,
-    lse_selected: Tensor,
-    lse_sliding: Tensor,
-    topk_idx: Tensor,
-    q_turned: Tensor,
-    k_turned: Tensor,
-    ck: Tensor,
-    cv: Tensor,
-    compress_type: str,
-    v_compress_type: str,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    window_size: int,
-    softmax_scale: float,
-    dispatcher: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _gradients(call: Any) -> tuple[Tensor, ...]:
     """Gradients from what `sum_branches` passes on, see `gated_attention`; only by kernels."""
-    sizes, made = (kernel_size, kernel_stride), (positions, window_cu_seqlens, window_positions)
+    k, v, cu_seqlens = call.k, call.v, call.cu_seqlens
+    sizes = (call.kernel_size, call.kernel_stride)
+    made = (call.positions, call.window_cu_seqlens, call.window_positions)
     positions, ends, window_positions = _offsets(k, cu_seqlens, sizes, made)
-    dq, dk, dv, dck, dcv, dgate = branches_backward(
-        *(do_compressed, dlse_compressed, dlse_selected, dlse_sliding),
-        *(q_turned, k_turned, v, ck, cv, gate, cu_seqlens, ends),
-        *(lse_compressed, lse_selected, lse_sliding, topk_idx),
-        *(*sizes, block_size, window_size, softmax_scale, dispatcher),
+    dq, dk, dv, dck, dcv, dgate = backward_of(branches_forward)(
+        *(call.do_compressed, call.dlse_compressed, call.dlse_selected, call.dlse_sliding),
+        *(call.lse_compressed, call.lse_selected, call.lse_sliding, call.topk_idx),
+        *(call.q_turned, call.k_turned, v, call.ck, call.cv, call.gate, cu_seqlens, ends),
+        *(*sizes, *_selection(call), call.dispatcher),
     )
     # The transpose of a rotation is the rotation back.
-    tables = (cos, apply(torch.neg, sin))
-    dq = rope_forward(dq, *tables, positions, dispatcher)
-    dk = rope_forward(dk, *tables, positions, dispatcher)
-    dck = rope_forward(dck, *tables, window_positions, dispatcher)
-    more = (*sizes, dispatcher)
-    of_k, dw_k, dpe = compress_backward(dck, k, w_k, pe, cu_seqlens, ends, compress_type, *more)
+    tables = (call.cos, apply(torch.neg, call.sin))
+    dq = rope_forward(dq, *tables, positions, call.dispatcher)
+    dk = rope_forward(dk, *tables, positions, call.dispatcher)
+    dck = rope_forward(dck, *tables, window_positions, call.dispatcher)
+    compress_backward, last = backward_of(compress_forward), (*sizes, call.dispatcher)
+    of_k, dw_k, dpe = compress_backward(
+        dck, k, call.w_k, call.pe, cu_seqlens, ends, call.compress_type, *last
+    )
     of_v, dw_v, dpe_v = compress_backward(
-        dcv, v, w_v, pe_v, cu_seqlens, ends, v_compress_type, *more
+        dcv, v, call.w_v, call.pe_v, cu_seqlens, ends, call.v_compress_type, *last
     )
     add_gradients(dk, of_k, dv, of_v)
     return dq, dk, dv, dgate, dw_k, dw_v, dpe, dpe_v
@@ -277,57 +244,40 @@ def attention_backward(
 
 def _allocate(q: Tensor, k: Tensor, v: Tensor, topk: int, kernel_stride: int) -> tuple[Tensor, ...]:
     windows = [x.new_empty((x.shape[0] // kernel_stride, *x.shape[1:])) for x in (k, v)]
-    return *allocate_branches(q, k, v, topk), *_like(v, q, k), *windows
+    turned = (x.new_empty(x.shape) for x in (q, k))
+    return *allocate_branches(q, k, v, topk), *turned, *windows
 
 
-_Eleven = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]
+def _attend(call: Any) -> tuple[Tensor, ...]:
+    """The outputs of `branches_forward`, and what its gradients need in addition."""
+    q, k, v, cos, sin = call.q, call.k, call.v, call.cos, call.sin
+    check_attention(_OP, q, k, v)
+    sizes = (call.kernel_size, call.kernel_stride)
+    made = (call.positions, call.window_cu_seqlens, call.window_positions)
+    positions, ends, window_positions = _offsets(q, call.cu_seqlens, sizes, made)
+    offsets, last = (call.cu_seqlens, ends), (*sizes, call.dispatcher)
+    ck = compress_windows(k, call.w_k, call.pe, *offsets, call.compress_type, *last)
+    cv = compress_windows(v, call.w_v, call.pe_v, *offsets, call.v_compress_type, *last)
+    q = rope_forward(q, cos, sin, positions, call.dispatcher)
+    k = rope_forward(k, cos, sin, positions, call.dispatcher)
+    ck = rope_forward(ck, cos, sin, window_positions, call.dispatcher)
+    args: Any = (call.gate, *offsets, *sizes, *_selection(call), call.dispatcher)
+    return *branches_forward(q, k, v, ck, cv, *args), q, k, ck, cv
 
 
-@define_op(
+attention_with_gradients = op_like(
+    "attention_with_gradients",
+    attention_without_gradients,
+    _attend,
+    omit="w_k2 w_v2 branches",
     returns="o_compressed lse_compressed o_selected lse_selected o_sliding lse_sliding topk_idx"
     " q_turned k_turned ck cv",
     allocate=_allocate,
-    gradients=attention_backward,
+    gradients=Gradients(
+        "q k v gate w_k w_v pe pe_v",
+        body=_gradients,
+        takes=f"{TAKEN} q_turned k_turned ck cv",
+        omit="q",
+        like={"q": "q_turned"},
+    ),
 )
-def attention_with_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    cu_seqlens: Tensor,
-    positions: Tensor | None,
-    window_cu_seqlens: Tensor | None,
-    window_positions: Tensor | None,
-    w_k: Tensor | None,
-    w_v: Tensor | None,
-    pe: Tensor | None,
-    pe_v: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    compress_type: str,
-    v_compress_type: str,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    topk: int,
-    init_blocks: int,
-    local_blocks: int,
-    window_size: int,
-    softmax_scale: float,
-    dispatcher: str,
-) -> _Eleven:
-    """The outputs of `branches_forward`, and what its gradients need in addition."""
-    check_attention(_OP, q, k, v)
-    sizes, made = (kernel_size, kernel_stride), (positions, window_cu_seqlens, window_positions)
-    positions, ends, window_positions = _offsets(q, cu_seqlens, sizes, made)
-    offsets, more = (cu_seqlens, ends), (*sizes, dispatcher)
-    ck = compress_windows(k, w_k, pe, *offsets, compress_type, *more)
-    cv = compress_windows(v, w_v, pe_v, *offsets, v_compress_type, *more)
-    q = rope_forward(q, cos, sin, positions, dispatcher)
-    k = rope_forward(k, cos, sin, positions, dispatcher)
-    ck = rope_forward(ck, cos, sin, window_positions, dispatcher)
-    selection = (block_size, topk, init_blocks, local_blocks, window_size, softmax_scale)
-    outputs = branches_forward(q, k, v, ck, cv, gate, *offsets, *sizes, *selection, dispatcher)
-    return *outputs, q, k, ck, cv

@@ -10,8 +10,8 @@ from torch import Tensor
 from nsagen.core.branches import BRANCHES, branches_on
 from nsagen.ops import reference
 from nsagen.ops._checks import check_like, check_rows, check_topk_idx, fail
+from nsagen.ops._derive import op_of
 from nsagen.ops._launch import attention_sizes, key_of, scale_of
-from nsagen.ops._op import define_op
 from nsagen.ops._pages import capacity_of, check_page_size, check_places
 from nsagen.ops.compressed_attention_decode import check_cached
 from nsagen.ops.gated_sum import check_gate, gate_of
@@ -122,7 +122,10 @@ def _sizes(q: Tensor, k_cache: Tensor, v_cache: Tensor, topk_idx: Tensor) -> dic
     return {**attention_sizes(q, k_cache[0], v_cache[0]), "topk": topk_idx.shape[-1]}
 
 
-@define_op(
+_native_sparse_attention_decode = op_of(
+    "native_sparse_attention_decode",
+    reference.native_sparse_attention_decode,
+    omit="branches",
     returns="o",
     allocate=lambda o_compressed: o_compressed.new_empty(o_compressed.shape),
     check=_check,
@@ -133,30 +136,3 @@ def _sizes(q: Tensor, k_cache: Tensor, v_cache: Tensor, topk_idx: Tensor) -> dic
     " block_table",
     optional="k_window_cache v_window_cache",
 )
-def _native_sparse_attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    topk_idx: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    o_compressed: Tensor,
-    gate: Tensor,
-    block_size: int,
-    window_size: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    block_table: Tensor | None = None,
-    k_window_cache: Tensor | None = None,
-    v_window_cache: Tensor | None = None,
-) -> Tensor:
-    """o [R, HQ, Dv]."""
-    return reference.native_sparse_attention_decode(
-        *(q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate),
-        block_size=block_size,
-        window_size=window_size,
-        softmax_scale=softmax_scale,
-        block_table=block_table,
-        k_window_cache=k_window_cache,
-        v_window_cache=v_window_cache,
-    )

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_indices, check_rows, fail, shapes
+from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of
-from nsagen.ops._op import define_op
 from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
 from nsagen.ops.reference._checks import check_windows
 from nsagen.runtime import Dispatcher
@@ -52,7 +52,7 @@ def pool_append(
         InvalidInputError: a tensor or parameter breaks the contract above.
     """
     statics = (kernel_size, kernel_stride, new_tokens)
-    _pool_append(k_cache, ck_cache, positions, slots, *statics, key_of(dispatcher), block_table)
+    _pool_append(k_cache, ck_cache, positions, slots, *statics, block_table, key_of(dispatcher))
 
 
 def _check(call: Any) -> None:
@@ -78,7 +78,9 @@ def _check(call: Any) -> None:
     check_places(_OP, call.positions, call.slots, tokens, k_cache, table)
 
 
-@define_op(
+_pool_append = op_of(
+    "pool_append",
+    reference.pool_append,
     returns="",
     allocate=lambda: None,
     check=_check,
@@ -88,22 +90,3 @@ def _check(call: Any) -> None:
     launch="k_cache ck_cache positions slots new_tokens block_table",
     mutates="ck_cache",
 )
-def _pool_append(
-    k_cache: Tensor,
-    ck_cache: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    new_tokens: int,
-    dispatcher: str = "",
-    block_table: Tensor | None = None,
-) -> None:
-    """See `pool_append`."""
-    reference.pool_append(
-        *(k_cache, ck_cache, positions, slots),
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        new_tokens=new_tokens,
-        block_table=block_table,
-    )

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_indices, check_range, check_rows, fail
+from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of
-from nsagen.ops._op import apply, define_op
+from nsagen.ops._op import apply
 from nsagen.runtime import Dispatcher
 
 _OP = "rope"
@@ -70,7 +71,9 @@ def _gradients(
     return {"x": rope_forward(dy.contiguous(), cos, back, positions, dispatcher)}
 
 
-@define_op(
+rope_forward = op_of(
+    "rope_forward",
+    reference.rope,
     returns="y",
     allocate=lambda x: x.new_empty(x.shape),
     check=_check,
@@ -79,8 +82,3 @@ def _gradients(
     launch="x cos sin positions y",
     gradients=_gradients,
 )
-def rope_forward(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, dispatcher: str = ""
-) -> Tensor:
-    """y [N, H, D]."""
-    return reference.rope(x, cos, sin, positions)

@@ -18,15 +18,8 @@ from nsagen.ops._checks import (
     check_topk_idx,
     fail,
 )
-from nsagen.ops._gradients import reference_gradients
-from nsagen.ops._launch import (
-    attention_gradients,
-    attention_outputs,
-    attention_sizes,
-    key_of,
-    scale_of,
-)
-from nsagen.ops._op import define_op
+from nsagen.ops._derive import Gradients, op_of
+from nsagen.ops._launch import attention_outputs, attention_sizes, key_of, scale_of
 from nsagen.runtime import Dispatcher
 
 _OP = "selected_attention"
@@ -95,51 +88,9 @@ def _check(call: Any) -> None:
         fail(_OP, "block_size must be positive", call.block_size, "64 or 128 are usual")
 
 
-@define_op(
-    returns="dq dk dv",
-    allocate=attention_gradients,
-    kernel="selected_attention backward",
-    sizes=attention_sizes,
-    launch="do q k v topk_idx cu_seqlens o lse dq dk dv softmax_scale delta gate",
-    optional="cu_seqlens_k q_start",
-)
-def selected_attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    topk_idx: Tensor,
-    cu_seqlens: Tensor,
-    o: Tensor | None,
-    lse: Tensor,
-    block_size: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    delta: Tensor | None = None,
-    gate: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv).
-
-    Only kernels take these float32 [N, HQ]: delta, which is do . o of each row and stands for o
-    where it is given, and gate, by which o was multiplied before do came.
-    """
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.selected_attention(
-            *(q, k, v, topk_idx, cu_seqlens),
-            block_size=block_size,
-            softmax_scale=softmax_scale,
-            cu_seqlens_k=cu_seqlens_k,
-            q_start=q_start,
-        )[0]
-
-    dq, dk, dv = reference_gradients(forward, (q, k, v), do)
-    return dq, dk, dv
-
-
-@define_op(
+selected_attention_forward = op_of(
+    "selected_attention_forward",
+    reference.selected_attention,
     returns="o lse",
     allocate=attention_outputs,
     check=_check,
@@ -147,25 +98,10 @@ def selected_attention_backward(
     sizes=attention_sizes,
     launch="q k v topk_idx cu_seqlens o lse softmax_scale",
     optional="cu_seqlens_k q_start",
-    gradients=selected_attention_backward,
+    gradients=Gradients(
+        "q k v",
+        "do q k v topk_idx cu_seqlens o lse dq dk dv softmax_scale delta gate",
+        optional="cu_seqlens_k q_start",
+    ),
 )
-def selected_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    topk_idx: Tensor,
-    cu_seqlens: Tensor,
-    block_size: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    cu_seqlens_k: Tensor | None = None,
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
-    return reference.selected_attention(
-        *(q, k, v, topk_idx, cu_seqlens),
-        block_size=block_size,
-        softmax_scale=softmax_scale,
-        cu_seqlens_k=cu_seqlens_k,
-        q_start=q_start,
-    )
+"""(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""

@@ -6,17 +6,8 @@ from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_attention, check_chunk, check_cu_seqlens, check_indices, fail
-from nsagen.ops._gradients import reference_gradients
-from nsagen.ops._launch import (
-    attention_gradients,
-    attention_outputs,
-    attention_sizes,
-    key_of,
-    no_backward,
-    scale_of,
-    with_contiguous_rows,
-)
-from nsagen.ops._op import define_op
+from nsagen.ops._derive import Gradients, op_of
+from nsagen.ops._launch import attention_outputs, attention_sizes, key_of, scale_of
 from nsagen.runtime import Dispatcher
 
 _OP = "sliding_window_attention"
@@ -88,82 +79,9 @@ def check_sliding_window(
         fail(_OP, "window_size must be positive", window_size, "1 is the token itself")
 
 
-@define_op(
-    returns="dq dk dv",
-    allocate=attention_gradients,
-    kernel="sliding_window_attention backward",
-    sizes=attention_sizes,
-    launch="do q k v cu_seqlens o lse dq dk dv softmax_scale None None False",
-    optional="cu_seqlens_k q_start",
-    prepare={"do": lambda do: with_contiguous_rows(do)},
-)
-def sliding_window_attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    window_size: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    cu_seqlens_k: Tensor | None = None,
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv)."""
-
-    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.sliding_window_attention_forward(
-            *(q, k, v, cu_seqlens),
-            window_size=window_size,
-            softmax_scale=softmax_scale,
-            cu_seqlens_k=cu_seqlens_k,
-            q_start=q_start,
-        )[0]
-
-    dq, dk, dv = reference_gradients(forward, (q, k, v), do)
-    return dq, dk, dv
-
-
-@define_op(
-    returns="",
-    allocate=lambda: None,
-    kernel="sliding_window_attention backward",
-    sizes=attention_sizes,
-    launch="do q k v cu_seqlens None lse dq dk dv softmax_scale delta gate True",
-    optional="cu_seqlens_k q_start",
-    prepare={"do": lambda do: with_contiguous_rows(do)},
-    mutates="dq dk dv",
-)
-def add_sliding_window_gradients(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    window_size: int,
-    softmax_scale: float,
-    dispatcher: str,
-    delta: Tensor,
-    gate: Tensor,
-    cu_seqlens_k: Tensor | None = None,
-    q_start: Tensor | None = None,
-) -> None:
-    """Add a gated branch's gradients to dq, dk and dv, in place; only by kernels.
-
-    Args:
-        do: of the gated sum; delta: do . o of each row, gate: what o was multiplied by before do
-            came; both float32 [N, HQ].
-    """
-    raise no_backward(_OP, q)
-
-
-@define_op(
+sliding_window_attention_forward = op_of(
+    "sliding_window_attention_forward",
+    reference.sliding_window_attention_forward,
     returns="o lse",
     allocate=attention_outputs,
     check=check_sliding_window,
@@ -171,24 +89,11 @@ def add_sliding_window_gradients(
     sizes=attention_sizes,
     launch="q k v cu_seqlens o lse softmax_scale",
     optional="cu_seqlens_k q_start",
-    gradients=sliding_window_attention_backward,
+    gradients=Gradients(
+        "q k v",
+        "do q k v cu_seqlens o lse dq dk dv softmax_scale delta gate False",
+        optional="cu_seqlens_k q_start",
+        adds="dq dk dv",
+    ),
 )
-def sliding_window_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    window_size: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    cu_seqlens_k: Tensor | None = None,
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
-    return reference.sliding_window_attention_forward(
-        *(q, k, v, cu_seqlens),
-        window_size=window_size,
-        softmax_scale=softmax_scale,
-        cu_seqlens_k=cu_seqlens_k,
-        q_start=q_start,
-    )
+"""(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""

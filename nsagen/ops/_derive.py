@@ -1,0 +1,221 @@
+"""Ops whose parameters follow from another annotated function: a reference, or a forward pass."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from torch import Tensor
+
+from nsagen.ops._gradients import reference_gradients
+from nsagen.ops._launch import no_backward, with_contiguous_rows
+from nsagen.ops._op import CONSTANTS, Op, by_name, define_op
+
+_NONE = inspect.Parameter.empty
+
+
+def op_of(
+    name: str, reference: Callable[..., Any], *, omit: str = "", **how: Any
+) -> Callable[..., Any]:
+    """The op nsagen::<name> of a reference, with its parameters and `dispatcher: str`.
+
+    That one follows the last scale, or comes last.
+
+    Args:
+        omit: parameters that the op does not have; the reference's defaults stand for them.
+        how: as in `define_op`.
+    """
+    hints = get_type_hints(reference)
+    returns = None if hints["return"] is type(None) else hints["return"]
+    parameters = inspect.signature(reference).parameters
+    names = [n for n in parameters if n not in omit.split()]
+    after = max((i for i, n in enumerate(names) if n.endswith("_scale")), default=len(names) - 1)
+    names.insert(after + 1, "dispatcher")
+    places = [(n, i) for i, n in enumerate(names) if n != "dispatcher"]
+
+    def body(*args: Any) -> Any:
+        return reference(**{n: args[i] for n, i in places})
+
+    types = {n: hints.get(n, str) for n in names}
+    defaults = {n: p.default for n, p in parameters.items()} | {"dispatcher": ""}
+    return define_op(**how)(_declared(name, body, types, returns, defaults))
+
+
+def op_like(
+    name: str, other: Callable[..., Any], body: Callable[..., Any], *, omit: str = "", **how: Any
+) -> Callable[..., Any]:
+    """An op with the parameters of another one, on other ops: body is a function of `call`.
+
+    Args:
+        omit: parameters of the other op that this one does not have.
+        how: as in `define_op`.
+    """
+    op: Op = vars(other)["op"]
+    types = {n: op.hints[n] for n in op.names if n not in omit.split()}
+    defaults = dict(zip(op.names, op.defaults, strict=True))
+    run = _on_tuple(by_name(body, tuple(types)))
+    return define_op(**how)(_declared(name, run, types, _tensors(how["returns"]), defaults))
+
+
+def backward_of(op: Callable[..., Any], *, adds: bool = False) -> Callable[..., Any]:
+    """The op that `Gradients` made for another one; or that which adds to gradients."""
+    backward = vars(op)["backward"]
+    return vars(backward)["adds"] if adds else backward
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The backward pass of an op, as the op <name>_backward.
+
+    Its parameters are gradients of the op's outputs, these outputs, and the op's parameters. It
+    returns the gradient of each parameter in `of`: contiguous, and empty where that is None.
+
+    Attributes:
+        of: parameters that have a gradient.
+        launch: as in `define_op`, of the same kernel's backward pass; without kernels the op's
+            function is differentiated. A name that is none of the op's, nor a gradient, becomes an
+            optional tensor, which only kernels take.
+        optional: as in `define_op`.
+        prepare: as in `define_op`, beside contiguous rows of gradients.
+        adds: gradients that another op, <name>_backward_add, does not return, but adds to in
+            place; `launch` has True there where it has False.
+        body: in place of a launch, a function of `call` on other ops.
+        takes: gradients and outputs that body takes.
+        omit: parameters that body does not take.
+        like: by parameter, what its gradient looks like instead.
+    """
+
+    of: str
+    launch: str = ""
+    optional: str = ""
+    prepare: Mapping[str, Callable[..., Tensor | None]] = field(default_factory=dict)
+    adds: str = ""
+    body: Callable[..., Any] | None = None
+    takes: str = ""
+    omit: str = ""
+    like: Mapping[str, str] = field(default_factory=dict)
+
+    def define(self, op: Op, kernel: str, sizes: Callable[..., Any] | None) -> Callable[..., Any]:
+        """Register the backward pass of an op with this forward kernel, and its sizes."""
+        of = self.of.split()
+        own = [name for name in op.names if name not in self.omit.split()]
+        named = dict.fromkeys(f"{self.takes} {self.launch} {self.optional}".split())
+        others = [n for n in named if n not in (*own, *(f"d{x}" for x in of), *CONSTANTS)]
+        grads = [n for n in others if n[1:] in op.returns]
+        outputs = [n for n in others if n in op.returns]
+        more = [n for n in others if n not in grads and n not in outputs]
+        types = dict.fromkeys(grads, Tensor)
+        types |= dict.fromkeys(outputs, Tensor | None if more else Tensor)
+        types |= {n: op.hints[n] for n in own} | dict.fromkeys(more, Tensor | None)
+        defaults = dict(zip(op.names, op.defaults, strict=True)) | dict.fromkeys(more)
+        name = f"{op.name.removesuffix('_forward')}_backward"
+
+        def by_reference(*args: Any) -> Any:
+            values = dict(zip(types, args, strict=True))
+            if any(values[n] is not None for n in more):
+                raise no_backward(name, args[0])
+            inputs = {n: values[n] for n in of if values[n] is not None}
+
+            def forward(*leaves: Tensor) -> Tensor:
+                taken = values | dict(zip(inputs, leaves, strict=True))
+                made = op.function(*(taken[n] for n in op.names))
+                return made[op.returns.index(grads[0][1:])] if len(op.returns) > 1 else made
+
+            found = reference_gradients(forward, tuple(inputs.values()), args[0])
+            of_inputs = dict(zip(inputs, found, strict=True))
+            every = [of_inputs[n] if n in of_inputs else args[0].new_empty(0) for n in of]
+            return tuple(every) if len(every) > 1 else every[0]
+
+        how: dict[str, Any] = {"launch": self.launch, "optional": self.optional, "sizes": sizes}
+        how["kernel"] = kernel.replace("forward", "backward")
+        how["prepare"] = {
+            **{n: _taking(with_contiguous_rows, n) for n in grads},
+            **{f"d{n}": _taking(_if_given, n, f"d{n}") for n in of if op.hints[n] != Tensor},
+            **self.prepare,
+        }
+        run: Callable[..., Any] = by_reference
+        if self.body is not None:
+            how, run = {}, _on_tuple(by_name(self.body, tuple(types)))
+        returned = [self.like.get(n, n) for n in of]
+        how["allocate"] = _taking(_like, grads[0], *returned)
+        backward = _define(name, run, types, of, defaults, how)
+        if self.adds:
+            kept = [n for n in of if f"d{n}" not in self.adds.split()]
+            how |= {"mutates": self.adds, "allocate": _taking(_like, grads[0], *kept)}
+            how["launch"] = self.launch.replace("False", "True")
+            changed = dict.fromkeys([*grads, *self.adds.split()], Tensor) | types
+
+            def refuse(*args: Any) -> Any:
+                raise no_backward(name, args[0])
+
+            vars(backward)["adds"] = _define(f"{name}_add", refuse, changed, kept, defaults, how)
+        return backward
+
+
+def _define(
+    name: str,
+    body: Callable[..., Any],
+    types: Mapping[str, Any],
+    of: list[str],
+    defaults: Mapping[str, Any],
+    how: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """An op that returns the gradients of some parameters."""
+    returns = " ".join(f"d{n}" for n in of)
+    declared = _declared(name, body, types, _tensors(returns), defaults)
+    return define_op(returns=returns, **how)(declared)
+
+
+def _tensors(returns: str) -> Any:
+    """The annotation of outputs with these names."""
+    names = returns.split()
+    return tuple[tuple(Tensor for _ in names)] if len(names) > 1 else Tensor if names else None
+
+
+def _on_tuple(function: Callable[[tuple[Any, ...]], Any]) -> Callable[..., Any]:
+    return lambda *args: function(args)
+
+
+def _like(first: Tensor, *tensors: Tensor | None) -> Any:
+    """Contiguous gradients to be written; without elements for tensors that are None."""
+    made = [first.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors]
+    return (tuple(made) if len(made) > 1 else made[0]) if made else None
+
+
+def _if_given(x: Tensor | None, dx: Tensor) -> Tensor | None:
+    return None if x is None else dx
+
+
+def _taking(function: Callable[..., Any], *names: str) -> Callable[..., Any]:
+    """The function with parameters of these names, for what passes values by name."""
+    kind, taking = inspect.Parameter.POSITIONAL_OR_KEYWORD, functools.partial(function)
+    signature = inspect.Signature([inspect.Parameter(n, kind) for n in names])
+    vars(taking)["__signature__"] = signature
+    return taking
+
+
+def _declared(
+    name: str,
+    body: Callable[..., Any],
+    types: Mapping[str, Any],
+    returns: Any,
+    defaults: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """A function as if it had been written with these parameters and annotations.
+
+    A parameter has its default where all after it have one.
+    """
+    names = list(types)
+    last = max((i for i, n in enumerate(names) if defaults.get(n, _NONE) is _NONE), default=-1)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [
+        inspect.Parameter(n, kind, annotation=types[n], default=defaults[n] if i > last else _NONE)
+        for i, n in enumerate(names)
+    ]
+    body.__name__ = body.__qualname__ = name
+    body.__annotations__ = {**types, "return": returns}
+    vars(body)["__signature__"] = inspect.Signature(parameters, return_annotation=returns)
+    return body
