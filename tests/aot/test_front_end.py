@@ -7,16 +7,26 @@ refuses that. Compiling is slow, but its first step alone finds it.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from triton.compiler.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from nsagen.aot.compile import compile_launch, recorded_launches
-from nsagen.cases.base import Sizes
+from nsagen.aot.compile import (
+    RecordedLaunch,
+    compile_launch,
+    first_calls,
+    recorded_launches,
+    recording,
+)
+from nsagen.cases.base import Sizes, cases_of
 from nsagen.codegen.template import kernel_name, render, spaces_for
 from nsagen.core.errors import BuildError
+from nsagen.core.importing import import_file
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import BRANCH_KV, COMPRESS_TYPES, Workload
 from tests.kernels.test_named_shapes import CASES
@@ -31,26 +41,38 @@ class _Accepted(Exception):
 
 @pytest.fixture(autouse=True)
 def _front_end_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    make_ir = ASTSource.make_ir
+    def accepting(make_ir: Any) -> Any:
+        def accept(*args: Any) -> None:
+            make_ir(*args)
+            raise _Accepted
 
-    def accept(*args: Any) -> None:
-        make_ir(*args)
-        raise _Accepted
+        return accept
 
-    monkeypatch.setattr(ASTSource, "make_ir", accept)
+    for source in (ASTSource, GluonASTSource):
+        monkeypatch.setattr(source, "make_ir", accepting(source.make_ir))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
 
 
-def accepts(work: Workload, folder: Path, sizes: Sizes | None = None) -> None:
-    """Check the default schedule of every algorithm that a workload has."""
+def files_of(work: Workload, folder: Path) -> Iterator[Path]:
+    """The default schedule of every algorithm that a workload has."""
     for space in spaces_for(work, TARGET):
         schedule = space.default_schedule(work, TARGET)
         path = folder / f"{kernel_name(work, schedule)}.py"
         path.write_text(render(work, schedule, "# test"))
-        for call in recorded_launches(path, work, sizes):
-            with pytest.raises(BuildError) as stopped:
-                compile_launch(call, TARGET, path.stem)
-            assert isinstance(stopped.value.__cause__, _Accepted), stopped.value
+        yield path
+
+
+def accepts(work: Workload, folder: Path, sizes: Sizes | None = None) -> None:
+    """Check every algorithm that a workload has."""
+    for path in files_of(work, folder):
+        check(recorded_launches(path, work, sizes), path)
+
+
+def check(calls: Iterable[RecordedLaunch], path: Path) -> None:
+    for call in calls:
+        with pytest.raises(BuildError) as stopped:
+            compile_launch(call, TARGET, path.stem)
+        assert isinstance(stopped.value.__cause__, _Accepted), stopped.value
 
 
 @pytest.mark.parametrize("branch_kv", BRANCH_KV)
@@ -78,3 +100,27 @@ def test_keys_and_values_of_any_two_types(
 @pytest.mark.parametrize("name", list(CASES))
 def test_shape(name: str, tmp_path: Path) -> None:
     accepts(CASES[name][0], tmp_path)
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("op", "statics"),
+    [
+        ("compressed_attention", {"kernel_size": 32, "kernel_stride": 16}),
+        ("selected_attention", {"block_size": 64}),
+        ("sliding_window_attention", {"window_size": 512}),
+    ],
+)
+def test_chunks(op: str, statics: dict[str, int], pass_: str, tmp_path: Path) -> None:
+    """Calls with offsets of the keys and positions of the first queries, by every algorithm."""
+    params = {"head_dim": 64, "v_head_dim": 64, "gqa_ratio": 16, **statics}
+    work = Workload.of(op, pass_, dtype="bfloat16", **params)
+    case = cases_of(work).make_case(work, Sizes((300,), 2), "meta")
+    ends, starts = (torch.empty(n, dtype=torch.int32, device="meta") for n in (2, 1))
+    chunk = {"q_start": starts} if "kernel_size" in statics else {"cu_seqlens_k": ends}
+    for path in files_of(work, tmp_path):
+        module = import_file(path)
+        for more in (chunk, {**chunk, "q_start": starts}):
+            with recording(module) as calls:
+                module.launch(*case.args, **more)
+            check(first_calls(calls), path)
