@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsagen.ops._gradients import reference_gradients
 from nsagen.ops._launch import no_backward, with_contiguous_rows
-from nsagen.ops._op import CONSTANTS, Op, by_name, define_op
+from nsagen.ops._op import CONSTANTS, Op, by_name, define_op, takes_tensor
 
 _NONE = inspect.Parameter.empty
 
@@ -70,14 +70,15 @@ def backward_of(op: Callable[..., Any], *, adds: bool = False) -> Callable[..., 
 class Gradients:
     """The backward pass of an op, as the op <name>_backward.
 
-    Its parameters are gradients of the op's outputs, these outputs, and the op's parameters. It
-    returns the gradient of each parameter in `of`: contiguous, and empty where that is None.
+    Its parameters are gradients of outputs and the op's own parameters, with outputs after the
+    tensors that come first. It returns the gradient of each parameter in `of`: contiguous, and
+    empty where that is None.
 
     Attributes:
         of: parameters that have a gradient.
         launch: as in `define_op`, of the same kernel's backward pass; without kernels the op's
             function is differentiated. A name that is none of the op's, nor a gradient, becomes an
-            optional tensor, which only kernels take.
+            optional tensor at the end, which only kernels take.
         optional: as in `define_op`.
         prepare: as in `define_op`, beside contiguous rows of gradients.
         adds: gradients that another op, <name>_backward_add, does not return, but adds to in
@@ -107,9 +108,15 @@ class Gradients:
         grads = [n for n in others if n[1:] in op.returns]
         outputs = [n for n in others if n in op.returns]
         more = [n for n in others if n not in grads and n not in outputs]
-        types = dict.fromkeys(grads, Tensor)
-        types |= dict.fromkeys(outputs, Tensor | None if more else Tensor)
-        types |= {n: op.hints[n] for n in own} | dict.fromkeys(more, Tensor | None)
+        leading = next((i for i, n in enumerate(own) if not takes_tensor(op.hints[n])), len(own))
+        hints = op.hints | dict.fromkeys(grads, Tensor) | dict.fromkeys(more, Tensor | None)
+        hints |= dict.fromkeys(outputs, Tensor | None if more else Tensor)
+
+        def parameters(changed: list[str]) -> dict[str, Any]:
+            names = (*grads, *own[:leading], *outputs, *changed, *own[leading:], *more)
+            return {n: hints.get(n, Tensor) for n in names}
+
+        types = parameters([])
         defaults = dict(zip(op.names, op.defaults, strict=True)) | dict.fromkeys(more)
         name = f"{op.name.removesuffix('_forward')}_backward"
 
@@ -146,7 +153,7 @@ class Gradients:
             kept = [n for n in of if f"d{n}" not in self.adds.split()]
             how |= {"mutates": self.adds, "allocate": _taking(_like, grads[0], *kept)}
             how["launch"] = self.launch.replace("False", "True")
-            changed = dict.fromkeys([*grads, *self.adds.split()], Tensor) | types
+            changed = parameters(self.adds.split())
 
             def refuse(*args: Any) -> Any:
                 raise no_backward(name, args[0])

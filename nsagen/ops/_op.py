@@ -278,7 +278,7 @@ class Op:
         self.values = (*self.names, *self.returns)
         self.defaults = tuple(p.default for p in parameters.values())
         self.hints = get_type_hints(function)
-        self.is_tensor = tuple(_is_tensor(self.hints[name]) for name in self.names)
+        self.is_tensor = tuple(takes_tensor(self.hints[name]) for name in self.names)
         self.check = None if check is None else by_name(check, self.names)
         self.allocate = by_name(allocate, self.names)
         self.scratch = {name: by_name(make, self.names) for name, make in scratch.items()}
@@ -346,7 +346,7 @@ class _Kernel:
         return find_kernel(args[self._dispatcher], op, pass_, params, main, self._context(args))
 
 
-def _is_tensor(hint: object) -> bool:
+def takes_tensor(hint: object) -> bool:
     """Whether a parameter is annotated as a tensor, or as one or None."""
     return hint is Tensor or Tensor in get_args(hint)
 

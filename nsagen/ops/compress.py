@@ -20,7 +20,7 @@ from nsagen.ops._checks import (
     check_indices,
     check_rows,
 )
-from nsagen.ops._derive import Gradients
+from nsagen.ops._derive import Gradients, backward_of
 from nsagen.ops._launch import key_of
 from nsagen.ops._op import apply, define_op
 from nsagen.ops.lengths import Lengths, lengths_of
@@ -151,3 +151,6 @@ def compress_forward(
     if compress_type == "mlp" and w is not None:
         return reference.mlp_first_layer(x, w, pe, cu_seqlens, **sizes)
     return reference.compress(x, w, pe, cu_seqlens, compress_type=compress_type, **sizes)[0]
+
+
+compress_backward = backward_of(compress_forward)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_attention, check_windowed
-from nsagen.ops._derive import Gradients, op_of
+from nsagen.ops._derive import Gradients, backward_of, op_of
 from nsagen.ops._launch import attention_outputs, attention_sizes, key_of, scale_of
 from nsagen.ops.block_selection import select_blocks
 from nsagen.ops.reference._checks import check_windows
@@ -96,3 +96,6 @@ compressed_attention_forward = op_of(
     ),
 )
 """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
+
+compressed_attention_backward = backward_of(compressed_attention_forward)
+add_compressed_gradient = backward_of(compressed_attention_forward, adds=True)

@@ -23,9 +23,12 @@ from nsagen.ops._derive import Gradients, backward_of
 from nsagen.ops._launch import attention_outputs, fixed_kernel, with_contiguous_rows
 from nsagen.ops._op import define_op
 from nsagen.ops.block_selection import block_selection_forward
-from nsagen.ops.compressed_attention import compressed_attention_forward
-from nsagen.ops.selected_attention import selected_attention_forward
-from nsagen.ops.sliding_window_attention import sliding_window_attention_forward
+from nsagen.ops.compressed_attention import add_compressed_gradient, compressed_attention_forward
+from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
+from nsagen.ops.sliding_window_attention import (
+    add_sliding_window_gradients,
+    sliding_window_attention_forward,
+)
 
 TAKEN = (
     "do_compressed dlse_compressed dlse_selected dlse_sliding"
@@ -74,16 +77,16 @@ def _gradients(call: Any) -> tuple[Tensor, ...]:
     delta_compressed, delta_selected, delta_sliding = deltas
     do, q, k, v, ends = call.do_compressed, call.q, call.k, call.v, call.cu_seqlens
     last, chunk = (call.softmax_scale, call.dispatcher), (call.cu_seqlens_k, call.q_start)
-    dq, dk, dv = backward_of(selected_attention_forward)(
-        *(do, None, call.lse_selected, q, k, v, call.topk_idx, ends, call.block_size),
+    dq, dk, dv = selected_attention_backward(
+        *(do, q, k, v, call.topk_idx, ends, None, call.lse_selected, call.block_size),
         *(*last, *chunk, delta_selected, of_selected),
     )
-    backward_of(sliding_window_attention_forward, adds=True)(
-        *(do, dq, dk, dv, None, call.lse_sliding, q, k, v, ends, call.window_size),
+    add_sliding_window_gradients(
+        *(do, q, k, v, ends, None, call.lse_sliding, dq, dk, dv, call.window_size),
         *(*last, *chunk, delta_sliding, of_sliding),
     )
-    dck, dcv = backward_of(compressed_attention_forward, adds=True)(
-        *(do, dq, None, call.lse_compressed, q, call.ck, call.cv, ends, call.window_cu_seqlens),
+    dck, dcv = add_compressed_gradient(
+        *(do, q, call.ck, call.cv, ends, call.window_cu_seqlens, None, call.lse_compressed, dq),
         *(call.kernel_size, call.kernel_stride, *last, call.q_start),
         *(delta_compressed, of_compressed),
     )
@@ -133,6 +136,9 @@ def branches_forward(
     )
     selected, sliding = (o_selected, lse_selected), (o_sliding, lse_sliding)
     return o_compressed, lse_compressed, *selected, *sliding, topk_idx
+
+
+branches_backward = backward_of(branches_forward)
 
 
 @define_op(

@@ -10,7 +10,7 @@ from torch import Tensor
 from nsagen.core.branches import BRANCHES
 from nsagen.ops import reference
 from nsagen.ops._checks import check_like, check_rows, fail
-from nsagen.ops._derive import Gradients, op_of
+from nsagen.ops._derive import Gradients, backward_of, op_of
 from nsagen.ops._launch import key_of
 from nsagen.runtime import Dispatcher
 
@@ -82,3 +82,5 @@ gated_sum_forward = op_of(
         "do o_compressed o_selected o_sliding gate do_compressed do_selected do_sliding dgate",
     ),
 )
+
+gated_sum_backward = backward_of(gated_sum_forward)

@@ -10,14 +10,15 @@ from torch import Tensor
 
 from nsagen.core.branches import BRANCHES, branches_on
 from nsagen.ops._checks import check_attention, fail
-from nsagen.ops._derive import Gradients, backward_of, op_like
+from nsagen.ops._derive import Gradients, op_like
 from nsagen.ops._launch import fixed_kernel, key_of, on_kernels, scale_of
 from nsagen.ops._op import apply, define_op
 from nsagen.ops.branch_attention import attend
-from nsagen.ops.compress import compress_forward, compress_windows
+from nsagen.ops.compress import compress_backward, compress_windows
 from nsagen.ops.gated_attention import (
     TAKEN,
     allocate_branches,
+    branches_backward,
     branches_forward,
     sum_branches,
 )
@@ -220,10 +221,10 @@ def _gradients(call: Any) -> tuple[Tensor, ...]:
     sizes = (call.kernel_size, call.kernel_stride)
     made = (call.positions, call.window_cu_seqlens, call.window_positions)
     positions, ends, window_positions = _offsets(k, cu_seqlens, sizes, made)
-    dq, dk, dv, dck, dcv, dgate = backward_of(branches_forward)(
+    dq, dk, dv, dck, dcv, dgate = branches_backward(
         *(call.do_compressed, call.dlse_compressed, call.dlse_selected, call.dlse_sliding),
-        *(call.lse_compressed, call.lse_selected, call.lse_sliding, call.topk_idx),
         *(call.q_turned, call.k_turned, v, call.ck, call.cv, call.gate, cu_seqlens, ends),
+        *(call.lse_compressed, call.lse_selected, call.lse_sliding, call.topk_idx),
         *(*sizes, *_selection(call), call.dispatcher),
     )
     # The transpose of a rotation is the rotation back.
@@ -231,7 +232,7 @@ def _gradients(call: Any) -> tuple[Tensor, ...]:
     dq = rope_forward(dq, *tables, positions, call.dispatcher)
     dk = rope_forward(dk, *tables, positions, call.dispatcher)
     dck = rope_forward(dck, *tables, window_positions, call.dispatcher)
-    compress_backward, last = backward_of(compress_forward), (*sizes, call.dispatcher)
+    last = (*sizes, call.dispatcher)
     of_k, dw_k, dpe = compress_backward(
         dck, k, call.w_k, call.pe, cu_seqlens, ends, call.compress_type, *last
     )

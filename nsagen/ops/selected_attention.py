@@ -18,7 +18,7 @@ from nsagen.ops._checks import (
     check_topk_idx,
     fail,
 )
-from nsagen.ops._derive import Gradients, op_of
+from nsagen.ops._derive import Gradients, backward_of, op_of
 from nsagen.ops._launch import attention_outputs, attention_sizes, key_of, scale_of
 from nsagen.runtime import Dispatcher
 
@@ -105,3 +105,5 @@ selected_attention_forward = op_of(
     ),
 )
 """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
+
+selected_attention_backward = backward_of(selected_attention_forward)

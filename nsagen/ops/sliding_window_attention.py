@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_attention, check_chunk, check_cu_seqlens, check_indices, fail
-from nsagen.ops._derive import Gradients, op_of
+from nsagen.ops._derive import Gradients, backward_of, op_of
 from nsagen.ops._launch import attention_outputs, attention_sizes, key_of, scale_of
 from nsagen.runtime import Dispatcher
 
@@ -97,3 +97,6 @@ sliding_window_attention_forward = op_of(
     ),
 )
 """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""
+
+sliding_window_attention_backward = backward_of(sliding_window_attention_forward)
+add_sliding_window_gradients = backward_of(sliding_window_attention_forward, adds=True)

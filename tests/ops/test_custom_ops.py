@@ -9,20 +9,25 @@ from torch.autograd import forward_ad
 
 from nsagen.core.branches import BRANCHES
 from nsagen.core.errors import UnsupportedWorkloadError
-from nsagen.ops._derive import backward_of
 from nsagen.ops.block_selection import block_selection_forward
-from nsagen.ops.compress import compress_forward
-from nsagen.ops.compressed_attention import compressed_attention_forward
+from nsagen.ops.compress import compress_backward, compress_forward
+from nsagen.ops.compressed_attention import (
+    compressed_attention_backward,
+    compressed_attention_forward,
+)
 from nsagen.ops.compressed_lse import compressed_lse_forward
 from nsagen.ops.gated_attention import branch_columns
-from nsagen.ops.gated_sum import gated_sum_forward
+from nsagen.ops.gated_sum import gated_sum_backward, gated_sum_forward
 from nsagen.ops.index_loss import index_loss_forward
 from nsagen.ops.layout import compressed_cu_seqlens
 from nsagen.ops.native_sparse_attention import add_gradients, attention_without_gradients
 from nsagen.ops.reference.compress import tensors_of
 from nsagen.ops.rope import rope_forward
-from nsagen.ops.selected_attention import selected_attention_forward
-from nsagen.ops.sliding_window_attention import sliding_window_attention_forward
+from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
+from nsagen.ops.sliding_window_attention import (
+    sliding_window_attention_backward,
+    sliding_window_attention_forward,
+)
 from nsagen.ops.sliding_window_gated_sum import sliding_window_gated_sum
 
 from .inputs import STATICS, Cached, Packed
@@ -113,20 +118,22 @@ def backward_calls() -> dict[str, Call]:
     _, plain = compress_call("avgpool", pe=False)(x)
     _, mlp = compress_call("mlp", pe=True)(x)
     dy = x.randn(10, 2, 16)
-    do, qkv = (o, o, lse), (x.q, x.k, x.v)
-    calls: dict[str, Call] = {
-        "linear": (compress_forward, (dy, *args)),
-        "avgpool": (compress_forward, (dy, *plain)),
-        "mlp": (compress_forward, (x.randn(10, 2, 20), *mlp)),
-        "compressed": (compressed_attention_forward, (*do, *windows, *WINDOWS, SCALE)),
+    packed = (o, x.q, x.k, x.v)
+    return {
+        "linear": (compress_backward, (dy, *args)),
+        "avgpool": (compress_backward, (dy, *plain)),
+        "mlp": (compress_backward, (x.randn(10, 2, 20), *mlp)),
+        "compressed": (compressed_attention_backward, (o, *windows, o, lse, *WINDOWS, SCALE)),
         "selected": (
-            selected_attention_forward,
-            (*do, *qkv, selection(x), x.cu_seqlens, 8, SCALE),
+            selected_attention_backward,
+            (*packed, selection(x), x.cu_seqlens, o, lse, 8, SCALE),
         ),
-        "sliding": (sliding_window_attention_forward, (*do, *qkv, x.cu_seqlens, 9, SCALE)),
-        "gated_sum": (gated_sum_forward, (x.q, *like(x.q, x), x.randn(*x.q.shape), x.gate)),
+        "sliding": (
+            sliding_window_attention_backward,
+            (*packed, x.cu_seqlens, o, lse, 9, SCALE),
+        ),
+        "gated_sum": (gated_sum_backward, (x.q, *like(x.q, x), x.randn(*x.q.shape), x.gate)),
     }
-    return {name: (backward_of(op), args) for name, (op, args) in calls.items()}
 
 
 @pytest.mark.parametrize(
