@@ -38,20 +38,21 @@ def write_report(path: Path, result: Result) -> None:
     from plotly.offline import get_plotlyjs
 
     names = {str(study.study_name): study for study in result.studies}
-    sections = [_section(study, opened=len(names) == 1) for study in names.values()]
+    unit = "cost" if result.device.startswith("static-") else "ms"
+    sections = [_section(study, unit, opened=len(names) == 1) for study in names.values()]
     style, script = (
         Path(__file__).with_name(f"tuning.{end}").read_text("utf-8") for end in ("css", "js")
     )
-    intro = f"<style>{style}</style><script>{get_plotlyjs()}</script>{_summary(result)}"
+    intro = f"<style>{style}</style><script>{get_plotlyjs()}</script>{_summary(result, unit)}"
     sections.append(f"<script>{script}</script>")
     replace_file(path, page(f"Tuning on {result.device}", intro, *sections))
 
 
-def _summary(result: Result) -> str:
+def _summary(result: Result, unit: str) -> str:
     rows = "".join(_record_row(record) for record in result.records)
     notes = "".join(f"<li>{_text(line)}</li>" for line in [*result.notes, *result.failures])
-    head = "<th>workload<th>sizes<th>winner<th>ms<th>default ms<th>gain<th>runner-up ms<th>spread"
-    head += "<th>tried"
+    head = f"<th>workload<th>sizes<th>winner<th>{unit}<th>default {unit}<th>gain"
+    head += f"<th>runner-up {unit}<th>spread<th>tried"
     table = f'<div class="table"><table><tr>{head}</tr>{rows}</table></div>' if rows else ""
     return table + (f"<ul>{notes}</ul>" if notes else "")
 
@@ -71,7 +72,7 @@ def _record_row(record: TuningRecord) -> str:
     return f"<tr>{texts}{''.join(f'<td class=number>{n}' for n in numbers)}</tr>"
 
 
-def _section(study: optuna.Study, *, opened: bool) -> str:
+def _section(study: optuna.Study, unit: str, *, opened: bool) -> str:
     """A search's plots, drawn once the section is opened, and the reasons for its failures."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     good = [t for t in trials if t.user_attrs["outcome"]["ms"] is not None]
@@ -81,8 +82,8 @@ def _section(study: optuna.Study, *, opened: bool) -> str:
     title, _, _ = study.study_name.partition(" #")
     parts = [f"<details{' open' if opened else ''}><summary>{_text(title)}</summary>"]
     if good:
-        figures = [_history(good), _slices(good), _parallel(good)]
-        figures += [_importance(study)] if len(good) > 3 else []
+        figures = [_history(good, unit), _slices(good, unit), _parallel(good, unit)]
+        figures += [_importance(study, unit)] if len(good) > 3 else []
         parts += map(_plot, figures)
     rows = "".join(
         f"<tr><td>{_text(reason)}<td class=number>{count}" for reason, count in failed.most_common()
@@ -96,7 +97,7 @@ def _ms(trial: FrozenTrial) -> float:
     return float(trial.user_attrs["outcome"]["ms"])
 
 
-def _history(trials: list[FrozenTrial]):  # plotly is optional
+def _history(trials: list[FrozenTrial], unit: str):  # plotly is optional
     import plotly.graph_objects as go
 
     numbers = [t.number for t in trials]
@@ -109,12 +110,12 @@ def _history(trials: list[FrozenTrial]):  # plotly is optional
     line = go.Scatter(x=numbers, y=best, mode="lines", line_shape="hv", name="best so far")
     first = go.Scatter(x=[numbers[0], numbers[-1]], y=[_ms(trials[0])] * 2, mode="lines")
     first.update(name="first (the default)", line={"dash": "dot", "color": "#8a94a3"})
-    figure = go.Figure([points.update(name="measured"), line, first])
-    figure.update_layout(title="History", xaxis_title="trial", yaxis_title="ms", yaxis_type="log")
+    figure = go.Figure([points.update(name="evaluated"), line, first])
+    figure.update_layout(title="History", xaxis_title="trial", yaxis_title=unit, yaxis_type="log")
     return figure
 
 
-def _slices(trials: list[FrozenTrial]):
+def _slices(trials: list[FrozenTrial], unit: str):
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
@@ -128,11 +129,11 @@ def _slices(trials: list[FrozenTrial]):
         order = sorted(set(values), key=_place)
         figure.update_xaxes(type="category", categoryarray=order, row=1, col=column)
     figure.update_yaxes(type="log")
-    figure.update_layout(title="Slices: ms by each knob's value", showlegend=False)
+    figure.update_layout(title=f"Slices: {unit} by each knob's value", showlegend=False)
     return figure
 
 
-def _parallel(trials: list[FrozenTrial]):
+def _parallel(trials: list[FrozenTrial], unit: str):
     import plotly.graph_objects as go
 
     dimensions = []
@@ -142,19 +143,19 @@ def _parallel(trials: list[FrozenTrial]):
         axis = {"label": name, "values": [known.index(v) for v in values]}
         dimensions.append({**axis, "tickvals": list(range(len(known))), "ticktext": known})
     times = [_ms(t) for t in trials]
-    dimensions.append({"label": "ms", "values": times})
+    dimensions.append({"label": unit, "values": times})
     line = {"color": [math.log(ms) for ms in times], "colorscale": "Viridis", "reversescale": True}
     figure = go.Figure(go.Parcoords(line=line, dimensions=dimensions))
     figure.update_layout(title="Parallel coordinates", margin_l=150)
     return figure
 
 
-def _importance(study: optuna.Study):
+def _importance(study: optuna.Study, unit: str):
     import plotly.graph_objects as go
 
     found = get_param_importances(study)
     figure = go.Figure(go.Bar(x=list(found.values()), y=list(found), orientation="h"))
-    figure.update_layout(title="Importance of each knob (share of the variance of log ms)")
+    figure.update_layout(title=f"Importance of each knob (share of the variance of log {unit})")
     return figure
 
 

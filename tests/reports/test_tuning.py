@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nsagen.cli.app import main
-from nsagen.core.errors import TuneError
+from nsagen.core.errors import InvalidInputError
 from nsagen.reports.tuning import check_report, write_report
 from nsagen.tune import session
 from nsagen.tune.recording import load_recording
@@ -55,6 +55,20 @@ def test_the_page_is_whole_in_itself(world: World, tmp_path: Path) -> None:
     assert all(values == sorted(values, key=int) for values in blocks if values[0].isdecimal())
 
 
+@pytest.mark.parametrize(("device", "unit"), [("static-cuda-90", "cost"), ("nvidia-h200", "ms")])
+def test_what_was_not_measured_has_no_milliseconds(
+    world: World, tmp_path: Path, device: str, unit: str
+) -> None:
+    result = replace(world.tune(trials=6), device=device)
+    write_report(tmp_path / "page.html", result)
+    page = (tmp_path / "page.html").read_text()
+    figures = re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
+    layouts = [json.loads(figure)["layout"] for figure in figures]
+    assert layouts[0]["yaxis"]["title"]["text"] == unit
+    assert layouts[1]["title"]["text"] == f"Slices: {unit} by each knob's value"
+    assert f"<th>default {unit}<th>" in page
+
+
 def test_it_has_the_style_of_the_other_pages(world: World, tmp_path: Path) -> None:
     """Dark where the reader's screen is, as wide as a phone, and plots in the page's colours."""
     write_report(tmp_path / "page.html", world.tune(trials=6))
@@ -92,5 +106,5 @@ def test_a_file_of_the_users_is_refused_before_the_search(
 
 def test_without_plotly_no_search_begins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(TuneError, match=r"nsagen\[plot\]"):
+    with pytest.raises(InvalidInputError, match=r"nsagen\[plot\]"):
         check_report(tmp_path / "page.html")
