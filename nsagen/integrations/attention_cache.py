@@ -27,12 +27,14 @@ class _Windows:
     Attributes:
         kept: [B, HK, M, D] or None; of row b the first `counts[b]` are right.
         counts: windows of each row.
+        lengths: tokens of each row that the windows were made of; () where unknown.
         sizes: kernel_size and kernel_stride.
         padded: whether rows have padding, so that slots are not positions.
     """
 
     kept: Tensor | None = None
     counts: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
     sizes: tuple[int, int] = (0, 0)
     padded: bool = False
 
@@ -46,12 +48,19 @@ class _Windows:
         counts = self.counts if self.kept is not None and self.sizes == sizes else ()
         if len(counts) != keys.shape[0]:
             counts = (0,) * keys.shape[0]
-        # Windows of tokens that this call brings are new, whatever was kept in their place.
-        before = [k - q for k, q in zip(layout.key_lengths, layout.query_lengths, strict=True)]
-        by_row = dict(zip(layout.rows, before, strict=True))
-        counts = tuple(
-            min(n, form.windows(by_row[b])) if b in by_row else n for b, n in enumerate(counts)
-        )
+        # Windows of tokens that this call brings are new, whatever was kept in their place. All are
+        # new in a row whose mask changed for cached tokens.
+        sizes_of_rows = zip(layout.key_lengths, layout.query_lengths, strict=True)
+        rows = dict(zip(layout.rows, sizes_of_rows, strict=True))
+        held = dict(enumerate(self.lengths if len(self.lengths) == len(counts) else ()))
+        kept, lengths = list(counts), list(counts)
+        for b, n in enumerate(counts):
+            tokens, new = rows.get(b, (held.get(b, 0), 0))
+            kept[b] = min(n, form.windows(tokens - new)) if b in rows else n
+            if held.get(b, tokens - new) != tokens - new:
+                kept[b] = 0
+            lengths[b] = tokens
+        counts, self.lengths = tuple(kept), tuple(lengths)
         old = self.kept if any(counts) else None
         self.kept, self.counts = with_windows(form, keys, layout, old, counts)
         self.sizes, self.padded = sizes, layout.key_index is not None
@@ -62,9 +71,10 @@ class _Windows:
             self.kept = self.kept[index]
             rows = torch.arange(len(self.counts), device=self.kept.device)[index].tolist()
             self.counts = tuple(self.counts[row] for row in rows)
+            self.lengths = tuple(self.lengths[row] for row in rows) if self.lengths else ()
 
     def _forget(self) -> None:
-        self.kept, self.counts = None, ()
+        self.kept, self.counts, self.lengths = None, (), ()
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
@@ -91,6 +101,7 @@ class _Windows:
         left = int(self.get_seq_length())  # type: ignore[attr-defined]
         whole = max(0, (left - size) // stride + 1)
         self.counts = tuple(min(n, whole) for n in self.counts)
+        self.lengths = ()
 
 
 class WindowedLayer(_Windows, DynamicLayer):

@@ -132,6 +132,10 @@ def _with_documents(
         if key_ends is not None:
             refuse("cu_seq_lens_k", "must come with cu_seq_lens_q", "no cu_seq_lens_q", "add it")
         return layout
+    for name, given in (("cu_seq_lens_q", ends), ("cu_seq_lens_k", key_ends)):
+        if given is not None and not isinstance(given, Tensor):
+            rule = "must be a tensor of integers [documents + 1]"
+            refuse(name, rule, type(given).__name__, "make it a tensor")
     if key_ends is not None and key_ends is not ends and not torch.equal(key_ends, ends):
         refuse("cu_seq_lens_k", "must equal cu_seq_lens_q", "another", "pass the same")
     lengths = tuple(ends.diff().tolist())

@@ -31,6 +31,7 @@ IGNORED = {
     "num_items_in_batch",
     "cache_position",
     "logits_to_keep",
+    "shift_labels",
     "sliding_window",  # None here: layers with a window stay dense
     "is_causal",  # not False here
     "max_length_q",

@@ -59,9 +59,10 @@ def mask_of(
     real = torch.ones(batch_size, kv_length, dtype=torch.int32, device=device)
     if attention_mask is not None:
         given = attention_mask[:, :kv_length].to(torch.int32)
-        if not static and given.shape[1] < kv_length:
-            rule, came = f"must cover all {kv_length} tokens", f"{given.shape[1]}"
-            refuse("attention_mask", rule, came, "add the tokens that the cache holds")
+        so_far = q_offset + q_length  # a static cache has keys beyond these
+        if given.shape[1] < so_far:
+            rule, came = f"must cover all {int(so_far)} tokens", f"{given.shape[1]}"
+            refuse("attention_mask", rule, came, "add those that the cache holds")
         real[:, : given.shape[1]] = given
     if documents is not None:
         real = real * documents

@@ -298,6 +298,39 @@ class TestCaches:
             expected = oracle("Llama", INFLLM, both[row, first:])[82 - first :]
             assert distance(logits[row], expected) < 1e-5
 
+    @pytest.mark.parametrize("new", [1, 9])
+    @torch.no_grad()
+    def test_a_mask_that_changes_for_cached_tokens(self, new: int) -> None:
+        """As where nothing of it was kept: windows count from each row's first real token."""
+        model, ids = sparse("Llama", {**INFLLM, "dense_decode": False}), tokens(2, 90)
+        mask = torch.ones(2, 80 + new, dtype=torch.int64)
+        mask[0, :13] = 0
+        logits = []
+        for forget in (False, True):
+            cache = DynamicCache()
+            for first, end in ((0, 78), (78, 80)):
+                model(ids[:, first:end], past_key_values=cache)
+            for layer in cache.layers:
+                assert layer.kept is not None
+                if forget:
+                    layer._forget()
+            given = {"attention_mask": mask, "past_key_values": cache}
+            logits.append(model(ids[:, 80 : 80 + new], **given).logits)
+        assert distance(*logits) < 1e-5
+
+    @pytest.mark.parametrize("static", [False, True])
+    @torch.no_grad()
+    def test_a_mask_of_too_few_tokens(self, static: bool) -> None:
+        model, ids = sparse("Llama", INFLLM), tokens(2, 40)
+        with pytest.raises(InvalidInputError, match="must cover all 40 tokens; got 30"):
+            model(ids, attention_mask=torch.ones(2, 30), use_cache=False)
+        sizes = {"config": model.config, "max_cache_len": 64}
+        cache = transformers.StaticCache(**sizes) if static else DynamicCache()
+        model(ids, past_key_values=cache)
+        for width in (1, 40):
+            with pytest.raises(InvalidInputError, match=f"must cover all 41 tokens; got {width}"):
+                model(ids[:, :1], attention_mask=torch.ones(2, width), past_key_values=cache)
+
     @torch.no_grad()
     def test_rows_can_be_repeated_and_chosen(self) -> None:
         model, ids, cache = sparse("Llama", INFLLM), tokens(2, 90), DynamicCache()
@@ -365,6 +398,12 @@ class TestRefusals:
         ends = torch.tensor([0, 30], dtype=torch.int32)
         refused("cu_seq_lens_q", model, ids, cu_seq_lens_q=ends)
         refused("cu_seq_lens_q", model, ids.repeat(2, 1), cu_seq_lens_q=ends)
+
+    @pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seq_lens_k"])
+    def test_ends_of_documents_are_tensors(self, name: str) -> None:
+        ends = {"cu_seq_lens_q": torch.tensor([0, 20]), name: [0, 20]}
+        with pytest.raises(InvalidInputError, match=f"{name}: must be a tensor of integers"):
+            sparse("Llama", INFLLM)(tokens(1, 20), use_cache=False, **ends)
 
     def test_documents_that_layers_with_a_window_would_not_see(self) -> None:
         ids, model, ends = tokens(1, 40), sparse("Gemma3", INFLLM), torch.tensor([0, 9, 40])
