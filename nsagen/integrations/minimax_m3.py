@@ -207,7 +207,12 @@ def _index_heads(
     cos, sin = (table[..., : self.head_dim] for table in position_embeddings)
     q, k = m3.apply_rotary_pos_emb(q, k, cos, sin)
     if cache is not None:
-        k = cache.layers[self.layer_idx].update_index(k)
+        layers = cache.layers
+        layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+        if not hasattr(layer, "update_index"):
+            rule, advice = "must have room for index keys", "make it with config=model.config"
+            refuse("cache", rule, f"a {type(layer).__name__}", advice)
+        k = layer.update_index(k)
     return IndexHeads(q, k, self.layer_idx, self.config, self.training)
 
 

@@ -308,6 +308,12 @@ def test_what_is_not_computed_is_refused_by_name() -> None:
 
 
 @torch.no_grad()
+def test_a_cache_without_index_keys_is_refused() -> None:
+    """One that was made without the model's config."""
+    with pytest.raises(InvalidInputError, match="cache: must have room for index keys; got a"):
+        ours()(tokens(1, 20), past_key_values=transformers.DynamicCache())
+
+
 def test_a_saved_folder_opens_with_it(tmp_path: Path) -> None:
     ids, model = tokens(1, 80), ours(nsagen={"index_loss_coef": 0.1})
     model.save_pretrained(tmp_path)
