@@ -208,7 +208,7 @@ def _index_heads(
     q, k = m3.apply_rotary_pos_emb(q, k, cos, sin)
     if cache is not None:
         layers = cache.layers
-        layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+        layer: Any = layers[self.layer_idx] if self.layer_idx < len(layers) else None
         if not hasattr(layer, "update_index"):
             rule, advice = "must have room for index keys", "make it with config=model.config"
             refuse("cache", rule, f"a {type(layer).__name__}", advice)
