@@ -57,6 +57,20 @@ def test_a_repeated_block_that_counts_twice() -> None:
     assert wrong(adds_repeats, "topk_sparse_attention") == ["blocks in any order"]
 
 
+def test_the_documented_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/verify.md's first function fails, and only by its numbers."""
+    text = (Path(__file__).parents[2] / "docs" / "verify.md").read_text("utf-8")
+    source = re.search(r'```python title="mine.py"\n(.*?)```', text, re.DOTALL)
+    assert source
+    (tmp_path / "mine.py").write_text(source[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    function = importlib.import_module("mine").sliding_window_attention
+    found = results(function, "sliding_window_attention")
+    assert "failed" in found["one sequence"]
+    assert found["same bits twice"] == found["inputs left alone"] == {"ok"}
+
+
 def test_a_window_of_one_key_more() -> None:
     def counts_the_query_twice(q, k, v, window_size, cu_seqlens, scale):  # type: ignore[no-untyped-def]
         return ops.sliding_window_attention(q, k, v, window_size + 1, cu_seqlens, scale)
@@ -78,6 +92,81 @@ def test_padding_that_reaches_a_row() -> None:
         return o + 0 * v.sum()
 
     assert wrong(multiplies_by_zero, "topk_sparse_attention") == ["poisoned memory"]
+
+
+def test_a_scale_that_is_ignored() -> None:
+    def scales_by_itself(q, k, v, window_size, cu_seqlens, scale):  # type: ignore[no-untyped-def]
+        return ops.sliding_window_attention(q, k, v, window_size, cu_seqlens)
+
+    assert "one sequence" in wrong(scales_by_itself, "sliding_window_attention")
+
+
+def test_one_wrong_row_among_many() -> None:
+    """By less than what rounding does to all of them together."""
+
+    def forgets_a_little(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        o = ops.topk_sparse_attention(q, k, v, *rest)
+        off = torch.ones_like(o)
+        off[-1, 0] -= 2e-4
+        return o * off
+
+    rows = verify_implementation(forgets_a_little, "topk_sparse_attention", SMALL, "cpu")
+    row = next(row for row in rows if row["output"] == "o")
+    assert row["error"] < row["threshold"]
+    assert row["result"] == "failed"
+    assert row["note"].startswith("token 52, head 0: relative error 1.2e-04")
+
+
+def test_another_dtype_is_named() -> None:
+    def answers_in_float64(*args: Any) -> Tensor:
+        return ops.sliding_window_attention(*args).double()
+
+    row = next(verify_implementation(answers_in_float64, "sliding_window_attention", SMALL, "cpu"))
+    assert row["result"] == "failed"
+    assert "torch.float64 of shape" in row["note"]
+    assert ", not torch.float32 of shape" in row["note"]
+
+
+def test_a_function_without_gradients_is_judged_by_its_output() -> None:
+    def infers(*args: Any) -> Tensor:
+        with torch.no_grad():
+            return ops.sliding_window_attention(*args)
+
+    rows = list(verify_implementation(infers, "sliding_window_attention", SMALL, "cpu"))
+    assert [(row["output"], row["result"]) for row in rows[:2]] == [
+        ("o", "ok"),
+        ("dq, dk, dv", "refused"),
+    ]
+    assert "not differentiable" in rows[1]["note"]
+    assert not any(row["result"] == "failed" for row in rows)
+
+
+def test_rows_that_are_never_written() -> None:
+    """Where an allocator hands out zeros they look right."""
+
+    class WritesWhatSees(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, o: Tensor, sees: Tensor) -> Tensor:
+            out = torch.empty_like(o)
+            out[sees] = o[sees]
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, do: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+            return do, None
+
+    def skips(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        o, topk_idx = ops.compressed_attention(q, k, v, *rest)
+        return WritesWhatSees.apply(o, (o != 0).any(-1)), topk_idx  # type: ignore[return-value]
+
+    assert "poisoned memory" in wrong(skips, "compressed_attention")
+
+
+def test_forced_blocks_that_are_always_the_same() -> None:
+    def takes_one_and_two(*args: Any) -> tuple[Tensor, Tensor]:
+        return ops.compressed_attention(*args[:-2], 1, 2)
+
+    assert wrong(takes_one_and_two, "compressed_attention") == ["the best blocks"]
 
 
 def test_changed_inputs_and_changing_bits() -> None:
