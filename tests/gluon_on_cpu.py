@@ -14,7 +14,7 @@ import itertools
 import random
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,7 +230,7 @@ class Language:
 
         return types.SimpleNamespace(
             **{name: getattr(torch, name) for name in ("float32", "int32", "int64")},
-            **{"float16": torch.float16, "bfloat16": torch.bfloat16, "exp2": torch.exp2},
+            **{name: getattr(torch, name) for name in ("float16", "bfloat16", "exp2", "log2")},
             constexpr=lambda x: x,
             program_id=lambda axis: torch.tensor(self.program[axis]),
             num_programs=lambda axis: torch.tensor(self.grid[axis]),
@@ -244,6 +244,7 @@ class Language:
             minimum=lambda x, y: torch.minimum(number(x), number(y).to(number(x).dtype)),
             maximum=lambda x, y: torch.maximum(number(x), number(y).to(number(x).dtype)),
             sum=lambda x, dim: x.sum(dim),
+            max=lambda x, dim: x.amax(dim),
             cdiv=lambda x, y: (x + y - 1) // y,
             static_range=range,
             allocate_shared_memory=allocate,
@@ -252,6 +253,7 @@ class Language:
             DotOperandLayout=lambda **_: Layout(),
             SliceLayout=lambda dim, parent: Layout(),
             BlockedLayout=lambda *_: Layout(),
+            DistributedLinearLayout=lambda **_: Layout(),
             SwizzledSharedLayout=lambda *_: Layout(),
             NVMMASharedLayout=Layout,
             shared_memory_descriptor=Shared,
@@ -420,11 +422,17 @@ class Pipeline:
                 "gluon": jit,
                 "triton": jit,
                 "torch": torch,
+                "range": counted,
                 **language.hopper(),
             }
             names |= {"NamedTuple": object, "TensorDescriptor": None}
             exec(self.code, names)
             names[self.name](*(argument(x) for x in args))
+
+
+def counted(*bounds: Any) -> Iterator[Tensor]:
+    """A loop's numbers, as tensors: a kernel may widen them."""
+    return map(torch.tensor, range(*bounds))
 
 
 def argument(x: Any) -> Any:

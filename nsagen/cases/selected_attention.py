@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -64,7 +64,10 @@ def make_inputs(
         shape = (sizes.tokens, heads, size)
         return torch.randn(shape, dtype=dtype, device=device, generator=random)
 
-    topk_idx = random_blocks(sizes, block_size, device, random)
+    forced = (INIT_BLOCKS, LOCAL_BLOCKS)
+    if workload.pass_ == "forward" and workload.local_blocks:
+        forced = (int(workload.init_blocks), int(workload.local_blocks))
+    topk_idx = random_blocks(sizes, block_size, device, random, forced)
     return Inputs(
         normal(query_heads, dim),
         normal(kv_heads, dim),
@@ -77,10 +80,28 @@ def make_inputs(
     )
 
 
-def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
-    """A call on random inputs."""
+def make_case(
+    workload: Workload,
+    sizes: Sizes,
+    device: torch.device | str,
+    seed: int = 0,
+    topk_idx: torch.Tensor | None = None,
+) -> Case:
+    """A call on random inputs, with the given blocks where there are any.
+
+    A workload with forced blocks gets what attention to them gave, too.
+    """
     x = make_inputs(workload, sizes, device, seed)
+    if topk_idx is not None:
+        x = replace(x, topk_idx=topk_idx)
     o, lse = x.outputs()
+    more = ()
+    if workload.local_blocks:
+        more = (
+            None,
+            None,
+            *_forced_result(x, int(workload.init_blocks), int(workload.local_blocks)),
+        )
 
     def expected() -> dict[str, torch.Tensor]:
         o, lse = x.attend(x.q.double(), x.k.double(), x.v.double())
@@ -88,7 +109,7 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
 
     tensors = (x.q, x.k, x.v, x.topk_idx, o, lse)
     return Case(
-        args=(x.q, x.k, x.v, x.topk_idx, x.cu_seqlens, o, lse, x.softmax_scale),
+        args=(x.q, x.k, x.v, x.topk_idx, x.cu_seqlens, o, lse, x.softmax_scale, *more),
         outputs={"o": o, "lse": lse},
         expected=expected,
         cost=Cost(
@@ -98,25 +119,52 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     )
 
 
+def _forced_result(
+    x: Inputs, init_blocks: int, local_blocks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """o and lse of attention to the forced blocks alone, in the dtypes of the outputs."""
+    if x.q.is_meta:
+        return x.outputs()
+    o, lse = reference.forced_blocks_attention(
+        *(x.q.double(), x.k.double(), x.v.double(), x.cu_seqlens),
+        block_size=x.block_size,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        softmax_scale=x.softmax_scale,
+    )
+    return o.to(x.q.dtype), lse.float()
+
+
 def random_blocks(
-    sizes: Sizes, block_size: int, device: torch.device | str, random: torch.Generator | None
+    sizes: Sizes,
+    block_size: int,
+    device: torch.device | str,
+    random: torch.Generator | None,
+    forced: tuple[int, int] = (INIT_BLOCKS, LOCAL_BLOCKS),
 ) -> torch.Tensor:
     """int32 [HK, N, TOPK]: initial and local blocks and random others; ascending, then -1."""
     parts = [torch.empty((sizes.kv_heads, 0, TOPK), dtype=torch.int32, device=device)]
     for length in sizes.seqlens:
         for start in range(0, length, 4096):  # bounds the memory for the scores
             t = torch.arange(start, min(start + 4096, length), device=device)[:, None]
-            parts.append(_chosen(t, sizes.kv_heads, -(-length // block_size), block_size, random))
+            blocks = -(-length // block_size)
+            parts.append(_chosen(t, sizes.kv_heads, blocks, block_size, random, forced))
     return torch.cat(parts, 1)
 
 
 def _chosen(
-    t: torch.Tensor, heads: int, blocks: int, block_size: int, random: torch.Generator | None
+    t: torch.Tensor,
+    heads: int,
+    blocks: int,
+    block_size: int,
+    random: torch.Generator | None,
+    forced: tuple[int, int],
 ) -> torch.Tensor:
+    init_blocks, local_blocks = forced
     own = t // block_size
     block = torch.arange(max(blocks, TOPK), device=t.device)
     scores = torch.rand((heads, t.shape[0], block.shape[0]), device=t.device, generator=random)
-    scores = scores.masked_fill((block < INIT_BLOCKS) | (block > own - LOCAL_BLOCKS), 2.0)
+    scores = scores.masked_fill((block < init_blocks) | (block > own - local_blocks), 2.0)
     scores = scores.masked_fill(block > own, -1.0)
     best = scores.topk(TOPK, dim=-1)
     none = torch.iinfo(torch.int32).max

@@ -10,7 +10,10 @@ from nsagen.ops import reference
 
 
 def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
-    """Random q [N, HQ, D], k [N, HK, D] and v [N, HK, Dv]; o and lse poisoned."""
+    """Random q [N, HQ, D], k [N, HK, D] and v [N, HK, Dv]; o and lse poisoned.
+
+    A workload with forced blocks has their o and lse, too.
+    """
     dtype = getattr(torch, workload.dtype)
     dim, v_dim, window = (
         int(n) for n in (workload.head_dim, workload.v_head_dim, workload.window_size)
@@ -28,18 +31,30 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     o = poisoned((sizes.tokens, query_heads, v_dim), dtype, device)
     lse = poisoned((sizes.tokens, query_heads), torch.float32, device)
     scale = dim**-0.5
+    names = ("block_size", "init_blocks", "local_blocks")
+    blocks = {name: int(getattr(workload, name)) for name in names if workload.pass_ == "forward"}
+    forced: dict[str, torch.Tensor] = {}
+    if blocks.get("local_blocks"):
+        forced["o_forced"] = poisoned(tuple(o.shape), dtype, device)
+        forced["lse_forced"] = poisoned(tuple(lse.shape), torch.float32, device)
+    more = (None, None, *forced.values()) if forced else ()
 
     def expected() -> dict[str, torch.Tensor]:
         o, lse = reference.sliding_window_attention_forward(
             q.double(), k.double(), v.double(), cu_seqlens, window_size=window, softmax_scale=scale
         )
-        return {"o": o, "lse": lse}
+        found = {"o": o, "lse": lse}
+        if forced:
+            wide = (q.double(), k.double(), v.double(), cu_seqlens)
+            results = reference.forced_blocks_attention(*wide, **blocks, softmax_scale=scale)
+            found |= dict(zip(forced, results, strict=True))
+        return found
 
     widths = [(length, min(length, window)) for length in sizes.seqlens]
     seen = sum(width * (length - (width - 1) / 2) for length, width in widths)
     return Case(
-        args=(q, k, v, cu_seqlens, o, lse, scale),
-        outputs={"o": o, "lse": lse},
+        args=(q, k, v, cu_seqlens, o, lse, scale, *more),
+        outputs={"o": o, "lse": lse, **forced},
         expected=expected,
         cost=Cost(
             flops=2 * seen * query_heads * (dim + v_dim),

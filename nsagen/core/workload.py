@@ -88,16 +88,24 @@ STATIC_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
 
 _HIDDEN = ("mlp_hidden",)
 _SCORING = ("score_norm", "score_heads", "score_pool")
+FORCED: dict[tuple[str, str], tuple[str, ...]] = {
+    ("sliding_window_attention", "forward"): ("block_size", "init_blocks", "local_blocks"),
+    ("selected_attention", "forward"): ("init_blocks", "local_blocks"),
+}
+"""What tells of forced blocks that are met once: sliding-window attention gives their partial
+result, and selected attention starts from it."""
 OPTIONAL_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
     ("block_selection", "forward"): _SCORING,
     ("block_selection", "decode"): _SCORING,
     ("compress", "forward"): _HIDDEN,
     ("compress", "backward"): _HIDDEN,
     ("cache_append", "decode"): ("v_compress_type", *_HIDDEN, "v_with_pe", "branch_kv"),
+    **FORCED,
 }
 """More static parameters, which a workload omits when they say nothing: `v_compress_type`
 if it is compress_type, `mlp_hidden` if no type is mlp, `v_with_pe` if it is false,
-`branch_kv` if it is "shared", and what ranks blocks where it is as in NSA."""
+`branch_kv` if it is "shared", what ranks blocks where it is as in NSA, and forced blocks that are
+not met once."""
 
 PARAMETERS = {
     "head_dim": "D: elements of a query and a key",
@@ -145,12 +153,19 @@ def parameter_names(op: str, pass_: str) -> tuple[str, ...]:
     return STATIC_PARAMS[op, pass_] + OPTIONAL_PARAMS.get((op, pass_), ())
 
 
+def spec_names(op: str, pass_: str) -> tuple[str, ...]:
+    """The parameters that a spec decides: all but forced blocks, which a call asks for."""
+    asked = FORCED.get((op, pass_), ())
+    return tuple(name for name in parameter_names(op, pass_) if name not in asked)
+
+
 def _defaults(params: Mapping[str, Param]) -> dict[str, Param]:
     """The value of each parameter that a workload omits; an mlp always has a size."""
     kind = params.get("compress_type", "")
     defaults: dict[str, Param] = {"v_compress_type": kind, "v_with_pe": False}
     defaults["branch_kv"] = BRANCH_KV[0]
     defaults |= {"score_norm": "softmax", "score_heads": "sum", "score_pool": "overlap"}
+    defaults |= {"block_size": 0, "init_blocks": 0, "local_blocks": 0}
     if "mlp" not in (kind, params.get("v_compress_type")):
         defaults["mlp_hidden"] = 0
     return defaults

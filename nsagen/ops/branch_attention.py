@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nsagen.core.branches import BRANCHES
+from nsagen.ops import forced_blocks
 from nsagen.ops._launch import key_of, on_kernels
 from nsagen.ops._op import define_op
 from nsagen.ops.block_selection import select_blocks
@@ -115,6 +116,10 @@ def attend(
         branches: names of those that are on, with blanks between.
     """
     on, last = branches.split(), (softmax_scale, dispatcher)
+    tensors = [x for x in (q, ck, cv, k, v, k_window, v_window, gate) if x is not None]
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    sums = len(on) == len(BRANCHES) and not trains  # in the last branch's kernel
+    once = sums and forced_blocks.applies(k_window, q_start, cu_seqlens_k, local_blocks)
     outputs: dict[str, Tensor] = {}
     if ck is not None and cv is not None:
         windows = (cu_seqlens, window_cu_seqlens, kernel_size, kernel_stride)
@@ -124,14 +129,21 @@ def attend(
         if "selected" in on:
             selection = (block_size, topk, init_blocks, local_blocks)
             topk_idx = select_blocks(q, ck, lse, *windows, *selection, *last, q_start)
+            if once:
+                forced = (block_size, init_blocks, local_blocks)
+                o_window, _, o_forced, lse_forced = forced_blocks.window_and_forced_blocks(
+                    q, k, v, cu_seqlens, window_size, *forced, *last
+                )
+                others = (o_forced, lse_forced, o, o_window, gate)
+                return forced_blocks.free_blocks_gated_sum(
+                    q, k, v, topk_idx, cu_seqlens, *others, *forced, *last
+                )
             outputs["selected"], _ = selected_attention_forward(
                 q, k, v, topk_idx, cu_seqlens, block_size, *last, cu_seqlens_k, q_start
             )
     window = (q, k if k_window is None else k_window, v if v_window is None else v_window)
     chunk = (window_size, *last, cu_seqlens_k, q_start)
-    inputs = (*outputs.values(), *window, gate)
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if len(on) == len(BRANCHES) and not trains:
+    if sums:
         others = (outputs["compressed"], outputs["selected"])
         return sliding_window_gated_sum(*window, cu_seqlens, *others, gate, *chunk)
     if "sliding" in on:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nsagen.core.branches import BRANCHES
-from nsagen.ops import reference
+from nsagen.ops import forced_blocks, reference
 from nsagen.ops._derive import Gradients, backward_of
 from nsagen.ops._launch import attention_outputs, fixed_kernel, with_contiguous_rows
 from nsagen.ops._op import define_op
@@ -128,12 +128,21 @@ def branches_forward(
     o_compressed, lse_compressed = compressed_attention_forward(q, ck, cv, *windows, *last, q_start)
     selection = (block_size, topk, init_blocks, local_blocks)
     topk_idx = block_selection_forward(q, ck, lse_compressed, *windows, *selection, *last, q_start)
-    o_selected, lse_selected = selected_attention_forward(
-        q, k, v, topk_idx, cu_seqlens, block_size, *last, *chunk
-    )
-    o_sliding, lse_sliding = sliding_window_attention_forward(
-        q, k, v, cu_seqlens, window_size, *last, *chunk
-    )
+    if forced_blocks.applies(None, q_start, cu_seqlens_k, local_blocks):
+        forced = (block_size, init_blocks, local_blocks)
+        o_sliding, lse_sliding, o_forced, lse_forced = forced_blocks.window_and_forced_blocks(
+            q, k, v, cu_seqlens, window_size, *forced, *last
+        )
+        o_selected, lse_selected = forced_blocks.free_blocks_attention(
+            q, k, v, topk_idx, cu_seqlens, o_forced, lse_forced, *forced, *last
+        )
+    else:
+        o_selected, lse_selected = selected_attention_forward(
+            q, k, v, topk_idx, cu_seqlens, block_size, *last, *chunk
+        )
+        o_sliding, lse_sliding = sliding_window_attention_forward(
+            q, k, v, cu_seqlens, window_size, *last, *chunk
+        )
     selected, sliding = (o_selected, lse_selected), (o_sliding, lse_sliding)
     return o_compressed, lse_compressed, *selected, *sliding, topk_idx
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 
 from nsagen.core.branches import BRANCHES
-from nsagen.core.workload import BRANCH_KV, STATIC_PARAMS, Param, Workload, parameter_names
+from nsagen.core.workload import BRANCH_KV, STATIC_PARAMS, Param, Workload, spec_names
 
 _SERVES = {
     ("compress", "forward"): {"compressed", "selected"},
@@ -135,7 +135,7 @@ class AttentionShape:
         of_values = shape | {"head_dim": self.v_head_dim, "with_pe": shape["v_with_pe"]}
         of_values["compress_type"] = shape["v_compress_type"]
         for op, pass_ in STATIC_PARAMS:
-            names = parameter_names(op, pass_)
+            names = spec_names(op, pass_)
             if pass_ not in passes or not on & _SERVES.get((op, pass_), on):
                 continue
             used = shape
@@ -173,7 +173,7 @@ class AttentionShape:
             elif op != "block_selection":
                 used = values
             if wanted and pass_ in passes:
-                names = parameter_names(op, pass_)
+                names = spec_names(op, pass_)
                 yield self._workload(op, pass_, {name: used[name] for name in names})
 
     def _least(self, on: Collection[str]) -> AttentionShape:

@@ -144,6 +144,11 @@ def prefers_key_major(workload: Workload, target: Target) -> bool:
     return int(workload.gqa_ratio) < 8 and fits and whole_block(workload) <= 128
 
 
+def whole_lists(workload: Workload) -> bool:
+    """Algorithms that don't start from what forced blocks gave."""
+    return not workload.local_blocks
+
+
 def holds_group(workload: Workload, schedule: Schedule, target: Target) -> bool:
     """A step takes at least one token's whole group."""
     return int(schedule.block_m) >= int(workload.gqa_ratio)
@@ -219,6 +224,7 @@ SPACES = (
         scratch=key_major_scratch,
         default=default_key_major,
         preferred=prefers_key_major,
+        supports=whole_lists,
     ),
     ScheduleSpace(
         op="selected_attention",
@@ -259,6 +265,7 @@ SPACES = (
         shared_memory=shared_blocks_memory,
         scratch=few_bytes,
         default=default_shared_blocks,
+        supports=whole_lists,
         # What neighbours have in common depends on the text, so tuning on it decides.
         preferred=lambda workload, target: False,
     ),

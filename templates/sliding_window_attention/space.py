@@ -30,6 +30,7 @@ SPACES = (
         shared_memory=attention_tiles.row_tiles_memory,
         scratch=attention_tiles.row_tiles_scratch,
         default=default,
+        supports=lambda workload: not workload.local_blocks,
     ),
     ScheduleSpace(
         op="sliding_window_attention",

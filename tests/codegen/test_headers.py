@@ -27,7 +27,16 @@ GATED = Workload.of(
     with_pe=True,
 )
 
-WORKLOADS = (*(w for name in shipped_specs() for w in load_spec(name).workloads()), GATED)
+FORCED = Workload.of(
+    "sliding_window_attention",
+    "forward",
+    dtype="bfloat16",
+    **{"head_dim": 128, "v_head_dim": 128, "gqa_ratio": 16, "window_size": 512},
+    **{"block_size": 64, "init_blocks": 1, "local_blocks": 2},
+)
+
+SHIPPED = (w for name in shipped_specs() for w in load_spec(name).workloads())
+WORKLOADS = (*SHIPPED, GATED, FORCED)
 
 
 def sources(template: str) -> dict[str, str]:

@@ -54,6 +54,11 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
     return 2 * (queries + keys) + 1024
 
 
+def alone(workload: Workload) -> bool:
+    """`supports`, where the forced blocks' result is not wanted too."""
+    return not workload.named().get("local_blocks") and supports(workload)
+
+
 def space(op: str, block_n: int, *, preferred: bool) -> ScheduleSpace:
     """The space of an op's forward pass.
 
@@ -77,7 +82,7 @@ def space(op: str, block_n: int, *, preferred: bool) -> ScheduleSpace:
         derive=derive,
         shared_memory=shared_memory,
         default=default,
-        supports=supports,
+        supports=alone,
         runs_on=runs_on,
         triton=GLUON,
         preferred=lambda workload, target: preferred,

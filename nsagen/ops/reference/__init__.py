@@ -35,7 +35,13 @@ from nsagen.ops.reference.native_sparse_attention import (
 from nsagen.ops.reference.norm_rope import norm_rope
 from nsagen.ops.reference.pool_append import pool_append
 from nsagen.ops.reference.rope import rope
-from nsagen.ops.reference.selected_attention import selected_attention, topk_sparse_attention
+from nsagen.ops.reference.selected_attention import (
+    forced_blocks,
+    forced_blocks_attention,
+    free_blocks_attention,
+    selected_attention,
+    topk_sparse_attention,
+)
 from nsagen.ops.reference.sliding_window_attention import (
     sliding_window_attention,
     sliding_window_attention_forward,
@@ -52,6 +58,9 @@ __all__ = [
     "compressed_attention_forward",
     "compressed_cu_seqlens",
     "compressed_lse",
+    "forced_blocks",
+    "forced_blocks_attention",
+    "free_blocks_attention",
     "gated_sum",
     "index_loss",
     "linear_compress",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.ops.reference._attend import Bounds, packed_attention, scale_of
+from nsagen.ops.layout import positions_in_sequence
+from nsagen.ops.reference._attend import Bounds, packed_attention, scale_of, upcast
 from nsagen.ops.reference._checks import check_heads, sequence_bounds
 
 
@@ -83,6 +84,76 @@ def selected_attention(
     return packed_attention(
         q, k, v, bounds, key_bounds, keys=keys, visible=visible, scale=scale, q_start=q_start
     )
+
+
+def forced_blocks(
+    tokens: Tensor, *, block_size: int, init_blocks: int, local_blocks: int
+) -> Tensor:
+    """The blocks that are always taken, once each, then -1.
+
+    Args:
+        tokens: positions [...].
+
+    Returns:
+        int32 [..., init_blocks + local_blocks].
+    """
+    own = (tokens // block_size).unsqueeze(-1)
+    first = torch.arange(init_blocks, device=tokens.device)
+    local = own - torch.arange(local_blocks - 1, -1, -1, device=tokens.device)
+    first = torch.where(first <= own, first, -1)
+    local = torch.where(local >= init_blocks, local, -1)
+    return torch.cat([first, local], -1).to(torch.int32)
+
+
+def forced_blocks_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`selected_attention` to the forced blocks alone, of whole sequences: (o, lse)."""
+    tokens = positions_in_sequence(cu_seqlens, q.shape[0])
+    blocks = {"block_size": block_size, "init_blocks": init_blocks, "local_blocks": local_blocks}
+    topk_idx = forced_blocks(tokens, **blocks).expand(k.shape[1], -1, -1)
+    return selected_attention(
+        *(q, k, v, topk_idx, cu_seqlens), block_size=block_size, softmax_scale=softmax_scale
+    )
+
+
+def free_blocks_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    cu_seqlens: Tensor,
+    o_forced: Tensor,
+    lse_forced: Tensor,
+    *,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`selected_attention`, from what attention to the forced blocks gave: (o, lse).
+
+    Args:
+        topk_idx: int32 [HK, N, topk], with the forced blocks among them.
+        o_forced [N, HQ, Dv], lse_forced [N, HQ]: of the forced blocks alone.
+    """
+    own = (positions_in_sequence(cu_seqlens, q.shape[0]) // block_size).unsqueeze(-1)
+    forced = (topk_idx < init_blocks) | (topk_idx > own - local_blocks)
+    free, (q_wide, k, v) = topk_idx.masked_fill(forced, -1), upcast(q, k, v)
+    o, lse = selected_attention(
+        *(q_wide, k, v, free, cu_seqlens), block_size=block_size, softmax_scale=softmax_scale
+    )
+    total = torch.logaddexp(lse, lse_forced.to(lse.dtype))
+    free_part, forced_part = (torch.exp(x - total).unsqueeze(-1) for x in (lse, lse_forced))
+    return (o * free_part + o_forced * forced_part).to(q.dtype), total
 
 
 def topk_sparse_attention(

@@ -1,0 +1,206 @@
+"""Forced blocks once: selected attention starts from what the window's kernel gives of them.
+
+A token always selects its first and its local blocks, and its window reaches most of the local
+ones. So one pass over the window's keys gives two results, and selected attention is left with the
+blocks that scores chose. This takes whole sequences whose branches share keys and values. It isn't
+the default because no GPU has measured it yet: the environment variable NSAGEN_FORCED_ONCE=1 asks
+for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from torch import Tensor
+
+from nsagen.ops import reference
+from nsagen.ops._checks import check_attention, check_cu_seqlens, check_like, check_topk_idx, fail
+from nsagen.ops._launch import attention_outputs, attention_sizes
+from nsagen.ops._op import define_op
+from nsagen.ops.gated_sum import check_gate
+from nsagen.ops.sliding_window_attention import check_sliding_window
+
+_OP = "forced_blocks"
+
+
+@functools.cache
+def asked_for() -> bool:
+    """Whether NSAGEN_FORCED_ONCE is 1; read once, because calls are repeated as recorded."""
+    return os.environ.get("NSAGEN_FORCED_ONCE") == "1"
+
+
+def applies(
+    k_window: Tensor | None,
+    q_start: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    local_blocks: int,
+) -> bool:
+    """Whether a call meets its forced blocks once: that was asked for, all branches read the same
+    keys, sequences are whole, and each token has a local block."""
+    chunk = q_start is not None or cu_seqlens_k is not None
+    return asked_for() and k_window is None and not chunk and local_blocks > 0
+
+
+def _check_blocks(call: Any) -> None:
+    if call.block_size < 1 or call.init_blocks < 0 or call.local_blocks < 1:
+        came = f"{call.block_size}, {call.init_blocks}, {call.local_blocks}"
+        rule = "block_size and local_blocks must be at least 1, and init_blocks at least 0"
+        fail(_OP, rule, came, "without local blocks, use selected_attention")
+
+
+def _check_window(call: Any) -> None:
+    tensors = (call.q, call.k, call.v, call.cu_seqlens)
+    check_sliding_window(*tensors, call.window_size, None, None)
+    _check_blocks(call)
+
+
+def _check_free(call: Any) -> None:
+    q, k = call.q, call.k
+    check_attention(_OP, q, k, call.v)
+    check_cu_seqlens(_OP, "cu_seqlens", call.cu_seqlens, q)
+    if q.shape[0] != k.shape[0]:
+        came = f"{q.shape[0]} and {k.shape[0]}"
+        fail(_OP, "q and k must have the same tokens", came, "chunks use selected_attention")
+    check_topk_idx(_OP, q, k.shape[1], call.topk_idx)
+    _check_blocks(call)
+    o, lse = attention_outputs(q.to("meta"), call.v.to("meta"))
+    check_like(_OP, ("o", o), o_forced=call.o_forced)
+    check_like(_OP, ("lse", lse), lse_forced=call.lse_forced)
+
+
+def _check_free_sum(call: Any) -> None:
+    _check_free(call)
+    branches = {"o_compressed": call.o_compressed, "o_sliding": call.o_sliding}
+    check_like(_OP, ("o_forced", call.o_forced), **branches)
+    check_gate(_OP, call.gate, call.o_compressed)
+
+
+@define_op(
+    returns="o lse o_forced lse_forced",
+    allocate=lambda q, v: (*attention_outputs(q, v), *attention_outputs(q, v)),
+    check=_check_window,
+    kernel="sliding_window_attention forward",
+    sizes=attention_sizes,
+    launch="q k v cu_seqlens o lse softmax_scale None None o_forced lse_forced",
+)
+def window_and_forced_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window_size: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, lse) of the sliding window, and (o, lse) of the forced blocks alone; no gradient.
+
+    Args:
+        q: [N, HQ, D]; k: [N, HK, D]; v: [N, HK, Dv], after rope.
+        block_size: tokens of a block; init_blocks: forced ones at the start of a sequence;
+            local_blocks: those up to a token's own, itself among them.
+    """
+    tensors, scale = (q, k, v, cu_seqlens), softmax_scale
+    o, lse = reference.sliding_window_attention_forward(
+        *tensors, window_size=window_size, softmax_scale=scale
+    )
+    o_forced, lse_forced = reference.forced_blocks_attention(
+        *tensors,
+        block_size=block_size,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        softmax_scale=scale,
+    )
+    return o, lse, o_forced, lse_forced
+
+
+@define_op(
+    returns="o lse",
+    allocate=attention_outputs,
+    check=_check_free,
+    kernel="selected_attention forward",
+    sizes=attention_sizes,
+    launch="q k v topk_idx cu_seqlens o lse softmax_scale None None o_forced lse_forced",
+)
+def free_blocks_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    cu_seqlens: Tensor,
+    o_forced: Tensor,
+    lse_forced: Tensor,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor]:
+    """(o [N, HQ, Dv], lse [N, HQ]) of selected attention, from the forced blocks' part of it; no
+    gradient.
+
+    Args:
+        topk_idx: int32 [HK, N, topk], as block selection writes it: ascending, each block once,
+            the forced ones among them, then -1.
+        o_forced, lse_forced: from `window_and_forced_blocks` with the same blocks.
+    """
+    return reference.free_blocks_attention(
+        *(q, k, v, topk_idx, cu_seqlens, o_forced, lse_forced),
+        block_size=block_size,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        softmax_scale=softmax_scale,
+    )
+
+
+@define_op(
+    returns="o",
+    allocate=lambda q, v: attention_outputs(q, v)[0],
+    scratch={"lse": lambda q, v: attention_outputs(q, v)[1]},
+    check=_check_free_sum,
+    kernel="selected_attention forward",
+    sizes=attention_sizes,
+    launch="q k v topk_idx cu_seqlens o lse softmax_scale None None o_forced lse_forced "
+    "o_compressed o_sliding gate",
+    prepare={
+        "o_compressed": lambda o_compressed: o_compressed.contiguous(),
+        "o_sliding": lambda o_sliding: o_sliding.contiguous(),
+        "gate": lambda gate: gate.contiguous(),
+    },
+)
+def free_blocks_gated_sum(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    cu_seqlens: Tensor,
+    o_forced: Tensor,
+    lse_forced: Tensor,
+    o_compressed: Tensor,
+    o_sliding: Tensor,
+    gate: Tensor,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+) -> Tensor:
+    """o [N, HQ, Dv]: the gated sum of `free_blocks_attention` and the other branches; no gradient.
+
+    Args:
+        o_compressed, o_sliding: [N, HQ, Dv], the other branches.
+        gate: [N, HQ, 3], after the sigmoid: compressed, selected, sliding.
+        others: as in `free_blocks_attention`.
+    """
+    o, _ = reference.free_blocks_attention(
+        *(q, k, v, topk_idx, cu_seqlens, o_forced, lse_forced),
+        block_size=block_size,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        softmax_scale=softmax_scale,
+    )
+    return reference.gated_sum(o_compressed, o, o_sliding, gate)
