@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
@@ -24,6 +25,7 @@ from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM  # noq
 from transformers.utils import TransformersKwargs  # noqa: E402
 
 from nsagen.core.errors import InvalidInputError  # noqa: E402
+from nsagen.distributed import context_parallel
 from nsagen.integrations.transformers import apply_nsa  # noqa: E402
 from nsagen.integrations.transformers_attention import TransformersNSA  # noqa: E402
 from nsagen.integrations.transformers_given import INPUTS  # noqa: E402
@@ -100,6 +102,17 @@ def _loss(model: Any, **more: Any) -> tuple[Tensor, Tensor]:
     return loss, expected / int(more.get("num_items_in_batch", 29))
 
 
+def _shared(model: Any) -> tuple[Tensor, Tensor]:
+    """The one rank of a group has all tokens, fronts before backs; tests/distributed has more."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shard = context_parallel(model).shard(ENDS)
+        logits = model(shard.take(IDS[0])[None], nsa_shard=shard).logits[0]
+        return shard.whole(logits), documents(model)
+    finally:
+        dist.destroy_process_group()
+
+
 CASES: dict[str, Case | str] = {
     "input_ids": lambda m: (m(input_ids=IDS).logits.flatten(0, 1), alone(m, *IDS)),
     "inputs_embeds": lambda m: (
@@ -126,6 +139,7 @@ CASES: dict[str, Case | str] = {
         packed(m, seq_idx=torch.tensor([[0] * 12 + [1] * 18], dtype=torch.int32)),
         documents(m),
     ),
+    "nsa_shard": _shared,
     "labels": _loss,
     "num_items_in_batch": lambda m: _loss(m, num_items_in_batch=torch.tensor(7)),
     "shift_labels": lambda m: _loss(
