@@ -25,7 +25,7 @@ from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM  # noq
 from transformers.utils import TransformersKwargs  # noqa: E402
 
 from nsagen.core.errors import InvalidInputError  # noqa: E402
-from nsagen.distributed import context_parallel
+from nsagen.distributed import context_parallel  # noqa: E402
 from nsagen.integrations.transformers import apply_nsa  # noqa: E402
 from nsagen.integrations.transformers_attention import TransformersNSA  # noqa: E402
 from nsagen.integrations.transformers_given import INPUTS  # noqa: E402
