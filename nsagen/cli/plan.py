@@ -16,10 +16,13 @@ from nsagen.core.errors import InvalidInputError
 if TYPE_CHECKING:
     from nsagen.estimate.efficiency import Efficiency
     from nsagen.estimate.model import Gpu, Needs
+    from nsagen.estimate.training import Step
     from nsagen.model import ToyLlamaConfig
     from nsagen.spec import AttentionShape, Spec
 
 EXAMPLE = "Example: nsagen plan llama8b --gpu h200 --context 131072 --batch 32 --gpus 8"
+
+STEP_HEADINGS = ("state", "activations", "recompute", "step", "exchange alone", "tokens/s a GPU")
 
 DEFAULT_MODEL: dict[str, Any] = {
     "vocab_size": 128256,
@@ -45,7 +48,13 @@ def plan(
     gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h200",
     context: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 131072,
     batch: Annotated[int, typer.Option(min=1, help="Concurrent sequences, over all GPUs.")] = 32,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs in one host.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs, on hosts of 8.")] = 1,
+    network: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="GB/s of a GPU's adapter to other hosts; default: a DGX system's."
+        ),
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option(help="Folder with a Llama config.json; default: Llama 3.1 8B's sizes."),
@@ -59,9 +68,13 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate a model's memory and time with a spec's attention and with dense attention."""
+    """Estimate a model's memory and time with a spec's attention and with dense attention, for
+    serving and for training."""
+    from dataclasses import replace
+
     from nsagen.estimate.efficiency import efficiencies
     from nsagen.estimate.model import GPUS, USABLE, Load, needs
+    from nsagen.estimate.training import best_step
     from nsagen.spec import load_spec
 
     if gpu not in GPUS:
@@ -69,6 +82,8 @@ def plan(
             f"plan: --gpu must be one of {', '.join(GPUS)}; got {gpu!r}; choose the nearest"
         )
     device, load = GPUS[gpu], Load(context, batch, gpus, prefill_tokens or context)
+    if network is not None:
+        device = replace(device, network=network * 1e9)
     if results is not None and not results.is_dir():
         raise InvalidInputError(
             f"plan: --results must be a folder; got {results}; nsagen bench writes one"
@@ -78,20 +93,26 @@ def plan(
     rows = []
     for label, config in _configs(load_spec(spec), model):
         efficiency = _efficiency(config, known)
-        rows.append((label, config, needs(config, device, load, efficiency), efficiency.source))
+        found = needs(config, device, load, efficiency)
+        step = best_step(config, device, context, batch, gpus, efficiency)
+        rows.append((label, config, found, step, efficiency.source))
     if as_json:
         content = {
             "gpu": asdict(device),
             "usable": USABLE,
             "load": asdict(load),
             "models": [
-                {"attention": label, "config": asdict(config), **asdict(found), "time": time}
-                for label, config, found, time in rows
+                {
+                    **{"attention": label, "config": asdict(config), **asdict(found)},
+                    **{"training": asdict(step), "time": time},
+                }
+                for label, config, found, step, time in rows
             ],
         }
         print(json.dumps(content, indent=1))
         return
-    _print([(label, found, time) for label, _, found, time in rows], device, load, model)
+    _print([(label, found, time) for label, _, found, _, time in rows], device, load, model)
+    _print_training([(label, step) for label, _, _, step, _ in rows], device, load)
 
 
 def _efficiency(config: ToyLlamaConfig, known: tuple[Efficiency, Efficiency]) -> Efficiency:
@@ -206,6 +227,40 @@ def _print(rows: list[tuple[str, Needs, str]], gpu: Gpu, load: Any, model: Path 
         ),
     ):
         out.print(line, highlight=False)
+
+
+def _print_training(rows: list[tuple[str, Step]], gpu: Gpu, load: Any) -> None:
+    from rich.table import Table
+
+    from nsagen.cli.console import console
+    from nsagen.estimate.training import STATE_BYTES
+
+    title = f"Training: {load.batch} sequences of {load.context:,} tokens a step"
+    table = Table(title=title, title_justify="left")
+    table.add_column("attention", no_wrap=True)
+    table.add_column("tensor x context x data", no_wrap=True)
+    for heading in STEP_HEADINGS:
+        table.add_column(heading, justify="right")
+    for label, step in rows:
+        split = step.split
+        table.add_row(
+            label,
+            f"{split.tensor} x {split.context} x {split.data}",
+            _bytes(step.state),
+            _bytes(step.activations) if step.fits else f"{_bytes(step.activations)}, does not fit",
+            "yes" if step.recompute else "no",
+            _seconds(step.seconds),
+            f"{step.exchange / step.seconds:.1%}",
+            f"{step.tokens_per_second:,.0f}",
+        )
+    out = console()
+    out.print(table)
+    out.print(
+        f"The fastest split that fits. State: {STATE_BYTES} bytes a parameter over all GPUs, and "
+        f"the layer that is gathered. Exchange alone: with {gpu.link / 1e9:.0f} GB/s links and "
+        f"{gpu.network / 1e9:.0f} GB/s from a GPU to other hosts, what computing does not hide.",
+        highlight=False,
+    )
 
 
 def _bytes(count: float) -> str:

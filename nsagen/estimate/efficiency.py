@@ -30,15 +30,21 @@ class Efficiency:
         source: where they come from.
         prefill: by tokens of a sequence.
         decode: by bytes that a step reads of a layer's cache.
+        backward: by tokens of a sequence, of 2.5 times the forward pass's operations.
     """
 
     source: str = "roofline"
     prefill: Points = ()
     decode: Points = ()
+    backward: Points = ()
 
     def of_prefill(self, tokens: int) -> float:
         """Share for one sequence's forward pass."""
         return between(self.prefill, tokens)
+
+    def of_backward(self, tokens: int) -> float:
+        """Share for one sequence's backward pass."""
+        return between(self.backward, tokens)
 
     def of_decode(self, cache_bytes: float) -> float:
         """Share for one layer of a decoding step."""
@@ -65,7 +71,7 @@ def efficiencies(folder: Path, flops: float, bandwidth: float) -> tuple[Efficien
     """NSA's, of `SHAPE`, and dense attention's; the roofline if a folder lacks such results.
 
     Args:
-        folder: a device's results, with prefill.json, decode.json or both.
+        folder: a device's results, with some of prefill.json, train.json and decode.json.
         flops: operations a second of the roofline.
         bandwidth: bytes a second of the roofline.
 
@@ -74,26 +80,32 @@ def efficiencies(folder: Path, flops: float, bandwidth: float) -> tuple[Efficien
     """
     prefill, device = _rows(folder / "prefill.json")
     decode, other = _rows(folder / "decode.json")
-    if not prefill and not decode:
+    train, third = _rows(folder / "train.json")
+    if not prefill and not decode and not train:
         return ROOFLINE, ROOFLINE
     decode = [row for row in decode if row["what"] == "attention"]
-    source = f"measured on {device or other}: {folder}"
+    source = f"measured on {device or other or third}: {folder}"
     found = []
     for name, ms, read in (("attention", "ms", "bytes"), ("dense", "torch_ms", "dense_bytes")):
         found.append(
             Efficiency(
                 source,
-                tuple(
-                    (float(row["tokens"]), 1e12 * row["tflops"] / flops)
-                    for row in sorted(prefill, key=lambda row: row["tokens"])
-                    if row["what"].startswith(name)
-                ),
+                _by_tokens(prefill, name, flops),
                 tuple(
                     sorted((float(r[read]), r[read] / bandwidth / (1e-3 * r[ms])) for r in decode)
                 ),
+                _by_tokens(train, name, flops),
             )
         )
     return found[0], found[1]
+
+
+def _by_tokens(rows: Sequence[Mapping[str, Any]], name: str, flops: float) -> Points:
+    return tuple(
+        (float(row["tokens"]), 1e12 * row["tflops"] / flops)
+        for row in sorted(rows, key=lambda row: row["tokens"])
+        if row["what"].startswith(name)
+    )
 
 
 def is_measured(parameters: Mapping[str, Any]) -> bool:

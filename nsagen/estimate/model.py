@@ -32,6 +32,7 @@ class Gpu:
         bandwidth: bytes a second of its memory.
         link: bytes a second to the other GPUs of a host, each way.
         source: where the rates come from.
+        network: bytes a second of a GPU's own adapter, to other hosts, each way.
     """
 
     name: str
@@ -40,17 +41,25 @@ class Gpu:
     bandwidth: float
     link: float
     source: str
+    network: float
 
+
+_MEASURED = "measured: 8192^3 product, device copy, all-gather between two GPUs"
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100", 80e9, 312e12, 2.04e12, 300e9, "data sheet, A100 80 GB SXM"),
-        Gpu("h100", 80e9, 989e12, 3.35e12, 450e9, "data sheet, H100 SXM"),
-        Gpu("h200", 141e9, 790e12, 4.27e12, 450e9, "measured: 8192^3 product, device copy"),
-        Gpu("b200", 180e9, 2250e12, 7.7e12, 900e9, "data sheet, B200"),
+        Gpu("a100", 80e9, 312e12, 2.04e12, 300e9, "data sheet, A100 80 GB SXM", 25e9),
+        Gpu("h100", 80e9, 989e12, 3.35e12, 450e9, "data sheet, H100 SXM", 50e9),
+        Gpu("h200", 141e9, 790e12, 4.27e12, 268e9, _MEASURED, 50e9),
+        Gpu("b200", 180e9, 2250e12, 7.7e12, 900e9, "data sheet, B200", 50e9),
     )
 }
+"""Networks are those of NVIDIA's DGX systems by data sheet: for each GPU an adapter of 200 Gb/s
+(A100) or 400 Gb/s (H100, H200, B200)."""
+
+HOST_GPUS = 8
+"""GPUs of a host, linked to each other."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Load:
     Attributes:
         context: tokens of a sequence, prompt and new ones together.
         batch: concurrent sequences, on all GPUs together.
-        gpus: GPUs of one host.
+        gpus: in all, on hosts of HOST_GPUS.
         prefill_tokens: tokens that one prefill pass computes.
     """
 
@@ -72,10 +81,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Split:
-    """How GPUs share a model: `tensor` of them share each layer's heads, in `data` groups."""
+    """How GPUs share a model: `tensor` of them share each layer's heads, `context` such groups each
+    sequence, and `data` groups of both the batch."""
 
     tensor: int
     data: int
+    context: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,9 +114,15 @@ class Needs:
 
 
 def split_of(config: ToyLlamaConfig, gpus: int) -> Split:
-    """The largest group size that divides both the GPUs and the key/value heads."""
-    tensor = max(n for n in range(1, gpus + 1) if gpus % n == config.num_key_value_heads % n == 0)
+    """The largest group size that divides both the GPUs and the key/value heads, on one host."""
+    tensor = tensor_sizes(config, gpus)[-1]
     return Split(tensor, gpus // tensor)
+
+
+def tensor_sizes(config: ToyLlamaConfig, gpus: int) -> list[int]:
+    """The numbers of GPUs that may share a layer's heads, ascending."""
+    heads, sizes = config.num_key_value_heads, range(1, min(gpus, HOST_GPUS) + 1)
+    return [n for n in sizes if gpus % n == heads % n == 0]
 
 
 def needs(config: ToyLlamaConfig, gpu: Gpu, load: Load, efficiency: Efficiency = ROOFLINE) -> Needs:
@@ -186,7 +203,7 @@ def workspace_bytes(config: ToyLlamaConfig, tokens: int, batch: int, split: Spli
     return tokens * row + 4 * -(-batch // split.data) * config.vocab_size
 
 
-def _matrix_parameters(config: ToyLlamaConfig) -> int:
+def matrix_parameters(config: ToyLlamaConfig) -> int:
     """Parameters that multiply every token: all but the embedding and the head."""
     return weight_bytes(config) // 2 - 2 * config.vocab_size * config.hidden_size
 
@@ -196,7 +213,7 @@ def _prefill_seconds(
 ) -> float:
     heads = config.num_attention_heads * config.num_hidden_layers
     attention = attended_pairs(config, tokens).operations(config) / efficiency.of_prefill(tokens)
-    work = 2 * _matrix_parameters(config) * tokens + heads * attention
+    work = 2 * matrix_parameters(config) * tokens + heads * attention
     work += 2 * config.vocab_size * config.hidden_size
     read = weight_bytes(config) / split.tensor
     time = max(work / split.tensor / gpu.flops, read / gpu.bandwidth)
@@ -213,7 +230,7 @@ def _decode_seconds(
     read = weight_bytes(config) - 2 * config.vocab_size * config.hidden_size  # one row of these
     read += layer * config.num_hidden_layers / share
     heads = config.num_attention_heads * config.num_hidden_layers
-    work = 2 * (_matrix_parameters(config) + config.vocab_size * config.hidden_size) * rows
+    work = 2 * (matrix_parameters(config) + config.vocab_size * config.hidden_size) * rows
     work += heads * Pairs(keys, keys).operations(config) * rows
     time = max(work / gpu.flops, read / gpu.bandwidth) / split.tensor
     return time + _exchange_seconds(config, gpu, rows, split)

@@ -129,7 +129,7 @@ class TestCommand:
             *(f"dense, gqa_ratio {g}" for g in (4, 16)),
         }
         nsa, dense = by_name["NSA, gqa_ratio 4, topk 16"], by_name["dense, gqa_ratio 4"]
-        assert nsa["split"] == {"tensor": 8, "data": 1}
+        assert nsa["split"] == {"tensor": 8, "data": 1, "context": 1}
         assert nsa["decode"] < dense["decode"] / 5
         assert nsa["cache"] > dense["cache"]
 
