@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nsagen.cli.options import sizes_of
+from nsagen.core.errors import InvalidInputError
 from nsagen.core.installed import require_extra
 
 app = typer.Typer(
@@ -96,6 +98,112 @@ def decode(
     _show(bench.save(rows, out), rows, bench.COLUMNS, as_json)
 
 
+@app.command(epilog="Example: nsagen bench serve --rates 2,8 --requests 64 --prompt 16,512")
+def serve(
+    rates: Annotated[str, typer.Option("--rates", help="Arrivals a second, such as 1,4.")] = "4",
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Of each rate.")] = 32,
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="Least and greatest tokens of a prompt.")
+    ] = "16,512",
+    new: Annotated[
+        str, typer.Option("--new", help="Least and greatest tokens of an answer.")
+    ] = "8,64",
+    seed: Annotated[int, typer.Option("--seed", help="Of arrivals and requests.")] = 0,
+    url: Annotated[
+        str | None, typer.Option("--url", help="A server that runs; default: nsagen serve.")
+    ] = None,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Also run the load without a server, in this process.")
+    ] = False,
+    sizes: Annotated[
+        str, typer.Option("--sizes", help="Random weights as in nsagen serve: tiny or guide.")
+    ] = "tiny",
+    attention: Annotated[
+        str | None, typer.Option("--attention", help="nsa or dense, as in nsagen serve.")
+    ] = None,
+    max_batch_size: Annotated[
+        int, typer.Option("--max-batch-size", min=1, help="Sequences that run at once.")
+    ] = 16,
+    prefill_chunk_size: Annotated[
+        int, typer.Option("--prefill-chunk-size", min=1, help="Prompt tokens of a pass.")
+    ] = 4096,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cuda or cpu; default: a GPU if present.")
+    ] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Put a server under load, and time first tokens and the others as clients see them."""
+    require_extra("bench serve", "serve", "fastapi", "uvicorn", "openai")
+    from nsagen.bench import serve as bench
+    from nsagen.bench.results import check_free, write_results
+    from nsagen.cli.console import progress_bar
+
+    if url is not None and direct:
+        raise InvalidInputError("bench serve: --direct runs a model here; got it with --url")
+    lengths = _range_of("prompt", prompt), _range_of("new", new)
+    loads = [bench.Load(requests, rate, *lengths, seed) for rate in _rates_of(rates)]
+    check_free("serve", out)
+    options = ["--max-length", str(loads[0].length), "--max-batch-size", str(max_batch_size)]
+    options += ["--prefill-chunk-size", str(prefill_chunk_size), "--sizes", sizes]
+    options += [] if attention is None else ["--attention", attention]
+    options += [] if device is None else ["--device", device]
+    rows = []
+    with progress_bar("bench serve") as progress:
+        count, total = 0, requests * len(loads) * (2 if direct else 1)
+
+        def done() -> None:
+            nonlocal count
+            count += 1
+            progress("requests", count, total)
+
+        with nullcontext(url) if url else bench.own_server(options) as served:
+            for load in loads:
+                answers = bench.run_http(served, bench.planned(load), done)
+                rows.append(bench.row_of(url or "nsagen serve", load, answers))
+        if direct:
+            model = _model(
+                sizes, attention, device, loads[0].length, max_batch_size, prefill_chunk_size
+            )
+            for load in loads:
+                answers = bench.run_batch(model, bench.planned(load), done)
+                rows.append(bench.row_of("ContinuousBatch", load, answers))
+    _show(write_results("serve", rows, out), rows, bench.COLUMNS, as_json)
+    if any(row["failed"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _model(
+    sizes: str, attention: str | None, device: str | None, length: int, batch: int, chunk: int
+) -> Any:
+    from nsagen.cli.models import device_of, guide_model, random_model
+    from nsagen.model import InferenceConfig
+
+    limits = InferenceConfig(batch, length, prefill_chunk_size=chunk)
+    where = device_of("serve", device)
+    if sizes == "guide":
+        return guide_model(limits, 0, where, attention, None)
+    return random_model("serve", limits, 0, where, attention, None)
+
+
+def _rates_of(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidInputError(
+            f"bench serve: --rates must be numbers; got {text!r}; such as 1,4"
+        ) from None
+
+
+def _range_of(name: str, text: str) -> tuple[int, int]:
+    found = sizes_of(text)
+    if len(found) != 2:
+        raise InvalidInputError(
+            f"bench serve: --{name} must be least and greatest; got {text!r}; such as 16,512"
+        )
+    return found[0], found[1]
+
+
 @app.command(epilog="Example: nsagen bench plot benchmarks/results/nvidia-h200/prefill.json")
 def plot(results: Annotated[Path, typer.Argument(help="A benchmark's JSON file.")]) -> None:
     """Plot results as a PNG beside the JSON file."""
@@ -146,6 +254,6 @@ def _show(path: Path, rows: list[dict[str, Any]], columns: dict[str, str], as_js
             ["" if row.get(key) is None else format(row[key], columns[key]) for key in columns]
             for row in rows
         ],
-        names=list(columns).index("tokens") + 1,
-        right=[key for key in columns if key != "what"],
+        names=list(columns).index("tokens" if "tokens" in columns else "rate") + 1,
+        right=[key for key in columns if key not in ("what", "over")],
     )

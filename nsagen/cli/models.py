@@ -121,6 +121,31 @@ def random_model(
     return made.to(device, dtype).requires_grad_(False)
 
 
+def guide_model(
+    limits: InferenceConfig,
+    seed: int,
+    device: torch.device,
+    attention: str | None,
+    kernels: str | None,
+) -> ToyLlama | ToyNSALlama:
+    """The sizes of the guide's example, 8 layers of Llama 3.1 8B's width, with random weights."""
+    import torch
+
+    from nsagen.model import ToyLlama, ToyLlamaConfig, ToyNSALlama
+    from nsagen.model.configs import ToyNSALlamaConfig
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    generator = torch.Generator(device).manual_seed(seed)
+    with device:
+        if attention == "dense":
+            made: Any = ToyLlama(ToyLlamaConfig(), limits, generator=generator)
+        else:
+            config = ToyNSALlamaConfig()
+            made = ToyNSALlama(config, limits, _dispatcher(kernels), generator=generator)
+    _log.info("random weights in the sizes of the guide's example: %s", _how(device, dtype))
+    return made.to(device, dtype).requires_grad_(False)
+
+
 def checkpoint_model(
     command: str,
     folder: Path,

@@ -53,17 +53,26 @@ def serve(
     kernels: Annotated[
         str | None, typer.Option(help="Generated package to use on a GPU, such as llama8b.")
     ] = None,
+    sizes: Annotated[
+        str, typer.Option(help="Without --model: tiny, or guide for those of the guide's example.")
+    ] = "tiny",
     seed: Annotated[int, typer.Option(help="Seed for random weights.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Serve a model: /v1/completions, /v1/chat/completions, /v1/models and /health."""
     require_extra("serve", "serve", "fastapi", "uvicorn")
-    from nsagen.cli.models import check_attention, checkpoint_model, device_of, random_model
+    from nsagen.cli.models import (
+        check_attention,
+        checkpoint_model,
+        device_of,
+        guide_model,
+        random_model,
+    )
     from nsagen.model import InferenceConfig
     from nsagen.serve.app import make_app
     from nsagen.serve.engine import Engine
     from nsagen.serve.server import serve as run
-    from nsagen.serve.text import characters, checkpoint_tokenizer
+    from nsagen.serve.text import characters, checkpoint_tokenizer, numbers
 
     check_attention("serve", attention, kernels)
     if pages is not None and attention == "dense":
@@ -71,8 +80,11 @@ def serve(
             "serve: --pages is for Native Sparse Attention; got it with --attention dense; "
             "leave one out"
         )
+    if sizes not in ("tiny", "guide"):
+        raise InvalidInputError(f"serve: --sizes must be tiny or guide; got {sizes!r}; choose one")
+    if model is not None and sizes != "tiny":
+        raise InvalidInputError("serve: got both --model and --sizes; give one at most")
     where = device_of("serve", device)
-    tokenizer = characters() if model is None else checkpoint_tokenizer(model)
     limits = InferenceConfig(
         max_batch_size=max_batch_size,
         max_length=max_length,
@@ -80,11 +92,15 @@ def serve(
         paged=pages is not None,
         num_pages=pages,
     )
-    if model is None:
-        made = random_model("serve", limits, seed, where, attention, kernels)
-    else:
+    if model is not None:
+        tokenizer = checkpoint_tokenizer(model)
         made = checkpoint_model("serve", model, limits, where, attention, kernels)
-    called = name or ("random" if model is None else model.resolve().name)
+    elif sizes == "guide":
+        tokenizer, made = numbers(), guide_model(limits, seed, where, attention, kernels)
+    else:
+        tokenizer = characters()
+        made = random_model("serve", limits, seed, where, attention, kernels)
+    called = name or (sizes if model is None else model.resolve().name)
     size = limits.cache_bytes(made.config, next(made.parameters()).dtype)
     _log.info("the cache takes %.2f GB", size / 1e9)
     engine = Engine(made, queue)

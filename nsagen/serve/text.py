@@ -109,6 +109,21 @@ def characters() -> Tokenizer:
     return Tokenizer(encode, lambda tokens: "".join(CHARACTERS[t] for t in tokens), chat=chat)
 
 
+def numbers() -> Tokenizer:
+    """Each token is its number, for models with random weights and a large vocabulary."""
+
+    def encode(text: str) -> list[int]:
+        words = text.split()
+        if not all(word.isdecimal() for word in words):
+            raise InvalidInputError(
+                "prompt: must be token numbers for a model without a tokenizer; "
+                f"got {text[:60]!r}; such as '17 4'"
+            )
+        return [int(word) for word in words]
+
+    return Tokenizer(encode, lambda tokens: "".join(f" {token}" for token in tokens))
+
+
 def checkpoint_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder.
 
