@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from nsagen.bench.tables import markdown  # noqa: E402
+from nsagen.model import InferenceConfig, ToyLlamaConfig, ToyNSALlamaConfig  # noqa: E402
 from nsagen.reports import support_page, target_support  # noqa: E402
 from nsagen.spec.schema import json_schema  # noqa: E402
 
@@ -184,7 +185,59 @@ def measured(name: str) -> Callable[[], str]:
     return lambda: markdown(ROOT / "benchmarks/results/nvidia-h200" / f"{name}.json")
 
 
+LLAMA: dict[str, Any] = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+NSA: dict[str, Any] = {
+    **LLAMA,
+    "kernel_size": 32,
+    "kernel_stride": 16,
+    "block_size": 64,
+    "topk": 16,
+    "window_size": 512,
+}
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def cache_of_slots() -> str:
+    """The cache of Llama 3.1 8B, by sequences and their length."""
+    models = {
+        "dense": ToyLlamaConfig(**LLAMA),
+        "NSA": ToyNSALlamaConfig(**NSA),
+        "NSA, separate keys and values": ToyNSALlamaConfig(**NSA, branch_kv="separate"),
+    }
+    rows = [f"| sequences | tokens of each | {' | '.join(models)} |", "| ---: | ---: |"]
+    rows[1] += " ---: |" * len(models)
+    for batch in (1, 32):
+        for length in (8192, 32768, 131072):
+            limits = InferenceConfig(max_batch_size=batch, max_length=length)
+            sizes = [_gib(limits.cache_bytes(config)) for config in models.values()]
+            rows.append(f"| {batch} | {length} | {' | '.join(sizes)} |")
+    return "\n".join(rows)
+
+
+def cache_of_pages() -> str:
+    """The cache of 32 slots of up to 131072 tokens, by the tokens that sequences have."""
+    rows = ["| tokens of a sequence, on average | pages of 64 tokens | NSA |"]
+    rows.append("| ---: | ---: | ---: |")
+    for tokens in (8192, 32768, 131072):
+        pages = 32 * tokens // 64
+        limits = InferenceConfig(32, 131072, paged=True, num_pages=pages)
+        rows.append(
+            f"| {tokens} | {pages} | {_gib(limits.cache_bytes(ToyNSALlamaConfig(**NSA)))} |"
+        )
+    return "\n".join(rows)
+
+
 PARTS = {
+    ("docs/serving.md", "slots"): cache_of_slots,
+    ("docs/serving.md", "pages"): cache_of_pages,
     ("docs/integrate.md", "the difference of the toy models"): toy_difference,
     ("README.md", "forward"): measured("prefill"),
     ("README.md", "backward"): measured("train"),

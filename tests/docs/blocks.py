@@ -29,6 +29,9 @@ TITLE = re.compile(r'title="([^"]+)"')
 NEEDS_GPU = ("tune", "bench")
 """Commands that only a GPU can run; without one, their arguments are parsed."""
 
+NEEDS_AN_END = ("serve",)
+"""Commands that run until they are ended; their arguments are parsed."""
+
 LANGUAGES = ("diff", "jinja", "json", "python", "sh", "text", "yaml")
 
 
@@ -113,7 +116,8 @@ class Reader:
         interpreted = environment.pop("TRITON_INTERPRET", None)
         if arguments[0] in NEEDS_GPU and arguments[0] not in commands:
             pytest.skip(f"{where}: nsagen has no {arguments[0]} yet")
-        if arguments[0] in NEEDS_GPU or (interpreted and not self.interpreting):
+        is_parsed = arguments[0] in (*NEEDS_GPU, *NEEDS_AN_END)
+        if is_parsed or (interpreted and not self.interpreting):
             parse(commands[arguments[0]], arguments)
             return
         old = {name: os.environ.get(name) for name in environment}
