@@ -9,7 +9,8 @@
 #   make test-shapes  kernels of shapes drawn anew, in BUDGET=600 seconds of computing
 #   make gpu-test   the tests for a GPU; PY=python3 uses an environment of yours
 #   make sanitize   some of them under compute-sanitizer: stray accesses and races; SANITIZE_JOBS=8;
-#                   SANITIZE=sanitize_short has each algorithm once
+#                   SANITIZE=sanitize_short has each algorithm once; for ten minutes at a time:
+#                   SANITIZE_ARGS='--tool racecheck --part 1/4 --minutes 9'
 #   make docs       build the documentation into site/, a folder of static pages
 #   make generate   regenerate what is committed: specs/spec.schema.json, generated/, parts of docs/
 #   make clean      remove .venv and caches
@@ -24,6 +25,7 @@ STAMP  := .venv/.stamp
 SANITIZER ?= compute-sanitizer
 SANITIZE_JOBS ?= 8
 SANITIZE ?= sanitize
+SANITIZE_ARGS ?=
 
 # One thread a test process: the processes already use every core.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
@@ -91,7 +93,7 @@ gpu-test:
 
 sanitize:
 	$(PY) tests/sanitize.py --sanitizer $(SANITIZER) --jobs $(SANITIZE_JOBS) \
-	  --list tests/kernels/$(SANITIZE).txt
+	  --list tests/kernels/$(SANITIZE).txt $(SANITIZE_ARGS)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet

@@ -2,6 +2,11 @@
 
 The tests that tests/kernels/sanitize.txt names share the GPU, a few to a process. A line says how
 each process ended, after what it printed if it failed, and one sums up each tool.
+
+Where a command may take ten minutes, one part of a list at a time, for each of 1/4 to 4/4:
+
+    python tests/sanitize.py --list tests/kernels/sanitize_short.txt \\
+        --tool racecheck --part 1/4 --minutes 9
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -81,22 +87,43 @@ def collected(names: list[str], together: int) -> list[list[str]]:
     return [all_[i : i + together] for all_ in functions for i in range(0, len(all_), together)]
 
 
-def run(sanitizer: str, tool: str, tests: list[str]) -> Run:
-    """Run some tests in a process."""
+def part_of(lists: list[list[str]], text: str) -> list[list[str]]:
+    """The lists of one part, `I/N`; tests of one function are spread over the parts."""
+    given = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, parts = map(int, given.groups()) if given else (0, 0)
+    if not 1 <= part <= parts:
+        raise SystemExit(f"sanitize: --part must be I/N with I from 1 to N; got {text!r}")
+    return lists[part - 1 :: parts]
+
+
+def run(sanitizer: str, tool: str, tests: list[str], end: float) -> Run:
+    """Run some tests in a process, which is stopped at `end` of the monotonic clock."""
     command = [sanitizer, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all"]
     command += [sys.executable, *PYTEST, *tests]
     start = time.monotonic()
-    done = subprocess.run(
-        command, env=os.environ | ENVIRONMENT, text=True, capture_output=True, check=False
+    process = subprocess.Popen(
+        command,
+        env=os.environ | ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
-    output = done.stdout + done.stderr
+    late = ""
+    try:
+        output, _ = process.communicate(timeout=max(0.0, end - start))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the sanitizer, and the tests below it
+        output, _ = process.communicate()
+        late = "sanitize: stopped: no time is left; take more parts\n"
+    output += late
     last_lines = "\n".join(re.findall(r"^.* in [\d.]+s.*$", output, re.MULTILINE))  # pytest's
     counts = re.findall(rf"(\d+) ({'|'.join(OUTCOMES)})", last_lines)
     outcomes = {word: sum(int(n) for n, found in counts if found == word) for word in OUTCOMES}
     summaries = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+) ", output)
     ignored = sum(map(harmless, races(output)))
     reported = sum(map(int, summaries)) - ignored
-    ended_well = done.returncode == 0 or ignored > 0
+    ended_well = (process.returncode == 0 or ignored > 0) and not late
     name = tests[0].partition("[")[0] if len(tests) > 1 else tests[0]
     return Run(name, outcomes, reported, ended_well, time.monotonic() - start, output)
 
@@ -123,12 +150,12 @@ def counted(runs: list[Run]) -> str:
     return f"{tests}; {sum(one.reported for one in runs)} errors reported"
 
 
-def check(sanitizer: str, tool: str, lists: list[list[str]], jobs: int) -> bool:
+def check(sanitizer: str, tool: str, lists: list[list[str]], jobs: int, end: float) -> bool:
     """Run all tests under a tool; say how each process ended, and sum up."""
     start = time.monotonic()
     runs = []
     with ThreadPoolExecutor(jobs) as pool:
-        for done in as_completed(pool.submit(run, sanitizer, tool, tests) for tests in lists):
+        for done in as_completed(pool.submit(run, sanitizer, tool, tests, end) for tests in lists):
             one = done.result()
             runs.append(one)
             if not one.ok:
@@ -150,9 +177,16 @@ def main() -> int:
     parser.add_argument("--tool", action="append", help=f"default: {' and '.join(TOOLS)}")
     parser.add_argument("--together", type=int, default=4, help="tests a process; default: 4")
     parser.add_argument("--list", type=Path, default=LIST, help="a file of names of tests")
+    parser.add_argument("--part", default="1/1", help="the I-th of N parts of the list, I/N")
+    parser.add_argument(
+        "--minutes", type=float, default=24 * 60, help="stop what runs after these; default: a day"
+    )
     given = parser.parse_args()
+    end = time.monotonic() + 60 * given.minutes
     lists = collected(given.list.read_text("utf-8").split(), given.together)
-    passed = [check(given.sanitizer, tool, lists, given.jobs) for tool in given.tool or TOOLS]
+    lists = part_of(lists, given.part)
+    tools = given.tool or TOOLS
+    passed = [check(given.sanitizer, tool, lists, given.jobs, end) for tool in tools]
     return 0 if all(passed) else 1
 
 

@@ -25,7 +25,13 @@ sys.exit(code or min(errors, 1) or {code})
 
 
 def sanitize(
-    folder: Path, *tests: str, tool: str = "", errors: int = 0, races: str = "", code: int = 0
+    folder: Path,
+    *tests: str,
+    tool: str = "",
+    errors: int = 0,
+    races: str = "",
+    code: int = 0,
+    more: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
     fake, names = folder / "sanitizer", folder / "list.txt"
     fake.write_text(FAKE.format(python=sys.executable, errors=errors, races=races, code=code))
@@ -34,7 +40,7 @@ def sanitize(
     script = str(ROOT / "tests" / "sanitize.py")
     command = [sys.executable, script, "--sanitizer", str(fake), "--list", str(names)]
     return subprocess.run(
-        [*command, "--jobs", "2", *(["--tool", tool] if tool else [])],
+        [*command, "--jobs", "2", *(["--tool", tool] if tool else []), *more],
         cwd=folder,
         env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # starts sooner
         text=True,
@@ -73,6 +79,30 @@ def test_a_failing_test_is_shown(tmp_path: Path, passing: str, failing: str) -> 
     assert done.returncode == 1
     assert "assert 1 == 2" in done.stdout
     assert "memcheck: 2 passed, 1 failed; 0 errors reported; 1 of 3 runs failed" in done.stdout
+
+
+def test_parts_have_each_test_once(tmp_path: Path, passing: str) -> None:
+    found = []
+    for part in ("1/2", "2/2"):
+        done = sanitize(tmp_path, passing, tool="racecheck", more=("--part", part))
+        assert done.returncode == 0, done.stdout
+        assert "racecheck: 1 passed; 0 errors reported; 0 of 1 runs failed" in done.stdout
+        found += [line for line in done.stdout.splitlines() if "::test_" in line]
+    assert {line.split(":")[3] for line in found} == {"test_one", "test_two"}
+
+
+def test_a_part_that_is_none_is_refused() -> None:
+    for text in ("0/2", "3/2", "2"):
+        with pytest.raises(SystemExit, match="--part must be I/N with I from 1 to N"):
+            sanitizers.part_of([["a"], ["b"]], text)
+
+
+def test_what_has_no_time_left_is_stopped_and_fails(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text("import time\ndef test_slow(): time.sleep(60)\n")
+    done = sanitize(tmp_path, "test_slow.py", tool="racecheck", more=("--minutes", "0.05"))
+    assert done.returncode == 1
+    assert "sanitize: stopped: no time is left; take more parts" in done.stdout
+    assert "racecheck: no tests ran; 0 errors reported; 1 of 1 runs failed" in done.stdout
 
 
 def test_what_the_sanitizer_reports_fails(tmp_path: Path, passing: str) -> None:
@@ -151,8 +181,10 @@ def test_a_name_of_no_test_is_said(tmp_path: Path) -> None:
     assert "sanitize: some tests are not there" in done.stderr
 
 
-def test_every_line_of_the_list_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["sanitize.txt", "sanitize_short.txt"])
+def test_every_line_of_the_lists_is_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Collected in this process, which has imported the tests."""
     monkeypatch.chdir(ROOT)
     quiet = ("-q", "--collect-only", "-p", "no:cacheprovider", "-p", "no:faulthandler")
-    assert pytest.main([*quiet, f"@{sanitizers.LIST}"]) == pytest.ExitCode.OK
+    path = sanitizers.LIST.with_name(name)
+    assert pytest.main([*quiet, f"@{path}"]) == pytest.ExitCode.OK
