@@ -69,14 +69,17 @@ def make_app(engine: Engine, tokenizer: Tokenizer, name: str) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         server.check_model(body.model)
-        prompts = [p if isinstance(p, list) else tokenizer.encode(p) for p in body.prompts]
+        prompts = [p if isinstance(p, list) else server.tokens(p) for p in body.prompts]
         call = server.call(body, prompts, body.max_tokens or 16)
         return await server.answer(call, _Completion(name), body, request)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         server.check_model(body.model)
-        prompt = tokenizer.chat([message.said for message in body.messages])
+        said = [message.said for message in body.messages]
+        for message in said:
+            _check_text("messages", message["content"])
+        prompt = tokenizer.chat(said)
         limit = body.max_completion_tokens or body.max_tokens or server.room(prompt)
         return await server.answer(server.call(body, [prompt], limit), _Chat(name), body, request)
 
@@ -99,6 +102,10 @@ class _Server:
         if model != self.name:
             raise NoModel(f"model: must be {self.name!r}; got {model!r}; see /v1/models")
 
+    def tokens(self, prompt: str) -> list[int]:
+        _check_text("prompt", prompt)
+        return self.tokenizer.encode(prompt)
+
     def room(self, prompt: list[int]) -> int:
         """New tokens that fit behind a prompt; at least 1, so that a longer prompt is refused."""
         return max(1, self.engine.batch.limits.max_length - len(prompt))
@@ -118,8 +125,7 @@ class _Server:
     ) -> Response:
         if body.stream:
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            events = _events(call, shape, with_usage)
-            return StreamingResponse(events, media_type="text/event-stream")
+            return _Events(call, _events(call, shape, with_usage))
         texts: dict[int, str] = {}
         ends: dict[int, str] = {}
 
@@ -132,6 +138,15 @@ class _Server:
             return Response(status_code=499)  # nobody reads it
         choices = [shape.whole(place, texts[place], ends[place]) for place in sorted(texts)]
         return JSONResponse(shape.body(choices, shape.kind, usage=_usage(call)))
+
+
+def _check_text(name: str, text: str) -> None:
+    """Refuse half a character, which JSON can say and no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise InvalidInputError(f"{name}: must be text in UTF-8; got {half!r}; remove it") from None
 
 
 async def _unless_gone(work: Any, request: Request) -> bool:
@@ -157,6 +172,22 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+class _Events(StreamingResponse):
+    """Server-sent events; frees a call's slots even if the client leaves before the first."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, call: Call, events: AsyncIterator[str]) -> None:
+        super().__init__(events)
+        self._call = call
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._call.close()
+
+
 async def _events(call: Call, shape: _Shape, with_usage: bool) -> AsyncIterator[str]:
     """The answer as server-sent events."""
     try:
@@ -169,8 +200,6 @@ async def _events(call: Call, shape: _Shape, with_usage: bool) -> AsyncIterator[
         yield DONE
     except (Failed, Stopped) as error:
         yield _event(_error(error))
-    finally:
-        call.close()
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from nsagen.cli.models import random_model  # noqa: E402
 from nsagen.model import ContinuousBatch, InferenceConfig  # noqa: E402
+from nsagen.serve import app as app_module  # noqa: E402
 from nsagen.serve.app import make_app  # noqa: E402
 from nsagen.serve.engine import Engine  # noqa: E402
 from nsagen.serve.server import Server  # noqa: E402
@@ -208,6 +209,20 @@ class TestTogether:
         stream.close()
         running.wait_for(running=0)
 
+    def test_a_client_that_leaves_before_the_first_event_frees_its_slot(
+        self, running: Running, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The response is cancelled before it asks for one."""
+
+        async def gone(*given: Any) -> None:
+            raise ConnectionResetError
+
+        monkeypatch.setattr(app_module.StreamingResponse, "__call__", gone)
+        with pytest.raises(openai.APIError):
+            running.client.completions.create(stream=True, **LONG)
+        monkeypatch.undo()
+        running.wait_for(running=0, waiting=0)
+
     def test_a_client_that_hangs_up_frees_its_slot(self, running: Running) -> None:
         slow = threading.Event()
         with delayed(running, slow), pytest.raises(openai.APITimeoutError):
@@ -329,8 +344,12 @@ def test_other_refusals_have_their_own_status(running: Running) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         running.complete("x" * LENGTH)
     assert refused.value.code == "context_length_exceeded"
-    answer = running.client._client.post(f"{running.client.base_url}completions", content=b"{")
-    assert answer.status_code == 400
+    for content in (b"{", b"[]", b'{"model": "tiny", "prompt": "half of one: \\ud83d"}'):
+        url = f"{running.client.base_url}completions"
+        headers = {"content-type": "application/json"}
+        answer = running.client._client.post(url, content=content, headers=headers)
+        assert answer.status_code == 400, content
+        assert answer.json()["error"]["message"]
 
 
 def test_too_many_that_wait_are_refused_and_all_end_with_the_server() -> None:
