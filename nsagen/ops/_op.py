@@ -594,10 +594,13 @@ class _Backward:
             self.setup_context(ctx, args, output)
             return output
 
-        parts = {
-            "forward": staticmethod(run_forward),
-            "backward": staticmethod(once_differentiable(self.run)),
-        }
+        once = once_differentiable(self.run)
+
+        def run_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            # Without a graph of the gradients there is no second derivative to refuse.
+            return (once if torch.is_grad_enabled() else self.run)(ctx, *grads)
+
+        parts = {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)}
         return type(f"BackwardOf_{NAMESPACE}_{name}", (torch.autograd.Function,), parts)
 
 

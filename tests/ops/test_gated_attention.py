@@ -137,6 +137,16 @@ def test_one_gradient_alone(only: slice) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("cache")
+def test_a_second_derivative_is_refused() -> None:
+    args, keywords = inputs(torch.float32)
+    o = by_ops(args, keywords)
+    (dq,) = torch.autograd.grad((o * o).sum(), args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dq.sum().backward()
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("cache")
 def test_no_branch_is_kept_for_the_attention() -> None:
     """Of the branches' outputs only the sum keeps any: they are free when its gradient is done."""
     args, keywords = inputs(torch.float32)
