@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsagen.ops._gradients import reference_gradients
 from nsagen.ops._launch import no_backward, with_contiguous_rows
-from nsagen.ops._op import CONSTANTS, Op, by_name, define_op, takes_tensor
+from nsagen.ops._op import Op, by_name, define_op, takes_tensor
 
 _NONE = inspect.Parameter.empty
 
@@ -70,17 +70,17 @@ def backward_of(op: Callable[..., Any], *, adds: bool = False) -> Callable[..., 
 class Gradients:
     """The backward pass of an op, as the op <name>_backward.
 
-    Its parameters are gradients of outputs and the op's own parameters, with outputs after the
-    tensors that come first. It returns the gradient of each parameter in `of`: contiguous, and
-    empty where that is None.
+    Its parameters are gradients of outputs (of the first one, without a body) and the op's own
+    parameters, with outputs after the tensors that come first. It returns the gradient of each
+    parameter in `of`: contiguous, and empty where that is None.
 
     Attributes:
         of: parameters that have a gradient.
         launch: as in `define_op`, of the same kernel's backward pass; without kernels the op's
-            function is differentiated. A name that is none of the op's, nor a gradient, becomes an
-            optional tensor at the end, which only kernels take.
+            function is differentiated.
         optional: as in `define_op`.
         prepare: as in `define_op`, beside contiguous rows of gradients.
+        more: optional tensors at the end of the parameters, which only kernels take.
         adds: gradients that another op, <name>_backward_add, does not return, but adds to in
             place; `launch` has True there where it has False.
         body: in place of a launch, a function of `call` on other ops.
@@ -93,6 +93,7 @@ class Gradients:
     launch: str = ""
     optional: str = ""
     prepare: Mapping[str, Callable[..., Tensor | None]] = field(default_factory=dict)
+    more: str = ""
     adds: str = ""
     body: Callable[..., Any] | None = None
     takes: str = ""
@@ -101,65 +102,71 @@ class Gradients:
 
     def define(self, op: Op, kernel: str, sizes: Callable[..., Any] | None) -> Callable[..., Any]:
         """Register the backward pass of an op with this forward kernel, and its sizes."""
-        of = self.of.split()
+        of, more, adds = self.of.split(), self.more.split(), self.adds.split()
         own = [name for name in op.names if name not in self.omit.split()]
-        named = dict.fromkeys(f"{self.takes} {self.launch} {self.optional}".split())
-        others = [n for n in named if n not in (*own, *(f"d{x}" for x in of), *CONSTANTS)]
-        grads = [n for n in others if n[1:] in op.returns]
-        outputs = [n for n in others if n in op.returns]
-        more = [n for n in others if n not in grads and n not in outputs]
         leading = next((i for i, n in enumerate(own) if not takes_tensor(op.hints[n])), len(own))
-        hints = op.hints | dict.fromkeys(grads, Tensor) | dict.fromkeys(more, Tensor | None)
-        hints |= dict.fromkeys(outputs, Tensor | None if more else Tensor)
+        named = dict.fromkeys(f"{self.takes} {self.launch}".split())
+        grads = [f"d{n}" for n in op.returns if f"d{n}" in named]
+        outputs = [n for n in named if n in op.returns]
+        hints = op.hints | dict.fromkeys(outputs, Tensor | None if more else Tensor)
+        hints |= dict.fromkeys(more, Tensor | None)
 
-        def parameters(changed: list[str]) -> dict[str, Any]:
+        def parameters(*changed: str) -> dict[str, Any]:
             names = (*grads, *own[:leading], *outputs, *changed, *own[leading:], *more)
             return {n: hints.get(n, Tensor) for n in names}
 
-        types = parameters([])
+        types, name = parameters(), f"{op.name.removesuffix('_forward')}_backward"
         defaults = dict(zip(op.names, op.defaults, strict=True)) | dict.fromkeys(more)
-        name = f"{op.name.removesuffix('_forward')}_backward"
-
-        def by_reference(*args: Any) -> Any:
-            values = dict(zip(types, args, strict=True))
-            if any(values[n] is not None for n in more):
-                raise no_backward(name, args[0])
-            inputs = {n: values[n] for n in of if values[n] is not None}
-
-            def forward(*leaves: Tensor) -> Tensor:
-                taken = values | dict(zip(inputs, leaves, strict=True))
-                made = op.function(*(taken[n] for n in op.names))
-                return made[op.returns.index(grads[0][1:])] if len(op.returns) > 1 else made
-
-            found = reference_gradients(forward, tuple(inputs.values()), args[0])
-            of_inputs = dict(zip(inputs, found, strict=True))
-            every = [of_inputs[n] if n in of_inputs else args[0].new_empty(0) for n in of]
-            return tuple(every) if len(every) > 1 else every[0]
-
-        how: dict[str, Any] = {"launch": self.launch, "optional": self.optional, "sizes": sizes}
-        how["kernel"] = kernel.replace("forward", "backward")
-        how["prepare"] = {
-            **{n: _taking(with_contiguous_rows, n) for n in grads},
-            **{f"d{n}": _taking(_if_given, n, f"d{n}") for n in of if op.hints[n] != Tensor},
-            **self.prepare,
-        }
-        run: Callable[..., Any] = by_reference
+        how: dict[str, Any] = {}
         if self.body is not None:
-            how, run = {}, _on_tuple(by_name(self.body, tuple(types)))
-        returned = [self.like.get(n, n) for n in of]
-        how["allocate"] = _taking(_like, grads[0], *returned)
+            run = _on_tuple(by_name(self.body, tuple(types)))
+        else:
+            run = _differentiated(op, of, more, types)
+            how = {"kernel": kernel.replace("forward", "backward"), "sizes": sizes}
+            how |= {"launch": self.launch, "optional": self.optional}
+            how["prepare"] = {
+                **{n: _taking(with_contiguous_rows, n) for n in grads},
+                **{f"d{n}": _taking(_if_given, n, f"d{n}") for n in of if op.hints[n] != Tensor},
+                **self.prepare,
+            }
+        looks = {n: self.like.get(n, n) for n in of}
+        how["allocate"] = _taking(_like, grads[0], *looks.values())
         backward = _define(name, run, types, of, defaults, how)
-        if self.adds:
-            kept = [n for n in of if f"d{n}" not in self.adds.split()]
-            how |= {"mutates": self.adds, "allocate": _taking(_like, grads[0], *kept)}
-            how["launch"] = self.launch.replace("False", "True")
-            changed = parameters(self.adds.split())
+        if adds:
+            kept = [n for n in of if f"d{n}" not in adds]
+            how |= {"mutates": self.adds, "launch": self.launch.replace("False", "True")}
+            how["allocate"] = _taking(_like, grads[0], *(looks[n] for n in kept))
 
             def refuse(*args: Any) -> Any:
                 raise no_backward(name, args[0])
 
-            vars(backward)["adds"] = _define(f"{name}_add", refuse, changed, kept, defaults, how)
+            added = _define(f"{name}_add", refuse, parameters(*adds), kept, defaults, how)
+            vars(backward)["adds"] = added
         return backward
+
+
+def _differentiated(
+    op: Op, of: list[str], more: list[str], types: Mapping[str, Any]
+) -> Callable[..., Any]:
+    """The gradients of an op's function, from the values of a backward pass's parameters."""
+
+    def run(*args: Any) -> Any:
+        values = dict(zip(types, args, strict=True))
+        if any(values[n] is not None for n in more):
+            raise no_backward(op.name, args[0])
+        inputs = {n: values[n] for n in of if values[n] is not None}
+
+        def forward(*leaves: Tensor) -> Tensor:
+            taken = values | dict(zip(inputs, leaves, strict=True))
+            made = op.function(*(taken[n] for n in op.names))
+            return made[0] if len(op.returns) > 1 else made
+
+        found = reference_gradients(forward, tuple(inputs.values()), args[0])
+        of_inputs = dict(zip(inputs, found, strict=True))
+        every = [of_inputs[n] if n in of_inputs else args[0].new_empty(0) for n in of]
+        return tuple(every) if len(every) > 1 else every[0]
+
+    return run
 
 
 def _define(

@@ -103,11 +103,6 @@ def attention_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return o, q.new_empty(q.shape[:2], dtype=lse_dtype(q))
 
 
-def attention_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, contiguous, to be written."""
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 def with_contiguous_rows(gradient: Tensor) -> Tensor:
     """The gradient in a layout that kernels take; autograd may return any."""
     return gradient if gradient.stride(-1) == 1 else gradient.contiguous()

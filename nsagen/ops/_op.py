@@ -351,7 +351,7 @@ def takes_tensor(hint: object) -> bool:
     return hint is Tensor or Tensor in get_args(hint)
 
 
-CONSTANTS = {"None": None, "True": True, "False": False}
+_CONSTANTS = {"None": None, "True": True, "False": False}
 """What a `launch` may take in addition to an op's values."""
 
 
@@ -365,13 +365,13 @@ class _LaunchArguments:
         optional: Sequence[str],
         prepare: Mapping[str, Callable[..., Tensor | None]],
     ) -> None:
-        values += tuple(CONSTANTS)
+        values += tuple(_CONSTANTS)
         self._pick = picker([values.index(name) for name in names])
         self._optional = picker([values.index(name) for name in optional])
         self._prepare = [(values.index(n), by_name(f, values)) for n, f in prepare.items()]
 
     def __call__(self, args: Args, outputs: Sequence[Tensor]) -> Args:
-        values = (*args, *outputs, *CONSTANTS.values())
+        values = (*args, *outputs, *_CONSTANTS.values())
         for place, stand_in in self._prepare:
             values = (*values[:place], stand_in(values), *values[place + 1 :])
         more = self._optional(values)

@@ -91,6 +91,7 @@ compressed_attention_forward = op_of(
     gradients=Gradients(
         "q k v",
         "do q k v cu_seqlens_q cu_seqlens_k o lse dq dk dv softmax_scale delta gate False",
+        more="delta gate",
         optional="q_start",
         adds="dq",
     ),

@@ -101,6 +101,7 @@ selected_attention_forward = op_of(
     gradients=Gradients(
         "q k v",
         "do q k v topk_idx cu_seqlens o lse dq dk dv softmax_scale delta gate",
+        more="delta gate",
         optional="cu_seqlens_k q_start",
     ),
 )

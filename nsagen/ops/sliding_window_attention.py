@@ -92,6 +92,7 @@ sliding_window_attention_forward = op_of(
     gradients=Gradients(
         "q k v",
         "do q k v cu_seqlens o lse dq dk dv softmax_scale delta gate False",
+        more="delta gate",
         optional="cu_seqlens_k q_start",
         adds="dq dk dv",
     ),
