@@ -92,6 +92,8 @@ def test_any_cut(
 def test_pipelines(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     more = {"block_size": 64} if op == "selected_attention" else {}
     w, module = kernel(op, "warp_specialized", (8, 64, 64), "float16", **more)
-    if not is_hopper():
+    if kernel_device() == "cpu":
         on_cpu(monkeypatch, module)
+    elif not is_hopper():
+        pytest.skip("the pipelines are for Hopper")
     check_chunks(w, module, [[0, 40, 66], [0, 0, 3], [0, 0, 0]], gated=True)
