@@ -31,6 +31,8 @@ SANITIZE_ARGS ?=
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 # The interpreter must not see a GPU: it is what stands in for one.
 INTERPRETED := TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
+# nsagen is not installed there; some tests start processes in other folders.
+LOWEST := PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 .venv-lowest/bin/python
 
 .PHONY: setup demo test test-plain test-interpreter test-shapes test-lowest check static gpu-test sanitize docs generate clean
 
@@ -63,9 +65,9 @@ test-interpreter: $(STAMP)
 
 # Kernels through the interpreter; and what uses torch, pydantic, YAML, Jinja and the command line.
 test-lowest: .venv-lowest/.stamp
-	$(INTERPRETED) OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n $(JOBS) \
+	$(INTERPRETED) $(LOWEST) -m pytest -q -n $(JOBS) \
 	  tests/kernels/test_quick_interpreter.py tests/kernels/test_many_sequences.py
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -q -n $(JOBS) -m "not slow" \
+	$(LOWEST) -m pytest -q -n $(JOBS) -m "not slow" \
 	  tests/core tests/records tests/spec tests/codegen tests/aot/test_cubin.py \
 	  tests/ops/test_api.py tests/ops/test_custom_ops.py
 

@@ -138,6 +138,8 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
     spills = crowded or target.arch == "100" or (odd and target.backend == "cuda")
     if group > 32 or (group > 8 and (wide or spills)):
         tokens = 8 if group > 16 or wide or (odd and not crowded) else 16
+        if odd and group > 16:  # the columns of two products together
+            tokens = min(tokens, (128 if crowded else 256) // next_power_of_2(group))
         windows = 64
         if wide and crowded:  # with 32, a heuristic of ptxas spills to fit a second program
             windows = 32 if group > 16 else 16 if target.arch == "120" else 64

@@ -140,6 +140,7 @@ CORNERS = (
     (("compressed_attention", "backward", "float16", (24, 136), 48, 64), "cuda:100"),
     (("native_sparse_attention", "decode", "bfloat16", (88, 216), 46, 1024), "cuda:120"),
     (("block_selection", "forward", "float32", (128, 128), 1, 64), "cuda:86"),
+    (("block_selection", "forward", "float16", (64, 64), 36, 128), "cuda:86"),
     (("index_loss", "backward", "bfloat16", (120, 200), 4, 16), "cuda:89"),
 )
 """Shapes whose defaults did not fit, or used the stack in a loop."""
