@@ -41,6 +41,10 @@ FEWEST = 96
 """Token numbers of prompts are below the smallest vocabulary."""
 
 
+PAGE = 256
+"""Tokens of a block of Transformers' paged cache."""
+
+
 @dataclass(frozen=True)
 class Load:
     """What arrives.
@@ -176,6 +180,56 @@ def run_batch(model: Any, requests: Sequence[Planned], done: Callable[[], None])
             if new.finished:
                 done()
     return [answers[number] for number in sorted(answers)]
+
+
+def run_transformers(
+    model: Any, slots: int, chunk: int, requests: Sequence[Planned], done: Callable[[], None]
+) -> list[Answer]:
+    """Run requests on Transformers' own continuous batching, with its dense attention.
+
+    Args:
+        model: a causal language model of Transformers.
+        slots: of a cache that the longest requests fill; chunk: most tokens of a pass.
+    """
+    from transformers.generation.configuration_utils import (
+        ContinuousBatchingConfig,
+        GenerationConfig,
+    )
+
+    length = max(len(one.prompt) + one.new for one in requests)
+    limits = ContinuousBatchingConfig(page_size=PAGE, max_batch_tokens=chunk + slots)
+    limits.num_blocks = slots * -(-length // PAGE)
+    manager = model.init_continuous_batching(
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=limits,
+    )
+    manager.start()
+    answers = [Answer(one.at) for one in requests]
+    start, sent, left = time.perf_counter(), 0, len(requests)
+    try:
+        while left:
+            now = time.perf_counter() - start
+            while sent < len(requests) and requests[sent].at <= now:
+                one = requests[sent]
+                manager.add_request(
+                    one.prompt, str(sent), max_new_tokens=one.new, record_timestamps=True
+                )
+                answers[sent].at = time.perf_counter() - start
+                sent += 1
+            if not manager.is_running():
+                break
+            wait = requests[sent].at - now if sent < len(requests) else 1.0
+            result = manager.get_result(timeout=min(1.0, max(1e-3, wait)))
+            if result is None:
+                continue
+            answer = answers[int(result.request_id)]
+            answer.tokens = [moment - start for moment in result.timestamps or ()]
+            answer.count, answer.error = len(result.generated_tokens), result.error or ""
+            left -= 1
+            done()
+    finally:
+        manager.stop(block=True)
+    return answers
 
 
 def row_of(over: str, load: Load, answers: Sequence[Answer]) -> dict[str, Any]:

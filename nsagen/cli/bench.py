@@ -115,6 +115,12 @@ def serve(
     direct: Annotated[
         bool, typer.Option("--direct", help="Also run the load without a server, in this process.")
     ] = False,
+    transformers: Annotated[
+        bool,
+        typer.Option(
+            "--transformers", help="Also run it on Transformers' continuous batching, dense."
+        ),
+    ] = False,
     sizes: Annotated[
         str, typer.Option("--sizes", help="Random weights as in nsagen serve: tiny or guide.")
     ] = "tiny",
@@ -138,9 +144,14 @@ def serve(
     from nsagen.bench import serve as bench
     from nsagen.bench.results import check_free, write_results
     from nsagen.cli.console import progress_bar
+    from nsagen.cli.models import transformers_model
+    from nsagen.model import InferenceConfig
 
-    if url is not None and direct:
-        raise InvalidInputError("bench serve: --direct runs a model here; got it with --url")
+    if transformers:
+        require_extra("bench serve", "transformers", "transformers")
+    if url is not None and (direct or transformers):
+        given = "--direct" if direct else "--transformers"
+        raise InvalidInputError(f"bench serve: {given} runs a model here; got it with --url")
     lengths = _range_of("prompt", prompt), _range_of("new", new)
     loads = [bench.Load(requests, rate, *lengths, seed) for rate in _rates_of(rates)]
     check_free("serve", out)
@@ -150,7 +161,7 @@ def serve(
     options += [] if device is None else ["--device", device]
     rows = []
     with progress_bar("bench serve") as progress:
-        count, total = 0, requests * len(loads) * (2 if direct else 1)
+        count, total = 0, requests * len(loads) * (1 + direct + transformers)
 
         def done() -> None:
             nonlocal count
@@ -161,25 +172,30 @@ def serve(
             for load in loads:
                 answers = bench.run_http(served, bench.planned(load), done)
                 rows.append(bench.row_of(url or "nsagen serve", load, answers))
-        if direct:
-            model = _model(
-                sizes, attention, device, loads[0].length, max_batch_size, prefill_chunk_size
+        if direct or transformers:
+            limits = InferenceConfig(
+                max_batch_size, loads[0].length, prefill_chunk_size=prefill_chunk_size
             )
-            for load in loads:
-                answers = bench.run_batch(model, bench.planned(load), done)
-                rows.append(bench.row_of("ContinuousBatch", load, answers))
+            model = _model(sizes, attention, device, limits)
+        for load in loads if direct else ():
+            answers = bench.run_batch(model, bench.planned(load), done)
+            rows.append(bench.row_of("ContinuousBatch", load, answers))
+        if transformers:
+            weight = next(model.parameters())
+            dense = transformers_model(model.config, weight.dtype, weight.device)
+            del model  # a GPU may not hold both
+        for load in loads if transformers else ():
+            more = (max_batch_size, prefill_chunk_size, bench.planned(load), done)
+            answers = bench.run_transformers(dense, *more)
+            rows.append(bench.row_of("Transformers, dense", load, answers))
     _show(write_results("serve", rows, out), rows, bench.COLUMNS, as_json)
     if any(row["failed"] for row in rows):
         raise typer.Exit(1)
 
 
-def _model(
-    sizes: str, attention: str | None, device: str | None, length: int, batch: int, chunk: int
-) -> Any:
+def _model(sizes: str, attention: str | None, device: str | None, limits: Any) -> Any:
     from nsagen.cli.models import device_of, guide_model, random_model
-    from nsagen.model import InferenceConfig
 
-    limits = InferenceConfig(batch, length, prefill_chunk_size=chunk)
     where = device_of("serve", device)
     if sizes == "guide":
         return guide_model(limits, 0, where, attention, None)

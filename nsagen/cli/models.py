@@ -11,7 +11,7 @@ from nsagen.core.errors import InvalidInputError
 if TYPE_CHECKING:
     import torch
 
-    from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
+    from nsagen.model import InferenceConfig, ToyLlama, ToyLlamaConfig, ToyNSALlama
 
 _log = logging.getLogger("nsagen.generate")
 
@@ -144,6 +144,24 @@ def guide_model(
             made = ToyNSALlama(config, limits, _dispatcher(kernels), generator=generator)
     _log.info("random weights in the sizes of the guide's example: %s", _how(device, dtype))
     return made.to(device, dtype).requires_grad_(False)
+
+
+def transformers_model(config: ToyLlamaConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    """Transformers' dense Llama of the same sizes with SDPA, and random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    names = ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size")
+    names += ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    with device:
+        made: Any = LlamaForCausalLM(
+            LlamaConfig(
+                **{name: getattr(config, name) for name in names},
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+    return made.to(device, dtype).eval().requires_grad_(False)
 
 
 def checkpoint_model(

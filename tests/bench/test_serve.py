@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,25 +71,44 @@ def test_a_load_without_sense_is_refused(given: dict) -> None:
         Load(**{"requests": 1, "rate": 1.0, "prompt": (1, 2), "new": (1, 2), **given})
 
 
-def test_the_command_measures_a_server_and_the_batch_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = "bench serve --rates 50 --requests 3 --prompt 4,9 --new 2,4 --direct --json --out out"
+def measured(words: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """The rows of a small load."""
+    load = "bench serve --rates 50 --requests 3 --prompt 4,9 --new 2,4 --json --out out"
     with pytest.raises(SystemExit) as ended:
-        main(words.split())
+        main([*load.split(), *words.split()])
     said = capsys.readouterr()
     assert not ended.value.code, said.err
     content = json.loads(said.out)
-    assert content == json.loads((tmp_path / "out/serve.json").read_text())
-    served, direct = content["rows"]
-    assert (served["over"], direct["over"]) == ("nsagen serve", "ContinuousBatch")
-    for row in (served, direct):
+    assert content == json.loads(Path("out/serve.json").read_text())
+    rows = content["rows"]
+    for row in rows:
         assert (row["failed"], row["requests"]) == (0, 3)
         assert 0 < row["first_token_ms_p50"] <= row["first_token_ms_p99"]
         assert 0 < row["token_ms_p50"] <= row["token_ms_p99"]
-    assert served["new_tokens"] == direct["new_tokens"] > 0
+        assert row["new_tokens"] == rows[0]["new_tokens"] > 0
+    return rows
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_the_command_measures_a_server_and_the_batch_itself(
+    here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = measured("--direct", capsys)
+    assert [row["over"] for row in rows] == ["nsagen serve", "ContinuousBatch"]
+
+
+@pytest.mark.slow  # it builds Transformers' own server
+def test_the_command_measures_transformers_beside_it(
+    here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    rows = measured("--transformers", capsys)
+    assert [row["over"] for row in rows] == ["nsagen serve", "Transformers, dense"]
 
 
 @pytest.mark.parametrize(
