@@ -28,7 +28,7 @@ from nsagen.core.workload import (
     STATIC_PARAMS,
     Param,
     Workload,
-    parameter_names,
+    spec_names,
 )
 
 SECONDS = float(os.environ.get("SHAPES_SECONDS", "0"))
@@ -46,7 +46,7 @@ def workload(
 ) -> Workload:
     sizes = {"head_dim": heads[0], "v_head_dim": heads[1], "gqa_ratio": group, "block_size": block}
     params = {**USUAL, **sizes, "index_head_dim": heads[1], **more}
-    names = [name for name in parameter_names(op, pass_) if name in params]
+    names = [name for name in spec_names(op, pass_) if name in params]
     return Workload.of(op, pass_, dtype=dtype, **{name: params[name] for name in names})
 
 
