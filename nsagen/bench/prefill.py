@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nsagen import ops
 from nsagen.bench.dense import DenseAttention
@@ -22,6 +23,7 @@ from nsagen.bench.measure import (
     milliseconds,
 )
 from nsagen.bench.public import public_calls
+from nsagen.bench.selections import learned_selection
 from nsagen.bench.shape import Inputs, Shape
 from nsagen.cases.base import Cost, Sizes, cases_of
 from nsagen.ops.block_selection import block_selection_forward
@@ -58,8 +60,13 @@ def run(
     seqlens: Sequence[int] = SEQLENS,
     dispatcher: Dispatcher | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    selection: str = "random",
 ) -> list[dict[str, Any]]:
     """One row per op and length.
+
+    Args:
+        selection: which blocks selected attention reads; see `nsagen.bench.selections`. Public
+            implementations choose by themselves, and have rows with "random" only.
 
     Returns:
         rows with `what`, `tokens`, `ms`, `floor_ms` (see `Ceilings.floor_ms`), `of_floor` (the
@@ -71,7 +78,7 @@ def run(
     for done, tokens in enumerate(seqlens):
         if progress:
             progress(f"{tokens} tokens", done, len(seqlens))
-        rows += _rows_of_length(shape, tokens, dispatcher, ceilings)
+        rows += _rows_of_length(shape, tokens, dispatcher, ceilings, selection)
         gc.collect()
         torch.cuda.empty_cache()
     return rows
@@ -79,7 +86,11 @@ def run(
 
 @torch.no_grad()
 def _rows_of_length(
-    shape: Shape, tokens: int, dispatcher: Dispatcher | None, ceilings: Ceilings
+    shape: Shape,
+    tokens: int,
+    dispatcher: Dispatcher | None,
+    ceilings: Ceilings,
+    selection: str,
 ) -> list[dict[str, Any]]:
     dense = DenseAttention(shape, tokens)
     dense_ms = milliseconds(dense.forward)
@@ -100,12 +111,17 @@ def _rows_of_length(
     rows = [row("dense attention (cuDNN)", dense.forward, dense.cost)]
     del dense
     inputs = Inputs.random(shape, tokens, dispatcher)
-    total = Cost(0, 0)
-    for op, call in _op_calls(inputs):
+    total, topk_idx = Cost(0, 0), None
+    if selection == "learned":
+        topk_idx = learned_selection(shape.kv_heads, tokens, inputs.q.device)
+    for op, call in _op_calls(inputs, topk_idx):
         cost = cost_of(shape, op, "forward", tokens)
         if op in PARTS:
             total = Cost(total.flops + cost.flops, total.bytes + cost.bytes)
         rows.append(row(op, call, cost))
+    if topk_idx is not None:
+        rows.append(row("attention", partial(inputs.attention_over, topk_idx), total))
+        return rows
     rows.append(row("attention", inputs.attention, total))
     for name, call in public_calls(inputs):
         rows.append(row(name, call, total))
@@ -119,8 +135,10 @@ def cost_of(shape: Shape, op: str, pass_: str, tokens: int) -> Cost:
     return cases_of(workload).make_case(workload, Sizes((tokens,), heads), "meta").cost
 
 
-def _op_calls(inputs: Inputs) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Each op of the forward pass, on the tensors that the earlier ones make."""
+def _op_calls(
+    inputs: Inputs, topk_idx: Tensor | None = None
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each op of the forward pass, on what the earlier ones make, or on given blocks."""
     s, key = inputs.shape, registry.DEFAULT if inputs.dispatcher is None else inputs.dispatcher.key
     window = (s.kernel_size, s.kernel_stride)
     scale = s.head_dim**-0.5
@@ -159,7 +177,7 @@ def _op_calls(inputs: Inputs) -> Iterator[tuple[str, Callable[[], object]]]:
         dispatcher=key,
     )
     yield "block_selection", selection
-    topk_idx = selection()
+    topk_idx = selection() if topk_idx is None else topk_idx
     selected = partial(
         ops.topk_sparse_attention,
         *(inputs.q, inputs.k, inputs.v, topk_idx, s.block_size, inputs.cu_seqlens),

@@ -14,8 +14,14 @@ from nsagen import ops
 from nsagen.core.branches import BRANCHES
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.workload import STATIC_PARAMS, Workload
+from nsagen.ops import forced_blocks
+from nsagen.ops._launch import key_of
+from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.branch_attention import attend_branches
+from nsagen.ops.compressed_attention import compressed_attention_forward
 from nsagen.ops.layout import compressed_cu_seqlens
+from nsagen.ops.selected_attention import selected_attention_forward
+from nsagen.ops.sliding_window_gated_sum import sliding_window_gated_sum
 from nsagen.runtime import Dispatcher
 
 
@@ -146,6 +152,30 @@ class Inputs:
             softmax_scale=s.head_dim**-0.5,
             dispatcher=self.dispatcher,
         )
+
+    def attention_over(self, topk_idx: Tensor) -> Tensor:
+        """`attention` by the same kernels, without gradients, but the selected branch reads given
+        blocks, not those that block selection chooses beside."""
+        s, key = self.shape, key_of(self.dispatcher)
+        windows = (self.cu_seqlens, self.window_cu_seqlens, s.kernel_size, s.kernel_stride)
+        qkv, last = (self.q, self.k, self.v), (s.head_dim**-0.5, key)
+        forced = (s.block_size, s.init_blocks, s.local_blocks)
+        o, lse = compressed_attention_forward(self.q, self.ck, self.cv, *windows, *last)
+        blocks = (s.block_size, s.topk, s.init_blocks, s.local_blocks)
+        block_selection_forward(self.q, self.ck, lse, *windows, *blocks, *last)
+        if forced_blocks.applies(None, None, None, s.local_blocks):
+            o_window, _, o_forced, lse_forced = forced_blocks.window_and_forced_blocks(
+                *qkv, self.cu_seqlens, s.window_size, *forced, *last
+            )
+            others = (o_forced, lse_forced, o, o_window, self.gate)
+            return forced_blocks.free_blocks_gated_sum(
+                *qkv, topk_idx, self.cu_seqlens, *others, *forced, *last
+            )
+        selected, _ = selected_attention_forward(
+            *qkv, topk_idx, self.cu_seqlens, s.block_size, *last
+        )
+        others = (o, selected, self.gate)
+        return sliding_window_gated_sum(*qkv, self.cu_seqlens, *others, s.window_size, *last)
 
 
 def shape_of(spec: str | None = None, changes: Sequence[str] = ()) -> Shape:

@@ -49,13 +49,26 @@ def prefill(
     seqlens: Seqlens = "",
     changes: Changes = None,
     package: Package = None,
+    selection: Annotated[
+        str,
+        typer.Option(
+            "--selection",
+            help="Blocks that selected attention reads: random, or learned by a small model of "
+            "text, whose neighbouring tokens share most of them.",
+        ),
+    ] = "random",
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Time the forward pass: each op, the whole attention, and dense attention."""
     from nsagen.bench import prefill as bench
+    from nsagen.bench.selections import check_selection
+    from nsagen.bench.shape import shape_of
 
-    _run("prefill", bench, spec, sizes_of(seqlens), changes, package, out, as_json)
+    check_selection(selection, shape_of(spec, changes or ()))
+    name = "prefill" if selection == "random" else f"prefill_{selection}"
+    more = {"selection": selection}
+    _run(name, bench, spec, sizes_of(seqlens), changes, package, out, as_json, more)
 
 
 @app.command(epilog="Example: nsagen bench train llama8b --seqlens 32768 --set gqa_ratio=4")
@@ -238,6 +251,7 @@ def _run(
     package: str | None,
     out: Path | None,
     as_json: bool,
+    more: dict[str, str] | None = None,
 ) -> None:
     import nsagen
     from nsagen.bench.measure import require_gpu
@@ -250,7 +264,9 @@ def _run(
     require_gpu(name)
     dispatcher = None if package is None else nsagen.load(package)
     with progress_bar(f"bench {name}") as progress:
-        rows = bench.run(shape, tuple(seqlens or bench.SEQLENS), dispatcher, progress)
+        rows = bench.run(
+            shape, tuple(seqlens or bench.SEQLENS), dispatcher, progress, **(more or {})
+        )
     _show(write_results(name, rows, out), rows, bench.COLUMNS, as_json)
 
 

@@ -101,6 +101,32 @@ def test_prefill_has_a_row_for_each_op_the_whole_and_dense_attention():
 
 
 @pytest.mark.usefixtures("_without_a_gpu")
+def test_a_learned_selection_is_what_selected_attention_reads(monkeypatch):
+    made = []
+
+    def nothing(kv_heads, tokens, device):
+        made.append(torch.full((kv_heads, tokens, 4), -1, dtype=torch.int32, device=device))
+        return made[-1]
+
+    monkeypatch.setattr(prefill, "learned_selection", nothing)
+    found = {}
+    monkeypatch.setattr(
+        prefill, "milliseconds", lambda call: found.update({len(found): call()}) or 1.0
+    )
+    names = [row["what"] for row in prefill.run(TINY, (64,), selection="learned")]
+    results = dict(zip(names, list(found.values())[1:], strict=True))  # dense comes twice
+    assert names[-1] == "attention"  # public implementations choose by themselves
+    assert len(made) == 1
+    assert (results["selected_attention"] == 0).all()
+
+
+def test_the_attention_over_given_blocks_is_the_attention():
+    inputs = Inputs.random(TINY, 100, device="cpu")
+    given = inputs.attention_over(inputs.compressed()[1])
+    torch.testing.assert_close(given, inputs.attention())
+
+
+@pytest.mark.usefixtures("_without_a_gpu")
 def test_train_times_the_gradients_of_each_differentiable_op():
     rows = train.run(TINY, (64,))
     assert [row["what"] for row in rows][1:] == [
