@@ -7,7 +7,8 @@ down_proj, as in a dense model.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,13 +24,16 @@ from nsagen.model import NativeSparseAttention, ToyLlama, ToyNSALlama
 from nsagen.model.checks import require
 from nsagen.model.compression import Holder
 from nsagen.model.gate import MLPGate
-from nsagen.model.layers import FeedForward
+from nsagen.model.nsa_ops import NSAOps
 from nsagen.model.self_attention import SelfAttention
 
 _WHERE = "tensor_parallel"
 
 COMPRESSION = ("compress_key", "compress_value", "intra_block_pe", "intra_block_pe_value")
 """Parameters, or modules of them, whose first dimension is key/value heads."""
+
+_INPUT = "hidden_states"
+"""What Transformers calls the input of a layer's attention, which it passes by name."""
 
 
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -44,7 +48,9 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     the rank's own heads, and the names of the parameters, which become DTensors.
 
     Args:
-        model: a `NativeSparseAttention`, `ToyNSALlama` or `ToyLlama`.
+        model: a `NativeSparseAttention`, `ToyNSALlama` or `ToyLlama`, or a Transformers model that
+            `apply_nsa` has swapped, with projections of their own for queries, keys and values, and
+            without norms of heads. Its head stays whole, and so do experts.
         mesh: of one dimension.
 
     Returns:
@@ -71,13 +77,14 @@ def tensor_parallel_plan(model: nn.Module, mesh: DeviceMesh) -> dict[str, Parall
         repr(mesh),
         'pass the tensor parallel one, e.g. mesh["tp"]',
     )
-    known = isinstance(model, NativeSparseAttention | ToyNSALlama | ToyLlama)
+    attention = [m for m in model.modules() if isinstance(m, NSAOps | SelfAttention)]
     require(
-        known,
+        bool(attention),
         _WHERE,
-        "the model must be a NativeSparseAttention, ToyNSALlama or ToyLlama",
+        "the model must be a NativeSparseAttention, ToyNSALlama or ToyLlama, or a Transformers "
+        "model that apply_nsa has swapped",
         type(model).__name__,
-        "load a swapped Transformers model with tp_plan, as docs/scaling.md shows",
+        "pass the model itself",
     )
     for name, module in model.named_modules():
         check_divisible(name or type(model).__name__, module, mesh.size())
@@ -91,14 +98,22 @@ def tensor_parallel_plan(model: nn.Module, mesh: DeviceMesh) -> dict[str, Parall
         )
     if isinstance(model, NativeSparseAttention):
         return {"": HeadParallel()}
-    assert isinstance(model, ToyNSALlama | ToyLlama)
-    plan: dict[str, ParallelStyle] = {
-        "model.layers.*.self_attn": HeadParallel(),
-        "model.layers.*.mlp": FeedForwardParallel(),
-    }
-    if model.config.vocab_size % mesh.size() == 0:
+    plan: dict[str, ParallelStyle] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, NSAOps | SelfAttention):
+            plan[name] = HeadParallel()
+        elif _is_feed_forward(module):
+            plan[name] = FeedForwardParallel()
+    toy = isinstance(model, ToyNSALlama | ToyLlama)
+    if toy and model.config.vocab_size % mesh.size() == 0:
         plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
     return plan
+
+
+def _is_feed_forward(module: Any) -> bool:
+    """Whether a module is a gated feed-forward of three linear layers, nsagen's or another's."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    return all(isinstance(getattr(module, name, None), nn.Linear) for name in names)
 
 
 def check_divisible(name: str, module: nn.Module, size: int) -> None:
@@ -108,13 +123,30 @@ def check_divisible(name: str, module: nn.Module, size: int) -> None:
         InvalidInputError: names the module and its number.
     """
     rule, count = "", 0
-    if isinstance(module, NativeSparseAttention | SelfAttention):
+    if isinstance(module, NSAOps | SelfAttention):
         rule, count = "num_kv_heads must be a multiple of the ranks", module.num_kv_heads
-    elif isinstance(module, FeedForward):
+        layers = _projections(module)
+        single = len(layers) > 1 and all(isinstance(layer, nn.Linear) for layer in layers)
+        norms = [n for n in ("q_norm", "k_norm") if getattr(module, n, None) is not None]
+        require(
+            single and not norms,
+            f"{_WHERE}: {name}",
+            "queries, keys and values must have linear projections of their own, and no norms",
+            ", ".join(norms) or "one joined projection",
+            "use context parallelism",
+        )
+    elif _is_feed_forward(module):
         rule = "intermediate_size must be a multiple of the ranks"
-        count = module.gate_proj.out_features
+        count = cast(Any, module).gate_proj.out_features
     advice = "use fewer ranks for heads, and the others for sequences or batches"
     require(count % size == 0, f"{_WHERE}: {name}", rule, f"{count} and {size}", advice)
+
+
+def _projections(module: Any) -> Sequence[nn.Module]:
+    """The layers of queries, keys and values; one where they are joined."""
+    if not isinstance(module, NSAOps):
+        return module.joined_layers()
+    return module.projections() if hasattr(module, "k_proj") else [module]
 
 
 class _Shared(ParallelStyle):
@@ -124,14 +156,20 @@ class _Shared(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         check_divisible(type(module).__name__, module, device_mesh.size())
 
-        def spread(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x, *rest = args
-            if not isinstance(x, DTensor):
-                x = DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
-            return x, *rest
+        def replicated(x: Any) -> Any:
+            if isinstance(x, DTensor):
+                return x
+            return DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
+
+        def spread(
+            module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if args:
+                return (replicated(args[0]), *args[1:]), keywords
+            return args, {**keywords, _INPUT: replicated(keywords[_INPUT])}
 
         self.layers(module, device_mesh)
-        module.register_forward_pre_hook(spread)
+        module.register_forward_pre_hook(spread, with_kwargs=True)
         return module
 
     def layers(self, module: Any, mesh: DeviceMesh) -> None:
@@ -139,7 +177,8 @@ class _Shared(ParallelStyle):
 
 
 class FeedForwardParallel(_Shared):
-    """The style of a `FeedForward`: each rank has some of its hidden features."""
+    """The style of a `FeedForward`, or another of gate_proj, up_proj and down_proj: each rank has
+    some of its hidden features."""
 
     def layers(self, module: Any, mesh: DeviceMesh) -> None:
         for layer in (module.gate_proj, module.up_proj):
@@ -152,11 +191,10 @@ class HeadParallel(_Shared):
     heads, with their query heads, gates and compression."""
 
     def layers(self, module: Any, mesh: DeviceMesh) -> None:
-        nsa = isinstance(module, NativeSparseAttention)
-        for layer in module.projections() if nsa else module.joined_layers():
+        for layer in _projections(module):
             ColwiseParallel()._apply(layer, mesh)
         RowwiseParallel()._apply(module.o_proj, mesh)
-        if not nsa:
+        if not isinstance(module, NSAOps):
             return
         if isinstance(module.gate, MLPGate):
             _Whole()._apply(module.gate.up_proj, mesh)

@@ -74,8 +74,9 @@ def passed(
     """Output and gradients of a module for random input; under `parallel`, the whole ones."""
     module.zero_grad()
     cu_seqlens = offsets_of(lengths)
-    x = numbers(int(cu_seqlens[-1]), 48)
-    weight = numbers(*x.shape, seed=1)
+    dtype = next(module.parameters()).dtype
+    x = numbers(int(cu_seqlens[-1]), 48).to(dtype)
+    weight = numbers(*x.shape, seed=1).to(dtype)
     layout = cu_seqlens
     if parallel is not None:
         layout = parallel.shard(cu_seqlens)

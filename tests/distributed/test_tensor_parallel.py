@@ -182,7 +182,7 @@ def test_what_cannot_be_shared_is_refused() -> None:
         "model.layers.0.self_attn: num_kv_heads must be a multiple of the ranks, got 2 and 4",
         "model.layers.0.mlp: intermediate_size must be a multiple of the ranks, got 129 and 2",
         "mesh must be a DeviceMesh of one dimension",
-        "must be a NativeSparseAttention, ToyNSALlama or ToyLlama, got Linear",
+        "or a Transformers model that apply_nsa has swapped, got Linear",
         "spread the model before FSDP and before quantizing it, and only once",
     ]
     for texts in on_ranks(4, run):

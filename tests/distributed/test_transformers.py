@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.distributed import context_parallel
+from nsagen.distributed import context_parallel, tensor_parallel
 from tests.distributed.ranks import on_ranks
 from tests.distributed.test_context_parallel import Found, assert_equal, offsets_of
 from tests.integrations.tiny import dense, sparse, trained
@@ -51,6 +53,42 @@ def test_logits_and_gradients_are_one_process_s(kind: str) -> None:
 
     for found in on_ranks(2, run):
         assert_equal(found, expected, kind)
+
+
+def test_heads_of_a_swapped_model_for_training_and_generation() -> None:
+    """A hook and DTensor parameters take the place of Transformers' own plan."""
+    model = trained(sparse()).double()
+    targets, starts = IDS.roll(-1), torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    prompt = IDS[7:57].view(2, 25)
+
+    def run(model: Any) -> tuple[Found, Tensor]:
+        logits = model(input_ids=IDS[None], position_ids=starts, use_cache=False).logits[0]
+        found = {**gradients(model, logits, targets), "logits": logits.detach()}
+        generated = model.generate(prompt, max_new_tokens=4, do_sample=False)
+        whole = {n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in found.items()}
+        return whole, generated
+
+    expected, tokens = run(model)
+
+    def spread(rank: int) -> tuple[Found, Tensor]:
+        model.zero_grad()
+        return run(tensor_parallel(model, init_device_mesh("cpu", (2,))))
+
+    for found, generated in on_ranks(2, spread):
+        assert_equal(found, expected, "heads")
+        assert torch.equal(generated, tokens)
+
+    def refused(rank: int) -> list[str]:
+        texts = []
+        for kind in ("Qwen3", "Phi3"):
+            with pytest.raises(InvalidInputError) as error:
+                tensor_parallel(sparse(kind), init_device_mesh("cpu", (2,)))
+            texts.append(str(error.value))
+        return texts
+
+    norms, joined = on_ranks(2, refused)[0]
+    assert "and no norms, got q_norm, k_norm" in norms
+    assert "projections of their own, and no norms, got one joined projection" in joined
 
 
 def test_what_a_shard_does_not_go_with() -> None:

@@ -1,0 +1,50 @@
+"""Shared sequences on kernels, in Triton's interpreter, against one process on the reference.
+
+TRITON_INTERPRET=1 pytest tests/distributed/test_interpreter.py
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from nsagen.distributed import context_parallel
+from tests.distributed.ranks import on_ranks
+from tests.distributed.test_context_parallel import Found, attention, passed
+from tests.support import one_thread
+
+__all__ = ["one_thread"]  # a fixture
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.kernel,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_kernel_cache(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels are built anew, not taken from the user's cache."""
+    monkeypatch.setenv("NSAGEN_CACHE_DIR", str(tmp_path))
+    yield
+
+
+def test_kernels_of_two_ranks_give_one_process_s_gradients() -> None:
+    lengths = [21, 0, 3]
+    expected = passed(attention(), lengths)  # float64 has no kernels
+
+    def run(rank: int) -> Found:
+        module = attention().float()
+        return passed(module, lengths, context_parallel(module))
+
+    for found in on_ranks(2, run):
+        for name, one in expected.items():
+            other = found[name]
+            if one is not None:
+                assert other is not None
+                assert float((other.double() - one).norm() / one.norm()) < 1e-5, name
