@@ -6,7 +6,7 @@ TRITON_INTERPRET=1 pytest tests/distributed/test_interpreter.py
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -28,10 +28,9 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _own_kernel_cache(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are built anew, not taken from the user's cache."""
     monkeypatch.setenv("NSAGEN_CACHE_DIR", str(tmp_path))
-    yield
 
 
 def test_kernels_of_two_ranks_give_one_process_s_gradients() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -155,6 +157,39 @@ def test_heads_sequences_and_batches_compose(kind: str) -> None:
             assert one is not None
             assert other is not None
             assert torch.allclose(other, one, rtol=1e-5, atol=1e-6), name
+
+
+def test_a_checkpoint_of_one_mesh_loads_on_another(tmp_path: Path) -> None:
+    """By torch.distributed.checkpoint, sharded: every rank writes and reads its own parts."""
+
+    def on_mesh(cp: int, tp: int) -> Any:
+        mesh = init_device_mesh("cpu", (cp, tp), mesh_dim_names=("cp", "tp"))
+        model = model_of("nsa", **PAPER)
+        if tp > 1:
+            tensor_parallel(model, mesh["tp"])
+        return fully_shard(model, mesh=mesh["cp"])
+
+    def save(rank: int) -> None:
+        dcp.save(on_mesh(2, 2).state_dict(), checkpoint_id=tmp_path)
+
+    def load(rank: int) -> Found:
+        model = on_mesh(2, 1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        state = model.state_dict()
+        dcp.load(state, checkpoint_id=tmp_path)
+        model.load_state_dict(state)
+        return {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+    on_ranks(4, save)
+    expected = dict(model_of("nsa", **PAPER).named_parameters())
+    for found in on_ranks(2, load):
+        assert found.keys() == expected.keys()
+        for name, one in expected.items():
+            other = found[name]
+            assert other is not None
+            assert torch.equal(other, one), name
 
 
 def test_what_cannot_be_shared_is_refused() -> None:
