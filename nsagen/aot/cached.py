@@ -13,12 +13,12 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsagen.codegen.fingerprint import code_fingerprint, source_fingerprint
+from nsagen.core.compiler import compiler_settings
 from nsagen.core.files import is_file, replace_file
 from nsagen.core.installed import triton_version
 from nsagen.core.paths import cache_dir
@@ -27,9 +27,6 @@ from nsagen.core.workload import Workload
 
 if TYPE_CHECKING:
     from nsagen.aot.resources import Resources
-
-_CHOICES = ("TRITON_PTXAS", "TRITON_DEFAULT_FP_FUSION")
-"""Settings that Triton puts into its own keys in another way."""
 
 _NAME = "{kernel}"
 """Stands for the kernel's own name."""
@@ -62,17 +59,9 @@ def compiled_resources(path: Path, workload: Workload, target: Target) -> tuple[
 def compile_key(path: Path, workload: Workload, target: Target) -> str:
     """Hex digest over everything that a kernel file's resources on a target depend on."""
     fingerprint = source_fingerprint(path.read_text(encoding="utf-8"), path.stem)
-    compiler = (str(triton_version()), json.dumps(_knobs(), sort_keys=True))
+    compiler = (str(triton_version()), json.dumps(compiler_settings()))
     parts = (fingerprint, workload.op, workload.pass_, str(target), *compiler, _tools(workload.op))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-
-
-def _knobs() -> dict[str, str]:
-    """The environment's compiler settings: those that Triton lists, and which ptxas."""
-    from triton._C.libtriton import get_cache_invalidating_env_vars
-
-    chosen = {name: value for name, value in os.environ.items() if name.startswith(_CHOICES)}
-    return {**get_cache_invalidating_env_vars(), **chosen}
 
 
 @functools.cache

@@ -21,9 +21,9 @@ from nsagen.codegen.plan import DEFAULT_PROVENANCE, Use, Variant, plan_variants
 from nsagen.codegen.template import default_schedule, kernel_name, render
 from nsagen.codegen.tuned import Tuned, tuned_schedules
 from nsagen.core.bucket import Bucket
+from nsagen.core.compiler import compiler_name
 from nsagen.core.errors import BuildError, InvalidInputError
 from nsagen.core.files import TEMPORARY, lock_path, locked, replace_file, sealed
-from nsagen.core.installed import triton_version
 from nsagen.core.packages import MANIFEST, read_manifest, recorded_path
 from nsagen.core.releases import installed_release
 from nsagen.core.target import parse_target
@@ -107,7 +107,7 @@ def build(
         if compile_all:
             compiled = compile_all(folder / "kernels", variants)
             resources.update(compiled)
-            tritons |= dict.fromkeys(compiled, triton_version() or "unknown")
+            tritons |= dict.fromkeys(compiled, compiler_name())
         return manifest_text(variants, plan.origin, files, resources, tritons)
 
     written, removed = write_package(out_dir, spec.name, files, manifest)

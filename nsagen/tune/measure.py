@@ -19,8 +19,9 @@ import torch
 
 from nsagen.cases.base import THRESHOLDS, Case, Sizes, cases_of, relative_error
 from nsagen.cases.verify import sizes_for
+from nsagen.core.compiler import compiler_name
 from nsagen.core.importing import import_file
-from nsagen.core.installed import driver_version, triton_version
+from nsagen.core.installed import driver_version
 from nsagen.runtime.device import device_slug, target_of
 from nsagen.tune.outcome import Timing, WrongOutputError
 from nsagen.tune.task import Task
@@ -142,7 +143,7 @@ class GpuMeasurer:
             "name": torch.cuda.get_device_name(),
             "target": target_of(torch.device("cuda")),
             "driver": driver_version() or "unknown",
-            "triton": triton_version() or "unknown",
+            "triton": compiler_name(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }

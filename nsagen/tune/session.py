@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import optuna
 
+from nsagen.core.compiler import compiler_name
 from nsagen.core.errors import InvalidInputError, TuneError
 from nsagen.core.files import check_replaceable, check_writable
-from nsagen.core.installed import triton_version
 from nsagen.core.paths import cache_dir
 from nsagen.core.target import parse_target
 from nsagen.core.worker import Worker, compile_workers
@@ -263,8 +263,8 @@ def evaluator_for(
         facts: dict[str, Any] = {}
         if objective == "static":
             name = places.target or max(target for spec in specs for target in spec.targets)
-            triton = triton_version() or "unknown"
-            device = Device(f"static-{slug(name)}", parse_target(name), "none", triton)
+            target = parse_target(name)
+            device = Device(f"static-{slug(name)}", target, "none", compiler_name())
             pool = CompilePool(Path(folder), device.target, workers)
             evaluator: Evaluator = StaticEvaluator(pool)
         else:

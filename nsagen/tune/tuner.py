@@ -193,7 +193,7 @@ class Tuner:
         open_search.final = FinalRound(
             search, self._evaluator, self._device, self._objective, ended
         )
-        if known and _still_holds(known, search):
+        if known and known.triton == self._device.triton and _still_holds(known, search):
             open_search.final.result = known
 
     @property

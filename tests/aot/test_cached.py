@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_written_to_only_costs_time(kernel, tmp_path):
 def test_settings_of_the_compiler_count(kernel, monkeypatch):
     path, _ = kernel
     keys = {compile_key(path, WORKLOAD, SM90)}
-    for name in ("DISABLE_LLVM_OPT", "TRITON_PTXAS_PATH", "TRITON_DEFAULT_FP_FUSION"):
+    for name in ("DISABLE_LLVM_OPT", "TRITON_DEBUG", "TRITON_INSTRUMENTATION_MODE"):
         monkeypatch.setenv(name, "1")
         keys.add(compile_key(path, WORKLOAD, SM90))
         monkeypatch.delenv(name)

@@ -198,7 +198,7 @@ def test_resources_keep_the_version_of_triton_that_they_are_of(
                 for v in made[:count]
             }
 
-        monkeypatch.setattr(building, "triton_version", lambda: version)
+        monkeypatch.setattr(building, "compiler_name", lambda: version)
         build(load_spec("few.yaml"), OUT, compile_all=rows)
         make()
         variants = json.loads((PACKAGE / "manifest.json").read_text())["variants"]

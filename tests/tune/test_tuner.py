@@ -10,12 +10,14 @@ from optuna.trial import TrialState
 
 from nsagen.core.workload import Schedule
 from nsagen.records.files import load_records
+from nsagen.spec import load_spec
+from nsagen.tune import session
 from nsagen.tune.evaluate import Final
 from nsagen.tune.final_round import decide
 from nsagen.tune.search import Budget
 from nsagen.tune.storage import open_storage
 from tests.tune.conftest import Silent, World
-from tests.tune.fake import FakeCompiler, fake_ms
+from tests.tune.fake import FACTS, FakeCompiler, fake_ms
 
 
 def trials_of(world: World, *states: TrialState) -> list[optuna.trial.FrozenTrial]:
@@ -35,6 +37,29 @@ def test_the_winner_is_recorded_with_its_evidence(world: World) -> None:
     assert (record.measured, record.failed, record.ended) == (30, 0, "30 schedules are measured")
     assert (record.triton, record.driver) == ("3.6.0", "570.1")
     assert record.sizes == "1 x 4096 tokens, 8 kv heads"
+
+
+def test_another_compiler_is_measured_anew(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where both studies have as many outcomes: the record is of the present one."""
+    (first,) = world.tune().records
+    monkeypatch.setitem(FACTS, "triton", "3.6.0 with DISABLE_LLVM_OPT=true")
+    watcher = Silent()
+    (second,) = world.tune(watcher=watcher).records
+    assert (first.triton, second.triton) == ("3.6.0", "3.6.0 with DISABLE_LLVM_OPT=true")
+    assert len(watcher.steps) == first.measured == second.measured
+
+
+def test_a_static_study_is_of_the_compilers_settings(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = load_spec(world.spec)
+    places = session.Places(jobs=1)
+    names = set()
+    for value in ("0", "1"):
+        monkeypatch.setenv("DISABLE_LLVM_OPT", value)
+        with session.evaluator_for("static", [spec], places) as (device, _, _):
+            names.add(device.triton)
+    assert len(names) == 2
 
 
 def test_failures_are_told_as_finite_values_with_their_reason(world: World) -> None:
