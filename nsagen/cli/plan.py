@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -38,6 +38,8 @@ HEADINGS = (
     "workspace",
     "prefill",
     "decode step",
+    "measured prefill",
+    "measured step",
     "largest batch",
     "largest context",
 )
@@ -111,8 +113,13 @@ def plan(
         }
         print(json.dumps(content, indent=1))
         return
-    _print([(label, found, time) for label, _, found, _, time in rows], device, load, model)
-    _print_training([(label, step) for label, _, _, step, _ in rows], device, load)
+    shown = [
+        Row(label, found, needs(config, device, load), time)
+        for label, config, found, _, time in rows
+    ]
+    _print(shown, device, load, model)
+    steps = [(label, best_step(config, device, context, batch, gpus)) for label, config, *_ in rows]
+    _print_training(steps, device, load)
 
 
 def _efficiency(config: ToyLlamaConfig, known: tuple[Efficiency, Efficiency]) -> Efficiency:
@@ -188,7 +195,16 @@ def _model(shape: AttentionShape, folder: Path | None) -> dict[str, Any] | None:
     }
 
 
-def _print(rows: list[tuple[str, Needs, str]], gpu: Gpu, load: Any, model: Path | None) -> None:
+class Row(NamedTuple):
+    """An attention in the table; `time` says where the times of `found` come from."""
+
+    label: str
+    found: Needs
+    floor: Needs
+    time: str
+
+
+def _print(rows: list[Row], gpu: Gpu, load: Any, model: Path | None) -> None:
     from nsagen.cli.console import console
     from nsagen.cli.table import print_table
     from nsagen.estimate.model import USABLE
@@ -199,17 +215,17 @@ def _print(rows: list[tuple[str, Needs, str]], gpu: Gpu, load: Any, model: Path 
     )
     print_table(
         title,
-        ["attention", "split", *HEADINGS, "time by"],
+        ["attention", "split", *HEADINGS],
         [
             (
                 *(label, f"{found.split.tensor} x {found.split.data}"),
                 *(_bytes(found.weights), _bytes(found.cache), _bytes(found.workspace)),
-                _seconds(found.prefill),
-                _seconds(found.decode) if found.fits else f"{_seconds(found.decode)}, does not fit",
+                _seconds(floor.prefill),
+                _seconds(floor.decode) if floor.fits else f"{_seconds(floor.decode)}, does not fit",
+                *(("", "") if time == "roofline" else map(_seconds, (found.prefill, found.decode))),
                 *(f"{found.largest_batch:,}", f"{found.largest_context:,}"),
-                time.partition(" ")[0],
             )
-            for label, found, time in rows
+            for label, found, floor, time in rows
         ],
         right=HEADINGS,
     )
@@ -217,12 +233,13 @@ def _print(rows: list[tuple[str, Needs, str]], gpu: Gpu, load: Any, model: Path 
     for line in (
         f"Bytes are per GPU; {USABLE:.0%} of its {_bytes(gpu.memory)} may be used. Split: GPUs "
         "that share the heads x groups that share the batch.",
-        f"Roofline times are lower bounds, at {gpu.flops / 1e12:.0f} TFLOP/s, "
-        f"{gpu.bandwidth / 1e12:.2f} TB/s and links of {gpu.link / 1e9:.0f} GB/s "
+        "Prefill and decode step are lower bounds, by the roofline: at "
+        f"{gpu.flops / 1e12:.0f} TFLOP/s, {gpu.bandwidth / 1e12:.2f} TB/s and links of "
+        f"{gpu.link / 1e9:.0f} GB/s "
         f"({gpu.source}): prefill of one sequence; one step of the whole batch.",
         *(
-            f"M{time[1:]}: attention has the roofline efficiency measured there at the nearest "
-            "sizes; the rest is the roofline."
+            f"M{time[1:]}: attention at the share of the roofline measured there at the nearest "
+            "sizes, the rest by the roofline."
             for time in dict.fromkeys(time for *_, time in rows if time != "roofline")
         ),
     ):
@@ -230,32 +247,27 @@ def _print(rows: list[tuple[str, Needs, str]], gpu: Gpu, load: Any, model: Path 
 
 
 def _print_training(rows: list[tuple[str, Step]], gpu: Gpu, load: Any) -> None:
-    from rich.table import Table
-
     from nsagen.cli.console import console
+    from nsagen.cli.table import print_table
     from nsagen.estimate.training import STATE_BYTES
 
-    title = f"Training: {load.batch} sequences of {load.context:,} tokens a step"
-    table = Table(title=title, title_justify="left")
-    table.add_column("attention", no_wrap=True)
-    table.add_column("tensor x context x data", no_wrap=True)
-    for heading in STEP_HEADINGS:
-        table.add_column(heading, justify="right")
-    for label, step in rows:
-        split = step.split
-        table.add_row(
-            label,
-            f"{split.tensor} x {split.context} x {split.data}",
-            _bytes(step.state),
-            _bytes(step.activations) if step.fits else f"{_bytes(step.activations)}, does not fit",
-            "yes" if step.recompute else "no",
-            _seconds(step.seconds),
-            f"{step.exchange / step.seconds:.1%}",
-            f"{step.tokens_per_second:,.0f}",
-        )
-    out = console()
-    out.print(table)
-    out.print(
+    print_table(
+        f"Training: {load.batch} sequences of {load.context:,} tokens a step, by the roofline",
+        ["attention", "tensor x context x data", *STEP_HEADINGS],
+        [
+            (
+                *(label, f"{step.split.tensor} x {step.split.context} x {step.split.data}"),
+                _bytes(step.state),
+                _bytes(step.activations) + ("" if step.fits else ", does not fit"),
+                "yes" if step.recompute else "no",
+                *(_seconds(step.seconds), f"{step.exchange / step.seconds:.1%}"),
+                f"{step.tokens_per_second:,.0f}",
+            )
+            for label, step in rows
+        ],
+        right=STEP_HEADINGS,
+    )
+    console().print(
         f"The fastest split that fits. State: {STATE_BYTES} bytes a parameter over all GPUs, and "
         f"the layer that is gathered. Exchange alone: with {gpu.link / 1e9:.0f} GB/s links and "
         f"{gpu.network / 1e9:.0f} GB/s from a GPU to other hosts, what computing does not hide.",
