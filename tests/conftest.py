@@ -25,7 +25,8 @@ QUICK = pytest.MonkeyPatch()
 collect_ignore = []
 if importlib.util.find_spec("pydantic") is None:
     collect_ignore = ["aot", "bad", "cli", "codegen", "docs", "estimate", "faults", "records"]
-    collect_ignore += ["reports", "spec", "model/test_shipped_specs.py"]
+    collect_ignore += ["export", "reports", "serve", "spec", "model/test_shipped_specs.py"]
+    collect_ignore += ["bench/test_serve.py"]
     collect_ignore += ["test_packaging.py", "test_supply_chain.py"]
     collect_ignore += [
         f"kernels/test_{name}.py"

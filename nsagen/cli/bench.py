@@ -153,7 +153,7 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Put a server under load, and time first tokens and the others as clients see them."""
-    require_extra("bench serve", "serve", "fastapi", "uvicorn", "openai")
+    require_extra("bench serve", "bench", "fastapi", "uvicorn", "openai")
     from nsagen.bench import serve as bench
     from nsagen.bench.results import check_free, write_results
     from nsagen.cli.console import progress_bar
@@ -161,7 +161,7 @@ def serve(
     from nsagen.model import InferenceConfig
 
     if transformers:
-        require_extra("bench serve", "transformers", "transformers")
+        require_extra("bench serve", "bench", "transformers")
     if url is not None and (direct or transformers):
         given = "--direct" if direct else "--transformers"
         raise InvalidInputError(f"bench serve: {given} runs a model here; got it with --url")
