@@ -34,6 +34,15 @@ GATES = Workload.of(
 )
 """A type that llama8b has not, with an algorithm of its own."""
 
+FORCED = Workload.of(
+    "sliding_window_attention",
+    "forward",
+    dtype="bfloat16",
+    **{"head_dim": 128, "v_head_dim": 128, "gqa_ratio": 16, "window_size": 512},
+    **{"block_size": 64, "init_blocks": 1, "local_blocks": 2},
+)
+"""What a call asks for, not a spec."""
+
 
 FAMILY = [w for n in ("minimax_m3", "minicpm4") for w in load_spec(n).workloads()]
 """What other members of the family than NSA have more."""
@@ -43,7 +52,7 @@ def variants() -> dict[str, tuple[Workload, Schedule]]:
     """The default schedule of each algorithm; of those that pool, the one with most inputs."""
     return {
         f"{work.op} {work.pass_} {space.algorithm}": (work, space.default_schedule(work, TARGET))
-        for work in [*FAMILY, *representative(load_spec("llama8b")), GATES]
+        for work in [*FAMILY, *representative(load_spec("llama8b")), GATES, FORCED]
         for space in spaces_for(work, TARGET)
     }
 
