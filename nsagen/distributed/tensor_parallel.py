@@ -191,6 +191,7 @@ class HeadParallel(_Shared):
     heads, with their query heads, gates and compression."""
 
     def layers(self, module: Any, mesh: DeviceMesh) -> None:
+        module.head_ranks = mesh.size()
         for layer in _projections(module):
             ColwiseParallel()._apply(layer, mesh)
         RowwiseParallel()._apply(module.o_proj, mesh)

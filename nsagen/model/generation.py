@@ -13,7 +13,6 @@ from torch.nn.modules import module as modules
 
 from nsagen.core.errors import CapacityError
 from nsagen.model.checks import require
-from nsagen.model.compression import local_of
 from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
 from nsagen.model.fused import may_fuse, own, renew_joined
 from nsagen.model.layers import project
@@ -75,12 +74,11 @@ class Generation(nn.Module, Generic[Cache]):
 
     def _config_here(self) -> Any:
         """The model's config with the heads that this process has, which its cache is for."""
-        config, attention = self.config, self.model.layers[0].self_attn
-        kv_heads = local_of(attention.k_proj.weight).shape[0] // config.head_dim
-        if kv_heads == config.num_key_value_heads:
-            return config
-        heads = kv_heads * config.num_attention_heads // config.num_key_value_heads
-        return replace(config, num_attention_heads=heads, num_key_value_heads=kv_heads)
+        # Not from a weight's shape: FSDP splits weights too, and quantizers pack or hide them.
+        parts = self.model.modules()
+        ranks = next((part.head_ranks for part in parts if hasattr(part, "head_ranks")), 1)
+        sizes = ("num_attention_heads", "num_key_value_heads")
+        return replace(self.config, **{n: getattr(self.config, n) // ranks for n in sizes})
 
     def hidden(self, input_ids: Tensor, rows: CachedRows, cache: Cache) -> Tensor:
         """Input of `head` for tokens that follow those in the cache: [N, hidden_size]."""

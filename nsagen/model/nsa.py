@@ -70,11 +70,15 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
     Parameters that only an inactive branch would read do not exist. Without the compressed branch,
     the compression of keys, by which the selected branch chooses, is constant and untrained.
 
+    Attributes:
+        head_ranks: processes that share the heads under tensor parallelism.
+
     Raises:
         InvalidInputError: parameters that do not fit together, or of another kind.
     """
 
     rotary_emb: RotaryEmbedding
+    head_ranks = 1
 
     def __init__(
         self,

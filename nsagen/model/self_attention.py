@@ -29,7 +29,12 @@ class SelfAttention(JoinsWeights):
         rope: tables shared by all layers.
         initializer_range: standard deviation of the initial projections.
         generator: source of the initial weights; None for PyTorch's own.
+
+    Attributes:
+        head_ranks: processes that share the heads under tensor parallelism.
     """
+
+    head_ranks = 1
 
     def __init__(
         self,

@@ -112,6 +112,21 @@ def test_generation_is_one_process_s(kind: str, changes: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("kind", ["nsa", "dense"])
+def test_layers_that_fsdp_splits_generate_with_all_heads(kind: str) -> None:
+    """Between its calls, a layer's weights have some of their rows; its caches have all heads."""
+    batch = IDS, ENDS[[0, 1, 3, 4]], 3
+    expected = model_of(kind).double().generate(*batch)
+
+    def run(rank: int) -> Tensor:
+        model = model_of(kind).double()
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+        return model.generate(*batch)
+
+    assert all(torch.equal(found, expected) for found in on_ranks(2, run))
+
+
+@pytest.mark.parametrize("kind", ["nsa", "dense"])
 def test_heads_sequences_and_batches_compose(kind: str) -> None:
     """Two ranks for heads, two for sequences with FSDP over them: one process's training steps."""
     targets = IDS.roll(-1)

@@ -304,6 +304,27 @@ class Adapted(nn.Linear):
         return super().forward(input) + input @ self.beside.T
 
 
+class Quantized(nn.Module):
+    """A linear layer whose weight is packed, as quantizers pack it: two numbers in a byte."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = [base.weight]  # in a list: not a parameter
+        self.weight = nn.Parameter(base.weight.new_zeros(base.weight.numel() // 2, 1), False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.base[0].T * 0.7
+
+
+class QuantizedByPyTorch(Quantized):
+    """The same without such a parameter: `weight` is a method."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base)
+        del self.weight
+        self.weight = lambda: self.base[0]
+
+
 class Around(nn.Module):
     """A layer that is not a linear one, with the linear one inside."""
 
@@ -407,6 +428,17 @@ def test_what_wraps_a_module_counts(
         assert tokens[0].tolist() == choices[-4:].tolist(), place
         changed += not torch.equal(tokens, expected)
     assert changed >= len(places) / 2, "most of these must change some token to show anything"
+
+
+@pytest.mark.parametrize("make", [dense, sparse])
+@pytest.mark.parametrize("kind", [Quantized, QuantizedByPyTorch, Around])
+def test_a_cache_does_not_depend_on_how_keys_weights_are_kept(
+    make: Callable[[], Model], kind: Any
+) -> None:
+    model = make()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj = kind(layer.self_attn.k_proj)
+    check(model)
 
 
 def test_a_gate_that_is_wrapped_counts(fused: None) -> None:
