@@ -251,17 +251,18 @@ def build(
 
 def _check(specs: list[Spec], out: Path, tuned: Path | None, as_json: bool) -> None:
     from nsagen.cli.console import print_line
-    from nsagen.codegen.build import check
+    from nsagen.codegen.build import check, way_to_fresh
 
+    found = {spec.name: check(spec, out, tuned=tuned) for spec in specs}
     rows = [
         {
-            "spec": spec.name,
-            "path": str(out / spec.name / stale.path),
+            "spec": name,
+            "path": str(out / name / stale.path),
             "state": stale.state,
             "why": stale.why,
         }
-        for spec in specs
-        for stale in check(spec, out, tuned=tuned)
+        for name, files in found.items()
+        for stale in files
     ]
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -270,10 +271,10 @@ def _check(specs: list[Spec], out: Path, tuned: Path | None, as_json: bool) -> N
             why = f" ({row['why']} changed)" if row["why"] else ""
             print_line(f"{row['state']}: {row['path']}{why}")
         for spec in specs:
-            count = sum(row["spec"] == spec.name for row in rows)
-            what = "1 file is" if count == 1 else f"{count} files are"
-            remedy = f"{what} not up to date; run: {spec.build_command(out, tuned)}"
-            print_line(f"{spec.name}: {remedy if count else 'up to date'}")
+            files = found[spec.name]
+            what = "1 file is" if len(files) == 1 else f"{len(files)} files are"
+            way = way_to_fresh(files, out / spec.name, spec.build_command(out, tuned))
+            print_line(f"{spec.name}: {f'{what} not up to date; {way}' if files else 'up to date'}")
     if rows:
         raise typer.Exit(1)
 

@@ -146,13 +146,13 @@ def _gpus(problems: list[str]) -> list[str]:
 
 def _packages(out_dir: Path, problems: list[str]) -> list[str]:
     """The generated packages below a folder; the stale ones become problems."""
-    from nsagen.codegen.build import check
-    from nsagen.core.packages import read_manifest, spec_of
+    from nsagen.codegen.build import check, way_to_fresh
+    from nsagen.core.packages import is_built, spec_of
     from nsagen.spec import load_spec
 
     found = []
     for folder in visible(out_dir.glob("*")):
-        if read_manifest(folder) is None:
+        if not is_built(folder):
             continue
         found.append(folder.name)
         source = spec_of(folder)
@@ -174,7 +174,8 @@ def _packages(out_dir: Path, problems: list[str]) -> list[str]:
         if stale:
             problems.append(
                 f"{folder}: not up to date: {len(stale)} file{'s' * (len(stale) > 1)}, such as "
-                f"{stale[0].path} ({stale[0].state}); run: {spec.build_command(out_dir)}"
+                f"{stale[0].path} ({stale[0].state}); "
+                + way_to_fresh(stale, folder, spec.build_command(out_dir))
             )
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from nsagen.codegen.owned import (
     note_files,
     own_files,
     python_files,
+    replaceable,
 )
 from nsagen.codegen.package import Origin, manifest_text, package_files, variant_header
 from nsagen.codegen.plan import DEFAULT_PROVENANCE, Use, Variant, plan_variants
@@ -33,6 +34,9 @@ from nsagen.spec import Spec
 
 ResourceRows = dict[str, list[dict[str, Any]]]
 """Variant name -> one dict per kernel and target: what the kernel uses there."""
+
+_NAMED = 4
+"""Most files that a text names."""
 
 Compile = Callable[[Path, tuple[Variant, ...]], ResourceRows]
 """Compiles the variants whose files are in a folder."""
@@ -67,11 +71,13 @@ class Stale:
         path: relative to the package's folder.
         state: "missing", "edited" by hand, "outdated" or "orphaned".
         why: what changed since the build, such as "the spec"; empty for a file edited by hand.
+        in_the_way: whether a build refuses to replace it, as nothing says that nsagen wrote it.
     """
 
     path: str
     state: str
     why: str = ""
+    in_the_way: bool = False
 
 
 def build(
@@ -175,17 +181,28 @@ def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale
         return (why or "a template") if (path in listed) is was_listed else ""
 
     stale = []
+    is_known = not (folder / MANIFEST).is_file() or bool(listed)
+    free = replaceable(folder, files)
     for path, text in sorted({**files, MANIFEST: manifest}.items()):
         if not (folder / path).is_file():
             stale.append(Stale(path, "missing", cause(path, False) if listed else ""))
         elif not _differs(folder / path, text):
             continue
-        elif path in intact or (path == MANIFEST and (why or stale)):
+        elif path in intact or (path == MANIFEST and is_known and (why or stale)):
             stale.append(Stale(path, "outdated", why or "a template"))
         else:
-            stale.append(Stale(path, "edited"))
+            stale.append(Stale(path, "edited", in_the_way=path not in free))
     orphans = _orphans(folder, files)
     return stale + [Stale(path, "orphaned", cause(path, True)) for path in orphans]
+
+
+def way_to_fresh(stale: Sequence[Stale], folder: Path, command: str) -> str:
+    """What brings a stale package up to date: the command, and first what it would refuse."""
+    names = [str(folder / one.path) for one in stale if one.in_the_way]
+    if not names:
+        return f"run: {command}"
+    moved = ", ".join(names) if len(names) <= _NAMED else str(folder)
+    return f"move {moved} away, as nothing says that nsagen wrote it; then run: {command}"
 
 
 def _changed_inputs(folder: Path, origin: Origin) -> str:

@@ -47,10 +47,7 @@ def check_free(
     """
     if not os.path.lexists(folder):
         return
-    own = own_files(folder, manifest)
-    own |= {path for path in _plain_files(folder) if _is_as_written(folder / path, files.get(path))}
-    if _is_plain(folder / manifest) and (own or read_manifest(folder, manifest) is not None):
-        own.add(manifest)
+    own = replaceable(folder, files, manifest)
     if not own and any(_visible(folder)):
         _refuse(command, folder, sorted(entry.name for entry in _visible(folder)))
     wanted = [folder / path for path in (*files, manifest)]
@@ -65,6 +62,15 @@ def check_free(
         in_the_way.append(folder / NOTES)
     if in_the_way:
         _refuse(command, folder, sorted(path.relative_to(folder).as_posix() for path in in_the_way))
+
+
+def replaceable(folder: Path, files: Mapping[str, str], manifest: str = MANIFEST) -> set[str]:
+    """The files below a folder that a build of these files may replace, relative to it."""
+    own = own_files(folder, manifest)
+    own |= {path for path in _plain_files(folder) if _is_as_written(folder / path, files.get(path))}
+    if _is_plain(folder / manifest) and (own or read_manifest(folder, manifest) is not None):
+        own.add(manifest)
+    return own
 
 
 def own_files(folder: Path, manifest: str = MANIFEST) -> set[str]:

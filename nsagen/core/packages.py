@@ -35,6 +35,13 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any] | None:
     return content if is_own else None
 
 
+def is_built(folder: Path) -> bool:
+    """Whether a build wrote a folder, even if its manifest is damaged or of a later version."""
+    if read_manifest(folder) is not None:
+        return True
+    return (_command_in(folder / "__init__.py") or "").startswith("nsagen build ")
+
+
 def spec_of(folder: Path) -> Path | None:
     """The file of the spec that a package was built from, wherever the working folder is.
 
@@ -118,7 +125,9 @@ def _specs_above(name: str) -> Iterator[Path]:
 def _command_in(path: Path) -> str | None:
     """The command in a generated file's header."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()[:2]
+        lines = path.read_text(encoding="utf-8").splitlines()[
+            :4
+        ]  # a conflict of branches may begin there
     except (OSError, ValueError):
         return None
     found = [line.removeprefix(_COMMAND) for line in lines if line.startswith(_COMMAND)]

@@ -325,6 +325,34 @@ def test_the_command_of_a_package_finds_the_spec_from_where_it_was_built(
     assert [one.name for one in specs_of(None, Path("generated"))] == ["few"]
 
 
+@pytest.mark.parametrize("where", ["manifest.json", "__init__.py", "dispatcher.py"])
+def test_a_package_with_conflicts_of_branches_is_named_with_a_way_out(
+    capsys: pytest.CaptureFixture[str], spec: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest says nothing any more, and nothing else says whose a changed file is."""
+    monkeypatch.setattr(loading, "_roots", ROOTS)
+    Path(".git").mkdir()
+    Path("specs").mkdir()
+    Path("specs/few.yaml").write_text(spec.read_text())
+    assert Ran(capsys, "build", "few").code == 0
+    folder = Path("generated/few")
+    for name in {"manifest.json", where}:
+        text = (folder / name).read_text()
+        (folder / name).write_text(f"<<<<<<< HEAD\n{text}=======\n{text}>>>>>>> theirs\n")
+    for command in (["doctor"], ["build", "few", "--check"]):
+        told = Ran(capsys, *command)
+        assert told.code == 1
+        said = " ".join(told.out.split())
+        assert f"{folder}" in said
+        remedy = said[said.index("not up to date") :]
+        assert (f"move {folder / where} away" in remedy) is (where != "manifest.json")
+    assert "edited: generated/few/manifest.json" in said
+    if where != "manifest.json":
+        (folder / where).rename("aside")
+    assert pasted(capsys, remedy).code == 0
+    assert Ran(capsys, "build", "few", "--check").code == 0
+
+
 def test_manifests_of_others_are_passed_over(
     capsys: pytest.CaptureFixture[str], spec: Path
 ) -> None:
