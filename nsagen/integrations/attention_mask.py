@@ -74,6 +74,20 @@ def mask_of(
     return real
 
 
+def sees_next(
+    mask_function: Callable[..., Any], batch: int, tokens: int, offset: Any, device: Any
+) -> Tensor:
+    """bool [B, S - 1]: where a token sees the one after it, as those of an image do."""
+    rows, head, queries = _places(batch, tokens, offset, device)
+    return torch.as_tensor(mask_function(rows, head[:, 1:], queries[:, :-1], queries[:, 1:]))
+
+
+def _places(batch: int, tokens: int, offset: Any, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows [B, 1], heads and queries [1, S], as a mask function takes them."""
+    queries = (torch.arange(tokens, device=device) + offset)[None]
+    return torch.arange(batch, device=device)[:, None], torch.zeros_like(queries), queries
+
+
 def _documents(
     mask_function: Callable[..., Any], batch: int, tokens: int, offset: Any, device: Any
 ) -> Tensor | None:
@@ -82,14 +96,10 @@ def _documents(
     Transformers composes the mask of a call from functions of (row, head, query, key). Those of
     packed documents end between two neighbours of which the later does not see the earlier.
     """
-    rows = torch.arange(batch, device=device)[:, None]
-    queries = (torch.arange(tokens, device=device) + offset)[None]
-    head = torch.zeros_like(queries)
-    if tokens > 1:
-        ahead = mask_function(rows, head[:, 1:], queries[:, :-1], queries[:, 1:])
-        if bool(torch.as_tensor(ahead).any()):
-            came, advice = "tokens that see later ones", "use sdpa for this model or input"
-            refuse("the mask", "must be causal", came, advice)
+    if tokens > 1 and bool(sees_next(mask_function, batch, tokens, offset, device).any()):
+        came, advice = "tokens that see later ones", "use sdpa for this model or input"
+        refuse("the mask", "must be causal", came, advice)
+    rows, head, queries = _places(batch, tokens, offset, device)
     same = torch.as_tensor(mask_function(rows, head[:, 1:], queries[:, 1:], queries[:, :-1]))
     same = same.expand(batch, tokens - 1)
     if bool(same.all()):

@@ -27,6 +27,7 @@ from nsagen.integrations.transformers_layout import refuse_unless
 from nsagen.integrations.transformers_models import HEADS, MODELS, Facts
 from nsagen.integrations.transformers_swap import sparsity_of, swap, swapped_modules
 from nsagen.model.checks import require
+from nsagen.model.sparsity import stored_settings
 
 PREFIX = "Nsagen"
 
@@ -45,7 +46,9 @@ class SwappedModel:
             "call apply_nsa on a dense model instead",
         )
         if not swapped_modules(self):  # type: ignore[arg-type]
-            for base in swap(self, sparsity_of(settings)):  # type: ignore[arg-type]
+            sparsity = sparsity_of(settings)
+            config.nsa = stored_settings(sparsity)
+            for base in swap(self, sparsity):  # type: ignore[arg-type]
                 become_swapped(base)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -69,6 +72,18 @@ class SwappedModel:
             "save the swapped model again",
         )
         return (model, info) if output_loading_info else model
+
+
+class SwappedConfig:
+    """What a swapped model's config adds to the dense one."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """`nsa` among the kwargs changes the settings that it names; the others stay."""
+        given = kwargs.get("nsa")
+        if isinstance(given, Mapping):
+            kwargs["nsa"] = {**(config_dict.get("nsa") or {}), **given}
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
 
 def _checked(prefill: Callable[..., Any]) -> Callable[..., Any]:
@@ -188,6 +203,7 @@ def _make_config(facts: Facts) -> type:
     return _made(
         f"{PREFIX}{facts.name}Config",
         dense,
+        SwappedConfig,
         __doc__=f"A {facts.name}'s config with `nsa`, the settings of its attention.",
         __annotations__={"nsa": dict | None},
         nsa=None,
@@ -231,7 +247,7 @@ def _refusing_settings(init: Callable[..., Any]) -> Callable[..., Any]:
             "must have no nsa, the settings of a swapped model, in its config",
             repr(kept),
             "open the folder with load_nsa, or with AutoModelForCausalLM if its config has the "
-            f"model_type nsagen_{getattr(config, 'model_type', '')}",
+            f"model_type nsagen_{type(config).model_type}",
         )
         init(self, config, *args, **kwargs)
 
@@ -239,6 +255,37 @@ def _refusing_settings(init: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def _refusing_parts(save: Callable[..., Any]) -> Callable[..., Any]:
+    """`PreTrainedModel.save_pretrained`, refusing a model (of texts and images) with a swapped part
+    that its config calls dense: it would be read as dense, without the weights of NSA."""
+
+    @functools.wraps(save)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = self.config
+        parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
+        known = any(isinstance(one, SwappedConfig) for one in (config, *parts.values()))
+        swapped = [
+            name
+            for name, module in self.named_modules()
+            if isinstance(getattr(module, "config", None), SwappedConfig)
+        ]
+        if swapped and not known:
+            own = next((n for n, one in parts.items() if type(one) in _configs), "text_config")
+            require(
+                False,
+                f"{type(self).__name__}.save_pretrained",
+                f"its config must say that {swapped[0]} has NSA, or it would be read as dense",
+                f"a config.{own} of a dense model",
+                f"set model.config.{own} = model.{swapped[0]}.config, and save again",
+            )
+        return save(self, *args, **kwargs)
+
+    checked.nsagen = True  # type: ignore[attr-defined]
+    return checked
+
+
+if not hasattr(PreTrainedModel.save_pretrained, "nsagen"):
+    PreTrainedModel.save_pretrained = _refusing_parts(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
 if not hasattr(PreTrainedModel.__init__, "nsagen"):
     PreTrainedModel.__init__ = _refusing_settings(PreTrainedModel.__init__)  # type: ignore[method-assign]
 _configs: dict[type, type] = {}

@@ -107,6 +107,19 @@ def check_flags(model: Any, inputs: dict[str, Any]) -> None:
         refuse("config.attention_dropout", rule, str(dropout), "set it to 0")
 
 
+def check_settings(model: Any, stored: dict[str, Any]) -> None:
+    """Refuse settings that were changed in the config after the model was built from it."""
+    settings = getattr(model.config, "nsa", None)
+    if settings is not None and settings != stored:
+        names = sorted(n for n in {*settings, *stored} if settings.get(n) != stored.get(n))
+        refuse(
+            "config.nsa",
+            "must be the settings that the model was built with",
+            ", ".join(f"{name}={settings.get(name)!r}" for name in names),
+            "save the model, and load it with from_pretrained(folder, nsa={...})",
+        )
+
+
 CACHES = ("cache", "past_key_values")
 """The names of a cache, the newer one first."""
 

@@ -25,6 +25,7 @@ from nsagen.integrations.transformers_given import (
     check_adapters,
     check_flags,
     check_one_cache,
+    check_settings,
     check_shape,
     check_windows,
     given_of,
@@ -70,6 +71,7 @@ class Inputs:
         names: the parameters of the base model's forward, in order.
         layers: indices of the layers with NSA.
         sparsity: their settings.
+        stored: the same, as the config has them.
         rope: makes their tables.
         window: tokens that dense sliding layers see; None without such layers.
         kinds: Transformers' names for the kinds of the layers with NSA, in models that have kinds.
@@ -78,6 +80,7 @@ class Inputs:
     names: tuple[str, ...]
     layers: tuple[int, ...]
     sparsity: Sparsity
+    stored: dict[str, Any]
     rope: RopeSource
     window: int | None = None
     kinds: tuple[str, ...] = ()
@@ -95,6 +98,7 @@ class Inputs:
         kwargs = {name: value for name, value in kwargs.items() if name in INPUTS}
         kwargs |= self._cache_of(kwargs)
         check_flags(model, kwargs)
+        check_settings(model, self.stored)
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         tokens = ids if embeds is None else embeds
         if tokens is None or (ids is not None and embeds is not None):
@@ -112,6 +116,8 @@ class Inputs:
         given = given_of(model, kwargs, tokens, layers, self.sparsity, self.kinds)
         if self.window is not None:
             check_windows(given, self.window)
+        if not given.is_step:
+            self._check_rope(model, given)
         if shard is None:
             call, position_ids = self._call(given)
         else:
@@ -124,6 +130,14 @@ class Inputs:
         kwargs["attention_mask"] = self._masks(model, given, kwargs)
         call = replace(call, last=given.last, cache=cache if given.caches else None)
         return (), {**kwargs, CALL: call}
+
+    def _check_rope(self, model: Any, given: Given) -> None:
+        """Refuse frequencies written into the model's rope: NSA has tables of its own."""
+        same = self.rope.is_that_of(getattr(model, "rotary_emb", None))
+        if same is not None:
+            rule = "must have the frequencies and the factor that the config's rope_parameters give"
+            advice = "set config.rope_parameters, save the model and load it again"
+            refuse_unless(same, "rotary_emb", rule, "others", advice, wait=given.caches)
 
     @property
     def _cache_name(self) -> str:

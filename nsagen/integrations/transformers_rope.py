@@ -116,6 +116,35 @@ class RopeSource:
             made = make(self.config, device=torch.device("cpu"), seq_len=longest, **layer)
         return tuple(made[0].to(torch.float32).tolist()), float(made[1])
 
+    def is_that_of(self, rotary: Any) -> Tensor | None:
+        """Whether a model's rope module has these frequencies, rounded or not, and their factor.
+
+        Returns:
+            bool []; None where the module is another or its frequencies are elsewhere.
+        """
+        prefix = "" if self.layer_type is None else f"{self.layer_type}_"
+        held = getattr(rotary, f"{prefix}inv_freq", None)
+        if not isinstance(held, Tensor) or held.is_meta:
+            return None
+        sets = self.fixed
+        if not sets:
+            if torch.compiler.is_compiling():
+                return None  # they depend on a number of an earlier call
+            longest = getattr(rotary, f"{prefix}max_seq_len_cached", rotary.max_seq_len_cached)
+            sets = (self.frequencies(max(int(longest), self.config.max_position_embeddings)),)
+        pairs, factors = zip(*sets, strict=True)
+        expected = torch.tensor(pairs, dtype=torch.float32, device=held.device)
+        x = held.detach().to(torch.float32)
+        if x.shape != expected.shape[1:]:
+            return torch.zeros((), dtype=torch.bool, device=held.device)
+        off = (x - expected).abs()
+        # Rounded, as `.to(dtype)` leaves them, or of a device whose powers differ in the last bits.
+        rounded = (x == x.to(torch.bfloat16)) | (x == x.to(torch.float16))
+        near = off <= 1e-5 * expected
+        close = rounded & (off <= 2**-7 * expected + 1e-7)
+        factor = getattr(rotary, f"{prefix}attention_scaling", factors[0])
+        return (near | close).all(1).any() & (abs(float(factor) - factors[0]) <= 1e-6)
+
     def _key(self, longest: int) -> int:
         if "dynamic" in self.kind:
             return max(longest, self.config.max_position_embeddings)

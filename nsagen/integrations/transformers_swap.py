@@ -8,17 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
+from nsagen.integrations.attention_mask import sees_next
 from nsagen.integrations.transformers_attention import TransformersNSA
 from nsagen.integrations.transformers_inputs import Inputs
-from nsagen.integrations.transformers_layout import refuse
+from nsagen.integrations.transformers_layout import refuse, refuse_unless
 from nsagen.integrations.transformers_models import MODELS, facts_of
 from nsagen.integrations.transformers_rope import mark_rope, rope_source
 from nsagen.model.checks import require
 from nsagen.model.initial import INITIAL_GATES, Gates
-from nsagen.model.sparsity import SETTINGS, Sparsity, settings_of
+from nsagen.model.sparsity import SETTINGS, Sparsity, settings_of, stored_settings
 
 IMPLEMENTATION = "nsa"
 SLIDING = "sliding_attention"
@@ -122,18 +123,30 @@ def _swap_layers(base: Any, sparsity: Sparsity, dispatcher: Any, gates: Gates) -
         kinds |= {} if kind is None else {kind: None}
     names = tuple(inspect.signature(base.forward).parameters)
     window = config.sliding_window if keeps and len(swapped) < len(base.layers) else None
-    base.nsa_inputs = Inputs(names, tuple(swapped), sparsity, rope, window, tuple(kinds))
+    stored = stored_settings(sparsity)
+    base.nsa_inputs = Inputs(names, tuple(swapped), sparsity, stored, rope, window, tuple(kinds))
     base.rotary_emb.register_forward_hook(mark_rope)
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
     """The mask that layers get: never N by N, except for dense sliding layers.
 
-    With a static cache it is as wide as the cache, so that compiled steps have one shape.
+    With a static cache it is as wide as the cache, so that compiled steps have one shape. Models
+    that take images (Gemma 3) prepare masks of their own: those with functions of (query, key) are
+    made as asked, for dense layers to use and NSA to refuse.
+
+    Raises:
+        InvalidInputError: a token would see the next one.
     """
     config, window = kwargs.get("config"), kwargs.get("local_size")
-    if window is not None and keeps_sliding_layers(config):
+    if kwargs.get("use_vmap") or (window is not None and keeps_sliding_layers(config)):
         return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    sees, tokens = kwargs.get("mask_function", causal_mask_function), kwargs["q_length"]
+    if sees is not causal_mask_function and tokens > 1:
+        where = (kwargs["q_offset"], kwargs.get("device"))
+        ahead = sees_next(sees, kwargs["batch_size"], tokens, *where)
+        rule, came = "must be causal: NSA is", "tokens that see later ones, as those of images do"
+        refuse_unless(~ahead.any(), "the mask", rule, came, "use the dense model for this input")
     if attention_mask is None or window is not None:
         return attention_mask
     missing = kwargs["kv_length"] - attention_mask.shape[1]

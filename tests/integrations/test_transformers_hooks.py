@@ -27,6 +27,7 @@ from tests.integrations.tiny import (  # noqa: E402
     CACHE,
     KINDS,
     as_dense,
+    build,
     dense,
     distance,
     sparse,
@@ -230,6 +231,71 @@ def test_another_rope_is_refused(model: Any, how: str) -> None:
     else:
         changed.model.rotary_emb = dense().model.rotary_emb
     with pytest.raises(InvalidInputError, match="position_embeddings of a layer: must"):
+        changed(IDS)
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "dynamic": {"factor": 4.0},
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": [1.1] * 8,
+        "long_factor": [3.0] * 8,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+
+def with_rope(name: str) -> tuple[Any, str]:
+    """A swapped model, and what the names of its frequencies begin with."""
+    if name not in ROPES:
+        return sparse(name), "full_attention_" if name == "Gemma3" else ""
+    rope = {"rope_type": name, "rope_theta": 1e4, **ROPES[name]}
+    model = build(KINDS["Llama"], rope_parameters=rope, max_position_embeddings=16)
+    return apply_nsa(model, ATTENTION), ""
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma3", "Phi3", *ROPES])
+def test_frequencies_written_into_the_rope_are_refused(name: str) -> None:
+    """The dense model would use them; NSA has tables of its own, from the config."""
+    model, prefix = with_rope(name)
+    rope, frequencies = model.model.rotary_emb, f"{prefix}inv_freq"
+    before = getattr(rope, frequencies).clone()
+
+    def scaled(by: float) -> None:
+        getattr(rope, frequencies).mul_(by)
+
+    changes = {
+        "written": lambda: scaled(0.5),
+        "a little": lambda: scaled(1.001),
+        "assigned": lambda: setattr(rope, frequencies, before * 0.5),
+        "of another size": lambda: setattr(rope, frequencies, before[:2]),
+        "factor": lambda: setattr(rope, f"{prefix}attention_scaling", 1.5),
+    }
+    for change in changes.values():
+        model(IDS[:, :12])  # short again, where the rule depends on the length
+        change()
+        for call in (model, model.generate):
+            with pytest.raises(InvalidInputError, match="rotary_emb: must have the frequencies"):
+                call(IDS[:, :12])
+        setattr(rope, frequencies, before.clone())
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma3", *ROPES])
+@torch.no_grad()
+def test_frequencies_that_a_cast_rounds_are_the_models_own(name: str) -> None:
+    model, _ = with_rope(name)
+    for cast in ("bfloat16", "float", "half", "float", "double", "float"):
+        model = getattr(model, cast)()
+        for length in (12, 30, 12):
+            model(IDS[:, :length])
+
+
+def test_settings_changed_in_the_config_are_refused(model: Any) -> None:
+    """The layers have theirs since the model was built."""
+    changed = copy.deepcopy(model)
+    changed.config.nsa["topk"] = 3
+    with pytest.raises(InvalidInputError, match=r"config\.nsa: must be .* got topk=3"):
         changed(IDS)
 
 

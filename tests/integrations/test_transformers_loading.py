@@ -104,6 +104,17 @@ def test_weights_that_do_not_fit_are_refused(folder: Path, tmp_path: Path, chang
             load(copy)
 
 
+def test_settings_in_from_pretrained_change_those_that_they_name(model: Any, folder: Path) -> None:
+    wide = AutoModelForCausalLM.from_pretrained(folder, nsa={"window_size": 20})
+    expected = {**model.config.nsa, "window_size": 20}
+    assert wide.config.nsa == expected
+    assert wide.model.layers[0].self_attn.sparsity.window_size == 20
+    whole = AutoModelForCausalLM.from_pretrained(folder, nsa=expected)
+    assert torch.equal(logits(whole), logits(wide))
+    with pytest.raises(InvalidInputError, match="windows"):
+        AutoModelForCausalLM.from_pretrained(folder, nsa={"windows": 20})
+
+
 def test_a_config_without_settings_is_refused(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
