@@ -196,7 +196,7 @@ def test_nothing_strange_is_in_the_wheel(tree: Path, tmp_path: Path) -> None:
     built(tree, tmp_path, "wheel")
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    allowed = re.compile(r".*\.(py|j2|yaml|json|css|js|typed)|.*\.dist-info/.*")
+    allowed = re.compile(r".*\.(py|j2|yaml|json|css|js|typed|xz)|.*\.dist-info/.*")
     assert [name for name in names if not allowed.fullmatch(name)] == []
     assert len(names) == len(set(names))
 
