@@ -236,9 +236,9 @@ class TransformersNSA(NSAOps):
     ) -> Tensor:
         """`attend`, with gradients for the new tokens only.
 
-        Backward kernels take whole sequences. So cached tokens get queries and gates of 0 here,
-        which take no part in the result. The new tokens' keys and values replace their detached
-        copies from the cache.
+        The whole sequences run, so that windows are made as elsewhere. Cached tokens get queries
+        and gates of 0, which take no part in the result. The new tokens' keys and values replace
+        their detached copies from the cache.
         """
         assert pieces.context is not None
         assert pieces.windows is not None
