@@ -84,7 +84,9 @@ def fixed_kernel(name: str, x: Tensor) -> Launch | None:
     because the interpreter was chosen too late."""
     from nsagen.ops import _fixed_kernels
 
-    return getattr(_fixed_kernels, name) if _fixed_kernels.runs_on(x) else None
+    if not _fixed_kernels.runs_on(x):
+        return None
+    return registry.one_at_a_time(getattr(_fixed_kernels, name))
 
 
 def score_sizes(q: Tensor, k: Tensor) -> dict[str, int]:

@@ -45,8 +45,24 @@ class _Entry:
 
     def get(self) -> Launch:
         if self.launch is None:
-            self.launch = self.load()
+            self.launch = one_at_a_time(self.load())
         return self.launch
+
+
+def one_at_a_time(launch: Launch) -> Launch:
+    """The launch, for one thread after another where Triton interprets.
+
+    The interpreter replaces functions of Triton's language as long as a kernel runs.
+    """
+    if not interpreting():
+        return launch
+
+    @functools.wraps(launch)
+    def locked(*args: Any) -> Any:
+        with LOCK:
+            return launch(*args)
+
+    return locked
 
 
 class Dispatcher:

@@ -35,7 +35,8 @@ def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:
             `UnsupportedWorkloadError`.
 
     Raises:
-        InvalidInputError: the name is not a spec's name, or the package was not found.
+        InvalidInputError: the name is not a spec's name, or the package was not found or is
+            damaged.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise InvalidInputError(
@@ -48,6 +49,11 @@ def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:
         if not re.fullmatch(rf"(generated\.|{_PREFIX}\w+_){name}\.dispatcher", error.name or ""):
             raise
         dispatcher = None
+    except SyntaxError as error:  # such as the marks of a merge conflict
+        raise InvalidInputError(
+            f"nsagen.load: a package must be as it was built; got {error} in {error.filename}; "
+            f"{remedy(name, _folder_of(name))}"
+        ) from error
     if not isinstance(dispatcher, Dispatcher):  # an interrupted build wrote only kernels
         raise InvalidInputError(
             f"nsagen.load: a package must be whole; generated.{name} has no dispatcher; "

@@ -117,6 +117,15 @@ def test_two_folders_with_packages_of_one_name_keep_their_own(
             assert log == [expected]
 
 
+@pytest.mark.parametrize("damaged", ["__init__.py", "dispatcher.py"])
+def test_conflict_marks_in_a_package_are_named_with_a_remedy(tmp_path: Path, damaged: str) -> None:
+    root = package(tmp_path, "merged", ("kernel",))
+    text = (root / damaged).read_text()
+    (root / damaged).write_text(f"<<<<<<< ours\n{text}=======\n{text}>>>>>>> theirs\n")
+    with pytest.raises(InvalidInputError, match=rf"as it was built; .*{damaged}.*nsagen build"):
+        nsagen.load("merged")
+
+
 def test_threads_that_load_a_package_at_once_get_it_whole(tmp_path: Path) -> None:
     root = package(tmp_path, "slow", ("kernel",))
     text = (root / "dispatcher.py").read_text()
