@@ -21,7 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from nsagen.integrations.transformers_attention import TransformersNSA
-from nsagen.integrations.transformers_given import check_one_cache
+from nsagen.integrations.transformers_given import check_one_cache, check_settings
 from nsagen.integrations.transformers_inputs import laid_out
 from nsagen.integrations.transformers_layout import refuse_unless
 from nsagen.integrations.transformers_models import HEADS, MODELS, Facts
@@ -256,11 +256,15 @@ def _refusing_settings(init: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refusing_parts(save: Callable[..., Any]) -> Callable[..., Any]:
-    """`PreTrainedModel.save_pretrained`, refusing a model (of texts and images) with a swapped part
-    that its config calls dense: it would be read as dense, without the weights of NSA."""
+    """`PreTrainedModel.save_pretrained`, refusing what would be read as another model: settings
+    changed in the config, and a swapped part (of a model of texts and images) whose config calls it
+    dense."""
 
     @functools.wraps(save)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for module in self.modules():
+            if (inputs := vars(module).get("nsa_inputs")) is not None:
+                check_settings(module, inputs.stored)
         config = self.config
         parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
         known = any(isinstance(one, SwappedConfig) for one in (config, *parts.values()))

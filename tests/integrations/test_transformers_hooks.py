@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,12 +292,15 @@ def test_frequencies_that_a_cast_rounds_are_the_models_own(name: str) -> None:
             model(IDS[:, :length])
 
 
-def test_settings_changed_in_the_config_are_refused(model: Any) -> None:
-    """The layers have theirs since the model was built."""
+def test_settings_changed_in_the_config_are_refused(model: Any, tmp_path: Path) -> None:
+    """The layers have theirs since the model was built: neither run nor saved with others."""
     changed = copy.deepcopy(model)
     changed.config.nsa["topk"] = 3
     with pytest.raises(InvalidInputError, match=r"config\.nsa: must be .* got topk=3"):
         changed(IDS)
+    with pytest.raises(InvalidInputError, match=r"config\.nsa: must be .* got topk=3"):
+        changed.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed").exists()
 
 
 @pytest.mark.parametrize("where", ["layer", "last layer's mlp", "norm"])
