@@ -146,7 +146,9 @@ class Waits:
         pass
 
 
-@pytest.mark.parametrize("stream", [waits, pauses, Waits(), partial(waits)], ids=repr)
+@pytest.mark.parametrize(
+    "stream", [waits, pauses, Waits(), partial(waits)], ids=lambda s: type(s).__name__
+)
 def test_a_callback_that_would_not_run_is_refused(model: ToyNSALlama, stream: Any) -> None:
     with pytest.raises(InvalidInputError, match="stream must be an ordinary function, which runs"):
         model.generate(*packed_batch([5, 5]), stream=stream)
