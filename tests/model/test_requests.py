@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -33,6 +34,11 @@ def room(batch: ContinuousBatch) -> tuple[int, int]:
     """Free slots and pages."""
     assert batch.cache.pages is not None
     return len(batch._free_slots), batch.cache.pages.free_pages
+
+
+def shown(value: object) -> str:
+    """A test's name that is the same in every process: without addresses."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 BAD_STOPS: list[tuple[Any, str]] = [
@@ -96,7 +102,7 @@ BAD_REST: list[tuple[dict[str, Any], str]] = [
     [((PROMPT, {"stop_tokens": stops}), text) for stops, text in BAD_STOPS]
     + [((prompt, {}), text) for prompt, text in BAD_PROMPTS]
     + [((PROMPT, settings), text) for settings, text in BAD_REST],
-    ids=repr,
+    ids=shown,
 )
 def test_a_refused_request_costs_nothing(
     model: ToyNSALlama, request_: tuple[Any, dict[str, Any]], text: str
@@ -122,7 +128,7 @@ def test_a_refused_request_costs_nothing(
         ({"cuda_graph": "yes"}, "cuda_graph must be True, False or None, got 'yes'"),
         ({"cuda_graph": np.ones(2)}, r"cuda_graph must be True, False or None, got array\("),
     ],
-    ids=repr,
+    ids=shown,
 )
 def test_generate_refuses_before_it_takes_a_cache(
     model: ToyNSALlama, settings: dict[str, Any], text: str
