@@ -58,9 +58,9 @@ def one_at_a_time(launch: Launch) -> Launch:
         return launch
 
     @functools.wraps(launch)
-    def locked(*args: Any) -> Any:
+    def locked(*args: Any, **kwargs: Any) -> Any:
         with LOCK:
-            return launch(*args)
+            return launch(*args, **kwargs)
 
     return locked
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nsagen.cases.base import Case, Sizes, cases_of
-from nsagen.core.workload import OPTIONAL_PARAMS, STATIC_PARAMS, Workload, parameter_names
+from nsagen.core.workload import OPTIONAL_PARAMS, STATIC_PARAMS, Workload, spec_names
 from nsagen.spec.shape import AttentionShape
 from tests.support import check_case, load_kernel, of_shape
 
@@ -94,7 +94,7 @@ def spread(case: Case, launch: Callable[..., None]) -> Case:
 
 
 def check(op: str, pass_: str, shape: AttentionShape) -> None:
-    params = {name: of_shape(shape, name) for name in parameter_names(op, pass_)}
+    params = {name: of_shape(shape, name) for name in spec_names(op, pass_)}
     workload = Workload.of(op, pass_, dtype="float32", **params)
     sizes = DECODE_SIZES if pass_ == "decode" else SIZES
     case = cases_of(workload).make_case(workload, sizes, "cpu", 0)

@@ -49,8 +49,9 @@ def schedule_of(w: Workload, algorithm: str, **knobs) -> Schedule:
 
 
 def each_algorithm(function):
-    """Each algorithm; shared_blocks, whose plan takes the interpreter long, with the slow tests."""
-    names = [space.algorithm for space in SPACES]
+    """Each algorithm in plain Triton, as Gluon has no interpreter; shared_blocks, whose plan takes
+    the interpreter long, with the slow tests."""
+    names = [space.algorithm for space in SPACES if space.triton is None]
     slow = {"shared_blocks": pytest.mark.slow}
     params = [pytest.param(name, marks=slow.get(name, ())) for name in names]
     return pytest.mark.parametrize("algorithm", params)(function)
