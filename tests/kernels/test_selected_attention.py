@@ -51,7 +51,7 @@ def schedule_of(w: Workload, algorithm: str, **knobs) -> Schedule:
 def each_algorithm(function):
     """Each algorithm in plain Triton, as Gluon has no interpreter; shared_blocks, whose plan takes
     the interpreter long, with the slow tests."""
-    names = [space.algorithm for space in SPACES if space.triton is None]
+    names = [space.algorithm for space in SPACES if space.general]
     slow = {"shared_blocks": pytest.mark.slow}
     params = [pytest.param(name, marks=slow.get(name, ())) for name in names]
     return pytest.mark.parametrize("algorithm", params)(function)
