@@ -6,13 +6,16 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nsagen.cli.options import sizes_of
+from nsagen.cli.options import Device, sizes_of
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.installed import require_extra
+
+if TYPE_CHECKING:
+    from nsagen.bench.shape import Shape
 
 app = typer.Typer(
     help="Measure kernels on this GPU against dense attention and the GPU's limits.",
@@ -65,10 +68,10 @@ def prefill(
     from nsagen.bench.selections import check_selection
     from nsagen.bench.shape import shape_of
 
-    check_selection(selection, shape_of(spec, changes or ()))
+    shape = shape_of(spec, changes or ())
+    check_selection(selection, shape)
     name = "prefill" if selection == "random" else f"prefill_{selection}"
-    more = {"selection": selection}
-    _run(name, bench, spec, sizes_of(seqlens), changes, package, out, as_json, more)
+    _run(name, bench, shape, sizes_of(seqlens), package, out, as_json, {"selection": selection})
 
 
 @app.command(epilog="Example: nsagen bench train llama8b --seqlens 32768 --set gqa_ratio=4")
@@ -82,8 +85,10 @@ def train(
 ) -> None:
     """Time the forward and backward passes, and measure their memory."""
     from nsagen.bench import train as bench
+    from nsagen.bench.shape import shape_of
 
-    _run("train", bench, spec, sizes_of(seqlens), changes, package, out, as_json)
+    shape = shape_of(spec, changes or ())
+    _run("train", bench, shape, sizes_of(seqlens), package, out, as_json)
 
 
 @app.command(epilog="Example: nsagen bench decode --batch 1,32 --context 32768")
@@ -146,9 +151,7 @@ def serve(
     prefill_chunk_size: Annotated[
         int, typer.Option("--prefill-chunk-size", min=1, help="Prompt tokens of a pass.")
     ] = 4096,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cuda or cpu; default: a GPU if present.")
-    ] = None,
+    device: Device = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -245,9 +248,8 @@ def plot(results: Annotated[Path, typer.Argument(help="A benchmark's JSON file."
 def _run(
     name: str,
     bench: Any,
-    spec: str | None,
+    shape: Shape,
     seqlens: Sequence[int],
-    changes: list[str] | None,
     package: str | None,
     out: Path | None,
     as_json: bool,
@@ -256,10 +258,8 @@ def _run(
     import nsagen
     from nsagen.bench.measure import require_gpu
     from nsagen.bench.results import check_free, write_results
-    from nsagen.bench.shape import shape_of
     from nsagen.cli.console import progress_bar
 
-    shape = shape_of(spec, changes or ())
     check_free(name, out)
     require_gpu(name)
     dispatcher = None if package is None else nsagen.load(package)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nsagen.cli.options import Json
+from nsagen.cli.options import Attention, Device, Json, Kernels
 from nsagen.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -32,20 +32,14 @@ def generate(
     prompt: Annotated[
         str | None, typer.Option(help="Text to continue; - reads it from stdin.")
     ] = None,
-    attention: Annotated[
-        str | None, typer.Option(help="nsa or dense; default: the checkpoint's own.")
-    ] = None,
+    attention: Attention = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the most likely token; above 0 samples.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling and for random weights.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cuda or cpu; default: a GPU if present.")
-    ] = None,
-    kernels: Annotated[
-        str | None, typer.Option(help="Generated package to use on a GPU, such as llama8b.")
-    ] = None,
+    device: Device = None,
+    kernels: Kernels = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text with a checkpoint or, without one, with a tiny random model."""

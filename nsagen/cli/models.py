@@ -81,8 +81,6 @@ def random_model(
     """Two small layers with random weights and the attention of specs/tiny.yaml, for characters."""
     import torch
 
-    from nsagen.model import ToyLlama, ToyLlamaConfig, ToyNSALlama
-    from nsagen.model.configs import ToyNSALlamaConfig
     from nsagen.serve.text import CHARACTERS
     from nsagen.spec import load_spec
 
@@ -103,14 +101,10 @@ def random_model(
         "head_dim": shape.head_dim,
         "initializer_range": 0.2,
     }
-    names = ("kernel_size", "kernel_stride", "block_size", "topk", "window_size")
+    names = ("compress_type", "kernel_size", "kernel_stride", "block_size", "topk", "window_size")
     sparse = {name: getattr(shape, name) for name in names}
     generator = torch.Generator().manual_seed(seed)
-    if attention == "dense":
-        made: Any = ToyLlama(ToyLlamaConfig(**model), limits, generator=generator)
-    else:
-        config = ToyNSALlamaConfig(**model, **sparse, compress_type=shape.compress_type)
-        made = ToyNSALlama(config, limits, _dispatcher(kernels), generator=generator)
+    made = _with_random_weights(model, sparse, limits, generator, attention, kernels)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     _log.info(
         "no --model: a model of 2 layers with random weights and %s continues the prompt "
@@ -131,19 +125,30 @@ def guide_model(
     """The sizes of the guide's example, 8 layers of Llama 3.1 8B's width, with random weights."""
     import torch
 
-    from nsagen.model import ToyLlama, ToyLlamaConfig, ToyNSALlama
-    from nsagen.model.configs import ToyNSALlamaConfig
-
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator(device).manual_seed(seed)
     with device:
-        if attention == "dense":
-            made: Any = ToyLlama(ToyLlamaConfig(), limits, generator=generator)
-        else:
-            config = ToyNSALlamaConfig()
-            made = ToyNSALlama(config, limits, _dispatcher(kernels), generator=generator)
+        made = _with_random_weights({}, {}, limits, generator, attention, kernels)
     _log.info("random weights in the sizes of the guide's example: %s", _how(device, dtype))
     return made.to(device, dtype).requires_grad_(False)
+
+
+def _with_random_weights(
+    model: dict[str, Any],
+    sparse: dict[str, Any],
+    limits: InferenceConfig,
+    generator: torch.Generator,
+    attention: str | None,
+    kernels: str | None,
+) -> ToyLlama | ToyNSALlama:
+    """A model with these values of its config, and of its attention unless that is dense."""
+    from nsagen.model import ToyLlama, ToyLlamaConfig, ToyNSALlama
+    from nsagen.model.configs import ToyNSALlamaConfig
+
+    if attention == "dense":
+        return ToyLlama(ToyLlamaConfig(**model), limits, generator=generator)
+    config = ToyNSALlamaConfig(**model, **sparse)
+    return ToyNSALlama(config, limits, _dispatcher(kernels), generator=generator)
 
 
 def transformers_model(config: ToyLlamaConfig, dtype: torch.dtype, device: torch.device) -> Any:

@@ -36,6 +36,16 @@ SpecNames = Annotated[
 ]
 OutDir = Annotated[Path, typer.Option("--out", help="Folder in which packages are written.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+Attention = Annotated[
+    str | None, typer.Option("--attention", help="nsa or dense; default: the checkpoint's own.")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cuda or cpu; default: a GPU if present.")
+]
+Kernels = Annotated[
+    str | None,
+    typer.Option("--kernels", help="Generated package to use on a GPU, such as llama8b."),
+]
 
 
 def sizes_of(text: str) -> tuple[int, ...]:

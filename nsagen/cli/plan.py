@@ -95,9 +95,7 @@ def plan(
     rows = []
     for label, config in _configs(load_spec(spec), model):
         efficiency = _efficiency(config, known)
-        found = needs(config, device, load, efficiency)
-        step = best_step(config, device, context, batch, gpus, efficiency)
-        rows.append((label, config, found, step, efficiency.source))
+        rows.append((label, config, efficiency, needs(config, device, load, efficiency)))
     if as_json:
         content = {
             "gpu": asdict(device),
@@ -106,16 +104,17 @@ def plan(
             "models": [
                 {
                     **{"attention": label, "config": asdict(config), **asdict(found)},
-                    **{"training": asdict(step), "time": time},
+                    "training": asdict(best_step(config, device, context, batch, gpus, efficiency)),
+                    "time": efficiency.source,
                 }
-                for label, config, found, step, time in rows
+                for label, config, efficiency, found in rows
             ],
         }
         print(json.dumps(content, indent=1))
         return
     shown = [
-        Row(label, found, needs(config, device, load), time)
-        for label, config, found, _, time in rows
+        Row(label, found, needs(config, device, load), efficiency.source)
+        for label, config, efficiency, found in rows
     ]
     _print(shown, device, load, model)
     steps = [(label, best_step(config, device, context, batch, gpus)) for label, config, *_ in rows]

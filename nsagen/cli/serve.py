@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nsagen.cli.options import Json
+from nsagen.cli.options import Attention, Device, Json, Kernels
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.installed import require_extra
 
@@ -44,15 +44,9 @@ def serve(
         typer.Option(min=1, help="Keep the cache in this many pages of 64 tokens, or of a block."),
     ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for a slot.")] = 256,
-    attention: Annotated[
-        str | None, typer.Option(help="nsa or dense; default: the checkpoint's own.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda or cpu; default: a GPU if present.")
-    ] = None,
-    kernels: Annotated[
-        str | None, typer.Option(help="Generated package to use on a GPU, such as llama8b.")
-    ] = None,
+    attention: Attention = None,
+    device: Device = None,
+    kernels: Kernels = None,
     sizes: Annotated[
         str, typer.Option(help="Without --model: tiny, or guide for those of the guide's example.")
     ] = "tiny",

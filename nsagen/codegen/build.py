@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,8 +174,9 @@ def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale
     files = plan.files
     kept, tritons = _kept_resources(folder, plan.variants)
     manifest = manifest_text(plan.variants, plan.origin, files, kept, tritons)
-    why, intact = _changed_inputs(folder, plan.origin), intact_files(folder)
-    listed = (read_manifest(folder) or {"files": {}})["files"]
+    known = read_manifest(folder) or {"files": {}}
+    listed, why = known["files"], _changed_inputs(known, plan.origin)
+    intact = intact_files(folder, listed)
 
     def cause(path: str, was_listed: bool) -> str:
         return (why or "a template") if (path in listed) is was_listed else ""
@@ -205,9 +206,8 @@ def way_to_fresh(stale: Sequence[Stale], folder: Path, command: str) -> str:
     return f"move {moved} away, as nothing says that nsagen wrote it; then run: {command}"
 
 
-def _changed_inputs(folder: Path, origin: Origin) -> str:
+def _changed_inputs(manifest: Mapping[str, Any], origin: Origin) -> str:
     """Which of a package's recorded inputs are others now; a template is recorded by no hash."""
-    manifest = read_manifest(folder) or {}
     spec = manifest.get("spec")
     was = {
         "the spec": spec.get("sha256") if isinstance(spec, dict) else None,

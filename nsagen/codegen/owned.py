@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from nsagen.codegen.fingerprint import source_fingerprint
 from nsagen.core.errors import BuildError
@@ -86,9 +87,8 @@ def own_files(folder: Path, manifest: str = MANIFEST) -> set[str]:
     }
 
 
-def intact_files(folder: Path) -> set[str]:
-    """The files that are as the package's manifest lists them."""
-    listed = (read_manifest(folder) or {"files": {}})["files"]
+def intact_files(folder: Path, listed: Mapping[str, Any]) -> set[str]:
+    """The files that are as the package's manifest lists them, by hash."""
     return {path for path in own_files(folder) if _hash(folder / path) == listed.get(path)}
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from html import escape
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from nsagen.reports.page import ALGORITHM_HUES, legend
@@ -34,11 +32,6 @@ def section(dispatcher: Dispatcher, manifest: Mapping[str, Any], target: str) ->
         for _, choices in groupby(group, key=lambda row: (row["dtype"], row["params"])):
             parts.append(_row(list(choices), variants, hues))
     return "\n".join(parts)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """A generated package's manifest."""
-    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
 
 def _row(choices: list[dict[str, Any]], variants: Mapping[str, Any], hues: dict[str, str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nsagen.codegen.build import build
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.packages import read_manifest
 from nsagen.core.target import parse_target
 from nsagen.reports import dispatch, patterns
 from nsagen.reports.page import page
@@ -34,9 +35,9 @@ def inspection_page(spec: Spec, target: str | None = None) -> str:
     shape = _widest(spec.shapes)
     with tempfile.TemporaryDirectory() as folder:
         built = build(spec, Path(folder)).folder
-        table = dispatch.section(
-            import_folder(built).dispatcher, dispatch.read_manifest(built), target
-        )
+        manifest = read_manifest(built)
+        assert manifest is not None
+        table = dispatch.section(import_folder(built).dispatcher, manifest, target)
     counts = f"{len(spec.workloads())} workloads of {len(spec.shapes)} attention shapes"
     parameters = ", ".join(f"{name} {value}" for name, value in shape.said().items())
     intro = (
