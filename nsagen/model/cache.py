@@ -8,7 +8,7 @@ Tensors are allocated once; `cache_shapes` gives their sizes beforehand, and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ from nsagen.model.configs import (
 )
 from nsagen.model.layer_cache import KVLayerCache, NSALayerCache
 from nsagen.model.pages import PagePool
-from nsagen.model.prefill import Index
+from nsagen.model.prefill import Index, settled
 
 Layer = TypeVar("Layer")
 
@@ -92,14 +92,40 @@ class _Cache(Generic[Layer]):
         table = 0 if self.pages is None else self.pages.table.nbytes
         return table + sum(tensor.nbytes for tensor in self._tensors.values())
 
-    def reserve(self, slot: int, tokens: int, who: str = "cache") -> None:
+    def reserve(
+        self, slot: int, tokens: int, who: str = "cache", prefix: Sequence[int] = ()
+    ) -> None:
         """Ensure that a slot can hold `tokens` tokens; only pages can run out.
+
+        Args:
+            prefix: pages that hold the sequence's first tokens already, which it then shares.
 
         Raises:
             CapacityError: too few pages are free; nothing has changed.
         """
         if self.pages is not None:
-            self.pages.reserve(slot, tokens, who)
+            self.pages.reserve(slot, tokens, who, prefix)
+
+    def settled(self, cached: int) -> int:
+        """How many tokens' entries never change again once `cached` tokens are here."""
+        return settled(cached, self.windows)
+
+    def copy(self, source: int, target: int, first: int, last: int) -> None:
+        """Copy what a slot holds of the tokens in [first, last), and of windows that start there.
+
+        In pages, both positions lie in one page, and all of that page is copied.
+        """
+        if first == last:
+            return
+        for name, tensor in self._tensors.items():
+            if name.endswith("_raw"):  # the newest tokens' keys before rope; see `settled`
+                continue
+            if self.pages is None:
+                tensor[:, target] = tensor[:, source]
+            else:
+                place = first // self.limits.page_size
+                old, new = self.pages.of(source)[place], self.pages.of(target)[place]
+                tensor[:, new] = tensor[:, old]
 
     def release(self, slot: int) -> None:
         """Give up a slot's sequence. Nothing is cleared, and other slots continue."""

@@ -126,9 +126,12 @@ class InferenceConfig:
             tokens per slot. For Native Sparse Attention.
         page_size: tokens of a page; a multiple of the model's block_size.
         num_pages: pages in total; None for as many as full slots would take.
+        share_prefixes: with paged, sequences that begin with the same tokens share those pages,
+            and pages of earlier sequences are kept until others need the room.
 
     Raises:
-        InvalidInputError: a value is not a positive integer, or a switch not a bool.
+        InvalidInputError: a value is not a positive integer, or a switch not a bool; prefixes
+            without pages.
     """
 
     max_batch_size: int = 32
@@ -139,12 +142,13 @@ class InferenceConfig:
     paged: bool = False
     page_size: int = 64
     num_pages: int | None = None
+    share_prefixes: bool = False
 
     def __post_init__(self) -> None:
         sizes = ("max_batch_size", "max_length", "max_new_tokens", "page_size")
         given = [n for n in ("prefill_chunk_size", "num_pages") if getattr(self, n) is not None]
         require_integers(self, (*sizes, *given), 1)
-        for name in ("cuda_graph", "paged"):
+        for name in ("cuda_graph", "paged", "share_prefixes"):
             value = getattr(self, name)
             require(
                 isinstance(value, bool),
@@ -153,6 +157,13 @@ class InferenceConfig:
                 repr(value),
                 "pass one of these",
             )
+        require(
+            self.paged or not self.share_prefixes,
+            "InferenceConfig",
+            "share_prefixes needs paged=True: sequences share pages",
+            "paged=False",
+            "set both, or neither",
+        )
 
     @property
     def pages_per_slot(self) -> int:

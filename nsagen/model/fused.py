@@ -85,6 +85,23 @@ def state_of(model: nn.Module) -> WeightState | None:
     return WeightState((*addresses, *joined), tuple([tensor._version for tensor in tensors]))
 
 
+def content_of(model: nn.Module) -> tuple[Any, ...]:
+    """Changes when what a model computes may have changed: its modules, their hooks, and which
+    tensors they hold, at which address and how often written to. A write through `.data`, or a
+    switch in a module's Python, leaves no trace here."""
+    found: list[Any] = [tuple(modules._global_forward_hooks)]
+    for module in _walk(model):
+        own = module.__dict__
+        found.append((id(module), type(module), own.get("forward")))
+        found.append((*own["_forward_hooks"], *own["_forward_pre_hooks"]))
+        for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
+            if tensor is not None:
+                plain = type(tensor) in (nn.Parameter, Tensor)
+                version = 0 if tensor.is_inference() else tensor._version
+                found.append((id(tensor), tensor.data_ptr() if plain else 0, version))
+    return tuple(found)
+
+
 def is_bare_below(model: nn.Module) -> bool:
     """Whether all modules of a model are bare. It is fast, because each step waits for it."""
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:

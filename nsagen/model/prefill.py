@@ -22,16 +22,37 @@ class Piece:
         slot: the sequence's place in the cache.
         start: position of the first token.
         length: tokens.
+        reused: where the sequence began to compute for itself: the cache holds all windows that
+            start before, but perhaps no key before rope. See `settled`.
     """
 
     slot: int
     start: int
     length: int
+    reused: int = 0
 
     @property
     def end(self) -> int:
         """Position after the last token."""
         return self.start + self.length
+
+
+def settled(cached: int, windows: tuple[int, int] | None) -> int:
+    """How much of a sequence never changes again once `cached` of its tokens are in a cache.
+
+    All windows that start before that position are complete. So a sequence that has the cache up
+    to there can compute the rest, whatever it is, and needs no earlier key before rope.
+
+    Args:
+        windows: kernel_size and kernel_stride; None where nothing is compressed.
+
+    Returns:
+        a multiple of kernel_stride.
+    """
+    if windows is None:
+        return cached
+    size, stride = windows
+    return max(0, cached - size + stride) // stride * stride
 
 
 class Places(Protocol):
@@ -193,7 +214,8 @@ def _window_rows(pieces: Sequence[Piece], cache: Places, continued: bool) -> Win
         [max(0, (t - size) // stride + 1) for t in ends]
         for ends in ([p.start for p in pieces], [p.end for p in pieces])
     )
-    made = [b - a for a, b in zip(before, after, strict=True)]
+    before = [max(b, p.reused // stride) for b, p in zip(before, pieces, strict=True)]
+    made = [max(0, b - a) for a, b in zip(before, after, strict=True)]
     owner, window = _runs(before, made, device)
 
     # The first window to complete starts at most kernel_size - 1 tokens before the piece.

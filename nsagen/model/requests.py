@@ -31,12 +31,16 @@ class Request:
         limit: most new tokens.
         stop_tokens: tokens that end the sequence.
         sampling: how tokens are chosen.
+        keep: whether the sequence keeps its place in the cache after its end.
+        text: the prompt on the host; None: it is read from the device when it is needed.
     """
 
     prompt: Tensor
     limit: int
     stop_tokens: frozenset[int]
     sampling: SamplingConfig
+    keep: bool = False
+    text: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> int:
@@ -338,6 +342,16 @@ def check_cuda_graph(where: str, cuda_graph: Any) -> None:
         repr(cuda_graph),
         "leave it out for InferenceConfig.cuda_graph",
     )
+
+
+def check_keep(where: str, keep: Any) -> None:
+    """Check the switch that keeps a sequence after its end.
+
+    Raises:
+        InvalidInputError: not a bool.
+    """
+    advice = "pass True to go on with the sequence later"
+    require(isinstance(keep, bool), where, "keep must be True or False", repr(keep), advice)
 
 
 def check_sampling(where: str, sampling: Any) -> SamplingConfig:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -63,22 +64,32 @@ class RunningSequence:
 
     Attributes:
         computed: tokens of the prompt that the cache holds.
+        reused: those of them that it held before the sequence began to compute.
         alone: whether its prompt runs in separate passes, because one with others failed.
         chosen: new tokens requested from the device.
         received: new tokens that the host has seen.
+        output: these tokens, without any that were dropped.
         newest: the readout of its newest token and its place there.
         ended: whether it has left the batch.
+        names: of its pages; see `nsagen.model.prefixes`.
+        recorded: pages whose names the index has had.
+        epoch: of the weights that all of it was computed with; see `SharedPrefixes`.
     """
 
     number: int
     slot: int
     request: Request
     computed: int = 0
+    reused: int = 0
     alone: bool = False
     chosen: int = 0
     received: int = 0
+    output: list[int] = field(default_factory=list)
     newest: tuple[Readout, int] | None = None
     ended: bool = False
+    names: list[bytes] = field(default_factory=list)
+    recorded: int = 0
+    epoch: int = 0
 
     @property
     def length(self) -> int:
@@ -89,3 +100,28 @@ class RunningSequence:
     def left(self) -> int:
         """Tokens of the prompt that the cache does not hold yet."""
         return self.length - self.computed
+
+    @property
+    def cached(self) -> int:
+        """Tokens that the cache is known to hold: the newest one has not been computed with."""
+        return self.length + len(self.output) - 1 if self.output else self.computed
+
+    @cached_property
+    def prompt(self) -> tuple[int, ...]:
+        """The prompt on the host."""
+        text = self.request.text
+        return tuple(self.request.prompt.tolist()) if text is None else text
+
+    @property
+    def text(self) -> tuple[int, ...]:
+        """Prompt and new tokens."""
+        return (*self.prompt, *self.output)
+
+    def resumed(self, request: Request, start: int) -> RunningSequence:
+        """The sequence with a longer prompt, of which the cache holds `start` tokens."""
+        held = {"names": self.names, "recorded": self.recorded, "epoch": self.epoch}
+        return RunningSequence(self.number, self.slot, request, start, start, **held)
+
+    def restart(self) -> None:
+        """Compute the prompt again, but for what the cache held before."""
+        self.computed = self.reused

@@ -26,6 +26,7 @@ from nsagen.model.requests import (
     check_cuda_graph,
     check_hooks,
     check_inference,
+    check_keep,
     check_length,
     check_prompt,
     check_sampling,
@@ -42,6 +43,7 @@ from nsagen.model.sequences import (
     Readout,
     RunningSequence,
 )
+from nsagen.model.sharing import SharedPrefixes
 from nsagen.model.step import DecodeStep, Row
 
 _log = logging.getLogger("nsagen.serving")
@@ -89,6 +91,7 @@ class ContinuousBatch:
     _readouts: deque[Readout] = field(default_factory=deque, init=False)
     _results: deque[NewToken] = field(default_factory=deque, init=False)
     _unread: dict[int, RunningSequence] = field(default_factory=dict, init=False)
+    _kept: dict[int, RunningSequence] = field(default_factory=dict, init=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
     _at_work: bool = field(default=False, init=False)
     _begins: bool = field(default=False, init=False)
@@ -102,6 +105,8 @@ class ContinuousBatch:
         with torch.inference_mode(False):
             self.cache = self.model.new_cache()
             self._step = DecodeStep(self.model, self.cache)
+        shares = self.limits.share_prefixes
+        self._prefixes = SharedPrefixes(self.cache) if shares else None
         self._free_slots = self._all_slots()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -133,6 +138,7 @@ class ContinuousBatch:
         max_new_tokens: int = -1,
         stop_tokens: Iterable[int] = (),
         sampling: SamplingConfig | None = None,
+        keep: bool = False,
     ) -> int:
         """Add a sequence to the batch; its first token comes from a later step.
 
@@ -143,6 +149,7 @@ class ContinuousBatch:
             max_new_tokens: tokens to make; -1 for `InferenceConfig.max_new_tokens`.
             stop_tokens: tokens that end the sequence; the stop token is its last.
             sampling: how tokens are chosen; the most likely ones by default.
+            keep: keep its slot and pages after its end, for `resume`, until `cancel`.
 
         Returns:
             the sequence's number: 0, 1, 2, ... in the order of calls; never reused.
@@ -154,7 +161,94 @@ class ContinuousBatch:
         with self._lock:
             where = f"ContinuousBatch: sequence {self._count}"
             options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+            options["keep"] = keep
             return self.admit(where, self.checked(where, prompt, stop_tokens, **options))
+
+    def resume(
+        self,
+        sequence: int,
+        tokens: Tensor | Sequence[int],
+        *,
+        max_new_tokens: int = -1,
+        stop_tokens: Iterable[int] = (),
+        sampling: SamplingConfig | None = None,
+        keep: bool = True,
+    ) -> None:
+        """Go on with a sequence that was kept after its end: a chat's next turn.
+
+        The new tokens follow its prompt and its own tokens, and run in passes like a prompt, but
+        for what the cache holds. Its next tokens come under its old number.
+
+        Args:
+            sequence: its number.
+            tokens: int64 or int32 [L], not empty.
+            others: as in `add`.
+
+        Raises:
+            InvalidInputError: not a kept sequence whose tokens have all been read; what `add`
+                refuses.
+            CapacityError: too few pages are free now; the sequence stays as it was.
+        """
+        with self._lock:
+            where = f"ContinuousBatch: resume of sequence {sequence}"
+            one = None if sequence in self._unread else self._kept.get(sequence)
+            require(
+                one is not None,
+                where,
+                "the sequence must have been added with keep=True, and have ended",
+                "one that still runs" if sequence in self._unread else "an unknown number",
+                "read its tokens to the end first",
+            )
+            assert one is not None
+            new = check_prompt(where, tokens)
+            require(new.shape[0] > 0, where, "a turn must have a token", "none", "pass some")
+            text = torch.tensor(one.text, dtype=torch.int64, device="cpu")
+            options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+            request = self.checked(
+                where, torch.cat((text, new.to("cpu"))), stop_tokens, **options, keep=keep
+            )
+            self._check_model(where)
+            self.cache.reserve(one.slot, request.tokens, where)
+            self._enter(one.resumed(request, self.cache.settled(one.cached)))
+            del self._kept[sequence]
+
+    def fork(
+        self,
+        sequence: int,
+        *,
+        max_new_tokens: int = -1,
+        stop_tokens: Iterable[int] = (),
+        sampling: SamplingConfig | None = None,
+        keep: bool = False,
+    ) -> int:
+        """Add a sequence that begins with another's prompt and all its tokens so far.
+
+        What the cache holds of these is shared in pages, the last page copied; without pages, all
+        of it is copied.
+
+        Args:
+            sequence: the other's number: one that waits or runs, or was kept.
+            others: as in `add`.
+
+        Returns:
+            the new sequence's number.
+
+        Raises:
+            InvalidInputError: an unknown or ended sequence; what `add` refuses.
+            CapacityError: as for `add`.
+        """
+        with self._lock:
+            where = f"ContinuousBatch: fork of sequence {sequence}"
+            one = self._unread.get(sequence) or self._kept.get(sequence)
+            if one is None or (one.ended and sequence not in self._kept):
+                raise InvalidInputError(
+                    f"{where}: the sequence must wait, run or have been kept, got another number; "
+                    "add its tokens as a prompt"
+                )
+            options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+            text = torch.tensor(one.text, dtype=torch.int64, device="cpu")
+            request = self.checked(where, text, stop_tokens, **options, keep=keep)
+            return self.admit(where, request, of=one)
 
     def checked(
         self,
@@ -164,6 +258,7 @@ class ContinuousBatch:
         *,
         max_new_tokens: int = -1,
         sampling: SamplingConfig | None = None,
+        keep: bool = False,
     ) -> Request:
         """What `admit` takes, from what `add` takes; the batch is unchanged, and not waited for.
 
@@ -176,11 +271,18 @@ class ContinuousBatch:
         check_tokens(where, tokens, vocabulary(self.model))
         stops = check_stop_tokens(where, stop_tokens)
         sampling = check_sampling(where, sampling)
+        check_keep(where, keep)
         copied = tokens.to(self.cache.device, torch.int64, copy=True)
-        return Request(copied, limit, stops, sampling)
+        known = not tokens.is_cuda and (keep or self.limits.share_prefixes)
+        text = tuple(tokens.tolist()) if known else None
+        return Request(copied, limit, stops, sampling, keep, text)
 
-    def admit(self, where: str, request: Request) -> int:
-        """`add` for a request that is already checked."""
+    def admit(self, where: str, request: Request, *, of: RunningSequence | None = None) -> int:
+        """`add` for a request that is already checked.
+
+        Args:
+            of: a sequence in the batch whose tokens the prompt begins with.
+        """
         with self._lock:
             self._check_model(where)
             if not self._free_slots:
@@ -190,13 +292,39 @@ class ContinuousBatch:
                     "wait until other sequences end, or raise max_batch_size"
                 )
             one = RunningSequence(self._count, self._free_slots[-1], request)
-            self.cache.reserve(one.slot, request.tokens, where)
+            self._place(one, where, of)
             self._free_slots.pop()
-            self._begins = self._begins or not self._unread
-            self._waiting.append(one)
-            self._unread[one.number] = one
+            self._enter(one)
             self._count += 1
             return one.number
+
+    def _place(self, one: RunningSequence, where: str, of: RunningSequence | None) -> None:
+        """Give a sequence its pages, with what the cache holds of its prompt."""
+        if of is not None:
+            self._share(of, one, where)
+        elif self._prefixes is not None:
+            self._prefixes.follow(self.model)
+            self._prefixes.place(one, where)
+        else:
+            self.cache.reserve(one.slot, one.request.tokens, where)
+
+    def _share(self, old: RunningSequence, new: RunningSequence, where: str) -> None:
+        """Give a sequence what the cache holds of another with whose tokens it begins."""
+        start, pages = self.cache.settled(old.cached), self.cache.pages
+        whole = 0 if pages is None else start // self.limits.page_size
+        prefix = () if pages is None else pages.of(old.slot)[:whole]
+        self.cache.reserve(new.slot, new.request.tokens, where, prefix)
+        self.cache.copy(old.slot, new.slot, whole * self.limits.page_size, start)
+        new.computed = new.reused = start
+        new.recorded, new.epoch = whole, old.epoch
+        # A restart must not write to pages that are shared now.
+        old.reused = max(old.reused, whole * self.limits.page_size)
+
+    def _enter(self, one: RunningSequence) -> None:
+        """Let a sequence wait for its prompt's passes."""
+        self._begins = self._begins or not self._unread
+        self._waiting.append(one)
+        self._unread[one.number] = one
 
     def cancel(self, sequence: int) -> None:
         """Take a sequence out of the batch, if it is still in it; returns no more of its tokens.
@@ -218,17 +346,31 @@ class ContinuousBatch:
             if one is not None:
                 one.received = DROPPED
                 self._end(one)
+            kept = self._kept.pop(sequence, None)
+            if kept is not None:
+                self._free(kept)
+
+    def forget_prefixes(self) -> None:
+        """Forget which tokens earlier sequences left in pages; those in the batch go on.
+
+        The batch does so by itself after a change of weights, modules or hooks that PyTorch can
+        report. A write through `.data` and a switch in a module's own Python are no such changes.
+        """
+        with self._lock:
+            if self._prefixes is not None:
+                self._prefixes.forget()
 
     def clear(self) -> None:
-        """Take all sequences out of the batch, and drop their unread tokens."""
+        """Take all sequences out of the batch, drop their unread tokens, forget prefixes."""
         with self._lock:
             for one in self._unread.values():
                 one.received, one.ended = DROPPED, True
             self._unread, self._results, self._readouts = {}, deque(), deque()
-            self._waiting, self._running, self._rows = [], [], []
+            self._waiting, self._running, self._rows, self._kept = [], [], [], {}
             for slot in self._all_slots():
                 self.cache.release(slot)
             self._free_slots = self._all_slots()
+            self.forget_prefixes()
 
     def serve(self, model: Any) -> None:
         """Give an empty batch its model, or none while it is idle: a model that holds its batch
@@ -326,7 +468,8 @@ class ContinuousBatch:
         except BaseException as error:
             # The cache may hold a part of the pass: these prompts restart, each by itself.
             for one, _ in chosen:
-                one.computed, one.alone = 0, True
+                one.restart()
+                one.alone = True
             if not isinstance(error, Exception):
                 raise
             _free_frames(error)
@@ -341,6 +484,7 @@ class ContinuousBatch:
             return
         for one, piece in chosen:
             one.computed = piece.end
+            self._record(one)
         if ready is not None:
             done = ready[0]
             self._waiting = [one for one in self._waiting if one not in done]
@@ -350,12 +494,22 @@ class ContinuousBatch:
     def _next_pieces(self) -> list[tuple[RunningSequence, Piece]]:
         """What the next pass computes of which waiting prompts."""
         chosen: list[tuple[RunningSequence, Piece]] = []
+        coming: set[bytes] = set()
+        if self._waiting and self._prefixes is not None:
+            self._prefixes.follow(self.model)
         budget = self.limits.prefill_chunk_size or sum(one.left for one in self._waiting)
         for one in self._waiting:
+            if self._prefixes is not None:
+                if one.computed == one.reused:  # others may have got further since it was added
+                    self._prefixes.place(one, "ContinuousBatch")
+                pages = self._prefixes.coming(one)
+                if one.computed == one.reused and pages and pages[0] in coming:
+                    continue  # another computes them now
+                coming.update(pages)
             length = min(one.left, budget)
             if length == 0 or (chosen and (one.alone or chosen[0][0].alone)):
                 break
-            chosen.append((one, Piece(one.slot, one.computed, length)))
+            chosen.append((one, Piece(one.slot, one.computed, length, one.reused)))
             budget -= length
         return chosen
 
@@ -503,6 +657,8 @@ class ContinuousBatch:
             self._end(one)
         self._results.append(NewToken(one.number, token, finished))
         one.received = DROPPED if finished else count
+        one.output.append(token)
+        self._record(one)
         if finished:
             del self._unread[one.number]
 
@@ -520,13 +676,25 @@ class ContinuousBatch:
         for one in (*self._waiting, *self._running):
             self._fail(one, error)
 
+    def _record(self, one: RunningSequence) -> None:
+        """Let other sequences find the pages that one has filled."""
+        if self._prefixes is not None and (not one.ended or one.number in self._kept):
+            self._prefixes.record(one)
+
     def _end(self, one: RunningSequence) -> None:
-        """Free a sequence's slot. Work in flight runs before that of the slot's next sequence."""
+        """Take a sequence out of the steps, and free its slot unless it is kept."""
         if one.ended:
             return
         one.ended = True
         self._waiting = [other for other in self._waiting if other is not one]
         self._running = [other for other in self._running if other is not one]
+        if one.request.keep and one.received != DROPPED:
+            self._kept[one.number] = one
+        else:
+            self._free(one)
+
+    def _free(self, one: RunningSequence) -> None:
+        """Free a sequence's slot. Work in flight runs before that of the slot's next sequence."""
         try:
             self.cache.release(one.slot)
         finally:

@@ -101,7 +101,11 @@ class Soak:
 
     def request(self) -> Wanted:
         draw = self.draw
-        prompt = [draw.randrange(VOCAB - 1) for _ in range(draw.choice([1, 3, 7, 8, 17, 33]))]
+        length = draw.choice([1, 3, 7, 8, 17, 33])
+        if draw.random() < 0.3:
+            prompt = [token % POISON for token in range(length)]  # some begin alike
+        else:
+            prompt = [draw.randrange(VOCAB - 1) for _ in range(length)]
         poisoned = draw.random() < 0.1
         if poisoned:
             prompt[draw.randrange(len(prompt))] = POISON
@@ -242,6 +246,8 @@ class Soak:
         else:
             for name, weight in self.model.named_parameters():
                 weight.data.copy_(state[name])
+            for batch in self.batches:  # which cannot see such a write
+                batch.forget_prefixes()
         self.events[f"way {way}"] += 1
 
     def broken_weights(self) -> None:
@@ -395,6 +401,14 @@ CASES = {
     "in pages": (
         nsa_model,
         InferenceConfig(4, 48, 6, paged=True, page_size=16, num_pages=7, prefill_chunk_size=20),
+    ),
+    "in shared pages": (
+        nsa_model,
+        InferenceConfig(
+            *(4, 48, 6),
+            **{"paged": True, "page_size": 16, "num_pages": 7, "share_prefixes": True},
+            prefill_chunk_size=20,
+        ),
     ),
     "dense": (None, InferenceConfig(3, 48, 6, prefill_chunk_size=11)),
 }
