@@ -90,15 +90,16 @@ def measured(folder: Path, jobs: Jobs, seconds: float) -> Iterator[dict[str, Any
     for (task, schedule), job in jobs.items():
         if time.monotonic() - start > seconds:
             return
-        row = {"task": f"{task.workload}, {task.sizes_text}", "schedule": str(schedule)}
+        row: dict[str, Any] = {"workload": str(task.workload), "sizes": task.sizes_text}
+        row |= {"schedule": str(schedule)}
         row["default"] = schedule == default_schedule(task.workload, SM90)
         try:
             row["loop_spills"] = job.result()
             gpu.open(task)
-            row["ms"] = gpu.measure(path_of(folder, task, schedule), None).ms
+            row["ms"] = round(gpu.measure(path_of(folder, task, schedule), None).ms, 5)
         except Exception as error:  # a candidate that fails is a result
             row["error"] = f"{type(error).__name__}: {error}"[:300]
-        yield {"pass": f"{task.workload.op} {task.workload.pass_}", **row}
+        yield row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -106,15 +107,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     best: dict[str, float] = {}
     for row in rows:
         if "ms" in row:
-            best[row["task"]] = min(row["ms"], best.get(row["task"], row["ms"]))
+            best[task_of(row)] = min(row["ms"], best.get(task_of(row), row["ms"]))
     slower: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
         if "ms" in row:
-            slower[row["pass"], row["schedule"]].append(row["ms"] / best[row["task"]])
+            name = row["workload"].rpartition(" ")[0]
+            slower[name, row["schedule"]].append(row["ms"] / best[task_of(row)])
             if row["default"]:
-                slower[row["pass"], "today's defaults"].append(row["ms"] / best[row["task"]])
+                slower[name, "today's defaults"].append(row["ms"] / best[task_of(row)])
     lines = []
-    for name in dict.fromkeys(row["pass"] for row in rows):
+    for name in dict.fromkeys(name for name, _ in slower):
         lines.append(name)
         ranked = sorted(
             (statistics.geometric_mean(x), max(x), len(x), schedule)
@@ -123,6 +125,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         lines += [f"  {mean:5.2f} {worst:5.2f} {n:3d}  {s}" for mean, worst, n, s in ranked]
     return "\n".join(lines)
+
+
+def task_of(row: dict[str, Any]) -> str:
+    return f"{row['workload']}, {row['sizes']}"
 
 
 def main() -> int:
@@ -146,11 +152,12 @@ def main() -> int:
         rows = list(measured(Path(name), jobs, 60 * args.minutes))
         pool.shutdown(cancel_futures=True)
     gpu = GpuMeasurer().identify()
-    args.out.write_text(json.dumps({"gpu": gpu, "rows": rows}, indent=1) + "\n")
+    lines = ",\n".join(map(json.dumps, rows))
+    args.out.write_text(f'{{"gpu": {json.dumps(gpu)}, "rows": [\n{lines}\n]}}\n')
     print(table(rows))
     wrong = [row for row in rows if "error" in row]
     for row in wrong:
-        print(f"{row['task']}, {row['schedule']}: {row['error']}")
+        print(f"{task_of(row)}, {row['schedule']}: {row['error']}")
     print(f"{len(rows)} of {len(jobs)} measured, {len(wrong)} failed; written to {args.out}")
     return bool(wrong)
 

@@ -207,7 +207,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__12bc74de"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__12bc74de"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16__322b3bde"),),
     },
     Workload(
         op="cache_append",
@@ -224,7 +224,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__7c383f26"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__7c383f26"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g16_l32_s16_pe__19cc0ca7"),),
     },
     Workload(
         op="cache_append",
@@ -241,7 +241,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__6f3f4d18"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__6f3f4d18"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16__67b25d5d"),),
     },
     Workload(
         op="cache_append",
@@ -258,7 +258,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__f1f39ce9"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__f1f39ce9"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__bf16_linear_d128_g4_l32_s16_pe__da98d0f8"),),
     },
     Workload(
         op="cache_append",
@@ -363,7 +363,7 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16__f8447d3e"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16__4d4442c6"),),
         "cuda:90": (
             (Bucket(tokens=(None, 5792)), "compress_backward__bf16_avgpool_d128_l32_s16__b243eb61"),
             (Bucket(tokens=(5793, None)), "compress_backward__bf16_avgpool_d128_l32_s16__296e68c8"),
@@ -381,7 +381,7 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__bb34c488"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__3fb9769d"),),
         "cuda:90": ((Bucket(), "compress_backward__bf16_avgpool_d128_l32_s16_pe__e99e19e7"),),
     },
     Workload(
@@ -397,7 +397,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__4334bdb6"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__4334bdb6"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16__33c90c0d"),),
     },
     Workload(
         op="compress",
@@ -412,7 +412,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__93908dc6"),),
-        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__93908dc6"),),
+        "cuda:90": ((Bucket(), "compress_backward__bf16_linear_d128_l32_s16_pe__3a62cced"),),
     },
     Workload(
         op="compress",
@@ -426,7 +426,7 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16__76cbc135"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16__7f1847c5"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
@@ -450,7 +450,7 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16_pe__94550c22"),),
+        "cuda:80": ((Bucket(), "compress_backward__bf16_weightedpool_d128_l32_s16_pe__e414deda"),),
         "cuda:90": (
             (
                 Bucket(tokens=(None, 5792)),
@@ -475,7 +475,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__61e6b3fd"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__61e6b3fd"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16__6e3969a2"),),
     },
     Workload(
         op="compress",
@@ -490,7 +490,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__30957916"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__30957916"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_avgpool_d128_l32_s16_pe__d9f5710c"),),
     },
     Workload(
         op="compress",
@@ -505,7 +505,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__b3c06235"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__1b323bfa"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16__1e8753c8"),),
     },
     Workload(
         op="compress",
@@ -520,7 +520,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__0585b4cc"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__c2dc67d6"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_linear_d128_l32_s16_pe__6b8bdc6d"),),
     },
     Workload(
         op="compress",
@@ -535,7 +535,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__c67be67a"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__c67be67a"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__1219f9db"),),
     },
     Workload(
         op="compress",
@@ -550,7 +550,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__2998057d"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__2998057d"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16_pe__4e688b18"),),
     },
     Workload(
         op="compressed_attention",
@@ -567,7 +567,7 @@ TABLE = {
         "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__69c46ed8"),),
         "cuda:90": (
             (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__ab97c3b9"),
-            (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__5b5e1e7d"),
+            (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__b08b75c5"),
         ),
     },
     Workload(
@@ -583,7 +583,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__e8886e21"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__1e26a3ae"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__e2381101"),),
     },
     Workload(
         op="compressed_attention",
@@ -838,7 +838,7 @@ TABLE = {
         dtype="bfloat16",
         params=(("head_dim", 128),),
     ): {
-        "cuda:80": ((Bucket(), "rope_forward__bf16_d128__92b16aa9"),),
+        "cuda:80": ((Bucket(), "rope_forward__bf16_d128__6581cfd5"),),
         "cuda:90": (
             (Bucket(tokens=(None, 5792)), "rope_forward__bf16_d128__7b09452c"),
             (Bucket(tokens=(5793, None)), "rope_forward__bf16_d128__dc9ed755"),
@@ -872,8 +872,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__0a42c02e"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__c24a7ffd"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__bc47841b"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__b1d34fb9"),),
     },
     Workload(
         op="selected_attention",
@@ -900,8 +900,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__3b8fc707"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__3b8fc707"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__e1367397"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__e1367397"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -917,7 +917,7 @@ TABLE = {
         "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__f7fd36d9"),),
         "cuda:90": (
             (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__bf504d89"),
-            (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__158f5788"),
+            (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__fa946f41"),
         ),
     },
     Workload(
@@ -932,7 +932,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__274eab29"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__2cb153f7"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g4_w512__4c00de8a"),),
     },
     Workload(
         op="sliding_window_attention",

@@ -152,7 +152,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__52b207ae"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__52b207ae"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g1_l8_s4_pe__77364319"),),
     },
     Workload(
         op="cache_append",
@@ -169,7 +169,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__5dca72e0"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__5dca72e0"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g2_l8_s4_pe__1d074a9f"),),
     },
     Workload(
         op="cache_append",
@@ -186,7 +186,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__25e3c2b7"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__25e3c2b7"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_avgpool_d32_g4_l8_s4_pe__9e93dc76"),),
     },
     Workload(
         op="cache_append",
@@ -203,7 +203,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__9309573d"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__9309573d"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g1_l8_s4_pe__bc1e8cbc"),),
     },
     Workload(
         op="cache_append",
@@ -220,7 +220,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__f503af76"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__f503af76"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g2_l8_s4_pe__bd5b30d9"),),
     },
     Workload(
         op="cache_append",
@@ -237,7 +237,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__63c5e652"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__63c5e652"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_linear_d32_g4_l8_s4_pe__2ea2b88e"),),
     },
     Workload(
         op="cache_append",
@@ -254,7 +254,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__00a50750"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__00a50750"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g1_l8_s4_pe__93999156"),),
     },
     Workload(
         op="cache_append",
@@ -271,7 +271,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__1f06b41f"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__1f06b41f"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g2_l8_s4_pe__3a774571"),),
     },
     Workload(
         op="cache_append",
@@ -288,7 +288,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__1aba9c10"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__1aba9c10"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f16_weightedpool_d32_g4_l8_s4_pe__681f31af"),),
     },
     Workload(
         op="cache_append",
@@ -305,7 +305,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__7cbc36db"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__7cbc36db"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g1_l8_s4_pe__044883f4"),),
     },
     Workload(
         op="cache_append",
@@ -322,7 +322,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__2b8b705b"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__2b8b705b"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g2_l8_s4_pe__cbe42f73"),),
     },
     Workload(
         op="cache_append",
@@ -339,7 +339,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__a562dd2a"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__a562dd2a"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_avgpool_d32_g4_l8_s4_pe__3327a70b"),),
     },
     Workload(
         op="cache_append",
@@ -407,7 +407,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__494329cc"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__494329cc"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g1_l8_s4_pe__c408a097"),),
     },
     Workload(
         op="cache_append",
@@ -424,7 +424,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__42b03056"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__42b03056"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g2_l8_s4_pe__653ae0bb"),),
     },
     Workload(
         op="cache_append",
@@ -441,7 +441,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__8f5096b0"),),
-        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__8f5096b0"),),
+        "cuda:90": ((Bucket(), "cache_append_decode__f32_weightedpool_d32_g4_l8_s4_pe__0b9a085b"),),
     },
     Workload(
         op="compress",
@@ -455,8 +455,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__989fb0cb"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__989fb0cb"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__8a6ceb8d"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4__8a6ceb8d"),),
     },
     Workload(
         op="compress",
@@ -470,8 +470,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__1c54f67f"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__1c54f67f"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__b13fba61"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_avgpool_d32_l8_s4_pe__b13fba61"),),
     },
     Workload(
         op="compress",
@@ -486,7 +486,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__44c234a1"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__44c234a1"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4__06104b51"),),
     },
     Workload(
         op="compress",
@@ -501,7 +501,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__5e601896"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__5e601896"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_linear_d32_l8_s4_pe__23fbc7e9"),),
     },
     Workload(
         op="compress",
@@ -515,8 +515,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__b3a7b70e"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__b3a7b70e"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__79e1cb0d"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4__79e1cb0d"),),
     },
     Workload(
         op="compress",
@@ -530,8 +530,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__6694ecc1"),),
-        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__6694ecc1"),),
+        "cuda:80": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__0daa5051"),),
+        "cuda:90": ((Bucket(), "compress_backward__f16_weightedpool_d32_l8_s4_pe__0daa5051"),),
     },
     Workload(
         op="compress",
@@ -545,8 +545,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__c74b04e6"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__c74b04e6"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__c0c9fdab"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4__c0c9fdab"),),
     },
     Workload(
         op="compress",
@@ -560,8 +560,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__dc247bba"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__dc247bba"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__1f49ea21"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_avgpool_d32_l8_s4_pe__1f49ea21"),),
     },
     Workload(
         op="compress",
@@ -605,8 +605,8 @@ TABLE = {
             ("with_pe", False),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__4c2ae4b2"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__4c2ae4b2"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__75f8ed03"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4__75f8ed03"),),
     },
     Workload(
         op="compress",
@@ -620,8 +620,8 @@ TABLE = {
             ("with_pe", True),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__77c3700d"),),
-        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__77c3700d"),),
+        "cuda:80": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__3b70ae69"),),
+        "cuda:90": ((Bucket(), "compress_backward__f32_weightedpool_d32_l8_s4_pe__3b70ae69"),),
     },
     Workload(
         op="compress",
@@ -636,7 +636,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__4df5f7df"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__4df5f7df"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4__04631f95"),),
     },
     Workload(
         op="compress",
@@ -651,7 +651,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__138e1da1"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__138e1da1"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_avgpool_d32_l8_s4_pe__ba58f0ee"),),
     },
     Workload(
         op="compress",
@@ -666,7 +666,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__c36aeb73"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__4b10a46a"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4__364b4e0d"),),
     },
     Workload(
         op="compress",
@@ -681,7 +681,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__61d58c23"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__a0703291"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_linear_d32_l8_s4_pe__e03e69ec"),),
     },
     Workload(
         op="compress",
@@ -696,7 +696,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__68c0511e"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__68c0511e"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4__d137016a"),),
     },
     Workload(
         op="compress",
@@ -711,7 +711,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__1ecf5ba7"),),
-        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__1ecf5ba7"),),
+        "cuda:90": ((Bucket(), "compress_forward__f16_weightedpool_d32_l8_s4_pe__1ef49c45"),),
     },
     Workload(
         op="compress",
@@ -726,7 +726,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__b8d8b935"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__b8d8b935"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4__f6ce618f"),),
     },
     Workload(
         op="compress",
@@ -741,7 +741,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__39527cc7"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__39527cc7"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_avgpool_d32_l8_s4_pe__3a6c74f3"),),
     },
     Workload(
         op="compress",
@@ -786,7 +786,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__0cf1d7af"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__0cf1d7af"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4__f9eefa45"),),
     },
     Workload(
         op="compress",
@@ -801,7 +801,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__7d66ddf2"),),
-        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__7d66ddf2"),),
+        "cuda:90": ((Bucket(), "compress_forward__f32_weightedpool_d32_l8_s4_pe__eeaf7500"),),
     },
     Workload(
         op="compressed_attention",
@@ -816,7 +816,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__f2636ccc"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__df7ca29b"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__0b020dbb"),),
     },
     Workload(
         op="compressed_attention",
@@ -831,7 +831,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__a717da02"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__cc243841"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__782bbc97"),),
     },
     Workload(
         op="compressed_attention",
@@ -846,7 +846,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__8a5c7aa2"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__a9c19140"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__10f6b63b"),),
     },
     Workload(
         op="compressed_attention",
@@ -1277,8 +1277,8 @@ TABLE = {
         dtype="float16",
         params=(("head_dim", 32),),
     ): {
-        "cuda:80": ((Bucket(), "rope_forward__f16_d32__f58718c4"),),
-        "cuda:90": ((Bucket(), "rope_forward__f16_d32__f58718c4"),),
+        "cuda:80": ((Bucket(), "rope_forward__f16_d32__80d99596"),),
+        "cuda:90": ((Bucket(), "rope_forward__f16_d32__80d99596"),),
     },
     Workload(
         op="rope",
@@ -1286,8 +1286,8 @@ TABLE = {
         dtype="float32",
         params=(("head_dim", 32),),
     ): {
-        "cuda:80": ((Bucket(), "rope_forward__f32_d32__db5e6c73"),),
-        "cuda:90": ((Bucket(), "rope_forward__f32_d32__db5e6c73"),),
+        "cuda:80": ((Bucket(), "rope_forward__f32_d32__00c0a06d"),),
+        "cuda:90": ((Bucket(), "rope_forward__f32_d32__00c0a06d"),),
     },
     Workload(
         op="selected_attention",
@@ -1300,8 +1300,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__c4213301"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__c4213301"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__bd5dcb99"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__bd5dcb99"),),
     },
     Workload(
         op="selected_attention",
@@ -1314,8 +1314,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__ee5de09d"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__ee5de09d"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__fb860389"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__fb860389"),),
     },
     Workload(
         op="selected_attention",
@@ -1328,8 +1328,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__da59a041"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__da59a041"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__5050b0e5"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__5050b0e5"),),
     },
     Workload(
         op="selected_attention",
@@ -1342,8 +1342,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__5447f285"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__5447f285"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__632bfa95"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__632bfa95"),),
     },
     Workload(
         op="selected_attention",
@@ -1356,8 +1356,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__df39a23a"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__df39a23a"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__b10920bd"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__b10920bd"),),
     },
     Workload(
         op="selected_attention",
@@ -1370,8 +1370,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__3c1f27c8"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__3c1f27c8"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__d1913e34"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__d1913e34"),),
     },
     Workload(
         op="selected_attention",
@@ -1384,8 +1384,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__934dec39"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__934dec39"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__08b461fe"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__08b461fe"),),
     },
     Workload(
         op="selected_attention",
@@ -1398,8 +1398,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__89fe530e"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__89fe530e"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__e5a384ec"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__e5a384ec"),),
     },
     Workload(
         op="selected_attention",
@@ -1412,8 +1412,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__0f49a529"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__0f49a529"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__831a38af"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__831a38af"),),
     },
     Workload(
         op="selected_attention",
@@ -1469,7 +1469,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__577891a1"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__f2fe5a4b"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__15edaed4"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1483,7 +1483,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__99716599"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__3442995c"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__7a0ca01e"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1497,7 +1497,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__c9c5187a"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__8271aeb6"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__77c29398"),),
     },
     Workload(
         op="sliding_window_attention",

@@ -71,6 +71,11 @@ def elements(workload: Workload, schedule: Schedule) -> float:
     return tile / (32 * int(schedule.num_warps))
 
 
+def least_heads(workload: Workload, num_warps: int) -> int:
+    """The fewest heads that leave each thread of some warps an element per half."""
+    return max(1, 32 * num_warps // next_power_of_2(int(workload.head_dim) // 2))
+
+
 def query_heads(workload: Workload, num_warps: int) -> int:
     """Heads that give each thread of some warps a load of 16 bytes per half."""
     each = 4 if workload.dtype == "float32" else 8
@@ -78,7 +83,10 @@ def query_heads(workload: Workload, num_warps: int) -> int:
 
 
 def default_pool(workload: Workload, target: Target) -> dict[str, Param]:
-    """Small programs, as most of a step's time is a launch; 32 elements of a window per thread."""
+    """Small programs, as most of a step's time is a launch."""
+    if target.has_wgmma:
+        num_warps = 1 if workload.compress_type == "avgpool" else 2  # which also load weights
+        return {"block_heads": least_heads(workload, num_warps), "num_warps": num_warps}
     dim = next_power_of_2(max(int(workload.head_dim) // 2, int(workload.v_head_dim)))
     window = next_power_of_2(int(workload.kernel_size)) * dim
     num_warps = min(8, max(4, window // (32 * 32)))
@@ -92,8 +100,12 @@ def pool_shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def default_matmul(workload: Workload, target: Target) -> dict[str, Param]:
-    """16 columns: 64 programs share the weights of 4 heads of 128."""
+    """16 columns: 64 programs share the weights of 4 heads of 128. Twice as many tokens and columns
+    are up to twice as fast on an H200."""
     wide = next_power_of_2(max(int(workload.head_dim), int(workload.v_head_dim)))
+    if target.has_wgmma and wide <= 128 and workload.dtype != "float32":
+        tile = {"block_rows": 32, "columns": 32, "num_warps": 8, "num_stages": 5}
+        return {"block_heads": query_heads(workload, 8), **tile}
     return {
         "block_heads": query_heads(workload, 4),
         "block_rows": 16,

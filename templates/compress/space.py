@@ -57,10 +57,12 @@ def pool_supports(workload: Workload) -> bool:
 
 def default_pool(workload: Workload, target: Target) -> dict[str, Param]:
     """Small tiles, for many programs, in which at least half of the units start a window."""
+    gated = workload.compress_type == "sigmoid_mul"
+    if target.has_wgmma and not gated:
+        return default_warp(workload)
     units = max(least_rows(workload), 2 * next_power_of_2(units_of(workload)))
     sums = places_of(workload) * elements(workload, units, 4)
     unroll = default_unroll(int(workload.kernel_stride))
-    gated = workload.compress_type == "sigmoid_mul"
     if target.arch == "120" or (target.arch == "100" and gated):  # four tokens per step spill
         unroll = min(unroll, 2)
     return {
@@ -68,6 +70,21 @@ def default_pool(workload: Workload, target: Target) -> dict[str, Param]:
         "unroll": unroll,
         "num_warps": 4 if sums <= 64 else 8,
     }
+
+
+def default_warp(workload: Workload) -> dict[str, Param]:
+    """A warp a program if it can hold the sums, and all tokens of a unit loading at a time.
+
+    For 2048 and 16384 tokens on an H200, faster than four warps and short steps by a fifth.
+    """
+    dim, stride = next_power_of_2(int(workload.head_dim)), int(workload.kernel_stride)
+    units = max(4, 128 // dim, next_power_of_2(2 * (units_of(workload) - 1)))
+    sums = places_of(workload) * units * dim
+    num_warps = next(n for n in (1, 2, 4, 8) if sums <= 64 * 32 * n or n == 8)
+    loads = 8192 if dim == int(workload.head_dim) else 4096  # which masks make larger
+    most = max(1, loads * num_warps // (units * dim))
+    unroll = max(n for n in (1, 2, 4, 8, 16) if stride % n == 0 and n <= most)
+    return {"block_units": units, "unroll": unroll, "num_warps": num_warps}
 
 
 def default_reread(workload: Workload, target: Target) -> dict[str, Param]:
@@ -181,7 +198,7 @@ def default_matmul(workload: Workload, target: Target) -> dict[str, Param]:
         tile = {"block_m": 32, "block_n": min(32, wide), "block_k": min(32, deep)}
         return {**tile, "num_warps": 4, "num_stages": 2}
     tile = {"block_m": 64, "block_n": min(128, wide), "block_k": min(64, deep)}
-    return {**tile, "num_warps": 4, "num_stages": 4 if target.has_wgmma else 3}
+    return {**tile, "num_warps": 4, "num_stages": 5 if target.has_wgmma else 3}
 
 
 MATMUL = ScheduleSpace(

@@ -45,6 +45,6 @@ SPACES = (
         derive=derive_backward,
         shared_memory=attention_tiles.two_passes_memory,
         scratch=attention_tiles.two_passes_scratch,
-        default=lambda w, t: {**attention_tiles.two_passes_default(w, t), "programs": 4096},
+        default=lambda w, t: {"programs": 4096, **attention_tiles.two_passes_default(w, t)},
     ),
 )

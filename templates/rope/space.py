@@ -28,8 +28,8 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
-    """Two loads of 16 bytes per thread and half."""
-    each = 8 if workload.dtype == "float32" else 16
+    """A load of 16 bytes per thread and half."""
+    each = 4 if workload.dtype == "float32" else 8
     rows = 4 * 32 * each // next_power_of_2(int(workload.head_dim) // 2)
     return {"block_rows": rows, "num_warps": 4}
 

@@ -184,16 +184,17 @@ def key_major_scratch(workload: Workload, schedule: Schedule, target: Target) ->
 
 
 def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
-    """Steps of 64 rows, for wgmma; parts of about 4096 rows; more warps for a wide output tile."""
+    """Steps of 64 rows, for wgmma; parts of about 512 rows; wide heads take more warps."""
     group = int(workload.gqa_ratio)
     sizes = padded_heads(workload)
     exact = workload.dtype == "float32"  # no matrix instruction is exact: plain FMA
-    for block_m, stages in ((32 if exact else 64, 1 if exact else 3), (16, 1)):
+    wide = max(sizes["block_d"], sizes["block_dv"]) > 128  # 64 rows spill in eight warps
+    for block_m, stages in ((32 if exact or wide else 64, 1 if exact else 3), (16, 1)):
         knobs: dict[str, Param] = {
             "block_m": max(block_m, next_power_of_2(group)),
-            "num_warps": 8 if max(sizes["block_d"], sizes["block_dv"]) > 128 else 4,
+            "num_warps": 8 if wide else 4,
             "num_stages": stages,
-            "part_tokens": min(4096, max(256, next_power_of_2(4096 // group))),
+            "part_tokens": max(128, next_power_of_2(512 // group)),
         }
         if key_major_memory(workload, Schedule.of("key_major", knobs)) <= target.shared_memory:
             break

@@ -269,7 +269,7 @@ def derive_key_major(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
-    """Steps that leave registers for dk, dv and a step's share of dq."""
+    """Steps that leave registers for dk, dv and a step's share of dq; about 2048 rows per part."""
     wanted: tuple[tuple[str, int, int, int], ...] = ()
     group, held = int(workload.gqa_ratio), gradient_elements(workload)
     crowded = wide_heads(workload) or held > FOUR_WARPS
@@ -281,7 +281,8 @@ def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
         wanted = (("queries", 16, 8, 2), ("keys", 16, 8, 2))
     elif held >= FOUR_WARPS:
         wanted = (("keys", 16 if crowded else 32, 8, 2),)
-    return default_keys(workload, target, wanted, key_major_memory)
+    part_tokens = max(128, next_power_of_2(2048 // group))
+    return default_keys(workload, target, wanted, key_major_memory) | {"part_tokens": part_tokens}
 
 
 def prefers_key_major(workload: Workload, target: Target) -> bool:

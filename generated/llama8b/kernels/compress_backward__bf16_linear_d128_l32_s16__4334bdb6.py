@@ -8,7 +8,7 @@
 #             with_pe=False
 # Schedule:   matmul(block_cols=128, block_k=64, block_n=128, block_rows=64, block_units=64,
 #             block_windows=64, max_parts=4, num_stages=3, num_warps=4)
-# Targets:    cuda:80, cuda:90
+# Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 """The gradients of compression by a linear map, accumulated in float32.
 

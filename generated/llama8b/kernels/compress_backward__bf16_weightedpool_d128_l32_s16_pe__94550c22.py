@@ -7,8 +7,6 @@
 #             dtype=bfloat16, compress_type=weightedpool, head_dim=128, kernel_size=32,
 #             kernel_stride=16, with_pe=True
 # Schedule:   pool(block_j=8, block_tokens=16, block_windows=8, num_warps=4, part_windows=128)
-# Targets:    cuda:80
-# Provenance: the architecture's default; not measured
 # Targets:    cuda:90 (tokens >= 5793)
 # Provenance: tuned on nvidia-h200: 0.04813 ms at 1 x 16384 tokens, 8 kv heads; the default,
 #             confirmed

@@ -7,7 +7,7 @@
 #             dtype=bfloat16, compress_type=avgpool, head_dim=128, kernel_size=32, kernel_stride=16,
 #             with_pe=False
 # Schedule:   pool(block_units=16, num_warps=4, unroll=4)
-# Targets:    cuda:80, cuda:90
+# Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 """Compression of windows of tokens by avgpool, in float32.
 

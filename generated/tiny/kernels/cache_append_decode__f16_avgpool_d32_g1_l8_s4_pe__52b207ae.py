@@ -7,7 +7,7 @@
 #             dtype=float16, compress_type=avgpool, head_dim=32, v_head_dim=32, gqa_ratio=1,
 #             kernel_size=8, kernel_stride=4, with_pe=True
 # Schedule:   pool(block_heads=64, num_warps=4)
-# Targets:    cuda:80, cuda:90
+# Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 """One new token a row: rope, append to the caches, avgpool of the window it completes.
 

@@ -7,7 +7,7 @@
 #             dtype=float16, compress_type=linear, head_dim=32, v_head_dim=32, gqa_ratio=2,
 #             kernel_size=8, kernel_stride=4, with_pe=True
 # Schedule:   matmul(block_heads=64, block_rows=16, columns=16, num_stages=5, num_warps=4)
-# Targets:    cuda:80, cuda:90
+# Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 """One new token a row: rope, append to the caches, products of the window that it completes.
 

@@ -8,7 +8,7 @@
 #             with_pe=False
 # Schedule:   matmul(block_cols=32, block_k=32, block_n=32, block_rows=32, block_units=64,
 #             block_windows=64, max_parts=4, num_stages=3, num_warps=4)
-# Targets:    cuda:80, cuda:90
+# Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 """The gradients of compression by a linear map, accumulated in float32.
 

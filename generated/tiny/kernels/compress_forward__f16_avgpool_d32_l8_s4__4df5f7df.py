@@ -7,7 +7,7 @@
 #             dtype=float16, compress_type=avgpool, head_dim=32, kernel_size=8, kernel_stride=4,
 #             with_pe=False
 # Schedule:   pool(block_units=32, num_warps=4, unroll=4)
-# Targets:    cuda:80, cuda:90
+# Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 """Compression of windows of tokens by avgpool, in float32.
 

@@ -172,6 +172,17 @@ def row_tiles_default(workload: Workload, target: Target) -> dict[str, Param]:
     }
 
 
+_HOPPER_KEYS: dict[str, Param] = {"key_tile": 64, "row_step": 32, "dkv_warps": 4, "dkv_stages": 3}
+HOPPER_TILES: dict[str, dict[str, Param]] = {
+    "sliding_window_attention": {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 2},
+    "compressed_attention": {
+        **{"block_m": 128, "block_n": 16, "num_warps": 4, "num_stages": 3},
+        "programs": 2048,
+    },
+}
+"""Of two passes, for 16-bit types and heads up to 128."""
+
+
 def two_passes_default(workload: Workload, target: Target) -> dict[str, Param]:
     """Tiles without significant spills, compiled with Triton 3.6 and 3.9."""
     widest = max(padded_sizes(workload))
@@ -194,18 +205,14 @@ def two_passes_default(workload: Workload, target: Target) -> dict[str, Param]:
             dq = (64 if min(sizes["block_d"], sizes["block_dv"]) <= 128 else 32, 32)
     elif widest > 128:
         dq = dkv = (32, 16)
-    elif target.has_wgmma:
-        # Steps of few tokens: finding the rows of many, or of some of a token's heads, spills.
-        row_step = 64 if int(workload.gqa_ratio) in (16, 32, 64) else 32
-        dq, dkv, dkv_warps = (64, 64), (128, row_step), 8
+    elif target.has_wgmma:  # the fastest for 2048 and 16384 tokens on an H200
+        return HOPPER_TILES[workload.op] | _HOPPER_KEYS
     else:
         dq = dkv = (64, 32)
         if widest > 64 and target.backend == "cuda":  # four warps spill
             dkv_warps = 8
     # On cuda:120 four warps spill without a second stage of rows.
     dkv_stages = 2 if target.arch == "120" and dq_warps == dkv_warps == 4 else stages
-    if workload.op == "sliding_window_attention" and target.has_wgmma and dkv[1] == 64:
-        dkv_stages = 1  # a second stage spills in the loop
     return {
         **dict(zip(("block_m", "block_n"), dq, strict=True)),
         **{"num_warps": dq_warps, "num_stages": stages},
