@@ -23,6 +23,9 @@ from nsagen.core.workload import Param, Schedule, Workload
 PIPELINE_ROWS = 64
 """Rows, tokens times heads, of a step of the pipeline."""
 
+PIPELINE_KEYS = 64
+"""Keys of its tiles: a longer block is several."""
+
 WGMMA_ROWS = 64
 """Rows of a warp group's product; with fewer, other instructions are used."""
 
@@ -297,7 +300,7 @@ def prefers_key_major(workload: Workload, target: Target) -> bool:
 
 
 def supports_pipeline(workload: Workload) -> bool:
-    """16-bit heads of 64 or 128, and groups and blocks that fill a warp group's products exactly.
+    """16-bit heads of 64 or 128, and groups and tiles that fill a warp group's products exactly.
 
     Triton lays out no tile of fewer than 8 rows as products read it, so a copy has 8 heads or more.
     """
@@ -306,7 +309,7 @@ def supports_pipeline(workload: Workload) -> bool:
         workload.dtype != "float32"
         and sizes <= {64, 128}
         and int(workload.gqa_ratio) in (8, 16, 32, 64)
-        and int(workload.block_size) == 64
+        and int(workload.block_size) % PIPELINE_KEYS == 0
     )
 
 
@@ -319,6 +322,8 @@ def derive_pipeline(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     wide = dtype == "float32"
     step_tokens = PIPELINE_ROWS // int(workload.gqa_ratio)
     return {
+        "key_tile": PIPELINE_KEYS,
+        "splits": int(workload.block_size) // PIPELINE_KEYS,
         "row_step": PIPELINE_ROWS,
         "step_tokens": step_tokens,
         "copy_tokens": min(4, step_tokens),
@@ -353,8 +358,9 @@ def prefers_pipeline(workload: Workload, target: Target) -> bool:
     """bfloat16: on an H200, groups of 8 to 64 take 0.48 to 0.75 of two_pass's time.
 
     float16's shares are of float32, and the time is two_pass's (31.6 for 31.1 ms at 65536 tokens).
+    Blocks of several tiles have not been timed.
     """
-    return workload.dtype == "bfloat16"
+    return workload.dtype == "bfloat16" and int(workload.block_size) == PIPELINE_KEYS
 
 
 KEY_KNOBS = (

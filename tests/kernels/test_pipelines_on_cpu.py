@@ -69,6 +69,7 @@ def check_selected(
     seqlens: tuple[int, ...] = (70, 3),
     sizes: tuple[str, int, int, int] = ("bfloat16", 16, 64, 64),
     *,
+    block_size: int = 64,
     topk_idx: torch.Tensor | None = None,
     gate: float | None = None,
     shares_bytes: int = 1 << 30,
@@ -81,7 +82,7 @@ def check_selected(
         gate: of all rows, by which do is yet to be multiplied; with delta instead of o.
         without: a line of the kernel that is left out.
     """
-    w, module = pipeline("selected_attention", sizes, knobs, block_size=64)
+    w, module = pipeline("selected_attention", sizes, knobs, block_size=block_size)
     on_cpu(monkeypatch, module, without)
     monkeypatch.setattr(module, "SHARES_BYTES", shares_bytes)
     case = cases_of(w).make_case(w, Sizes(seqlens, 1), "cpu", 1, topk_idx)
@@ -125,6 +126,14 @@ def test_rows_that_see_nothing_and_blocks_that_do_not_count(
     topk_idx = torch.randint(-1, 3, (1, 90, 4), generator=torch.Generator().manual_seed(0))
     topk_idx[:, 5:9] = -1
     check_selected(monkeypatch, (0, 20, 0, 70), topk_idx=topk_idx)
+
+
+@pytest.mark.parametrize("block_size", [128, 192])
+def test_blocks_of_several_tiles(block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MSA's blocks of 128 keys, of which a token may see a part of the first tile alone."""
+    numbers = [[0, 1, -1], [2**31 - 1, 0, 0], [2**30, 1, -(2**31)]]
+    topk_idx = torch.tensor(numbers).repeat(60, 1)[None, :170]
+    check_selected(monkeypatch, (150, 0, 20), block_size=block_size, topk_idx=topk_idx)
 
 
 def test_a_gate_and_delta(monkeypatch: pytest.MonkeyPatch) -> None:

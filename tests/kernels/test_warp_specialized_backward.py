@@ -74,6 +74,13 @@ def test_selected_schedules(dtype: str, dim: int, v_dim: int, knobs: dict[str, i
     check_case(load_kernel(w, schedule_of(w, **knobs)), case_of(w, (3000, 77)))
 
 
+@pytest.mark.parametrize("block_size", [128, 256])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_selected_blocks_of_several_tiles(dtype: str, block_size: int) -> None:
+    w = workload("selected_attention", dtype, block_size=block_size)
+    check_case(load_kernel(w, schedule_of(w)), case_of(w, (3000, 77, 130)))
+
+
 @pytest.mark.parametrize("group", [8, 64])
 def test_selected_blocks_named_twice_out_of_order_or_in_the_future(group: int) -> None:
     """topk_idx is a set: what does not count has no gradient, and a repeat counts once."""
