@@ -9,10 +9,32 @@ from nsagen.core.workload import Workload
 from nsagen.ops import reference
 
 
+def attend(
+    workload: Workload,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's o and lse of a workload's window."""
+    window, params = int(workload.window_size), workload.named()
+    block_size = int(params.get("block_size", 0))
+    if block_size and not params.get("local_blocks"):
+        blocks = {"block_size": block_size, "init_blocks": 0, "local_blocks": window // block_size}
+        return reference.forced_blocks_attention(
+            q, k, v, cu_seqlens, **blocks, softmax_scale=scale
+        )
+    return reference.sliding_window_attention_forward(
+        q, k, v, cu_seqlens, window_size=window, softmax_scale=scale
+    )
+
+
 def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
     """Random q [N, HQ, D], k [N, HK, D] and v [N, HK, Dv]; o and lse poisoned.
 
-    A workload with forced blocks has their o and lse, too.
+    A workload with forced blocks has their o and lse, too; one with whole blocks alone sees the
+    tokens of these, up to a token's own.
     """
     dtype = getattr(torch, workload.dtype)
     dim, v_dim, window = (
@@ -40,9 +62,7 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     more = (None, None, *forced.values()) if forced else ()
 
     def expected() -> dict[str, torch.Tensor]:
-        o, lse = reference.sliding_window_attention_forward(
-            q.double(), k.double(), v.double(), cu_seqlens, window_size=window, softmax_scale=scale
-        )
+        o, lse = attend(workload, q.double(), k.double(), v.double(), cu_seqlens, scale)
         found = {"o": o, "lse": lse}
         if forced:
             wide = (q.double(), k.double(), v.double(), cu_seqlens)

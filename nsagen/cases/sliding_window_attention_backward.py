@@ -8,9 +8,9 @@ import torch
 
 from nsagen.cases.attention_gradients import gradient_case
 from nsagen.cases.base import Case, Sizes
+from nsagen.cases.sliding_window_attention import attend
 from nsagen.cases.sliding_window_attention import make_case as make_forward_case
 from nsagen.core.workload import Workload
-from nsagen.ops import reference
 
 
 def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
@@ -20,8 +20,6 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     q, k, v, cu_seqlens, *_, scale = args
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return reference.sliding_window_attention_forward(
-            q, k, v, cu_seqlens, window_size=int(workload.window_size), softmax_scale=scale
-        )
+        return attend(workload, q, k, v, cu_seqlens, scale)
 
     return gradient_case(forward_case, (q, k, v), (cu_seqlens,), forward, seed)

@@ -90,10 +90,12 @@ _HIDDEN = ("mlp_hidden",)
 _SCORING = ("score_norm", "score_heads", "score_pool")
 FORCED: dict[tuple[str, str], tuple[str, ...]] = {
     ("sliding_window_attention", "forward"): ("block_size", "init_blocks", "local_blocks"),
+    ("sliding_window_attention", "backward"): ("block_size",),
     ("selected_attention", "forward"): ("init_blocks", "local_blocks"),
 }
 """What tells of forced blocks that are met once: sliding-window attention gives their partial
-result, and selected attention starts from it."""
+result, and selected attention starts from it. A block_size without local_blocks is a window of
+whole blocks: its W tokens end with the token's own block."""
 OPTIONAL_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
     ("block_selection", "forward"): _SCORING,
     ("block_selection", "decode"): _SCORING,

@@ -14,8 +14,9 @@ from torch.nn import functional
 
 from nsagen.integrations.attention_layout import Layout, ends_of
 from nsagen.model.forms import Form, select, select_step
-from nsagen.ops import native_sparse_attention_decode, topk_sparse_attention
+from nsagen.ops import native_sparse_attention_decode
 from nsagen.ops.compress import compress
+from nsagen.ops.local_band import attend_selected
 from nsagen.runtime import Dispatcher
 
 GROWTH = 1.5
@@ -110,7 +111,8 @@ def sparse(
 ) -> Tensor:
     """[B, S, HQ, D] of the sequences of a layout, each by its selected blocks."""
     blocks = _selected(form, query, key, layout, scale, layer)
-    return chosen(query, key, value, blocks, form.block_size, layout, scale, form.dispatcher)
+    sizes = (form.block_size, form.local_blocks)
+    return chosen(query, key, value, blocks, *sizes, layout, scale, form.dispatcher)
 
 
 def _selected(
@@ -151,6 +153,7 @@ def chosen(
     value: Tensor,
     blocks: Tensor,
     block_size: int,
+    local_blocks: int,
     layout: Layout,
     scale: float,
     dispatcher: Dispatcher | None,
@@ -159,8 +162,9 @@ def chosen(
 
     Args:
         query: [B, HQ, S, D]; key, value: [B, HK, >= T, D].
-        blocks: int32 [HK or HQ, N, topk] of the packed queries; of B times as many heads where
-            rows are merged; in a step [HK or HQ, B, topk].
+        blocks: int32 [HK or HQ, N, topk] of the packed queries, as block selection writes them; of
+            B times as many heads where rows are merged; in a step [HK or HQ, B, topk].
+        local_blocks: blocks up to a query's own that are always among them.
 
     Returns:
         [B, S, HQ, D].
@@ -178,8 +182,9 @@ def chosen(
     more: dict[str, Any] = {"dispatcher": dispatcher}
     if not layout.whole:
         more |= {"cu_seqlens_k": layout.cu_seqlens_k, "q_start": layout.q_start}
+    sizes = (block_size, local_blocks)
     return layout.unpack(
-        topk_sparse_attention(q, k, v, blocks, block_size, layout.cu_seqlens_q, scale, **more)
+        attend_selected(q, k, v, blocks, *sizes, layout.cu_seqlens_q, scale, **more)
     )
 
 

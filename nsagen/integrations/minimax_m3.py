@@ -152,7 +152,8 @@ class IndexHeads:
         if blocks is None:
             o = dense(query, key, value, layout, scale)
         else:
-            o = chosen(query, key, value, blocks, block_size, layout, scale, dispatcher)
+            sizes = (block_size, self.config.index_local_blocks)
+            o = chosen(query, key, value, blocks, *sizes, layout, scale, dispatcher)
         if losses is not None and self.q.requires_grad:
             q, k = layout.pack_queries(query).detach(), layout.pack_keys(key).detach()
             index_q, index_k = layout.pack_queries(self.q), layout.pack_keys(self.k)

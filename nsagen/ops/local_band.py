@@ -1,0 +1,171 @@
+"""A wide local band as dense rows: selected attention that gathers the other blocks alone.
+
+InfLLM-V2 always selects a token's last 33 blocks, a third of all. Neighbouring tokens have them in
+common, so that a tile of rows multiplies each of their keys once, as a sliding window does whose
+first key is the first of a block; selected attention starts from that result. Gradients are split
+in the same way. This isn't the default because no GPU has measured it yet: the environment variable
+NSAGEN_LOCAL_BAND=1 asks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsagen.ops import reference
+from nsagen.ops._checks import check_attention, check_cu_seqlens, check_topk_idx, fail
+from nsagen.ops._derive import Gradients, backward_of, op_of
+from nsagen.ops._launch import attention_outputs, attention_sizes, key_of, on_kernels, scale_of
+from nsagen.ops._op import apply, define_op
+from nsagen.ops.forced_blocks import free_blocks_attention
+from nsagen.ops.selected_attention import selected_attention_backward, topk_sparse_attention
+from nsagen.runtime import Dispatcher
+
+_OP = "local_band"
+
+
+@functools.cache
+def asked_for() -> bool:
+    """Whether NSAGEN_LOCAL_BAND is 1; read once, because calls are repeated as recorded."""
+    return os.environ.get("NSAGEN_LOCAL_BAND") == "1"
+
+
+def attend_selected(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    block_size: int,
+    local_blocks: int,
+    cu_seqlens: Tensor,
+    softmax_scale: float | None = None,
+    *,
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """`topk_sparse_attention` to blocks as block selection writes them: ascending, each once, with
+    the last `local_blocks` up to a token's own among them.
+
+    These are a band of dense rows on kernels, where that was asked for and sequences are whole.
+    """
+    chunk = {"cu_seqlens_k": cu_seqlens_k, "q_start": q_start}
+    whole = cu_seqlens_k is None and q_start is None
+    if not (asked_for() and whole and local_blocks > 0 and on_kernels(q)):
+        args = (q, k, v, topk_idx, block_size, cu_seqlens, softmax_scale)
+        return topk_sparse_attention(*args, **chunk, dispatcher=dispatcher)
+    sizes, scale = (local_blocks * block_size, block_size), scale_of(softmax_scale, q)
+    return banded_attention(q, k, v, topk_idx, cu_seqlens, *sizes, scale, key_of(dispatcher))[0]
+
+
+def _check(call: Any) -> None:
+    q, k = call.q, call.k
+    check_attention(_OP, q, k, call.v)
+    check_cu_seqlens(_OP, "cu_seqlens", call.cu_seqlens, q)
+    if q.shape[0] != k.shape[0]:
+        came = f"{q.shape[0]} and {k.shape[0]}"
+        fail(_OP, "q and k must have the same tokens", came, "chunks use selected_attention")
+    if call.block_size < 1 or call.window_size < 1 or call.window_size % call.block_size:
+        rule = "the window must be one or more whole blocks"
+        fail(_OP, rule, f"{call.window_size} and {call.block_size}", "pass a multiple of the block")
+
+
+def _check_banded(call: Any) -> None:
+    _check(call)
+    check_topk_idx(_OP, call.q, call.k.shape[1], call.topk_idx)
+
+
+def _band(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    window_size: int,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    blocks = {"init_blocks": 0, "local_blocks": window_size // block_size}
+    return reference.forced_blocks_attention(
+        q, k, v, cu_seqlens, block_size=block_size, **blocks, softmax_scale=softmax_scale
+    )
+
+
+band_attention_forward = op_of(
+    "band_attention_forward",
+    _band,
+    returns="o lse",
+    allocate=attention_outputs,
+    check=_check,
+    kernel="sliding_window_attention forward",
+    sizes=attention_sizes,
+    launch="q k v cu_seqlens o lse softmax_scale",
+    gradients=Gradients(
+        "q k v",
+        "do q k v cu_seqlens o lse dq dk dv softmax_scale delta gate False",
+        more="delta gate",
+        adds="dq dk dv",
+    ),
+)
+"""(o, lse) of each token's last window_size // block_size blocks, up to itself."""
+
+add_band_gradients = backward_of(band_attention_forward, adds=True)
+
+
+def free_entries(topk_idx: Tensor, local_blocks: int) -> Tensor:
+    """int32 [HK, N, topk - local_blocks], one at least: the blocks before the local ones, then -1.
+
+    A token's own block is the last in its list. Where it has fewer blocks than local ones, none is
+    left; elsewhere there are local_blocks of them behind the free ones.
+    """
+    own = topk_idx.amax(-1, keepdim=True)
+    free = topk_idx[..., : max(1, topk_idx.shape[-1] - local_blocks)]
+    return torch.where(free <= own - local_blocks, free, -1)
+
+
+def _gradients(call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv): of the free blocks, to which the band's are added. Both need the whole lse."""
+    tensors, local = (call.do, call.q, call.k, call.v), call.window_size // call.block_size
+    free = apply(free_entries, call.topk_idx, local)
+    last = (call.softmax_scale, call.dispatcher)
+    dq, dk, dv = selected_attention_backward(
+        *tensors, free, call.cu_seqlens, call.o, call.lse, call.block_size, *last
+    )
+    sizes = (call.window_size, call.block_size)
+    add_band_gradients(
+        *tensors, call.cu_seqlens, call.o, call.lse, dq, dk, dv, *sizes, *last, None, None
+    )
+    return dq, dk, dv
+
+
+@define_op(
+    returns="o lse",
+    allocate=attention_outputs,
+    check=_check_banded,
+    gradients=Gradients("q k v", body=_gradients, takes="do o lse"),
+)
+def banded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    cu_seqlens: Tensor,
+    window_size: int,
+    block_size: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+) -> tuple[Tensor, Tensor]:
+    """(o [N, HQ, Dv], lse [N, HQ]) of selected attention; lse is not differentiable.
+
+    Args:
+        topk_idx: int32 [HK, N, topk], as block selection writes it: ascending, each block once, the
+            local ones among them, then -1.
+        window_size: tokens of the local blocks.
+    """
+    sizes, last = (window_size, block_size), (softmax_scale, dispatcher)
+    o, lse = band_attention_forward(q, k, v, cu_seqlens, *sizes, *last)
+    blocks = (block_size, 0, window_size // block_size)
+    return free_blocks_attention(q, k, v, topk_idx, cu_seqlens, o, lse, *blocks, *last)
