@@ -22,9 +22,7 @@ def attend(
     block_size = int(params.get("block_size", 0))
     if block_size and not params.get("local_blocks"):
         blocks = {"block_size": block_size, "init_blocks": 0, "local_blocks": window // block_size}
-        return reference.forced_blocks_attention(
-            q, k, v, cu_seqlens, **blocks, softmax_scale=scale
-        )
+        return reference.forced_blocks_attention(q, k, v, cu_seqlens, **blocks, softmax_scale=scale)
     return reference.sliding_window_attention_forward(
         q, k, v, cu_seqlens, window_size=window, softmax_scale=scale
     )
