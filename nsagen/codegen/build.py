@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 from nsagen.codegen.owned import (
     NOTES,
     check_free,
+    edited_files,
     intact_files,
     note_files,
     own_files,
@@ -34,6 +37,8 @@ from nsagen.spec import Spec
 
 ResourceRows = dict[str, list[dict[str, Any]]]
 """Variant name -> one dict per kernel and target: what the kernel uses there."""
+
+_log = logging.getLogger("nsagen.build")
 
 _NAMED = 4
 """Most files that a text names."""
@@ -133,7 +138,7 @@ def write_package(
     """Write a package's files into `out_dir/<name>`, kernels first and the manifest last.
 
     Files whose text is unchanged are not touched; those that an earlier manifest lists and this
-    package lacks are removed; others are left alone.
+    package lacks are removed unless they were edited; others are left alone.
 
     Args:
         manifest: makes the manifest's text once the files are there.
@@ -155,6 +160,8 @@ def write_package(
                 raise
     with _writing(folder, command), locked(out_dir, name):
         check_free(folder, files, *more)
+        for path in edited_files(folder, files, manifest_name):
+            _log.warning("%s: %s was edited; it is written again", command, folder / path)
         removed = _orphans(folder, files, manifest_name)
         if removed or any(_differs(folder / path, files[path]) for path in files):
             note_files(folder, files, manifest_name)
@@ -164,6 +171,7 @@ def write_package(
         removed += _left_by_a_kill(folder)
         for path in (*removed, NOTES):
             (folder / path).unlink(missing_ok=True)
+        _prune(folder, removed)
     return tuple(written), tuple(removed)
 
 
@@ -328,10 +336,18 @@ def _left_by_a_kill(folder: Path) -> list[str]:
     )
 
 
+def _prune(folder: Path, removed: Iterable[str]) -> None:
+    """Remove the folders that have become empty."""
+    for path in removed:
+        for parent in Path(path).parents[:-1]:
+            with contextlib.suppress(OSError):  # not empty
+                (folder / parent).rmdir()
+
+
 def _left_alone(folder: Path, files: dict[str, str]) -> list[str]:
     """A note on Python files in the package's folder that belong to the user."""
     others = sorted(set(python_files(folder)) - files.keys())
-    shown = f"{folder}: left {', '.join(others)} alone, which nsagen did not write"
+    shown = f"{folder}: left {', '.join(others)} alone, which nsagen did not write or was edited"
     return [shown] if others else []
 
 

@@ -1,8 +1,9 @@
 """Which files of a folder nsagen wrote, and so may replace or remove.
 
-A file is nsagen's if the manifest beside it lists it, or if a build that was stopped noted its
-content before writing it. A build also replaces a file that already is what it would write, up to
-the comments of a kernel. Every other file is the user's, whatever its name and its first line: a
+A file is nsagen's if it is as the manifest beside it lists it, by hash, or as a build that was
+stopped noted it. A build also replaces a file that already is what it would write, up to the
+comments of a kernel, and a listed file of its package that was edited: nobody writes there by hand,
+and `--check` names it. Every other file is the user's, whatever its name and its first line: a
 generated file may have been copied and edited. Hidden files and bytecode are ignored.
 """
 
@@ -62,12 +63,16 @@ def check_free(
     if os.path.lexists(folder / NOTES) and _read_notes(folder) is None:
         in_the_way.append(folder / NOTES)
     if in_the_way:
-        _refuse(command, folder, sorted(path.relative_to(folder).as_posix() for path in in_the_way))
+        names = sorted(path.relative_to(folder).as_posix() for path in in_the_way)
+        foreign = sorted(set(names) - _listed(folder, manifest).keys())
+        _refuse(command, folder, foreign or names, edited=not foreign)
 
 
 def replaceable(folder: Path, files: Mapping[str, str], manifest: str = MANIFEST) -> set[str]:
     """The files below a folder that a build of these files may replace, relative to it."""
     own = own_files(folder, manifest)
+    if manifest == MANIFEST:
+        own |= _listed(folder, manifest).keys() & set(_plain_files(folder))
     own |= {path for path in _plain_files(folder) if _is_as_written(folder / path, files.get(path))}
     if _is_plain(folder / manifest) and (own or read_manifest(folder, manifest) is not None):
         own.add(manifest)
@@ -75,21 +80,37 @@ def replaceable(folder: Path, files: Mapping[str, str], manifest: str = MANIFEST
 
 
 def own_files(folder: Path, manifest: str = MANIFEST) -> set[str]:
-    """The files below a folder that nsagen wrote and may remove, relative to it; a build writes
-    nothing but Python files and its manifest."""
-    known = read_manifest(folder, manifest)
-    listed = set() if known is None else set(known["files"])
-    noted = _read_notes(folder) or {}
+    """The files below a folder that are as nsagen wrote them, and that it may remove."""
+    listed, noted = _listed(folder, manifest), _read_notes(folder) or {}
     return {
         path
-        for path in _plain_files(folder)
-        if path in listed or (path in noted and _hash(folder / path) in noted[path])
+        for path in (listed.keys() | noted.keys()) & set(_plain_files(folder))
+        if _hash(folder / path) in (listed.get(path), *noted.get(path, ()))
     }
 
 
 def intact_files(folder: Path, listed: Mapping[str, Any]) -> set[str]:
     """The files that are as the package's manifest lists them, by hash."""
     return {path for path in own_files(folder) if _hash(folder / path) == listed.get(path)}
+
+
+def edited_files(folder: Path, files: Mapping[str, str], manifest: str = MANIFEST) -> list[str]:
+    """The files of a package that were edited since, and that nsagen would replace."""
+    own = own_files(folder, manifest)
+    return sorted(
+        path
+        for path, was in _listed(folder, manifest).items()
+        if path in files
+        and isinstance(was, str)
+        and path not in own
+        and _is_plain(folder / path)
+        and not _is_as_written(folder / path, files[path])
+    )
+
+
+def _listed(folder: Path, manifest: str) -> dict[str, Any]:
+    """What a package's manifest says of each file: its hash, or what a later version writes."""
+    return (read_manifest(folder, manifest) or {"files": {}})["files"]
 
 
 def note_files(folder: Path, files: Mapping[str, str], manifest: str = MANIFEST) -> None:
@@ -156,10 +177,11 @@ def _is_plain(path: Path) -> bool:
     return is_file(path) and not path.is_symlink()
 
 
-def _refuse(command: str, folder: Path, names: list[str]) -> None:
+def _refuse(command: str, folder: Path, names: list[str], *, edited: bool = False) -> None:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    rule = "as nsagen wrote it" if edited else "empty or a package that nsagen wrote"
+    why = "edited since" if edited else "which it did not write"
     raise BuildError(
-        f"{command}: {folder} must be empty or a package that nsagen wrote; "
-        f"got {', '.join(names[:_SHOWN])}{more}, which it did not write; nothing was changed; "
-        "move that away, or choose another --out"
+        f"{command}: {folder} must be {rule}; got {', '.join(names[:_SHOWN])}{more}, {why}; "
+        "nothing was changed; move that away, or choose another --out"
     )

@@ -103,7 +103,9 @@ def test_files_beside_a_package_stay(one_op: Path) -> None:
     assert {path.read_text() for path in (*mine, *hidden)} == {"# by hand\n"}
     assert result.removed
     (note,) = result.notes
-    assert note.endswith("left kernels/mine.py, sub/x.py alone, which nsagen did not write")
+    assert note.endswith(
+        "left kernels/mine.py, sub/x.py alone, which nsagen did not write or was edited"
+    )
     assert check(load_spec("other.yaml"), OUT) == []
 
 
@@ -134,6 +136,30 @@ def test_an_edited_file_that_no_manifest_lists_is_refused(one_op: Path, name: st
     with pytest.raises(BuildError, match=f"got .*{path.name}, which it did not write"):
         make()
     assert contents(one_op) == before
+
+
+def test_an_edited_file_that_a_build_replaces_is_named(
+    one_op: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make()
+    text = a_kernel().read_text()
+    a_kernel().write_text(text + "\nEDITED = True\n")
+    make()
+    assert a_kernel().read_text() == text
+    assert caplog.messages == [f"build: {a_kernel()} was edited; it is written again"]
+
+
+def test_an_edited_file_that_no_longer_belongs_to_the_package_stays(one_op: Path) -> None:
+    make()
+    kernel = a_kernel()
+    kernel.write_text(kernel.read_text() + "\nEDITED = True\n")
+    result = make("other.yaml")
+    assert kernel.read_text().endswith("EDITED = True\n")
+    assert f"kernels/{kernel.name}" not in result.removed
+    assert result.notes == (
+        f"few: left kernels/{kernel.name} alone, which nsagen did not write or was edited",
+    )
+    assert check(load_spec("other.yaml"), OUT) == []
 
 
 def test_a_package_without_its_manifest_is_completed(one_op: Path) -> None:

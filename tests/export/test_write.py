@@ -51,13 +51,41 @@ def test_files_of_another_layout_go_and_files_of_the_users_stay(home: Path) -> N
     assert (folder / "build/torch-cuda/metadata.json").is_file()
 
 
-def test_an_edited_file_is_written_again(home: Path) -> None:
+@pytest.mark.parametrize("name", ["README.md", "pyproject.toml", "nsagen_mine/ops/rope.py"])
+def test_an_edited_file_is_refused_until_it_is_moved_away(home: Path, name: str) -> None:
+    """Such as a README with the user's own results: another release would drop them."""
     folder = exported(home, NSA, "mine").folder
-    edited = folder / "nsagen_mine/ops/rope.py"
-    text = edited.read_text()
-    edited.write_text(text + "# more\n")
-    assert exported(home, NSA, "mine").written == ("nsagen_mine/ops/rope.py",)
-    assert edited.read_text() == text
+    edited = folder / name
+    edited.write_text(edited.read_text() + "# more\n")
+    before = contents(home)
+    with pytest.raises(BuildError, match=rf"must be as nsagen wrote it; got {name}, edited since"):
+        exported(home, NSA, "mine", release=2)
+    assert contents(home) == before
+    edited.rename(home / "kept")
+    assert name in exported(home, NSA, "mine", release=2).written
+
+
+def test_an_edited_file_of_another_layout_stays(home: Path) -> None:
+    folder = exported(home, NSA, "mine", layout="kernels").folder
+    (folder / "build.toml").write_text("# mine\n")
+    result = exported(home, NSA, "mine")
+    assert (folder / "build.toml").read_text() == "# mine\n"
+    assert "build.toml" not in result.removed
+    assert not (folder / "torch-ext").exists()  # empty folders go
+
+
+def test_hashes_of_a_later_version_are_not_guessed(home: Path) -> None:
+    """Its manifest may say more of a file; what is already right is written over nothing."""
+    folder = exported(home, NSA, "mine").folder
+    manifest = folder / "export.json"
+    content = json.loads(manifest.read_text())
+    content["files"] = {path: {"sha256": was} for path, was in content["files"].items()}
+    manifest.write_text(json.dumps({**content, "nsagen": "9.0", "more": [1]}))
+    before = contents(home)
+    with pytest.raises(BuildError, match=r"must be as nsagen wrote it; got .*README\.md"):
+        exported(home, NSA, "mine", release=2)
+    assert contents(home) == before
+    assert exported(home, NSA, "mine").written == ("export.json",)
 
 
 @pytest.mark.parametrize("name", ["train.py", "pyproject.toml", "export.json", "nsagen_mine"])
