@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nsagen.codegen.fingerprint import code_fingerprint, source_fingerprint
-from nsagen.core.compiler import compiler_settings
+from nsagen.core.compiler import compiler_name
 from nsagen.core.files import is_file, replace_file
-from nsagen.core.installed import triton_version
 from nsagen.core.paths import cache_dir
 from nsagen.core.target import Target
 from nsagen.core.workload import Workload
@@ -59,8 +58,8 @@ def compiled_resources(path: Path, workload: Workload, target: Target) -> tuple[
 def compile_key(path: Path, workload: Workload, target: Target) -> str:
     """Hex digest over everything that a kernel file's resources on a target depend on."""
     fingerprint = source_fingerprint(path.read_text(encoding="utf-8"), path.stem)
-    compiler = (str(triton_version()), json.dumps(compiler_settings()))
-    parts = (fingerprint, workload.op, workload.pass_, str(target), *compiler, _tools(workload.op))
+    place = (workload.op, workload.pass_, str(target))
+    parts = (fingerprint, *place, compiler_name(), _tools(workload.op))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

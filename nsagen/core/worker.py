@@ -30,6 +30,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
+from nsagen.core.compiler import IN_ITS_PLACE
 from nsagen.core.errors import WorkerError
 
 T = TypeVar("T")
@@ -40,7 +41,7 @@ START_S = 180.0
 _CLOSED = "crash: the worker was closed"
 
 _NOT_INHERITED = (
-    "TRITON_INTERPRET",
+    *IN_ITS_PLACE,
     "PYTHONPATH",
     "PYTHONINSPECT",
     "PYTHONSAFEPATH",
