@@ -6,6 +6,7 @@ Commands import what they need when they run, so that `nsagen --help` is quick.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -52,6 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _open_streams()
     _end_in_order()
     try:
+        _run(arguments)
+    except SystemExit as ended:
+        if not _flush() and ended.code in (None, 0):
+            raise SystemExit(1) from None
+        raise
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+    try:
         given = sys.argv[1:] if arguments is None else arguments
         if "" in given or any(text.endswith("=") for text in given):
             _check_paths(given)
@@ -63,16 +73,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
         usage = isinstance(error, (SpecError, InvalidInputError))
         raise SystemExit(2 if usage else 1) from None
     except OSError as error:
-        where = f"{printable(str(error.filename))}: " if error.filename else ""
-        print(
-            f"nsagen: {where}must be there, readable and writable, with room; "
-            f"got {error.strerror or error}; fix that and run it again",
-            file=sys.stderr,
-        )
+        if error.filename is not None or _flush():
+            _say(error, str(error.filename or ""))
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("nsagen: stopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _flush() -> bool:
+    """Whether stdout took all that was printed; if not, says so and drops the rest.
+
+    Python would try again at its end, print an ignored exception and exit with 120. A reader that
+    has left, such as `head`, is told nothing.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            _say(error, "stdout")
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        return False
+    return True
+
+
+def _say(error: OSError, where: str) -> None:
+    print(
+        f"nsagen: {f'{printable(where)}: ' if where else ''}must be there, readable and writable, "
+        f"with room; got {error.strerror or error}; fix that and run it again",
+        file=sys.stderr,
+    )
 
 
 def _is_removed() -> bool:

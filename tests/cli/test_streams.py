@@ -18,10 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
     ("redirection", "codes"),
     [("<&- >&- 2>&-", {0}), (">/dev/full", {1}), ("| true; exit ${PIPESTATUS[0]}", {0, 1, 141})],
 )
-def test_streams_that_do_not_work(redirection: str, codes: set[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", ["inspect --schema", "--version"], ids=["long", "short"])
+def test_streams_that_do_not_work(
+    arguments: str, redirection: str, codes: set[int], tmp_path: Path
+) -> None:
+    """A short text waits in a buffer: Python writes it when the command is over."""
     if "/dev/full" in redirection and not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    line = f'"{sys.executable}" -m nsagen inspect --schema {redirection}'
+    line = f'"{sys.executable}" -m nsagen {arguments} {redirection}'
     done = subprocess.run(
         ["bash", "-c", line],
         cwd=tmp_path,
