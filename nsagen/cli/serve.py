@@ -65,6 +65,7 @@ def serve(
     from nsagen.model import InferenceConfig
     from nsagen.serve.app import make_app
     from nsagen.serve.engine import Engine
+    from nsagen.serve.server import bound
     from nsagen.serve.server import serve as run
     from nsagen.serve.text import characters, checkpoint_tokenizer, numbers
 
@@ -79,6 +80,7 @@ def serve(
     if model is not None and sizes != "tiny":
         raise InvalidInputError("serve: got both --model and --sizes; give one at most")
     where = device_of("serve", device)
+    address = bound(host, port)
     limits = InferenceConfig(
         max_batch_size=max_batch_size,
         max_length=max_length,
@@ -105,7 +107,7 @@ def serve(
         else:
             print(f"{called} is served at {url}/v1; end it with Ctrl-C", flush=True)
 
-    run(make_app(engine, tokenizer, called), engine, host, port, ready)
+    run(make_app(engine, tokenizer, called), engine, address, ready)
     print("nsagen: serve: ended", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

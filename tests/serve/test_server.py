@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,11 +25,12 @@ pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
 from nsagen.cli.models import random_model  # noqa: E402
+from nsagen.core.errors import InvalidInputError  # noqa: E402
 from nsagen.model import ContinuousBatch, InferenceConfig  # noqa: E402
 from nsagen.serve import app as app_module  # noqa: E402
 from nsagen.serve.app import make_app  # noqa: E402
 from nsagen.serve.engine import Engine  # noqa: E402
-from nsagen.serve.server import Server  # noqa: E402
+from nsagen.serve.server import Server, bound, serve  # noqa: E402
 from nsagen.serve.text import characters  # noqa: E402
 
 LENGTH = 160
@@ -385,6 +388,37 @@ def test_too_many_that_wait_are_refused_and_all_end_with_the_server() -> None:
             waiting.result(2)
         streaming.result(2)
     assert "this request was not finished" in str(told[-1])
+
+
+class TestAddresses:
+    @pytest.mark.parametrize("host", ["127.0.0.1", "256.0.0.1", "[::1]", "a" * 80])
+    def test_one_that_cannot_be_had_is_refused_by_name(self, host: str) -> None:
+        """In words, and before a model is loaded."""
+        with bound("127.0.0.1", 0) as taken:
+            taken.listen()
+            port = taken.getsockname()[1]
+            with pytest.raises(InvalidInputError, match=rf"serve: .* got {re.escape(host)} and "):
+                bound(host, port)
+
+    def test_two_servers_that_start_at_once(self, engine: Engine) -> None:
+        with bound("127.0.0.1", 0) as first, bound(*first.getsockname()) as second:
+            first.listen()
+            with pytest.raises(InvalidInputError, match="must be a free address"):
+                serve(make_app(engine, characters(), "tiny"), engine, second, print)
+
+    def test_an_address_that_nobody_can_be_told_ends_the_server(self, engine: Engine) -> None:
+        """Its output goes to a full disk, or to a pipe whose reader has left."""
+
+        def ready(url: str) -> None:
+            raise OSError(errno.ENOSPC, f"no room for {url}")
+
+        with pytest.raises(OSError, match=r"no room for http://127\.0\.0\.1:\d+$"):
+            serve(make_app(engine, characters(), "tiny"), engine, bound("127.0.0.1", 0), ready)
+        assert engine.join(5)
+
+    @pytest.fixture
+    def engine(self, running: Running) -> Engine:
+        return Engine(running.model, 4)
 
 
 def seconds_to_end(number: signal.Signals) -> float:
