@@ -233,9 +233,15 @@ def formatted(files: dict[str, str]) -> dict[str, str]:
     if ruff is None:
         raise BuildError("build: needs the formatter ruff; none is on the PATH; pip install ruff")
     with tempfile.TemporaryDirectory() as folder:
-        for path, text in files.items():
-            (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
-            (Path(folder) / path).write_text(text, encoding="utf-8")
+        try:
+            for path, text in files.items():
+                (Path(folder) / path).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / path).write_text(text, encoding="utf-8")
+        except OSError as error:  # of a write, it names no file
+            raise BuildError(
+                f"build: must be able to write to the temporary folder, {tempfile.gettempdir()}; "
+                f"got {error.strerror or error}; make room, or set TMPDIR to another folder"
+            ) from error
         command = [ruff, *_FORMAT, folder]
         settings = {k: v for k, v in os.environ.items() if not k.startswith("RUFF_")}
         done = subprocess.run(

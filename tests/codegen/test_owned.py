@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -285,6 +286,17 @@ def test_the_temporary_folder_may_be_ignored_by_a_project(
     monkeypatch.setattr(tempfile, "tempdir", str(one_op / "build"))
     monkeypatch.setenv("RUFF_OUTPUT_FORMAT", "nonsense")
     assert formatted(files) == {"a.py": "x = 1\n", "b/a.py": 'x = "a"\n'}
+
+
+def test_a_temporary_folder_without_room_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of a write names no file, and TMPDIR is not where the user looks."""
+
+    def full(path: Path, *_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(BuildError, match=r"temporary folder, /.*; got No space left .* TMPDIR"):
+        formatted({"a.py": "x = 1\n"})
 
 
 def test_a_specs_name_that_looks_like_an_option(one_op: Path) -> None:
