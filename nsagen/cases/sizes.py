@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nsagen.core.workload import Workload
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -27,3 +29,22 @@ class Sizes:
     @property
     def tokens(self) -> int:
         return sum(self.seqlens)
+
+
+def sizes_for(workload: Workload) -> Sizes:
+    """Run-time sizes that reach a workload's edges: empty and short sequences, and a long one.
+
+    The long sequence has more blocks than topk and more tokens than the window. Block indices are
+    written in every way that callers may write them.
+    """
+    params = dict(workload.params)
+
+    def number(name: str, default: int) -> int:
+        return int(params.get(name, default))
+
+    block, window = number("block_size", 16), number("window_size", 16)
+    kernel = number("kernel_size", 8)
+    long = max(block * (number("topk", 4) + 2), window + block, 4 * kernel) + 5
+    if workload.pass_ == "decode":
+        return Sizes(seqlens=(0, kernel - 1, long), capacity=long + 1, any_order=True)
+    return Sizes(seqlens=(0, kernel - 1, long, 1, block + 1), any_order=True)

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from nsagen.cases.base import THRESHOLDS, Case, Sizes, cases_of, relative_error
+from nsagen.cases.base import THRESHOLDS, Case, cases_of, relative_error
+from nsagen.cases.sizes import sizes_for
 from nsagen.codegen.build import build
 from nsagen.codegen.plan import Variant
 from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
 from nsagen.core.importing import import_file
 from nsagen.core.releases import installed_release
-from nsagen.core.workload import Workload
 from nsagen.runtime.device import interpreting, target_of
 from nsagen.spec import Spec
 
@@ -134,22 +134,3 @@ def _compared(out: torch.Tensor, wanted: torch.Tensor) -> Row:
         "threshold": threshold,
         "result": "ok" if error <= threshold else "failed",
     }
-
-
-def sizes_for(workload: Workload) -> Sizes:
-    """Run-time sizes that reach a workload's edges: empty and short sequences, and a long one.
-
-    The long sequence has more blocks than topk and more tokens than the window. Block indices are
-    written in every way that callers may write them.
-    """
-    params = dict(workload.params)
-
-    def number(name: str, default: int) -> int:
-        return int(params.get(name, default))
-
-    block, window = number("block_size", 16), number("window_size", 16)
-    kernel = number("kernel_size", 8)
-    long = max(block * (number("topk", 4) + 2), window + block, 4 * kernel) + 5
-    if workload.pass_ == "decode":
-        return Sizes(seqlens=(0, kernel - 1, long), capacity=long + 1, any_order=True)
-    return Sizes(seqlens=(0, kernel - 1, long, 1, block + 1), any_order=True)

@@ -154,7 +154,7 @@ class CompilePool:
         """Start to compile a schedule that is about to win, for the sizes of its last check."""
         key = (task, schedule)
         if key not in self._last:
-            from nsagen.cases.verify import sizes_for  # imports torch
+            from nsagen.cases.sizes import sizes_for
 
             sizes = (sizes_for(task.workload), task.checked)
             self._last[key] = self._submit(task, schedule, sizes)

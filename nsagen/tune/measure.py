@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from nsagen.cases.base import THRESHOLDS, Case, Sizes, cases_of, relative_error
-from nsagen.cases.verify import sizes_for
+from nsagen.cases.sizes import sizes_for
 from nsagen.core.compiler import compiler_name
 from nsagen.core.importing import import_file
 from nsagen.core.installed import driver_version
