@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
@@ -64,7 +67,7 @@ def _taken(host: str, port: int, error: Exception) -> InvalidInputError:
 
 
 def serve(app: Any, engine: Engine, address: socket.socket, ready: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve until SIGINT or SIGTERM, or until the terminal is closed.
 
     Args:
         address: of `bound`.
@@ -88,13 +91,33 @@ def serve(app: Any, engine: Engine, address: socket.socket, ready: Callable[[str
     )
     server = Server(config, engine, lambda: ready(_url(host, port)))
     try:
-        server.run(sockets=[address])
+        with _ended_by_hangup(server):
+            server.run(sockets=[address])
     except (KeyboardInterrupt, SystemExit):  # uvicorn raises the signal again when all is done
         if not server.started:
             raise
     engine.join(GRACE_S / 2)
     if server.untold is not None:
         raise server.untold
+
+
+@contextmanager
+def _ended_by_hangup(server: Server) -> Iterator[None]:
+    """Treat SIGHUP, unless it is ignored, as uvicorn treats SIGTERM."""
+    number = getattr(signal, "SIGHUP", None)
+    in_main = threading.current_thread() is threading.main_thread()
+    if number is None or not in_main or signal.getsignal(number) is signal.SIG_IGN:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        server.should_exit = True
+
+    before = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def _url(host: str, port: int) -> str:

@@ -450,7 +450,11 @@ def seconds_to_end(number: signal.Signals) -> float:
     return took
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGINT, signal.SIGHUP],
+    ids=["SIGTERM", "SIGINT", "SIGHUP"],
+)
 def test_the_command_ends_in_time_when_it_is_asked_to(number: signal.Signals) -> None:
     """Where all cores are taken a process may wait for one: one of three tries counts."""
     assert any(seconds_to_end(number) < 2 for _ in range(3))
