@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -34,6 +36,8 @@ from nsagen.core.compiler import IN_ITS_PLACE
 from nsagen.core.errors import WorkerError
 
 T = TypeVar("T")
+
+_log = logging.getLogger("nsagen.worker")
 
 START_S = 180.0
 """Seconds that a worker may take to import what it needs and answer for the first time."""
@@ -185,6 +189,7 @@ class Worker:
             "lifeline": lifeline,
         }
         inherited = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
+        _note_unseen(tuple(name for name in IN_ITS_PLACE[1:] if os.environ.get(name)))
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _MAIN, json.dumps(given)],
@@ -343,6 +348,16 @@ def compile_workers(count: int, server: str) -> list[Worker]:
     for worker in workers:
         worker.spawn()
     return workers
+
+
+@functools.cache
+def _note_unseen(names: tuple[str, ...]) -> None:
+    """Say once which of the user's settings have no effect; the interpreter concerns only runs."""
+    if names:
+        _log.warning(
+            "%s: not for nsagen's workers, which compile the kernel and target that they are given",
+            ", ".join(names),
+        )
 
 
 def _search_path() -> list[str]:

@@ -9,7 +9,7 @@ import triton
 
 from nsagen.core.compiler import IN_ITS_PLACE, compiler_name, compiler_settings
 from nsagen.core.target import parse_target
-from nsagen.core.worker import Reply, Worker
+from nsagen.core.worker import Reply, Worker, _note_unseen
 from nsagen.core.workload import Workload
 
 
@@ -58,9 +58,10 @@ def test_a_path_of_this_machine_is_not_shown(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("name", IN_ITS_PLACE)
 def test_what_would_put_another_kernel_in_place_is_not_for_workers(
-    monkeypatch: pytest.MonkeyPatch, name: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     """A worker told to compile for one architecture must not do so for another."""
+    _note_unseen.cache_clear()
     monkeypatch.setenv(name, "sm80")
     monkeypatch.setenv("TRITON_SEEN", "1")
     assert list(compiler_settings()) == ["TRITON_SEEN"]
@@ -68,6 +69,8 @@ def test_what_would_put_another_kernel_in_place_is_not_for_workers(
         for wanted in (name, "TRITON_SEEN"):
             reply = worker.ask("call", os.getenv, wanted, limit_s=60)
             assert reply == Reply(None if wanted == name else "1")
+    told = [] if name == "TRITON_INTERPRET" else [name]
+    assert [line.partition(":")[0] for line in caplog.messages] == told
 
 
 def test_a_file_is_known_by_its_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
