@@ -40,7 +40,7 @@ def index_loss(
 
     The teacher is the mean over the group's heads of softmax(softmax_scale q k^T), the student
     softmax(index_scale index_q index_k^T), both over the tokens u <= t of the selected blocks, and
-    the loss is sum_u teacher log(teacher / student).
+    the loss is sum_u teacher log(teacher / student). Sequences are whole: chunks are refused.
 
     Args:
         q: [N, HQ, D] and k: [N, HK, D], after rope; constants of the loss.
@@ -81,12 +81,13 @@ def _check_rows(
     check_rows(_OP, q=q, k=k, index_q=index_q, index_k=index_k)
     check_keys(_OP, q, k)
     check_keys(_OP, index_q, index_k)
+    if q.shape[0] != k.shape[0]:
+        rule = "q and k must have the same tokens: a chunk (q_start, cu_seqlens_k) has no loss"
+        fail(_OP, rule, shapes({"q": q, "k": k}), "pass whole sequences")
     if index_q.shape[:2] != k.shape[:2] or index_k.shape[:2] != (k.shape[0], 1):
         came = shapes({"k": k, "index_q": index_q, "index_k": index_k})
         rule = "index_q must be [N, HK, Di] and index_k [N, 1, Di], of k [N, HK, D]"
         fail(_OP, rule, came, "pass one index head per key/value head")
-    if q.shape[0] != k.shape[0]:
-        fail(_OP, "q and k must have the same tokens", shapes({"q": q, "k": k}), "pass both whole")
     check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, q)
     if block_size < 1:
         fail(_OP, "block_size must be positive", block_size, "pass block selection's")

@@ -1,0 +1,67 @@
+"""benchmarks/family.py, with sizes for a CPU."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.family import (
+    FULL,
+    GOALS,
+    SM90,
+    TINY,
+    Run,
+    checked,
+    choose,
+    draw,
+    goals,
+    run_all,
+)
+from nsagen.codegen.template import default_schedule
+from nsagen.ops import reference
+
+
+@pytest.mark.parametrize("share", [1, 16])
+def test_choices_are_as_selection_writes_them(share: int) -> None:
+    layer = TINY.minicpm
+    topk_idx = choose(TINY, layer, 100, share)
+    for token in (0, 5, 40, 99):
+        row = topk_idx[0, token]
+        real, own = row[row >= 0].tolist(), token // layer.block
+        assert real == sorted(set(real))
+        assert len(real) == min(layer.topk, own + 1)
+        forced = reference.forced_blocks(
+            torch.tensor([token]), block_size=8, init_blocks=1, local_blocks=3
+        )
+        assert set(forced[forced >= 0].tolist()) <= set(real)
+
+
+def test_parts_run_with_tiny_sizes(tmp_path: Path) -> None:
+    content = run_all(TINY, math.inf, ["m3_attention", "minicpm_forward", "m3_decode"])
+    assert not content["wrong"]
+    assert not content["failed"]
+    assert {row["what"] for row in content["rows"]} >= {"M3 attention forward", "M3 decode index"}
+    pytest.importorskip("matplotlib")
+    draw(content, tmp_path / "family.png")
+    assert (tmp_path / "family.png").stat().st_size > 10_000
+
+
+def test_goals_take_the_best_row() -> None:
+    rows = [{"what": "M3 attention forward", "tokens": 8192, "ms": ms} for ms in (3.0, 2.7, 1.0)]
+    rows = [
+        r | {"how": how} for r, how in zip(rows, ("gathered", "band", "band alone"), strict=True)
+    ]
+    found = {(g["what"], g["tokens"]): g for g in goals(rows)}
+    assert found["M3 attention forward", 8192]["ms"] == 2.7
+    assert found["M3 attention forward", 8192]["met"]
+    assert len(found) == sum(len(by_tokens) for by_tokens in GOALS.values())
+
+
+def test_every_kernel_that_is_checked_can_be_made(tmp_path: Path) -> None:
+    run = Run(FULL, tmp_path)
+    for w, algorithm in checked(FULL).values():
+        chosen = algorithm or default_schedule(w, SM90).algorithm
+        assert callable(run.kernel(w, chosen))
