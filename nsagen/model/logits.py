@@ -45,10 +45,15 @@ def _rounds_needlessly(x: Tensor, head: nn.Linear) -> bool:
 class _Logits(torch.autograd.Function):
     """x [N, D] @ weight [V, D].T in float32; gradients in x's dtype."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:

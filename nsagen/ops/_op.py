@@ -44,6 +44,7 @@ from nsagen.ops._calls import (
     Args,
     KnownCalls,
     all_none,
+    functional,
     is_plain,
     picker,
     profiled,
@@ -150,6 +151,7 @@ def _define(
         )
     if not mutates:
         _register_autograd(op, dispatched, calls, backward)
+    in_transform: Any = _functional(op, lambda *args: call(*args), backward)
 
     @functools.wraps(function)
     def call(*args: Any, **named: Any) -> Any:
@@ -161,6 +163,8 @@ def _define(
         if compiling or transformed() or not on_kernels(args[0]):
             if in_parts and (torch.compiler.is_exporting() or not compiling or _trains(args)):
                 return function(*args)
+            if not mutates and not compiling and functional():
+                return in_transform.apply(*args, *defaults[len(args) :])
             return dispatched(*args)
         full = args + defaults[len(args) :]
         known = calls.known.find(full)
@@ -179,15 +183,48 @@ def _define(
     return call
 
 
+def _functional(
+    op: Op, call: Callable[..., Any], backward: _Backward | None
+) -> type[torch.autograd.Function]:
+    """The op for the transforms of torch.func, which see through no other kind of node."""
+
+    def refuse_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise UnsupportedWorkloadError(
+            f"{op.name}: a call takes packed sequences; got a batch of calls (torch.func.vmap, "
+            "jacrev); pack the sequences into one call with cu_seqlens, or call in a loop"
+        )
+
+    def refuse_jvp(ctx: Any, *tangents: Any) -> Any:
+        raise _forward_mode(op.name)
+
+    no_formula = staticmethod(functools.partial(_refuse, op.name))
+    parts = {
+        "forward": staticmethod(call),
+        "setup_context": staticmethod(backward.setup_context if backward else _no_context),
+        "backward": staticmethod(backward.run) if backward else no_formula,
+        "vmap": staticmethod(refuse_vmap),
+        "jvp": staticmethod(refuse_jvp),
+    }
+    return type(f"In_{NAMESPACE}_{op.name}", (torch.autograd.Function,), parts)
+
+
+def _no_context(ctx: Any, inputs: Args, output: Any) -> None:
+    pass
+
+
 def _refuse_tangents(op: str, args: Args) -> None:
     """PyTorch drops the tangents of an op that has only a backward pass."""
     for x in args:
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-            raise UnsupportedWorkloadError(
-                f"{op}: has gradients by the backward pass only; got a tangent of forward-mode "
-                "derivatives (torch.func.jvp, jacfwd, dual tensors); use vjp or backward(), or "
-                "nsagen.ops.reference, which is plain PyTorch"
-            )
+            raise _forward_mode(op)
+
+
+def _forward_mode(op: str) -> UnsupportedWorkloadError:
+    return UnsupportedWorkloadError(
+        f"{op}: has gradients by the backward pass only; got a tangent of forward-mode "
+        "derivatives (torch.func.jvp, jacfwd, dual tensors); use vjp or backward(), or "
+        "nsagen.ops.reference, which is plain PyTorch"
+    )
 
 
 def _trains(args: Args) -> bool:
@@ -248,7 +285,10 @@ def _is_direct(tensors: list[Tensor]) -> bool:
 
 
 def _refuse(op: str, ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError(f"{op} has no autograd formula; call it under torch.no_grad()")
+    raise RuntimeError(
+        f"{op} has no autograd formula, nor have gradients of gradients; call it under "
+        "torch.no_grad(), or use nsagen.ops.reference, which is plain PyTorch"
+    )
 
 
 def by_name(function: Callable[..., Any], names: Sequence[str]) -> Callable[[Args], Any]:

@@ -156,3 +156,17 @@ if torch.cuda.is_available():
     test_kernels_give_the_references_gradients = pytest.mark.gpu(
         test_kernels_give_the_references_gradients
     )
+
+
+def test_torch_func_differentiates_a_model() -> None:
+    """torch.func.grad of a functional call gives the gradients of backward()."""
+    model = nsa_model()
+    ids, cu_seqlens = packed_batch([11, 40])
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, weights, (ids, cu_seqlens)).square().mean()
+
+    loss(dict(model.named_parameters())).backward()
+    found = torch.func.grad(loss)({n: p.detach() for n, p in model.named_parameters()})
+    for name, weight in model.named_parameters():
+        assert torch.allclose(found[name], weight.grad), name

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nsagen.cases.base import THRESHOLDS, relative_error
 from nsagen.model.layers import linear
-from nsagen.model.logits import logits_of
+from nsagen.model.logits import _Logits, logits_of
 
 
 def inputs(device: str, dtype: torch.dtype) -> tuple[Tensor, nn.Linear]:
@@ -49,3 +49,11 @@ def test_whoever_hooks_into_the_layer_is_called() -> None:
     x, head = inputs("cuda", torch.bfloat16)
     head.register_forward_hook(lambda module, args, output: output + 1)
     assert torch.equal(logits_of(x, head), head(x).float())
+
+
+def test_transforms_of_torch_func_see_through_the_product_in_float32() -> None:
+    """The product exists on GPUs and the meta device, which shows shapes and dtypes."""
+    x = torch.empty(3, 8, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(5, 8, dtype=torch.bfloat16, device="meta")
+    gradients = torch.func.grad(lambda *args: _Logits.apply(*args).sum(), argnums=(0, 1))(x, weight)
+    assert [(g.shape, g.dtype) for g in gradients] == [(t.shape, t.dtype) for t in (x, weight)]

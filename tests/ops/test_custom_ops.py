@@ -279,3 +279,31 @@ def test_tangents_are_refused_by_name(name: str) -> None:
             torch.func.jvp(lambda tensor, call=call: call(tensor, *args[1:]), args[:1], args[:1])
         with forward_ad.dual_level(), refused:
             call(forward_ad.make_dual(args[0], torch.ones_like(args[0])), *args[1:])
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_transforms_of_torch_func_differentiate_ops(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.func.grad and vjp give what backward() gives, also in chunks; vmap is refused."""
+    monkeypatch.setattr("nsagen.ops.reference._attend.MAX_SCORES", 64)
+    x = Packed(dtype=torch.float64, seqlens=(3, 10), query_heads=2, requires_grad=True)
+    op, args = DIFFERENTIABLE[name](x)
+    place = 2 if name == "index_loss" else 0  # the first of its arguments with a gradient
+
+    def loss(tensor: Tensor) -> Tensor:
+        result = op(*args[:place], tensor, *args[place + 1 :])
+        return (result[0] if isinstance(result, tuple) else result).square().sum()
+
+    leaf, start = args[place].detach().requires_grad_(), args[place].detach()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert torch.equal(torch.func.grad(loss)(start), expected)
+    assert torch.equal(torch.func.vjp(loss, start)[1](torch.ones_like(loss(start)))[0], expected)
+    with pytest.raises(UnsupportedWorkloadError, match=f"{op.__name__}: .*vmap"):
+        torch.func.vmap(loss)(torch.stack([start, start]))
+    with pytest.raises(UnsupportedWorkloadError, match="forward-mode"):
+        torch.func.jvp(torch.func.grad(loss), (start,), (start,))
+    if name == "rope":
+        return  # its gradient is a rope, which has a gradient
+    with pytest.raises(RuntimeError, match="gradients of gradients"):
+        torch.func.grad(lambda t: torch.func.grad(loss)(t).sum())(start)

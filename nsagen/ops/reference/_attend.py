@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _saved_tensors_hooks_is_enabled
 from torch.utils.checkpoint import checkpoint
 
 from nsagen.ops.reference._checks import first_positions
@@ -134,15 +136,22 @@ def packed_attention(
                 scale=scale,
             )
             if len(parts) > 1:
-                # Recomputed in the backward pass: kept scores would take memory as N * N.
-                piece = functools.partial(
-                    checkpoint, piece, use_reentrant=False, preserve_rng_state=False
-                )
+                piece = functools.partial(recomputed, piece)
             columns = slice(key_start + first, key_start + last)
             o, lse = piece(wide_q[rows], wide_k[columns], wide_v[columns])
             outputs.append(o.to(q.dtype))
             lses.append(lse)
     return torch.cat(outputs).contiguous(), torch.cat(lses).contiguous()
+
+
+def recomputed(piece: Callable[..., Any], *args: Any) -> Any:
+    """piece(*args), computed again in the backward pass: kept scores would take memory as N * N.
+
+    The transforms of torch.func refuse recomputation, so they keep the scores.
+    """
+    if not torch.compiler.is_compiling() and not _saved_tensors_hooks_is_enabled():
+        return piece(*args)
+    return checkpoint(piece, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _attend_chunk(

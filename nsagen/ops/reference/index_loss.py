@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.ops.reference._attend import chunks, scale_of, scores_of, upcast
+from nsagen.ops.reference._attend import chunks, recomputed, scale_of, scores_of, upcast
 from nsagen.ops.reference._checks import check_heads, sequence_bounds
 from nsagen.ops.reference.selected_attention import selected_tokens
 
@@ -49,10 +48,7 @@ def index_loss_forward(
             rows, keys = slice(start + lo, start + hi), slice(start, start + hi)
             chosen = None if topk_idx is None else topk_idx[:, rows]
             given = (q[rows], k[keys], index_q[rows], index_k[keys], chosen)
-            # Recomputed in the backward pass: kept scores would take memory as N * N.
-            parts.append(
-                checkpoint(_chunk_loss, *given, lo, block_size, *scales, use_reentrant=False)
-            )
+            parts.append(recomputed(_chunk_loss, *given, lo, block_size, *scales))
     losses, lses, index_lses = zip(*parts, strict=True)
     return torch.cat(losses, 1), torch.cat(lses), torch.cat(index_lses)
 
