@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as modules
 
 from nsagen import ops
@@ -62,11 +63,11 @@ class WeightState:
 
     Attributes:
         addresses: where weights, buffers and joined weights lie.
-        versions: how often each weight and buffer was written to.
+        contents: the storage of each weight and buffer, and how often it was written to.
     """
 
     addresses: tuple[int, ...]
-    versions: tuple[int, ...]
+    contents: tuple[tuple[int, int], ...]
 
 
 def state_of(model: nn.Module) -> WeightState | None:
@@ -82,7 +83,8 @@ def state_of(model: nn.Module) -> WeightState | None:
             joined.append(own["joined"].address)
     tensors = [tensor for tensor in tensors if tensor is not None]
     addresses = [tensor.data_ptr() for tensor in tensors]
-    return WeightState((*addresses, *joined), tuple([tensor._version for tensor in tensors]))
+    contents = [(tensor.untyped_storage()._cdata, tensor._version) for tensor in tensors]
+    return WeightState((*addresses, *joined), tuple(contents))
 
 
 def content_of(model: nn.Module) -> tuple[Any, ...]:
@@ -125,11 +127,14 @@ def may_fuse(model: nn.Module, weight: Tensor) -> bool:
 
 
 def renew_joined(model: nn.Module) -> None:
-    """Copy joined weights again when they are next read: some writes leave no version."""
+    """Copy all joined weights again: a write through `.data` leaves no version."""
     with CAPTURING:  # captures read them, so they must not be copied then
-        for module in _walk(model):
-            if isinstance(module, JoinsWeights):
-                module.joined.renew()
+        joining = [m for m in _walk(model) if isinstance(m, JoinsWeights) and m.joined.address]
+        copies = [module.joined.copied(*module.joined_layers()) for module in joining]
+        for device in {copy.weight.device for copy in copies}:
+            _wait(device)
+        for module, copy in zip(joining, copies, strict=True):
+            module.joined.hold(copy)
 
 
 def refresh_joined(model: nn.Module) -> None:
@@ -174,16 +179,31 @@ def _walk(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+@dataclass(frozen=True)
+class _Copy:
+    """Weights in one matrix.
+
+    Attributes:
+        source: of each weight, its storage, its address and how often it was written to.
+        storages: keep the numbers of these storages from being used again.
+        weight: the matrix.
+    """
+
+    source: list[tuple[int, int, int]]
+    storages: list[StorageWeakRef]
+    weight: Tensor
+
+
 class JoinedWeight:
     """The weights of several linear layers in one matrix, so that one product does their work.
 
     It is a separate copy: the parameters stay what and where they are. It is made at the first
-    read, updated in place after a weight changed or `renew` was called, and made again after a
-    weight moved. Copies and pickles of it are empty.
+    read, updated in place after a weight changed, and made again after a weight moved. Copies and
+    pickles of it are empty.
     """
 
     def __init__(self) -> None:
-        self._held: tuple[list[tuple[int, int]], Tensor] | None = None
+        self._held: _Copy | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> JoinedWeight:
         return JoinedWeight()
@@ -194,12 +214,7 @@ class JoinedWeight:
     @property
     def address(self) -> int:
         """Its address; 0 while it does not exist."""
-        return 0 if self._held is None else self._held[1].data_ptr()
-
-    def renew(self) -> None:
-        """Copy the weights again at the next read."""
-        if self._held is not None:
-            self._held = ([], self._held[1])
+        return 0 if self._held is None else self._held.weight.data_ptr()
 
     def drop(self) -> None:
         """Free the memory."""
@@ -207,22 +222,42 @@ class JoinedWeight:
 
     def of(self, *layers: nn.Linear) -> Tensor:
         """The layers' weights [sum of out_features, in_features], without gradients."""
-        weights = [layer.weight for layer in layers]
-        source = [(weight.data_ptr(), weight._version) for weight in weights]
         held = self._held
-        if held is not None and held[0] == source:
-            return held[1]
+        if held is not None and held.source == [_source(layer.weight) for layer in layers]:
+            return held.weight
+        copy = self.copied(*layers)
+        _wait(copy.weight.device)
+        self.hold(copy)
+        return copy.weight
+
+    def copied(self, *layers: nn.Linear) -> _Copy:
+        """The layers' weights as they are now, in the memory of the matrix if they fit there; for
+        `hold` once the device has copied them."""
+        weights = [layer.weight for layer in layers]
+        sources = [_source(weight) for weight in weights]
+        storages = [StorageWeakRef(weight.untyped_storage()) for weight in weights]
         first = weights[0]
         shape = (sum(weight.shape[0] for weight in weights), first.shape[1])
         with torch.inference_mode(False), torch.no_grad():
-            joined = None if held is None else held[1]
+            joined = None if self._held is None else self._held.weight
             if joined is None or _kind(joined) != (shape, first.dtype, first.device):
                 joined = first.new_empty(shape)
             torch.cat([weight.detach() for weight in weights], out=joined)
-        if joined.is_cuda:  # other streams may read it next
-            torch.cuda.current_stream(joined.device).synchronize()
-        self._held = (source, joined)  # last: another thread may be reading
-        return joined
+        return _Copy(sources, storages, joined)
+
+    def hold(self, copy: _Copy) -> None:
+        """Read the weights from here; another thread may be reading."""
+        self._held = copy
+
+
+def _source(weight: Tensor) -> tuple[int, int, int]:
+    return weight.untyped_storage()._cdata, weight.data_ptr(), weight._version
+
+
+def _wait(device: torch.device) -> None:
+    """Wait for the current stream: other streams may read next what it has written."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

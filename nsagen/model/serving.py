@@ -79,11 +79,15 @@ class ContinuousBatch:
     Attributes:
         retries: whether the sequences of a failed pass or step run again. If not, the whole batch
             ends with its error, which may be meant for the caller, such as a time limit.
+        weights_change: whether a program may write to weights through `.data` while sequences run,
+            which PyTorch does not report. If so, the copies of weights that fused products read
+            are renewed for each new sequence, and otherwise only for the first in an empty batch.
     """
 
     model: Any
     cuda_graph: bool | None = None
     retries: bool = field(default=True, init=False, repr=False)
+    weights_change: bool = field(default=True, init=False, repr=False)
     _count: int = field(default=0, init=False)
     _waiting: list[RunningSequence] = field(default_factory=list, init=False)
     _running: list[RunningSequence] = field(default_factory=list, init=False)
@@ -322,7 +326,7 @@ class ContinuousBatch:
 
     def _enter(self, one: RunningSequence) -> None:
         """Let a sequence wait for its prompt's passes."""
-        self._begins = self._begins or not self._unread
+        self._begins = self._begins or self.weights_change or not self._unread
         self._waiting.append(one)
         self._unread[one.number] = one
 
@@ -383,10 +387,17 @@ class ContinuousBatch:
         Raises:
             InvalidInputError: called while a step of this batch runs, as from a hook.
         """
-        with self._working():
-            self._advance()
-            results, self._results = self._results, deque()
-            return list(results)
+        nothing: deque[NewToken] = deque()
+        results: list[NewToken] = []
+        try:
+            with self._working():
+                self._advance()
+                results += self._results
+                self._results = nothing
+            return results
+        except BaseException:  # such as Ctrl-C before the caller has them
+            self._results.extendleft(reversed(results))
+            raise
 
     def run(self, prompts_first: bool = False) -> Iterator[NewToken]:
         """Step until nothing is left to do; sequences may be added meanwhile.
@@ -407,10 +418,23 @@ class ContinuousBatch:
                     while prompts_first and self._waiting:
                         self._prefill()
                     self._advance()
-            with self._lock:
-                new = self._results.popleft() if self._results else None
+            new = self._take()
             if new is not None:
                 yield new
+
+    def _take(self) -> NewToken | None:
+        """The next result, which the caller has then, or it stays here."""
+        new = None
+        try:
+            with self._lock:
+                if self._results:
+                    new = self._results[0]
+                    del self._results[0]  # no call, in which Ctrl-C could come between
+            return new
+        except BaseException:
+            if new is not None:
+                self._results.appendleft(new)
+            raise
 
     def prefill(self) -> None:
         """Run one pass over waiting prompts, if there are any; running sequences wait."""
@@ -427,8 +451,8 @@ class ContinuousBatch:
                     "call it after the step, or use a batch of its own"
                 )
             self._check_model("ContinuousBatch")
-            self._at_work = True
             try:
+                self._at_work = True
                 with torch.no_grad(), self._on_its_device():
                     yield
             finally:

@@ -96,7 +96,7 @@ class DecodeStep:
         if state.addresses != self._state.addresses:
             self._graphs.clear()
             self._pool = None  # the allocator drops a pool with the last graph that used it
-        elif state.versions != self._state.versions:
+        elif state.contents != self._state.contents:
             refresh_joined(self.model)
         if (count, sampled) not in self._graphs:
             self._graphs[count, sampled] = self._capture(count, sampled)

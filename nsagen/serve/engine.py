@@ -59,12 +59,14 @@ class Engine:
     engine continues with the next requests.
 
     Args:
-        model: a `ToyNSALlama` or `ToyLlama` with an InferenceConfig.
+        model: a `ToyNSALlama` or `ToyLlama` with an InferenceConfig; its weights stay as they are
+            while requests run.
         queue: requests that may wait for a slot.
     """
 
     def __init__(self, model: Any, queue: int = 256) -> None:
         self.batch = ContinuousBatch(model)
+        self.batch.weights_change = False
         self._limit = queue
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}

@@ -26,6 +26,7 @@ from nsagen.model import (
     ToyLlama,
     ToyNSALlama,
     generation,
+    serving,
 )
 from nsagen.model.fused import JoinedWeight, JoinsWeights, is_bare, state_of
 from nsagen.model.gate import MLPGate
@@ -231,6 +232,66 @@ def test_weights_that_change_while_a_batch_runs(fused: None) -> None:
     assert tokens[0] == tokens[1]
 
 
+def new_memory_twice(model: Model) -> None:
+    """The second time, the allocator may use the first memory again."""
+    for factor in (3.0, 1.25):
+        load_and_assign_times(model, factor)
+
+
+def load_and_assign_times(model: Model, factor: float) -> None:
+    state = {name: weight * factor for name, weight in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize(
+    "change", [change_through_data, change_through_memory, assign_data, new_memory_twice]
+)
+def test_a_running_batch_computes_new_sequences_with_the_weights_of_their_time(
+    change: Callable[[Model], None], fused: None
+) -> None:
+    """Also after a write that leaves no version, while another sequence runs."""
+    model = sparse()
+    batch, prompt = ContinuousBatch(model), BATCH[0][:12]
+    batch.add(BATCH[0], max_new_tokens=20)
+    batch.step()
+    change(model)
+    second = batch.add(prompt, max_new_tokens=4)
+    tokens = [new.token for new in batch.run() if new.sequence == second]
+    with torch.no_grad():  # without copies
+        alone = copy.deepcopy(model).generate(prompt, torch.tensor([0, 12]), 4)
+    assert tokens == alone[0].tolist()
+
+
+def test_copies_are_renewed_once_a_pass_and_not_where_weights_stay(
+    fused: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renewed: list[Model] = []
+    monkeypatch.setattr(serving, "renew_joined", renewed.append)
+    for weights_change, times in ((True, 2), (False, 1)):
+        batch = ContinuousBatch(sparse())
+        batch.weights_change = weights_change
+        batch.add(BATCH[0])
+        batch.step()
+        batch.add(BATCH[0])
+        list(batch.run())
+        assert len(renewed) == times
+        renewed.clear()
+
+
+def test_a_copy_tells_new_memory_from_old_at_the_same_address() -> None:
+    """Two replacements between reads may bring a weight back to where it was."""
+    layers, joined = [linear(8, n, 1.0) for n in (6, 2)], JoinedWeight()
+    memory = bytearray(8 * 6 * 4)
+
+    def weight_there() -> nn.Parameter:
+        return nn.Parameter(torch.frombuffer(memory, dtype=torch.float32).view(6, 8))
+
+    for value in (1.0, 2.0):
+        layers[0].weight = weight_there()
+        layers[0].weight.data.fill_(value)
+        assert (joined.of(*layers)[:6] == value).all()
+
+
 # What everything else sees.
 
 
@@ -281,8 +342,8 @@ def test_a_joined_weight_stays_in_place_until_a_weight_moves() -> None:
         layers[1].weight.fill_(3.0)
     assert joined.of(*layers) is first
     assert (first[6:8] == 3.0).all()
-    layers[2].weight.data.fill_(4.0)
-    joined.renew()
+    layers[2].weight.data.fill_(4.0)  # leaves no version
+    joined.hold(joined.copied(*layers))
     assert joined.of(*layers) is first
     assert (first[8:] == 4.0).all()
     layers[0] = linear(8, 5, 1.0)
