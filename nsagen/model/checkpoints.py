@@ -167,8 +167,15 @@ class Pretrained(nn.Module):
         rule = "the parameters must be those of the model's config"
         require(not others, "save_pretrained", rule, _shown(others), advice)
         bad = [f"{name} {fault}" for name, t in tensors.items() if (fault := _unsaved(t))]
-        rule = "weights must be in memory, in bfloat16, float16, float32 or float64"
-        require(not bad, "save_pretrained", rule, _shown(bad), advice)
+        kinds = "weights must be in memory, in bfloat16, float16, float32 or float64"
+        require(not bad, "save_pretrained", kinds, _shown(bad), advice)
+        bad = [
+            f"{name} with shape {list(t.shape)} instead of {list(wanted[name].shape)}"
+            for name, t in tensors.items()
+            if t.shape != wanted[name].shape
+        ]
+        sizes = "give the model a config of these sizes: dataclasses.replace(model.config, ...)"
+        require(not bad, "save_pretrained", rule, _shown(bad), sizes)
 
 
 def _unsaved(value: Any) -> str:

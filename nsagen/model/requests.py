@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from nsagen.model.sampling import SamplingConfig
 from nsagen.ops._checks import values_are_read
 
 PROMPT_DTYPES = (torch.int64, torch.int32)
+
+MOST_STOPS = 1 << 20
+"""Stop tokens that a request may have: an endless iterable is a mistake."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +288,8 @@ def check_stop_tokens(where: str, stop_tokens: Iterable[int]) -> frozenset[int]:
     """The stop tokens as a set; an iterator is read once.
 
     Raises:
-        InvalidInputError: not an iterable of integers; names the first that is not one.
+        InvalidInputError: not an iterable of integers; names the first that is not one. More than
+            MOST_STOPS.
     """
     advice = "pass token numbers such as [2], or leave it out"
     rule = "stop_tokens must be integers in a list or another iterable"
@@ -299,7 +304,8 @@ def check_stop_tokens(where: str, stop_tokens: Iterable[int]) -> frozenset[int]:
         tokens = iter(stop_tokens)
     except TypeError:
         raise InvalidInputError(f"{where}: {rule}, got {stop_tokens!r}; {advice}") from None
-    stops = list(tokens)
+    stops = list(itertools.islice(tokens, MOST_STOPS + 1))
+    require(len(stops) <= MOST_STOPS, where, rule, f"more than {MOST_STOPS} of them", advice)
     for token in stops:
         require(is_integer(token), where, rule, f"{token!r} among them", advice)
     return frozenset(operator.index(token) for token in stops)

@@ -15,6 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.serve.answers import Call, Piece, sampling_of
@@ -49,6 +50,7 @@ def make_app(engine: Engine, tokenizer: Tokenizer, name: str) -> FastAPI:
     server = _Server(engine, tokenizer, name, int(time.time()))
     for kind, status in _STATUS.items():
         app.add_exception_handler(kind, _handler(status))
+    app.add_exception_handler(HTTPException, _from_framework)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -282,9 +284,16 @@ def _handler(status: int) -> Callable[[Request, Exception], Any]:
     return handle
 
 
+async def _from_framework(request: Request, error: Any) -> JSONResponse:
+    """For paths and methods that there are not, and bodies that are no JSON."""
+    return JSONResponse(_error(error), error.status_code, error.headers)
+
+
 def _error(error: Exception) -> dict[str, Any]:
     """The body of an error, as OpenAI has it."""
     text, kind, code = str(error), "invalid_request_error", None
+    if isinstance(error, HTTPException):
+        text = str(error.detail)
     if isinstance(error, RequestValidationError):
         text = "; ".join(_problem(one) for one in error.errors())
     elif isinstance(error, NoModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -471,6 +472,22 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match=r"got lm_head.weight with layout torch.sparse_coo"):
         model.save_pretrained(tmp_path / "made")
     assert not (tmp_path / "made").exists()
+
+
+def test_other_sizes_than_the_configs_are_not_written(tmp_path: Path) -> None:
+    """As after a change of the vocabulary; the advice works."""
+    model = ToyLlama(dense_config(), InferenceConfig(2, 64, 4))
+    model.model.embed_tokens = torch.nn.Embedding(520, 64)
+    model.lm_head = torch.nn.Linear(64, 520, bias=False)
+    with pytest.raises(
+        InvalidInputError, match=r"got .*embed_tokens.weight with shape \[520, 64\] instead of"
+    ):
+        model.save_pretrained(tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+    model.config = dataclasses.replace(model.config, vocab_size=520)
+    model.save_pretrained(tmp_path / "made")
+    again = ToyLlama.from_pretrained(tmp_path / "made")
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

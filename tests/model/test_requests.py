@@ -56,6 +56,7 @@ BAD_STOPS: list[tuple[Any, str]] = [
     (memoryview(b"ab"), "got <memory"),
     (np.array(3), r"got array\(3\); pass"),
     ([torch.tensor([3])], r"got tensor\(\[3\]\) among them"),
+    (range(1 << 40), "got more than 1048576 of them"),
 ]
 
 BAD_PROMPTS: list[tuple[Any, str]] = [

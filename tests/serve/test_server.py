@@ -361,6 +361,16 @@ def test_other_refusals_have_their_own_status(running: Running) -> None:
         answer = running.client._client.post(url, content=content, headers=headers)
         assert answer.status_code == 400, content
         assert answer.json()["error"]["message"]
+    nested = b'{"model": "tiny", "prompt": ' + b"[" * 50_000
+    for method, path, content, status in (
+        ("POST", "completions", nested, 400),
+        ("POST", "nowhere", b"{}", 404),
+        ("GET", "completions", b"", 405),
+    ):
+        url = f"{running.client.base_url}{path}"
+        headers = {"content-type": "application/json"}
+        answer = running.client._client.request(method, url, content=content, headers=headers)
+        assert (answer.status_code, set(answer.json())) == (status, {"error"})
 
 
 def test_too_many_that_wait_are_refused_and_all_end_with_the_server() -> None:
