@@ -346,13 +346,14 @@ class ContinuousBatch:
             sequence = operator.index(sequence)
             unread = [new for new in self._results if new.sequence != sequence]
             self._results = deque(unread)
-            one = self._unread.pop(sequence, None)
+            one = self._unread.get(sequence)
             if one is not None:
                 one.received = DROPPED
                 self._end(one)
-            kept = self._kept.pop(sequence, None)
-            if kept is not None:
-                self._free(kept)
+                del self._unread[sequence]
+            if sequence in self._kept:
+                self._free(self._kept[sequence])
+                del self._kept[sequence]
 
     def forget_prefixes(self) -> None:
         """Forget which tokens earlier sequences left in pages; those in the batch go on.
@@ -476,6 +477,7 @@ class ContinuousBatch:
         check_hooks(where, self.model)
 
     def _advance(self) -> None:
+        self._end_complete(list(self._running))  # those of a step that was interrupted
         self._prefill()
         if self._running:
             self._decode()
@@ -487,8 +489,14 @@ class ContinuousBatch:
             return
         try:
             ready = self._run_pieces(chosen)
+            for one, piece in chosen:
+                one.computed = piece.end
+            done = [] if ready is None else ready[0]
+            waiting = [one for one in self._waiting if one not in done]
+            running = self._running + [one for one in done if not one.ended]  # a hook may cancel
             if ready is not None:
                 self._requested(*ready)
+                self._waiting, self._running = waiting, running
         except BaseException as error:
             # The cache may hold a part of the pass: these prompts restart, each by itself.
             for one, _ in chosen:
@@ -506,14 +514,9 @@ class ContinuousBatch:
                     "a pass over %d prompts failed (%r): each runs alone", len(chosen), error
                 )
             return
-        for one, piece in chosen:
-            one.computed = piece.end
+        for one, _ in chosen:
             self._record(one)
-        if ready is not None:
-            done = ready[0]
-            self._waiting = [one for one in self._waiting if one not in done]
-            self._running += [one for one in done if not one.ended]  # a hook may cancel
-            self._end_complete(done)
+        self._end_complete(done)
 
     def _next_pieces(self) -> list[tuple[RunningSequence, Piece]]:
         """What the next pass computes of which waiting prompts."""
@@ -648,10 +651,16 @@ class ContinuousBatch:
             arrived = torch.cuda.Event()
             arrived.record()
         readout = Readout(tuple(sequences), host, arrived)
-        self._readouts.append(readout)
-        for place, one in enumerate(sequences):
-            one.chosen += 1
-            one.newest = (readout, place)
+        before = [(one, one.chosen, one.newest) for one in sequences]
+        try:
+            for place, one in enumerate(sequences):
+                one.chosen += 1
+                one.newest = (readout, place)
+            self._readouts += (readout,)
+        except BaseException:
+            for one, chosen, newest in before:
+                one.chosen, one.newest = chosen, newest
+            raise
 
     def _end_complete(self, sequences: Sequence[RunningSequence]) -> None:
         """End sequences that need no more tokens from the device."""
@@ -666,12 +675,13 @@ class ContinuousBatch:
             tokens = readout.on_host()
             while readout.read < len(tokens):
                 one, token = readout.sequences[readout.read], tokens[readout.read]
-                if one.received != DROPPED:
-                    self._received(one, token)
-                readout.read += 1
+                if one.received == DROPPED:
+                    readout.read += 1
+                else:
+                    self._received(one, token, readout)
             self._readouts.popleft()
 
-    def _received(self, one: RunningSequence, token: int) -> None:
+    def _received(self, one: RunningSequence, token: int, readout: Readout) -> None:
         """Process a token. What can fail comes first, so that a failure loses no token."""
         count = one.received + 1
         finished: Finished = "length" if count == one.request.limit else ""
@@ -679,12 +689,15 @@ class ContinuousBatch:
             finished = "stop"
         if finished:
             self._end(one)
-        self._results.append(NewToken(one.number, token, finished))
+        new = NewToken(one.number, token, finished)
+        # Ctrl-C interrupts Python at calls and loops only, so not between these lines.
+        self._results += (new,)
+        one.output += (token,)
         one.received = DROPPED if finished else count
-        one.output.append(token)
-        self._record(one)
+        readout.read += 1
         if finished:
             del self._unread[one.number]
+        self._record(one)
 
     def _fail(self, one: RunningSequence, error: Exception) -> None:
         """End a sequence with an error, which comes after its tokens."""
@@ -709,11 +722,11 @@ class ContinuousBatch:
         """Take a sequence out of the steps, and free its slot unless it is kept."""
         if one.ended:
             return
-        one.ended = True
         self._waiting = [other for other in self._waiting if other is not one]
         self._running = [other for other in self._running if other is not one]
         if one.request.keep and one.received != DROPPED:
             self._kept[one.number] = one
+            one.ended = True
         else:
             self._free(one)
 
@@ -722,7 +735,8 @@ class ContinuousBatch:
         try:
             self.cache.release(one.slot)
         finally:
-            self._free_slots.append(one.slot)
+            self._free_slots += (one.slot,)
+            one.ended = True
 
     def _to_device(self, values: list[int]) -> Tensor:
         return to_device(values, torch.int64, self.cache.device)

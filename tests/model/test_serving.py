@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 
 import pytest
 import torch
@@ -340,6 +340,41 @@ def test_a_failure_between_a_step_and_its_results_loses_no_token(
     assert len(batch._free_slots) == 3
     assert batch.cache.pages is not None
     assert batch.cache.pages.free_pages == 9
+
+
+class InterruptedLock:
+    """A batch's lock, with Ctrl-C right after it is released for the n-th time."""
+
+    def __init__(self, lock: AbstractContextManager[bool], at: int) -> None:
+        self.lock, self.left = lock, at
+
+    def __enter__(self) -> None:
+        self.lock.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.__exit__(None, None, None)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+@pytest.mark.parametrize("way", ["step", "run"])
+def test_an_interrupt_as_results_are_handed_over_loses_none(way: str, at: int) -> None:
+    model = nsa_model(LIMITS)
+    prompts = prompts_of([12, 30])
+    texts = [alone(model, prompt, 3) for prompt in prompts]
+    batch = ContinuousBatch(model)
+    for prompt in prompts:
+        batch.add(prompt, max_new_tokens=3)
+    batch._lock = InterruptedLock(batch._lock, at)  # type: ignore[assignment]
+    got: dict[int, list[int]] = defaultdict(list)
+    while not batch.idle:
+        with suppress(KeyboardInterrupt):
+            for new in batch.step() if way == "step" else batch.run():
+                got[new.sequence].append(new.token)
+    assert got == dict(enumerate(texts))
+    assert batch.running == 0
 
 
 def test_a_sequence_that_was_cancelled_in_a_failing_step_does_not_run_again() -> None:
