@@ -17,9 +17,9 @@ from torch import Tensor, nn
 try:
     from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
     from torch._C._autograd import _profiler_enabled
-    from torch._C._functorch import TransformType, peek_interpreter_stack
+    from torch._C._functorch import peek_interpreter_stack
 except ImportError:  # another release's names: every call goes through the dispatcher
-    peek_interpreter_stack = TransformType = None
+    peek_interpreter_stack = None
     _profiler_enabled = bool
 
 # What torch.compile compares tensors with, in a tenth of a microsecond.
@@ -133,7 +133,7 @@ def transformed() -> bool:
 def functional() -> bool:
     """Whether a transform of torch.func that differentiates or batches is the innermost one."""
     innermost = None if peek_interpreter_stack is None else peek_interpreter_stack()
-    return innermost is not None and innermost.key() in (TransformType.Grad, TransformType.Vmap)
+    return innermost is not None and innermost.key().name in ("Grad", "Vmap")
 
 
 def profiled() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._autograd import _saved_tensors_hooks_is_enabled
+from torch._C._autograd import _saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 from torch.utils.checkpoint import checkpoint
 
 from nsagen.ops.reference._checks import first_positions
