@@ -896,6 +896,21 @@ TABLE = {
         params=(
             ("head_dim", 128),
             ("v_head_dim", 128),
+            ("gqa_ratio", 16),
+            ("block_size", 64),
+            ("init_blocks", 1),
+            ("local_blocks", 2),
+        ),
+    ): {
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64_i1_c2__ce0dc6e5"),),
+    },
+    Workload(
+        op="selected_attention",
+        pass_="forward",
+        dtype="bfloat16",
+        params=(
+            ("head_dim", 128),
+            ("v_head_dim", 128),
             ("gqa_ratio", 4),
             ("block_size", 64),
         ),
@@ -958,6 +973,24 @@ TABLE = {
         params=(
             ("head_dim", 128),
             ("v_head_dim", 128),
+            ("gqa_ratio", 16),
+            ("window_size", 512),
+            ("block_size", 64),
+            ("init_blocks", 1),
+            ("local_blocks", 2),
+        ),
+    ): {
+        "cuda:90": (
+            (Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__0d1666b7"),
+        ),
+    },
+    Workload(
+        op="sliding_window_attention",
+        pass_="forward",
+        dtype="bfloat16",
+        params=(
+            ("head_dim", 128),
+            ("v_head_dim", 128),
             ("gqa_ratio", 4),
             ("window_size", 512),
         ),
@@ -989,6 +1022,9 @@ TRITON = {
     "selected_attention_backward__bf16_d128_g16_b64__da0edf12": Releases((3, 6), (3, 9)),
     "sliding_window_attention_backward__bf16_d128_g16_w512__bf504d89": Releases((3, 6), (3, 9)),
     "sliding_window_attention_forward__bf16_d128_g16_w512__cc264aaf": Releases((3, 6), (3, 9)),
+    "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__0d1666b7": Releases(
+        (3, 6), (3, 9)
+    ),
     "sliding_window_attention_forward__bf16_d128_g4_w512__ae64ed63": Releases((3, 6), (3, 9)),
 }
 

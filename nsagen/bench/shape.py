@@ -163,7 +163,7 @@ class Inputs:
         o, lse = compressed_attention_forward(self.q, self.ck, self.cv, *windows, *last)
         blocks = (s.block_size, s.topk, s.init_blocks, s.local_blocks)
         block_selection_forward(self.q, self.ck, lse, *windows, *blocks, *last)
-        if forced_blocks.applies(None, None, None, s.local_blocks):
+        if forced_blocks.applies(*qkv, s.window_size, *forced, key):
             o_window, _, o_forced, lse_forced = forced_blocks.window_and_forced_blocks(
                 *qkv, self.cu_seqlens, s.window_size, *forced, *last
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -273,10 +274,11 @@ def choose_variants(
             f"{command}: --tuned must be a folder of tuning records; got {records}, which is "
             f"{'a file' if records.exists() else 'not there'}; leave it out for the spec's own"
         )
-    workloads = spec.workloads()
+    workloads, together = spec.workloads(), spec.forced_once()
+    every = (*workloads, *itertools.chain(*together))
     folders = (spec.shipped_tuned, spec.tuned_folder) if records is None else (records,)
-    tuned = tuned_schedules([f for f in folders if f is not None], workloads, spec.targets)
-    return plan_variants(workloads, spec.targets, tuned.choices), tuned
+    tuned = tuned_schedules([f for f in folders if f is not None], every, spec.targets)
+    return plan_variants(workloads, spec.targets, tuned.choices, together), tuned
 
 
 def _render(spec: Spec, records: Path | None, folder: Path) -> _Plan:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from nsagen.codegen.template import (
     default_schedule,
     fallback_schedule,
+    is_offered,
     kernel_fingerprint,
     kernel_name,
     space_for,
@@ -86,12 +87,19 @@ class Variant:
 
 
 def plan_variants(
-    workloads: Iterable[Workload], targets: Iterable[str], tuned: Iterable[TunedSchedule] = ()
+    workloads: Iterable[Workload],
+    targets: Iterable[str],
+    tuned: Iterable[TunedSchedule] = (),
+    together: Iterable[Sequence[Workload]] = (),
 ) -> tuple[Variant, ...]:
     """Choose schedules for each workload and target; equal choices share one file.
 
     A tuned schedule serves its bucket; the target's default schedule serves calls that no
     bucket covers.
+
+    Args:
+        together: more workloads, in groups of which a target gets all, if each is offered there,
+            or none.
 
     Returns:
         the variants, sorted by name.
@@ -104,11 +112,15 @@ def plan_variants(
     found: dict[tuple[Workload, str], list[TunedSchedule]] = {}
     for choice in tuned:
         found.setdefault((choice.workload, choice.target), []).append(choice)
-    chosen: dict[tuple[Workload, Schedule], list[Use]] = {}
-    for workload in workloads:
+    wanted = [(workload, target) for workload in workloads for target in parsed]
+    for group in together:
         for target in parsed:
-            for schedule, use in _uses(workload, target, found.get((workload, str(target)), [])):
-                chosen.setdefault((workload, schedule), []).append(use)
+            if all(is_offered(workload, target) for workload in group):
+                wanted += [(workload, target) for workload in group]
+    chosen: dict[tuple[Workload, Schedule], list[Use]] = {}
+    for workload, target in dict.fromkeys(wanted):
+        for schedule, use in _uses(workload, target, found.get((workload, str(target)), [])):
+            chosen.setdefault((workload, schedule), []).append(use)
     variants = (Variant(kernel_name(w, s), w, s, tuple(uses)) for (w, s), uses in chosen.items())
     return tuple(sorted(variants, key=lambda variant: variant.name))
 

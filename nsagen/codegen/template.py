@@ -100,6 +100,19 @@ def spaces_for(
     )
 
 
+def is_offered(workload: Workload, target: Target, release: Release | None = None) -> bool:
+    """Whether an algorithm that covers a workload on a target is preferred for it.
+
+    Workloads that calls can do without are used only where this holds; see
+    `nsagen.ops.forced_blocks`.
+    """
+    try:
+        spaces = spaces_for(workload, target, release)
+    except UnsupportedWorkloadError:
+        return False
+    return spaces[0].preferred(workload, target)
+
+
 def default_schedule(
     workload: Workload, target: Target, release: Release | None = None
 ) -> Schedule:

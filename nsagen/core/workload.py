@@ -96,6 +96,8 @@ FORCED: dict[tuple[str, str], tuple[str, ...]] = {
 """What tells of forced blocks that are met once: sliding-window attention gives their partial
 result, and selected attention starts from it. A block_size without local_blocks is a window of
 whole blocks: its W tokens end with the token's own block."""
+FORCED_ONCE = tuple(key for key, names in FORCED.items() if "local_blocks" in names)
+"""The forward passes that do so: calls run both or neither."""
 OPTIONAL_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
     ("block_selection", "forward"): _SCORING,
     ("block_selection", "decode"): _SCORING,

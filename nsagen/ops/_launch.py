@@ -79,6 +79,17 @@ def find_kernel(
     return registry.lookup(dispatcher).launcher(workload, x.device, x.shape[0], context)
 
 
+def has_kernel(
+    dispatcher: str, op: str, pass_: str, params: Mapping[str, Param], x: Tensor
+) -> bool:
+    """Whether `find_kernel` finds a kernel that not every GPU has; the interpreter has none."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    if not on_kernels(x) or interpreting() or dtype not in DTYPES:
+        return False
+    workload = Workload.of(op, pass_, dtype=dtype, **params)
+    return registry.lookup(dispatcher).has(workload, x.device)
+
+
 def fixed_kernel(name: str, x: Tensor) -> Launch | None:
     """The `launch` of a kernel that is not generated; None if Triton can't run on x's device,
     because the interpreter was chosen too late."""

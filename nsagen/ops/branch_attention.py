@@ -119,7 +119,9 @@ def attend(
     tensors = [x for x in (q, ck, cv, k, v, k_window, v_window, gate) if x is not None]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     sums = len(on) == len(BRANCHES) and not trains  # in the last branch's kernel
-    once = sums and forced_blocks.applies(k_window, q_start, cu_seqlens_k, local_blocks)
+    forced = (block_size, init_blocks, local_blocks)
+    whole = k_window is None and q_start is None and cu_seqlens_k is None
+    once = sums and whole and forced_blocks.applies(q, k, v, window_size, *forced, dispatcher)
     outputs: dict[str, Tensor] = {}
     if ck is not None and cv is not None:
         windows = (cu_seqlens, window_cu_seqlens, kernel_size, kernel_stride)
@@ -130,7 +132,6 @@ def attend(
             selection = (block_size, topk, init_blocks, local_blocks)
             topk_idx = select_blocks(q, ck, lse, *windows, *selection, *last, q_start)
             if once:
-                forced = (block_size, init_blocks, local_blocks)
                 o_window, _, o_forced, lse_forced = forced_blocks.window_and_forced_blocks(
                     q, k, v, cu_seqlens, window_size, *forced, *last
                 )

@@ -2,22 +2,20 @@
 
 A token always selects its first and its local blocks, and its window reaches most of the local
 ones. So one pass over the window's keys gives two results, and selected attention is left with the
-blocks that scores chose. This takes whole sequences whose branches share keys and values. It isn't
-the default because no GPU has measured it yet: the environment variable NSAGEN_FORCED_ONCE=1 asks
-for it.
+blocks that scores chose. This takes whole sequences whose branches share keys and values, and
+kernels for both steps, which Hopper has for heads of 64 and 128 in 16 bits.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 from typing import Any
 
 from torch import Tensor
 
+from nsagen.core.workload import FORCED_ONCE
 from nsagen.ops import reference
 from nsagen.ops._checks import check_attention, check_cu_seqlens, check_like, check_topk_idx, fail
-from nsagen.ops._launch import attention_outputs, attention_sizes
+from nsagen.ops._launch import attention_outputs, attention_sizes, has_kernel
 from nsagen.ops._op import define_op
 from nsagen.ops.gated_sum import check_gate
 from nsagen.ops.sliding_window_attention import check_sliding_window
@@ -25,22 +23,25 @@ from nsagen.ops.sliding_window_attention import check_sliding_window
 _OP = "forced_blocks"
 
 
-@functools.cache
-def asked_for() -> bool:
-    """Whether NSAGEN_FORCED_ONCE is 1; read once, because calls are repeated as recorded."""
-    return os.environ.get("NSAGEN_FORCED_ONCE") == "1"
-
-
 def applies(
-    k_window: Tensor | None,
-    q_start: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int,
+    block_size: int,
+    init_blocks: int,
     local_blocks: int,
+    dispatcher: str,
 ) -> bool:
-    """Whether a call meets its forced blocks once: that was asked for, all branches read the same
-    keys, sequences are whole, and each token has a local block."""
-    chunk = q_start is not None or cu_seqlens_k is not None
-    return asked_for() and k_window is None and not chunk and local_blocks > 0
+    """Whether a call on whole sequences, whose branches all read k and v, meets its forced blocks
+    once: each token has a local block, and the dispatcher has kernels for both steps."""
+    if local_blocks < 1:
+        return False
+    blocks = {"block_size": block_size, "init_blocks": init_blocks, "local_blocks": local_blocks}
+    window = {"window_size": window_size}
+    sizes = {op: attention_sizes(q, k, v) | blocks for op, _ in FORCED_ONCE}
+    sizes["sliding_window_attention"] |= window
+    return all(has_kernel(dispatcher, op, pass_, sizes[op], q) for op, pass_ in FORCED_ONCE)
 
 
 def _check_blocks(call: Any) -> None:

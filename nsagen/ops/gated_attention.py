@@ -128,8 +128,9 @@ def branches_forward(
     o_compressed, lse_compressed = compressed_attention_forward(q, ck, cv, *windows, *last, q_start)
     selection = (block_size, topk, init_blocks, local_blocks)
     topk_idx = block_selection_forward(q, ck, lse_compressed, *windows, *selection, *last, q_start)
-    if forced_blocks.applies(None, q_start, cu_seqlens_k, local_blocks):
-        forced = (block_size, init_blocks, local_blocks)
+    forced = (block_size, init_blocks, local_blocks)
+    whole = q_start is None and cu_seqlens_k is None
+    if whole and forced_blocks.applies(q, k, v, window_size, *forced, dispatcher):
         o_sliding, lse_sliding, o_forced, lse_forced = forced_blocks.window_and_forced_blocks(
             q, k, v, cu_seqlens, window_size, *forced, *last
         )

@@ -134,6 +134,18 @@ class Dispatcher:
         choices.append(choice)
         return choice.get()
 
+    def has(self, workload: Workload, device: torch.device) -> bool:
+        """Whether a workload that not every target covers has a kernel for a device.
+
+        A package has those that were built with it; without one, whatever the installed nsagen
+        and Triton can make is built.
+        """
+        if self._table or self.on_missing == "error":
+            return bool(self._resolve(workload, device))
+        from nsagen.runtime.user_cache import can_build
+
+        return can_build(workload, self._target(workload, device))
+
     def workloads(self) -> tuple[Workload, ...]:
         """The workloads of the table, in its order."""
         return tuple(self._table)

@@ -79,6 +79,12 @@ class Spec:
         found = {w for shape in self.shapes for w in shape.workloads(self.passes, self.branches)}
         return tuple(sorted(found))
 
+    def forced_once(self) -> tuple[tuple[Workload, ...], ...]:
+        """Workloads that are built together, for targets that cover all of them; see
+        `AttentionShape.forced_once`."""
+        found = {shape.forced_once(self.passes, self.branches) for shape in self.shapes}
+        return tuple(sorted(filter(None, found)))
+
 
 def load_spec(path_or_name: str | Path) -> Spec:
     """Load a spec by path, or by name: `tiny` is ./specs/tiny.yaml or else the shipped one.

@@ -6,7 +6,15 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 
 from nsagen.core.branches import BRANCHES
-from nsagen.core.workload import BRANCH_KV, STATIC_PARAMS, Param, Workload, spec_names
+from nsagen.core.workload import (
+    BRANCH_KV,
+    FORCED_ONCE,
+    STATIC_PARAMS,
+    Param,
+    Workload,
+    parameter_names,
+    spec_names,
+)
 
 _SERVES = {
     ("compress", "forward"): {"compressed", "selected"},
@@ -146,6 +154,23 @@ class AttentionShape:
             yield self._workload(op, pass_, {name: used[name] for name in names})
             if op == "compress":
                 yield self._workload(op, pass_, {name: of_values[name] for name in names})
+
+    def forced_once(
+        self, passes: Collection[str], branches: Collection[str] = BRANCHES
+    ) -> tuple[Workload, ...]:
+        """The forward passes of sliding-window and selected attention that meet forced blocks once,
+        which calls run where a target covers both; none where calls don't: see
+        `nsagen.ops.forced_blocks`."""
+        shared = self.branch_kv == BRANCH_KV[0] and not self.family_keys
+        whole = "forward" in passes and set(branches) == set(BRANCHES) and self.window_size
+        if not (shared and whole and self.local_blocks):
+            return ()
+        values: dict[str, Param] = asdict(self)
+        return tuple(
+            self._workload(*key, {name: values[name] for name in parameter_names(*key)})
+            for key in STATIC_PARAMS
+            if key in FORCED_ONCE
+        )
 
     def _member_workloads(self, passes: Iterable[str]) -> Iterator[Workload]:
         """Those of a member that has the selected branch alone.

@@ -130,6 +130,10 @@ def default_shared_blocks(workload: Workload, target: Target) -> dict[str, Param
     }
 
 
+SMALL_GROUP = 8
+"""Query heads of the smallest group that reads its blocks query-major."""
+
+
 def prefers_key_major(workload: Workload, target: Target) -> bool:
     """Small groups, whose partial results cost less than the blocks each token would read.
 
@@ -141,12 +145,17 @@ def prefers_key_major(workload: Workload, target: Target) -> bool:
         return False
     schedule = Schedule.of("key_major", default_key_major(workload, target))
     fits = key_major_memory(workload, schedule) <= target.shared_memory
-    return int(workload.gqa_ratio) < 8 and fits and whole_block(workload) <= 128
+    return int(workload.gqa_ratio) < SMALL_GROUP and fits and whole_block(workload) <= 128
 
 
 def whole_lists(workload: Workload) -> bool:
     """Algorithms that don't start from what forced blocks gave."""
     return not workload.local_blocks
+
+
+def prefers_query_major(workload: Workload, target: Target) -> bool:
+    """Not from the forced blocks of small groups: those are faster key-major, over whole lists."""
+    return whole_lists(workload) or int(workload.gqa_ratio) >= SMALL_GROUP
 
 
 def holds_group(workload: Workload, schedule: Schedule, target: Target) -> bool:
@@ -244,6 +253,7 @@ SPACES = (
         shared_memory=shared_memory,
         scratch=few_bytes,
         default=default,
+        preferred=prefers_query_major,
     ),
     ScheduleSpace(
         op="selected_attention",

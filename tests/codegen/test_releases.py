@@ -11,13 +11,13 @@ import torch
 
 from nsagen.aot import variants as compiling
 from nsagen.cases import verify
-from nsagen.codegen.build import build
+from nsagen.codegen.build import build, choose_variants
 from nsagen.codegen.plan import Variant, plan_variants
 from nsagen.codegen.template import default_schedule, render, spaces_of
 from nsagen.core.bucket import Bucket
 from nsagen.core.releases import Releases
 from nsagen.core.target import KNOWN_TARGETS
-from nsagen.core.workload import STATIC_PARAMS, Workload
+from nsagen.core.workload import FORCED_ONCE, STATIC_PARAMS, Workload
 from nsagen.spec import load_spec
 from nsagen.tune import encoding
 
@@ -110,3 +110,28 @@ def test_what_runs_here_needs_the_installed_triton(
     monkeypatch.setattr(verify, "installed_release", lambda: release)
     (row,) = verify._verified(one, tmp_path / "none.py", torch.device("cuda"), 0)
     assert (row["result"], row["note"].partition(";")[0]) == ("skipped", "needs Triton 3.6 to 3.9")
+
+
+@pytest.mark.parametrize(
+    ("change", "made"),
+    [
+        ("gqa_ratio: 16", True),
+        ("gqa_ratio: 4", False),  # reads its blocks key-major, over whole lists
+        ("gqa_ratio: 16, local_blocks: 0", False),
+        ("gqa_ratio: 16, branch_kv: separate", False),
+        ("gqa_ratio: 12", False),  # does not fill the tile of the window's pipeline
+    ],
+)
+def test_kernels_that_meet_forced_blocks_once(change: str, made: bool, tmp_path: Path) -> None:
+    """Both or none of them, and on Hopper alone."""
+    text = SPEC.replace("gqa_ratio: 16", change).replace('["cuda:90"]', '["cuda:80", "cuda:90"]')
+    path = tmp_path / "hopper.yaml"
+    path.write_text(text)
+    variants, _ = choose_variants(load_spec(path), None)
+    found = [v for v in variants if v.workload.named().get("local_blocks") and is_forced(v)]
+    assert sorted(v.workload.op for v in found) == sorted(op for op, _ in FORCED_ONCE) * made
+    assert {target for v in found for target in v.targets} == ({"cuda:90"} if made else set())
+
+
+def is_forced(variant: Variant) -> bool:
+    return (variant.workload.op, variant.workload.pass_) in FORCED_ONCE

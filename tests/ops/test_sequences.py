@@ -82,6 +82,20 @@ def test_few_launches(gpu: StandIn, tokens: int) -> None:
         assert len(gpu.of(lambda: ops.native_sparse_attention(*y.args, **y.keywords))) == 12
 
 
+@pytest.mark.parametrize("what", ["forward", "training"])
+def test_forced_blocks_are_met_once(gpu: StandIn, what: str) -> None:
+    """The window's kernel gives their result, and selected attention starts from it."""
+    x = Inputs(368, requires_grad=what == "training")
+    kernels = [launch.kernel for launch in gpu.of(getattr(x, what))]
+    of_op = {
+        op: [name for name in kernels if name.startswith(f"{op}_forward")]
+        for op in ("sliding_window_attention", "selected_attention")
+    }
+    for names in of_op.values():
+        assert names
+        assert all("_i1_c2__" in name for name in names)
+
+
 def test_few_launches_of_both_passes(gpu: StandIn) -> None:
     """How many depends on the schedules. PyTorch adds fills, a running sum and a sign."""
     x = Inputs(2048, requires_grad=True)
@@ -96,7 +110,7 @@ def test_a_profiler_sees_the_ops_of_a_repeated_call(gpu: StandIn) -> None:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         gpu.of(x.training)
     names = {event.key for event in profiler.key_averages()}
-    parts = {f"selected_attention_{way}" for way in ("forward", "backward")} | {"rope_forward"}
+    parts = {"free_blocks_attention", "selected_attention_backward", "rope_forward"}
     assert {f"nsagen::{name}" for name in parts} <= names
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
+from nsagen.core.workload import Workload
 from nsagen.runtime import Bucket, Dispatcher, Releases
 from nsagen.runtime.dispatcher import default_dispatcher, lookup
 
@@ -81,6 +82,23 @@ def test_without_a_kernel_for_this_triton_the_error_says_so(
     found = Dispatcher("releases", kernels, table, "error", {"small": Releases((3, 6), (3, 9))})
     with pytest.raises(UnsupportedWorkloadError, match=r"need Triton 3\.6 to 3\.9, and"):
         found.launcher(selected(), GPU, 7)
+
+
+def test_a_package_has_the_kernels_of_its_table(dispatcher: Dispatcher) -> None:
+    """On a miss it could build others, but a call that can do without them does."""
+    for on_missing in ("error", "build"):
+        known = dispatcher.with_on_missing(on_missing)
+        assert known.has(selected(), GPU)
+        assert not known.has(selected(head_dim=128), GPU)
+
+
+def test_without_a_package_what_can_be_built_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"head_dim": 128, "v_head_dim": 128, "gqa_ratio": 16, "window_size": 512}
+    blocks = {"block_size": 64, "init_blocks": 1, "local_blocks": 2}
+    forced = Workload.of("sliding_window_attention", "forward", dtype="bfloat16", **sizes, **blocks)
+    for target, there in (("cuda:90", True), ("cuda:80", False), ("cuda:7", False)):
+        monkeypatch.setattr(Dispatcher, "_target", lambda *args, target=target: target)
+        assert default_dispatcher().has(forced, GPU) is there
 
 
 def test_cpu_calls_need_the_interpreter(
