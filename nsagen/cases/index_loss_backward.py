@@ -30,5 +30,5 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
         return dict(zip(outputs, found, strict=True))
 
     made = tuple(outputs.values())
-    args = (dloss, *x.tensors, lse, lse_index, *made, *x.scales)
+    args = (*x.tensors, dloss, lse, lse_index, *made, *x.scales)
     return Case(args, outputs, expected, cost_of(x, (dloss, lse, lse_index, *made)))

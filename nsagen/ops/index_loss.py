@@ -116,7 +116,8 @@ index_loss_forward = op_of(
     launch="q k index_q index_k topk_idx cu_seqlens loss lse lse_index softmax_scale index_scale",
     gradients=Gradients(
         "index_q index_k",
-        "dloss q k index_q index_k topk_idx cu_seqlens lse lse_index dindex_q dindex_k"
+        # q first: its dtype is the kernel's, and dloss is float32.
+        "q k index_q index_k topk_idx cu_seqlens dloss lse lse_index dindex_q dindex_k"
         " softmax_scale index_scale",
         prepare={"dloss": lambda dloss: dloss.contiguous()},
     ),

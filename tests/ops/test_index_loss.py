@@ -1,12 +1,15 @@
-"""What the index's loss refuses."""
+"""What the index's loss refuses, and which kernels it takes."""
 
 from __future__ import annotations
+
+import os
+from typing import Any
 
 import pytest
 import torch
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.ops import index_loss
+from nsagen.ops import _op, index_loss
 
 
 @pytest.mark.parametrize("warm_up", [False, True])
@@ -18,3 +21,21 @@ def test_a_chunk_of_a_sequence_is_refused_by_name(warm_up: bool) -> None:
     ends = torch.tensor([0, 6], dtype=torch.int32)
     with pytest.raises(InvalidInputError, match=r"a chunk \(q_start, cu_seqlens_k\) has"):
         index_loss(q, k, index_q, index_k, topk_idx, ends, block_size=8)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter")
+def test_both_passes_take_the_kernels_of_the_queries_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss and its gradient are float32."""
+    usual, found = _op.find_kernel, []
+
+    def find(dispatcher: str, op: str, pass_: str, params: Any, x: torch.Tensor, *more: Any) -> Any:
+        found.append((op, pass_, x.dtype))
+        return usual(dispatcher, op, pass_, params, x, *more)
+
+    monkeypatch.setattr(_op, "find_kernel", find)
+    tensors = [torch.randn(5, heads, 16, dtype=torch.float16) for heads in (2, 1, 1, 1)]
+    for x in tensors[2:]:
+        x.requires_grad_()
+    topk_idx, ends = torch.zeros(1, 5, 1, dtype=torch.int32), torch.tensor([0, 5]).int()
+    index_loss(*tensors, topk_idx, ends, block_size=8).sum().backward()
+    assert found == [("index_loss", pass_, torch.float16) for pass_ in ("forward", "backward")]
