@@ -419,23 +419,18 @@ class ContinuousBatch:
                     while prompts_first and self._waiting:
                         self._prefill()
                     self._advance()
-            new = self._take()
+            new = None
+            try:
+                with self._lock:
+                    if self._results:
+                        new = self._results[0]
+                        del self._results[0]
+            except BaseException:  # Ctrl-C before the caller has it
+                if new is not None:
+                    self._results.appendleft(new)
+                raise
             if new is not None:
                 yield new
-
-    def _take(self) -> NewToken | None:
-        """The next result, which the caller has then, or it stays here."""
-        new = None
-        try:
-            with self._lock:
-                if self._results:
-                    new = self._results[0]
-                    del self._results[0]  # no call, in which Ctrl-C could come between
-            return new
-        except BaseException:
-            if new is not None:
-                self._results.appendleft(new)
-            raise
 
     def prefill(self) -> None:
         """Run one pass over waiting prompts, if there are any; running sequences wait."""
@@ -495,8 +490,7 @@ class ContinuousBatch:
             waiting = [one for one in self._waiting if one not in done]
             running = self._running + [one for one in done if not one.ended]  # a hook may cancel
             if ready is not None:
-                self._requested(*ready)
-                self._waiting, self._running = waiting, running
+                self._requested(*ready, waiting, running)
         except BaseException as error:
             # The cache may hold a part of the pass: these prompts restart, each by itself.
             for one, _ in chosen:
@@ -643,8 +637,21 @@ class ContinuousBatch:
         pinned = self.cache.device.type == "cuda"
         return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=pinned)
 
-    def _requested(self, sequences: list[RunningSequence], tokens: Tensor, host: Tensor) -> None:
-        """Start copying new tokens to the host; if it fails, nothing has changed."""
+    def _requested(
+        self,
+        sequences: list[RunningSequence],
+        tokens: Tensor,
+        host: Tensor,
+        waiting: list[RunningSequence] | None = None,
+        running: list[RunningSequence] | None = None,
+    ) -> None:
+        """Start copying new tokens to the host; if it fails, nothing has changed.
+
+        Args:
+            waiting, running: the sequences in these states from now on; as they are by default.
+        """
+        waiting = self._waiting if waiting is None else waiting
+        running = self._running if running is None else running
         host.copy_(tokens, non_blocking=True)
         arrived = None
         if tokens.is_cuda:
@@ -657,6 +664,7 @@ class ContinuousBatch:
                 one.chosen += 1
                 one.newest = (readout, place)
             self._readouts += (readout,)
+            self._waiting, self._running = waiting, running
         except BaseException:
             for one, chosen, newest in before:
                 one.chosen, one.newest = chosen, newest
