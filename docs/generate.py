@@ -122,6 +122,7 @@ AS = {
     "v_head_dim": "head_dim",
     "v_compress_type": "compress_type",
     "mlp_hidden": "head_dim",
+    "cache_dtype": "dtype",
     "rotary_dim": "head_dim",
 }
 """The keys whose value is another one's where they are left out."""

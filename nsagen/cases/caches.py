@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nsagen.cases.base import Sizes, poisoned
 from nsagen.core.workload import Workload
+from nsagen.ops.reference import quantize
 
 
 class RandomCaches:
@@ -17,6 +18,7 @@ class RandomCaches:
 
     def __init__(self, workload: Workload, device: torch.device | str, seed: int) -> None:
         self.dtype: torch.dtype = getattr(torch, workload.dtype)
+        self.cache_dtype = str(workload.named().get("cache_dtype", ""))
         self.device = torch.device(device)
         meta = self.device.type == "meta"
         self.generator = None if meta else torch.Generator(self.device).manual_seed(seed)
@@ -37,6 +39,18 @@ class RandomCaches:
         for slot, length in zip(slots.tolist(), lengths, strict=True):
             cache[slot, :length] = self.normal(length, *shape[1:])
         return cache
+
+    def stored(self, *caches: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Caches as kernels read them, and their scales, if the workload's are quantized.
+
+        An entry that no row may read has the scale NaN. Scales lie with heads before entries, as
+        models have them.
+        """
+        if not self.cache_dtype:
+            return list(caches), []
+        pairs = [quantize(cache, getattr(torch, self.cache_dtype)) for cache in caches]
+        scales = [scale.transpose(1, 2).contiguous().transpose(1, 2) for _, scale in pairs]
+        return [rows for rows, _ in pairs], scales
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from nsagen.cases.block_selection import allow_near, rule_of
 from nsagen.cases.caches import Pages, RandomCaches
 from nsagen.core.workload import Workload
 from nsagen.ops import reference
+from nsagen.ops.reference import dequantize
 from nsagen.ops.reference._attend import scores_of
 from nsagen.ops.reference._pages import first_entries
 from nsagen.ops.reference.block_selection import scores_of_blocks
@@ -25,7 +26,7 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     Everything that a row must not read is NaN: windows that end after its token, and spare slots.
     If float32 cannot tell blocks apart, either may be chosen, as in the forward pass.
     """
-    params: dict[str, Any] = dict(workload.params)
+    params: dict[str, Any] = workload.named()
     size, stride = params["kernel_size"], params["kernel_stride"]
     head_dim, v_dim = params["head_dim"], params["v_head_dim"]
     rows, kv_heads = len(sizes.seqlens), sizes.kv_heads
@@ -41,6 +42,7 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     pages = Pages.of(slots, [position + 1 for position in sizes.seqlens], sizes)
     if pages:
         ck_cache, cv_cache = (pages.hold(cache, stride) for cache in (ck_cache, cv_cache))
+    (ck_cache, cv_cache), scales = random.stored(ck_cache, cv_cache)
     table = pages.table.to(device) if pages else None
     positions = torch.tensor(sizes.seqlens, dtype=torch.int32).to(device)
     o = poisoned((rows, heads, v_dim), q.dtype, device)
@@ -50,10 +52,11 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
 
     def expected() -> dict[str, Tensor]:
         statics = {name: params[name] for name in _STATICS}
+        keys, values = ck_cache.double(), cv_cache.double()
+        if scales:
+            keys, values = map(dequantize, (keys, values), (scale.double() for scale in scales))
         out, chosen = reference.compressed_attention_decode(
-            q.double(),
-            ck_cache.double(),
-            cv_cache.double(),
+            *(q.double(), keys, values),
             *inputs[3:],
             **statics,
             softmax_scale=scale,
@@ -61,14 +64,15 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
         )
         for row, (position, slot) in enumerate(zip(sizes.seqlens, slots.tolist(), strict=True)):
             if position >= 0:
-                keys = first_entries(ck_cache, table, slot, windows[row]).double()
+                seen = first_entries(keys, table, slot, windows[row])
                 one, at = slice(row, row + 1), torch.full((1,), position, device=q.device)
-                scores = _scores(workload, q[one].double(), keys, at, scale)
+                scores = _scores(workload, q[one].double(), seen, at, scale)
                 chosen[:, one] = allow_near(topk_idx[:, one], scores, at, rule_of(workload))
         return {"o": out, "topk_idx": chosen}
 
-    cost = _cost(sum(windows), rows, kv_heads, params, q.element_size())
-    args = (*inputs, o, topk_idx, scale, table)
+    entry = (head_dim + v_dim) * ck_cache.element_size() + (8 if scales else 0)
+    cost = _cost(sum(windows), rows, kv_heads, params, q.element_size(), entry)
+    args = (*inputs, o, topk_idx, scale, table, *scales)
     return Case(args, {"o": o, "topk_idx": topk_idx}, expected, cost)
 
 
@@ -80,7 +84,10 @@ def _scores(workload: Workload, q: Tensor, keys: Tensor, at: Tensor, scale: floa
     return scores_of_blocks(q, keys, lse, at, blocks, scale, rule)
 
 
-def _cost(windows: int, rows: int, kv_heads: int, params: dict[str, Any], element: int) -> Cost:
+def _cost(
+    windows: int, rows: int, kv_heads: int, params: dict[str, Any], element: int, entry: int
+) -> Cost:
+    """Of windows that take `entry` bytes a head, and rows."""
     dims, heads = params["head_dim"] + params["v_head_dim"], kv_heads * params["gqa_ratio"]
-    moved = (windows * kv_heads + rows * heads) * dims * element
+    moved = windows * kv_heads * entry + rows * heads * dims * element
     return Cost(2.0 * windows * heads * dims, moved + 4.0 * kv_heads * rows * params["topk"])

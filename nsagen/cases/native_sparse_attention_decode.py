@@ -12,6 +12,7 @@ from nsagen.cases.caches import Pages, RandomCaches
 from nsagen.cases.selected_attention import in_any_order
 from nsagen.core.workload import Workload
 from nsagen.ops import reference
+from nsagen.ops.reference import dequantize
 
 
 def make_case(
@@ -29,7 +30,7 @@ def make_case(
     Args:
         own_window: whether the sliding branch has its own caches.
     """
-    params: dict[str, Any] = dict(workload.params)
+    params: dict[str, Any] = workload.named()
     head_dim, v_dim = params["head_dim"], params["v_head_dim"]
     rows, kv_heads = len(sizes.seqlens), sizes.kv_heads
     heads = kv_heads * params["gqa_ratio"]
@@ -45,6 +46,7 @@ def make_case(
     pages = Pages.of(slots, lengths, sizes)
     if pages:
         caches = [pages.hold(cache) for cache in caches]
+    caches, scales = random.stored(*caches)
     k_cache, v_cache, *own = caches
     table = pages.table.to(device) if pages else None
     topk_idx = _random_blocks(sizes, params["block_size"], params["topk"], seed)
@@ -59,7 +61,9 @@ def make_case(
     inputs = (q, k_cache, v_cache, *indices, o_compressed, gate)
 
     def expected() -> dict[str, Tensor]:
-        wide = (x.double() if x.is_floating_point() else x for x in inputs)
+        wide: list[Any] = [x.double() if x.is_floating_point() else x for x in inputs]
+        if scales:
+            wide[1:3] = map(dequantize, (k_cache, v_cache), (scale.double() for scale in scales))
         names = ("block_size", "window_size")
         statics = {name: params[name] for name in names}
         names = ("k_window_cache", "v_window_cache")
@@ -69,8 +73,9 @@ def make_case(
         )
         return {"o": out}
 
-    cost = _cost(sizes, params, q.element_size())
-    return Case((*inputs, o, scale, table, *own), {"o": o}, expected, cost)
+    cost = _cost(sizes, params, q.element_size(), k_cache.element_size())
+    more = [*(own or (None, None)), *scales] if scales else own
+    return Case((*inputs, o, scale, table, *more), {"o": o}, expected, cost)
 
 
 def _random_blocks(sizes: Sizes, block_size: int, topk: int, seed: int) -> Tensor:
@@ -86,7 +91,7 @@ def _random_blocks(sizes: Sizes, block_size: int, topk: int, seed: int) -> Tenso
     return topk_idx
 
 
-def _cost(sizes: Sizes, params: dict[str, Any], element: int) -> Cost:
+def _cost(sizes: Sizes, params: dict[str, Any], element: int, cached: int) -> Cost:
     dims, group = params["head_dim"] + params["v_head_dim"], params["gqa_ratio"]
     selected, window = params["topk"] * params["block_size"], params["window_size"]
     tokens = sum(min(p + 1, selected) + min(p + 1, window) for p in sizes.seqlens)
@@ -94,4 +99,5 @@ def _cost(sizes: Sizes, params: dict[str, Any], element: int) -> Cost:
     row_bytes = row_heads * (dims + params["v_head_dim"] + 3) * element
     flops = 2.0 * tokens * sizes.kv_heads * group * dims
     indices = 4.0 * len(sizes.seqlens) * sizes.kv_heads * params["topk"]
-    return Cost(flops, tokens * sizes.kv_heads * dims * element + row_bytes + indices)
+    entry = dims * cached + (8 if params["cache_dtype"] else 0)  # with both scales
+    return Cost(flops, tokens * sizes.kv_heads * entry + row_bytes + indices)

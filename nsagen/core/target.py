@@ -37,6 +37,12 @@ class Target:
         """Bulk tensor copies between global and shared memory."""
         return self.backend == "cuda" and int(self.arch) >= 90
 
+    def holds(self, cache_dtype: str) -> bool:
+        """Whether kernels can convert to and from a cache's dtype; "" is the workload's own."""
+        if cache_dtype == "float8_e4m3fn":
+            return self.backend == "cuda" and int(self.arch) >= 89
+        return True
+
     def __str__(self) -> str:
         return f"{self.backend}:{self.arch}"
 

@@ -25,6 +25,10 @@ COMPRESS_TYPES = ("avgpool", "weightedpool", "linear", "sigmoid_mul", "mlp")
 BRANCH_KV = ("shared", "separate")
 """Whether all branches read the same keys and values, or each its own."""
 
+CACHE_DTYPES = {"float8_e4m3fn": 448, "int8": 127}
+"""Dtypes that a cache can have besides a workload's own, and the largest number of each. Each row,
+a head of a token or window, has a scale beside it."""
+
 _COMPRESS = ("compress_type", "head_dim", "kernel_size", "kernel_stride", "with_pe")
 _COMPRESSED = ("head_dim", "v_head_dim", "gqa_ratio", "kernel_size", "kernel_stride")
 _SELECTION = (
@@ -103,13 +107,18 @@ OPTIONAL_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
     ("block_selection", "decode"): _SCORING,
     ("compress", "forward"): _HIDDEN,
     ("compress", "backward"): _HIDDEN,
-    ("cache_append", "decode"): ("v_compress_type", *_HIDDEN, "v_with_pe", "branch_kv"),
+    ("cache_append", "decode"): (
+        *("v_compress_type", *_HIDDEN, "v_with_pe", "branch_kv"),
+        "cache_dtype",
+    ),
+    ("compressed_attention", "decode"): ("cache_dtype",),
+    ("native_sparse_attention", "decode"): ("cache_dtype",),
     **FORCED,
 }
 """More static parameters, which a workload omits when they say nothing: `v_compress_type`
 if it is compress_type, `mlp_hidden` if no type is mlp, `v_with_pe` if it is false,
-`branch_kv` if it is "shared", what ranks blocks where it is as in NSA, and forced blocks that are
-not met once."""
+`branch_kv` if it is "shared", `cache_dtype` if it is the workload's, what ranks blocks where it is
+as in NSA, and forced blocks that are not met once."""
 
 PARAMETERS = {
     "head_dim": "D: elements of a query and a key",
@@ -129,6 +138,7 @@ PARAMETERS = {
     "v_with_pe": "whether a window's values have one",
     "mlp_hidden": "hidden elements of the MLP that compresses",
     "branch_kv": "whether all branches read the same keys and values, or each its own",
+    "cache_dtype": "dtype of the caches, where that differs",
     "score_norm": "whether products become a head's probabilities or stay as they are",
     "score_heads": "whether a group's heads sum their scores, or each selects for itself",
     "score_pool": "how windows become a block's score: a sum by shared tokens, or the maximum",
@@ -168,6 +178,7 @@ def _defaults(params: Mapping[str, Param]) -> dict[str, Param]:
     kind = params.get("compress_type", "")
     defaults: dict[str, Param] = {"v_compress_type": kind, "v_with_pe": False}
     defaults["branch_kv"] = BRANCH_KV[0]
+    defaults["cache_dtype"] = ""
     defaults |= {"score_norm": "softmax", "score_heads": "sum", "score_pool": "overlap"}
     defaults |= {"block_size": 0, "init_blocks": 0, "local_blocks": 0}
     if "mlp" not in (kind, params.get("v_compress_type")):

@@ -27,12 +27,14 @@ from nsagen.ops.native_sparse_attention import native_sparse_attention
 from nsagen.ops.native_sparse_attention_decode import native_sparse_attention_decode
 from nsagen.ops.pool_append import pool_append
 from nsagen.ops.rope import rope
+from nsagen.ops.scales import CacheScales
 from nsagen.ops.selected_attention import topk_sparse_attention
 from nsagen.ops.separate import SeparateKV
 from nsagen.ops.sliding_window_attention import sliding_window_attention
 
 __all__ = [
     "LINEAR_DECODE_ROWS",
+    "CacheScales",
     "Lengths",
     "SeparateKV",
     "avgpool_compress",

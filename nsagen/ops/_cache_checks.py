@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from nsagen.core.workload import CACHE_DTYPES
 from nsagen.ops._checks import (
     check_attention,
     check_compress_weights,
@@ -22,6 +24,54 @@ from nsagen.ops.separate import SeparateKV
 
 _OP = "cache_append"
 CACHES = ("k_cache", "v_cache", "ck_cache", "cv_cache", "k_raw")
+SCALES = ("k_scale", "v_scale", "ck_scale", "cv_scale")
+
+
+def cache_dtype_of(cache: Tensor, scale: Tensor | None) -> str:
+    """The static parameter `cache_dtype`: "" for a cache of the workload's dtype."""
+    return "" if scale is None else str(cache.dtype).removeprefix("torch.")
+
+
+def check_scales(op: str, x: Tensor, **caches: tuple[Tensor, Tensor | None]) -> None:
+    """Quantized caches and the scales of their rows, unless none has any.
+
+    Args:
+        x: in the dtype to compute in.
+        caches: by name, each and its scale; every two after each other have one layout of scales.
+    """
+    given = {name: scale for name, (_, scale) in caches.items() if scale is not None}
+    if not given:
+        return
+    if len(given) < len(caches):
+        rule = f"{', '.join(caches)} must all have scales, or none of them"
+        fail(op, rule, f"scales of {', '.join(given)}", "pass the rest, or none")
+    if x.dtype == torch.float16:
+        rule = "quantized caches need bfloat16 or float32 beside them, which hold their values"
+        fail(op, rule, x.dtype, "use bfloat16, or caches of float16")
+    first = next(iter(caches.values()))[0]
+    for name, (cache, scale) in caches.items():
+        assert scale is not None
+        came = f"{cache.dtype} on {cache.device}"
+        if str(cache.dtype).removeprefix("torch.") not in CACHE_DTYPES or cache.device != x.device:
+            rule = f"{name} with a scale must be {' or '.join(CACHE_DTYPES)} on {x.device}"
+            fail(op, rule, came, "allocate it so, or pass no scales")
+        if cache.dtype != first.dtype:
+            fail(op, f"{', '.join(caches)} must share one dtype", came, "allocate them alike")
+        if cache.ndim != 4 or cache.shape[-1] == 0 or cache.stride(-1) != 1:
+            came = f"{tuple(cache.shape)}, strides {tuple(cache.stride())}"
+            rule = f"{name} must have 4 dimensions, the last one contiguous"
+            fail(op, rule, came, "allocate an NSACache")
+        if scale.dtype != torch.float32 or scale.device != x.device:
+            came = f"{scale.dtype} on {scale.device}"
+            fail(op, f"{name}'s scale must be float32 on {x.device}", came, "allocate it so")
+        if scale.shape != cache.shape[:3]:
+            rule = f"{name}'s scale must be {tuple(cache.shape[:3])}"
+            fail(op, rule, tuple(scale.shape), "give each row of the cache one")
+    scales = list(given.items())
+    for (one, scale), (other, second) in zip(scales[::2], scales[1::2], strict=True):
+        if scale.stride() != second.stride():
+            came = f"strides {scale.stride()} and {second.stride()}"
+            fail(op, f"the scales of {one} and {other} must have one layout", came, "make both new")
 
 
 def hidden_size(w_k: Weight, w_v: Weight) -> int:
@@ -52,16 +102,22 @@ def check_append(call: Any) -> None:
     if table is not None:
         check_table(_OP, q, table)
     caches = {name: getattr(call, name) for name in CACHES}
-    _check_caches(k, v, caches, size, stride, table)
+    scales = [getattr(call, name) for name in SCALES]
+    pairs = zip([caches[name] for name in CACHES[:4]], scales, strict=True)
+    check_scales(_OP, k, **dict(zip(CACHES[:4], pairs, strict=True)))
+    _check_caches(k, v, caches, size, stride, table, scales[0] is not None)
     tokens = min(capacity_of(call.k_cache, table), call.cos.shape[0])
     check_places(_OP, call.positions, call.slots, tokens, call.k_cache, table)
+    needed = (call.k_raw.shape[0], size, *v.shape[1:])
+    if scales[0] is not None:
+        _check_values_ring(call.v_raw, v, needed)
+        return
     names = SeparateKV.__annotations__
     own = {name: getattr(call, name) for name in names if getattr(call, name) is not None}
     if own and len(own) < len(names):
         rule = "the branches' own rows and caches must come together"
         fail(_OP, rule, f"{len(own)} of {len(names)}", "pass a SeparateKV")
     if own:
-        needed = (call.k_raw.shape[0], size, *v.shape[1:])
         _check_separate(SeparateKV(**own), k, v, call.k_cache, call.v_cache, needed)
 
 
@@ -87,6 +143,14 @@ def _check_separate(
         fail(_OP, rule, tuple(one.v_raw.shape), "give it k_raw's places and v's heads")
 
 
+def _check_values_ring(ring: Tensor | None, v: Tensor, needed: tuple[int, ...]) -> None:
+    """The last values in their own dtype, beside quantized caches."""
+    if ring is None or ring.shape != needed or ring.dtype != v.dtype or ring.device != v.device:
+        came = None if ring is None else f"{tuple(ring.shape)} {ring.dtype} on {ring.device}"
+        rule = f"quantized caches need v_raw, {needed} {v.dtype} on {v.device}"
+        fail(_OP, rule, came, "allocate an NSACache with that cache_dtype")
+
+
 def _check_caches(
     k: Tensor,
     v: Tensor,
@@ -94,10 +158,13 @@ def _check_caches(
     kernel_size: int,
     kernel_stride: int,
     block_table: Tensor | None,
+    quantized: bool,
 ) -> None:
-    """Five caches [slots or pages, length, HK, dim] of k's and v's dtype, heads and sizes."""
-    check_rows(_OP, 4, **caches)
+    """Five caches [slots or pages, length, HK, dim] of k's and v's heads and sizes, and of their
+    dtype; if quantized, only the last one is."""
     k_cache, k_raw = caches["k_cache"], caches["k_raw"]
+    plain = {"k_raw": k_raw} if quantized else caches
+    check_rows(_OP, 4, **plain)
     for name, cache in caches.items():
         like = v if name in ("v_cache", "cv_cache") else k
         places = k_cache.shape[0]
@@ -106,7 +173,7 @@ def _check_caches(
         if cache.shape[2:] != like.shape[1:] or cache.shape[0] != places:
             rule = f"{name} must be [{places}, length, {like.shape[1]}, {like.shape[2]}]"
             fail(_OP, rule, tuple(cache.shape), "allocate an NSACache")
-        if cache.dtype != k.dtype or cache.device != k.device:
+        if name in plain and (cache.dtype != k.dtype or cache.device != k.device):
             came = f"{cache.dtype} on {cache.device}"
             fail(_OP, f"{name} must be {k.dtype} on {k.device}", came, "allocate it so")
     for one, other in (("k_cache", "v_cache"), ("ck_cache", "cv_cache")):

@@ -32,7 +32,8 @@ def op_of(
     returns = None if hints["return"] is type(None) else hints["return"]
     parameters = inspect.signature(reference).parameters
     names = [n for n in parameters if n not in omit.split()]
-    after = max((i for i, n in enumerate(names) if n.endswith("_scale")), default=len(names) - 1)
+    scales = (n for n in names if n.endswith("_scale") and not takes_tensor(hints[n]))
+    after = max(map(names.index, scales), default=len(names) - 1)
     names.insert(after + 1, "dispatcher")
     places = [(n, i) for i, n in enumerate(names) if n != "dispatcher"]
 

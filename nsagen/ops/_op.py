@@ -82,6 +82,7 @@ def define_op(
     context: Callable[..., int] | None = None,
     launch: str = "",
     optional: str = "",
+    last: str = "",
     prepare: Mapping[str, Callable[..., Tensor | None]] | None = None,
     scratch: Mapping[str, Callable[..., Tensor]] | None = None,
     mutates: str = "",
@@ -109,6 +110,7 @@ def define_op(
         launch: arguments of the kernel's `launch`, in order. The rows of the first are the call's
             tokens; where it has none, nothing is launched and the outputs are zeros.
         optional: more arguments of `launch`, omitted if all are None.
+        last: the same after these, which are not omitted then.
         prepare: by name, what replaces an argument of `launch`.
         scratch: by name, tensors for `launch` that are not returned.
         mutates: parameters that are written to.
@@ -122,7 +124,9 @@ def define_op(
         op = Op(function, returns.split(), check, allocate, scratch or {})
         op.kernel = _Kernel(op, kernel, sizes, context) if kernel else None
         values = (*op.values, *op.scratch)
-        launched = _LaunchArguments(values, launch.split(), optional.split(), prepare or {})
+        launched = _LaunchArguments(
+            values, launch.split(), optional.split(), last.split(), prepare or {}
+        )
         taken: Any = gradients
         if taken is not None and not callable(taken):
             taken = taken.define(op, kernel, sizes)
@@ -403,19 +407,23 @@ class _LaunchArguments:
         values: tuple[str, ...],
         names: Sequence[str],
         optional: Sequence[str],
+        last: Sequence[str],
         prepare: Mapping[str, Callable[..., Tensor | None]],
     ) -> None:
         values += tuple(_CONSTANTS)
         self._pick = picker([values.index(name) for name in names])
         self._optional = picker([values.index(name) for name in optional])
+        self._last = picker([values.index(name) for name in last])
         self._prepare = [(values.index(n), by_name(f, values)) for n, f in prepare.items()]
 
     def __call__(self, args: Args, outputs: Sequence[Tensor]) -> Args:
         values = (*args, *outputs, *_CONSTANTS.values())
         for place, stand_in in self._prepare:
             values = (*values[:place], stand_in(values), *values[place + 1 :])
-        more = self._optional(values)
+        more, last = self._optional(values), self._last(values)
         args = self._pick(values)
+        if not all_none(last):
+            return (*args, *more, *last)
         return args if all_none(more) else (*args, *more)
 
 

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from nsagen.core.workload import BRANCH_KV
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import check_append, hidden_size
+from nsagen.ops._cache_checks import cache_dtype_of, check_append, hidden_size
+from nsagen.ops._checks import fail
 from nsagen.ops._launch import attention_sizes, key_of
 from nsagen.ops._op import define_op
 from nsagen.ops._pages import capacity_of
 from nsagen.ops.reference.compress import Weight, tensors_of, weight_of
+from nsagen.ops.scales import CacheScales
 from nsagen.ops.separate import SeparateKV
 from nsagen.runtime import Dispatcher
 
@@ -43,6 +45,7 @@ def cache_append(
     pe_v: Tensor | None = None,
     block_table: Tensor | None = None,
     separate: SeparateKV | None = None,
+    scales: CacheScales | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """Append one token of each row to the caches, which change in place.
@@ -67,6 +70,9 @@ def cache_append(
         pe_v: [HK, kernel_size, Dv], added to a window's values, or None.
         separate: the compressed and the sliding branch's own keys, values and caches. Without it
             all branches have the same, and compressed values are made of v_cache.
+        scales: beside k_cache, v_cache, ck_cache and cv_cache of torch.float8_e4m3fn or
+            torch.int8, the scale of each of their rows; see `reference.quantize`. Then all branches
+            have the same keys and values, and compressed ones are made of what is in the rings.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
@@ -84,9 +90,12 @@ def cache_append(
         *(compress_type, kernel_size, kernel_stride, key, block_table),
     )
     own_type = v_compress_type if v_compress_type not in (None, compress_type) else ""
-    if separate is None and pe_v is None and not (own_type or w_k2 or w_v2):
+    if separate is None and scales is None and pe_v is None and not (own_type or w_k2 or w_v2):
         return _cache_append_decode(*usual)
-    own = {} if separate is None else vars(separate)
+    if separate is not None and scales is not None:
+        rule = "quantized caches are for branches that share keys and values"
+        fail(_OP, rule, "separate and scales", "leave one out")
+    own = {**({} if separate is None else vars(separate)), **(vars(scales) if scales else {})}
     second = {"w_k2": (*w_k2, None)[0], "w_v2": (*w_v2, None)[0]}
     return _cache_append_decode(*usual, own_type, **second, pe_v=pe_v, **own)
 
@@ -99,6 +108,7 @@ def _sizes(call: Any) -> dict[str, Any]:
         "mlp_hidden": hidden_size(weight_of(call.w_k, call.w_k2), weight_of(call.w_v, call.w_v2)),
         "v_with_pe": call.pe_v is not None,
         "branch_kv": BRANCH_KV[call.k_window is not None],
+        "cache_dtype": cache_dtype_of(call.k_cache, call.k_scale),
     }
 
 
@@ -113,7 +123,9 @@ def _sizes(call: Any) -> dict[str, Any]:
     " q_turned block_table",
     optional="w_k2 w_v2 pe_v k_compress v_compress k_window v_window v_raw k_window_cache"
     " v_window_cache",
-    mutates="k_cache v_cache ck_cache cv_cache k_raw v_raw k_window_cache v_window_cache",
+    last="k_scale v_scale ck_scale cv_scale",
+    mutates="k_cache v_cache ck_cache cv_cache k_raw v_raw k_window_cache v_window_cache"
+    " k_scale v_scale ck_scale cv_scale",
 )
 def _cache_append_decode(
     q: Tensor,
@@ -147,10 +159,15 @@ def _cache_append_decode(
     v_raw: Tensor | None = None,
     k_window_cache: Tensor | None = None,
     v_window_cache: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    ck_scale: Tensor | None = None,
+    cv_scale: Tensor | None = None,
 ) -> Tensor:
     """q after rope, [R, HQ, D]; see `cache_append`. w_k2, w_v2: second layers of an mlp."""
     own = (k_compress, v_compress, k_window, v_window, v_raw, k_window_cache, v_window_cache)
-    given = [tensor for tensor in own if tensor is not None]
+    quantized = (k_scale, v_scale, ck_scale, cv_scale, v_raw)
+    given = [x for x in (own if k_scale is None else quantized) if x is not None]
     return reference.cache_append(
         *(q, k, v, cos, sin, weight_of(w_k, w_k2), weight_of(w_v, w_v2), pe, positions, slots),
         *(k_cache, v_cache, ck_cache, cv_cache, k_raw),
@@ -160,5 +177,6 @@ def _cache_append_decode(
         kernel_stride=kernel_stride,
         pe_v=pe_v,
         block_table=block_table,
-        separate=SeparateKV(*given) if given else None,
+        separate=SeparateKV(*given) if given and k_scale is None else None,
+        scales=None if k_scale is None else CacheScales(*given),
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import reference
+from nsagen.ops._cache_checks import cache_dtype_of, check_scales
 from nsagen.ops._checks import (
     check_indices,
     check_keys,
@@ -39,6 +40,8 @@ def compressed_attention_decode(
     local_blocks: int = 2,
     softmax_scale: float | None = None,
     block_table: Tensor | None = None,
+    ck_scale: Tensor | None = None,
+    cv_scale: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of new tokens to the compressed cache, and the blocks that they select.
@@ -54,6 +57,8 @@ def compressed_attention_decode(
         block_table: int32 [slots, max_pages], or None. With it the caches are in pages, [pages,
             page_size // kernel_stride, HK, dim]: window i of a slot lies in the page that
             block_table names for token i * kernel_stride; see `cache_append`.
+        ck_scale: float32 [slots, max_windows, HK], the scales of ck_cache, if that is of
+            torch.float8_e4m3fn or torch.int8; cv_scale: of cv_cache. See `reference.quantize`.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
@@ -65,7 +70,8 @@ def compressed_attention_decode(
     statics = (kernel_size, kernel_stride, block_size, topk, init_blocks, local_blocks)
     scale, key = scale_of(softmax_scale, q), key_of(dispatcher)
     return _compressed_attention_decode(
-        q, ck_cache, cv_cache, positions, slots, *statics, scale, key, block_table
+        *(q, ck_cache, cv_cache, positions, slots),
+        *(*statics, scale, key, block_table, ck_scale, cv_scale),
     )
 
 
@@ -78,19 +84,27 @@ def check_cached(
     slots: Tensor,
     block_table: Tensor | None = None,
     kind: str = "",
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
     """q [R, HQ, D], caches [slots or pages, length, HK, D | Dv] of its dtype, int32 indices.
 
     Args:
         kind: before the caches' names: "c" for compressed ones.
+        scales: of keys and values, if these are quantized.
     """
     check_rows(op, q=q)
-    check_rows(op, 4, **{f"{kind}k_cache": k_cache, f"{kind}v_cache": v_cache})
+    caches = {f"{kind}k_cache": k_cache, f"{kind}v_cache": v_cache}
+    quantized = scales != (None, None)
+    if quantized:
+        pairs = zip(caches.values(), scales, strict=True)
+        check_scales(op, q, **dict(zip(caches, pairs, strict=True)))
+    else:
+        check_rows(op, 4, **caches)
     check_keys(op, q, k_cache)
     if k_cache.shape[:3] != v_cache.shape[:3]:
         came = shapes({"keys": k_cache, "values": v_cache})
         fail(op, "caches must agree in slots, length and heads", came, "allocate an NSACache")
-    if q.dtype != k_cache.dtype or q.device != k_cache.device:
+    if not quantized and (q.dtype != k_cache.dtype or q.device != k_cache.device):
         came = f"{k_cache.dtype} on {k_cache.device}"
         fail(op, f"caches must be {q.dtype} on {q.device}, as q is", came, "allocate them so")
     check_indices(op, q, (q.shape[0],), positions=positions, slots=slots)
@@ -101,7 +115,8 @@ def check_cached(
 def _check(call: Any) -> None:
     table = call.block_table
     check_cached(
-        *(_OP, call.q, call.ck_cache, call.cv_cache, call.positions, call.slots, table), kind="c"
+        *(_OP, call.q, call.ck_cache, call.cv_cache, call.positions, call.slots, table, "c"),
+        scales=(call.ck_scale, call.cv_scale),
     )
     BlockRule(**{name: getattr(call, name) for name in BlockRule.__annotations__})
     if table is not None:
@@ -123,6 +138,11 @@ def _allocate(q: Tensor, cv_cache: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     return o, q.new_empty((cv_cache.shape[2], q.shape[0], topk), dtype=torch.int32)
 
 
+def _sizes(q: Tensor, ck_cache: Tensor, cv_cache: Tensor, ck_scale: Tensor | None) -> Any:
+    sizes = attention_sizes(q, ck_cache[0], cv_cache[0])
+    return {**sizes, "cache_dtype": cache_dtype_of(ck_cache, ck_scale)}
+
+
 _compressed_attention_decode = op_of(
     "compressed_attention_decode",
     reference.compressed_attention_decode,
@@ -130,7 +150,8 @@ _compressed_attention_decode = op_of(
     allocate=_allocate,
     check=_check,
     kernel="compressed_attention decode",
-    sizes=lambda q, ck_cache, cv_cache: attention_sizes(q, ck_cache[0], cv_cache[0]),
+    sizes=_sizes,
     context=_context,
     launch="q ck_cache cv_cache positions slots o topk_idx softmax_scale block_table",
+    optional="ck_scale cv_scale",
 )

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from nsagen.core.branches import BRANCHES, branches_on
+from nsagen.core.workload import Param
 from nsagen.ops import reference
+from nsagen.ops._cache_checks import cache_dtype_of
 from nsagen.ops._checks import check_like, check_rows, check_topk_idx, fail
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import attention_sizes, key_of, scale_of
@@ -37,6 +39,8 @@ def native_sparse_attention_decode(
     branches: Sequence[str] = BRANCHES,
     k_window_cache: Tensor | None = None,
     v_window_cache: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """The gated sum of the three branches for one new token a row.
@@ -63,6 +67,9 @@ def native_sparse_attention_decode(
             is finite.
         k_window_cache, v_window_cache: like k_cache and v_cache, the sliding branch's own; None
             where it reads those.
+        k_scale: float32 [slots, max_length, HK], the scales of k_cache, if that is of
+            torch.float8_e4m3fn or torch.int8; v_scale: of v_cache. See `reference.quantize`. The
+            sliding branch then has no caches of its own.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
@@ -79,7 +86,7 @@ def native_sparse_attention_decode(
         if "selected" not in on:
             topk_idx = topk_idx.new_full((*topk_idx.shape[:2], 1), -1)
     inputs = (q, k_cache, v_cache, topk_idx, positions, slots, o_compressed, gate)
-    own = (k_window_cache, v_window_cache)
+    own = (k_window_cache, v_window_cache, k_scale, v_scale)
     return _native_sparse_attention_decode(
         *inputs, block_size, window_size, scale, key, block_table, *own
     )
@@ -87,7 +94,9 @@ def native_sparse_attention_decode(
 
 def _check(call: Any) -> None:
     q, k_cache, o, table = call.q, call.k_cache, call.o_compressed, call.block_table
-    check_cached(_OP, q, k_cache, call.v_cache, call.positions, call.slots, table)
+    scales = (call.k_scale, call.v_scale)
+    inputs = (q, k_cache, call.v_cache, call.positions, call.slots, table)
+    check_cached(_OP, *inputs, scales=scales)
     check_topk_idx(_OP, q, k_cache.shape[2], call.topk_idx)
     check_rows(_OP, q=q, o_compressed=o)
     check_gate(_OP, call.gate, o)
@@ -102,6 +111,9 @@ def _check(call: Any) -> None:
         check_page_size(_OP, k_cache.shape[1], "block_size", call.block_size)
     check_places(_OP, call.positions, call.slots, capacity_of(k_cache, table), k_cache, table)
     if call.k_window_cache is not None or call.v_window_cache is not None:
+        if scales != (None, None):
+            rule = "quantized caches are for branches that share keys and values"
+            fail(_OP, rule, "scales and caches of the window", "leave one out")
         _check_window(k_cache, call.v_cache, call.k_window_cache, call.v_window_cache)
 
 
@@ -118,8 +130,12 @@ def _check_window(
     check_like(_OP, ("v_cache", v_cache), v_window_cache=v_window_cache)
 
 
-def _sizes(q: Tensor, k_cache: Tensor, v_cache: Tensor, topk_idx: Tensor) -> dict[str, int]:
-    return {**attention_sizes(q, k_cache[0], v_cache[0]), "topk": topk_idx.shape[-1]}
+def _sizes(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, topk_idx: Tensor, k_scale: Tensor | None
+) -> dict[str, Param]:
+    sizes = attention_sizes(q, k_cache[0], v_cache[0])
+    cache_dtype = cache_dtype_of(k_cache, k_scale)
+    return {**sizes, "topk": topk_idx.shape[-1], "cache_dtype": cache_dtype}
 
 
 _native_sparse_attention_decode = op_of(
@@ -135,4 +151,5 @@ _native_sparse_attention_decode = op_of(
     launch="q k_cache v_cache topk_idx positions slots o_compressed gate o softmax_scale"
     " block_table",
     optional="k_window_cache v_window_cache",
+    last="k_scale v_scale",
 )

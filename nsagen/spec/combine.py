@@ -30,7 +30,8 @@ def combine(
     for combination in itertools.product(*values.values()):
         assignment: dict[str, Any] = dict(zip(PARAMETERS, combination, strict=True))
         assignment["v_head_dim"] = assignment["v_head_dim"] or assignment["head_dim"]
-        assignment["v_compress_type"] = assignment["v_compress_type"] or ""
+        for name in ("v_compress_type", "cache_dtype"):
+            assignment[name] = assignment[name] or ""
         shapes.append(AttentionShape(**assignment))
     shapes = list(dict.fromkeys(shapes))  # without an mlp, its sizes make no difference
     kept, unused = _without_excluded(shapes, checked)

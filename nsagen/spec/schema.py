@@ -105,6 +105,7 @@ GqaRatio = Annotated[int, Field(ge=1, le=64)]
 DType = Literal["float16", "bfloat16", "float32"]
 CompressType = Literal["avgpool", "weightedpool", "linear", "sigmoid_mul", "mlp"]
 BranchKV = Literal["shared", "separate"]
+CacheDType = Literal["float8_e4m3fn", "int8"]
 Scorer = Literal["compressed", "index"]
 ScoreNorm = Literal["softmax", "none"]
 ScoreHeads = Literal["sum", "each"]
@@ -178,6 +179,11 @@ class AttentionSection(_Strict):
         default=("shared",),
         description="whether all branches share keys and values, or each has its own",
     )
+    cache_dtype: Many[CacheDType] | None = Field(
+        default=None,
+        description="dtype of the caches that decoding reads, with a scale for each row; left out: "
+        "the same as dtype",
+    )
     scorer: Many[Scorer] = Field(
         default=("compressed",),
         description="what ranks blocks: compressed keys, or a learned index with queries and keys "
@@ -244,6 +250,7 @@ class ExcludeEntry(_Strict):
     with_pe: Many[bool] | None = None
     v_with_pe: Many[bool] | None = None
     branch_kv: Many[BranchKV] | None = None
+    cache_dtype: Many[CacheDType] | None = None
     scorer: Many[Scorer] | None = None
     index_heads: Many[int] | None = None
     index_head_dim: Many[int] | None = None

@@ -65,6 +65,8 @@ class AttentionShape:
             head_dim. Always 0 if an mlp compresses neither.
         v_with_pe: whether compression adds a position embedding to values.
         branch_kv: "shared" if all branches read the same keys and values, else "separate".
+        cache_dtype: of the caches that decoding reads, one of `nsagen.core.workload.CACHE_DTYPES`;
+            "": dtype.
 
     The rest names another member of the family; the defaults are NSA's.
 
@@ -98,6 +100,7 @@ class AttentionShape:
     mlp_hidden: int = 0
     v_with_pe: bool = False
     branch_kv: str = BRANCH_KV[0]
+    cache_dtype: str = ""
     scorer: str = "compressed"
     index_heads: int = 0
     index_head_dim: int = 0
@@ -275,7 +278,35 @@ def violations(shape: AttentionShape) -> Iterator[Violation]:
             ("topk", "init_blocks", "local_blocks"),
             f"choose topk >= {shape.init_blocks + shape.local_blocks}",
         )
+    yield from _cache_violations(shape)
     yield from _family_violations(shape)
+
+
+def _cache_violations(shape: AttentionShape) -> Iterator[Violation]:
+    """What caches of a narrow dtype exclude."""
+    if not shape.cache_dtype:
+        return
+    for key in shape.family_keys[:1]:
+        yield Violation(
+            key,
+            f"cache_dtype is for Native Sparse Attention only, which has no {key}",
+            (key, "cache_dtype"),
+            f"leave out cache_dtype or {key}",
+        )
+    if shape.branch_kv == "separate":
+        yield Violation(
+            "branch_kv",
+            "cache_dtype needs branch_kv shared",
+            ("branch_kv", "cache_dtype"),
+            "leave out cache_dtype, or write branch_kv: shared",
+        )
+    if shape.dtype == "float16":
+        yield Violation(
+            "dtype",
+            "cache_dtype needs dtype bfloat16 or float32, whose range holds the caches' values",
+            ("dtype", "cache_dtype"),
+            "leave out cache_dtype, or write dtype: bfloat16",
+        )
 
 
 def _family_violations(shape: AttentionShape) -> Iterator[Violation]:

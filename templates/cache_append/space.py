@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
+from nsagen.codegen.spaces import split_kv
 from nsagen.codegen.spaces.compression import PRODUCTS
 from nsagen.codegen.spaces.padding import SCRATCH, element_bytes
 from nsagen.core.target import Target
-from nsagen.core.workload import Param, Schedule, Workload
+from nsagen.core.workload import CACHE_DTYPES, Param, Schedule, Workload
 
 
 def padded(workload: Workload) -> dict[str, Any]:
@@ -16,6 +17,7 @@ def padded(workload: Workload) -> dict[str, Any]:
     half, v_dim = int(workload.head_dim) // 2, int(workload.v_head_dim)
     block_half, block_dv = next_power_of_2(half), next_power_of_2(v_dim)
     return {
+        "cache_limit": CACHE_DTYPES.get(str(workload.cache_dtype), 0),
         "half": half,
         "block_half": block_half,
         "pad_half": block_half != half,
@@ -135,7 +137,7 @@ POOL = ScheduleSpace(
     pass_="decode",
     algorithm="pool",
     knobs=(_BLOCK_HEADS, Knob("num_warps", (1, 2, 4, 8, 16), "threads for the same tile")),
-    rules=(_TILE,),
+    rules=(_TILE, split_kv.CACHE_DTYPE),
     derive=derive_pool,
     shared_memory=pool_shared_memory,
     default=default_pool,
@@ -157,7 +159,8 @@ MATMUL = ScheduleSpace(
     derive=derive_matmul,
     shared_memory=matmul_shared_memory,
     default=default_matmul,
-    supports=lambda w: branches_of(w)["products"],
+    # Programs share the columns of a compressed row, so none knows its scale.
+    supports=lambda w: branches_of(w)["products"] and not w.cache_dtype,
 )
 
 SPACES = (POOL, MATMUL)

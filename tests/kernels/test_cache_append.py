@@ -11,12 +11,22 @@ import torch
 from nsagen.cases.base import THRESHOLDS, Case, Sizes, relative_error
 from nsagen.cases.cache_append import make_case
 from nsagen.codegen.template import default_schedule
+from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.core.target import KNOWN_TARGETS
-from nsagen.core.workload import BRANCH_KV, COMPRESS_TYPES, Param, Schedule, Workload
+from nsagen.core.workload import (
+    BRANCH_KV,
+    CACHE_DTYPES,
+    COMPRESS_TYPES,
+    Param,
+    Schedule,
+    Workload,
+)
 from nsagen.ops import reference
+from tests.float8_interpreter import round_to_float8
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 DTYPES = kernel_dtypes()
+POOLS = ("avgpool", "weightedpool", "sigmoid_mul")
 EDGES = (-1, 0, 3, 6, 7, 8, 11, -1, 12, 15, 40, 63)  # size 8, stride 4: some complete a window
 
 
@@ -202,3 +212,51 @@ def test_a_wrong_call_is_refused() -> None:
     args[1] = args[1].transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ValueError, match=r"k: the last dimension must be contiguous, got \("):
         launch(*args)
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("kind", POOLS)
+def test_quantized_caches(
+    kind: str, cache_dtype: str, page_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row's numbers and scale, to the bit; compressed rows are made of exact tokens."""
+    if kernel_device() == "cpu":
+        round_to_float8(monkeypatch)
+    work = workload(kind, cache_dtype=cache_dtype, head_dim=24, v_head_dim=40)
+    check(work, EDGES, 2, page_size)
+
+
+def test_rows_that_no_scale_fits() -> None:
+    """Zeros stay zeros, tiny and huge rows keep their size, and a NaN spoils its own row alone."""
+    work = workload("avgpool", with_pe=False, cache_dtype="int8")
+    case = case_of(work, (0, 1, 2, 3))
+    k, v, k_scale, v_scale = case.args[1], case.args[2], *case.args[-4:-2]
+    for x in (k, v):
+        x[0] = 0.0
+        x[1] *= 1e-30
+        x[2] *= 1e30
+        x[3, 0, 5] = float("nan")
+    load_kernel(work).launch(*case.args)
+    slots = case.args[9].tolist()
+    for rows, scale in ((case.args[10], k_scale), (case.args[11], v_scale)):
+        for row, slot in enumerate(slots[:3]):
+            kept = reference.dequantize(rows[slot, row], scale[slot, row])
+            largest = kept.abs().amax(-1)
+            assert kept.isfinite().all()
+            assert bool((largest > 0).all()) == (row > 0)
+        assert torch.equal(scale[slots[3], 3].isnan().cpu(), torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_products_into_quantized_caches_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(UnsupportedWorkloadError, match="int8: needs an algorithm that covers it"):
+        default_schedule(workload(kind, cache_dtype="int8"), KNOWN_TARGETS["cuda:90"])
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:86", "hip:gfx942"])
+def test_float8_is_refused_where_kernels_cannot_convert_it(target: str) -> None:
+    work = workload("avgpool", cache_dtype="float8_e4m3fn")
+    with pytest.raises(UnsupportedWorkloadError, match="int8 runs on every target"):
+        default_schedule(work, KNOWN_TARGETS[target])
+    default_schedule(workload("avgpool", cache_dtype="int8"), KNOWN_TARGETS[target])

@@ -11,7 +11,7 @@ from nsagen.cases.base import Case, Sizes
 from nsagen.cases.compressed_attention_decode import make_case
 from nsagen.codegen.template import default_schedule, render
 from nsagen.core.target import KNOWN_TARGETS
-from nsagen.core.workload import Param, Schedule, Workload
+from nsagen.core.workload import CACHE_DTYPES, Param, Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 DTYPES = kernel_dtypes()
@@ -215,3 +215,11 @@ def test_last_dimension_must_be_contiguous() -> None:
 
 def _with(case: Case, *args: object) -> Case:
     return dataclasses.replace(case, args=args)
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("page_size", [None, 32])
+def test_quantized_caches(page_size: int | None, cache_dtype: str) -> None:
+    """Numbers of a narrow dtype times the scales beside them, in slots and in pages."""
+    work = workload(cache_dtype=cache_dtype, head_dim=24, v_head_dim=40)
+    check(work, (-1, 0, 15, 16, 63, 200), page_size=page_size)

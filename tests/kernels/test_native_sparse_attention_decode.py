@@ -11,7 +11,7 @@ from nsagen.cases.base import Case, Sizes
 from nsagen.cases.native_sparse_attention_decode import make_case
 from nsagen.codegen.template import default_schedule, render
 from nsagen.core.target import KNOWN_TARGETS
-from nsagen.core.workload import Param, Schedule, Workload
+from nsagen.core.workload import CACHE_DTYPES, Param, Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 DTYPES = kernel_dtypes()
@@ -193,3 +193,11 @@ def test_a_window_of_its_own_in_other_strides() -> None:
     turned = k_window_cache.transpose(1, 2).contiguous().transpose(1, 2)
     wider = torch.cat((v_window_cache, v_window_cache), -1)[..., :16]
     check_case(load_kernel(work), dataclasses.replace(case, args=(*args, turned, wider)))
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("page_size", [None, 16, 48])
+def test_quantized_caches(page_size: int | None, cache_dtype: str) -> None:
+    """Numbers of a narrow dtype times the scales beside them, in slots and in pages."""
+    work = workload(cache_dtype=cache_dtype, head_dim=24, v_head_dim=40)
+    check(work, (-1, 0, 15, 16, 23, 24, 63, 200), page_size)

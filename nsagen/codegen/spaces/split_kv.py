@@ -6,7 +6,7 @@ templates/native_sparse_attention/space.py.
 
 from __future__ import annotations
 
-from nsagen.codegen.space import Knob, next_power_of_2
+from nsagen.codegen.space import Knob, Rule, next_power_of_2
 from nsagen.codegen.spaces.padding import (
     LEAST_TILE,
     SCRATCH,
@@ -24,6 +24,11 @@ KNOBS = (
     Knob("num_warps", (1, 2, 4, 8), "registers a thread against programs that fit"),
     Knob("num_stages", (1, 2, 3, 4, 5), "loads in flight against shared memory"),
     Knob("combine_warps", (1, 2, 4, 8), "lanes against barriers of the second kernel"),
+)
+
+CACHE_DTYPE = Rule(
+    "a cache of float8_e4m3fn needs cuda:89 or newer; int8 runs on every target",
+    lambda w, s, t: t.holds(str(w.cache_dtype)),
 )
 
 WARPGROUP_ROWS = 64

@@ -34,6 +34,7 @@ from nsagen.ops.reference.native_sparse_attention import (
 )
 from nsagen.ops.reference.norm_rope import norm_rope
 from nsagen.ops.reference.pool_append import pool_append
+from nsagen.ops.reference.quantize import dequantize, quantize
 from nsagen.ops.reference.rope import rope
 from nsagen.ops.reference.selected_attention import (
     forced_blocks,
@@ -58,6 +59,7 @@ __all__ = [
     "compressed_attention_forward",
     "compressed_cu_seqlens",
     "compressed_lse",
+    "dequantize",
     "forced_blocks",
     "forced_blocks_attention",
     "free_blocks_attention",
@@ -72,6 +74,7 @@ __all__ = [
     "norm_rope",
     "pool_append",
     "positions_in_sequence",
+    "quantize",
     "rope",
     "selected_attention",
     "sigmoid_mul_compress",

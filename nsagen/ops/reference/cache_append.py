@@ -8,7 +8,9 @@ from torch import Tensor
 from nsagen.ops.reference._checks import check_windows
 from nsagen.ops.reference._pages import first_entries, place_of
 from nsagen.ops.reference.compress import Weight, pool_windows
+from nsagen.ops.reference.quantize import quantize
 from nsagen.ops.reference.rope import rope_if_given
+from nsagen.ops.scales import CacheScales
 from nsagen.ops.separate import SeparateKV
 
 
@@ -37,12 +39,13 @@ def cache_append(
     pe_v: Tensor | None = None,
     block_table: Tensor | None = None,
     separate: SeparateKV | None = None,
+    scales: CacheScales | None = None,
 ) -> Tensor:
     """Turn q and k by their position, append k and v, and compress a window once it is full.
 
     The token at position t completes window i = (t + 1 - l) // s when t + 1 >= l and
     (t + 1 - l) % s == 0. Its keys before rope come from `k_raw`, its values from `v_cache`; where
-    branches have their own keys and values, these come from `v_raw`.
+    branches have their own keys and values or caches are quantized, these come from `v_raw`.
 
     Args:
         q: [R, HQ, D], before rope.
@@ -65,6 +68,7 @@ def cache_append(
         pe_v: [HK, l, Dv], added to the values before compression, or None.
         separate: the compressed and the sliding branch's own rows and caches, or None: both
             read the selected branch's.
+        scales: of the first four caches, if they are of a narrow dtype.
 
     Returns:
         q after rope, [R, HQ, D]; 0 for idle rows.
@@ -77,9 +81,11 @@ def cache_append(
         one, time = slice(row, row + 1), positions[row : row + 1]
         q_out[one] = rope_if_given(q[one], cos, sin, time)
         here = place_of(k_cache, block_table, slot, position)
-        k_cache[here] = rope_if_given(k[one], cos, sin, time)[0]
-        v_cache[here] = v[row]
+        _store(k_cache, scales and scales.k_scale, here, rope_if_given(k[one], cos, sin, time)[0])
+        _store(v_cache, scales and scales.v_scale, here, v[row])
         k_raw[slot, position % kernel_size] = (separate.k_compress if separate else k)[row]
+        if scales:
+            scales.v_raw[slot, position % kernel_size] = v[row]
         if separate:
             separate.v_raw[slot, position % kernel_size] = separate.v_compress[row]
             separate.k_window_cache[here] = rope_if_given(separate.k_window[one], cos, sin, time)[0]
@@ -91,11 +97,21 @@ def cache_append(
         tokens = torch.arange(first, first + kernel_size, device=k.device)
         key = pool_windows(k_raw[slot, tokens % kernel_size][None], w_k, pe, compress_type)
         there = place_of(ck_cache, block_table, slot, window)
-        ck_cache[there] = rope_if_given(key, cos, sin, torch.full_like(time, first))[0]
-        if separate:
-            values = separate.v_raw[slot, tokens % kernel_size]
+        key = rope_if_given(key, cos, sin, torch.full_like(time, first))[0]
+        _store(ck_cache, scales and scales.ck_scale, there, key)
+        if ring := separate or scales:
+            values = ring.v_raw[slot, tokens % kernel_size]
         else:
             values = first_entries(v_cache, block_table, slot, position + 1)[first:]
         v_type = v_compress_type or compress_type
-        cv_cache[there] = pool_windows(values[None], w_v, pe_v, v_type)[0]
+        value = pool_windows(values[None], w_v, pe_v, v_type)[0]
+        _store(cv_cache, scales and scales.cv_scale, there, value)
     return q_out
+
+
+def _store(cache: Tensor, scale: Tensor | None, place: tuple[int, int], rows: Tensor) -> None:
+    """Write the heads [HK, dim] of a token or window."""
+    if scale is None:
+        cache[place] = rows
+    else:
+        cache[place], scale[place] = quantize(rows, cache.dtype)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from nsagen.ops.reference._attend import Bounds, attend, packed_attention, scale_of, upcast
 from nsagen.ops.reference._checks import check_heads, check_windows, sequence_bounds
-from nsagen.ops.reference._pages import first_entries
 from nsagen.ops.reference.block_selection import BlockRule, block_selection, blocks_of
+from nsagen.ops.reference.quantize import first_values
 
 
 def compressed_attention_forward(
@@ -134,6 +134,8 @@ def compressed_attention_decode(
     local_blocks: int = 2,
     softmax_scale: float | None = None,
     block_table: Tensor | None = None,
+    ck_scale: Tensor | None = None,
+    cv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compressed attention and block selection of one new token a row.
 
@@ -145,6 +147,8 @@ def compressed_attention_decode(
         slots: int32 [R], each row's place in the caches.
         softmax_scale: 1/sqrt(D) unless given.
         block_table: int32 [slots, max_pages]: the caches are [pages, windows a page, HK, dim].
+        ck_scale: float32, of ck_cache's shape without the last dimension, if that is quantized;
+            cv_scale: of cv_cache.
 
     Returns:
         o [R, HQ, Dv] in q's dtype, 0 for idle rows and where no window is visible; topk_idx int32
@@ -160,7 +164,8 @@ def compressed_attention_decode(
             continue
         one, token = slice(row, row + 1), torch.full((1,), position, device=q.device)
         windows = max(0, (position + 1 - kernel_size) // kernel_stride + 1)
-        keys, values = (first_entries(x, block_table, slot, windows) for x in (ck_cache, cv_cache))
+        keys = first_values(ck_cache, ck_scale, block_table, slot, windows)
+        values = first_values(cv_cache, cv_scale, block_table, slot, windows)
         query, keys, values = upcast(q[one], keys, values)
         everything = torch.ones(1, windows, dtype=torch.bool, device=q.device)
         out, lse = attend(query, keys, values, everything, scale)

@@ -11,10 +11,10 @@ from nsagen.core.branches import BRANCHES, branches_on
 from nsagen.ops.layout import positions_in_sequence
 from nsagen.ops.reference._attend import attend, scale_of, upcast
 from nsagen.ops.reference._checks import check_heads
-from nsagen.ops.reference._pages import first_entries
 from nsagen.ops.reference.compress import Weight, compress_exactly
 from nsagen.ops.reference.compressed_attention import compressed_attention
 from nsagen.ops.reference.gated_sum import gated_sum
+from nsagen.ops.reference.quantize import first_values
 from nsagen.ops.reference.rope import rope_if_given
 from nsagen.ops.reference.selected_attention import selected_tokens, topk_sparse_attention
 from nsagen.ops.reference.sliding_window_attention import sliding_window_attention
@@ -125,6 +125,8 @@ def native_sparse_attention_decode(
     branches: Sequence[str] = BRANCHES,
     k_window_cache: Tensor | None = None,
     v_window_cache: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """One new token a row: selected and sliding-window attention, summed with the compressed one.
 
@@ -145,6 +147,8 @@ def native_sparse_attention_decode(
             of 0 turns the sliding one off.
         k_window_cache: like k_cache, the sliding branch's own; None: k_cache is its, too.
         v_window_cache: like v_cache.
+        k_scale: float32, of k_cache's shape without the last dimension, if that is quantized;
+            v_scale: of v_cache.
 
     Returns:
         o [R, HQ, Dv] in q's dtype.
@@ -152,10 +156,9 @@ def native_sparse_attention_decode(
     check_heads("native_sparse_attention decode", q, k_cache[0], v_cache[0])
     gate = _gate_of(gate, branches_on("native_sparse_attention decode", branches, window_size))
     scale = scale_of(softmax_scale, q.shape[-1])
-    window = (
-        k_cache if k_window_cache is None else k_window_cache,
-        v_cache if v_window_cache is None else v_window_cache,
-    )
+    caches = [(k_cache, k_scale), (v_cache, v_scale)]
+    own = [(cache, None) for cache in (k_window_cache, v_window_cache) if cache is not None]
+    caches += own or caches
     o = q.new_zeros(o_compressed.shape)
     for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
         if position < 0:
@@ -165,7 +168,7 @@ def native_sparse_attention_decode(
         chosen = selected_tokens(topk_idx[:, one], tokens, block_size)
         recent = (tokens > position - window_size).unsqueeze(0)
         keys, values, window_keys, window_values = (
-            first_entries(cache, block_table, slot, end) for cache in (k_cache, v_cache, *window)
+            first_values(cache, scales, block_table, slot, end) for cache, scales in caches
         )
         query, keys, values = upcast(q[one], keys, values)
         window_keys, window_values = upcast(window_keys, window_values)
