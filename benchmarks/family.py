@@ -512,9 +512,8 @@ def m3_model(config: Any, s: Sizes, attention: str) -> Any:
 
     import nsagen.integrations.transformers  # noqa: F401
 
-    torch.manual_seed(0)
-    with torch.device(s.device):
-        model = m3.MiniMaxM3VLForCausalLM._from_config(config, attn_implementation=attention)
+    torch.manual_seed(0)  # weights are drawn on the CPU: the same for every device
+    model = m3.MiniMaxM3VLForCausalLM._from_config(config, attn_implementation=attention)
     return model.to(s.device, s.dtype).eval()
 
 
@@ -530,7 +529,7 @@ def m3_in_transformers(run: Run) -> None:
         if time.monotonic() > run.end:
             run.skipped.append(f"M3 layer in Transformers, {how}, {tokens}")
             continue
-        local_band.asked_for = lambda band=band: band
+        local_band.ASKED = "1" if band else "0"
         model.set_attn_implementation(how.split(",")[0])
         ids = torch.randint(1, 97, (1, tokens), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():

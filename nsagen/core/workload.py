@@ -162,6 +162,15 @@ _SHORT = {
 }
 
 
+def wide_band(local_blocks: int, topk: int) -> bool:
+    """Whether local blocks are computed as dense rows: 16 of them, and a quarter of a choice.
+
+    On an H200 selected attention of 96 blocks then takes 0.79 of the time, and of 64 blocks 0.71,
+    where 33 are local.
+    """
+    return local_blocks >= 16 and 4 * local_blocks >= topk
+
+
 def parameter_names(op: str, pass_: str) -> tuple[str, ...]:
     """All static parameters of an op and pass; those that can be omitted come last."""
     return STATIC_PARAMS[op, pass_] + OPTIONAL_PARAMS.get((op, pass_), ())

@@ -3,35 +3,45 @@
 InfLLM-V2 always selects a token's last 33 blocks, a third of all. Neighbouring tokens have them in
 common, so that a tile of rows multiplies each of their keys once, as a sliding window does whose
 first key is the first of a block; selected attention starts from that result. Gradients are split
-in the same way. This isn't the default because no GPU has measured it yet: the environment variable
-NSAGEN_LOCAL_BAND=1 asks for it.
+in the same way. This is the default for wide bands in 16 bits on Hopper, where it was measured. The
+environment variable NSAGEN_LOCAL_BAND=1 asks for it on every target, and 0 on none.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nsagen.core.workload import wide_band
 from nsagen.ops import reference
 from nsagen.ops._checks import check_attention, check_cu_seqlens, check_topk_idx, fail
 from nsagen.ops._derive import Gradients, backward_of, op_of
-from nsagen.ops._launch import attention_outputs, attention_sizes, key_of, on_kernels, scale_of
+from nsagen.ops._launch import (
+    attention_outputs,
+    attention_sizes,
+    has_kernel,
+    key_of,
+    on_kernels,
+    scale_of,
+)
 from nsagen.ops._op import apply, define_op
 from nsagen.ops.forced_blocks import free_blocks_attention
-from nsagen.ops.selected_attention import selected_attention_backward, topk_sparse_attention
+from nsagen.ops.selected_attention import (
+    selected_attention_backward,
+    selected_attention_forward,
+    topk_sparse_attention,
+)
 from nsagen.runtime import Dispatcher
+from nsagen.runtime.device import target_of
 
 _OP = "local_band"
 
 
-@functools.cache
-def asked_for() -> bool:
-    """Whether NSAGEN_LOCAL_BAND is 1; read once, because calls are repeated as recorded."""
-    return os.environ.get("NSAGEN_LOCAL_BAND") == "1"
+ASKED = os.environ.get("NSAGEN_LOCAL_BAND", "")
+"""Read once: calls are repeated as recorded."""
 
 
 def attend_selected(
@@ -51,15 +61,39 @@ def attend_selected(
     """`topk_sparse_attention` to blocks as block selection writes them: ascending, each once, with
     the last `local_blocks` up to a token's own among them.
 
-    These are a band of dense rows on kernels, where that was asked for and sequences are whole.
+    These are dense rows on kernels, where `in_rows` says so and sequences are whole.
     """
-    chunk = {"cu_seqlens_k": cu_seqlens_k, "q_start": q_start}
     whole = cu_seqlens_k is None and q_start is None
-    if not (asked_for() and whole and local_blocks > 0 and on_kernels(q)):
+    wide = ASKED == "1" or wide_band(local_blocks, topk_idx.shape[-1])
+    if not (whole and wide and ASKED != "0" and local_blocks > 0 and on_kernels(q)):
         args = (q, k, v, topk_idx, block_size, cu_seqlens, softmax_scale)
+        chunk = {"cu_seqlens_k": cu_seqlens_k, "q_start": q_start}
         return topk_sparse_attention(*args, **chunk, dispatcher=dispatcher)
     sizes, scale = (local_blocks * block_size, block_size), scale_of(softmax_scale, q)
     return banded_attention(q, k, v, topk_idx, cu_seqlens, *sizes, scale, key_of(dispatcher))[0]
+
+
+def in_rows(
+    pass_: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int,
+    block_size: int,
+    dispatcher: str,
+) -> bool:
+    """Whether a pass computes the band as such: that was asked for, or was measured on such a GPU,
+    and the dispatcher has kernels for it. Passes may differ: the backward one needs o and lse."""
+    if ASKED:
+        return ASKED == "1"
+    if not q.is_cuda or q.dtype == torch.float32 or target_of(q.device) != "cuda:90":
+        return False
+    sizes = attention_sizes(q, k, v) | {"block_size": block_size}
+    wanted = [("sliding_window_attention", sizes | {"window_size": window_size})]
+    if pass_ == "forward":
+        local = {"init_blocks": 0, "local_blocks": window_size // block_size}
+        wanted.append(("selected_attention", sizes | local))
+    return all(has_kernel(dispatcher, op, pass_, params, q) for op, params in wanted)
 
 
 def _check(call: Any) -> None:
@@ -129,12 +163,14 @@ def free_entries(topk_idx: Tensor, local_blocks: int) -> Tensor:
 def _gradients(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv): of the free blocks, to which the band's are added. Both need the whole lse."""
     tensors, local = (call.do, call.q, call.k, call.v), call.window_size // call.block_size
-    free = apply(free_entries, call.topk_idx, local)
-    last = (call.softmax_scale, call.dispatcher)
+    sizes, last = (call.window_size, call.block_size), (call.softmax_scale, call.dispatcher)
+    rows = in_rows("backward", *tensors[1:], *sizes, call.dispatcher)
+    blocks = apply(free_entries, call.topk_idx, local) if rows else call.topk_idx
     dq, dk, dv = selected_attention_backward(
-        *tensors, free, call.cu_seqlens, call.o, call.lse, call.block_size, *last
+        *tensors, blocks, call.cu_seqlens, call.o, call.lse, call.block_size, *last
     )
-    sizes = (call.window_size, call.block_size)
+    if not rows:
+        return dq, dk, dv
     add_band_gradients(
         *tensors, call.cu_seqlens, call.o, call.lse, dq, dk, dv, *sizes, *last, None, None
     )
@@ -166,6 +202,8 @@ def banded_attention(
         window_size: tokens of the local blocks.
     """
     sizes, last = (window_size, block_size), (softmax_scale, dispatcher)
+    if not in_rows("forward", q, k, v, *sizes, dispatcher):
+        return selected_attention_forward(q, k, v, topk_idx, cu_seqlens, block_size, *last)
     o, lse = band_attention_forward(q, k, v, cu_seqlens, *sizes, *last)
     blocks = (block_size, 0, window_size // block_size)
     return free_blocks_attention(q, k, v, topk_idx, cu_seqlens, o, lse, *blocks, *last)

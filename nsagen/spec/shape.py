@@ -14,6 +14,7 @@ from nsagen.core.workload import (
     Workload,
     parameter_names,
     spec_names,
+    wide_band,
 )
 
 _SERVES = {
@@ -163,7 +164,10 @@ class AttentionShape:
     ) -> tuple[Workload, ...]:
         """The forward passes of sliding-window and selected attention that meet forced blocks once,
         which calls run where a target covers both; none where calls don't: see
-        `nsagen.ops.forced_blocks`."""
+        `nsagen.ops.forced_blocks`. Of another member, those of a wide local band, backward too:
+        see `nsagen.ops.local_band`."""
+        if self.family_keys:
+            return self._band(passes)
         shared = self.branch_kv == BRANCH_KV[0] and not self.family_keys
         whole = "forward" in passes and set(branches) == set(BRANCHES) and self.window_size
         if not (shared and whole and self.local_blocks):
@@ -173,6 +177,23 @@ class AttentionShape:
             self._workload(*key, {name: values[name] for name in parameter_names(*key)})
             for key in STATIC_PARAMS
             if key in FORCED_ONCE
+        )
+
+    def _band(self, passes: Collection[str]) -> tuple[Workload, ...]:
+        if "forward" not in passes or not wide_band(self.local_blocks, self.topk):
+            return ()
+        values: dict[str, Param] = asdict(self) | {"init_blocks": 0}
+        values["window_size"] = self.local_blocks * self.block_size
+        found = {
+            ("selected_attention", "forward"): parameter_names("selected_attention", "forward")
+        }
+        for pass_ in ("forward", "backward"):
+            if pass_ in passes:
+                key = ("sliding_window_attention", pass_)
+                found[key] = (*STATIC_PARAMS[key], "block_size")
+        return tuple(
+            self._workload(*key, {name: values[name] for name in names})
+            for key, names in found.items()
         )
 
     def _member_workloads(self, passes: Iterable[str]) -> Iterator[Workload]:

@@ -31,7 +31,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_band, "asked_for", lambda: True)
+    monkeypatch.setattr(local_band, "ASKED", "1")
 
 
 def test_free_entries_are_those_before_the_local_blocks() -> None:
@@ -72,3 +72,34 @@ def test_a_window_of_no_whole_blocks_is_refused() -> None:
     *tensors, topk_idx = inputs()
     with pytest.raises(InvalidInputError, match="one or more whole blocks; got 20 and 8"):
         local_band.banded_attention(*tensors, topk_idx, CU_SEQLENS, 20, 8, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("asked", "local_blocks", "topk", "taken"),
+    [
+        ("", 33, 96, True),
+        ("", 33, 64, True),
+        ("", 2, 16, False),
+        ("", 1, 3, False),
+        ("1", 1, 16, True),
+        ("0", 33, 96, False),
+    ],
+)
+def test_wide_bands_are_rows_unless_a_variable_says_otherwise(
+    asked: str, local_blocks: int, topk: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    monkeypatch.setattr(local_band, "ASKED", asked)
+    monkeypatch.setattr(local_band, "on_kernels", lambda q: True)
+    for name in ("banded_attention", "topk_sparse_attention"):
+        monkeypatch.setattr(local_band, name, lambda *_, name=name, **__: [found.append(name)])
+    *tensors, _ = inputs()
+    blocks = torch.full((HEADS, TOKENS, topk), -1, dtype=torch.int32)
+    attend_selected(*tensors, blocks, BLOCK, local_blocks, CU_SEQLENS)
+    assert found == ["banded_attention" if taken else "topk_sparse_attention"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_gpu_that_was_not_measured_takes_the_usual_kernels(dtype: torch.dtype) -> None:
+    q = torch.empty(3, 2, 16, dtype=dtype)
+    assert not local_band.in_rows("forward", q, q[:, :1], q[:, :1], 64, 8, "")

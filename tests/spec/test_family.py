@@ -119,3 +119,17 @@ def test_what_has_no_meaning_is_refused_by_name(
 def test_nsas_other_branches_are_nsas(tmp_path: Path, branches: str) -> None:
     with pytest.raises(SpecError, match=r"must be selected alone.*and score_pool"):
         spec_of(tmp_path, POOLED, branches)
+
+
+def test_a_wide_local_band_has_kernels_of_its_own(tmp_path: Path) -> None:
+    """Those of a window of whole blocks, in both passes, and of the blocks before it."""
+    (group,) = spec_of(tmp_path, POOLED).forced_once()
+    assert {(w.op, w.pass_) for w in group} == {
+        ("sliding_window_attention", "forward"),
+        ("sliding_window_attention", "backward"),
+        ("selected_attention", "forward"),
+    }
+    windows = [w for w in group if w.op == "sliding_window_attention"]
+    assert {(w.window_size, w.block_size) for w in windows} == {(33 * 64, 64)}
+    assert spec_of(tmp_path, {**POOLED, "local_blocks": 8}).forced_once() == ()
+    assert spec_of(tmp_path, INDEX).forced_once() == ()
