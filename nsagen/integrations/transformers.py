@@ -36,7 +36,14 @@ except ImportError as error:
     ) from error
 
 from nsagen.integrations import attention_interface, minicpm
-from nsagen.integrations.transformers_classes import become_swapped, check_config, swapped_config
+from nsagen.integrations.transformers_classes import (
+    become_swapped,
+    become_whole,
+    check_config,
+    reading_old_folder,
+    swapped_config,
+    text_model_of,
+)
 from nsagen.integrations.transformers_swap import (
     offloaded_attention,
     sparsity_of,
@@ -78,7 +85,8 @@ def apply_nsa(
     `docs/transformers.md` has measured distances.
 
     If some layers attend within a sliding window and others to everything (Gemma 3), the sliding
-    ones stay dense. If all layers slide (the first Mistral), all are replaced, and see more.
+    ones stay dense. If all layers slide (the first Mistral), all are replaced, and see more. In a
+    model that also takes images, the text model is swapped.
 
     Args:
         model: with any head, or none.
@@ -127,6 +135,10 @@ def apply_nsa(
         "swap the model first, then dispatch it; or save the swapped model and load that with a "
         "device_map",
     )
+    text = text_model_of(model)
+    if text is not None:
+        become_whole(model, apply_nsa(text, attention, dispatcher=dispatcher, gates=gates))
+        return model
     sparsity = sparsity_of(attention)
     check_config(model.config)
     bases = swap(model, sparsity, dispatcher, gates)
@@ -174,7 +186,11 @@ def load_nsa(folder: str | Path, *, dispatcher: Any = None, **kwargs: Any) -> Pr
     if is_old:
         config = copy.deepcopy(config)
         delattr(config, "nsa")
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, **kwargs)
+    token = reading_old_folder.set(is_old)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, **kwargs)
+    finally:
+        reading_old_folder.reset(token)
     if not is_old:
         for module in swapped_modules(model):
             module.dispatcher = dispatcher

@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from types import MethodType
 from typing import Any
 
@@ -24,7 +25,7 @@ from nsagen.integrations.transformers_attention import TransformersNSA
 from nsagen.integrations.transformers_given import check_one_cache, check_settings
 from nsagen.integrations.transformers_inputs import laid_out
 from nsagen.integrations.transformers_layout import refuse_unless
-from nsagen.integrations.transformers_models import HEADS, MODELS, Facts
+from nsagen.integrations.transformers_models import HEADS, MODELS, Facts, facts_of
 from nsagen.integrations.transformers_swap import sparsity_of, swap, swapped_modules
 from nsagen.model.checks import require
 from nsagen.model.sparsity import stored_settings
@@ -32,7 +33,27 @@ from nsagen.model.sparsity import stored_settings
 PREFIX = "Nsagen"
 
 
-class SwappedModel:
+class Whole:
+    """What opens a folder with NSA's weights: no more and no less than its settings ask for."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            *args, output_loading_info=True, **kwargs
+        )
+        names = [f"{kind}: {name}" for kind, names in info.items() for name in names]
+        strange = sorted(str(name) for name in names if ".self_attn." in str(name))
+        require(
+            not strange,
+            f"{cls.__name__}.from_pretrained",
+            "the folder must have the attention's weights, no more and no less",
+            ", ".join(strange[:5]),
+            "save the swapped model again",
+        )
+        return (model, info) if output_loading_info else model
+
+
+class SwappedModel(Whole):
     """What a swapped model's class adds to the dense one."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -56,22 +77,6 @@ class SwappedModel:
             module.start()
         elif not getattr(module, "is_part_of_nsa", False):
             super()._init_weights(module)  # type: ignore[misc]
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        model, info = super().from_pretrained(  # type: ignore[misc]
-            *args, output_loading_info=True, **kwargs
-        )
-        names = [f"{kind}: {name}" for kind, names in info.items() for name in names]
-        strange = sorted(str(name) for name in names if ".self_attn." in str(name))
-        require(
-            not strange,
-            f"{cls.__name__}.from_pretrained",
-            "the folder must have the attention's weights, no more and no less",
-            ", ".join(strange[:5]),
-            "save the swapped model again",
-        )
-        return (model, info) if output_loading_info else model
 
 
 class SwappedConfig:
@@ -115,6 +120,34 @@ def _with_one_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(self, *args, **kwargs)
 
     return checked
+
+
+def _text_part(config: Any) -> str | None:
+    """The name of the text model's config in that of a model that also takes images."""
+    names = getattr(config, "sub_configs", ())
+    return next((name for name in names if type(getattr(config, name, None)) in _configs), None)
+
+
+def text_model_of(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The dense text model within a model that also takes images; None for other models."""
+    name = _text_part(model.config)
+    if name is None:
+        return None
+    kind = type(getattr(model.config, name))
+    parts = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return next((part for part in parts if type(part.config) is kind), None)
+
+
+def become_whole(model: PreTrainedModel, text: PreTrainedModel) -> None:
+    """Let the config of a model that also takes images say that its text model has NSA."""
+    old = model.config
+    made = copy.deepcopy(old)
+    made.__class__ = _wholes.get(type(old), type(old))
+    setattr(made, _text_part(old) or "text_config", text.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = made
+    become_swapped(model)
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -234,6 +267,38 @@ def _make_models(facts: Facts, config: type) -> None:
         getattr(transformers, auto).register(config, made)
 
 
+def _make_whole(facts: Facts, text: type) -> None:
+    """The classes of a model that also takes images and whose config has a text model's of a fixed
+    class: with the dense model's types, a Transformers without nsagen would read it as dense."""
+    dense = facts.kind("ForConditionalGeneration")
+    if dense is None:
+        return
+
+    def __post_init__(self: Any, **kwargs: Any) -> None:
+        if isinstance(self.text_config, dict):
+            self.text_config = text(**self.text_config)
+        super(config, self).__post_init__(**kwargs)
+
+    old = dense.config_class
+    config: Any = _made(
+        f"{PREFIX}{facts.name}ImagesConfig",
+        old,
+        SwappedConfig,
+        __doc__=f"A config of a {facts.name} with images, whose text model has NSA.",
+        model_type=f"nsagen_{facts.module}_images",
+        __post_init__=__post_init__,
+    )
+    _wholes[old] = config
+    content = {"config_class": config, "forward": _with_one_cache(dense.forward)}
+    content["_prefill"] = _checked(getattr(dense, "_prefill"))  # noqa: B009
+    _models[dense] = made = _made(f"{PREFIX}{dense.__name__}", dense, Whole, **content)
+    made.__annotations__ = {"config": config}
+    transformers.AutoConfig.register(config.model_type, config)  # type: ignore[attr-defined]
+    for auto in ("ImageTextToText", "CausalLM", "MultimodalLM"):
+        if (kind := getattr(transformers, f"AutoModelFor{auto}", None)) is not None:
+            kind.register(config, made)
+
+
 def _refusing_settings(init: Callable[..., Any]) -> Callable[..., Any]:
     """`PreTrainedModel.__init__`, refusing a dense model's config with NSA's settings: the model
     would be dense, without the weights of NSA."""
@@ -267,20 +332,26 @@ def _refusing_parts(save: Callable[..., Any]) -> Callable[..., Any]:
                 check_settings(module, inputs.stored)
         config = self.config
         parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
-        known = any(isinstance(one, SwappedConfig) for one in (config, *parts.values()))
+        kept = [name for name, one in parts.items() if isinstance(one, SwappedConfig)]
+        # Transformers without nsagen would read a part of a fixed class as dense.
+        told = any(config.sub_configs[name] is transformers.AutoConfig for name in kept)
+        known = told or isinstance(config, SwappedConfig)
         swapped = [
             name
             for name, module in self.named_modules()
             if isinstance(getattr(module, "config", None), SwappedConfig)
         ]
         if swapped and not known:
-            own = next((n for n, one in parts.items() if type(one) in _configs), "text_config")
+            own = _text_part(config) or "text_config"
+            advice = f"set model.config.{own} = model.{swapped[0]}.config, and save again"
+            if kept or config.sub_configs.get(own) is not transformers.AutoConfig:
+                advice = "call apply_nsa on the whole dense model, not on its text model"
             require(
                 False,
                 f"{type(self).__name__}.save_pretrained",
                 f"its config must say that {swapped[0]} has NSA, or it would be read as dense",
-                f"a config.{own} of a dense model",
-                f"set model.config.{own} = model.{swapped[0]}.config, and save again",
+                f"a {type(config).__name__} that does not",
+                advice,
             )
         return save(self, *args, **kwargs)
 
@@ -288,14 +359,45 @@ def _refusing_parts(save: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+reading_old_folder: ContextVar[bool] = ContextVar("reading_old_folder", default=False)
+"""Whether `load_nsa` opens a folder from before swapped models had types: first as a dense one."""
+
+
+def _refusing_weights(load: Callable[..., Any]) -> Callable[..., Any]:
+    """`PreTrainedModel.from_pretrained`, refusing to drop NSA's weights, as a dense model's config
+    asks for if it is passed with the folder of a swapped one."""
+
+    @functools.wraps(load)
+    def checked(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        model, info = load(cls, *args, output_loading_info=True, **kwargs)
+        dropped = sorted(n for n in map(str, info["unexpected_keys"]) if ".self_attn.gate." in n)
+        is_dense = bool(dropped) and any(facts_of(module) is not None for module in model.modules())
+        require(
+            not is_dense or reading_old_folder.get(),
+            f"{cls.__name__}.from_pretrained",
+            "a swapped model's weights must not be dropped",
+            f"a {type(model.config).__name__}, and {', '.join(dropped[:3])} in the folder",
+            "leave out config, and open the folder with AutoModelForCausalLM or load_nsa",
+        )
+        return (model, info) if output_loading_info else model
+
+    checked.nsagen = True  # type: ignore[attr-defined]
+    return checked
+
+
+if not hasattr(PreTrainedModel.from_pretrained, "nsagen"):
+    _loading: Any = _refusing_weights(PreTrainedModel.from_pretrained.__func__)
+    PreTrainedModel.from_pretrained = classmethod(_loading)  # type: ignore[method-assign]
 if not hasattr(PreTrainedModel.save_pretrained, "nsagen"):
     PreTrainedModel.save_pretrained = _refusing_parts(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
 if not hasattr(PreTrainedModel.__init__, "nsagen"):
     PreTrainedModel.__init__ = _refusing_settings(PreTrainedModel.__init__)  # type: ignore[method-assign]
 _configs: dict[type, type] = {}
 _models: dict[type, Any] = {}
+_wholes: dict[type, type] = {}
 for _facts in MODELS:
     _config = _make_config(_facts)
     _configs[_facts.config_class] = _config
     transformers.AutoConfig.register(_config.model_type, _config)  # type: ignore[attr-defined]
     _make_models(_facts, _config)
+    _make_whole(_facts, _config)

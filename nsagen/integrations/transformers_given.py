@@ -54,7 +54,7 @@ class Given:
         position_ids: [B, T].
         cu_seqlens: [documents + 1].
         seq_idx: [B, T].
-        last: index of the last layer with NSA.
+        last: place in a cache of the last layer with NSA.
         cache: Transformers' `Cache`.
         state: what it holds; fixed in a step with a cache of fixed capacity, else plain.
         capacity: of its layers; None: they grow.
@@ -132,11 +132,33 @@ def check_one_cache(inputs: dict[str, Any]) -> list[Any]:
     return given
 
 
-def check_adapters(model: Any, layers: Sequence[int]) -> None:
-    """Refuse rows with compression of their own, as PEFT's `adapter_names` asks for by hooks: its
-    weights are those of the whole batch."""
-    for index in layers:
-        attention = model.layers[index].self_attn
+def layers_of(model: Any) -> list[Any]:
+    """The NSA modules of the layers that a call runs. Layers may have been removed or added since
+    the model was swapped."""
+    run = model.layers[: model.config.num_hidden_layers]
+    return [one.self_attn for one in run if getattr(one.self_attn, "sparsity", None) is not None]
+
+
+def check_places(model: Any) -> None:
+    """Refuse a cache for layers that would share a place in it or leave one empty."""
+    run = model.layers[: model.config.num_hidden_layers]
+    places = [getattr(layer.self_attn, "layer_idx", None) for layer in run]
+    if set(places) != set(range(len(places))):
+        refuse(
+            "layer_idx",
+            f"of the {len(places)} layers must be 0 to {len(places) - 1}: it is their place in a "
+            "cache",
+            str(places),
+            "after removing or adding layers, set layer.self_attn.layer_idx = i for i, layer in "
+            "enumerate(layers); or pass use_cache=False",
+        )
+
+
+def check_adapters(layers: Sequence[Any]) -> None:
+    """Refuse what an adapter can't compute: rows with compression of their own, as PEFT's
+    `adapter_names` asks for by hooks (its weights are those of the whole batch), and gates as they
+    start under DoRA, which would make them NaN."""
+    for attention in layers:
         for name in ("compress_key", "compress_value", "intra_block_pe", "intra_block_pe_value"):
             part = getattr(attention, name)
             hooks = part._forward_pre_hooks.values() if isinstance(part, nn.Module) else ()
@@ -149,13 +171,19 @@ def check_adapters(model: Any, layers: Sequence[int]) -> None:
                         f"{names} with an adapter of {name}",
                         "call set_adapter, and pass the rows of each adapter by themselves",
                     )
+        for part in attention.gate.modules():
+            if getattr(part, "lora_magnitude_vector", None):
+                holds = part.weight.any(1).all()  # PEFT hands on the base layer's weight
+                rule = "must not be 0 under DoRA, which divides by the norm of each row"
+                advice = "leave gate out of the layers of DoRA, and add it to modules_to_save"
+                refuse_unless(holds, "gate.weight", rule, "rows of 0", advice, wait=False)
 
 
 def given_of(
     model: Any,
     inputs: dict[str, Any],
     tokens: Tensor,
-    layers: Sequence[int],
+    layers: Sequence[Any],
     sparsity: Sparsity,
     kinds: Sequence[str],
 ) -> Given:
@@ -165,7 +193,7 @@ def given_of(
         model: the base model.
         inputs: by name.
         tokens: the ids or embeddings among them.
-        layers: the indices of the layers with NSA.
+        layers: the NSA modules.
         sparsity: their settings.
         kinds: Transformers' names for their kinds, in models that have kinds.
 
@@ -181,8 +209,11 @@ def given_of(
     caches = inputs.get("use_cache")
     caches = bool(model.config.use_cache if caches is None else caches) or cache is not None
     state = capacity = None
+    places = [layer.layer_idx for layer in layers]
+    if caches:
+        check_places(model)
     if cache is not None:
-        state, capacity = state_of(cache, layers, sparsity, batch, tokens.device)
+        state, capacity = state_of(cache, places, sparsity, batch, tokens.device)
     if graded and model.training and _checkpoints(model):
         if state is not None:
             rule = "must be empty under gradient checkpointing, which takes it from layers"
@@ -201,7 +232,7 @@ def given_of(
         _rows("position_ids", inputs.get("position_ids"), batch, length),
         _cu_seqlens(inputs, batch, length),
         _rows("seq_idx", inputs.get("seq_idx"), batch, length),
-        layers[-1],
+        max(places),
         cache,
         state,
         capacity,

@@ -29,6 +29,7 @@ from nsagen.integrations.transformers_given import (
     check_shape,
     check_windows,
     given_of,
+    layers_of,
 )
 from nsagen.integrations.transformers_layout import (
     Call,
@@ -39,7 +40,7 @@ from nsagen.integrations.transformers_layout import (
     refuse,
     refuse_unless,
 )
-from nsagen.integrations.transformers_rope import Rope, RopeSource
+from nsagen.integrations.transformers_rope import Checked, Rope, RopeSource
 from nsagen.model.packing import Packed
 from nsagen.model.sparsity import Sparsity
 
@@ -69,8 +70,7 @@ class Inputs:
 
     Attributes:
         names: the parameters of the base model's forward, in order.
-        layers: indices of the layers with NSA.
-        sparsity: their settings.
+        sparsity: the settings of the layers with NSA.
         stored: the same, as the config has them.
         rope: makes their tables.
         window: tokens that dense sliding layers see; None without such layers.
@@ -78,7 +78,6 @@ class Inputs:
     """
 
     names: tuple[str, ...]
-    layers: tuple[int, ...]
     sparsity: Sparsity
     stored: dict[str, Any]
     rope: RopeSource
@@ -104,10 +103,10 @@ class Inputs:
         if tokens is None or (ids is not None and embeds is not None):
             return (), kwargs  # the model refuses both
         check_shape(tokens, embeds is not None)
-        layers = [index for index in self.layers if index < model.config.num_hidden_layers]
+        layers = layers_of(model)
         if not layers:
             return (), kwargs  # an assistant that exits before the first of them
-        check_adapters(model, layers)
+        check_adapters(layers)
         shard = kwargs.pop("nsa_shard", None)
         if shard is not None:
             if kwargs.get("use_cache"):
@@ -116,12 +115,13 @@ class Inputs:
         given = given_of(model, kwargs, tokens, layers, self.sparsity, self.kinds)
         if self.window is not None:
             check_windows(given, self.window)
-        if not given.is_step:
-            self._check_rope(model, given)
+        checked = self._check_rope(model, given)
         if shard is None:
             call, position_ids = self._call(given)
         else:
-            call, position_ids = self._shared(model, given, shard)
+            call, position_ids = self._shared(model, given, layers, shard)
+        if call.after is not None:
+            call = replace(call, after=replace(call.after, checked=checked))
         if kwargs.get("position_ids") is None and position_ids is not None:
             kwargs["position_ids"] = position_ids  # for layers that stay dense
         cache = given.cache
@@ -131,13 +131,24 @@ class Inputs:
         call = replace(call, last=given.last, cache=cache if given.caches else None)
         return (), {**kwargs, CALL: call}
 
-    def _check_rope(self, model: Any, given: Given) -> None:
-        """Refuse frequencies written into the model's rope: NSA has tables of its own."""
-        same = self.rope.is_that_of(getattr(model, "rotary_emb", None))
+    def _check_rope(self, model: Any, given: Given) -> Checked | None:
+        """Refuse frequencies written into the model's rope: NSA has tables of its own. A decoding
+        step compares tensors only if another one holds the frequencies, or they were written to."""
+        rotary = getattr(model, "rotary_emb", None)
+        before = None if given.state is None else given.state.checked
+        compiling = torch.compiler.is_compiling()
+        now = before if compiling else self.rope.checked(rotary)
+        if given.is_step and not compiling and now is not None and now == before:
+            return now
+        # Frequencies that depend on the length come from a number on the host.
+        check = self.rope.is_that_of if self.rope.fixed else on_host(self.rope.is_that_of)
+        same = check(rotary)
         if same is not None:
             rule = "must have the frequencies and the factor that the config's rope_parameters give"
             advice = "set config.rope_parameters, save the model and load it again"
-            refuse_unless(same, "rotary_emb", rule, "others", advice, wait=given.caches)
+            wait = given.caches and not given.is_step
+            refuse_unless(same, "rotary_emb", rule, "others", advice, wait=wait)
+        return now
 
     @property
     def _cache_name(self) -> str:
@@ -275,11 +286,11 @@ class Inputs:
         call = Call(given.batch, given.tokens, packed, rope, given.recording)
         return call, positions
 
-    def _shared(self, model: Any, given: Given, shard: Any) -> tuple[Call, Tensor]:
+    def _shared(self, model: Any, given: Given, nsa: list[Any], shard: Any) -> tuple[Call, Tensor]:
         """One rank's part of each sequence, all of them in one row."""
         layers = model.config.num_hidden_layers
-        if self.window is not None or len(self.layers) < layers:
-            came = f"{layers - len(self.layers)} that are dense"
+        if self.window is not None or len(nsa) < layers:
+            came = f"{layers - len(nsa)} that are dense"
             refuse("nsa_shard", "needs NSA in every layer", came, "use tensor parallel")
         whole = {
             "a cache": given.cache,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.integrations.transformers_rope import Rope
+from nsagen.integrations.transformers_rope import Checked, Rope
 from nsagen.model.packing import Packed
 from nsagen.model.prefill import Index, Piece, PrefillRows
 from nsagen.model.sparsity import Sparsity
@@ -39,6 +39,7 @@ class State:
         waiting: whether some row may have no token yet: its first one sets its shift.
         recorded: whether autograd recorded the calls that filled the cache.
         rope: the tables that rotated the keys.
+        checked: the model's own frequencies that the last call compared with the config's.
     """
 
     lengths: Tensor
@@ -49,6 +50,7 @@ class State:
     recorded: bool
     rope: Rope
     waiting: bool = False
+    checked: Checked | None = None
 
     def rows(self, index: Tensor) -> State:
         """These rows, in this order."""
@@ -103,7 +105,7 @@ class Call:
         continues: whether the cache holds tokens already.
         room: tokens per row that the cache must have room for.
         after: the cache's state after the call; None if the call may not write to a cache.
-        last: the last layer with NSA.
+        last: place in a cache of the last layer with NSA.
         pieces: where the tokens go in a cache; None without a cache and in decoding steps.
         positions: int32 [B], in decoding steps: where the row's token goes, -1 at padding.
         recent: where the tokens go in `NSALayer.recent`.

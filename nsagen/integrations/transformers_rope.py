@@ -35,6 +35,28 @@ class Rope:
     key: int
 
 
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """A model's own frequencies, as they were when they were compared with the config's.
+
+    Attributes:
+        held: the tensor in the model's rope module.
+        version: of its contents.
+        factor: of cos and sin.
+    """
+
+    held: Tensor
+    version: int
+    factor: float
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Checked)
+            and self.held is other.held
+            and (self.version, self.factor) == (other.version, other.factor)
+        )
+
+
 class Roped(NamedTuple):
     """What a model's own rope module returns, so that NSA, which has tables of its own, can tell
     when a hook or another module replaced it."""
@@ -116,20 +138,31 @@ class RopeSource:
             made = make(self.config, device=torch.device("cpu"), seq_len=longest, **layer)
         return tuple(made[0].to(torch.float32).tolist()), float(made[1])
 
+    @property
+    def _prefix(self) -> str:
+        """What the names of a rope module's attributes begin with."""
+        return "" if self.layer_type is None else f"{self.layer_type}_"
+
+    def checked(self, rotary: Any) -> Checked | None:
+        """A model's frequencies and their version; None if writes to them can't be told."""
+        held = getattr(rotary, f"{self._prefix}inv_freq", None)
+        if not isinstance(held, Tensor) or held.is_inference():
+            return None
+        factor = getattr(rotary, f"{self._prefix}attention_scaling", 1.0)
+        return Checked(held, held._version, float(factor))
+
     def is_that_of(self, rotary: Any) -> Tensor | None:
         """Whether a model's rope module has these frequencies, rounded or not, and their factor.
 
         Returns:
             bool []; None where the module is another or its frequencies are elsewhere.
         """
-        prefix = "" if self.layer_type is None else f"{self.layer_type}_"
+        prefix = self._prefix
         held = getattr(rotary, f"{prefix}inv_freq", None)
         if not isinstance(held, Tensor) or held.is_meta:
             return None
         sets = self.fixed
         if not sets:
-            if torch.compiler.is_compiling():
-                return None  # they depend on a number of an earlier call
             longest = getattr(rotary, f"{prefix}max_seq_len_cached", rotary.max_seq_len_cached)
             sets = (self.frequencies(max(int(longest), self.config.max_position_embeddings)),)
         pairs, factors = zip(*sets, strict=True)

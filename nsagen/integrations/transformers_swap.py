@@ -105,9 +105,9 @@ def _is_base(module: Any) -> bool:
 
 
 def _swap_layers(base: Any, sparsity: Sparsity, dispatcher: Any, gates: Gates) -> None:
-    config, swapped, kind, kinds = base.config, [], None, {}
+    config, swapped, kind, kinds = base.config, 0, None, {}
     keeps = keeps_sliding_layers(config)
-    for index, layer in enumerate(base.layers):
+    for layer in base.layers:
         dense = layer.self_attn
         facts = facts_of(dense)
         kind = getattr(dense, "layer_type", None)
@@ -119,12 +119,12 @@ def _swap_layers(base: Any, sparsity: Sparsity, dispatcher: Any, gates: Gates) -
         dtype = base.dtype if weight is None or weight.itemsize < 2 else weight.dtype  # quantized
         module = TransformersNSA(dense, facts, sparsity, rope.turned, dispatcher, gates, dtype)
         layer.self_attn = module.train(dense.training)
-        swapped.append(index)
+        swapped += 1
         kinds |= {} if kind is None else {kind: None}
     names = tuple(inspect.signature(base.forward).parameters)
-    window = config.sliding_window if keeps and len(swapped) < len(base.layers) else None
+    window = config.sliding_window if keeps and swapped < len(base.layers) else None
     stored = stored_settings(sparsity)
-    base.nsa_inputs = Inputs(names, tuple(swapped), sparsity, stored, rope, window, tuple(kinds))
+    base.nsa_inputs = Inputs(names, sparsity, stored, rope, window, tuple(kinds))
     base.rotary_emb.register_forward_hook(mark_rope)
 
 

@@ -18,11 +18,12 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from torch import Tensor  # noqa: E402
-from transformers import DynamicCache, LlamaForCausalLM  # noqa: E402
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaModel  # noqa: E402
 
 from nsagen.core.errors import InvalidInputError  # noqa: E402
 from nsagen.integrations.transformers import apply_nsa  # noqa: E402
+from nsagen.integrations.transformers_rope import RopeSource  # noqa: E402
 from tests.integrations.tiny import (  # noqa: E402
     ATTENTION,
     CACHE,
@@ -280,6 +281,61 @@ def test_frequencies_written_into_the_rope_are_refused(name: str) -> None:
             with pytest.raises(InvalidInputError, match="rotary_emb: must have the frequencies"):
                 call(IDS[:, :12])
         setattr(rope, frequencies, before.clone())
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "Gemma3", *ROPES])
+@torch.no_grad()
+def test_frequencies_written_between_a_prompt_and_its_next_token(name: str, static: bool) -> None:
+    model, prefix = with_rope(name)
+    rope, frequencies = model.model.rotary_emb, f"{prefix}inv_freq"
+    for change in ("written", "assigned", "factor"):
+        old, factor = getattr(rope, frequencies), getattr(rope, f"{prefix}attention_scaling")
+        kept = old.clone()
+        cache = StaticCache(config=model.config, max_cache_len=40) if static else DynamicCache()
+        model(IDS[:, :12], **{CACHE: cache})
+        model(IDS[:, 12:13], **{CACHE: cache})
+        if change == "written":
+            getattr(rope, frequencies).mul_(0.5)
+        elif change == "assigned":
+            setattr(rope, frequencies, getattr(rope, frequencies) * 0.5)
+        else:
+            setattr(rope, f"{prefix}attention_scaling", 1.5)
+        with pytest.raises(InvalidInputError, match="rotary_emb: must have the frequencies"):
+            model(IDS[:, 13:14], **{CACHE: cache})
+        setattr(rope, frequencies, kept)
+        setattr(rope, f"{prefix}attention_scaling", factor)
+        model(IDS[:, 13:14], **{CACHE: cache})  # nothing was written to the cache
+
+
+@torch.no_grad()
+def test_a_step_does_not_compare_frequencies_again(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would launch a dozen kernels."""
+    cache, compare = DynamicCache(), RopeSource.is_that_of
+    model(IDS[:, :12], **{CACHE: cache})
+    calls: list[Any] = []
+    monkeypatch.setattr(RopeSource, "is_that_of", lambda *a: calls.append(a) or compare(*a))
+    model(IDS[:, 12:13], **{CACHE: cache})
+    assert not calls
+    copied = copy.deepcopy(cache)  # another tensor: compared once
+    for at in (13, 14):
+        model(IDS[:, at : at + 1], **{CACHE: copied})
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["yarn", "dynamic"])
+@torch.no_grad()
+def test_frequencies_are_compared_in_compiled_calls_too(name: str) -> None:
+    torch._dynamo.reset()
+    model, _ = with_rope(name)
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    compiled = torch.compile(model, backend="eager")
+    compiled(IDS[:, :12], use_cache=False)
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+    with pytest.raises((InvalidInputError, RuntimeError), match="rotary_emb: must have the freq"):
+        compiled(IDS[:, :12], use_cache=False)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma3", *ROPES])

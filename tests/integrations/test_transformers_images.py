@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -60,9 +64,7 @@ def llava() -> Any:
     return LlavaForConditionalGeneration(config).eval()
 
 
-@pytest.fixture(scope="module")
-def gemma() -> tuple[Any, Any]:
-    """A Gemma 3, and the same with NSA that is dense."""
+def gemma_with_images() -> Any:
     text = copy.deepcopy(dense_text("Gemma3").config)
     text.sliding_window = 8
     config = Gemma3Config(
@@ -74,7 +76,13 @@ def gemma() -> tuple[Any, Any]:
         mm_tokens_per_image=4,
     )
     torch.manual_seed(0)
-    model = Gemma3ForConditionalGeneration(config).eval()
+    return Gemma3ForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="module")
+def gemma() -> tuple[Any, Any]:
+    """A Gemma 3, and the same with NSA that is dense."""
+    model = gemma_with_images()
     swapped = copy.deepcopy(model)
     swapped.model.language_model = as_dense(swapped.model.language_model)
     swapped.config.text_config = swapped.model.language_model.config
@@ -89,13 +97,18 @@ def test_a_swapped_text_model_is_saved_as_one(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     model.config.text_config = model.model.language_model.config
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "text")
+    whole = apply_nsa(llava(), ATTENTION)
+    trained(whole.model.language_model)
+    whole.save_pretrained(tmp_path)
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
     layers = again.model.language_model.layers
     assert all(isinstance(layer.self_attn, TransformersNSA) for layer in layers)
     inputs = {"input_ids": IDS, "pixel_values": PIXELS}
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+        text = LlavaForConditionalGeneration.from_pretrained(tmp_path / "text").eval()
+        assert torch.equal(text(**inputs).logits, model(**inputs).logits)
         cached = model.generate(**inputs, **WANTED)
         assert torch.equal(cached, model.generate(**inputs, **WANTED, use_cache=False))
 
@@ -125,9 +138,36 @@ def test_images_whose_tokens_see_each_other_are_refused(gemma: tuple[Any, Any]) 
             call(**inputs)
 
 
-def test_a_swapped_text_model_of_gemma_is_not_read_as_dense(
-    gemma: tuple[Any, Any], tmp_path: Path
-) -> None:
-    gemma[1].save_pretrained(tmp_path)
-    with pytest.raises(InvalidInputError, match="must have no nsa"):
-        Gemma3ForConditionalGeneration.from_pretrained(tmp_path)
+@torch.no_grad()
+def test_a_gemma_is_saved_as_a_whole(tmp_path: Path) -> None:
+    """It has a type of its own: its config makes the text model's of a fixed class."""
+    model = apply_nsa(gemma_with_images(), ATTENTION)
+    trained(model.model.language_model)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"].startswith("nsagen_")
+    ids = tokens(1, 40) % 90
+    inputs = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}
+    expected, generated = model(**inputs).logits, model.generate(**inputs, **WANTED)
+    for kind in (AutoModelForImageTextToText, AutoModelForCausalLM, type(model)):
+        again = kind.from_pretrained(tmp_path).eval()
+        assert type(again) is type(model)
+        assert isinstance(again.model.language_model.layers[1].self_attn, TransformersNSA)
+        assert torch.equal(again(**inputs).logits, expected)
+        assert torch.equal(again.generate(**inputs, **WANTED), generated)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(**inputs).logits, expected)
+
+
+def test_a_swapped_text_model_of_gemma_is_not_read_as_dense(tmp_path: Path) -> None:
+    """A Gemma3Config would make its text model's config a dense one, in any Transformers."""
+    model = gemma_with_images()
+    apply_nsa(model.model.language_model, ATTENTION)
+    for _ in range(2):
+        with pytest.raises(InvalidInputError, match="call apply_nsa on the whole dense model"):
+            model.save_pretrained(tmp_path)
+        model.config.text_config = model.model.language_model.config
+    assert not list(tmp_path.iterdir())
+    apply_nsa(gemma_with_images(), ATTENTION).save_pretrained(tmp_path)
+    dense_class = Gemma3ForConditionalGeneration
+    for given in ({}, {"config": gemma_with_images().config}):
+        with pytest.raises(InvalidInputError, match=r"must have no nsa|must not be dropped"):
+            dense_class.from_pretrained(tmp_path, **given)

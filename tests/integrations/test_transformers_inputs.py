@@ -26,7 +26,7 @@ from transformers.utils import TransformersKwargs  # noqa: E402
 
 from nsagen.core.errors import InvalidInputError  # noqa: E402
 from nsagen.distributed import context_parallel  # noqa: E402
-from nsagen.integrations.transformers import apply_nsa  # noqa: E402
+from nsagen.integrations.transformers import apply_nsa, load_nsa  # noqa: E402
 from nsagen.integrations.transformers_attention import TransformersNSA  # noqa: E402
 from nsagen.integrations.transformers_given import INPUTS  # noqa: E402
 from tests.integrations.tiny import (  # noqa: E402
@@ -615,6 +615,47 @@ class TestCaches:
     def test_a_layer_alone(self, model: Any) -> None:
         with pytest.raises(InvalidInputError, match="needs the layout that its base model"):
             model.model.layers[0].self_attn(torch.zeros(1, 3, 32))
+
+
+class TestLayersRemovedOrAdded:
+    """Depth pruning and up-scaling, before or after the swap."""
+
+    @staticmethod
+    def of(places: list[int], renumbered: bool, swap_first: bool = True) -> Any:
+        model = build(KINDS["Llama"], num_hidden_layers=3)
+        if swap_first:
+            apply_nsa(model, ATTENTION)
+        layers = [copy.deepcopy(model.model.layers[place]) for place in places]
+        for place, layer in enumerate(layers if renumbered else []):
+            layer.self_attn.layer_idx = place
+        model.model.layers = torch.nn.ModuleList(layers)
+        model.config.num_hidden_layers = len(layers)
+        return trained(model if swap_first else apply_nsa(model, ATTENTION))
+
+    @pytest.mark.parametrize("swap_first", [True, False])
+    @pytest.mark.parametrize("places", [[0, 2], [1], [0, 1, 1, 2, 2]])
+    @torch.no_grad()
+    def test_each_layer_has_its_place_in_a_cache(
+        self, places: list[int], swap_first: bool, tmp_path: Path
+    ) -> None:
+        model = self.of(places, renumbered=True, swap_first=swap_first)
+        wanted = {"max_new_tokens": 6, "do_sample": False}
+        expected = model.generate(IDS, use_cache=False, **wanted)
+        assert torch.equal(model.generate(IDS, **wanted), expected)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(load_nsa(tmp_path).generate(IDS, **wanted), expected)
+
+    @pytest.mark.parametrize("places", [[0, 2], [1], [0, 1, 1]])
+    @torch.no_grad()
+    def test_places_that_collide_or_are_left_out(self, places: list[int]) -> None:
+        model = self.of(places, renumbered=False)
+        model(IDS, use_cache=False)
+        rule = rf"layer_idx: .*a cache; got \[{', '.join(map(str, places))}\]"
+        layer = model.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("too late"))
+        for call in (model, model.generate):
+            with pytest.raises(InvalidInputError, match=rule):
+                call(IDS)
+        layer.remove()
 
 
 def test_the_config_may_refuse_too() -> None:

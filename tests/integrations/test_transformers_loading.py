@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 transformers = pytest.importorskip("transformers")
 
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, pipeline  # noqa: E402
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline  # noqa: E402
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # noqa: E402
 
 from nsagen.core.errors import InvalidInputError  # noqa: E402
@@ -137,6 +137,22 @@ def test_a_config_without_settings_is_refused(folder: Path, tmp_path: Path) -> N
 def test_a_dense_class_refuses_the_folder(folder: Path, kind: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"must have no nsa, .*open the folder with load_"):
         kind.from_pretrained(folder)
+
+
+def test_a_dense_config_does_not_drop_the_weights(folder: Path) -> None:
+    """Passed in memory, it says nothing of the folder; the dense model would lack NSA's weights."""
+    config = dense("Qwen3").config
+    for kind in (AutoModelForCausalLM, AutoModel, transformers.Qwen3ForCausalLM):
+        with pytest.raises(InvalidInputError, match=r"must not be dropped, got a Qwen3Config"):
+            kind.from_pretrained(folder, config=config)
+
+
+def test_other_folders_are_opened_as_ever(tmp_path: Path) -> None:
+    dense().save_pretrained(tmp_path)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(model) is transformers.LlamaForCausalLM
+    assert not info["unexpected_keys"]
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is transformers.LlamaForCausalLM
 
 
 def test_a_folder_elsewhere(model: Any, folder: Path, tmp_path: Path) -> None:

@@ -88,6 +88,23 @@ class TestAdapters:
         assert of_keys
         assert all(p.grad is not None and p.grad.norm() > 0 for p in of_keys)
 
+    def test_dora_of_gates_that_are_still_0(self) -> None:
+        """It divides by the norm of each row, which would give NaN."""
+        inputs = {"input_ids": tokens(2, 20), "labels": tokens(2, 20)}
+        config = self.config(target_modules=["q_proj", "gate"], use_dora=True)
+        with pytest.raises(InvalidInputError, match=r"gate\.weight: must not be 0 under DoRA"):
+            peft.get_peft_model(sparse(), config)(**inputs)
+        assert peft.get_peft_model(trained(sparse()), config)(**inputs).loss.isfinite()
+        of_queries = self.config(target_modules=["q_proj"], use_dora=True)
+        assert peft.get_peft_model(sparse(), of_queries)(**inputs).loss.isfinite()
+
+    @torch.no_grad()
+    def test_layers_that_lora_replicates(self, model: Any) -> None:
+        adapted = peft.get_peft_model(model, self.config(layer_replication=[(0, 2), (1, 2)])).eval()
+        wanted = {"input_ids": tokens(2, 20), "max_new_tokens": 5, "do_sample": False}
+        texts = [adapted.generate(**wanted, use_cache=use) for use in (True, False)]
+        assert torch.equal(*texts)
+
     @torch.no_grad()
     def test_rows_with_adapters_of_their_own(self, model: Any) -> None:
         """A padded batch with `adapter_names` is each row with its adapter."""
