@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from torch import Tensor, nn
@@ -146,7 +146,7 @@ def become_whole(model: PreTrainedModel, text: PreTrainedModel) -> None:
     setattr(made, _text_part(old) or "text_config", text.config)
     for module in model.modules():
         if getattr(module, "config", None) is old:
-            module.config = made
+            cast(Any, module).config = made
     become_swapped(model)
 
 
@@ -330,7 +330,7 @@ def _refusing_parts(save: Callable[..., Any]) -> Callable[..., Any]:
         for module in self.modules():
             if (inputs := vars(module).get("nsa_inputs")) is not None:
                 check_settings(module, inputs.stored)
-        config = self.config
+        config: Any = self.config
         parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
         kept = [name for name, one in parts.items() if isinstance(one, SwappedConfig)]
         # Transformers without nsagen would read a part of a fixed class as dense.
