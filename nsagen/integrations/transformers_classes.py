@@ -331,10 +331,11 @@ def _refusing_parts(save: Callable[..., Any]) -> Callable[..., Any]:
             if (inputs := vars(module).get("nsa_inputs")) is not None:
                 check_settings(module, inputs.stored)
         config: Any = self.config
-        parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
+        kinds = getattr(config, "sub_configs", {})
+        parts = {name: getattr(config, name, None) for name in kinds}
         kept = [name for name, one in parts.items() if isinstance(one, SwappedConfig)]
         # Transformers without nsagen would read a part of a fixed class as dense.
-        told = any(config.sub_configs[name] is transformers.AutoConfig for name in kept)
+        told = any(kinds[name] is transformers.AutoConfig for name in kept)
         known = told or isinstance(config, SwappedConfig)
         swapped = [
             name
@@ -344,7 +345,7 @@ def _refusing_parts(save: Callable[..., Any]) -> Callable[..., Any]:
         if swapped and not known:
             own = _text_part(config) or "text_config"
             advice = f"set model.config.{own} = model.{swapped[0]}.config, and save again"
-            if kept or config.sub_configs.get(own) is not transformers.AutoConfig:
+            if kept or kinds.get(own) is not transformers.AutoConfig:
                 advice = "call apply_nsa on the whole dense model, not on its text model"
             require(
                 False,
