@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import linecache
 import math
+import types
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from triton.runtime import interpreter
 def quicken(patch: pytest.MonkeyPatch) -> None:
     """Make the interpreter of this process quicker, until the patch is undone."""
     _replace_language_once_a_launch(patch)
+    _call_functions_of_the_language_directly(patch)
     _remember_types(patch)
     _skip_conversions_to_what_is_there(patch)
     _rewrite_equal_functions_once(patch)
@@ -55,6 +57,41 @@ def _replace_language_once_a_launch(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(interpreter, "_LangPatchScope", Scope)
     patch.setattr(interpreter, "_patch_lang", replace_once)
+
+
+def _call_functions_of_the_language_directly(patch: pytest.MonkeyPatch) -> None:
+    """Each call of a `tl` function passes a wrapper that copies its keywords, and one that checks
+    for the keyword which the first adds; and unwraps arguments that are mostly plain values."""
+    replace, unwrap = interpreter._patch_attr, tl.core._unwrap_if_constexpr
+    semantic = getattr(interpreter, "interpreter_semantic", None)  # from Triton 3.7 on
+    checked = tl.core.builtin(lambda: None).__code__
+    constexpr, plain = tl.constexpr, {tl.tensor, tl.dtype, int, float, bool, str, type(None)}
+    direct: dict[Any, Any] = {}
+
+    def made_direct(member: Any) -> Any:
+        function = member.__wrapped__ if member.__code__ is checked else member
+
+        def call(*args: Any, **named: Any) -> Any:
+            named["_semantic"] = semantic
+            return function(*args, **named)
+
+        return call
+
+    def replace_directly(obj: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        if semantic is None or not isinstance(member, types.FunctionType):
+            return replace(obj, name, member, builder, scope)
+        if member not in direct:
+            direct[member] = made_direct(member)
+        return scope.set_attr(obj, name, direct[member])
+
+    def unwrap_quickly(value: Any) -> Any:
+        kind = type(value)
+        if kind is constexpr:
+            return value.value
+        return value if kind in plain else unwrap(value)
+
+    patch.setattr(interpreter, "_patch_attr", replace_directly)
+    patch.setattr(tl.core, "_unwrap_if_constexpr", unwrap_quickly)
 
 
 def _remember_types(patch: pytest.MonkeyPatch) -> None:

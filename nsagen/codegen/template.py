@@ -168,7 +168,7 @@ _NAME = "name_of_the_kernel"
 _HEADER = "# The header comes here."
 
 
-@functools.lru_cache(maxsize=1024)  # more than a package has; a search of schedules has no end
+@functools.lru_cache(maxsize=4096)  # all shipped specs have half of it; a search has no end
 def rendered(workload: Workload, schedule: Schedule) -> Kernel:
     """A variant's code, and the name derived from it.
 

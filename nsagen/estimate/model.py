@@ -8,6 +8,7 @@ and the layout over GPUs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -159,15 +160,16 @@ def needs(config: ToyLlamaConfig, gpu: Gpu, load: Load, efficiency: Efficiency =
 
 def weight_bytes(config: ToyLlamaConfig) -> int:
     """16-bit weights of the whole model; counted on one and two layers, as all are alike."""
-    one, two = (_parameters(replace(config, num_hidden_layers=n)) for n in (1, 2))
+    short = replace(config, max_position_embeddings=1, rope_scaling=None)  # rope has no weights
+    one, two = (_parameters(replace(short, num_hidden_layers=n)) for n in (1, 2))
     return 2 * (one + (config.num_hidden_layers - 1) * (two - one))
 
 
+@functools.lru_cache(maxsize=64)  # each estimate asks several times, for each split
 def _parameters(config: ToyLlamaConfig) -> int:
-    short = replace(config, max_position_embeddings=1)  # rope tables are not weights
     kind = ToyNSALlama if isinstance(config, ToyNSALlamaConfig) else ToyLlama
     with torch.device("meta"):
-        model = kind(short)  # type: ignore[arg-type]
+        model = kind(config)  # type: ignore[arg-type]
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import json
 import os
@@ -35,6 +36,7 @@ from tests.one_op import SPEC, one_op
 
 __all__ = ["one_op"]  # a fixture
 
+PACKAGE = Path(nsagen.__file__).parent
 ROOTS = loading._roots
 
 
@@ -55,15 +57,24 @@ def spec(one_op: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@functools.cache
+def code_files() -> list[str]:
+    """The text of each of nsagen's modules."""
+    return [path.read_text("utf-8") for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+@functools.cache
 def written_texts() -> list[str]:
-    """Every text in nsagen's code, docstrings aside."""
+    """Every text in nsagen's code that may name a command, docstrings aside."""
     texts = []
-    for path in sorted(Path(nsagen.__file__).parent.rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for code in code_files():
+        if not re.search("nsagen [a-z]|pip install", code):
+            continue
+        nodes = list(ast.walk(ast.parse(code)))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
         texts += [
             node.value
-            for node in ast.walk(tree)
+            for node in nodes
             if isinstance(node, ast.Constant) and id(node) not in docstrings
             if isinstance(node.value, str)
         ]
@@ -77,8 +88,7 @@ def found(pattern: str) -> list[str]:
 
 def required_extras() -> list[str]:
     """The extras that `require_extra` tells to install."""
-    code = [path.read_text("utf-8") for path in Path(nsagen.__file__).parent.rglob("*.py")]
-    return sorted({x for text in code for x in re.findall(r'require_extra\([^,]+, "(\w+)"', text)})
+    return sorted({x for text in code_files() for x in re.findall(r'require_extra\([^,]+, "(\w+)"', text)})
 
 
 INTRODUCED = r"(?:Example: |such as: |name one: |Start with: |run: |, then )"

@@ -35,7 +35,7 @@ FOR_HOPPER: dict[str, Param] = {
 }
 LENGTHS = tuple(length for n in range(43) for length in (n % 6, 0, 70 if n % 16 == 5 else 1))
 """Some empty, most shorter than a tile, some longer than one."""
-COUNTS = (63, 64, 65, 127) if torch.cuda.is_available() else (99,)
+COUNTS = (63, 64, 65, 127) if torch.cuda.is_available() else (67,)
 """tests/codegen/test_searches.py has every count for the searches alone."""
 
 

@@ -25,12 +25,16 @@ from nsagen.spec import load_spec, shipped_specs
 
 PATH = Path(__file__).parents[2] / "docs" / "support.json"
 TABLE = read(PATH)
-LISTED = variants(listed())
 
 
 @pytest.fixture(scope="module")
 def every() -> list[Variant]:
     return variants(shipped())
+
+
+@pytest.fixture(scope="module")
+def some() -> list[Variant]:
+    return variants(listed())
 
 
 def test_the_table_has_todays_kernels(every: list[Variant]) -> None:
@@ -55,8 +59,8 @@ def test_no_default_takes_more_shared_memory_than_its_space_says(every: list[Var
     assert more == []
 
 
-def test_what_does_not_compile_fit_or_spills_is_said(tmp_path: Path) -> None:
-    one, two = LISTED[:2]
+def test_what_does_not_compile_fit_or_spills_is_said(some: list[Variant], tmp_path: Path) -> None:
+    one, two = some[:2]
     table = {
         (one.name, one.target): Usage(255, 40, 1 << 18, "wgmma", 3, triton="3.6.0"),
         (two.name, two.target): Usage(0, 0, 0, "", 0, "no ptxas", "3.9.0"),
@@ -72,19 +76,19 @@ def test_what_does_not_compile_fit_or_spills_is_said(tmp_path: Path) -> None:
     assert read(tmp_path / "table.json") == table
 
 
-def test_the_page_counts_kernels_and_those_that_spill() -> None:
-    heavy = {(v.name, v.target): TABLE[v.name, v.target]._replace(loop_spills=9) for v in LISTED}
+def test_the_page_counts_kernels_and_those_that_spill(some: list[Variant]) -> None:
+    heavy = {(v.name, v.target): TABLE[v.name, v.target]._replace(loop_spills=9) for v in some}
     text = page(TABLE | heavy)
     for target in KNOWN_TARGETS:
-        assert f"| `{target}` | {len(LISTED) // len(KNOWN_TARGETS)} |" in text
+        assert f"| `{target}` | {len(some) // len(KNOWN_TARGETS)} |" in text
     for name in shipped_specs():
         assert f"| `{name}` | {len(load_spec(name).workloads())}" in text
     assert " in loops |" in text
 
 
-def test_only_what_is_not_known_is_compiled() -> None:
-    known = {(v.name, v.target): Usage(1, 0, 0, "") for v in LISTED}
-    assert measure(LISTED, known, jobs=1) == dict(sorted(known.items()))
+def test_only_what_is_not_known_is_compiled(some: list[Variant]) -> None:
+    known = {(v.name, v.target): Usage(1, 0, 0, "") for v in some}
+    assert measure(some, known, jobs=1) == dict(sorted(known.items()))
 
 
 @pytest.mark.parametrize(
@@ -97,11 +101,16 @@ def test_only_what_is_not_known_is_compiled() -> None:
     ],
 )
 def test_some_compile(
-    op: str, pass_: str, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    some: list[Variant],
+    op: str,
+    pass_: str,
+    target: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("NSAGEN_CACHE_DIR", str(tmp_path))
     (variant, *_) = (
-        v for v in LISTED if (v.workload.op, v.workload.pass_, v.target) == (op, pass_, target)
+        v for v in some if (v.workload.op, v.workload.pass_, v.target) == (op, pass_, target)
     )
     usage = usage_of(variant)
     assert list(problems({(variant.name, target): usage}, [variant])) == []
