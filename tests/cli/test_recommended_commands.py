@@ -88,7 +88,9 @@ def found(pattern: str) -> list[str]:
 
 def required_extras() -> list[str]:
     """The extras that `require_extra` tells to install."""
-    return sorted({x for text in code_files() for x in re.findall(r'require_extra\([^,]+, "(\w+)"', text)})
+    return sorted(
+        {x for text in code_files() for x in re.findall(r'require_extra\([^,]+, "(\w+)"', text)}
+    )
 
 
 INTRODUCED = r"(?:Example: |such as: |name one: |Start with: |run: |, then )"

@@ -77,8 +77,7 @@ def sizes_for(draw, shape: AttentionShape, pass_: str) -> Sizes:
     edges = [shape.kernel_size, shape.block_size, min(shape.window_size, 96)]
     edge = st.sampled_from([edge + by for edge in edges for by in (-1, 0, 1)])
     lengths = st.one_of(st.sampled_from((0, 1, 2)), edge.map(lambda n: min(n, 96)))
-    # Wide groups make many rows of a token: long sequences of them are left to the longer run.
-    longest = 160 if SECONDS or shape.gqa_ratio <= 16 else 64
+    longest = 160 if SECONDS else 80  # long sequences are left to the longer run
     seqlens = (*draw(st.lists(lengths, max_size=3)), draw(st.integers(33, longest)))
     kv_heads = draw(st.integers(1, 2 if shape.gqa_ratio <= 4 else 1))
     order = draw(st.permutations(seqlens))
