@@ -290,11 +290,11 @@ def test_frequencies_written_between_a_prompt_and_its_next_token(name: str, stat
     model, prefix = with_rope(name)
     rope, frequencies = model.model.rotary_emb, f"{prefix}inv_freq"
     for change in ("written", "assigned", "factor"):
-        old, factor = getattr(rope, frequencies), getattr(rope, f"{prefix}attention_scaling")
-        kept = old.clone()
         cache = StaticCache(config=model.config, max_cache_len=40) if static else DynamicCache()
         model(IDS[:, :12], **{CACHE: cache})
         model(IDS[:, 12:13], **{CACHE: cache})
+        old, factor = getattr(rope, frequencies), getattr(rope, f"{prefix}attention_scaling")
+        kept = old.clone()
         if change == "written":
             getattr(rope, frequencies).mul_(0.5)
         elif change == "assigned":
