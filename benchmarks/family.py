@@ -759,10 +759,12 @@ def failure(error: BaseException) -> str:
     return "\n".join(lines[-6:])
 
 
-def compile_and_check(folder: Path, seconds: float) -> tuple[dict[str, float], dict[str, str]]:
+def compile_and_check(
+    folder: Path, seconds: float, parts: list[str], kernels: list[str]
+) -> tuple[dict[str, float], dict[str, str]]:
     """(wrong, failed) of all children; those that take too long count as failed."""
-    jobs = [("part", name) for name in PARTS if name != "dense"]
-    jobs += [("check", name) for name in checked()]
+    jobs = [("part", name) for name in parts if name != "dense"]
+    jobs += [("check", name) for name in kernels]
     wrong: dict[str, float] = {}
     failed: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
@@ -797,14 +799,23 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def run_all(sizes: Sizes, seconds: float, parts: list[str]) -> dict[str, Any]:
-    """What the JSON file holds."""
+def run_all(
+    sizes: Sizes, seconds: float, parts: list[str], kernels: list[str] | None = None
+) -> dict[str, Any]:
+    """What the JSON file holds.
+
+    Args:
+        seconds: after which nothing is begun.
+        kernels: names of `checked`; None: all.
+    """
     start = time.monotonic()
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name:  # Triton reads a kernel's file when it compiles
         run = Run(sizes, Path(name), end=start + seconds)
         if sizes.device != "cpu":
-            run.wrong, failed = compile_and_check(Path(name), 0.45 * seconds)
+            run.wrong, failed = compile_and_check(
+                Path(name), 0.45 * seconds, parts, list(checked()) if kernels is None else kernels
+            )
             print(f"compiled and checked in {time.monotonic() - start:.0f} s", flush=True)
         for part in parts:
             try:
@@ -877,13 +888,15 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--seconds", type=float, default=145.0, help="begin nothing after these")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--no-checks", action="store_true", help="compare no kernel by itself")
     args = parser.parse_args()
     if args.plot:
         draw(json.loads(args.out.read_text()), args.plot)
         return 0
     seconds = math.inf if args.dry else args.seconds
     torch.set_num_threads(min(8, os.cpu_count() or 1))  # small models run on the CPU too
-    content = run_all(TINY if args.dry else FULL, seconds, args.parts)
+    kernels = [] if args.no_checks else None
+    content = run_all(TINY if args.dry else FULL, seconds, args.parts, kernels)
     args.out.write_text(json.dumps(content, indent=1) + "\n")
     for row in content["goals"]:
         print(json.dumps(row))

@@ -7,9 +7,11 @@ import os
 import pytest
 import torch
 
+from nsagen.cases.base import THRESHOLDS, relative_error
 from nsagen.core.errors import InvalidInputError
 from nsagen.ops import local_band, reference
 from nsagen.ops.local_band import attend_selected, free_entries
+from tests.support import is_hopper
 
 BLOCK, LOCAL, TOPK = 8, 2, 5
 CU_SEQLENS = torch.tensor([0, 52, 52, 57], dtype=torch.int32)
@@ -103,3 +105,32 @@ def test_wide_bands_are_rows_unless_a_variable_says_otherwise(
 def test_a_gpu_that_was_not_measured_takes_the_usual_kernels(dtype: torch.dtype) -> None:
     q = torch.empty(3, 2, 16, dtype=dtype)
     assert not local_band.in_rows("forward", q, q[:, :1], q[:, :1], 64, 8, "")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not is_hopper(), reason="the default on Hopper")
+def test_on_hopper_a_wide_band_is_rows_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any variable, forward and backward, beside all blocks gathered."""
+    monkeypatch.setattr(local_band, "ASKED", "")
+    tokens, block, local, topk = 6000, 64, 33, 64
+    ends = torch.tensor([0, 5000, 5001, tokens], dtype=torch.int32, device="cuda")
+    torch.manual_seed(1)
+    heads = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    leaves = [torch.randn(tokens, n, 128, **heads) for n in (32, 2, 2)]
+    own = reference.positions_in_sequence(ends, tokens)[:, None] // block
+    number = torch.arange(80, device="cuda")
+    score = torch.rand(2, tokens, 80, device="cuda")
+    score = score.masked_fill((number == 0) | (number > own - local), 2.0)
+    best = score.masked_fill(number > own, -1.0).topk(topk)
+    chosen = best.indices.masked_fill(best.values < 0, 99).sort(-1).values
+    topk_idx = chosen.masked_fill(chosen == 99, -1).to(torch.int32)
+    for pass_ in ("forward", "backward"):
+        assert local_band.in_rows(pass_, *leaves, local * block, block, "")
+    found = attend_selected(*leaves, topk_idx, block, local, ends)
+    monkeypatch.setattr(local_band, "ASKED", "0")
+    usual = attend_selected(*leaves, topk_idx, block, local, ends)
+    do = torch.randn_like(found)
+    pairs = [(found, usual)]
+    pairs += zip(*(torch.autograd.grad(o, leaves, do) for o in (found, usual)), strict=True)
+    for a, b in pairs:
+        assert relative_error(a, b) <= THRESHOLDS[torch.bfloat16]
