@@ -2,6 +2,7 @@
 
 from nsagen.model.cache import KVCache, NSACache
 from nsagen.model.configs import InferenceConfig, ToyLlamaConfig, ToyNSALlamaConfig
+from nsagen.model.drafts import PromptLookup
 from nsagen.model.nsa import NativeSparseAttention
 from nsagen.model.rope import RopeConfig
 from nsagen.model.sampling import SamplingConfig
@@ -17,6 +18,7 @@ __all__ = [
     "NSACache",
     "NativeSparseAttention",
     "NewToken",
+    "PromptLookup",
     "RopeConfig",
     "SamplingConfig",
     "ToyLlama",

@@ -30,6 +30,29 @@ from nsagen.model.prefill import Index, settled
 Layer = TypeVar("Layer")
 
 
+@dataclasses.dataclass(frozen=True)
+class Overwritten:
+    """Entries of a cache as they were before tokens were appended.
+
+    Attributes:
+        rings: [layers, slots, kernel_size, HK, dim] each.
+        index: int64 [n, R] twice, slots and places in them.
+        entries: [layers, n, R, HK, dim] each.
+    """
+
+    rings: tuple[Tensor, ...]
+    index: Index | None
+    entries: tuple[Tensor, ...]
+
+    def restore(self, taken_back: Tensor) -> None:
+        """Put back what tokens overwrote: bool [n, R], those that are taken back."""
+        if self.index is None:
+            return
+        for ring, entries in zip(self.rings, self.entries, strict=True):
+            now = ring[:, *self.index]
+            ring[:, *self.index] = torch.where(taken_back[:, :, None, None], entries, now)
+
+
 class _Cache(Generic[Layer]):
     """All layers' caches; indexing gives one layer's."""
 
@@ -135,6 +158,30 @@ class _Cache(Generic[Layer]):
     def capacity(self, slot: int) -> int:
         """Tokens that a slot can hold now."""
         return self.limits.max_length if self.pages is None else self.pages.capacity(slot)
+
+    @property
+    def most_together(self) -> int:
+        """How many new tokens of a sequence may be appended at once."""
+        return self.limits.max_length if self.windows is None else self.windows[0]
+
+    def overwritten(self, positions: Tensor, slots: Tensor, tokens: int) -> Overwritten:
+        """What appending overwrites that is needed again where tokens are taken back.
+
+        That is the oldest keys before rope. Everything else of a token lies where its successor
+        will, and is not seen before.
+
+        Args:
+            positions: int32 [R], of the first token of each sequence; any for idle rows.
+            slots: int32 [R], all different.
+            tokens: of each sequence, at most `most_together`.
+        """
+        rings = [tensor for name, tensor in self._tensors.items() if name.endswith("_raw")]
+        if self.windows is None or not rings:
+            return Overwritten((), None, ())
+        offsets = torch.arange(tokens, dtype=positions.dtype, device=positions.device)
+        place = (positions + offsets[:, None]).to(torch.int64) % self.windows[0]
+        index = (slots.to(torch.int64).expand_as(place), place)
+        return Overwritten(tuple(rings), index, tuple(ring[:, *index] for ring in rings))
 
     def token_index(self, slot: Tensor, position: Tensor) -> Index:
         """Where tokens lie in k and v."""

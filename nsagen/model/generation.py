@@ -14,6 +14,7 @@ from torch.nn.modules import module as modules
 from nsagen.core.errors import CapacityError
 from nsagen.model.checks import require
 from nsagen.model.configs import InferenceConfig, ToyLlamaConfig
+from nsagen.model.drafts import Drafter, check_drafter
 from nsagen.model.fused import may_fuse, own, renew_joined
 from nsagen.model.layers import project
 from nsagen.model.memory import home_of
@@ -169,6 +170,24 @@ class Generation(nn.Module, Generic[Cache]):
         rows = DecodeRows(positions, slots, self.may_fuse())
         return self.pass_logits(tokens, rows, cache)
 
+    @torch.no_grad()
+    def several_logits(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, cache: Cache
+    ) -> Tensor:
+        """Run a few new tokens of each sequence, as many steps would, with the cache that they
+        leave: the queries of a token see no later one.
+
+        Args:
+            tokens: int64 [n, R], n at most kernel_size.
+            positions: int32 [n, R], consecutive down a column; -1 for idle rows, below the others.
+            slots: int32 [R], all different.
+
+        Returns:
+            [n, R, vocab], in the weights' dtype.
+        """
+        rows = DecodeRows.several(positions, slots, cache.windows, self.may_fuse())
+        return self.pass_logits(tokens.flatten(), rows, cache).unflatten(0, tokens.shape)
+
     def _weight(self) -> Tensor:
         return next(self.parameters())
 
@@ -198,6 +217,7 @@ class Generation(nn.Module, Generic[Cache]):
         stop_tokens: Iterable[int] = (),
         stream: Callable[[NewToken], None] | None = None,
         cuda_graph: bool | None = None,
+        drafter: Callable[[], Drafter] | None = None,
     ) -> Tensor:
         """Continue each prompt of a packed batch.
 
@@ -215,6 +235,8 @@ class Generation(nn.Module, Generic[Cache]):
             stream: called with each new token in its sequence's order; `sequence` is the
                 prompt's index in the batch.
             cuda_graph: replay captured steps; `inference_config.cuda_graph` by default.
+            drafter: makes what guesses a sequence's next tokens, as in `ContinuousBatch.add`;
+                called once for each prompt.
 
         Returns:
             int64 [batch, max_new_tokens]; -1 after a sequence's end.
@@ -242,11 +264,12 @@ class Generation(nn.Module, Generic[Cache]):
         stops = check_stop_tokens("generate", stop_tokens)
         check_cuda_graph("generate", cuda_graph)
         check_stream("generate", stream)
+        check_drafter("generate", drafter)
         tokens: list[list[int]] = [[] for _ in lengths]
         if steps > 0 and lengths:
             prompts = input_ids.to(torch.int64, copy=True).split(lengths)
             requests = [
-                Request(prompt, steps, stops, one)
+                Request(prompt, steps, stops, one, drafter=drafter)
                 for prompt, one in zip(prompts, samplings, strict=True)
             ]
             self._run(

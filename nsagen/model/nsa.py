@@ -216,7 +216,8 @@ class NativeSparseAttention(JoinsWeights, NSAOps):
         """Add tokens to the cache and attend with them: [N, HQ * Dv]."""
         tables = self.rotary_emb.tables(heads.q)
         if isinstance(rows, DecodeRows):
-            return self.decode_heads(heads, gate, rows.positions, rows.slots, cache, tables)
+            places = (rows.positions, rows.slots, cache, tables, rows.appended)
+            return self.decode_heads(heads, gate, *places)
         seen = self.append(heads, rows, cache, tables)
         return self.attend(self.with_context(seen, rows, cache), gate)
 

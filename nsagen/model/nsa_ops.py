@@ -229,24 +229,36 @@ class NSAOps(nn.Module):
         slots: Tensor,
         cache: NSALayerCache,
         tables: Tables,
+        appended: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Append one token of each sequence to the cache and attend from it: [R, HQ * Dv]."""
+        """Append a token of each row to the cache and attend from it: [R, HQ * Dv].
+
+        Args:
+            appended: of several tokens of a sequence, the positions that go into the cache
+                together; see `DecodeRows`.
+        """
         rows, s = (positions, slots), self.sparsity
         common = {"block_table": cache.block_table, "dispatcher": self.dispatcher}
         w_k, w_v, pe, pe_v = self._compression(heads.compressed.k)
-        q = ops.cache_append(
-            *(heads.q, heads.selected.k, heads.selected.v),
-            *tables,
-            *(w_k, w_v, pe),
-            *rows,
-            *(cache.k, cache.v, cache.ck, cache.cv, cache.k_raw),
-            compress_type=s.key_type,
-            v_compress_type=s.value_type,
-            pe_v=pe_v,
-            separate=_separate(heads, cache),
-            **s.window_sizes,
-            **common,
-        )
+        turned = [
+            ops.cache_append(
+                *(heads.q, heads.selected.k, heads.selected.v),
+                *tables,
+                *(w_k, w_v, pe),
+                *(at, slots),
+                *(cache.k, cache.v, cache.ck, cache.cv, cache.k_raw),
+                compress_type=s.key_type,
+                v_compress_type=s.value_type,
+                pe_v=pe_v,
+                separate=_separate(heads, cache),
+                **s.window_sizes,
+                **common,
+            )
+            for at in appended or (positions,)
+        ]
+        q = turned[0]
+        for other in turned[1:]:  # 0 for the rows that are not in it
+            q = q + other
         common["softmax_scale"] = self.softmax_scale
         if s.needs_windows:
             o_compressed, topk_idx = ops.compressed_attention_decode(

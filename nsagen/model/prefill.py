@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -181,23 +181,66 @@ class PrefillRows:
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """One new token of each of several sequences, after those that a cache holds.
+    """One new token of each of several sequences, or a few, after those that a cache holds.
 
     Attributes:
         positions: int32 [R], of the tokens; -1: an idle row.
         slots: int32 [R], the sequences' slots in the cache.
         fused: whether layers run as fused products; see `nsagen.model.fused`.
+        appended: int32 [R] each, the positions of the rows that go into the cache together, and -1
+            for the others; in this order.
     """
 
     positions: Tensor
     slots: Tensor
     fused: bool = False
+    appended: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def several(
+        cls,
+        positions: Tensor,
+        slots: Tensor,
+        windows: tuple[int, int] | None,
+        fused: bool = False,
+    ) -> DecodeRows:
+        """A few new tokens of each sequence.
+
+        Args:
+            positions: int32 [n, S], consecutive down a column; -1 for idle rows, below the others.
+            slots: int32 [S], all different.
+            windows: the cache's kernel_size, at least n, and kernel_stride; None for dense ones.
+        """
+        rows = cls(positions.flatten(), slots.repeat(positions.shape[0]), fused)
+        if windows is None:
+            return rows
+        order, count = _append_order(positions, *windows)
+        turns = tuple(positions.masked_fill(order != i, -1).flatten() for i in range(count))
+        return replace(rows, appended=turns)
 
     @property
     def cu_seqlens(self) -> Tensor:
         """int32 [R+1]: each row is a sequence of one token."""
         rows = self.positions.shape[0] + 1
         return torch.arange(rows, dtype=torch.int32, device=self.positions.device)
+
+
+def _append_order(positions: Tensor, size: int, stride: int) -> tuple[Tensor, int]:
+    """In which of how many turns each token is appended.
+
+    A token that completes a window reads those before it from the cache, and those after it
+    overwrite the oldest keys before rope. So it has a turn of its own, between the others.
+
+    Returns:
+        int [n, S], and the number of turns: as few as for any positions.
+    """
+    tokens = positions.shape[0]
+    turns = 2 * -(-tokens // stride) + 1
+    if tokens <= turns:
+        each = torch.arange(tokens, device=positions.device)
+        return each[:, None].expand_as(positions), tokens
+    last = [(positions + shift - size) // stride for shift in (0, 1)]  # windows complete by then
+    return 2 * (last[1] - last[0][:1]) - (last[1] - last[0]), turns
 
 
 CachedRows = PrefillRows | DecodeRows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nsagen.core.errors import InvalidInputError
 from nsagen.model.checks import is_bool, is_dense, is_integer, kind_of, require
 from nsagen.model.configs import InferenceConfig
+from nsagen.model.drafts import Drafter
 from nsagen.model.fused import is_bare, is_own, is_patched
 from nsagen.model.memory import home_of, require_memory
 from nsagen.model.sampling import SamplingConfig
@@ -36,6 +37,7 @@ class Request:
         stop_tokens: tokens that end the sequence.
         sampling: how tokens are chosen.
         keep: whether the sequence keeps its place in the cache after its end.
+        drafter: makes what guesses the sequence's next tokens; None: they come one by one.
         text: the prompt on the host; None: it is read from the device when it is needed.
     """
 
@@ -44,6 +46,7 @@ class Request:
     stop_tokens: frozenset[int]
     sampling: SamplingConfig
     keep: bool = False
+    drafter: Callable[[], Drafter] | None = None
     text: tuple[int, ...] | None = None
 
     @property

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nsagen.model.drafts import Drafter
 from nsagen.model.requests import Request
 
 Finished = Literal["", "stop", "length", "error"]
@@ -113,9 +114,19 @@ class RunningSequence:
         return tuple(self.request.prompt.tolist()) if text is None else text
 
     @property
-    def text(self) -> tuple[int, ...]:
-        """Prompt and new tokens."""
-        return (*self.prompt, *self.output)
+    def text(self) -> list[int]:
+        """Prompt and new tokens: one list, which grows with these."""
+        self._text += self.output[len(self._text) - self.length :]
+        return self._text
+
+    @cached_property
+    def _text(self) -> list[int]:
+        return list(self.prompt)
+
+    @cached_property
+    def drafter(self) -> Drafter | None:
+        """What guesses its next tokens; None without one."""
+        return None if self.request.drafter is None else self.request.drafter()
 
     def resumed(self, request: Request, start: int) -> RunningSequence:
         """The sequence with a longer prompt, of which the cache holds `start` tokens."""

@@ -7,9 +7,10 @@ import operator
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from nsagen.core.errors import CapacityError, InvalidInputError
 from nsagen.model.checks import is_integer, require
+from nsagen.model.drafts import Drafter, check_draft, check_drafter
 from nsagen.model.fused import renew_joined
 from nsagen.model.memory import home_of
 from nsagen.model.packing import to_device
@@ -82,12 +84,15 @@ class ContinuousBatch:
         weights_change: whether a program may write to weights through `.data` while sequences run,
             which PyTorch does not report. If so, the copies of weights that fused products read
             are renewed for each new sequence, and otherwise only for the first in an empty batch.
+        drafted, accepted: tokens that drafters guessed, and those of them that were right.
     """
 
     model: Any
     cuda_graph: bool | None = None
     retries: bool = field(default=True, init=False, repr=False)
     weights_change: bool = field(default=True, init=False, repr=False)
+    drafted: int = field(default=0, init=False)
+    accepted: int = field(default=0, init=False)
     _count: int = field(default=0, init=False)
     _waiting: list[RunningSequence] = field(default_factory=list, init=False)
     _running: list[RunningSequence] = field(default_factory=list, init=False)
@@ -143,6 +148,7 @@ class ContinuousBatch:
         stop_tokens: Iterable[int] = (),
         sampling: SamplingConfig | None = None,
         keep: bool = False,
+        drafter: Callable[[], Drafter] | None = None,
     ) -> int:
         """Add a sequence to the batch; its first token comes from a later step.
 
@@ -154,6 +160,9 @@ class ContinuousBatch:
             stop_tokens: tokens that end the sequence; the stop token is its last.
             sampling: how tokens are chosen; the most likely ones by default.
             keep: keep its slot and pages after its end, for `resume`, until `cancel`.
+            drafter: makes what guesses the sequence's next tokens, such as `PromptLookup`: called
+                once, without arguments. A step then takes all guesses that are right. The tokens
+                are the same as without.
 
         Returns:
             the sequence's number: 0, 1, 2, ... in the order of calls; never reused.
@@ -165,7 +174,7 @@ class ContinuousBatch:
         with self._lock:
             where = f"ContinuousBatch: sequence {self._count}"
             options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-            options["keep"] = keep
+            options |= {"keep": keep, "drafter": drafter}
             return self.admit(where, self.checked(where, prompt, stop_tokens, **options))
 
     def resume(
@@ -177,6 +186,7 @@ class ContinuousBatch:
         stop_tokens: Iterable[int] = (),
         sampling: SamplingConfig | None = None,
         keep: bool = True,
+        drafter: Callable[[], Drafter] | None = None,
     ) -> None:
         """Go on with a sequence that was kept after its end: a chat's next turn.
 
@@ -208,9 +218,8 @@ class ContinuousBatch:
             require(new.shape[0] > 0, where, "a turn must have a token", "none", "pass some")
             text = torch.tensor(one.text, dtype=torch.int64, device="cpu")
             options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
-            request = self.checked(
-                where, torch.cat((text, new.to("cpu"))), stop_tokens, **options, keep=keep
-            )
+            options |= {"keep": keep, "drafter": drafter}
+            request = self.checked(where, torch.cat((text, new.cpu())), stop_tokens, **options)
             self._check_model(where)
             self.cache.reserve(one.slot, request.tokens, where)
             self._enter(one.resumed(request, self.cache.settled(one.cached)))
@@ -224,6 +233,7 @@ class ContinuousBatch:
         stop_tokens: Iterable[int] = (),
         sampling: SamplingConfig | None = None,
         keep: bool = False,
+        drafter: Callable[[], Drafter] | None = None,
     ) -> int:
         """Add a sequence that begins with another's prompt and all its tokens so far.
 
@@ -251,7 +261,8 @@ class ContinuousBatch:
                 )
             options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
             text = torch.tensor(one.text, dtype=torch.int64, device="cpu")
-            request = self.checked(where, text, stop_tokens, **options, keep=keep)
+            options |= {"keep": keep, "drafter": drafter}
+            request = self.checked(where, text, stop_tokens, **options)
             return self.admit(where, request, of=one)
 
     def checked(
@@ -263,6 +274,7 @@ class ContinuousBatch:
         max_new_tokens: int = -1,
         sampling: SamplingConfig | None = None,
         keep: bool = False,
+        drafter: Callable[[], Drafter] | None = None,
     ) -> Request:
         """What `admit` takes, from what `add` takes; the batch is unchanged, and not waited for.
 
@@ -276,10 +288,11 @@ class ContinuousBatch:
         stops = check_stop_tokens(where, stop_tokens)
         sampling = check_sampling(where, sampling)
         check_keep(where, keep)
+        check_drafter(where, drafter)
         copied = tokens.to(self.cache.device, torch.int64, copy=True)
-        known = not tokens.is_cuda and (keep or self.limits.share_prefixes)
-        text = tuple(tokens.tolist()) if known else None
-        return Request(copied, limit, stops, sampling, keep, text)
+        needed = keep or drafter is not None or self.limits.share_prefixes
+        text = tuple(tokens.tolist()) if needed and not tokens.is_cuda else None
+        return Request(copied, limit, stops, sampling, keep, drafter, text)
 
     def admit(self, where: str, request: Request, *, of: RunningSequence | None = None) -> int:
         """`add` for a request that is already checked.
@@ -474,9 +487,10 @@ class ContinuousBatch:
     def _advance(self) -> None:
         self._end_complete(list(self._running))  # those of a step that was interrupted
         self._prefill()
+        drafts = self._drafts()
         if self._running:
-            self._decode()
-        self._receive(in_flight=bool(self._running))
+            self._decode(drafts)
+        self._receive(in_flight=bool(self._running) and not drafts)
 
     def _prefill(self) -> None:
         chosen = self._next_pieces()
@@ -566,10 +580,29 @@ class ContinuousBatch:
         positions = self._to_device([one.length for one in ready])
         return SamplingRows.of(configs, logits.device).sample(logits, positions)
 
-    def _decode(self) -> None:
+    def _drafts(self) -> dict[RunningSequence, list[int]]:
+        """Guesses of what follows the running sequences. The host must know all their tokens, so
+        it waits for those in flight, if any sequence has a drafter."""
+        if not any(one.request.drafter for one in self._running):
+            return {}
+        self._receive(in_flight=False)
+        drafts = {}
+        for one in list(self._running):
+            most = min(self._step.most_drafted, one.request.limit - one.chosen - 1)
+            try:
+                if one.drafter is not None and most > 0:
+                    draft = check_draft(one.drafter(one.text, most), most, vocabulary(self.model))
+                    if draft:
+                        drafts[one] = draft
+            except Exception as error:
+                _free_frames(error)
+                self._fail(one, error)
+        return drafts
+
+    def _decode(self, drafts: Mapping[RunningSequence, list[int]]) -> None:
         together = list(self._running)
         try:
-            self._run_rows(together)
+            self._run_rows(together, drafts)
         except Exception as error:
             _free_frames(error)
             if not self.retries:
@@ -599,19 +632,52 @@ class ContinuousBatch:
                 failed[one] = error
         return failed
 
-    def _run_rows(self, sequences: list[RunningSequence]) -> None:
+    def _run_rows(
+        self,
+        sequences: list[RunningSequence],
+        drafts: Mapping[RunningSequence, list[int]] = MappingProxyType({}),
+    ) -> None:
         """Run a step of these sequences; if it fails, they stay as they were."""
         try:
             self._seat(sequences)
             host = self._host_memory(len(sequences))
             # A few sizes, not all: each is captured once. Rows past the last sequence are idle.
             count = min(1 << (len(sequences) - 1).bit_length(), self.limits.max_batch_size)
-            tokens = self._step.run(count, cuda_graph=bool(self.cuda_graph))
-            self._requested(sequences, tokens[: len(sequences)], host)
+            if drafts:
+                self._verify(sequences, drafts, count)
+            else:
+                tokens = self._step.run(count, cuda_graph=bool(self.cuda_graph))
+                self._requested(sequences, tokens[: len(sequences)], host)
         except BaseException:
             self._rows = None  # what the device holds of them is unknown
             raise
         self._end_complete(sequences)
+
+    def _verify(
+        self,
+        sequences: list[RunningSequence],
+        drafts: Mapping[RunningSequence, list[int]],
+        count: int,
+    ) -> None:
+        """A step that may get several tokens of each sequence. The host waits for it, because it
+        must know how many before it can do anything else."""
+        try:
+            guesses = [drafts.get(one, []) for one in sequences]
+            cuda_graph = bool(self.cuda_graph)
+            accepted, *chosen = self._step.verify(guesses, count, cuda_graph=cuda_graph).tolist()
+            rows = zip(sequences, accepted, *chosen, strict=False)  # idle rows are behind
+            new = [(one, token) for one, right, *tokens in rows for token in tokens[: 1 + right]]
+            owners, tokens = zip(*new, strict=True)
+            readout = Readout(owners, torch.tensor(tokens, device="cpu"), None)
+        except BaseException:
+            self._step.take_back()
+            raise
+        self._readouts.append(readout)
+        for place, one in enumerate(owners):
+            one.chosen += 1
+            one.newest = (readout, place)
+        self.drafted += sum(map(len, guesses))
+        self.accepted += len(owners) - len(sequences)
 
     def _seat(self, sequences: list[RunningSequence]) -> None:
         """Give the step's rows to these sequences."""

@@ -1,17 +1,25 @@
-"""One decoding step: buffers that never move, and the CUDA graph that replays it."""
+"""One decoding step: buffers that never move, and the CUDA graphs that replay it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nsagen.model.drafts import MOST_DRAFTED
 from nsagen.model.fused import CAPTURING, WeightState, refresh_joined, state_of
 from nsagen.model.packing import to_device
 from nsagen.model.sampling import SamplingConfig, SamplingRows
+
+if TYPE_CHECKING:
+    from nsagen.model.cache import Overwritten
+
+
+Kind = tuple[int, bool, int]
+"""What a step is captured for: its rows, whether any of them is sampled, tokens of each."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,8 @@ class DecodeStep:
 
     All state is in device buffers whose memory never moves, and a step reads none of it on the
     host. So a CUDA graph of a step, once captured for a number of rows, replays for any sequences
-    in them.
+    in them. A step that verifies drafts gives several tokens of each row to the model. It takes
+    those that the model would have chosen itself, and the one that it chooses after them.
 
     Args:
         model: what decodes; its weights may change in place, and graphs are captured again when
@@ -45,7 +54,12 @@ class DecodeStep:
         newest: int64 [slots], by slot, the newest tokens of sequences that are in no row.
         tokens: int64 [rows], the rows' newest tokens.
         positions: int32 [rows], their positions; -1: an idle row.
-        slots: int32 [rows].
+        slots: int32 [rows]; idle rows have the slots of no row, so that all are different.
+        most_drafted: tokens of a draft.
+        drafts: int64 [most_drafted, rows], down a column.
+        drafted: int32 [rows], how many of these there are.
+        verified: int64 [most_drafted + 2, rows]: how many tokens of a draft were right, and under
+            that the chosen ones, of which the first `1 + that` count.
     """
 
     def __init__(self, model: Any, cache: Any) -> None:
@@ -54,10 +68,15 @@ class DecodeStep:
         self.newest = torch.zeros(rows, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.positions = torch.full((rows,), -1, dtype=torch.int32, device=device)
-        self.slots = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.slots = torch.arange(rows, dtype=torch.int32, device=device)
+        self.most_drafted = most = min(MOST_DRAFTED, cache.most_together - 1)
+        self.drafts = torch.zeros(most, rows, dtype=torch.int64, device=device)
+        self.drafted = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.verified = torch.zeros(most + 2, rows, dtype=torch.int64, device=device)
         self.sampling = SamplingRows(rows, device)
         self._rows: tuple[Row, ...] = ()
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Kind, tuple[torch.cuda.CUDAGraph, Overwritten | None]] = {}
+        self._before: Overwritten | None = None
         self._state = WeightState((), ())
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
@@ -73,8 +92,10 @@ class DecodeStep:
             old = self._to_device([self._rows[i].slot for i in kept], torch.int64)
             self.newest[old] = self.tokens[self._to_device(list(kept), torch.int64)]
         count = len(rows)
-        slots = self._to_device([row.slot for row in rows], torch.int32)
-        self.slots.zero_()[:count] = slots
+        taken = [row.slot for row in rows]
+        others = sorted(set(range(len(self.slots))) - set(taken))
+        self.slots.copy_(self._to_device(taken + others, torch.int32))
+        slots = self.slots[:count]
         self.positions.fill_(-1)
         self.positions[:count] = self._to_device([row.position for row in rows], torch.int32)
         self.tokens[:count] = self.newest[slots.to(torch.int64)]
@@ -87,44 +108,110 @@ class DecodeStep:
         Returns:
             `tokens[:count]`, which the next step changes.
         """
-        sampled = any(row.sampling.temperature > 0 for row in self._rows)
-        if not (cuda_graph and self.cache.device.type == "cuda"):
-            return self.compute(count, sampled)
-        state = state_of(self.model)
+        self._run((count, self._sampled, 1), cuda_graph)
+        return self.tokens[:count]
+
+    def verify(self, drafts: Sequence[Sequence[int]], count: int, *, cuda_graph: bool) -> Tensor:
+        """Run a step of the first `count` rows and of what may follow their newest tokens.
+
+        Args:
+            drafts: of each row, at most `most_drafted` tokens; none after the last row with any.
+
+        Returns:
+            the first columns of `verified`, [2 + n, count] with n >= the longest draft.
+        """
+        longest = max(map(len, drafts))
+        # A few sizes, not all: each is captured once.
+        tokens = min(1 << longest.bit_length(), self.most_drafted + 1)
+        self.drafted.zero_()[: len(drafts)] = self._to_device([*map(len, drafts)], torch.int32)
+        rows = [[*draft, *[0] * (tokens - 1 - len(draft))] for draft in drafts]
+        columns = to_device([t for row in rows for t in row], torch.int64, self.cache.device)
+        self.drafts[: tokens - 1, : len(drafts)] = columns.view(len(drafts), tokens - 1).T
+        self._run((count, self._sampled, tokens), cuda_graph)
+        return self.verified[: 1 + tokens, :count]
+
+    def take_back(self) -> None:
+        """After a failure, put back what the last step's tokens overwrote in the cache."""
+        if self._before is not None:
+            index = self._before.index
+            if index is not None:
+                self._before.restore(torch.ones_like(index[0], dtype=torch.bool))
+
+    @property
+    def _sampled(self) -> bool:
+        return any(row.sampling.temperature > 0 for row in self._rows)
+
+    def _run(self, kind: Kind, cuda_graph: bool) -> None:
+        self._before = None
+        captures = cuda_graph and self._may_capture
+        state = state_of(self.model) if captures else None
         if state is None:  # hooks and foreign modules run in Python, at every step
-            return self.compute(count, sampled)
+            self.compute(*kind)
+            return
         if state.addresses != self._state.addresses:
             self._graphs.clear()
             self._pool = None  # the allocator drops a pool with the last graph that used it
         elif state.contents != self._state.contents:
             refresh_joined(self.model)
-        if (count, sampled) not in self._graphs:
-            self._graphs[count, sampled] = self._capture(count, sampled)
+        if kind not in self._graphs:
+            self._graphs[kind] = self._capture(kind)
             state = state_of(self.model) or state
         self._state = state
-        self._graphs[count, sampled].replay()
-        return self.tokens[:count]
+        graph, self._before = self._graphs[kind]
+        graph.replay()
 
-    def compute(self, count: int, sampled: bool) -> Tensor:
-        """The work of `run`, launch by launch."""
+    @property
+    def _may_capture(self) -> bool:
+        return self.cache.device.type == "cuda"
+
+    def compute(self, count: int, sampled: bool, several: int = 1) -> Tensor:
+        """The work of `run` or, with several tokens of each row, of `verify`, launch by launch."""
         tokens, positions = self.tokens[:count], self.positions[:count]
-        logits = self.model.step_logits(tokens, positions, self.slots[:count], self.cache)
-        chosen = self.sampling.sample(logits, positions + 1) if sampled else logits.argmax(-1)
-        tokens.copy_(chosen)
+        slots = self.slots[:count]
+        if several > 1:
+            self._compute_several(tokens, positions, slots, sampled, several)
+            return tokens
+        logits = self.model.step_logits(tokens, positions, slots, self.cache)
+        tokens.copy_(self._choose(logits, positions + 1, sampled))
         positions.add_(positions >= 0)
         return tokens
 
-    def _capture(self, count: int, sampled: bool) -> torch.cuda.CUDAGraph:
+    def _compute_several(
+        self, tokens: Tensor, positions: Tensor, slots: Tensor, sampled: bool, several: int
+    ) -> None:
+        count = tokens.shape[0]
+        offsets = torch.arange(several, dtype=torch.int32, device=positions.device)[:, None]
+        there = (positions >= 0) & (offsets <= self.drafted[:count])
+        given = torch.cat((tokens[None], self.drafts[: several - 1, :count]))
+        places = (positions + offsets).masked_fill(~there, -1)
+        self._before = before = self.cache.overwritten(positions, slots, several)
+        logits = self.model.several_logits(given, places, slots, self.cache)
+        after = positions + 1
+        chosen = torch.stack([self._choose(x, after + i, sampled) for i, x in enumerate(logits)])
+        right = (chosen[:-1] == given[1:]) & there[1:]
+        accepted = right.to(torch.int64).cumprod(0).sum(0)
+        before.restore(offsets > accepted)
+        self.verified[0, :count] = accepted
+        self.verified[1 : 1 + several, :count] = chosen
+        tokens.copy_(chosen.gather(0, accepted[None])[0])
+        positions.add_(((accepted + 1) * (positions >= 0)).to(torch.int32))
+
+    def _choose(self, logits: Tensor, positions: Tensor, sampled: bool) -> Tensor:
+        """The tokens at these positions, int64 [rows]."""
+        return self.sampling.sample(logits, positions) if sampled else logits.argmax(-1)
+
+    def _capture(self, kind: Kind) -> tuple[torch.cuda.CUDAGraph, Overwritten | None]:
         tokens, positions = self.tokens.clone(), self.positions.clone()
         self.positions.fill_(-1)  # idle rows change no cache: warming up leaves no trace
         try:
             with CAPTURING:
-                return self._captured(count, sampled)
+                return self._captured(kind), self._before
         finally:
+            self._before = None  # nothing has run yet
             self.tokens.copy_(tokens)
             self.positions.copy_(positions)
 
-    def _captured(self, count: int, sampled: bool) -> torch.cuda.CUDAGraph:
+    def _captured(self, kind: Kind) -> torch.cuda.CUDAGraph:
         device = self.cache.device
         # Without a stream of its own, PyTorch captures on one that belongs to the GPU which was
         # current at the process's first capture. Graphs that share a pool share their stream.
@@ -132,7 +219,7 @@ class DecodeStep:
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # loads kernels and workspaces, which a capture may not
             for _ in range(2):
-                self.compute(count, sampled)
+                self.compute(*kind)
         torch.cuda.current_stream(device).wait_stream(side)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -140,7 +227,7 @@ class DecodeStep:
         # Other threads may launch and allocate meanwhile: that does not touch this capture.
         mode = "thread_local"
         with torch.cuda.graph(graph, self._pool, side, capture_error_mode=mode):
-            self.compute(count, sampled)
+            self.compute(*kind)
         return graph
 
     def _to_device(self, values: list[int], dtype: torch.dtype) -> Tensor:
