@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nsagen.cli.options import Attention, Device, Json, Kernels
+from nsagen.cli.options import Attention, Device, Drafts, Json, Kernels
 from nsagen.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed for sampling and for random weights.")] = 0,
     device: Device = None,
     kernels: Kernels = None,
+    drafts: Drafts = False,
     as_json: Json = False,
 ) -> None:
     """Continue a text with a checkpoint or, without one, with a tiny random model."""
@@ -64,7 +65,7 @@ def generate(
     start = time.perf_counter()
     new: list[int] = []
     stream = tokenizer.stream()
-    for token in _tokens(made, ids, max_new_tokens, tokenizer.stop, sampling):
+    for token in _tokens(made, ids, max_new_tokens, tokenizer.stop, sampling, drafts):
         if token in tokenizer.stop:
             break
         new.append(token)
@@ -112,13 +113,18 @@ def _read(stream: Any) -> str:
 
 
 def _tokens(
-    model: Any, ids: list[int], count: int, stops: frozenset[int], sampling: SamplingConfig
+    model: Any,
+    ids: list[int],
+    count: int,
+    stops: frozenset[int],
+    sampling: SamplingConfig,
+    drafts: bool,
 ) -> Iterator[int]:
     """New tokens, each as soon as it is known."""
-    from nsagen.model import ContinuousBatch
+    from nsagen.model import ContinuousBatch, PromptLookup
 
-    batch = ContinuousBatch(model)
-    batch.add(ids, max_new_tokens=count, stop_tokens=stops, sampling=sampling)
+    batch, drafter = ContinuousBatch(model), PromptLookup if drafts else None
+    batch.add(ids, max_new_tokens=count, stop_tokens=stops, sampling=sampling, drafter=drafter)
     for new in batch.run():
         if new.error is not None:
             raise new.error

@@ -47,6 +47,13 @@ Kernels = Annotated[
     typer.Option("--kernels", help="Generated package to use on a GPU, such as llama8b."),
 ]
 
+Drafts = Annotated[
+    bool,
+    typer.Option(
+        "--drafts", help="Guess tokens from what the text repeats; a step verifies up to 7."
+    ),
+]
+
 
 def sizes_of(text: str) -> tuple[int, ...]:
     """The numbers of `2048,16384`.

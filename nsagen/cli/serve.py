@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nsagen.cli.options import Attention, Device, Json, Kernels
+from nsagen.cli.options import Attention, Device, Drafts, Json, Kernels
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.installed import require_extra
 
@@ -43,6 +43,11 @@ def serve(
         int | None,
         typer.Option(min=1, help="Keep the cache in this many pages of 64 tokens, or of a block."),
     ] = None,
+    share_prefixes: Annotated[
+        bool,
+        typer.Option("--share-prefixes", help="With --pages: compute a common beginning once."),
+    ] = False,
+    drafts: Drafts = False,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait for a slot.")] = 256,
     attention: Attention = None,
     device: Device = None,
@@ -62,7 +67,7 @@ def serve(
         guide_model,
         random_model,
     )
-    from nsagen.model import InferenceConfig
+    from nsagen.model import InferenceConfig, PromptLookup
     from nsagen.serve.app import make_app
     from nsagen.serve.engine import Engine
     from nsagen.serve.server import bound
@@ -74,6 +79,10 @@ def serve(
         raise InvalidInputError(
             "serve: --pages is for Native Sparse Attention; got it with --attention dense; "
             "leave one out"
+        )
+    if share_prefixes and pages is None:
+        raise InvalidInputError(
+            "serve: --share-prefixes needs a cache in pages; got no --pages; add it"
         )
     if sizes not in ("tiny", "guide"):
         raise InvalidInputError(f"serve: --sizes must be tiny or guide; got {sizes!r}; choose one")
@@ -87,6 +96,7 @@ def serve(
         prefill_chunk_size=prefill_chunk_size,
         paged=pages is not None,
         num_pages=pages,
+        share_prefixes=share_prefixes,
     )
     if model is not None:
         tokenizer = checkpoint_tokenizer(model)
@@ -99,7 +109,7 @@ def serve(
     called = name or (sizes if model is None else model.resolve().name)
     size = limits.cache_bytes(made.config, next(made.parameters()).dtype)
     _log.info("the cache takes %.2f GB", size / 1e9)
-    engine = Engine(made, queue)
+    engine = Engine(made, queue, PromptLookup if drafts else None)
 
     def ready(url: str) -> None:
         if as_json:

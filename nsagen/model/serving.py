@@ -668,14 +668,10 @@ class ContinuousBatch:
             rows = zip(sequences, accepted, *chosen, strict=False)  # idle rows are behind
             new = [(one, token) for one, right, *tokens in rows for token in tokens[: 1 + right]]
             owners, tokens = zip(*new, strict=True)
-            readout = Readout(owners, torch.tensor(tokens, device="cpu"), None)
+            self._read_out(Readout(owners, torch.tensor(tokens, device="cpu"), None))
         except BaseException:
             self._step.take_back()
             raise
-        self._readouts.append(readout)
-        for place, one in enumerate(owners):
-            one.chosen += 1
-            one.newest = (readout, place)
         self.drafted += sum(map(len, guesses))
         self.accepted += len(owners) - len(sequences)
 
@@ -723,10 +719,13 @@ class ContinuousBatch:
         if tokens.is_cuda:
             arrived = torch.cuda.Event()
             arrived.record()
-        readout = Readout(tuple(sequences), host, arrived)
-        before = [(one, one.chosen, one.newest) for one in sequences]
+        self._read_out(Readout(tuple(sequences), host, arrived))
+
+    def _read_out(self, readout: Readout) -> None:
+        """Count new tokens that are on their way to the host, or there."""
+        before = [(one, one.chosen, one.newest) for one in readout.sequences]
         try:
-            for place, one in enumerate(sequences):
+            for place, one in enumerate(readout.sequences):
                 one.chosen += 1
                 one.newest = (readout, place)
             self._readouts += (readout,)

@@ -114,11 +114,10 @@ class _Server:
 
     def call(self, body: SamplingFields, prompts: list[list[int]], limit: int) -> Call:
         sampling, batch = sampling_of(body), self.engine.batch
+        options: dict[str, Any] = {"max_new_tokens": limit, "sampling": sampling}
+        options["drafter"] = self.engine.drafter
         requests = [
-            batch.checked(
-                "prompt", tokens, self.tokenizer.stop, max_new_tokens=limit, sampling=sampling
-            )
-            for tokens in prompts
+            batch.checked("prompt", tokens, self.tokenizer.stop, **options) for tokens in prompts
         ]
         return Call(self.engine, self.tokenizer, requests, body.stops)
 

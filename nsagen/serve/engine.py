@@ -6,10 +6,12 @@ import asyncio
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from nsagen.core.errors import CapacityError
+from nsagen.model.drafts import Drafter
 from nsagen.model.requests import Request
 from nsagen.model.sequences import NewToken
 from nsagen.model.serving import ContinuousBatch
@@ -62,10 +64,13 @@ class Engine:
         model: a `ToyNSALlama` or `ToyLlama` with an InferenceConfig; its weights stay as they are
             while requests run.
         queue: requests that may wait for a slot.
+        drafter: makes what guesses a request's next tokens; see `ContinuousBatch.add`.
     """
 
-    def __init__(self, model: Any, queue: int = 256) -> None:
-        self.batch = ContinuousBatch(model)
+    def __init__(
+        self, model: Any, queue: int = 256, drafter: Callable[[], Drafter] | None = None
+    ) -> None:
+        self.batch, self.drafter = ContinuousBatch(model), drafter
         self.batch.weights_change = False
         self._limit = queue
         self._waiting: deque[Job] = deque()

@@ -87,6 +87,11 @@ class TestWithoutAModel:
         assert (content["prompt"], len(content["tokens"])) == (PROMPT, 5)
         assert content["text"] == "".join(CHARACTERS[t] for t in content["tokens"])
 
+    def test_drafts_change_no_text(self, capsys: pytest.CaptureFixture[str]) -> None:
+        usual = ("generate", "--prompt", "tick tock " * 4, "--max-new-tokens", "24")
+        _, text, _ = run(capsys, *usual)
+        assert run(capsys, *usual, "--drafts")[:2] == (0, text)
+
     def test_a_seed_repeats(self, capsys: pytest.CaptureFixture[str]) -> None:
         sampled = ("generate", "--max-new-tokens", "30", "--temperature", "1", "--seed")
         first, again, other = (run(capsys, *sampled, seed)[1] for seed in ("1", "1", "2"))

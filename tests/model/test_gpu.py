@@ -7,6 +7,7 @@ import importlib
 import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from nsagen.model import InferenceConfig, SamplingConfig, ToyLlama, ToyNSALlama
+from nsagen.model import (
+    ContinuousBatch,
+    InferenceConfig,
+    SamplingConfig,
+    ToyLlama,
+    ToyNSALlama,
+)
 from nsagen.model.step import DecodeStep, Row
 from nsagen.ops.reference.block_selection import BlockRule
 from tests.model.forms import EVERY
@@ -80,12 +87,14 @@ def near_ties_of_blocks() -> Iterator[list[Tensor]]:
         yield found
 
 
-def check_choices(model: ToyNSALlama, lengths: list[int], tokens: Tensor) -> None:
+def check_choices(
+    model: ToyNSALlama, lengths: list[int], tokens: Tensor, ids: Tensor | None = None
+) -> None:
     """Every token is the reference's choice, or so near to it that float16 cannot tell.
 
     A token for which float16 may choose other blocks is not compared.
     """
-    ids, _ = packed_batch(lengths)
+    ids = packed_batch(lengths)[0] if ids is None else ids
     texts = [torch.cat([a, b]) for a, b in zip(ids.split(lengths), tokens.cpu(), strict=True)]
     ends = torch.tensor([0] + [len(text) for text in texts]).cumsum(0).to(torch.int32)
     reference = ToyNSALlama(model.config).double()
@@ -134,6 +143,99 @@ def test_pages_of_a_contiguous_cache_change_no_token() -> None:
     expected = model.generate(*on_gpu(LENGTHS))
     model.inference_config = dataclasses.replace(LIMITS, paged=True, page_size=64)
     assert torch.equal(model.generate(*on_gpu(LENGTHS)), expected)
+
+
+def read(batch: ContinuousBatch, numbers: list[int]) -> Tensor:
+    """The tokens of some sequences, all of which end."""
+    tokens: dict[int, list[int]] = {number: [] for number in numbers}
+    for new in batch.run():
+        tokens[new.sequence].append(new.token)
+    return torch.tensor([tokens[number] for number in numbers])
+
+
+def with_drafts(model: Any, guesses: list[list[int]], cuda_graph: bool) -> tuple[Tensor, Any]:
+    """Tokens of the prompts of LENGTHS, with drafts of some lengths, right ones and wrong ones."""
+    batch = ContinuousBatch(model, cuda_graph=cuda_graph)
+    numbers, calls = [], count()
+    for i, prompt in enumerate(packed_batch(LENGTHS)[0].split(LENGTHS)):
+
+        def guess(tokens: Any, most: int, i: int = i, prompt: int = len(prompt)) -> list[int]:
+            done = len(tokens) - prompt
+            right = guesses[i][done:][: min(most, (1, 2, 6)[next(calls) // len(LENGTHS) % 3])]
+            return [*right, 3][:most] if done % 2 else right
+
+        numbers.append(batch.add(prompt, drafter=lambda guess=guess: guess))
+    return read(batch, numbers), batch
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "in pages"])
+def test_drafts_in_graphs_of_their_sizes(paged: bool) -> None:
+    """Each size of rows and tokens is captured once, and replays what launches compute."""
+    model = small(dataclasses.replace(LIMITS, paged=paged))
+    guesses = model.generate(*on_gpu(LENGTHS)).tolist()
+    launched, _ = with_drafts(model, guesses, cuda_graph=False)
+    replayed, batch = with_drafts(model, guesses, cuda_graph=True)
+    assert torch.equal(replayed, launched)
+    check_choices(model, LENGTHS, replayed)
+    assert batch.accepted > 20
+    kinds = list(batch._step._graphs)
+    assert {several for _, _, several in kinds} >= {4, 8}
+    assert len(kinds) <= 4 * 4, "rows and tokens in powers of two"
+
+
+def test_drafts_of_a_dense_model_in_graphs() -> None:
+    model = ToyLlama(dense_config(head_dim=64), LIMITS).cuda().half()
+    guesses = model.generate(*on_gpu(LENGTHS)).tolist()
+    launched, _ = with_drafts(model, guesses, cuda_graph=False)
+    replayed, batch = with_drafts(model, guesses, cuda_graph=True)
+    assert torch.equal(replayed, launched)
+    assert batch.accepted > 20
+
+
+@torch.no_grad()
+def test_several_tokens_leave_the_keys_of_one_after_another() -> None:
+    """To the bit in the first layer's cache, where products give each row the same in any batch;
+    to float16's rounding otherwise."""
+    model, lengths = small(), [30, 64, 100]
+    ids = packed_batch([21], seed=3)[0].view(7, 3).cuda()
+    starts = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    positions = starts + torch.arange(7, dtype=torch.int32, device="cuda")[:, None]
+    slots = torch.arange(3, dtype=torch.int32, device="cuda")
+    caches = [model.new_cache(), model.new_cache()]
+    for cache in caches:
+        model.prefill(*on_gpu(lengths), lengths, cache)
+    several = model.several_logits(ids, positions, slots, caches[0])
+    steps = [model.step_logits(ids[i], positions[i], slots, caches[1]) for i in range(7)]
+    pairs = [(several, torch.stack(steps)), *zip(*(c.tensors() for c in caches), strict=True)]
+    for actual, expected in pairs:
+        error = (actual.double() - expected.double()).norm() / expected.double().norm()
+        assert error < 5e-3
+
+
+def test_shared_prefixes_forks_and_turns() -> None:
+    changes = {"paged": True, "page_size": 32, "prefill_chunk_size": 40}
+    limits = dataclasses.replace(LIMITS, **changes, share_prefixes=True)
+    model = small(limits)
+    head, tail = packed_batch([100, 60])[0].split([100, 60])
+    prompts = [head, torch.cat([head[:70], tail]), torch.cat([head, tail[:9]])]
+    lengths = [len(prompt) for prompt in prompts]
+    batch = ContinuousBatch(model)
+    for _ in range(2):  # together, and after others
+        numbers = [batch.add(prompt, keep=True) for prompt in prompts]
+        tokens = read(batch, numbers)
+        check_choices(model, lengths, tokens, torch.cat(prompts))
+        texts = [torch.cat(pair) for pair in zip(prompts, tokens, strict=True)]
+        forks = [batch.fork(number, max_new_tokens=8) for number in numbers[:2]]
+        turn = torch.tensor([1, 2, 3])
+        batch.resume(numbers[2], turn, max_new_tokens=8)
+        texts[2] = torch.cat([texts[2], turn])
+        got = read(batch, [*forks, numbers[2]])
+        check_choices(model, [len(text) for text in texts], got, torch.cat(texts))
+        for number in numbers:
+            batch.cancel(number)
+    pages = batch.cache.pages
+    assert pages is not None
+    assert pages.free_pages == limits.total_pages
 
 
 def test_weights_that_change_reach_a_captured_step() -> None:

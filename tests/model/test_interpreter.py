@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
-from nsagen.model import InferenceConfig
+from nsagen import ops
+from nsagen.model import ContinuousBatch, InferenceConfig
+from nsagen.model.prefill import DecodeRows
 from tests.model.forms import FORMS
 from tests.model.tiny import nsa_model, packed_batch
 
@@ -94,3 +97,66 @@ def test_steps_in_pages_from_an_empty_cache() -> None:
         logits.append(torch.cat(seen))
     actual, expected = logits
     assert (actual - expected).norm() / expected.norm() < 3e-5
+
+
+@pytest.mark.parametrize("compress_type", ["avgpool", "linear"])
+@torch.no_grad()
+def test_several_tokens_of_a_sequence_leave_the_cache_of_one_after_another(
+    compress_type: str,
+) -> None:
+    """To the bit, where the rows are the same: the append kernels see no other row's token."""
+    size, stride, heads, dim = 8, 4, 1, 16
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    starts = torch.tensor([9, 5], dtype=torch.int32)
+    positions = starts + torch.arange(7, dtype=torch.int32)[:, None]
+    slots = torch.tensor([1, 0], dtype=torch.int32)
+    q, k, v = random(7, 2, 2, dim), random(7, 2, heads, dim), random(7, 2, heads, dim)
+    w = random(heads, size * dim, dim) if compress_type == "linear" else None
+    tables, pe = (random(32, dim // 2), random(32, dim // 2)), random(heads, size, dim)
+    shapes = [(4, 16, heads, dim)] * 2 + [(4, 4, heads, dim)] * 2 + [(2, size, heads, dim)]
+    filled = [random(*shape) for shape in shapes]
+    statics = {"compress_type": compress_type, "kernel_size": size, "kernel_stride": stride}
+    table = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+
+    def append(at: Tensor, rows: tuple[Tensor, ...], slots: Tensor, caches: list[Tensor]) -> Tensor:
+        more = (*tables, w, w, pe, at, slots, *caches)
+        return ops.cache_append(*rows, *more, **statics, block_table=table)
+
+    one, several = [x.clone() for x in filled], [x.clone() for x in filled]
+    turned = [append(positions[i], (q[i], k[i], v[i]), slots, one) for i in range(7)]
+    rows = DecodeRows.several(positions, slots, (size, stride))
+    assert len(rows.appended) == 5
+    flat = (q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+    parts = [append(at, flat, rows.slots, several) for at in rows.appended]
+    assert torch.equal(sum(parts[1:], parts[0]), torch.cat(turned))
+    assert all(map(torch.equal, several, one))
+
+
+@torch.no_grad()
+def test_shared_pages_and_drafts_on_kernels() -> None:
+    """Chunks that begin behind a shared prefix, and steps of several tokens."""
+    limits = InferenceConfig(2, 48, paged=True, page_size=16, share_prefixes=True)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    kernels = nsa_model(limits, torch.float32, **heads)
+    reference = nsa_model(limits, torch.float64, **heads)
+    head = packed_batch([21])[0].tolist()
+    prompts = [[*head, 1], [*head, 2, 3]]
+    told = {}
+    for prompt in prompts:
+        ends = torch.tensor([0, len(prompt)], dtype=torch.int32)
+        told[tuple(prompt)] = reference.generate(torch.tensor(prompt), ends, 6)[0].tolist()
+    batch = ContinuousBatch(kernels)
+    for prompt in prompts:
+        answer = [*prompt, *told[tuple(prompt)]]
+
+        def guess(tokens: Sequence[int], most: int, answer: list[int] = answer) -> list[int]:
+            return [*answer[len(tokens) :][:2], 7][:most]
+
+        number = batch.add(prompt, max_new_tokens=6, drafter=lambda guess=guess: guess)
+        news = [new.token for new in batch.run() if new.sequence == number]
+        assert news == told[tuple(prompt)]
+    assert batch.accepted >= 4

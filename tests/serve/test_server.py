@@ -26,7 +26,7 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from nsagen.cli.models import random_model  # noqa: E402
 from nsagen.core.errors import InvalidInputError  # noqa: E402
-from nsagen.model import ContinuousBatch, InferenceConfig  # noqa: E402
+from nsagen.model import ContinuousBatch, InferenceConfig, PromptLookup  # noqa: E402
 from nsagen.serve import app as app_module  # noqa: E402
 from nsagen.serve.app import make_app  # noqa: E402
 from nsagen.serve.engine import Engine  # noqa: E402
@@ -41,10 +41,12 @@ LONG: dict[str, Any] = {"model": "tiny", "prompt": "go on", "max_tokens": 150}
 class Running:
     """A server in a thread of this process, and a client of it."""
 
-    def __init__(self, slots: int = 2, queue: int = 64) -> None:
-        limits = InferenceConfig(max_batch_size=slots, max_length=LENGTH, prefill_chunk_size=64)
+    def __init__(
+        self, slots: int = 2, queue: int = 64, drafter: Any = None, **changes: Any
+    ) -> None:
+        limits = InferenceConfig(slots, LENGTH, prefill_chunk_size=64, **changes)
         self.model = random_model("serve", limits, 0, torch.device("cpu"), None, None)
-        self.engine = Engine(self.model, queue)
+        self.engine = Engine(self.model, queue, drafter)
         config = uvicorn.Config(
             make_app(self.engine, characters(), "tiny"),
             port=0,
@@ -268,6 +270,21 @@ class TestTogether:
                     one.result()
         monkeypatch.undo()
         assert running.complete("Hello", max_tokens=4) == expected("Hello", 4)
+
+
+def test_shared_prefixes_and_drafts_change_no_answer(expected: Any) -> None:
+    paged = {"paged": True, "page_size": 64, "num_pages": 6, "share_prefixes": True}
+    one = Running(drafter=PromptLookup, **paged)
+    try:
+        head = "again and again and again " * 3
+        prompts = [head + word for word in ("and again", "then not", "and")]
+        for prompt in (*prompts, prompts[0]):
+            assert one.complete(prompt, max_tokens=20) == expected(prompt, 20)
+        pages = one.engine.batch.cache.pages
+        assert pages is not None
+        assert pages.index.unused > 0
+    finally:
+        one.stop()
 
 
 def test_a_client_that_leaves_before_the_first_event_frees_its_slot() -> None:
