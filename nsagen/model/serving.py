@@ -712,17 +712,22 @@ class ContinuousBatch:
         Args:
             waiting, running: the sequences in these states from now on; as they are by default.
         """
-        waiting = self._waiting if waiting is None else waiting
-        running = self._running if running is None else running
         host.copy_(tokens, non_blocking=True)
         arrived = None
         if tokens.is_cuda:
             arrived = torch.cuda.Event()
             arrived.record()
-        self._read_out(Readout(tuple(sequences), host, arrived))
+        self._read_out(Readout(tuple(sequences), host, arrived), waiting, running)
 
-    def _read_out(self, readout: Readout) -> None:
-        """Count new tokens that are on their way to the host, or there."""
+    def _read_out(
+        self,
+        readout: Readout,
+        waiting: list[RunningSequence] | None = None,
+        running: list[RunningSequence] | None = None,
+    ) -> None:
+        """Count tokens that are on their way to the host, or there; the rest as in `_requested`."""
+        waiting = self._waiting if waiting is None else waiting
+        running = self._running if running is None else running
         before = [(one, one.chosen, one.newest) for one in readout.sequences]
         try:
             for place, one in enumerate(readout.sequences):
