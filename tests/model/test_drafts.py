@@ -40,7 +40,8 @@ def small(limits: InferenceConfig = LIMITS, **changes: Any) -> ToyNSALlama:
 
 
 def small_dense(limits: InferenceConfig = LIMITS) -> ToyLlama:
-    return ToyLlama(dense_config(**SHAPE), limits).double()
+    generator = torch.Generator().manual_seed(1)
+    return ToyLlama(dense_config(**SHAPE), limits, generator=generator).double()
 
 
 def filled(model: ToyNSALlama | ToyLlama, lengths: list[int]) -> Any:

@@ -32,6 +32,11 @@ def small(limits: InferenceConfig, **changes: Any) -> ToyNSALlama:
     return nsa_model(limits, **{**SHAPE, **changes})
 
 
+def small_dense(limits: InferenceConfig) -> ToyLlama:
+    generator = torch.Generator().manual_seed(1)
+    return ToyLlama(dense_config(**SHAPE), limits, generator=generator).double()
+
+
 def words(count: int, seed: int) -> list[int]:
     draw = random.Random(seed)
     return [draw.randrange(512) for _ in range(count)]
@@ -221,7 +226,7 @@ CACHES = {
 @pytest.mark.parametrize(("cache", "dense"), [*((c, False) for c in CACHES), ("contiguous", True)])
 def test_a_fork_goes_on_from_the_same_tokens(cache: str, dense: bool) -> None:
     limits = CACHES[cache]
-    model = ToyLlama(dense_config(**SHAPE), limits).double() if dense else small(limits)
+    model = small_dense(limits) if dense else small(limits)
     batch, prompt = ContinuousBatch(model), words(45, 1)
     first = batch.add(prompt, max_new_tokens=12, keep=True)
     early, seen = batch.fork(first, max_new_tokens=3), Watched(model)  # it waits
@@ -253,7 +258,7 @@ def test_a_fork_goes_on_from_the_same_tokens(cache: str, dense: bool) -> None:
 @pytest.mark.parametrize(("cache", "dense"), [*((c, False) for c in CACHES), ("contiguous", True)])
 def test_a_second_turn_computes_only_its_own_tokens(cache: str, dense: bool) -> None:
     limits = CACHES[cache]
-    model = ToyLlama(dense_config(**SHAPE), limits).double() if dense else small(limits)
+    model = small_dense(limits) if dense else small(limits)
     batch, text, seen = ContinuousBatch(model), words(41, 1), Watched(model)
     answer = expected(model, text)
     stop = next(token for token in answer[2:] if token not in answer[:2])
