@@ -23,7 +23,7 @@ from nsagen.codegen.owned import (
 )
 from nsagen.codegen.package import Origin, manifest_text, package_files, variant_header
 from nsagen.codegen.plan import DEFAULT_PROVENANCE, Use, Variant, plan_variants
-from nsagen.codegen.template import default_schedule, kernel_name, render
+from nsagen.codegen.template import default_schedule, is_offered, kernel_name, render
 from nsagen.codegen.tuned import Tuned, tuned_schedules
 from nsagen.core.bucket import Bucket
 from nsagen.core.compiler import compiler_name
@@ -31,7 +31,7 @@ from nsagen.core.errors import BuildError, InvalidInputError
 from nsagen.core.files import TEMPORARY, lock_path, locked, replace_file, sealed
 from nsagen.core.packages import MANIFEST, read_manifest, recorded_path
 from nsagen.core.releases import installed_release
-from nsagen.core.target import parse_target
+from nsagen.core.target import Target, parse_target
 from nsagen.core.version import __version__
 from nsagen.core.workload import Workload
 from nsagen.spec import Spec
@@ -229,6 +229,11 @@ def _changed_inputs(manifest: Mapping[str, Any], origin: Origin) -> str:
         "nsagen's version": __version__,
     }
     return " and ".join(name for name in now if was[name] not in (None, now[name]))
+
+
+def is_offered_here(workload: Workload, target: Target) -> bool:
+    """Whether an algorithm is preferred for a workload on a target, with the installed Triton."""
+    return is_offered(workload, target, installed_release())
 
 
 def build_variant(workload: Workload, target: str, out_dir: Path) -> Path:

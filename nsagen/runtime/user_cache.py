@@ -90,14 +90,14 @@ def _cached_variant(workload: Workload, target: str, who: str) -> Path:
 @functools.cache
 def can_build(workload: Workload, target: str) -> bool:
     """Whether an algorithm is preferred for a workload on a target, with the installed Triton."""
-    from nsagen.codegen.template import is_offered
+    from nsagen.codegen.build import is_offered_here
     from nsagen.core.target import parse_target
 
     try:
         built_for = parse_target(_known_target(workload, target, "can_build"))
     except UnsupportedWorkloadError:
         return False
-    return is_offered(workload, built_for, installed_release())
+    return is_offered_here(workload, built_for)
 
 
 def load_kernel(path: Path) -> ModuleType:
