@@ -74,7 +74,7 @@ class RunningSequence:
         ended: whether it has left the batch.
         names: of its pages; see `nsagen.model.prefixes`.
         recorded: pages whose names the index has had.
-        epoch: of the weights that all of it was computed with; see `SharedPrefixes`.
+        epoch: of the weights that all of it was computed with; see `Sharing`.
     """
 
     number: int

@@ -45,7 +45,7 @@ from nsagen.model.sequences import (
     Readout,
     RunningSequence,
 )
-from nsagen.model.sharing import SharedPrefixes
+from nsagen.model.sharing import Sharing
 from nsagen.model.step import DecodeStep, Row
 
 _log = logging.getLogger("nsagen.serving")
@@ -114,8 +114,7 @@ class ContinuousBatch:
         with torch.inference_mode(False):
             self.cache = self.model.new_cache()
             self._step = DecodeStep(self.model, self.cache)
-        shares = self.limits.share_prefixes
-        self._prefixes = SharedPrefixes(self.cache) if shares else None
+        self._sharing = Sharing(self.cache)
         self._free_slots = self._all_slots()
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -309,33 +308,12 @@ class ContinuousBatch:
                     "wait until other sequences end, or raise max_batch_size"
                 )
             one = RunningSequence(self._count, self._free_slots[-1], request)
-            self._place(one, where, of)
+            self._sharing.follow(self.model)
+            self._sharing.place(one, where, of)
             self._free_slots.pop()
             self._enter(one)
             self._count += 1
             return one.number
-
-    def _place(self, one: RunningSequence, where: str, of: RunningSequence | None) -> None:
-        """Give a sequence its pages, with what the cache holds of its prompt."""
-        if of is not None:
-            self._share(of, one, where)
-        elif self._prefixes is not None:
-            self._prefixes.follow(self.model)
-            self._prefixes.place(one, where)
-        else:
-            self.cache.reserve(one.slot, one.request.tokens, where)
-
-    def _share(self, old: RunningSequence, new: RunningSequence, where: str) -> None:
-        """Give a sequence what the cache holds of another with whose tokens it begins."""
-        start, pages = self.cache.settled(old.cached), self.cache.pages
-        whole = 0 if pages is None else start // self.limits.page_size
-        prefix = () if pages is None else pages.of(old.slot)[:whole]
-        self.cache.reserve(new.slot, new.request.tokens, where, prefix)
-        self.cache.copy(old.slot, new.slot, whole * self.limits.page_size, start)
-        new.computed = new.reused = start
-        new.recorded, new.epoch = whole, old.epoch
-        # A restart must not write to pages that are shared now.
-        old.reused = max(old.reused, whole * self.limits.page_size)
 
     def _enter(self, one: RunningSequence) -> None:
         """Let a sequence wait for its prompt's passes."""
@@ -375,8 +353,7 @@ class ContinuousBatch:
         report. A write through `.data` and a switch in a module's own Python are no such changes.
         """
         with self._lock:
-            if self._prefixes is not None:
-                self._prefixes.forget()
+            self._sharing.forget()
 
     def clear(self) -> None:
         """Take all sequences out of the batch, drop their unread tokens, forget prefixes."""
@@ -530,17 +507,12 @@ class ContinuousBatch:
         """What the next pass computes of which waiting prompts."""
         chosen: list[tuple[RunningSequence, Piece]] = []
         coming: set[bytes] = set()
-        if self._waiting and self._prefixes is not None:
-            self._prefixes.follow(self.model)
+        if self._waiting:
+            self._sharing.follow(self.model)
         budget = self.limits.prefill_chunk_size or sum(one.left for one in self._waiting)
         for one in self._waiting:
-            if self._prefixes is not None:
-                if one.computed == one.reused:  # others may have got further since it was added
-                    self._prefixes.place(one, "ContinuousBatch")
-                pages = self._prefixes.coming(one)
-                if one.computed == one.reused and pages and pages[0] in coming:
-                    continue  # another computes them now
-                coming.update(pages)
+            if self._sharing.waits(one, coming):
+                continue
             length = min(one.left, budget)
             if length == 0 or (chosen and (one.alone or chosen[0][0].alone)):
                 break
@@ -792,9 +764,9 @@ class ContinuousBatch:
             self._fail(one, error)
 
     def _record(self, one: RunningSequence) -> None:
-        """Let other sequences find the pages that one has filled."""
-        if self._prefixes is not None and (not one.ended or one.number in self._kept):
-            self._prefixes.record(one)
+        """Let other sequences find the pages that one has filled, while they are its own."""
+        if not one.ended or one.number in self._kept:
+            self._sharing.record(one)
 
     def _end(self, one: RunningSequence) -> None:
         """Take a sequence out of the steps, and free its slot unless it is kept."""
