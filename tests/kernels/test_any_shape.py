@@ -16,7 +16,14 @@ from nsagen.cases.reproduce import Reproduction
 from nsagen.codegen.template import default_schedule, spaces_of
 from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.core.target import KNOWN_TARGETS
-from nsagen.core.workload import BRANCH_KV, COMPRESS_TYPES, STATIC_PARAMS, Workload, parameter_names
+from nsagen.core.workload import (
+    BRANCH_KV,
+    COMPRESS_TYPES,
+    FORCED,
+    STATIC_PARAMS,
+    Workload,
+    parameter_names,
+)
 from nsagen.spec.shape import AttentionShape, violations
 from tests.support import kernel_device, kernel_dtypes, of_shape
 
@@ -74,10 +81,10 @@ def attention_shapes(draw) -> AttentionShape:
 @st.composite
 def sizes_for(draw, shape: AttentionShape, pass_: str) -> Sizes:
     """Up to three sequences as long as windows and blocks or nearly so, and a longer one."""
+    longest, most = (160, 96) if SECONDS else (64, 64)  # more is left to the longer run
     edges = [shape.kernel_size, shape.block_size, min(shape.window_size, 96)]
     edge = st.sampled_from([edge + by for edge in edges for by in (-1, 0, 1)])
-    lengths = st.one_of(st.sampled_from((0, 1, 2)), edge.map(lambda n: min(n, 96)))
-    longest = 160 if SECONDS else 80  # long sequences are left to the longer run
+    lengths = st.one_of(st.sampled_from((0, 1, 2)), edge.map(lambda n: min(n, most)))
     seqlens = (*draw(st.lists(lengths, max_size=3)), draw(st.integers(33, longest)))
     kv_heads = draw(st.integers(1, 2 if shape.gqa_ratio <= 4 else 1))
     order = draw(st.permutations(seqlens))
@@ -90,6 +97,11 @@ def sizes_for(draw, shape: AttentionShape, pass_: str) -> Sizes:
 def trials(draw, op: str, pass_: str) -> Reproduction:
     shape = draw(attention_shapes())
     params = {name: of_shape(shape, name) for name in parameter_names(op, pass_)}
+    if op == "sliding_window_attention" and not params.get("local_blocks"):
+        blocks = draw(st.integers(0, 3))  # of a window that ends with a token's own, or a plain one
+        params |= dict.fromkeys(FORCED[op, pass_], 0)
+        if blocks:
+            params |= {"block_size": shape.block_size, "window_size": blocks * shape.block_size}
     workload = Workload.of(op, pass_, dtype=shape.dtype, **params)
     target = draw(st.sampled_from(sorted(KNOWN_TARGETS)))
     # What is made for one architecture runs there only, and not in the interpreter.
