@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from nsagen.core.errors import CapacityError
-from nsagen.model.checks import checked_device, require_kind
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.model.checks import checked_device, require, require_kind
 from nsagen.model.configs import (
     InferenceConfig,
     ToyLlamaConfig,
@@ -26,6 +27,7 @@ from nsagen.model.configs import (
 from nsagen.model.layer_cache import KVLayerCache, NSALayerCache
 from nsagen.model.pages import PagePool
 from nsagen.model.prefill import Index, settled
+from nsagen.runtime.device import target_of
 
 Layer = TypeVar("Layer")
 
@@ -75,10 +77,11 @@ class _Cache(Generic[Layer]):
         self.limits = limits
         self.device = checked_device(where, device)
         self.dtype = dtype
+        _check_dtype(where, limits, self.device, dtype)
         try:
             # Zeros, not garbage: kernels may load rows past a sequence's end before masking them.
             self._tensors = {
-                name: torch.zeros(shape, device=device, dtype=dtype)
+                name: _zeros(name, shape, device, limits.dtype_of(name, dtype))
                 for name, shape in cache_shapes(config, limits).items()
             }
             self.pages = PagePool(limits, self.device) if limits.paged else None
@@ -197,6 +200,41 @@ class _Cache(Generic[Layer]):
             return slot, entry
         page = self.pages.table[slot, entry // entries_a_page]
         return page.to(torch.int64), entry % entries_a_page
+
+
+def _zeros(
+    name: str, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
+    """A tensor of a cache. Scales lie with heads before entries: a kernel reads one head's."""
+    if not name.endswith("_scale"):
+        return torch.zeros(shape, device=device, dtype=dtype)
+    *rows, entries, heads = shape
+    return torch.zeros((*rows, heads, entries), device=device, dtype=dtype).transpose(-1, -2)
+
+
+def _check_dtype(
+    where: str, limits: InferenceConfig, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Whether a cache of a narrow dtype can hold the model's values, and the device convert it."""
+    if limits.cache_dtype is None:
+        return
+    require(
+        dtype != torch.float16,
+        where,
+        "cache_dtype needs a model in bfloat16 or float32, whose range holds the cache's values",
+        str(dtype),
+        "convert the model, or leave cache_dtype out",
+    )
+    if device.type == "cuda" and limits.cache_dtype == "float8_e4m3fn":
+        target = target_of(device)
+        known = KNOWN_TARGETS.get(target)
+        require(
+            known is None or known.holds(limits.cache_dtype),
+            where,
+            "a cache of float8_e4m3fn needs an NVIDIA GPU of compute capability 8.9 or newer",
+            target,
+            "use int8",
+        )
 
 
 class KVCache(_Cache[KVLayerCache]):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nsagen.core.workload import CACHE_DTYPES
 from nsagen.model.checks import (
     require,
     require_head_dim,
@@ -18,7 +19,7 @@ from nsagen.model.checks import (
     require_numbers,
     set_number,
 )
-from nsagen.model.layer_cache import layer_lengths
+from nsagen.model.layer_cache import QUANTIZED, layer_lengths
 from nsagen.model.rope import RopeConfig, llama3_scaling
 from nsagen.model.sparsity import Sparsity
 
@@ -128,10 +129,13 @@ class InferenceConfig:
         num_pages: pages in total; None for as many as full slots would take.
         share_prefixes: with paged, sequences that begin with the same tokens share those pages,
             and pages of earlier sequences are kept until others need the room.
+        cache_dtype: "float8_e4m3fn" or "int8" for keys and values, also compressed ones, of one
+            byte an element and a float32 scale for each head's row; None for the model's dtype.
+            For Native Sparse Attention. A GPU needs compute capability 8.9 for float8.
 
     Raises:
         InvalidInputError: a value is not a positive integer, or a switch not a bool; prefixes
-            without pages.
+            without pages; an unknown cache_dtype.
     """
 
     max_batch_size: int = 32
@@ -143,6 +147,7 @@ class InferenceConfig:
     page_size: int = 64
     num_pages: int | None = None
     share_prefixes: bool = False
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         sizes = ("max_batch_size", "max_length", "max_new_tokens", "page_size")
@@ -164,6 +169,13 @@ class InferenceConfig:
             "paged=False",
             "set both, or neither",
         )
+        require(
+            self.cache_dtype is None or self.cache_dtype in CACHE_DTYPES,
+            "InferenceConfig",
+            f"cache_dtype must be None or one of {', '.join(CACHE_DTYPES)}",
+            repr(self.cache_dtype),
+            "leave it out for the model's dtype",
+        )
 
     @property
     def pages_per_slot(self) -> int:
@@ -182,11 +194,22 @@ class InferenceConfig:
         * 2 (keys and values) * bytes per element. NSA adds the compressed keys and values and
         the last kernel_size keys before rope; with separate branches also the last values, and
         the sliding branch's own keys and values. A paged cache counts total_pages * page_size
-        tokens instead, and 4 bytes for each page that a slot may name.
+        tokens instead, and 4 bytes for each page that a slot may name. With cache_dtype keys,
+        values and compressed ones take a byte per element, and 4 bytes per head for a scale; the
+        last kernel_size keys and values have `dtype`.
         """
-        elements = sum(torch.Size(shape).numel() for shape in cache_shapes(config, self).values())
         table = 4 * self.max_batch_size * self.pages_per_slot if self.paged else 0
-        return elements * dtype.itemsize + table
+        return table + sum(
+            torch.Size(shape).numel() * self.dtype_of(name, dtype).itemsize
+            for name, shape in cache_shapes(config, self).items()
+        )
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a tensor of the cache, for a model's dtype."""
+        if name.endswith("_scale"):
+            return torch.float32
+        narrow = self.cache_dtype is not None and name in QUANTIZED
+        return getattr(torch, str(self.cache_dtype)) if narrow else dtype
 
 
 def cache_shapes(config: ToyLlamaConfig, limits: InferenceConfig) -> dict[str, tuple[int, ...]]:
@@ -202,12 +225,13 @@ def cache_shapes(config: ToyLlamaConfig, limits: InferenceConfig) -> dict[str, t
     # At least one window, so that kernels never see an empty tensor. A page has the windows that
     # start in it.
     windows = length // stride if limits.paged else max(1, (length - size) // stride + 1)
-    lengths = layer_lengths(config, length, windows)
-    dims = {name: config.value_dim if "v" in name else dim for name in lengths}
-    return {
-        name: (layers, slots if name.endswith("_raw") else places, entries, heads, dims[name])
-        for name, entries in lengths.items()
-    }
+    lengths = layer_lengths(config, length, windows, limits.cache_dtype is not None)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, entries in lengths.items():
+        rows = (layers, slots if name.endswith("_raw") else places, entries, heads)
+        size = config.value_dim if "v" in name else dim
+        shapes[name] = rows if name.endswith("_scale") else (*rows, size)
+    return shapes
 
 
 def check_inference_config(config: ToyLlamaConfig, limits: InferenceConfig | None) -> None:
@@ -234,6 +258,7 @@ def check_inference_config(config: ToyLlamaConfig, limits: InferenceConfig | Non
         str(limits.max_length),
         "lower max_length or raise max_position_embeddings",
     )
+    _check_cache_dtype(config, limits)
     if not limits.paged:
         return
     require(
@@ -251,4 +276,35 @@ def check_inference_config(config: ToyLlamaConfig, limits: InferenceConfig | Non
         f"page_size must be a multiple of block_size={block}, so that a block lies in one page",
         str(limits.page_size),
         f"use a multiple of {block}, such as {-(-limits.page_size // block) * block}",
+    )
+
+
+def _check_cache_dtype(config: ToyLlamaConfig, limits: InferenceConfig) -> None:
+    """What a cache of a narrow dtype needs of its model."""
+    if limits.cache_dtype is None:
+        return
+    where, sparse = "InferenceConfig", isinstance(config, ToyNSALlamaConfig)
+    require(
+        sparse,
+        where,
+        "cache_dtype is for Native Sparse Attention",
+        f"{limits.cache_dtype} with {type(config).__name__}",
+        "leave it out, or use ToyNSALlama",
+    )
+    assert isinstance(config, ToyNSALlamaConfig)
+    require(
+        config.branch_kv == "shared",
+        where,
+        "cache_dtype needs branches that share keys and values",
+        f"branch_kv={config.branch_kv!r}",
+        "leave cache_dtype out",
+    )
+    kinds = {config.key_type, config.value_type} & {"linear", "mlp"}
+    require(
+        not kinds,
+        where,
+        "cache_dtype needs keys and values that are compressed by pooling: avgpool, weightedpool "
+        "or sigmoid_mul",
+        ", ".join(sorted(kinds)),
+        "leave cache_dtype out",
     )

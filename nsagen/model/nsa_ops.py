@@ -167,8 +167,11 @@ class NSAOps(nn.Module):
             made = self._new_windows(heads.compressed, rows, cache, tables)
         q, selected, sliding = self.turned(heads, rows.positions, tables)
         with torch.no_grad():
-            cache.fill(rows, selected, sliding, heads.compressed, made)
+            kept = cache.fill(rows, selected, sliding, heads.compressed, made)
+        selected, sliding, made = (None if pair is None else KV(*pair) for pair in kept)
         assert rows.windows is not None
+        assert selected is not None
+        assert sliding is not None
         return Branches(q, made, selected, sliding, rows.cu_seqlens, rows.windows.ends)
 
     def _new_windows(
@@ -190,16 +193,17 @@ class NSAOps(nn.Module):
             return seen
         assert rows.windows is not None
         assert rows.windows.context is not None
-        selected, sliding = cache.of_tokens
-        of_tokens = KV(*map(rows.context.of, selected))
+        of_tokens = sliding = KV(*cache.seen(rows.context, ("k", "v")))
+        if cache.k_window is not None:
+            sliding = KV(*cache.seen(rows.context, ("k_window", "v_window")))
         windows = seen.windows
         if windows is not None:
-            windows = KV(*map(rows.windows.context.of, (cache.ck, cache.cv)))
+            windows = KV(*cache.seen(rows.windows.context, ("ck", "cv")))
         return replace(
             seen,
             windows=windows,
             selected=of_tokens,
-            sliding=of_tokens if sliding is selected else KV(*map(rows.context.of, sliding)),
+            sliding=sliding,
             q_start=rows.q_start,
             cu_seqlens_k=rows.context.cu_seqlens,
         )
@@ -251,6 +255,7 @@ class NSAOps(nn.Module):
                 v_compress_type=s.value_type,
                 pe_v=pe_v,
                 separate=_separate(heads, cache),
+                scales=cache.scales,
                 **s.window_sizes,
                 **common,
             )
@@ -262,7 +267,12 @@ class NSAOps(nn.Module):
         common["softmax_scale"] = self.softmax_scale
         if s.needs_windows:
             o_compressed, topk_idx = ops.compressed_attention_decode(
-                *(q, cache.ck, cache.cv), *rows, **s.selection_sizes, **common
+                *(q, cache.ck, cache.cv),
+                *rows,
+                ck_scale=cache.ck_scale,
+                cv_scale=cache.cv_scale,
+                **s.selection_sizes,
+                **common,
             )
         else:  # neither is read
             o_compressed = q.new_zeros(*q.shape[:2], cache.v.shape[-1])
@@ -276,6 +286,8 @@ class NSAOps(nn.Module):
             branches=s.on,
             k_window_cache=cache.k_window,
             v_window_cache=cache.v_window,
+            k_scale=cache.k_scale,
+            v_scale=cache.v_scale,
             **common,
         )
         return o.flatten(1)
@@ -283,7 +295,7 @@ class NSAOps(nn.Module):
 
 def _separate(heads: Heads, cache: NSALayerCache) -> SeparateKV | None:
     """What `cache_append` takes if the compressed branch has its own keys and values."""
-    if cache.v_raw is None:
+    if cache.v_raw is None or cache.k_scale is not None:
         return None
     _, sliding = cache.of_tokens
     return SeparateKV(*heads.compressed, *heads.sliding, cache.v_raw, *sliding)

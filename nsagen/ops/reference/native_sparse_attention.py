@@ -170,8 +170,9 @@ def native_sparse_attention_decode(
         keys, values, window_keys, window_values = (
             first_values(cache, scales, block_table, slot, end) for cache, scales in caches
         )
-        query, keys, values = upcast(q[one], keys, values)
-        window_keys, window_values = upcast(window_keys, window_values)
+        query, keys, values, window_keys, window_values = upcast(
+            q[one], keys, values, window_keys, window_values
+        )
         selected, _ = attend(query, keys, values, chosen, scale)
         sliding, _ = attend(query, window_keys, window_values, recent, scale)
         o[one] = gated_sum(o_compressed[one], selected, sliding, gate[one]).to(q.dtype)
