@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nsagen.cli.options import Attention, Device, Drafts, Json, Kernels
+from nsagen.cli.options import (
+    Attention,
+    CacheDType,
+    Device,
+    Drafts,
+    Json,
+    Kernels,
+    check_cache_dtype,
+)
 from nsagen.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -41,6 +49,7 @@ def generate(
     device: Device = None,
     kernels: Kernels = None,
     drafts: Drafts = False,
+    cache_dtype: CacheDType = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text with a checkpoint or, without one, with a tiny random model."""
@@ -48,6 +57,7 @@ def generate(
     from nsagen.serve.text import characters, checkpoint_tokenizer
 
     check_attention("generate", attention, kernels)
+    check_cache_dtype("generate", cache_dtype, attention)
     from nsagen.model import InferenceConfig, SamplingConfig
 
     sampling = SamplingConfig(temperature, seed=seed)
@@ -57,7 +67,7 @@ def generate(
     if not ids:
         raise InvalidInputError("generate: the prompt must have a token; got none; write some text")
     where = device_of("generate", device)
-    limits = InferenceConfig(1, len(ids) + max_new_tokens)
+    limits = InferenceConfig(1, len(ids) + max_new_tokens, cache_dtype=cache_dtype)
     if model is None:
         made = random_model("generate", limits, seed, where, attention, kernels)
     else:

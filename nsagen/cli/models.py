@@ -106,6 +106,8 @@ def random_model(
     generator = torch.Generator().manual_seed(seed)
     made = _with_random_weights(model, sparse, limits, generator, attention, kernels)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
+    if device.type == "cuda" and limits.cache_dtype is not None:
+        dtype = torch.bfloat16  # whose range such a cache needs
     _log.info(
         "no --model: a model of 2 layers with random weights and %s continues the prompt "
         "letter by letter; the text means nothing. It runs %s.",

@@ -10,6 +10,7 @@ import typer
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.paths import specs_dir, visible
+from nsagen.core.workload import CACHE_DTYPES
 
 
 def _spec_names(incomplete: str) -> list[str]:
@@ -42,6 +43,13 @@ Attention = Annotated[
 Device = Annotated[
     str | None, typer.Option("--device", help="cuda or cpu; default: a GPU if present.")
 ]
+CacheDType = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-dtype",
+        help="float8_e4m3fn or int8: half the cache of Native Sparse Attention; default: 16 bits.",
+    ),
+]
 Kernels = Annotated[
     str | None,
     typer.Option("--kernels", help="Generated package to use on a GPU, such as llama8b."),
@@ -53,6 +61,26 @@ Drafts = Annotated[
         "--drafts", help="Guess tokens from what the text repeats; a step verifies up to 7."
     ),
 ]
+
+
+def check_cache_dtype(command: str, cache_dtype: str | None, attention: str | None) -> None:
+    """Refuse a dtype that no cache has, and dense attention, before anything is loaded.
+
+    Raises:
+        InvalidInputError: names the option.
+    """
+    if cache_dtype is None:
+        return
+    if cache_dtype not in CACHE_DTYPES:
+        raise InvalidInputError(
+            f"{command}: --cache-dtype must be one of {', '.join(CACHE_DTYPES)}; "
+            f"got {cache_dtype!r}; choose one, or leave it out"
+        )
+    if attention == "dense":
+        raise InvalidInputError(
+            f"{command}: --cache-dtype is for Native Sparse Attention; got it with --attention "
+            "dense; leave one out"
+        )
 
 
 def sizes_of(text: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from nsagen.cli.options import Json, SpecName
+from nsagen.cli.options import CacheDType, Json, SpecName, check_cache_dtype
 from nsagen.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def plan(
         Path | None,
         typer.Option(help="Folder of bench results; default: benchmarks/results/nvidia-<gpu>."),
     ] = None,
+    cache_dtype: CacheDType = None,
     as_json: Json = False,
 ) -> None:
     """Estimate a model's memory and time with a spec's attention and with dense attention, for
@@ -83,7 +84,11 @@ def plan(
         raise InvalidInputError(
             f"plan: --gpu must be one of {', '.join(GPUS)}; got {gpu!r}; choose the nearest"
         )
-    device, load = GPUS[gpu], Load(context, batch, gpus, prefill_tokens or context)
+    check_cache_dtype("plan", cache_dtype, None)
+    loaded = load_spec(spec)
+    device = GPUS[gpu]
+    narrow = _cache_dtype(loaded, cache_dtype)
+    load = Load(context, batch, gpus, prefill_tokens or context, narrow)
     if network is not None:
         device = replace(device, network=network * 1e9)
     if results is not None and not results.is_dir():
@@ -93,8 +98,8 @@ def plan(
     folder = results or Path("benchmarks") / "results" / f"nvidia-{gpu}"
     known = efficiencies(folder, device.flops, device.bandwidth)
     rows = []
-    for label, config in _configs(load_spec(spec), model):
-        efficiency = _efficiency(config, known)
+    for label, config in _configs(loaded, model):
+        efficiency = _efficiency(config, known, load.cache_dtype)
         rows.append((label, config, efficiency, needs(config, device, load, efficiency)))
     if as_json:
         content = {
@@ -121,7 +126,20 @@ def plan(
     _print_training(steps, device, load)
 
 
-def _efficiency(config: ToyLlamaConfig, known: tuple[Efficiency, Efficiency]) -> Efficiency:
+def _cache_dtype(spec: Spec, given: str | None) -> str | None:
+    """The dtype of NSA's caches: given, or the spec's own."""
+    found = list(dict.fromkeys(shape.cache_dtype for shape in spec.shapes))
+    if given is not None or len(found) == 1:
+        return given or found[0] or None
+    raise InvalidInputError(
+        f"plan: {spec.label} has several cache_dtype: {', '.join(filter(None, found))}; "
+        "choose one with --cache-dtype"
+    )
+
+
+def _efficiency(
+    config: ToyLlamaConfig, known: tuple[Efficiency, Efficiency], cache_dtype: str | None
+) -> Efficiency:
     """What was measured of such an attention; the roofline where nothing was."""
     from nsagen.estimate.attention import head_dims
     from nsagen.estimate.efficiency import ROOFLINE, SHAPE, is_measured
@@ -131,6 +149,8 @@ def _efficiency(config: ToyLlamaConfig, known: tuple[Efficiency, Efficiency]) ->
         return ROOFLINE
     if not hasattr(config, "topk"):
         return dense
+    if cache_dtype is not None:
+        return ROOFLINE
     ratio = config.num_attention_heads // config.num_key_value_heads
     return nsa if is_measured({**asdict(config), "gqa_ratio": ratio}) else ROOFLINE
 
@@ -211,6 +231,7 @@ def _print(rows: list[Row], gpu: Gpu, load: Any, model: Path | None) -> None:
     title = (
         f"{load.gpus} x {gpu.name}, {load.batch} sequences of {load.context:,} tokens; "
         f"{model or 'a model of Llama 3.1 8B size'}, 16-bit"
+        f"{f', NSA caches of {load.cache_dtype}' if load.cache_dtype else ''}"
     )
     print_table(
         title,

@@ -11,7 +11,15 @@ from typing import Annotated
 
 import typer
 
-from nsagen.cli.options import Attention, Device, Drafts, Json, Kernels
+from nsagen.cli.options import (
+    Attention,
+    CacheDType,
+    Device,
+    Drafts,
+    Json,
+    Kernels,
+    check_cache_dtype,
+)
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.installed import require_extra
 
@@ -52,6 +60,7 @@ def serve(
     attention: Attention = None,
     device: Device = None,
     kernels: Kernels = None,
+    cache_dtype: CacheDType = None,
     sizes: Annotated[
         str, typer.Option(help="Without --model: tiny, or guide for those of the guide's example.")
     ] = "tiny",
@@ -75,6 +84,7 @@ def serve(
     from nsagen.serve.text import characters, checkpoint_tokenizer, numbers
 
     check_attention("serve", attention, kernels)
+    check_cache_dtype("serve", cache_dtype, attention)
     if pages is not None and attention == "dense":
         raise InvalidInputError(
             "serve: --pages is for Native Sparse Attention; got it with --attention dense; "
@@ -97,6 +107,7 @@ def serve(
         paged=pages is not None,
         num_pages=pages,
         share_prefixes=share_prefixes,
+        cache_dtype=cache_dtype,
     )
     if model is not None:
         tokenizer = checkpoint_tokenizer(model)

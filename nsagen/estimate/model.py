@@ -18,6 +18,7 @@ from nsagen.core.errors import InvalidInputError
 from nsagen.estimate.attention import Pairs, attended_pairs, head_dims, keys_read
 from nsagen.estimate.efficiency import ROOFLINE, Efficiency
 from nsagen.model import InferenceConfig, ToyLlama, ToyLlamaConfig, ToyNSALlama, ToyNSALlamaConfig
+from nsagen.model.configs import check_inference_config
 
 USABLE = 0.94
 """Share of a GPU's memory that tensors may take; the rest is for the driver, kernels and gaps."""
@@ -72,12 +73,14 @@ class Load:
         batch: concurrent sequences, on all GPUs together.
         gpus: in all, on hosts of HOST_GPUS.
         prefill_tokens: tokens that one prefill pass computes.
+        cache_dtype: of NSA's caches, as in `InferenceConfig`; None: 16 bits.
     """
 
     context: int
     batch: int
     gpus: int
     prefill_tokens: int
+    cache_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,14 +144,14 @@ def needs(config: ToyLlamaConfig, gpu: Gpu, load: Load, efficiency: Efficiency =
     weights = weight_bytes(config) // split.tensor
 
     def fits(context: int, batch: int) -> bool:
-        taken = cache_bytes(config, context, batch, split)
+        taken = cache_bytes(config, context, batch, split, load.cache_dtype)
         taken += workspace_bytes(config, min(load.prefill_tokens, context), batch, split)
         return weights + taken <= USABLE * gpu.memory
 
     return Needs(
         split,
         weights,
-        cache_bytes(config, load.context, load.batch, split),
+        cache_bytes(config, load.context, load.batch, split, load.cache_dtype),
         workspace_bytes(config, min(load.prefill_tokens, load.context), load.batch, split),
         _prefill_seconds(config, gpu, load.context, split, efficiency),
         _decode_seconds(config, gpu, load, split, efficiency),
@@ -173,10 +176,15 @@ def _parameters(config: ToyLlamaConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def cache_bytes(config: ToyLlamaConfig, context: int, batch: int, split: Split) -> int:
-    """A GPU's part of the cache of `batch` sequences."""
+def cache_bytes(
+    config: ToyLlamaConfig, context: int, batch: int, split: Split, cache_dtype: str | None = None
+) -> int:
+    """A GPU's part of the cache of `batch` sequences; dense attention's has 16 bits always."""
     rows = -(-batch // split.data)
-    return InferenceConfig(rows, context).cache_bytes(config) // split.tensor
+    narrow = cache_dtype if isinstance(config, ToyNSALlamaConfig) else None
+    limits = InferenceConfig(rows, context, cache_dtype=narrow)
+    check_inference_config(config, limits)
+    return limits.cache_bytes(config) // split.tensor
 
 
 def workspace_bytes(config: ToyLlamaConfig, tokens: int, batch: int, split: Split) -> int:
@@ -227,7 +235,9 @@ def _decode_seconds(
 ) -> float:
     rows = -(-load.batch // split.data)
     keys = keys_read(config, load.context)
-    layer = rows * keys * config.num_key_value_heads * sum(head_dims(config)) * 2  # of the cache
+    narrow = load.cache_dtype is not None and isinstance(config, ToyNSALlamaConfig)
+    entry = sum(head_dims(config)) + 2 * 4 if narrow else 2 * sum(head_dims(config))
+    layer = rows * keys * config.num_key_value_heads * entry  # of the cache
     share = efficiency.of_decode(layer / split.tensor)
     read = weight_bytes(config) - 2 * config.vocab_size * config.hidden_size  # one row of these
     read += layer * config.num_hidden_layers / share

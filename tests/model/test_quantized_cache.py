@@ -138,5 +138,5 @@ def test_other_refusals() -> None:
         InferenceConfig(cache_dtype="float8_e5m2")
     with pytest.raises(InvalidInputError, match="float8_e4m3fn with ToyLlamaConfig; leave it out"):
         ToyLlama(dense_config(), LIMITS)
-    with pytest.raises(InvalidInputError, match="bfloat16 or float32, .* got torch.float16"):
+    with pytest.raises(InvalidInputError, match=r"bfloat16 or float32, .* got torch\.float16"):
         NSACache(nsa_config(), LIMITS, dtype=torch.float16)
