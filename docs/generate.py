@@ -13,6 +13,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,12 +214,15 @@ def cache_of_slots() -> str:
         "NSA": ToyNSALlamaConfig(**NSA),
         "NSA, separate keys and values": ToyNSALlamaConfig(**NSA, branch_kv="separate"),
     }
-    rows = [f"| sequences | tokens of each | {' | '.join(models)} |", "| ---: | ---: |"]
-    rows[1] += " ---: |" * len(models)
+    heads = [*models, "NSA, cache_dtype float8_e4m3fn or int8"]
+    rows = [f"| sequences | tokens of each | {' | '.join(heads)} |", "| ---: | ---: |"]
+    rows[1] += " ---: |" * len(heads)
     for batch in (1, 32):
         for length in (8192, 32768, 131072):
             limits = InferenceConfig(max_batch_size=batch, max_length=length)
             sizes = [_gib(limits.cache_bytes(config)) for config in models.values()]
+            narrow = replace(limits, cache_dtype="float8_e4m3fn")
+            sizes.append(_gib(narrow.cache_bytes(models["NSA"])))
             rows.append(f"| {batch} | {length} | {' | '.join(sizes)} |")
     return "\n".join(rows)
 

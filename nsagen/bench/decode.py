@@ -72,6 +72,7 @@ class Plan:
         model: of the layers and the whole step; None to skip both.
         step_batch, step_context: of these.
         new_tokens: of a call of `generate`.
+        cache_dtype: also time attention on caches of this dtype; as in `InferenceConfig`.
     """
 
     batches: tuple[int, ...] = BATCHES
@@ -82,6 +83,7 @@ class Plan:
     step_context: int = 4096
     new_tokens: int = 128
     dtype: torch.dtype = torch.bfloat16
+    cache_dtype: str | None = None
 
     @property
     def linear_batches(self) -> list[int]:
@@ -103,7 +105,7 @@ def run(
     """
     rate = measure_ceilings().bytes
     rows: list[dict[str, Any]] = []
-    total = len(plan.batches) * len(plan.contexts) + 6
+    total = len(plan.batches) * len(plan.contexts) * (2 if plan.cache_dtype else 1) + 6
     if plan.model is not None:
         total += 3 + len(plan.linear_batches) * len(layer_shapes(plan.model))
     bench = _Bench(plan, torch.device(device))
@@ -129,6 +131,8 @@ class _Bench:
         for context in self.plan.contexts:
             for batch in self.plan.batches:
                 yield self.attention(batch, context)
+                if self.plan.cache_dtype is not None:
+                    yield self.narrow_attention(batch, context, self.plan.cache_dtype)
         yield from self.host()
         if self.plan.model is not None:
             yield from self.linear_layers(self.plan.model)
@@ -147,6 +151,20 @@ class _Bench:
             "torch_ms": dense_ms,
             "torch": f"dense, {how}",
             "dense_bytes": caches.dense_bytes(),
+        }
+
+    def narrow_attention(self, batch: int, context: int, cache_dtype: str) -> dict[str, Any]:
+        """The same as `attention` on a cache of a narrow dtype."""
+        plan = self.plan
+        caches = AttentionCaches(
+            *(plan.attention, batch, context, self.device, plan.dtype), cache_dtype=cache_dtype
+        )
+        return {
+            "what": f"attention, {cache_dtype} caches",
+            "batch": batch,
+            "tokens": context,
+            "ms": milliseconds(graphed(caches.sparse)),
+            "bytes": caches.bytes_read(),
         }
 
     def _dense(self, caches: AttentionCaches) -> tuple[float | None, str]:
@@ -229,11 +247,15 @@ class _Bench:
 
 
 def plan_of(
-    batches: Sequence[int] | None, contexts: Sequence[int] | None, attention_only: bool
+    batches: Sequence[int] | None,
+    contexts: Sequence[int] | None,
+    attention_only: bool,
+    cache_dtype: str | None = None,
 ) -> Plan:
     """The default plan with some parts replaced or left out."""
     model = None if attention_only else GUIDE
-    return Plan(tuple(batches or BATCHES), tuple(contexts or CONTEXTS), model=model)
+    sizes = (tuple(batches or BATCHES), tuple(contexts or CONTEXTS))
+    return Plan(*sizes, model=model, cache_dtype=cache_dtype)
 
 
 def check_free(folder: Path | None = None) -> None:

@@ -14,6 +14,7 @@ from nsagen.core.workload import Workload
 from nsagen.estimate.attention import keys_read
 from nsagen.model import InferenceConfig, NSACache, ToyNSALlama, ToyNSALlamaConfig
 from nsagen.model.rope import rope_tables
+from nsagen.ops.reference import quantize
 from nsagen.runtime import Dispatcher
 from nsagen.runtime import dispatcher as registry
 
@@ -42,6 +43,7 @@ class AttentionCaches:
         batch: sequences.
         context: tokens of each, including the new one.
         dispatcher: of the kernels; by default they are built when missing.
+        cache_dtype: of the cache, as in `InferenceConfig`; dense attention cannot read such a one.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class AttentionCaches:
         device: torch.device,
         dtype: torch.dtype,
         dispatcher: Any = None,
+        cache_dtype: str | None = None,
     ) -> None:
         self.config, self.batch, self.context = config, batch, context
         self.dispatcher = dispatcher
@@ -71,9 +74,17 @@ class AttentionCaches:
         self.w_k, self.w_v = mean.to(device, dtype).unbind()
         self.positions = torch.full((batch,), context - 1, dtype=torch.int32, device=device)
         self.slots = torch.arange(batch, dtype=torch.int32, device=device)
-        self.cache = NSACache(config, InferenceConfig(batch, context), device, dtype)[0]
-        for tensor in (self.cache.k, self.cache.v, self.cache.ck, self.cache.cv):
-            tensor.normal_()
+        limits = InferenceConfig(batch, context, cache_dtype=cache_dtype)
+        self.cache = NSACache(config, limits, device, dtype)[0]
+        for name in ("k", "v", "ck", "cv"):
+            cache, scale = getattr(self.cache, name), getattr(self.cache, f"{name}_scale")
+            if scale is None:
+                cache.normal_()
+                continue
+            for slot in range(batch):  # one at a time: they are wide before they are narrow
+                rows, scales = quantize(normal(*cache.shape[1:]), cache.dtype)
+                cache[slot].copy_(rows)
+                scale[slot].copy_(scales)
         self._selected = self._compressed(self.q)
 
     def sparse(self) -> Tensor:
@@ -107,8 +118,10 @@ class AttentionCaches:
         return self.context * self._bytes_an_entry() + self.q.nbytes
 
     def _bytes_an_entry(self) -> int:
-        """For keys and values of all sequences."""
-        return 2 * self.k.nbytes
+        """For keys and values of all sequences, and their scales."""
+        if self.cache.scales is None:
+            return 2 * self.k.nbytes
+        return 2 * (self.k.numel() + 4 * self.k[..., 0].numel())
 
     def _append(self) -> Tensor:
         config, cache = self.config, self.cache
@@ -120,6 +133,7 @@ class AttentionCaches:
             compress_type="weightedpool",
             kernel_size=config.kernel_size,
             kernel_stride=config.kernel_stride,
+            scales=cache.scales,
             dispatcher=self.dispatcher,
         )
 
@@ -133,6 +147,8 @@ class AttentionCaches:
             topk=config.topk,
             init_blocks=config.init_blocks,
             local_blocks=config.local_blocks,
+            ck_scale=self.cache.ck_scale,
+            cv_scale=self.cache.cv_scale,
             dispatcher=self.dispatcher,
         )
         return q, o, topk_idx
@@ -142,6 +158,8 @@ class AttentionCaches:
             *(q, self.cache.k, self.cache.v, topk_idx, self.positions, self.slots, o, self.gate),
             block_size=self.config.block_size,
             window_size=self.config.window_size,
+            k_scale=self.cache.k_scale,
+            v_scale=self.cache.v_scale,
             dispatcher=self.dispatcher,
         )
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nsagen.cli.options import Device, sizes_of
+from nsagen.cli.options import CacheDType, Device, check_cache_dtype, sizes_of
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.installed import require_extra
 
@@ -100,6 +100,7 @@ def decode(
     attention_only: Annotated[
         bool, typer.Option("--attention-only", help="Skip layers and steps of a model.")
     ] = False,
+    cache_dtype: CacheDType = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -108,7 +109,8 @@ def decode(
     from nsagen.bench.measure import require_gpu
     from nsagen.cli.console import progress_bar
 
-    plan = bench.plan_of(sizes_of(batch), sizes_of(context), attention_only)
+    check_cache_dtype("bench decode", cache_dtype, None)
+    plan = bench.plan_of(sizes_of(batch), sizes_of(context), attention_only, cache_dtype)
     bench.check_free(out)
     require_gpu("decode")
     with progress_bar("bench decode") as progress:

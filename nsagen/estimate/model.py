@@ -18,7 +18,7 @@ from nsagen.core.errors import InvalidInputError
 from nsagen.estimate.attention import Pairs, attended_pairs, head_dims, keys_read
 from nsagen.estimate.efficiency import ROOFLINE, Efficiency
 from nsagen.model import InferenceConfig, ToyLlama, ToyLlamaConfig, ToyNSALlama, ToyNSALlamaConfig
-from nsagen.model.configs import check_inference_config
+from nsagen.model.configs import check_cache_dtype
 
 USABLE = 0.94
 """Share of a GPU's memory that tensors may take; the rest is for the driver, kernels and gaps."""
@@ -183,7 +183,7 @@ def cache_bytes(
     rows = -(-batch // split.data)
     narrow = cache_dtype if isinstance(config, ToyNSALlamaConfig) else None
     limits = InferenceConfig(rows, context, cache_dtype=narrow)
-    check_inference_config(config, limits)
+    check_cache_dtype(config, limits)
     return limits.cache_bytes(config) // split.tensor
 
 

@@ -258,7 +258,7 @@ def check_inference_config(config: ToyLlamaConfig, limits: InferenceConfig | Non
         str(limits.max_length),
         "lower max_length or raise max_position_embeddings",
     )
-    _check_cache_dtype(config, limits)
+    check_cache_dtype(config, limits)
     if not limits.paged:
         return
     require(
@@ -279,7 +279,7 @@ def check_inference_config(config: ToyLlamaConfig, limits: InferenceConfig | Non
     )
 
 
-def _check_cache_dtype(config: ToyLlamaConfig, limits: InferenceConfig) -> None:
+def check_cache_dtype(config: ToyLlamaConfig, limits: InferenceConfig) -> None:
     """What a cache of a narrow dtype needs of its model."""
     if limits.cache_dtype is None:
         return

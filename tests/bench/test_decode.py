@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -43,6 +44,16 @@ def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "host_milliseconds", once)
     monkeypatch.setattr(decode, "graphed", lambda call: call)
     monkeypatch.setattr(decode, "measure_ceilings", lambda: measure.Ceilings(1e12, 1e12))
+
+
+@pytest.mark.usefixtures("_without_a_gpu")
+def test_a_row_of_narrow_caches_beside_each() -> None:
+    """It reads a byte for each element, and 4 for a scale."""
+    rows = decode.run(dataclasses.replace(TINY, model=None, cache_dtype="int8"), device="cpu")
+    pairs = [row for row in rows if row["what"].startswith("attention")]
+    assert [row["what"] for row in pairs[:2]] == ["attention", "attention, int8 caches"]
+    queries = 4 * 4 * 32
+    assert (pairs[1]["bytes"] - queries) / (pairs[0]["bytes"] - queries) == (32 + 4) / (4 * 32)
 
 
 @pytest.mark.usefixtures("_without_a_gpu")

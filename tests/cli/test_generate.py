@@ -188,6 +188,8 @@ class TestCheckpoint:
             ["--max-new-tokens", "1000000000000"],
             "together must be at most 1048576; got 10000000000",
         ),
+        (["--cache-dtype", "fp8"], "--cache-dtype must be one of float8_e4m3fn, int8; got 'fp8'"),
+        (["--cache-dtype", "int8", "--attention", "dense"], "is for Native Sparse Attention"),
         (["--max-new-tokens", str(10**30)], "lower --max-new-tokens"),
     ],
 )

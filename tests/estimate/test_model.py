@@ -36,6 +36,24 @@ def test_weights_and_cache_are_those_of_the_model(changes: dict[str, Any]) -> No
     assert capacity.weight_bytes(dense_config()) == sum(p.nbytes for p in dense.parameters())
 
 
+def test_a_narrow_cache_halves_memory_and_what_a_step_reads() -> None:
+    """Dense attention beside it keeps 16 bits; what compresses by products is refused."""
+    config = ToyNSALlamaConfig(num_hidden_layers=4)
+    load = Load(131072, 32, 1, 8192)
+    plain, narrow = (
+        capacity.needs(config, H200, replace(load, cache_dtype=dtype)) for dtype in (None, "int8")
+    )
+    assert 132 / 256 <= narrow.cache / plain.cache < 0.53
+    assert narrow.decode < plain.decode
+    assert narrow.largest_batch > 1.8 * plain.largest_batch
+    dense = capacity.needs(dense_config(), H200, replace(load, cache_dtype="int8"))
+    assert dense == capacity.needs(dense_config(), H200, load)
+    with pytest.raises(InvalidInputError, match=r"compressed by pooling: .*, got linear"):
+        capacity.needs(
+            replace(config, compress_type="linear"), H200, replace(load, cache_dtype="int8")
+        )
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 31, 64, 65, 200])
 def test_pairs_and_keys_are_what_counting_gives(tokens: int) -> None:
     config = nsa_config()

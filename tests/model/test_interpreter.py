@@ -160,3 +160,17 @@ def test_shared_pages_and_drafts_on_kernels() -> None:
         news = [new.token for new in batch.run() if new.sequence == number]
         assert news == told[tuple(prompt)]
     assert batch.accepted >= 4
+
+
+@torch.no_grad()
+def test_caches_of_int8_on_kernels() -> None:
+    """Prefill whole and in chunks, and steps, in pages; float8 takes the same path."""
+    limits = InferenceConfig(
+        2, 32, paged=True, page_size=16, prefill_chunk_size=13, cache_dtype="int8"
+    )
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    kernels = nsa_model(limits, torch.float32, **heads)
+    reference = nsa_model(limits, torch.float64, **heads)
+    batch = packed_batch([25, 6])
+    tokens = reference.generate(*batch, max_new_tokens=4)
+    assert torch.equal(kernels.generate(*batch, max_new_tokens=4), tokens)
