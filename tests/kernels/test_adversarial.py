@@ -6,6 +6,7 @@ to the output's dtype, is finite, so is the kernel's result, and as close as in 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 
@@ -16,8 +17,15 @@ from torch import Tensor
 from nsagen.cases.base import THRESHOLDS, Case, Sizes, cases_of, relative_error
 from nsagen.cases.selected_attention import make_inputs
 from nsagen.codegen.template import default_schedule, space_for, spaces_of
+from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.core.target import KNOWN_TARGETS
-from nsagen.core.workload import STATIC_PARAMS, Param, Schedule, Workload
+from nsagen.core.workload import (
+    STATIC_PARAMS,
+    Param,
+    Schedule,
+    Workload,
+    parameter_names,
+)
 from nsagen.ops._gradients import reference_gradients
 from tests.canaries import guarded
 from tests.support import check_case, is_hopper, kernel_device, kernel_dtypes, load_kernel
@@ -34,6 +42,7 @@ SHAPE: dict[str, Param] = {
     **{"local_blocks": 2, "window_size": 12, "with_pe": True},
 }
 PASSES = list(STATIC_PARAMS)
+FORCED_SIZES = ("init_blocks", "local_blocks")
 DENORMAL = {torch.float32: 1e-41, torch.float16: 2e-7, torch.bfloat16: 1e-40}
 
 
@@ -135,6 +144,20 @@ def test_each_kind_of_compression(
         check(name, case.outputs[name], exact, 0.0, huge=False)
 
 
+def covered(op: str, pass_: str, algorithm: str, dtype: str) -> Workload | None:
+    """The widest heads and smallest blocks of which an algorithm covers a workload."""
+    forced = {name: SHAPE[name] for name in parameter_names(op, pass_) if name in FORCED_SIZES}
+    for head_dim, block_size, more in itertools.product((256, 128), (16, 32), ({}, forced)):
+        sizes = {"head_dim": head_dim, "v_head_dim": 64, **more}
+        if "block_size" in STATIC_PARAMS[op, pass_] or more:
+            sizes["block_size"] = block_size
+        w = workload(op, pass_, dtype, **sizes)
+        with contextlib.suppress(UnsupportedWorkloadError):
+            space_for(w, algorithm)
+            return w
+    return None
+
+
 @pytest.mark.parametrize("both_signs", [False, True])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", kernel_dtypes())
@@ -166,10 +189,9 @@ def test_scores_at_which_rounding_takes_more_than_one(
         signs = torch.where(x < 0, -1.0, 1.0) if both_signs else torch.ones_like(x)
         return (signs * 1e4 * (sign if next(drawn) == 1 else 1)).to(x.dtype)
 
-    pipeline = algorithm == "warp_specialized"
-    if pipeline and dtype == "float32":
+    w = covered(op, pass_, algorithm, dtype)
+    if w is None:
         pytest.skip("pipelines are for types of 16 bits")
-    w = workload(op, pass_, dtype, head_dim=128 if pipeline else 256, v_head_dim=64)
     space = space_for(w, algorithm)
     monkeypatch.setitem(KINDS, "huge", huge)
     case = adversarial(w, "huge", monkeypatch)
