@@ -285,6 +285,11 @@ def _advice(missing: Sequence[str], unexpected: Sequence[str], changed: Sequence
         return "load it with Transformers' LlamaForCausalLM, whose names these lack, and save that"
     if any(name.endswith(f".{lacking}") for name in unexpected for lacking in missing[:1]):
         return "save the model itself, not what wraps it (DataParallel, torch.compile)"
+    others = [name for name in unexpected if not name.startswith("model.")]
+    if others and others == unexpected and missing == ["lm_head.weight"]:
+        return "give the folder of a language model: this one has another head"
+    if others and others == unexpected and not missing:
+        return "load it with Transformers' LlamaForCausalLM, which leaves these out, and save that"
     if missing == ["lm_head.weight"]:
         return "set tie_word_embeddings to true in its config.json if the embedding is the head"
     return "check that the folder's weights belong to its config.json"

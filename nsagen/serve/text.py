@@ -152,26 +152,32 @@ def checkpoint_tokenizer(folder: Path) -> Tokenizer:
         decode=lambda tokens: fast.decode(list(tokens), skip_special_tokens=True),
         stop=_stop_tokens(folder),
         is_byte=lambda token: _BYTE.fullmatch(fast.id_to_token(token) or "") is not None,
-        chat=functools.partial(_chat, folder),
+        chat=functools.partial(_chat, folder, fast),
     )
 
 
 @functools.cache
 def _template(folder: Path) -> Any:
-    """What knows a checkpoint's chat template: Transformers' tokenizer of it, or None."""
-    from transformers import AutoTokenizer
+    """Transformers' tokenizer of a checkpoint, which knows its chat template.
 
-    try:
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError):  # a folder without a tokenizer's config
-        return None
-    return found if found.chat_template else None
+    Raises:
+        InvalidInputError: Transformers cannot read the tokenizer's files.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    try:  # not AutoTokenizer, which reads config.json too and fails on a model that is not its own
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InvalidInputError(
+            f"messages: {folder} must have a tokenizer that Transformers reads; got {error!r}; "
+            "save it again with its save_pretrained, or use /v1/completions"
+        ) from None
 
 
-def _chat(folder: Path, messages: Chat) -> list[int]:
+def _chat(folder: Path, fast: Any, messages: Chat) -> list[int]:
     require_extra("serve", "transformers", "transformers")
     template = _template(folder)
-    if template is None:
+    if not template.chat_template:
         return _no_chat(messages)
     try:
         text = template.apply_chat_template(
@@ -181,7 +187,7 @@ def _chat(folder: Path, messages: Chat) -> list[int]:
         raise InvalidInputError(
             f"messages: must fit the model's chat template; got {error}; change them"
         ) from None
-    return template.encode(text, add_special_tokens=False)
+    return fast.encode(text, add_special_tokens=False).ids  # the template has written them
 
 
 def _stop_tokens(folder: Path) -> frozenset[int]:

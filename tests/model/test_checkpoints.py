@@ -418,6 +418,38 @@ def test_advice_about_a_head_that_is_missing_works(folder: Path) -> None:
     ToyLlama.from_pretrained(folder)
 
 
+def test_a_reward_model_is_not_taken_for_a_language_model(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["score.weight"] = tensors.pop("lm_head.weight")[:1].clone()
+
+    rewrite(folder, change)
+    text = "no lm_head.weight, an unknown score.weight; give the folder of a language model"
+    with pytest.raises(InvalidInputError, match=text):
+        ToyLlama.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_advice_about_a_second_head_works(folder: Path, tmp_path: Path, tied: bool) -> None:
+    """As a value head beside the language model, or a reward model's with a tied embedding."""
+    transformers = pytest.importorskip("transformers")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["v_head.summary.weight"] = torch.ones(1, 64)
+        if tied:
+            del tensors["lm_head.weight"]
+
+    rewrite(folder, change)
+    edit(folder, tie_word_embeddings=tied)
+    advice = "unknown v_head.summary.weight; load it with Transformers' LlamaForCausalLM, which"
+    with pytest.raises(InvalidInputError, match=advice):
+        ToyLlama.from_pretrained(folder)
+    again = tmp_path / "again"
+    transformers.LlamaForCausalLM.from_pretrained(folder).save_pretrained(again)
+    loaded = ToyLlama.from_pretrained(again)
+    embedding = load_file(folder / "model.safetensors")[EMBEDDING]
+    assert torch.equal(loaded.model.embed_tokens.weight, embedding.to(loaded.lm_head.weight.dtype))
+
+
 @pytest.mark.parametrize(
     ("stored", "wanted"),
     [("weightedpool", "linear"), ("linear", "avgpool"), ("avgpool", "mlp"), ("mlp", "linear")],

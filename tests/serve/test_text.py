@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,24 @@ def test_a_chat_is_what_the_template_makes_of_it(tmp_path: Path) -> None:
     assert text_of(made) == (
         "<s> user hello <s> assistant there <s> user hello there <s> assistant"
     )
+
+
+@pytest.mark.parametrize("model_type", ["nsagen_toy_llama", "unknown"])
+def test_a_chat_does_not_ask_what_the_model_is(tmp_path: Path, model_type: str) -> None:
+    """A `ToyNSALlama`'s folder has a model type, and a rope, that Transformers cannot build."""
+    folder = folder_with(tmp_path, TEMPLATE)
+    config = {"model_type": model_type, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    made = checkpoint_tokenizer(folder).chat([{"role": "user", "content": "hello"}])
+    assert text_of(made) == "<s> user hello <s> assistant"
+
+
+def test_a_tokenizer_that_transformers_cannot_read_is_named(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, TEMPLATE)
+    (folder / "tokenizer_config.json").write_text("[]")
+    tokenizer = checkpoint_tokenizer(folder)
+    with pytest.raises(InvalidInputError, match="must have a tokenizer that Transformers reads"):
+        tokenizer.chat([{"role": "user", "content": "hello"}])
 
 
 def test_what_a_template_refuses_is_refused_in_its_words(tmp_path: Path) -> None:
