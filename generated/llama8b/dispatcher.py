@@ -981,7 +981,7 @@ TABLE = {
         ),
     ): {
         "cuda:90": (
-            (Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__0d1666b7"),
+            (Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__819e152b"),
         ),
     },
     Workload(
@@ -1022,7 +1022,7 @@ TRITON = {
     "selected_attention_backward__bf16_d128_g16_b64__da0edf12": Releases((3, 6), (3, 9)),
     "sliding_window_attention_backward__bf16_d128_g16_w512__bf504d89": Releases((3, 6), (3, 9)),
     "sliding_window_attention_forward__bf16_d128_g16_w512__cc264aaf": Releases((3, 6), (3, 9)),
-    "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__0d1666b7": Releases(
+    "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__819e152b": Releases(
         (3, 6), (3, 9)
     ),
     "sliding_window_attention_forward__bf16_d128_g4_w512__ae64ed63": Releases((3, 6), (3, 9)),
