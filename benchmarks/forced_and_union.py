@@ -68,11 +68,11 @@ def variants() -> dict[str, Variant]:
         "window and forced": variant(sliding, "forced_blocks", forced=True),
         "free, query_major": variant(selected, "query_major", forced=True),
     }
-    for n in (2, 3, 4):
-        found[f"free, union {n}/4"] = variant(
-            selected, "union_tiles", forced=True, union_quarters=n
+    for choice in ("call", "tile"):
+        found[f"free, union by {choice}"] = variant(
+            selected, "union_tiles", forced=True, choice=choice
         )
-    found["selected, union 3/4"] = variant(selected, "union_tiles", forced=False)
+    found["selected, union"] = variant(selected, "union_tiles", forced=False)
     return found
 
 

@@ -27,7 +27,8 @@ from nsagen.core.target import Target
 from nsagen.core.workload import Workload
 
 # A plausible call: compilation depends on it only through specialization of sizes.
-_EXAMPLE_SIZES = Sizes(seqlens=(4096,), kv_heads=4, capacity=8192)
+_EXAMPLE_SIZES = Sizes(seqlens=(65536,), kv_heads=4, capacity=8192)
+_SHORT_SIZES = Sizes(seqlens=(2048,), kv_heads=4, capacity=8192)
 _EXAMPLE_DECODE_SIZES = Sizes(seqlens=(4095, 1000), kv_heads=4, capacity=8192)
 
 _LAUNCH_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg"}
@@ -109,14 +110,18 @@ def recorded_launches(
     """The first call of each kernel that a variant's `launch` makes, in order.
 
     Args:
-        sizes: of the call; plausible ones by default, which decide only the specialization.
+        sizes: of the call; plausible ones by default, which decide only the specialization. A
+            launch may choose its kernels by them: those for long and for short sequences come.
 
     Raises:
         BuildError: `launch` calls no kernel.
     """
-    plausible = _EXAMPLE_DECODE_SIZES if workload.pass_ == "decode" else _EXAMPLE_SIZES
-    case = cases_of(workload).make_case(workload, sizes or plausible, "meta")
-    return first_calls(all_launches(path, case))
+    plausible = (_EXAMPLE_SIZES, _SHORT_SIZES)
+    if workload.pass_ == "decode":
+        plausible = (_EXAMPLE_DECODE_SIZES,)
+    make_case = cases_of(workload).make_case
+    cases = [make_case(workload, s, "meta") for s in ((sizes,) if sizes else plausible)]
+    return first_calls([call for case in cases for call in all_launches(path, case)])
 
 
 def all_launches(path: Path, case: Case) -> list[RecordedLaunch]:

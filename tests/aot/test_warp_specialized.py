@@ -10,7 +10,7 @@ import torch
 from nsagen.aot.compile import all_launches, compile_launch, compile_variant, first_calls
 from nsagen.aot.resources import Resources, read_resources
 from nsagen.cases.base import Case, Sizes, cases_of
-from nsagen.codegen.template import kernel_name, render, spaces_for, spaces_of
+from nsagen.codegen.template import kernel_name, render, space_for, spaces_for, spaces_of
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Workload
 
@@ -54,6 +54,45 @@ def test_compiles_to_warpgroup_products_without_a_gpu(op, tmp_path):
     (resources,) = compile_variant(path, w, SM90)
     assert resources.matrix == "wgmma"
     assert not resources.problems(SM90)
+
+
+FORCED = {"block_size": 64, "init_blocks": 1, "local_blocks": 2}
+
+
+def kernels_of(w: Workload, algorithm: str, tmp_path: Path) -> dict[str, Resources]:
+    """What each kernel of an algorithm's default schedule uses."""
+    schedule = space_for(w, algorithm).default_schedule(w, SM90)
+    path = tmp_path / f"{kernel_name(w, schedule)}.py"
+    path.write_text(render(w, schedule, "# test"))
+    found = {resources.kernel: resources for resources in compile_variant(path, w, SM90)}
+    for resources in found.values():
+        assert not resources.problems(SM90)
+    return {"pipeline": found.pop(path.stem), **found}
+
+
+@pytest.mark.parametrize(("group", "dim"), [(16, 128), (8, 64)])
+def test_a_window_that_gives_the_forced_blocks(group: int, dim: int, tmp_path: Path) -> None:
+    sizes = {"head_dim": dim, "v_head_dim": dim, "gqa_ratio": group, "window_size": 512}
+    w = Workload.of("sliding_window_attention", "forward", dtype="bfloat16", **sizes, **FORCED)
+    (pipeline,) = kernels_of(w, "forced_blocks", tmp_path).values()
+    assert pipeline.matrix == "wgmma"
+
+
+@pytest.mark.parametrize(
+    ("group", "dim", "forced"), [(16, 128, True), (16, 128, False), (8, 64, True), (8, 64, False)]
+)
+def test_tiles_of_unions_and_tokens_apart(
+    group: int, dim: int, forced: bool, tmp_path: Path
+) -> None:
+    """Tokens of large unions run as query_major does: ten programs of a warp a multiprocessor."""
+    sizes = {"head_dim": dim, "v_head_dim": dim, "gqa_ratio": group}
+    blocks = FORCED if forced else {"block_size": 64}
+    w = Workload.of("selected_attention", "forward", dtype="bfloat16", **sizes, **blocks)
+    found = kernels_of(w, "union_tiles", tmp_path)
+    assert set(found) == {"pipeline", "plan_unions", "attend_apart"}
+    assert found["pipeline"].matrix == "wgmma"
+    assert found["attend_apart"].matrix == "mma.sync"
+    assert 65536 // (32 * found["attend_apart"].registers) >= 10
 
 
 @pytest.mark.parametrize("op", STATICS)

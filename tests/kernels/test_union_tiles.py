@@ -37,7 +37,7 @@ def workload(
     return Workload.of("selected_attention", "forward", dtype=dtype, **statics, **forced)
 
 
-def union_tiles(w: Workload, **knobs: int) -> ModuleType:
+def union_tiles(w: Workload, **knobs: Any) -> ModuleType:
     default: Any = space_for(w, "union_tiles").default(w, KNOWN_TARGETS["cuda:90"])
     return load_kernel(w, Schedule.of("union_tiles", {**default, **knobs}))
 
@@ -50,13 +50,15 @@ def check(
     *,
     without: str = "",
     any_order: bool = False,
-    **knobs: int,
+    every: bool = True,
+    **knobs: Any,
 ) -> None:
-    """Compare with the reference; without `union_quarters`, every tile is read as one.
+    """Compare with the reference; unless `every` is false, each tile is read as one.
 
     Few programs take all tiles, so that each has several after each other.
     """
-    module = union_tiles(w, **{"union_quarters": 4, **knobs})
+    module = union_tiles(w, **knobs)
+    monkeypatch.setattr(module, "unions_pay", lambda *args: every)
     monkeypatch.setattr(module, "processors", lambda x: 2)
     on_cpu(monkeypatch, module, without)
     sizes = Sizes(seqlens, 1, any_order=any_order)
@@ -119,24 +121,25 @@ def of_neighbours(tokens: int) -> torch.Tensor:
     return torch.where(token < tokens // 2, same, alone)[None].to(torch.int32)
 
 
-@pytest.mark.parametrize("union_quarters", [2, 3])
+@pytest.mark.parametrize("union_tenths", [7, 9])
 def test_tiles_of_large_unions_are_read_token_by_token(
-    union_quarters: int, monkeypatch: pytest.MonkeyPatch
+    union_tenths: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     topk_idx = of_neighbours(360)[:, -40:].contiguous()
     topk_idx[:, :20] = torch.arange(4)
     q_start = torch.tensor([320], dtype=torch.int32)
-    w = workload(group=32)
-    module = union_tiles(w, union_quarters=union_quarters)
+    w = workload(group=16)
+    module = union_tiles(w, union_tenths=union_tenths, choice="tile")
+    monkeypatch.setattr(module, "unions_pay", lambda *args: False)
     counts = []
     launched = module.attend_apart
     monkeypatch.setattr(
-        module, "attend_apart", _Noting(launched, lambda args: counts.append(args[5].clone()))
+        module, "attend_apart", _Noting(launched, lambda args: counts.append(args[-2].clone()))
     )
     on_cpu(monkeypatch, module)
     whole = make_case(w, Sizes((360,), 1), "cpu", 1)
     q, k, v, _, cu_seqlens, _, _, scale = whole.args
-    o, lse = torch.full((40, 32, 64), torch.nan, dtype=q.dtype), torch.full((40, 32), torch.nan)
+    o, lse = torch.full((40, 16, 64), torch.nan, dtype=q.dtype), torch.full((40, 16), torch.nan)
     few = torch.tensor([0, 40], dtype=torch.int32)
     args = (q[320:], k, v, topk_idx, few, o, lse, scale, cu_seqlens, q_start)
     module.launch(*args)
@@ -173,13 +176,13 @@ def _reference(args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-@pytest.mark.parametrize("union_quarters", [2, 4])
+@pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize(("init_blocks", "local_blocks"), [(1, 2), (0, 1), (2, 3)])
 def test_starting_from_the_forced_blocks(
-    init_blocks: int, local_blocks: int, union_quarters: int, monkeypatch: pytest.MonkeyPatch
+    init_blocks: int, local_blocks: int, every: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w = workload(group=16, init_blocks=init_blocks, local_blocks=local_blocks)
-    check(monkeypatch, w, (200, 0, 9), union_quarters=union_quarters)
+    check(monkeypatch, w, (200, 0, 9), every=every, choice="tile")
 
 
 @pytest.mark.parametrize(
