@@ -529,9 +529,7 @@ class ContinuousBatch:
         parts = [one.request.prompt[piece.start : piece.end] for one, piece in chosen]
         tokens = torch.cat(parts)
         rows = PrefillRows.of(pieces, self.cache, self.model.may_fuse())
-        if rows.fused and self._begins:
-            renew_joined(self.model)
-            self._begins = False
+        self._renew(rows.fused)
         done = [i for i, (one, piece) in enumerate(chosen) if piece.end == one.length]
         if not done:
             self.model.hidden(tokens, rows, self.cache)
@@ -544,6 +542,12 @@ class ContinuousBatch:
         slots = self._to_device([one.slot for one in ready])
         self._step.newest[slots] = first
         return ready, first, host
+
+    def _renew(self, fused: bool) -> None:
+        """Copy joined weights again for new sequences, before the first work that reads them."""
+        if fused and self._begins:
+            renew_joined(self.model)
+            self._begins = False
 
     def _choose_first(self, ready: list[RunningSequence], logits: Tensor) -> Tensor:
         configs = [one.request.sampling for one in ready]
@@ -610,6 +614,8 @@ class ContinuousBatch:
         drafts: Mapping[RunningSequence, list[int]] = MappingProxyType({}),
     ) -> None:
         """Run a step of these sequences; if it fails, they stay as they were."""
+        if self._begins:  # prompts ran with a hook, which is gone
+            self._renew(self.model.may_fuse())
         try:
             self._seat(sequences)
             host = self._host_memory(len(sequences))

@@ -262,6 +262,23 @@ def test_a_running_batch_computes_new_sequences_with_the_weights_of_their_time(
     assert tokens == alone[0].tolist()
 
 
+def test_a_hook_during_the_prompt_does_not_leave_the_steps_old_weights(fused: None) -> None:
+    """The prompt's pass calls modules then, so the steps are the first to read the copies."""
+    model = sparse()
+    batch, prompt = ContinuousBatch(model), BATCH[0][:12]
+    batch.add(BATCH[0])
+    list(batch.run())  # makes the copies
+    change_through_data(model)
+    batch.add(prompt, max_new_tokens=12)
+    hook = model.model.layers[0].register_forward_hook(lambda *args: None)
+    batch.prefill()
+    hook.remove()
+    tokens = [new.token for new in batch.run()]
+    with torch.no_grad():  # without copies
+        alone = copy.deepcopy(model).generate(prompt, torch.tensor([0, 12]), 12)
+    assert tokens == alone[0].tolist()
+
+
 def test_copies_are_renewed_once_a_pass_and_not_where_weights_stay(
     fused: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
