@@ -17,12 +17,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from nsagen.core.errors import CapacityError, InvalidInputError, NsagenError
 from nsagen.model import ContinuousBatch
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 COLUMNS = {
     "over": "",
@@ -114,19 +118,20 @@ def planned(load: Load) -> list[Planned]:
 
 
 def run_http(url: str, requests: Sequence[Planned], done: Callable[[], None]) -> list[Answer]:
-    """Send requests to an endpoint with OpenAI's interface that takes token numbers as prompts."""
+    """Send requests to an endpoint with OpenAI's interface that takes token numbers as prompts.
+
+    Raises:
+        InvalidInputError: the URL is not a server's, such as `http://127.0.0.1:8000`.
+        NsagenError: no such endpoint answers there, or it serves no model.
+    """
     return asyncio.run(_run_http(url, requests, done))
 
 
 async def _run_http(
     url: str, requests: Sequence[Planned], done: Callable[[], None]
 ) -> list[Answer]:
-    from openai import AsyncOpenAI
-
-    async with AsyncOpenAI(
-        base_url=f"{url.rstrip('/')}/v1", api_key="none", max_retries=0, timeout=None
-    ) as client:
-        model = (await client.models.list()).data[0].id
+    async with _client(url) as client:
+        model = await _model_of(client, url)
         start = time.perf_counter()
 
         async def send(one: Planned) -> Answer:
@@ -152,6 +157,45 @@ async def _run_http(
             return answer
 
         return list(await asyncio.gather(*map(send, requests)))
+
+
+def _client(url: str) -> AsyncOpenAI:
+    from openai import AsyncOpenAI
+
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("no http:// or https:// with a host")
+        return AsyncOpenAI(
+            base_url=f"{url.rstrip('/')}/v1", api_key="none", max_retries=0, timeout=None
+        )
+    except Exception as error:  # the client's own libraries have types for what is no URL
+        raise InvalidInputError(
+            f"bench serve: --url must be a server's address; got {url!r}: {error}; "
+            "such as http://127.0.0.1:8000"
+        ) from None
+
+
+async def _model_of(client: AsyncOpenAI, url: str) -> str:
+    """The name of the first model that a server lists."""
+    from openai import OpenAIError
+
+    try:
+        listed = [model.id for model in (await client.models.list()).data or ()]
+    except (OpenAIError, AttributeError, ValueError) as error:  # or an answer in another form
+        raise NsagenError(
+            f"bench serve: a server must answer at {url}/v1/models; it said: "
+            f"{_first_line(error)}; start it, or give its address without /v1"
+        ) from error
+    if not listed:
+        raise NsagenError(
+            f"bench serve: {url} must serve a model; it lists none; load one, or give another --url"
+        )
+    return listed[0]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def run_batch(model: Any, requests: Sequence[Planned], done: Callable[[], None]) -> list[Answer]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,9 @@ import pytest
 pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
-from nsagen.bench.serve import FEWEST, Answer, Load, planned, row_of
+from nsagen.bench.serve import FEWEST, Answer, Load, planned, row_of, run_http
 from nsagen.cli.app import main
-from nsagen.core.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError, NsagenError
 from nsagen.serve.text import CHARACTERS
 
 LOAD = Load(requests=400, rate=5.0, prompt=(16, 512), new=(8, 64), seed=3)
@@ -117,6 +120,9 @@ def test_the_command_measures_transformers_beside_it(
         ("--rates fast", "--rates must be numbers; got 'fast'"),
         ("--prompt 9", "--prompt must be least and greatest; got '9'"),
         ("--url http://127.0.0.1:9 --direct", "--direct runs a model here"),
+        ("--url http://[::1/v1", "--url must be a server's address; got 'http://[::1/v1': Invalid"),
+        ("--url http://127.0.0.1:x", "--url must be a server's address; got 'http://127.0.0.1:x'"),
+        ("--url localhost:8000", "got 'localhost:8000': no http:// or https:// with a host"),
     ],
 )
 def test_wrong_usage_exits_with_2(
@@ -126,3 +132,42 @@ def test_wrong_usage_exits_with_2(
         main(["bench", "serve", *words.split()])
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_answer_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(SystemExit) as ended:
+            main(["bench", "serve", "--url", url])
+    assert ended.value.code == 1
+    said = f"bench serve: a server must answer at {url}/v1/models; it said: Connection error."
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('{"object": "list", "data": []}', "must serve a model; it lists none"),
+        ('{"detail": "hello"}', "must serve a model; it lists none"),
+        ("<html>", "a server must answer at"),
+    ],
+)
+def test_a_server_of_something_else_is_refused(body: str, said: str) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json" if body[0] == "{" else "text/html")
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            with pytest.raises(NsagenError, match=said):
+                run_http(f"http://127.0.0.1:{server.server_port}", [], lambda: None)
+        finally:
+            server.shutdown()
