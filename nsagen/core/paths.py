@@ -8,11 +8,11 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.core.files import check_writable
+from nsagen.core.files import check_writable, is_file
 
 _log = logging.getLogger("nsagen.files")
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -37,6 +37,13 @@ def working_folder() -> Path:
         return Path.cwd()
     except FileNotFoundError:
         return Path("/", os.environ.get("PWD", ""))
+
+
+def project_roots(path: Path) -> Iterator[Path]:
+    """The folders above a path that are project roots, the innermost first."""
+    for folder in path.parents:
+        if is_file(folder / "pyproject.toml") or os.path.lexists(folder / ".git"):
+            yield folder
 
 
 def templates_dir() -> Path:

@@ -14,7 +14,7 @@ from nsagen.core.errors import InvalidInputError
 from nsagen.core.files import is_file
 from nsagen.core.importing import import_once
 from nsagen.core.packages import remedy
-from nsagen.core.paths import cache_dir, working_folder
+from nsagen.core.paths import cache_dir, project_roots, working_folder
 from nsagen.runtime.dispatcher import Dispatcher, OnMissing
 
 _log = logging.getLogger("nsagen.runtime")
@@ -26,8 +26,9 @@ _PREFIX = "_nsagen_generated_"
 def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:
     """The dispatcher of the package `generated.<name>`.
 
-    Looks for it on `sys.path`, then in `generated/` of the working folder, then in
-    `generated/` of the user cache.
+    Looks for it on `sys.path`, then in `generated/` of the working folder and of the projects
+    around it, then in `generated/` of the user cache. A package of the working folder or its
+    project goes before nsagen's own.
 
     Args:
         name: of the spec, e.g. "llama8b".
@@ -72,11 +73,15 @@ def _package(name: str) -> ModuleType:
             raise
     else:
         # One of the same name may have been imported from a folder that was on the path then.
-        own = working_folder() / "generated" / name
-        if _is_of_nsagen(module, name) and is_file(own / "__init__.py"):
-            if not _is_of(module, own):
-                _log.info("nsagen.load: %s of the working folder, not nsagen's own package", own)
-            return import_folder(own) if not _is_of(module, own) else module
+        own = next((path for path in _of_project(name) if is_file(path / "__init__.py")), None)
+        if own is not None and _is_of_nsagen(module, name):
+            if _is_of(module, own):
+                return module
+            owner = "the working folder"
+            if own != working_folder() / "generated" / name:
+                owner += "'s project"
+            _log.info("nsagen.load: %s of %s, not nsagen's own package", own, owner)
+            return import_folder(own)
         if found is not None and not _is_of(module, found):
             return import_folder(found)
         return module
@@ -93,7 +98,15 @@ def _package(name: str) -> ModuleType:
 
 def _folders(name: str) -> tuple[Path, ...]:
     """Where a package may be that is not on `sys.path`."""
-    return working_folder() / "generated" / name, cache_dir() / "generated" / name
+    return *_of_project(name), cache_dir() / "generated" / name
+
+
+def _of_project(name: str) -> tuple[Path, ...]:
+    """Where a package of the user's may be: in the working folder, or a project's root above."""
+    here = working_folder()
+    return tuple(
+        dict.fromkeys(root / "generated" / name for root in (here, *project_roots(here / name)))
+    )
 
 
 def _folder_of(name: str) -> Path | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from nsagen.core.branches import BRANCHES
 from nsagen.core.errors import SpecError
 from nsagen.core.files import is_file
 from nsagen.core.packages import GENERATED, build_command, from_here
-from nsagen.core.paths import specs_dir, visible, working_folder
+from nsagen.core.paths import project_roots, specs_dir, visible, working_folder
 from nsagen.core.workload import Workload
 from nsagen.spec.combine import combine
 from nsagen.spec.document import parse, read_text, spec_error
@@ -155,7 +153,7 @@ def _is_packaged(path: Path) -> bool:
 def _tuned_folder(path: Path, name: str) -> Path:
     if not _is_packaged(path):
         return path.parent / "tuned" / name
-    roots = list(_roots(working_folder() / path.name))
+    roots = list(project_roots(working_folder() / path.name))
     places = [root / "specs" / "tuned" / name for root in (working_folder(), *roots)]
     known = [place for place in places if place.is_dir()]
     return (known or [places[1] if roots else places[0]])[0]
@@ -165,7 +163,7 @@ def _label(given: Path) -> str:
     path = given.resolve()
     if path.parent == specs_dir().resolve():
         return path.stem
-    root = next(_roots(path), None)
+    root = next(project_roots(path), None)
     if root is not None:
         label = path.relative_to(root).as_posix()
     elif path.parent.name == "specs":  # of a project without any other mark
@@ -176,18 +174,11 @@ def _label(given: Path) -> str:
     return label
 
 
-def _roots(path: Path) -> Iterator[Path]:
-    """The folders above a path that are project roots, the innermost first."""
-    for folder in path.parents:
-        if is_file(folder / "pyproject.toml") or os.path.lexists(folder / ".git"):
-            yield folder
-
-
 def _below_a_root(path: Path) -> Path | None:
     """The file that a path means from the root of a project around the working folder."""
     if path.is_absolute():
         return None
-    roots = _roots(working_folder() / path.name)
+    roots = project_roots(working_folder() / path.name)
     return next((root / path for root in roots if is_file(root / path)), None)
 
 

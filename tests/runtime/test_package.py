@@ -61,6 +61,28 @@ def test_a_projects_own_package_goes_before_nsagens_and_the_choice_is_logged(
     assert not caplog.messages
 
 
+def test_a_projects_own_package_is_found_from_its_subfolders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the command line finds its specs there."""
+    checkout, project = tmp_path / "checkout", tmp_path / "project"
+    for folder in (checkout, project):
+        package(folder, "tiny", ("kernel",))
+    package(project, "alone", ("kernel",))
+    (project / ".git").mkdir()
+    (project / "scripts").mkdir()
+    monkeypatch.syspath_prepend(checkout)
+    monkeypatch.setattr(packages, "__file__", str(checkout / "nsagen" / "runtime" / "package.py"))
+    monkeypatch.chdir(project / "scripts")
+    with caplog.at_level("INFO", "nsagen.runtime"):
+        assert nsagen.load("tiny").folder == project / "generated" / "tiny"
+    assert caplog.messages == [
+        f"nsagen.load: {project}/generated/tiny of the working folder's project, not nsagen's own "
+        "package"
+    ]
+    assert nsagen.load("alone").folder == project / "generated" / "alone"
+
+
 def test_a_package_is_found_in_the_user_cache(tmp_path: Path) -> None:
     package(tmp_path / "cache", "cached", ("kernel",))
     assert nsagen.load("cached").name == "cached"
