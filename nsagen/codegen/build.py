@@ -161,6 +161,7 @@ def write_package(
                 raise
     with _writing(folder, command), locked(out_dir, name):
         check_free(folder, files, *more)
+        _say_unread(folder, manifest_name)
         for path in edited_files(folder, files, manifest_name):
             _log.warning("%s: %s was edited; it is written again", command, folder / path)
         removed = _orphans(folder, files, manifest_name)
@@ -190,6 +191,7 @@ def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale
     def cause(path: str, was_listed: bool) -> str:
         return (why or "a template") if (path in listed) is was_listed else ""
 
+    _say_unread(folder)
     stale = []
     is_known = not (folder / MANIFEST).is_file() or bool(listed)
     free = replaceable(folder, files)
@@ -198,7 +200,11 @@ def check(spec: Spec, out_dir: Path, *, tuned: Path | None = None) -> list[Stale
             stale.append(Stale(path, "missing", cause(path, False) if listed else ""))
         elif not _differs(folder / path, text):
             continue
-        elif path in intact or (path == MANIFEST and is_known and (why or stale)):
+        elif (
+            path in intact
+            or not isinstance(listed.get(path, ""), str)  # a later version's way to list a file
+            or (path == MANIFEST and is_known and (why or stale))
+        ):
             stale.append(Stale(path, "outdated", why or "a template"))
         else:
             stale.append(Stale(path, "edited", in_the_way=path not in free))
@@ -213,6 +219,19 @@ def way_to_fresh(stale: Sequence[Stale], folder: Path, command: str) -> str:
         return f"run: {command}"
     moved = ", ".join(names) if len(names) <= _NAMED else str(folder)
     return f"move {moved} away, as nothing says that nsagen wrote it; then run: {command}"
+
+
+def _say_unread(folder: Path, manifest: str = MANIFEST) -> None:
+    """Log that a later version's manifest lists files in a way that is unknown here."""
+    known = read_manifest(folder, manifest) or {"files": {}}
+    if unread := sum(not isinstance(was, str) for was in known["files"].values()):
+        _log.warning(
+            "%s: nsagen %s lists %d files in a way that cannot be read here; "
+            "a build keeps those that it does not write",
+            folder / manifest,
+            known["nsagen"],
+            unread,
+        )
 
 
 def _changed_inputs(manifest: Mapping[str, Any], origin: Origin) -> str:

@@ -312,3 +312,25 @@ def main_exits(words: list[str]) -> object:
     with pytest.raises(SystemExit) as end:
         main([*words, "--out", "."])
     return end.value.code
+
+
+def test_a_later_versions_list_of_files_is_said_not_to_be_read(
+    one_op: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its files are not called edited."""
+    make()
+    path = OUT / "few" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest |= {"nsagen": "9.0.0", "more": [1]}
+    manifest["files"] = {name: {"sha256": was} for name, was in manifest["files"].items()}
+    path.write_text(json.dumps(manifest))
+    a_kernel().write_text(a_kernel().read_text() + "# as a later version writes it\n")
+    stale = check(load_spec("few.yaml"), OUT)
+    assert {one.state for one in stale} == {"outdated"}
+    count = len(manifest["files"])
+    assert caplog.messages == [
+        f"{path}: nsagen 9.0.0 lists {count} files in a way that cannot be read here; "
+        "a build keeps those that it does not write"
+    ]
+    make()
+    assert check(load_spec("few.yaml"), OUT) == []
