@@ -130,6 +130,8 @@ def tune(
     for spec in specs:
         check_writable(places.folder(spec))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if places.url is None:
+        _check_user_cache()
     with evaluator_for(settings.objective, specs, places) as (device, _, evaluator):
         places.started(device)
         url = default_study_url(device.slug) if places.url is None else places.url
@@ -249,6 +251,17 @@ def _page(places: Places, url: str, watcher: Watcher) -> Iterator[None]:
 def default_study_url(device: str) -> str:
     """The local file that keeps a device's studies."""
     return sqlite_url(cache_dir() / "tune" / f"{device}.db")
+
+
+def _check_user_cache() -> None:
+    try:
+        check_writable(cache_dir())
+    except OSError as error:
+        raise TuneError(
+            f"tune: the user cache, {cache_dir()}, must be a folder that can be written, because "
+            f"it keeps the studies; got {error.strerror}: {error.filename}; "
+            "set NSAGEN_CACHE_DIR to another, or name a storage with --study"
+        ) from None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,23 @@ def test_without_a_gpu_it_says_what_to_do() -> None:
 
     with pytest.raises(TuneError, match=r"PyTorch sees none here; .* --objective static"):
         session.identify(Worker())  # type: ignore[arg-type]
+
+
+def test_a_user_cache_that_is_no_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    cache.touch()
+    monkeypatch.setenv("NSAGEN_CACHE_DIR", str(cache))
+    static = ("--objective", "static", "--target", "cuda:90", "--out", str(tmp_path / "records"))
+    with pytest.raises(SystemExit) as ended:
+        main(["tune", "tiny", "--op", "rope", *static])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.endswith(
+        f"tune: the user cache, {cache}, must be a folder that can be written, because it keeps "
+        f"the studies; got Not a directory: {cache}; set NSAGEN_CACHE_DIR to another, or name a "
+        "storage with --study\n"
+    )
 
 
 def test_many_failures_of_one_reason_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
