@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.paths import specs_dir
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +90,8 @@ def random_model(
             f"{command}: without --model, prompt and new tokens together must be at most "
             f"{RANDOM_LENGTH}; got {limits.max_length}; lower {_LENGTH[command]}"
         )
-    shape = next(s for s in load_spec("tiny").shapes if s.gqa_ratio == 2)
+    tiny = load_spec(specs_dir() / "tiny.yaml")  # nsagen's, not a project's own of this name
+    shape = next(s for s in tiny.shapes if s.gqa_ratio == 2)
     model: dict[str, Any] = {
         "vocab_size": len(CHARACTERS),
         "max_position_embeddings": max(2048, limits.max_length),

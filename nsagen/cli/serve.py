@@ -110,7 +110,7 @@ def serve(
         cache_dtype=cache_dtype,
     )
     if model is not None:
-        tokenizer = checkpoint_tokenizer(model)
+        tokenizer = checkpoint_tokenizer(model, "serve")
         made = checkpoint_model("serve", model, limits, where, attention, kernels)
     elif sizes == "guide":
         tokenizer, made = numbers(), guide_model(limits, seed, where, attention, kernels)

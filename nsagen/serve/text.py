@@ -124,19 +124,25 @@ def numbers() -> Tokenizer:
     return Tokenizer(encode, lambda tokens: "".join(f" {token}" for token in tokens))
 
 
-def checkpoint_tokenizer(folder: Path) -> Tokenizer:
+def checkpoint_tokenizer(folder: Path, command: str = "generate") -> Tokenizer:
     """The tokenizer of a checkpoint folder.
 
     Raises:
-        InvalidInputError: no tokenizer.json, or the package `tokenizers` is missing.
+        InvalidInputError: names the command: no such folder, no tokenizer.json, or the package
+            `tokenizers` is missing.
     """
+    if not folder.is_dir():
+        raise InvalidInputError(
+            f"{command}: --model must be a checkpoint's folder; got {str(folder)!r}, which is no "
+            "folder; fix the path"
+        )
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InvalidInputError(
-            f"{path}: generate needs the checkpoint's tokenizer.json; it is missing; fetch it, "
+            f"{path}: {command} needs the checkpoint's tokenizer.json; it is missing; fetch it, "
             "or save it with Transformers' tokenizer.save_pretrained"
         )
-    require_extra("generate", "transformers", "tokenizers")
+    require_extra(command, "transformers", "tokenizers")
     from tokenizers import Tokenizer as Fast
 
     try:

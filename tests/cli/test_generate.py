@@ -17,6 +17,7 @@ from nsagen.cli import generate
 from nsagen.cli.app import main
 from nsagen.cli.verbosity import flags_first, is_quiet
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.paths import specs_dir
 from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlama
 from nsagen.serve.text import CHARACTERS, Stream, characters, checkpoint_tokenizer
 from tests.model.tiny import SPARSITY, dense_config, nsa_config
@@ -179,7 +180,11 @@ class TestCheckpoint:
             ["--kernels", "never_built"],
             "give nsagen build the path of its spec: no never_built.yaml is in ./specs",
         ),
-        (["--model", "no/such/folder", "--prompt", "x"], "needs the checkpoint's tokenizer.json"),
+        (
+            ["--model", "no/such/folder", "--prompt", "x"],
+            "generate: --model must be a checkpoint's folder; got 'no/such/folder', which is no",
+        ),
+        (["--model", "docs", "--prompt", "x"], "generate needs the checkpoint's tokenizer.json"),
         (
             ["--kernels", "tiny", "--attention", "dense"],
             "got 'tiny' with dense attention; leave it",
@@ -197,6 +202,20 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], t
     code, out, err = run(capsys, "generate", *arguments)
     assert (code, out) == (2, "")
     assert text in err
+
+
+def test_a_projects_own_tiny_does_not_change_the_model_without_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("generate", "--max-new-tokens", "3", "--json")
+    shipped = json.loads(run(capsys, *arguments)[1])
+    text = (specs_dir() / "tiny.yaml").read_text().replace("[1, 2, 4]", "4")
+    (tmp_path / "specs").mkdir()
+    (tmp_path / "specs" / "tiny.yaml").write_text(text.replace("window_size: 32", "window_size: 8"))
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    assert json.loads(out)["tokens"] == shipped["tokens"]
 
 
 def test_a_character_of_several_tokens_comes_whole() -> None:

@@ -92,3 +92,10 @@ def test_models_without_a_tokenizer_take_characters_or_numbers() -> None:
     assert counted.decode([17, 4]) == " 17 4"
     with pytest.raises(InvalidInputError, match="must be token numbers"):
         counted.encode("seventeen")
+
+
+def test_a_missing_folder_is_named_with_the_command(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"^serve: --model must be .*/none', which is no"):
+        checkpoint_tokenizer(tmp_path / "none", "serve")
+    with pytest.raises(InvalidInputError, match=r"tokenizer.json: serve needs the checkpoint's"):
+        checkpoint_tokenizer(tmp_path, "serve")
