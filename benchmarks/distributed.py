@@ -136,8 +136,16 @@ class Meter:
             torch.cuda.synchronize(self.device)
 
 
-def measure(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
-    """The rows of every case; all ranks of the default group call it."""
+def measure(
+    sizes: Sizes,
+    device: torch.device,
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of every case; all ranks of the default group call it.
+
+    Args:
+        keep: takes the rows so far after each case.
+    """
     mesh, meter = (
         init_device_mesh(device.type, (dist.get_world_size(),)),
         Meter(device, sizes.repeats),
@@ -154,6 +162,8 @@ def measure(sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:
                 if row["peak_bytes"] is not None:
                     row["peak_of_alone"] = row["peak_bytes"] / alone["peak_bytes"]
                 rows.append(row)
+                if keep:
+                    keep(rows)
     row = {"what": "training step", "tokens": sizes.longest, "split": "context"}
     rows.append(row | step(sizes, sizes.longest, "context", mesh, meter))
     return rows
@@ -271,15 +281,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     if kind == "cuda":
         torch.cuda.set_device(device)
+    about: dict[str, Any] = {"device": "cpu", "ranks": dist.get_world_size()}
+    if kind == "cuda":
+        about |= provenance()
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            if "exchange_ms" in row:
+                row["exchange_share"] = row["exchange_ms"] / row["ms"]
+        if dist.get_rank() == 0:
+            content = {"provenance": about, "rows": rows}
+            options.out.write_text(json.dumps(content, indent=1) + "\n")
+            print(rows[-1], flush=True)
+
     with naming_lost_ranks():
-        rows = measure(TINY if options.tiny else USUAL, device)
-    for row in rows:
-        if "exchange_ms" in row:
-            row["exchange_share"] = row["exchange_ms"] / row["ms"]
-    if dist.get_rank() == 0:
-        about = provenance() if kind == "cuda" else {"device": "cpu"}
-        content = {"provenance": {**about, "ranks": dist.get_world_size()}, "rows": rows}
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
+        keep(measure(TINY if options.tiny else USUAL, device, keep))
     dist.barrier()
     dist.destroy_process_group()
     return 0

@@ -36,7 +36,7 @@ from nsagen.bench.measure import (
     measure_ceilings,
     milliseconds,
 )
-from nsagen.bench.results import write_results
+from nsagen.bench.results import Keep, write_results
 from nsagen.model import InferenceConfig, SamplingConfig, ToyNSALlama, ToyNSALlamaConfig
 from nsagen.model.step import DecodeStep, Row
 from nsagen.ops import LINEAR_DECODE_ROWS
@@ -95,8 +95,12 @@ def run(
     plan: Plan,
     progress: Callable[[str, int, int], None] | None = None,
     device: str = "cuda",
+    keep: Keep | None = None,
 ) -> list[dict[str, Any]]:
     """One row per measurement.
+
+    Args:
+        keep: takes the rows so far after each row.
 
     Returns:
         rows with `what`, `batch`, `tokens` of context, `ms`, and where they apply `floor_ms`,
@@ -118,6 +122,8 @@ def run(
         if row.get("torch_ms"):
             row["of_torch"] = row["ms"] / row["torch_ms"]
         rows.append(row)
+        if keep:
+            keep(rows)
     return rows
 
 

@@ -23,6 +23,7 @@ from nsagen.bench.measure import (
     milliseconds,
 )
 from nsagen.bench.public import public_calls
+from nsagen.bench.results import Keep
 from nsagen.bench.selections import learned_selection
 from nsagen.bench.shape import Inputs, Shape
 from nsagen.cases.base import Cost, Sizes, cases_of
@@ -61,10 +62,12 @@ def run(
     dispatcher: Dispatcher | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     selection: str = "random",
+    keep: Keep | None = None,
 ) -> list[dict[str, Any]]:
     """One row per op and length.
 
     Args:
+        keep: takes the rows so far after each length.
         selection: which blocks selected attention reads; see `nsagen.bench.selections`. Public
             implementations choose by themselves, and have rows with "random" only.
 
@@ -79,6 +82,8 @@ def run(
         if progress:
             progress(f"{tokens} tokens", done, len(seqlens))
         rows += _rows_of_length(shape, tokens, dispatcher, ceilings, selection)
+        if keep:
+            keep(rows)
         gc.collect()
         torch.cuda.empty_cache()
     return rows

@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from nsagen.core.version import __version__
 from nsagen.runtime.device import device_slug
 
 Row = Mapping[str, Any]
+Keep = Callable[[Sequence[Row]], object]
+"""Keeps the rows so far, for a benchmark that may not reach its end."""
 
 _MARK = re.compile(rb'\A\{\s*"provenance": \{[^}]*"nsagen": "')
 

@@ -23,6 +23,7 @@ from nsagen.bench.measure import (
     milliseconds,
 )
 from nsagen.bench.prefill import PARTS, cost_of
+from nsagen.bench.results import Keep
 from nsagen.bench.shape import Inputs, Shape
 from nsagen.cases.base import Cost
 from nsagen.runtime import Dispatcher
@@ -47,8 +48,12 @@ def run(
     seqlens: Sequence[int] = SEQLENS,
     dispatcher: Dispatcher | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    keep: Keep | None = None,
 ) -> list[dict[str, Any]]:
     """One row per op and length.
+
+    Args:
+        keep: takes the rows so far after each length.
 
     Returns:
         rows with `what`, `tokens`, `forward_ms`, `backward_ms`, `floor_ms` and `tflops` (of the
@@ -62,6 +67,8 @@ def run(
         if progress:
             progress(f"{tokens} tokens", done, len(seqlens))
         rows += _rows_of_length(shape, tokens, dispatcher, ceilings)
+        if keep:
+            keep(rows)
         gc.collect()
         torch.cuda.empty_cache()
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,6 +108,7 @@ def decode(
     """Time decoding: NSA and dense on the same cache, and a model's layers and steps."""
     from nsagen.bench import decode as bench
     from nsagen.bench.measure import require_gpu
+    from nsagen.bench.results import write_results
     from nsagen.cli.console import progress_bar
 
     check_cache_dtype("bench decode", cache_dtype, None)
@@ -114,7 +116,7 @@ def decode(
     bench.check_free(out)
     require_gpu("decode")
     with progress_bar("bench decode") as progress:
-        rows = bench.run(plan, progress)
+        rows = bench.run(plan, progress, keep=partial(write_results, "decode", folder=out))
     _show(bench.save(rows, out), rows, bench.COLUMNS, as_json)
 
 
@@ -190,6 +192,7 @@ def serve(
             for load in loads:
                 answers = bench.run_http(served, bench.planned(load), done)
                 rows.append(bench.row_of(url or "nsagen serve", load, answers))
+                write_results("serve", rows, out)  # also if a later load does not reach its end
         if direct or transformers:
             limits = InferenceConfig(
                 max_batch_size, loads[0].length, prefill_chunk_size=prefill_chunk_size
@@ -198,6 +201,7 @@ def serve(
         for load in loads if direct else ():
             answers = bench.run_batch(model, bench.planned(load), done)
             rows.append(bench.row_of("ContinuousBatch", load, answers))
+            write_results("serve", rows, out)
         if transformers:
             weight = next(model.parameters())
             dense = transformers_model(model.config, weight.dtype, weight.device)
@@ -265,10 +269,10 @@ def _run(
     check_free(name, out)
     require_gpu(name)
     dispatcher = None if package is None else nsagen.load(package)
+    keep = partial(write_results, name, folder=out)
+    lengths = tuple(seqlens or bench.SEQLENS)
     with progress_bar(f"bench {name}") as progress:
-        rows = bench.run(
-            shape, tuple(seqlens or bench.SEQLENS), dispatcher, progress, **(more or {})
-        )
+        rows = bench.run(shape, lengths, dispatcher, progress, keep=keep, **(more or {}))
     _show(write_results(name, rows, out), rows, bench.COLUMNS, as_json)
 
 

@@ -59,7 +59,13 @@ def test_a_row_of_narrow_caches_beside_each() -> None:
 @pytest.mark.usefixtures("_without_a_gpu")
 def test_a_row_for_each_size_op_layer_and_step(tmp_path: Path) -> None:
     seen: list[str] = []
-    rows = decode.run(TINY, lambda what, done, total: seen.append(f"{done}/{total}"), "cpu")
+    kept: list[int] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        seen.append(f"{done}/{total}")
+
+    rows = decode.run(TINY, progress, "cpu", keep=lambda rows: kept.append(len(rows)))
+    assert kept == [1 + place for place in range(len(rows))]
     what = [row["what"] for row in rows]
     assert what.count("attention") == 4
     assert sum(name.startswith("host: ") for name in what) == 6
