@@ -55,9 +55,9 @@ def matches(pattern: str, text: str) -> bool:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, and what is in it."""
+    """Every file below a folder but stored bytecode, and what is in it."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.parent.name != "__pycache__"
     }

@@ -37,7 +37,7 @@ from tests.one_op import SPEC, one_op
 __all__ = ["one_op"]  # a fixture
 
 PACKAGE = Path(nsagen.__file__).parent
-ROOTS = loading._roots
+ROOTS = loading.project_roots
 
 
 def pasted(capsys: pytest.CaptureFixture[str], text: str) -> Ran:
@@ -51,7 +51,7 @@ def spec(one_op: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = one_op / "my specs" / "it's.yaml"
     path.parent.mkdir()
     path.write_text(SPEC.replace("DTYPE", "float32"))
-    monkeypatch.setattr(loading, "_roots", lambda path: iter(()))
+    monkeypatch.setattr(loading, "project_roots", lambda path: iter(()))
     (one_op / "elsewhere").mkdir()
     monkeypatch.chdir(one_op / "elsewhere")
     return path
@@ -326,7 +326,7 @@ def test_the_command_of_a_package_finds_the_spec_from_where_it_was_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if root:
-        monkeypatch.setattr(loading, "_roots", ROOTS)
+        monkeypatch.setattr(loading, "project_roots", ROOTS)
         (spec.parents[1] / ".git").mkdir()
     Path(name).parent.mkdir(exist_ok=True)
     Path(name).write_text(spec.read_text())
@@ -342,7 +342,7 @@ def test_a_package_with_conflicts_of_branches_is_named_with_a_way_out(
     capsys: pytest.CaptureFixture[str], spec: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its manifest says nothing any more, and nothing else says whose a changed file is."""
-    monkeypatch.setattr(loading, "_roots", ROOTS)
+    monkeypatch.setattr(loading, "project_roots", ROOTS)
     Path(".git").mkdir()
     Path("specs").mkdir()
     Path("specs/few.yaml").write_text(spec.read_text())
