@@ -7,12 +7,22 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from nsagen.codegen.build import build, check
+from nsagen.core.packages import read_manifest
 from nsagen.spec import load_spec
+from tests.bad.support import contents
+
+GENERATED = Path(__file__).parents[2] / "generated"
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+@pytest.mark.parametrize("name", ["llama8b", "tiny"])
+def test_a_committed_package_has_the_files_that_its_manifest_lists(name: str) -> None:
+    """A build keeps files that no manifest lists, and a merge of manifests can leave such files."""
+    folder = GENERATED / name
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
+    assert found == read_manifest(folder)["files"].keys()
 
 
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
@@ -23,7 +33,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     )
     for name in ("one", "other"):
         subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True)
-    one, other = files_of(tmp_path / "one"), files_of(tmp_path / "other")
+    one, other = contents(tmp_path / "one"), contents(tmp_path / "other")
     assert one == other
     assert len(one) > 100
 
