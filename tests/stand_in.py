@@ -114,7 +114,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     from triton.runtime import driver
 
     from nsagen.ops import _fixed_kernels
-    from nsagen.runtime import replay
+    from nsagen.runtime import recorder
 
     importlib.reload(_fixed_kernels)  # another test may have imported interpreted ones
     stand_in = StandIn()
@@ -141,14 +141,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     ):
         for name in names:
             monkeypatch.setattr(holder, name, _keeping(getattr(holder, name), stand_in.kept))
-    monkeypatch.setattr(replay, "_free", lambda *args: None)
-    apply = replay._apply
-
-    def keep_applied(step: Any, offsets: Any, values: Any, slots: list[Tensor]) -> None:
-        apply(step, offsets, values, slots)
-        stand_in.kept.append(slots[-1])
-
-    monkeypatch.setattr(replay, "_apply", keep_applied)
+    repeated = recorder._REPEATED
+    for operation, function in repeated.items():
+        monkeypatch.setitem(repeated, operation, _keeping(function, stand_in.kept))
     previous = driver._active
     driver.set_active(stand_in)  # type: ignore[arg-type]
     yield stand_in

@@ -54,14 +54,8 @@ from nsagen.ops._calls import (
 from nsagen.ops._checks import values_are_read
 from nsagen.ops._launch import find_kernel, on_kernels
 from nsagen.ops._namespace import NAMESPACE
-from nsagen.runtime.replay import (
-    Launch,
-    Meta,
-    Program,
-    Recorder,
-    allocator,
-    meta_of,
-)
+from nsagen.runtime.recorder import Recorder
+from nsagen.runtime.replay import Launch, Meta, Program, allocator, meta_of
 
 P = ParamSpec("P")
 R = TypeVar("R")

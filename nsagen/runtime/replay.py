@@ -11,48 +11,25 @@ A `Program` is such a recording: allocations, launches and a few PyTorch operati
 from __future__ import annotations
 
 import functools
-import operator
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 Launch = Callable[..., None]
 Meta = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """Shape, strides and dtype."""
 
-_ALIGNMENT = 16
+ALIGNMENT = 16
 """Bytes. Triton compiles a kernel for which of its pointers are multiples of this."""
 
 _data_ptr = torch.Tensor.data_ptr
 _empty_strided_cuda = getattr(
     getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None
 )
-_aten = torch.ops.aten
-_ALLOCATIONS = {
-    _aten.empty.memory_format,
-    _aten.empty_strided.default,
-    _aten.empty_like.default,
-    _aten.new_empty.default,
-    _aten.new_empty_strided.default,
-}
-_FILLED = {
-    _aten.zeros.default: lambda size: 0,
-    _aten.new_zeros.default: lambda x, size: 0,
-    _aten.new_full.default: lambda x, size, value: value,
-}
-"""Allocations that are filled, and with what, by their arguments."""
-_REPEATED: dict[Any, Callable[..., Tensor]] = {
-    _aten.cumsum.default: torch.cumsum,
-    _aten.zero_.default: Tensor.zero_,
-    _aten.fill_.Scalar: Tensor.fill_,
-}
-"""PyTorch operations that a `launch` may use between kernels, since they read only tensors, and
-functions that do the same at less cost."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +100,7 @@ class Program:
 
     @functools.cached_property
     def _run(self) -> Callable[..., list[Tensor] | None]:
-        return functools.partial(_repeat, *_compiled(self))
+        return _function(self)
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
         """Launch the kernels on a call's tensors; returns the outputs, or None if that is
@@ -156,106 +133,86 @@ def allocator(device: torch.device) -> Empty:
     return empty
 
 
-_Step = Callable[[list[Any], list[Any]], None]
-"""On flat lists: values (the stream, addresses, constants, maps of bulk copies) and tensors."""
+def _function(program: Program) -> Callable[[Sequence[Tensor]], list[Tensor] | None]:
+    """The program in Python, with the arguments of each launch written out.
 
-
-def _compiled(program: Program) -> tuple[Any, ...]:
-    """The arguments of `_repeat` before the tensors.
-
-    Its `values` are the stream, the inputs' addresses, the constants and then, as steps make them,
-    the slots' addresses (one for each offset in use) and maps of bulk copies.
+    Constants are names in its text, so that programs of the same steps share compiled code.
     """
-    offsets: dict[int, list[int]] = {}
-    for step in program.steps:
-        for place in map(place_of, step.args) if isinstance(step, Run) else ():
-            if place is not None and place.offset not in offsets.setdefault(place.slot, []):
-                offsets[place.slot].append(place.offset)
-    inputs = range(program.inputs)
-    moved = [Place(slot, n) for slot in inputs for n in offsets.get(slot, ()) if n]
-    index = {place: n for n, place in enumerate([*map(Place, inputs), *moved], start=1)}
-    aligned = [index[Place(slot)] for slot in program.aligned]
     constants: list[Any] = []
-    first_constant = 1 + len(index)
 
-    def constant(value: Any) -> int:
+    def name(value: Any) -> str:
+        if value is None or isinstance(value, bool):
+            return str(value)
         constants.append(value)
-        return first_constant + len(constants) - 1
+        return f"c{len(constants) - 1}"
 
-    expanded = [_expanded(s, constant) if isinstance(s, Run) else None for s in program.steps]
-    count = first_constant + len(constants)
-    empty, steps, slot = allocator(program.device), list[_Step](), program.inputs
-    dead = _last_uses(program)
-    for step, launch, unused in zip(program.steps, expanded, dead, strict=True):
-        used: list[int] | None = None
-        if makes_slot(step):
-            used = offsets.get(slot, [])
-            index |= {Place(slot, offset): count + n for n, offset in enumerate(used)}
-            count += len(used)
-            slot += 1
+    def pointer(place: Place) -> str:
+        return f"p{place.slot}" + (f" + {name(place.offset)}" if place.offset else "")
+
+    used = [place_of(arg) for s in program.steps if isinstance(s, Run) for arg in s.args]
+    pointed = {place.slot for place in used if place is not None}
+
+    def take_address(slot: int) -> list[str]:
+        return [f"p{slot} = {address_of}(t{slot})"] if slot in pointed else []
+
+    address_of, empty = name(_data_ptr), name(allocator(program.device))
+    inputs = range(program.inputs)
+    lines = ["".join(f"t{slot}, " for slot in inputs) + "= tensors"]
+    for slot in inputs:
+        lines += take_address(slot)
+    bits = " | ".join(["0", *(f"p{slot}" for slot in program.aligned)])
+    lines += [f"if ({bits}) % {ALIGNMENT} or {name(_hooks())}():", "    return None"]
+    lines += [f"stream = {name(_stream_of(program.device))}()"]
+    slot = program.inputs
+    for step, unused in zip(program.steps, _last_uses(program), strict=True):
         if isinstance(step, Allocate):
-            steps.append(functools.partial(_allocate, empty, step.meta, tuple(used or ())))
+            call = f"{empty}({', '.join(map(name, step.meta))})"
         elif isinstance(step, Apply):
-            steps.append(functools.partial(_apply, step, used))
-        elif launch is not None:
-            picked = [index[arg] if isinstance(arg, Place) else arg for arg in launch.args]
-            makes = []
-            for argument, base, make in launch.descriptors:
-                makes.append((index[base], make))
-                picked[argument] = count
-                count += 1
-            pick = operator.itemgetter(*picked)
-            if makes:
-                steps.append(functools.partial(_describe, tuple(makes)))
-            steps.append(functools.partial(_launch, launch.function, pick))
+            args = [f"t{arg.slot}" if isinstance(arg, Place) else name(arg) for arg in step.args]
+            args += [f"{key}={name(value)}" for key, value in step.named.items()]
+            call = f"{name(step.function)}({', '.join(args)})"
+        else:
+            call = _launch_of(step, name, pointer)
+        if makes_slot(step):
+            lines += [f"t{slot} = {call}", *take_address(slot)]
+            slot += 1
+        else:
+            lines.append(call)
         if unused:
-            steps.append(functools.partial(_free, unused))
-    return (
-        tuple(steps),
-        tuple(aligned),
-        tuple((index[Place(place.slot)], place.offset) for place in moved),
-        tuple(constants),
-        program.outputs,
-        _stream_of(program.device),
-        _hooks(),
-    )
+            lines.append("del " + ", ".join(f"t{dead}" for dead in unused))
+    lines.append(f"return [{', '.join(f't{slot}' for slot in program.outputs)}]")
+    names = ", ".join(f"c{n}" for n in range(len(constants)))
+    body = "".join(f"\n        {line}" for line in lines)
+    return _made(f"def make({names}):\n    def run(tensors):{body}\n    return run\n")(*constants)
 
 
-@dataclass(frozen=True)
-class _Expanded:
-    """A launch by its places and the indices of its constants.
-
-    Attributes:
-        descriptors: of bulk copies: the argument that each is, the place of its tensor, and what
-            makes it from the address.
-    """
-
-    function: Callable[..., None]
-    args: list[Any]
-    descriptors: list[tuple[int, Place, Callable[[int], Any]]]
-
-
-def _expanded(step: Run, constant: Callable[[Any], int]) -> _Expanded:
+def _launch_of(step: Run, name: Callable[[Any], str], pointer: Callable[[Place], str]) -> str:
+    """The call that launches a step's kernel."""
     launch, fixed, metas = _direct_launcher(step.compiled) or _launcher(step.compiled)
-    args: list[Any] = [*map(constant, step.grid), _STREAM, *map(constant, fixed)]
-    descriptors: list[tuple[int, Place, Callable[[int], Any]]] = []
+    args = [*map(name, step.grid), "stream", *map(name, fixed)]
+    of_maps = iter(metas or ())
     for arg in step.args:
-        if not isinstance(arg, Descriptor):
-            args.append(arg if isinstance(arg, Place) else constant(arg))
+        if isinstance(arg, Place):
+            args.append(pointer(arg))
+        elif not isinstance(arg, Descriptor):
+            args.append(name(arg))
         elif metas is None:
             make = functools.partial(_descriptor, arg.kind, dict(arg.fields))
-            descriptors.append((len(args), arg.base, make))
-            args.append(None)
+            args.append(f"{name(make)}({pointer(arg.base)})")
         else:
-            fields = arg.fields
-            make = _map_maker(fields, metas[len(descriptors)])
-            descriptors.append((len(args), arg.base, make))
-            args += [None, *map(constant, (*fields["shape"], *fields["strides"]))]
-    return _Expanded(launch, args, descriptors)
+            make = _map_maker(arg.fields, next(of_maps))
+            args.append(f"{name(make)}({pointer(arg.base)})")
+            args += map(name, (*arg.fields["shape"], *arg.fields["strides"]))
+    return f"{name(launch)}({', '.join(args)})"
 
 
-_STREAM = 0
-"""Its index in `values`."""
+@functools.lru_cache(maxsize=512)
+def _made(text: str) -> Callable[..., Any]:
+    """The function `make` of a text."""
+    names: dict[str, Any] = {}
+    exec(compile(text, "<a repeated call>", "exec"), names)
+    return names["make"]
+
 
 Launcher = tuple[Callable[..., None], tuple[Any, ...], list[dict[str, Any]] | None]
 """What launches a kernel, its arguments between the stream and the kernel's own, and what is known
@@ -346,72 +303,6 @@ def _last_uses(program: Program) -> list[tuple[int, ...]]:
     return [tuple(slots) for slots in dead]
 
 
-def _repeat(
-    steps: tuple[_Step, ...],
-    aligned: tuple[int, ...],
-    moved: tuple[tuple[int, int], ...],
-    constants: tuple[Any, ...],
-    outputs: tuple[int, ...],
-    stream_of: Callable[[], int],
-    hooked: Callable[[], bool],
-    tensors: Sequence[Tensor],
-) -> list[Tensor] | None:
-    values: list[Any] = [stream_of(), *map(_data_ptr, tensors)]
-    bits = 0
-    for place in aligned:
-        bits |= values[place]
-    if bits % _ALIGNMENT or hooked():
-        return None
-    for address, offset in moved:
-        values.append(values[address] + offset)
-    values += constants
-    slots: list[Any] = [*tensors]
-    for step in steps:
-        step(values, slots)
-    return [slots[slot] for slot in outputs]
-
-
-def _allocate(
-    empty: Empty, meta: Meta, offsets: tuple[int, ...], values: list[Any], slots: list[Any]
-) -> None:
-    tensor = empty(*meta)
-    slots.append(tensor)
-    if offsets:
-        address = _data_ptr(tensor)
-        for offset in offsets:
-            values.append(address + offset)
-
-
-def _apply(step: Apply, offsets: list[int] | None, values: list[Any], slots: list[Any]) -> None:
-    args = [slots[arg.slot] if isinstance(arg, Place) else arg for arg in step.args]
-    tensor = step.function(*args, **step.named)
-    if offsets is not None:
-        slots.append(tensor)
-        address = _data_ptr(tensor)
-        values.extend([address + offset for offset in offsets])
-
-
-def _free(dead: tuple[int, ...], values: list[Any], slots: list[Any]) -> None:
-    for slot in dead:
-        slots[slot] = None
-
-
-def _describe(
-    makes: tuple[tuple[int, Callable[[int], Any]], ...], values: list[Any], slots: list[Any]
-) -> None:
-    for base, make in makes:
-        values.append(make(values[base]))
-
-
-def _launch(
-    launch: Callable[..., None],
-    pick: Callable[[list[Any]], tuple[Any, ...]],
-    values: list[Any],
-    slots: list[Any],
-) -> None:
-    launch(*pick(values))
-
-
 _SMALL = 2 << 20
 """Bytes. Larger workspaces are freed after their last use; smaller ones share an allocation."""
 _APART = 512
@@ -466,144 +357,6 @@ def _bytes(meta: Meta) -> int:
     return (last + 1) * dtype.itemsize
 
 
-class Recorder:
-    """Collects the steps of a call on some tensors as it runs.
-
-    The caller ensures this of the calls that repeat them: shapes, strides, dtypes, devices and all
-    other arguments agree with the recorded call's, and they run on the tensors' device.
-    """
-
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        self._inputs = list(inputs)
-        self._slots: list[Tensor | None] = list(inputs)  # keeps ids and addresses from being reused
-        self._of_id = {id(tensor): slot for slot, tensor in enumerate(inputs)}
-        self._of_storage: dict[int, int] = {}
-        self._steps: list[Step] = []
-        self._aligned: dict[int, None] = {}
-        # With a tensor passed twice, a later use of it could mean either input.
-        self._failed = not 1 <= len(inputs) == len(self._of_id)
-
-    def fail(self) -> None:
-        """Note that something happened that cannot be repeated."""
-        self._failed = True
-
-    def program(self, outputs: Iterable[Tensor]) -> Program | None:
-        """The steps so far, with the outputs that they made; None if they cannot be repeated."""
-        slots = [self._of_id.get(id(tensor), -1) for tensor in outputs]
-        if self._failed or min(slots, default=0) < 0:
-            return None
-        device, inputs = self._inputs[0].device, len(self._inputs)
-        steps, aligned = tuple(self._steps), tuple(self._aligned)
-        return share_workspaces(Program(inputs, steps, tuple(slots), device, aligned))
-
-    def allocated(self, tensor: Tensor) -> None:
-        """Record a new tensor without content."""
-        self._steps.append(Allocate(meta_of(tensor)))
-        self._made(tensor)
-
-    def applied(
-        self, function: Callable[..., Tensor], args: tuple, named: Mapping[str, Any], result: Tensor
-    ) -> None:
-        """Record a function of whole tensors that returned a new one, or changed one in place."""
-        places = [self._argument(arg) for arg in args]
-        whole = all(
-            slot is arg or (slot is not None and meta_of(slot) == meta_of(arg))
-            for place, arg in zip(places, args, strict=True)
-            if isinstance(place, Place)
-            for slot in [self._slots[place.slot]]
-        )
-        if not whole:
-            return self.fail()
-        new = id(result) not in self._of_id
-        self._steps.append(Apply(function, tuple(places), named, new))
-        if new:
-            self._made(result)
-        return None
-
-    def run(self, launch: Launch, args: Sequence[Any]) -> None:
-        """Run a generated kernel's `launch`, and record what it allocates and launches.
-
-        What is repeated must follow from shapes, strides and dtypes alone. A `launch` that computes
-        anything else on tensors does not qualify, so all that it does is watched.
-        """
-        from triton import JITFunction
-
-        names = getattr(launch, "__globals__", {})
-        kernels = {n: v for n, v in names.items() if isinstance(v, JITFunction)}
-        if not kernels or not isinstance(launch, types.FunctionType):
-            self.fail()
-            return launch(*args)
-        shadow = dict(names)
-        for name, value in names.items():
-            if isinstance(value, types.FunctionType) and value.__globals__ is names:
-                shadow[name] = _with_globals(value, shadow)
-        shadow.update({n: _RecordedKernel(kernel, self) for n, kernel in kernels.items()})
-        before = len(self._slots)
-        with _Watch(self):
-            _with_globals(launch, shadow)(*args)
-        shadow.clear()  # breaks a cycle that would keep the recorder's tensors alive
-        self._let_go(before)
-        return None
-
-    def _made(self, tensor: Tensor) -> None:
-        """Note the tensor of the next slot."""
-        self._of_id[id(tensor)] = len(self._slots)
-        self._of_storage[tensor.untyped_storage().data_ptr()] = len(self._slots)
-        self._slots.append(tensor)
-
-    def _let_go(self, first: int) -> None:
-        """Free the workspaces of a `launch` that has returned: all slots from one on."""
-        self._of_id = {key: slot for key, slot in self._of_id.items() if slot < first}
-        self._of_storage = {key: slot for key, slot in self._of_storage.items() if slot < first}
-        self._slots[first:] = [None] * (len(self._slots) - first)
-
-    def launched(self, compiled: Any, grid: Any, args: Sequence[Any], specialized: Any) -> None:
-        """Record a launch.
-
-        Args:
-            specialized: for each argument, whether the kernel was compiled for its alignment.
-        """
-        parts = ("run", "function", "packed_metadata")
-        known = all(getattr(compiled, part, None) is not None for part in parts)
-        places = tuple(self._argument(arg) for arg in args)
-        if not known or not isinstance(grid, tuple) or len(places) < 2:
-            return self.fail()
-        for place, special in zip(map(place_of, places), specialized, strict=True):
-            tensor = self._slots[place.slot] if place is not None and special else None
-            if place is None or tensor is None:
-                continue
-            if tensor.data_ptr() % _ALIGNMENT:
-                return self.fail()
-            if place.slot < len(self._inputs):
-                self._aligned[place.slot] = None
-        self._steps.append(Run(compiled, tuple([*grid, 1, 1][:3]), places))
-        return None
-
-    def _argument(self, value: Any) -> Any:
-        """An argument with its tensors replaced by places."""
-        if isinstance(value, Tensor):
-            place = self._place(value)
-            if place is None:
-                self.fail()
-            return place
-        if hasattr(value, "base") and hasattr(value, "block_shape"):
-            fields = {name: part for name, part in vars(value).items() if name != "base"}
-            return Descriptor(type(value), fields, self._argument(value.base))
-        if isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
-            self.fail()
-        return value
-
-    def _place(self, tensor: Tensor) -> Place | None:
-        slot = self._of_id.get(id(tensor))
-        if slot is not None:
-            return Place(slot)
-        slot = self._of_storage.get(tensor.untyped_storage().data_ptr())
-        whole = None if slot is None else self._slots[slot]
-        if slot is None or whole is None:
-            return None
-        return Place(slot, _offset(tensor) - _offset(whole))
-
-
 def place_of(arg: Any) -> Place | None:
     """Where the pointer of an argument goes, if it has one."""
     arg = arg.base if isinstance(arg, Descriptor) else arg
@@ -612,58 +365,6 @@ def place_of(arg: Any) -> Place | None:
 
 def meta_of(tensor: Tensor) -> Meta:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
-
-
-def _offset(tensor: Tensor) -> int:
-    """Bytes from the start of its storage; a tensor without elements has address 0."""
-    return int(tensor.storage_offset()) * tensor.element_size()
-
-
-@dataclass(frozen=True)
-class _RecordedKernel:
-    """Stands in for a kernel: launches it and records how."""
-
-    kernel: Any
-    recorder: Recorder
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def call(*args: object, **named: object) -> None:
-            compiled = self.kernel[grid](*args, **named)
-            names = self.kernel.arg_names[: len(args)]
-            values = dict(zip(names, args, strict=True)) | named
-            params = self.kernel.params
-            ordered = [values.get(p.name, p.default) for p in params]
-            specialized = [not p.do_not_specialize_on_alignment for p in params]
-            self.recorder.launched(compiled, grid, ordered, specialized)
-
-        return call
-
-
-class _Watch(TorchDispatchMode):
-    """Records the PyTorch operations of a `launch`; only a few can be repeated."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _ALLOCATIONS:
-            self._recorder.allocated(result)
-        elif func in _FILLED:
-            self._recorder.allocated(result)
-            self._recorder.applied(Tensor.fill_, (result, _FILLED[func](*args)), {}, result)
-        elif func in _REPEATED:
-            self._recorder.applied(_REPEATED[func], args, kwargs or {}, result)
-        elif not func.is_view:
-            self._recorder.fail()
-        return result
 
 
 def _stream_of(device: torch.device) -> Callable[[], int]:
@@ -687,11 +388,3 @@ def _hooks() -> Callable[[], bool]:
 
 def _calls(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
-
-
-def _with_globals(function: types.FunctionType, names: dict[str, Any]) -> types.FunctionType:
-    copied = types.FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
-    )
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied

@@ -29,7 +29,8 @@ from triton.runtime import driver  # noqa: E402
 from nsagen.cases.base import Sizes, cases_of  # noqa: E402
 from nsagen.core.importing import import_file  # noqa: E402
 from nsagen.core.workload import Workload  # noqa: E402
-from nsagen.runtime.replay import Allocate, Program, Recorder, Run  # noqa: E402
+from nsagen.runtime.recorder import Recorder  # noqa: E402
+from nsagen.runtime.replay import Allocate, Program, Run  # noqa: E402
 from tests.support import load_kernel  # noqa: E402
 
 SELECTION = {"block_size": 16, "topk": 4}
@@ -88,8 +89,8 @@ def fake() -> Iterator[Driver]:
     driver.set_active(previous)  # type: ignore[arg-type]
 
 
-def call_of(workload: Workload, seed: int = 0) -> tuple[Any, ...]:
-    sizes = Sizes((319, 77, 200), kv_heads=2, capacity=320)
+def call_of(workload: Workload, seed: int = 0, lengths: Any = (319, 77, 200)) -> tuple[Any, ...]:
+    sizes = Sizes(lengths, kv_heads=2, capacity=320)
     return cases_of(workload).make_case(workload, sizes, "cpu", seed).args
 
 
@@ -147,6 +148,16 @@ def test_a_replay_launches_what_the_jit_would(fake: Driver, workload: Workload) 
         assert replayed(*args)
         assert not any(by_jit for *_, by_jit, _ in fake.launches)
         assert normal_form(fake.launches, args) == expected
+
+
+def test_calls_of_other_sizes_share_compiled_code(fake: Driver) -> None:
+    """Compiling its text takes longer than recording a call."""
+    launch = load_kernel(WORKLOADS[0]).launch
+    few, more = call_of(WORKLOADS[0]), call_of(WORKLOADS[0], lengths=(319, 77, 200, 5))
+    one, other = Replayed(launch, few).program, Replayed(launch, more).program
+    assert one is not None
+    assert other is not None
+    assert one._run.__code__ is other._run.__code__
 
 
 def test_addresses_of_another_alignment_are_not_repeated(fake: Driver) -> None:
