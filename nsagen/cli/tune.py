@@ -44,7 +44,8 @@ def tune(
         typer.Option(
             "--param",
             metavar="NAME=VALUE",
-            help="Only workloads with this value, such as gqa_ratio=16, or without this parameter.",
+            help="Only workloads with this value, such as gqa_ratio=16 or local_blocks=none, and "
+            "those of ops that have no such parameter; repeatable.",
         ),
     ] = None,
     kv_heads: Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -113,16 +113,27 @@ def plan_variants(
     for choice in tuned:
         found.setdefault((choice.workload, choice.target), []).append(choice)
     wanted = [(workload, target) for workload in workloads for target in parsed]
-    for group in together:
-        for target in parsed:
-            if all(is_offered(workload, target) for workload in group):
-                wanted += [(workload, target) for workload in group]
+    for target in parsed:
+        wanted += [(workload, target) for workload in offered_together(together, target)]
     chosen: dict[tuple[Workload, Schedule], list[Use]] = {}
     for workload, target in dict.fromkeys(wanted):
         for schedule, use in _uses(workload, target, found.get((workload, str(target)), [])):
             chosen.setdefault((workload, schedule), []).append(use)
     variants = (Variant(kernel_name(w, s), w, s, tuple(uses)) for (w, s), uses in chosen.items())
     return tuple(sorted(variants, key=lambda variant: variant.name))
+
+
+def offered_together(
+    together: Iterable[Sequence[Workload]], target: Target, release: Release | None = None
+) -> Iterator[Workload]:
+    """The workloads of each group that a target is offered as a whole.
+
+    Args:
+        release: of Triton; None if the kernels may meet any.
+    """
+    for group in together:
+        if all(is_offered(workload, target, release) for workload in group):
+            yield from group
 
 
 def _uses(

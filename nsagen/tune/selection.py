@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
+from nsagen.codegen.plan import offered_together
 from nsagen.codegen.template import spaces_of
 from nsagen.core.errors import BuildError, InvalidInputError
 from nsagen.core.packages import read_manifest, spec_of
 from nsagen.core.paths import visible
+from nsagen.core.releases import installed_release
+from nsagen.core.target import Target
 from nsagen.core.workload import Workload
 from nsagen.spec import Spec, load_spec
 from nsagen.tune.task import Task, tasks_of
@@ -20,7 +24,8 @@ class Selection:
     """Which of a spec's workloads to tune, and at which sizes; empty: all, and the defaults.
 
     Attributes:
-        params: name -> value that a workload's static parameter must have, if it has one.
+        params: name -> value that a workload's static parameter must have, or `none` if it must
+            lack the parameter. Ops and passes whose workloads all lack it are not narrowed down.
     """
 
     ops: Sequence[str] = ()
@@ -33,26 +38,53 @@ class Selection:
     def tasks(self, specs: Sequence[Spec]) -> tuple[Task, ...]:
         """The tasks of several specs, each once.
 
+        They include those of forced blocks once, which some targets run: see `tasks_on`.
+
         Raises:
             InvalidInputError: no spec has the op or pass.
         """
-        workloads = sorted({w for spec in specs for w in spec.workloads() if _has_template(w)})
+        every = (w for spec in specs for w in (*spec.workloads(), *chain(*spec.forced_once())))
+        workloads = sorted({w for w in every if _has_template(w)})
         _check_known("--op", self.ops, {w.op for w in workloads})
         _check_known("--pass", self.passes, {w.pass_ for w in workloads})
         _check_known("--param", list(self.params), {n for w in workloads for n, _ in w.params})
-        for name, value in self.params.items():
-            of_name = {str(dict(w.params)[name]) for w in workloads if name in dict(w.params)}
-            _check_known(f"--param {name}", [value], of_name)
-        chosen = [
+        found = [
             w
             for w in workloads
-            if (not self.ops or w.op in self.ops)
-            and (not self.passes or w.pass_ in self.passes)
-            and all(
-                str(dict(w.params).get(name, value)) == value for name, value in self.params.items()
-            )
+            if (not self.ops or w.op in self.ops) and (not self.passes or w.pass_ in self.passes)
         ]
-        return tasks_of(chosen, self.seqlens, self.batches, self.kv_heads)
+        for name, value in self.params.items():
+            having = {(w.op, w.pass_) for w in workloads if _param(w, name) != _NONE}
+            of_name = {_param(w, name) for w in workloads if (w.op, w.pass_) in having}
+            _check_known(f"--param {name}", [value], of_name)
+            found = [w for w in found if (w.op, w.pass_) not in having or _param(w, name) == value]
+        return tasks_of(found, self.seqlens, self.batches, self.kv_heads)
+
+
+_NONE = "none"
+"""The value that `--param` takes for a parameter that a workload lacks."""
+
+
+def _param(workload: Workload, name: str) -> str:
+    return str(dict(workload.params).get(name, _NONE))
+
+
+def tasks_on(tasks: Sequence[Task], specs: Sequence[Spec], target: Target) -> tuple[Task, ...]:
+    """The tasks whose workloads calls run on a target, with the installed Triton.
+
+    Raises:
+        InvalidInputError: none of them does.
+    """
+    release = installed_release()
+    offered = {w for s in specs for w in offered_together(s.forced_once(), target, release)}
+    offered |= {w for spec in specs for w in spec.workloads()}
+    found = tuple(task for task in tasks if task.workload in offered)
+    if tasks and not found:
+        raise InvalidInputError(
+            f"tune: {target} must run one of the workloads; got {tasks[0].workload}, but calls run "
+            "whole lists there; leave out --param local_blocks"
+        )
+    return found
 
 
 def _has_template(workload: Workload) -> bool:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from nsagen.tune.cost_model import StaticEvaluator
 from nsagen.tune.evaluate import Evaluator, TimedEvaluator
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.recording import load_recording
-from nsagen.tune.selection import Selection, specs_of
+from nsagen.tune.selection import Selection, specs_of, tasks_on
 from nsagen.tune.settings import Device, Settings, Step
 from nsagen.tune.simulate import ReplayEvaluator
 from nsagen.tune.storage import open_storage, sqlite_url, storage_errors
@@ -134,10 +135,11 @@ def tune(
         _check_user_cache()
     with evaluator_for(settings.objective, specs, places) as (device, _, evaluator):
         places.started(device)
+        tasks = tasks_on(tasks, specs, device.target)
         url = default_study_url(device.slug) if places.url is None else places.url
         result = Result(device.slug, url)
         folders = {spec.name: places.folder(spec) for spec in specs}
-        having = {spec.name: set(spec.workloads()) for spec in specs}
+        having = {s.name: {*s.workloads(), *chain(*s.forced_once())} for s in specs}
         result.files += [folder / f"{device.slug}.yaml" for folder in folders.values()]
         for path in result.files:
             check_replaceable(path)
@@ -215,6 +217,7 @@ def record(
     recording.check_free(path, tasks[0])
     with evaluator_for(settings.objective, specs, places) as (device, facts, evaluator):
         places.started(device)
+        tasks_on(tasks, specs, device.target)
         result = Result(device.slug, files=[path])
 
         def step(count: int, of: int, schedule: Schedule, outcome: Outcome) -> None:

@@ -88,3 +88,21 @@ def test_from_spec_to_choices(
     }
     page = (tmp_path / "tune-static-cuda-80.html").read_text()
     assert "gated_sum forward" in page
+
+
+def test_forced_blocks_once_have_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real compilation of two defaults: calls on Hopper run these in place of whole lists."""
+    monkeypatch.setenv("NSAGEN_CACHE_DIR", str(tmp_path / "cache"))
+    arguments = "tune llama8b --op selected_attention --op sliding_window_attention --pass forward"
+    arguments += " --param gqa_ratio=16 --param local_blocks=2 --seqlens 4096 --trials 1 --json"
+    arguments += f" --objective static --target cuda:90 --out {tmp_path} --jobs 1"
+    with pytest.raises(SystemExit) as end:
+        main(arguments.split())
+    assert not end.value.code
+    assert len(json.loads(capsys.readouterr().out)["records"]) == 2
+    spec = load_spec("llama8b")
+    forced = [w for group in spec.forced_once() for w in group if w.gqa_ratio == 16]
+    tuned = tuned_schedules([tmp_path / "llama8b"], forced, spec.targets)
+    assert sorted(choice.workload for choice in tuned.choices) == sorted(forced)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nsagen.cli.tune import params_of
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.target import KNOWN_TARGETS
 from nsagen.spec import load_spec
-from nsagen.tune.selection import Selection
+from nsagen.tune.selection import Selection, tasks_on
 
 
 def ratios(selection: Selection) -> set[object]:
@@ -33,3 +36,31 @@ def test_a_value_that_no_workload_has_is_refused() -> None:
 def test_what_is_no_pair_is_refused(text: str) -> None:
     with pytest.raises(InvalidInputError, match="must be NAME=VALUE"):
         params_of([text])
+
+
+def selected(selection: Selection, target: str) -> set[str]:
+    specs = [load_spec("llama8b")]
+    tasks = tasks_on(selection.tasks(specs), specs, KNOWN_TARGETS[target])
+    return {t.workload.label.partition("_")[2] for t in tasks if "attention" in t.workload.op}
+
+
+def test_forced_blocks_once_are_tuned_where_calls_run_them() -> None:
+    """The window's kernel that gives the forced blocks' part, and selected attention from there."""
+    both = ["selected_attention", "sliding_window_attention"]
+    forward = Selection(both, ["forward"], params={"gqa_ratio": "16"})
+    whole = {"d128_g16_b64", "d128_g16_w512"}
+    assert selected(forward, "cuda:90") == whole | {
+        "d128_g16_b64_i1_c2",
+        "d128_g16_w512_b64_i1_c2",
+    }
+    assert selected(forward, "cuda:80") == whole
+
+
+def test_a_parameter_tells_forced_blocks_once_from_whole_lists() -> None:
+    chosen = Selection(["selected_attention"], ["forward"], params={"gqa_ratio": "16"})
+    only = replace(chosen, params={**chosen.params, "local_blocks": "2"})
+    assert selected(only, "cuda:90") == {"d128_g16_b64_i1_c2"}
+    without = replace(chosen, params={**chosen.params, "local_blocks": "none"})
+    assert selected(without, "cuda:90") == {"d128_g16_b64"}
+    with pytest.raises(InvalidInputError, match="cuda:80 must run one of the workloads; got sel"):
+        selected(only, "cuda:80")
