@@ -130,6 +130,10 @@ class DecodeStep:
         self._run((count, self._sampled, tokens), cuda_graph)
         return self.verified[: 1 + tokens, :count]
 
+    def keep(self) -> None:
+        """Keep what the last step wrote: `take_back` is for the next one."""
+        self._before = None
+
     def take_back(self) -> None:
         """After a failure, put back what the last step's tokens overwrote in the cache."""
         if self._before is not None:

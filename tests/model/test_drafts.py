@@ -315,6 +315,32 @@ def test_a_failing_step_runs_again_without_drafts() -> None:
     assert list(tokens.values()) == expected
 
 
+def test_a_step_that_fails_before_it_computes_takes_nothing_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where no memory is left for its tokens: what the step before it wrote stays."""
+    model = small()
+    (prompt,) = prompts_of(20)
+    (answer,) = texts(model, [prompt])
+    told = Told({0: prompt + answer}, errs=0.0)
+    batch = ContinuousBatch(model)
+    batch.add(prompt, drafter=lambda: told)
+    tokens = [new.token for new in batch.step()]
+    while batch.accepted == 0:
+        tokens += [new.token for new in batch.step()]
+    raw = [layer.k_raw.clone() for layer in batch.cache]
+
+    def full(*args: Any) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch._runner, "_host_memory", full)
+        with pytest.raises(MemoryError):
+            batch._run_step(batch._roster.running, {batch._roster.running[0]: [1, 2]})
+    assert all(map(torch.equal, raw, (layer.k_raw for layer in batch.cache)))
+    assert tokens + [new.token for new in batch.run()] == answer
+
+
 @pytest.mark.parametrize(
     ("draft", "text"),
     [

@@ -26,7 +26,7 @@ from nsagen.model import (
     ToyLlama,
     ToyNSALlama,
     generation,
-    serving,
+    runner,
 )
 from nsagen.model.fused import JoinedWeight, JoinsWeights, is_bare, state_of
 from nsagen.model.gate import MLPGate
@@ -283,7 +283,7 @@ def test_copies_are_renewed_once_a_pass_and_not_where_weights_stay(
     fused: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     renewed: list[Model] = []
-    monkeypatch.setattr(serving, "renew_joined", renewed.append)
+    monkeypatch.setattr(runner, "renew_joined", renewed.append)
     for weights_change, times in ((True, 2), (False, 1)):
         batch = ContinuousBatch(sparse())
         batch.weights_change = weights_change

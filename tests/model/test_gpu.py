@@ -178,7 +178,7 @@ def test_drafts_in_graphs_of_their_sizes(paged: bool) -> None:
     assert torch.equal(replayed, launched)
     check_choices(model, LENGTHS, replayed)
     assert batch.accepted > 20
-    kinds = list(batch._step._graphs)
+    kinds = list(batch._runner._step._graphs)
     assert {several for _, _, several in kinds} >= {4, 8}
     assert len(kinds) <= 4 * 4, "rows and tokens in powers of two"
 

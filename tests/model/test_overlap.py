@@ -168,7 +168,7 @@ def test_a_hook_may_add_and_cancel_while_a_step_runs() -> None:
     for new in batch.run():
         tokens.setdefault(new.sequence, []).append(new.token)
     assert tokens == {1: expected[9], 2: expected[20]}
-    assert len(batch._free_slots) == 3
+    assert batch.free_slots == 3
 
 
 @pytest.mark.parametrize("copy_", [copy.copy, copy.deepcopy, pickle.dumps, saved])

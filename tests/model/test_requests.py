@@ -33,7 +33,7 @@ def model() -> ToyNSALlama:
 def room(batch: ContinuousBatch) -> tuple[int, int]:
     """Free slots and pages."""
     assert batch.cache.pages is not None
-    return len(batch._free_slots), batch.cache.pages.free_pages
+    return batch.free_slots, batch.cache.pages.free_pages
 
 
 def shown(value: object) -> str:

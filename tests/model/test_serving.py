@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from contextlib import AbstractContextManager, suppress
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,10 @@ from nsagen.model import (
     SamplingConfig,
     ToyLlama,
     ToyNSALlama,
+    runner,
 )
+from nsagen.model.results import Results
+from nsagen.model.roster import Roster
 from tests.model.tiny import dense_config, nsa_model, packed_batch
 
 LIMITS = InferenceConfig(3, 96, 8, prefill_chunk_size=17)
@@ -199,8 +203,8 @@ def test_a_cancelled_sequence_is_silent_wherever_its_tokens_are() -> None:
                 tokens[new.sequence].append(new.token)
                 break
         assert tokens[1] == expected
-        assert len(batch._free_slots) == 3
-        assert not batch._unread
+        assert batch.free_slots == 3
+        assert not batch._roster.unread
 
 
 def test_a_number_is_given_once() -> None:
@@ -251,7 +255,7 @@ def test_a_failing_prompt_ends_alone(limits: InferenceConfig) -> None:
             tokens[new.sequence].append(new.token)
     assert errors == {1: "RuntimeError('poisoned')"}
     assert tokens == texts
-    assert len(batch._free_slots) == 3
+    assert batch.free_slots == 3
     assert batch.cache.pages is None or batch.cache.pages.free_pages == 10
 
 
@@ -275,7 +279,7 @@ def test_a_sequence_that_fails_while_it_decodes_ends_alone(limits: InferenceConf
             ends[new.sequence] = new.finished
     assert ends == {0: "length", 1: "error", 2: "length"}
     assert got == {0: texts[0], 1: [*texts[1][:3], -1], 2: texts[2]}
-    assert len(batch._free_slots) == 3
+    assert batch.free_slots == 3
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -311,33 +315,36 @@ def test_a_fault_of_no_sequence_leaves_all_as_they_were(error: type[BaseExceptio
 
 
 @pytest.mark.parametrize("at", range(6))
-@pytest.mark.parametrize("name", ["_requested", "_end", "_received"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(runner, "read_out"), (Results, "expect"), (Roster, "end"), (Results, "_received")],
+)
 def test_a_failure_between_a_step_and_its_results_loses_no_token(
-    monkeypatch: pytest.MonkeyPatch, name: str, at: int
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int
 ) -> None:
     """As where no memory is left for a copy to the host."""
     model = nsa_model(InferenceConfig(3, 96, 8, paged=True, page_size=32))
     prompts = prompts_of([12, 30, 7])
     texts = [alone(model, prompt, 4) for prompt in prompts]
     calls = iter(range(1000))
-    work = getattr(ContinuousBatch, name)
+    work = getattr(owner, name)
 
-    def fail_once(*args: object) -> object:
+    def fail_once(*args: Any, **options: Any) -> object:
         if next(calls) == at:
             raise MemoryError("no room")
-        return work(*args)
+        return work(*args, **options)
 
     batch = ContinuousBatch(model)
     for prompt in prompts:
         batch.add(prompt, max_new_tokens=4)
-    monkeypatch.setattr(ContinuousBatch, name, fail_once)
+    monkeypatch.setattr(owner, name, fail_once)
     got: dict[int, list[int]] = defaultdict(list)
     while not batch.idle:
         with suppress(MemoryError):
             for new in batch.run():
                 got[new.sequence].append(new.token)
     assert got == dict(enumerate(texts))
-    assert len(batch._free_slots) == 3
+    assert batch.free_slots == 3
     assert batch.cache.pages is not None
     assert batch.cache.pages.free_pages == 9
 
@@ -476,13 +483,13 @@ def test_a_batch_refuses_work_while_its_model_has_another_dtype() -> None:
     tokens = {0: [], 1: []}
     for new in batch.step() + batch.step():
         tokens[new.sequence].append(new.token)
-    free = batch._free_slots.copy()
+    free = batch.free_slots
     model.float()
     text = "must stay as it was .*got weights of torch.float32 on cpu and a cache of torch.float64"
     for call in (batch.step, batch.prefill, lambda: next(batch.run()), lambda: batch.add([1])):
         with pytest.raises(InvalidInputError, match=text):
             call()
-    assert batch._free_slots == free
+    assert batch.free_slots == free
     model.double()
     for number, rest in collect(batch).items():
         tokens[number] += rest

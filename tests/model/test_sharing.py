@@ -251,7 +251,7 @@ def test_a_fork_goes_on_from_the_same_tokens(cache: str, dense: bool) -> None:
     batch.cancel(first)
     with pytest.raises(InvalidInputError, match="fork of sequence 0: the sequence must wait, run"):
         batch.fork(first)
-    assert len(batch._free_slots) == 4
+    assert batch.free_slots == 4
     assert batch.cache.pages is None or batch.cache.pages.free_pages == 40
 
 
@@ -359,20 +359,22 @@ class Soak:
         return self.draw.choice(sorted(numbers)) if numbers else None
 
     def fork(self) -> None:
-        number = self.one_of({*(one.number for one in self.batch._running), *self.batch._kept})
+        number = self.one_of(
+            {*(one.number for one in self.batch._roster.running), *self.batch._roster.kept}
+        )
         if number is not None:
             text = self.texts[number] + self.tokens[number]
             self.texts[self.batch.fork(number, max_new_tokens=self.few(4))] = text
 
     def resume(self) -> None:
-        number = self.one_of(self.kept - set(self.batch._unread))
+        number = self.one_of(self.kept - set(self.batch._roster.unread))
         if number is not None and len(self.texts[number]) < 76:
             turn = words(self.few(6), self.few(4))
             self.batch.resume(number, turn, max_new_tokens=self.few(5))
             self.texts[number] = self.texts[number] + self.tokens.pop(number) + turn
 
     def cancel(self) -> None:
-        number = self.one_of({*self.batch._unread, *self.kept})
+        number = self.one_of({*self.batch._roster.unread, *self.kept})
         if number is not None:
             self.batch.cancel(number)
             self.kept.discard(number)
@@ -405,7 +407,7 @@ def test_arrivals_forks_turns_and_ends_leak_no_page(events: int) -> None:
     assert pages is not None
     assert pages.free_pages == 17
     assert not any(pages._holders)
-    assert len(soak.batch._free_slots) == 5
+    assert soak.batch.free_slots == 5
     assert len(soak.done) > events / 8
     assert soak.full > 0
     soak.compare()

@@ -376,7 +376,7 @@ class Soak:
 def room(batch: ContinuousBatch) -> tuple[int, int]:
     """Free slots and pages."""
     pages = batch.cache.pages
-    return len(batch._free_slots), -1 if pages is None else pages.free_pages
+    return batch.free_slots, -1 if pages is None else pages.free_pages
 
 
 def faulty(soak: Soak) -> Callable[..., Tensor]:
@@ -434,7 +434,7 @@ def test_all_at_once(case: str, events: int, monkeypatch: pytest.MonkeyPatch) ->
     assert model.may_fuse()
     soak.run(events)
     assert [room(batch) for batch in soak.batches] == free
-    assert not any(batch._unread for batch in soak.batches)
+    assert not any(batch._roster.unread for batch in soak.batches)
     (idle,) = model._idle_batches
     assert room(idle) == free[0]
     assert soak.events["compared"] > events / 8, soak.events
