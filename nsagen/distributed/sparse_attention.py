@@ -9,7 +9,6 @@ values move.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,23 +16,24 @@ from torch import Tensor
 
 from nsagen import ops
 from nsagen.core.branches import BRANCHES
+from nsagen.distributed.chunk_attention import (
+    Call,
+    attend_tokens,
+    attend_windows,
+    only,
+    pairs_of,
+    total_of,
+)
+from nsagen.distributed.gated_chunks import attend_gated, takes_gated_branches
 from nsagen.distributed.gathering import Gathering, RemoteTokens
 from nsagen.distributed.shard import Chunk, Shard, Windows
 from nsagen.model.heads import KV, Heads
 from nsagen.model.nsa_ops import NSAOps
 from nsagen.model.rope import Tables
-from nsagen.ops._launch import key_of
-from nsagen.ops.block_selection import block_selection_forward
-from nsagen.ops.compressed_attention import (
-    compressed_attention_backward,
-    compressed_attention_forward,
-)
+from nsagen.ops.compressed_attention import compressed_attention_backward
 from nsagen.ops.gated_sum import gated_sum_backward, gated_sum_forward
-from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
-from nsagen.ops.sliding_window_attention import (
-    sliding_window_attention_backward,
-    sliding_window_attention_forward,
-)
+from nsagen.ops.selected_attention import selected_attention_backward
+from nsagen.ops.sliding_window_attention import sliding_window_attention_backward
 
 
 def attend_sparsely(
@@ -62,7 +62,9 @@ def attend_sparsely(
         if "compressed" not in s.on:
             windows = KV(*(x.detach() for x in windows))
         windows = of_windows.enter(*windows)
-    call = _Call(module, shard, of_tokens, of_windows)
+    call = Call(module, shard, of_tokens, of_windows)
+    if takes_gated_branches(call, q, gate, *tokens, *windows):
+        return attend_gated(call, q, gate, KV(*tokens), KV(*windows)).flatten(1)
     return _Attention.apply(call, q, gate, *tokens, *windows).flatten(1)
 
 
@@ -78,40 +80,6 @@ def _new_windows(module: NSAOps, tokens: KV, shard: Shard, layout: Windows, tabl
     return KV(module.rope(ck[:made], layout.positions, tables), cv[:made])
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What a call needs beside its tensors."""
-
-    module: NSAOps
-    shard: Shard
-    of_tokens: Gathering
-    of_windows: Gathering | None
-
-    @property
-    def on(self) -> tuple[str, ...]:
-        return self.module.sparsity.on
-
-    @property
-    def last(self) -> tuple[float, str]:
-        return self.module.softmax_scale, key_of(self.module.dispatcher)
-
-    def windows_of(self, chunk: Chunk) -> tuple[Tensor, Tensor, int, int]:
-        s = self.module.sparsity
-        assert self.of_windows is not None
-        ends = self.of_windows.places.starts
-        return chunk.cu_seqlens, ends, s.kernel_size, s.kernel_stride
-
-    def blocks(self) -> tuple[int, int, int, int]:
-        s = self.module.sparsity
-        return s.block_size, s.topk, s.init_blocks, s.local_blocks
-
-    def start(self, tokens: Sequence[Tensor], windows: Sequence[Tensor]) -> None:
-        """Gather: the windows first, because they are needed first."""
-        if self.of_windows is not None:
-            self.of_windows.start(*windows)
-        self.of_tokens.start(*tokens)
-
-
 class _Attention(torch.autograd.Function):
     """The branches and their gated sum: [N, HQ, Dv].
 
@@ -120,7 +88,7 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, q: Tensor, gate: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, call: Call, q: Tensor, gate: Tensor, *tensors: Tensor) -> Tensor:
         tokens, windows = _parted(call, tensors)
         call.start(tokens, windows)
         chunks = call.shard.chunks
@@ -128,12 +96,12 @@ class _Attention(torch.autograd.Function):
         if call.of_windows is not None:
             ck, cv = call.of_windows.wait()
             for chunk, made in zip(chunks, kept, strict=True):
-                _attend_windows(call, chunk, q[chunk.rows], ck, cv, made)
+                attend_windows(call, chunk, q[chunk.rows], ck, cv, made)
             del ck, cv
         all_tokens = call.of_tokens.wait()
         outputs = []
         for chunk, made in zip(chunks, kept, strict=True):
-            _attend_tokens(call, chunk, q[chunk.rows], all_tokens, made)
+            attend_tokens(call, chunk, q[chunk.rows], all_tokens, made)
             three = _outputs(made)
             outputs.append(gated_sum_forward(*three, gate[chunk.rows], call.last[1]))
         ctx.call, ctx.names = call, [list(made) for made in kept]
@@ -144,7 +112,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
+        call: Call = ctx.call
         q, gate, *rest = ctx.saved_tensors
         tensors, made = rest[: ctx.count], iter(rest[ctx.count :])
         kept = [{name: next(made) for name in names} for names in ctx.names]
@@ -160,51 +128,23 @@ class _Attention(torch.autograd.Function):
         if call.of_windows is not None:
             all_windows = call.of_windows.wait()
             if "compressed" in call.on:
-                found = _total(part.windows_backward(*all_windows) for part in parts)
-                wanted = _only(found, needed[len(tokens) :])
+                found = total_of(part.windows_backward(*all_windows) for part in parts)
+                wanted = only(found, needed[len(tokens) :])
                 of_windows = call.of_windows.sum_gradients(*wanted)
             del all_windows
         all_tokens = call.of_tokens.wait()
-        found = _total(part.tokens_backward(all_tokens) for part in parts)
+        found = total_of(part.tokens_backward(all_tokens) for part in parts)
         del all_tokens
-        of_tokens = call.of_tokens.sum_gradients(*_only(found, needed))
+        of_tokens = call.of_tokens.sum_gradients(*only(found, needed))
         dq = torch.cat([part.dq for part in parts])
         dgate = torch.cat([part.dgate for part in parts])
         return None, dq, dgate, *of_tokens, *of_windows
 
 
-def _parted(call: _Call, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def _parted(call: Call, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Those of tokens, and those of windows."""
     count = len(tensors) - (0 if call.of_windows is None else 2)
     return tensors[:count], tensors[count:]
-
-
-def _attend_windows(
-    call: _Call, chunk: Chunk, q: Tensor, ck: Tensor, cv: Tensor, made: dict[str, Tensor]
-) -> None:
-    """What windows alone are needed for."""
-    windows, last = call.windows_of(chunk), (*call.last, chunk.q_start)
-    o, lse = compressed_attention_forward(q, ck, cv, *windows, *last)
-    if "compressed" in call.on:
-        made["o_compressed"], made["lse_compressed"] = o, lse
-    if "selected" in call.on:
-        blocks = block_selection_forward(q, ck, lse, *windows, *call.blocks(), *last)
-        made["topk_idx"] = blocks
-
-
-def _attend_tokens(
-    call: _Call, chunk: Chunk, q: Tensor, tokens: Sequence[Tensor], made: dict[str, Tensor]
-) -> None:
-    s, ends = call.module.sparsity, call.shard.tokens.starts
-    last, (selected, sliding) = (*call.last, ends, chunk.q_start), _pairs(tokens)
-    if "selected" in call.on:
-        made["o_selected"], made["lse_selected"] = selected_attention_forward(
-            q, *selected, made["topk_idx"], chunk.cu_seqlens, s.block_size, *last
-        )
-    if "sliding" in call.on:
-        made["o_sliding"], made["lse_sliding"] = sliding_window_attention_forward(
-            q, *sliding, chunk.cu_seqlens, s.window_size, *last
-        )
 
 
 def _outputs(made: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,17 +154,12 @@ def _outputs(made: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return first, second, third
 
 
-def _pairs(tokens: Sequence[Tensor]) -> tuple[KV, KV]:
-    """Keys and values of the selected and of the sliding branch."""
-    return KV(*tokens[:2]), KV(*tokens[-2:])
-
-
 class _Part:
     """The backward pass of one chunk."""
 
     def __init__(
         self,
-        call: _Call,
+        call: Call,
         chunk: Chunk,
         q: Tensor,
         gate: Tensor,
@@ -256,7 +191,7 @@ class _Part:
         """Gradients of all tokens' keys and values, in their order."""
         s, cu_seqlens = self.call.module.sparsity, self.chunk.cu_seqlens
         ends, q_start = self.call.shard.tokens.starts, self.chunk.q_start
-        selected, sliding = _pairs(tokens)
+        selected, sliding = pairs_of(tokens)
         found: list[Tensor] = []
         if "selected" in self.call.on:
             dq, *found = selected_attention_backward(
@@ -280,16 +215,3 @@ class _Part:
             else:
                 found = [a.add_(b) for a, b in zip(found, near, strict=True)] if found else near
         return found or [torch.zeros_like(x) for x in tokens]
-
-
-def _total(parts: Any) -> list[Tensor]:
-    """The sums of each part's tensors."""
-    total: list[Tensor] = []
-    for part in parts:
-        total = [a.add_(b) for a, b in zip(total, part, strict=True)] if total else part
-    return total
-
-
-def _only(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
-    """The gradients that autograd asks for."""
-    return [x if need else None for x, need in zip(tensors, needed, strict=False)]
