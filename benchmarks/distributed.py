@@ -1,43 +1,66 @@
-"""Attention and a training step on several GPUs beside one: time, peak memory, share of exchange.
+"""Attention and the example's training step on several GPUs beside one.
 
-    torchrun --nproc-per-node 2 benchmarks/distributed.py --out distributed.json
-    torchrun --nproc-per-node 2 benchmarks/distributed.py --tiny --out distributed.json   # on a CPU
+    torchrun --nproc-per-node 2 -m benchmarks.distributed --out distributed.json
+    torchrun --nproc-per-node 2 -m benchmarks.distributed --tiny --out distributed.json   # on a CPU
 
-64 query heads over 4 of 128, one sequence, bfloat16; the step is that of the example's larger
-model. Every rank runs each case alone, then sequences are shared, then heads. The longest step
-runs with shared sequences only: one GPU need not hold it.
+Time, peak memory, share of exchange, and what `nsagen plan` predicts. The attention layer has 64
+query heads over 4 of 128 in bfloat16; the step is that of the example's larger model; one sequence.
+Each rank runs a case alone, then the ranks share its sequence, then its heads; the longest step
+only with a shared sequence. Kernels are compiled first, by processes of their own. What says most
+comes first, and each row is written at once, so the file is whole whenever the time is up.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
+import itertools
 import json
+import math
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.profiler import ProfilerActivity, profile
 
+from examples.training.config import PRESETS, TrainConfig
+from examples.training.data import Split
+from examples.training.loop import Trainer
+from examples.training.parallel import World
 from nsagen.bench.results import provenance
-from nsagen.distributed import context_parallel, naming_lost_ranks, tensor_parallel
+from nsagen.core.files import replace_file
+from nsagen.distributed import Shard, context_parallel, naming_lost_ranks, tensor_parallel
 from nsagen.distributed.gathering import Gathering
-from nsagen.model import NativeSparseAttention, RopeConfig, ToyNSALlama, ToyNSALlamaConfig
+from nsagen.estimate.efficiency import Efficiency, Points
+from nsagen.estimate.model import GPUS, Gpu
+from nsagen.estimate.model import Split as Ranks
+from nsagen.estimate.training import step_of
+from nsagen.model import NativeSparseAttention, RopeConfig, ToyNSALlamaConfig
+
+Row = dict[str, Any]
+Spans = list[tuple[float, float]]
 
 SPLITS = ("alone", "context", "tensor")
 
-SPARSITY: dict[str, Any] = {
-    **{"compress_type": "avgpool", "kernel_size": 32, "kernel_stride": 16, "block_size": 64},
-    **{"topk": 16, "init_blocks": 1, "local_blocks": 2, "window_size": 512},
-}
+
+class Case(NamedTuple):
+    """One row: "attention" or "training step", its tokens, and what the ranks share."""
+
+    what: str
+    tokens: int
+    split: str
 
 
 @dataclass(frozen=True)
@@ -45,11 +68,11 @@ class Sizes:
     """What to measure.
 
     Attributes:
-        tokens: of the sequences that are run in each way.
-        longest: of the step that ranks only run together.
-        heads, kv_heads, head_dim, hidden_size: of the attention.
-        model: sizes of the step's model.
-        repeats: measured calls; a third as many run before, unmeasured.
+        tokens: of the sequences that are run in each way, most interesting first.
+        longest: of the step that ranks only run together, which recomputes its activations.
+        heads, kv_heads, head_dim, hidden_size, sparsity: of the attention layer.
+        step: the training step's configuration, but for its tokens.
+        calls: measured calls of a case at most; as few as take a second, but three.
     """
 
     tokens: tuple[int, ...]
@@ -58,133 +81,239 @@ class Sizes:
     kv_heads: int
     head_dim: int
     hidden_size: int
-    model: dict[str, Any]
     sparsity: dict[str, Any]
+    step: TrainConfig
     dtype: torch.dtype
-    repeats: int
+    calls: int
+
+    def cases(self) -> list[Case]:
+        """By worth: the attention layer, then the step, and heads last."""
+        shared: list[Case] = []
+        for split in (SPLITS[:2], SPLITS[2:]):
+            shared += [Case("attention", n, one) for n in self.tokens for one in split]
+        steps = [Case("training step", n, one) for n in self.tokens for one in SPLITS[:2]]
+        longest = Case("training step", self.longest, "context")
+        heads = [Case("training step", n, "tensor") for n in self.tokens]
+        return [*shared, *steps, longest, *heads]
+
+    def layer(self, tokens: int) -> ToyNSALlamaConfig:
+        """A model that is the attention layer and next to nothing else, for the estimate."""
+        return ToyNSALlamaConfig(
+            **{**self.sparsity, "vocab_size": 1, "intermediate_size": 1, "num_hidden_layers": 1},
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            rope_scaling=None,
+            max_position_embeddings=tokens,
+        )
+
+    def training(self, tokens: int) -> TrainConfig:
+        recompute = tokens == self.longest
+        return replace(
+            self.step, seq_len=tokens, batch_tokens=tokens, activation_checkpointing=recompute
+        )
+
+    def model(self, case: Case) -> ToyNSALlamaConfig:
+        """What the estimate takes for a case."""
+        if case.what == "attention":
+            return self.layer(case.tokens)
+        return self.training(case.tokens).nsa_config()
 
 
+SPARSITY: dict[str, Any] = {
+    **{"compress_type": "avgpool", "kernel_size": 32, "kernel_stride": 16, "block_size": 64},
+    **{"topk": 16, "init_blocks": 1, "local_blocks": 2, "window_size": 512},
+}
 USUAL = Sizes(
-    tokens=(16384, 131072),
+    tokens=(131072, 16384),
     longest=524288,
     heads=64,
     kv_heads=4,
     head_dim=128,
     hidden_size=4096,
-    model={
-        **{"vocab_size": 256, "hidden_size": 512, "intermediate_size": 1536},
-        **{"num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 2},
-        **{"head_dim": 64, "rope_scaling": None, "max_position_embeddings": 524288},
-    },
     sparsity=SPARSITY,
+    step=PRESETS["gpu"]["text"],
     dtype=torch.bfloat16,
-    repeats=9,
+    calls=9,
 )
 TINY = Sizes(
-    tokens=(96,),
+    tokens=(64,),
     longest=128,
     heads=4,
     kv_heads=2,
     head_dim=16,
     hidden_size=32,
-    model={
-        **{"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48},
-        **{"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2},
-        **{"head_dim": 16, "rope_scaling": None, "max_position_embeddings": 128},
-    },
     sparsity={
         **SPARSITY,
         **{"kernel_size": 8, "kernel_stride": 4, "block_size": 8, "topk": 4, "window_size": 12},
     },
+    step=replace(PRESETS["cpu"]["text"], layers=1, hidden_size=32, intermediate_size=48),
     dtype=torch.float32,
-    repeats=1,
+    calls=1,
 )
 
 
+@dataclass
 class Meter:
-    """Times and memory of this rank's device."""
+    """Times and memory of this rank's device, and how much time is left."""
 
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self.device, self.repeats = device, repeats
+    device: torch.device
+    calls: int
+    seconds: float = math.inf
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+    def is_over(self) -> bool:
+        """Whether the time is up, by the first rank's clock."""
+        over = torch.tensor([self.elapsed > self.seconds], dtype=torch.int32, device=self.device)
+        dist.broadcast(over, 0)
+        return bool(over)
 
     def milliseconds(self, call: Callable[[], object]) -> float:
-        """The median of some calls, which all ranks begin together."""
-        times = []
-        for index in range(self.repeats + -(-self.repeats // 3)):
-            dist.barrier()
-            self.wait()
-            start = time.perf_counter()
-            call()
-            self.wait()
-            if index >= -(-self.repeats // 3):
-                times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times)
+        """The median time of some calls that all ranks begin together, on the slowest rank."""
+        call()  # loads kernels, and finds its place in memory
+        once = self._largest(self._time(call))
+        if once > 2000 or self.calls == 1:
+            return once
+        count = min(self.calls, max(3, int(1000 / once)))
+        return self._largest(statistics.median(self._time(call) for _ in range(count)))
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
         """The most memory that a call takes; None on a CPU, which does not count it."""
         if self.device.type != "cuda":
-            call()
             return None
         self.wait()
         torch.cuda.reset_peak_memory_stats(self.device)
         call()
         self.wait()
-        return torch.cuda.max_memory_allocated(self.device)
+        return int(self._largest(torch.cuda.max_memory_allocated(self.device)))
+
+    def moving(self, call: Callable[[], object]) -> Row:
+        """Milliseconds in which NCCL's kernels run during a call, waits for the other ranks among
+        them; and those of them in which no other kernel runs."""
+        if self.device.type != "cuda":
+            call()
+            return {}
+        dist.barrier()
+        self.wait()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            call()
+            self.wait()
+        spans: list[Spans] = [[], []]
+        for event in profiler.events() or ():
+            if "CUDA" in str(event.device_type):
+                span = event.time_range  # in microseconds
+                spans["nccl" in event.name.lower()].append((span.start, span.end))
+        others, exchanges = spans
+        alone = covered([*others, *exchanges]) - covered(others)
+        return {"nccl_ms": 1e-3 * covered(exchanges), "nccl_alone_ms": 1e-3 * alone}
 
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def _time(self, call: Callable[[], object]) -> float:
+        dist.barrier()
+        self.wait()
+        start = time.perf_counter()
+        call()
+        self.wait()
+        return 1e3 * (time.perf_counter() - start)
+
+    def _largest(self, value: float) -> float:
+        over = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(over, dist.ReduceOp.MAX)
+        return float(over)
+
+
+def covered(spans: Spans) -> float:
+    """The length of the union of some (start, end)."""
+    total, until = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
 
 def measure(
     sizes: Sizes,
-    device: torch.device,
-    keep: Callable[[list[dict[str, Any]]], None] | None = None,
-) -> list[dict[str, Any]]:
-    """The rows of every case; all ranks of the default group call it.
+    meter: Meter,
+    gpu: Gpu | None = None,
+    keep: Callable[[list[Row]], object] = lambda rows: None,
+) -> list[Row]:
+    """The rows of every case for which there is time; all ranks of the default group call it.
 
     Args:
+        gpu: whose estimate of several GPUs goes beside what they took.
         keep: takes the rows so far after each case.
     """
-    mesh, meter = (
-        init_device_mesh(device.type, (dist.get_world_size(),)),
-        Meter(device, sizes.repeats),
-    )
-    rows: list[dict[str, Any]] = []
-    for tokens in sizes.tokens:
-        for what, run in (("attention", attention), ("training step", step)):
-            alone: dict[str, Any] = {}
-            for split in SPLITS:
-                row = {"what": what, "tokens": tokens, "split": split}
-                row |= run(sizes, tokens, split, mesh, meter)
-                alone = alone or row
-                row["of_alone"] = row["ms"] / alone["ms"]
-                if row["peak_bytes"] is not None:
-                    row["peak_of_alone"] = row["peak_bytes"] / alone["peak_bytes"]
-                rows.append(row)
-                if keep:
-                    keep(rows)
-    row = {"what": "training step", "tokens": sizes.longest, "split": "context"}
-    rows.append(row | step(sizes, sizes.longest, "context", mesh, meter))
+    worlds, ranks = worlds_of(meter.device), dist.get_world_size()
+    rows: list[Row] = []
+    alone: dict[str, dict[int, Row]] = {what: {} for what in RUNS}
+    for case in sizes.cases():
+        if meter.is_over():
+            break
+        row: Row = {**case._asdict(), "elapsed_s": round(meter.elapsed, 1)}
+        row |= RUNS[case.what](sizes, case, worlds[case.split], meter)
+        of_one = alone[case.what]
+        if case.split == "alone":
+            of_one[case.tokens] = row
+        elif gpu and of_one:
+            shares = [(n, share_of_roofline(sizes, gpu, r)) for n, r in sorted(of_one.items())]
+            row["predicted_ms"] = estimated(sizes, gpu, case, ranks, tuple(shares))
+            row["of_predicted"] = row["ms"] / row["predicted_ms"]
+        if one := of_one.get(case.tokens):
+            row["of_alone"] = row["ms"] / one["ms"]
+            if row["peak_bytes"]:
+                row["peak_of_alone"] = row["peak_bytes"] / one["peak_bytes"]
+        if "exchange_ms" in row:
+            row["exchange_share"] = row["exchange_ms"] / row["ms"]
+        rows.append(row)
+        keep(rows)
+        gc.collect()  # the case's model
+        if meter.device.type == "cuda":
+            torch.cuda.empty_cache()
     return rows
 
 
-def attention(
-    sizes: Sizes, tokens: int, split: str, mesh: DeviceMesh, meter: Meter
-) -> dict[str, Any]:
+def worlds_of(device: torch.device) -> dict[str, World]:
+    """The example's worlds: this process by itself, and all as they share sequences or heads."""
+    size, rank, names = dist.get_world_size(), dist.get_rank(), ("dp", "cp", "tp")
+    context, tensor = (
+        init_device_mesh(device.type, shape, mesh_dim_names=names)
+        for shape in ((1, size, 1), (1, 1, size))
+    )
+    return {
+        "alone": World(0, 1, device),
+        "context": World(rank, size, device, 1, size, context),
+        "tensor": World(rank, size, device, size, 1, tensor),
+    }
+
+
+def attention(sizes: Sizes, case: Case, world: World, meter: Meter) -> Row:
     """Forward and backward pass of one attention layer."""
-    random = torch.Generator().manual_seed(0)
     module: nn.Module = NativeSparseAttention(
         hidden_size=sizes.hidden_size,
         num_q_heads=sizes.heads,
         num_kv_heads=sizes.kv_heads,
         head_dim=sizes.head_dim,
-        rope_config=RopeConfig(max(tokens, 16), sizes.head_dim, rope_scaling=None),
-        generator=random,
+        rope_config=RopeConfig(max(case.tokens, 16), sizes.head_dim, rope_scaling=None),
+        generator=torch.Generator().manual_seed(0),
         **sizes.sparsity,
     ).to(meter.device, sizes.dtype)
-    x = torch.randn(tokens, sizes.hidden_size, generator=random).to(meter.device, sizes.dtype)
-    x, layout = spread(module, x, tokens, split, mesh, meter.device)
+    random = torch.Generator(meter.device).manual_seed(0)
+    shape = (case.tokens, sizes.hidden_size)
+    x = torch.randn(shape, generator=random, device=meter.device, dtype=sizes.dtype)
+    layout: Any = ends_of(case, meter.device)
+    if case.split == "tensor":
+        tensor_parallel(module, world.dimension("tp"))
+    elif case.split == "context":
+        layout = context_parallel(module, world.dimension("cp")).shard(layout)
+        x = layout.take(x)
     x.requires_grad_()
     gradient = torch.randn_like(x)
 
@@ -193,109 +322,191 @@ def attention(
 
     with torch.no_grad():
         forward = meter.milliseconds(lambda: module(x, layout))
-    return {
-        "forward_ms": forward,
-        "ms": meter.milliseconds(both),
-        "peak_bytes": meter.peak_bytes(both),
-        **exchange(layout, 1, sizes.kv_heads, sizes.head_dim, sizes.dtype, split, meter),
-    }
+    row: Row = {"forward_ms": forward, "ms": meter.milliseconds(both)}
+    row["peak_bytes"] = meter.peak_bytes(both)
+    if case.split == "alone":
+        return row
+    if case.split == "context":
+        call = context_exchange(layout, sizes.layer(case.tokens), sizes.dtype)
+    else:
+        call = sums_of(gradient, 2)
+    return row | {"exchange_ms": meter.milliseconds(call), **meter.moving(both)}
 
 
-def step(sizes: Sizes, tokens: int, split: str, mesh: DeviceMesh, meter: Meter) -> dict[str, Any]:
-    """One training step of the example's model, with bfloat16 products by autocast."""
-    config = ToyNSALlamaConfig(**{**sizes.model, **sizes.sparsity})
-    model: nn.Module = ToyNSALlama(config, generator=torch.Generator().manual_seed(0))
-    model = model.to(meter.device)
-    ids = torch.randint(config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(1))
-    ids, layout = spread(model, ids.to(meter.device), tokens, split, mesh, meter.device)
-    called = DistributedDataParallel(model) if split == "context" else model
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+@dataclass
+class RandomTokens:
+    """A task of random bytes."""
 
-    def run() -> None:
-        with torch.autocast(meter.device.type, torch.bfloat16, meter.device.type == "cuda"):
-            logits = called(ids, layout)
-        F.cross_entropy(logits, ids).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    seq_len: int
+    name: str = "random"
 
-    heads, dim = config.num_key_value_heads, config.head_dim
-    dtype = torch.bfloat16 if meter.device.type == "cuda" else torch.float32
-    return {
-        "ms": meter.milliseconds(run),
-        "peak_bytes": meter.peak_bytes(run),
-        **exchange(layout, config.num_hidden_layers, heads, dim, dtype, split, meter),
-    }
+    def batch(self, split: Split, index: int, rows: int) -> tuple[Tensor, Tensor]:
+        random = torch.Generator().manual_seed(index)
+        ids = torch.randint(256, (rows, self.seq_len), generator=random)
+        return ids, ids.roll(-1, 1)
 
-
-def spread(
-    module: nn.Module, x: Tensor, tokens: int, split: str, mesh: DeviceMesh, device: torch.device
-) -> tuple[Tensor, Any]:
-    """This rank's part of the input and its layout; spreads the module's heads for "tensor"."""
-    ends = torch.tensor([0, tokens], dtype=torch.int32, device=device)
-    if split == "tensor":
-        tensor_parallel(module, mesh)
-    if split != "context":
-        return x, ends
-    shard = context_parallel(module, mesh).shard(ends)
-    return shard.take(x), shard
-
-
-def exchange(
-    layout: Any,
-    layers: int,
-    heads: int,
-    dim: int,
-    dtype: torch.dtype,
-    split: str,
-    meter: Meter,
-) -> dict[str, Any]:
-    """The time of a pass's gathers and sums of keys and values by themselves, nothing beside
-    them."""
-    if split != "context":
+    def describe(self) -> dict[str, object]:
         return {}
-    gathering = Gathering(layout.tokens)
-    rows = torch.zeros(layout.tokens.count, heads, dim, dtype=dtype, device=meter.device)
 
-    def gather() -> None:
-        for _ in range(layers):
-            for _ in range(2):  # the forward and the backward pass
-                gathering.start(rows, rows)
-                whole = gathering.wait()
-            gathering.sum_gradients(*whole)
-            gathering.sums()
 
-    return {"exchange_ms": meter.milliseconds(gather)}
+def step(sizes: Sizes, case: Case, world: World, meter: Meter) -> Row:
+    """A training step of the example: forward and backward pass, clipping and AdamW."""
+    trainer = trainer_of(sizes, case.tokens, world)
+    config, run = trainer.config, functools.partial(trainer.step, 0)
+    row: Row = {"recompute": config.activation_checkpointing, "ms": meter.milliseconds(run)}
+    row |= {"peak_bytes": meter.peak_bytes(run), "loss": float(run())}
+    if case.split == "alone":
+        return row
+    dtype = torch.bfloat16 if config.amp else torch.float32
+    if case.split == "context":
+        assert trainer.context is not None
+        shard = trainer.context.shard(ends_of(case, meter.device))
+        call = context_exchange(shard, config.nsa_config(), dtype, 2 + row["recompute"])
+    else:
+        x = torch.zeros(case.tokens, config.hidden_size, dtype=dtype, device=meter.device)
+        call = sums_of(x, 4 * config.layers)
+    return row | {"exchange_ms": meter.milliseconds(call), **meter.moving(run)}
+
+
+def trainer_of(sizes: Sizes, tokens: int, world: World) -> Trainer:
+    return Trainer("nsa", sizes.training(tokens), RandomTokens(tokens), None, world)
+
+
+RUNS = {"attention": attention, "training step": step}
+
+
+def ends_of(case: Case, device: torch.device) -> Tensor:
+    return torch.tensor([0, case.tokens], dtype=torch.int32, device=device)
+
+
+def context_exchange(
+    shard: Shard, config: ToyNSALlamaConfig, dtype: torch.dtype, passes: int = 2
+) -> Callable[[], None]:
+    """The gathers of keys, values and windows in each pass over the layers, and the sums of their
+    gradients, with nothing beside them."""
+    heads, dim, device = config.num_key_value_heads, config.head_dim, shard.positions.device
+    windows = shard.windows_for(config.kernel_size, config.kernel_stride).places
+    both = [
+        (Gathering(of), torch.zeros(of.count, heads, dim, dtype=dtype, device=device))
+        for of in (windows, shard.tokens)
+    ]
+
+    def call() -> None:
+        for _ in range(config.num_hidden_layers):
+            for gathering, rows in both:
+                for _ in range(passes):
+                    gathering.start(rows, rows)
+                    whole = gathering.wait()
+                gathering.sum_gradients(*whole)
+                gathering.sums()
+
+    return call
+
+
+def sums_of(x: Tensor, count: int) -> Callable[[], None]:
+    """Sums of hidden states over all ranks, as often as they are in all passes."""
+
+    def call() -> None:
+        for _ in range(count):
+            dist.all_reduce(x)
+
+    return call
+
+
+def share_of_roofline(sizes: Sizes, gpu: Gpu, alone: Row) -> float:
+    """Attention's share of the roofline with which the estimate for one GPU is what one took."""
+    case = Case(alone["what"], alone["tokens"], "alone")
+    roofline, others = (
+        estimated(sizes, gpu, case, 1, ((case.tokens, share),)) for share in (1.0, math.inf)
+    )
+    return min(1.0, (roofline - others) / max(alone["ms"] - others, roofline - others))
+
+
+def estimated(sizes: Sizes, gpu: Gpu, case: Case, ranks: int, shares: Points) -> float:
+    """Milliseconds by the model of `nsagen plan`, with these shares at some numbers of tokens."""
+    split = {
+        "alone": Ranks(1, 1),
+        "context": Ranks(1, 1, ranks),
+        "tensor": Ranks(ranks, 1),
+    }[case.split]
+    efficiency = Efficiency("this run", shares, (), shares)
+    recompute = case.what != "attention" and sizes.training(case.tokens).activation_checkpointing
+    config = sizes.model(case)
+    return 1e3 * step_of(config, gpu, case.tokens, 1, split, recompute, efficiency).seconds
+
+
+def compile_first() -> None:
+    """Fill Triton's cache on disk: a process for each case runs it once, by itself."""
+    count, gpus = int(os.environ["WORLD_SIZE"]), torch.cuda.device_count()
+    command = [sys.executable, "-m", "benchmarks.distributed", "--out", os.devnull, "--compile"]
+    running = [
+        subprocess.Popen(
+            [*command, str(count), what, split],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": str(index % gpus)},
+        )
+        for index, (what, split) in enumerate(itertools.product(RUNS, SPLITS))
+    ]
+    for one in running:  # what fails is said there, and compiled when it is first called
+        one.wait()
+
+
+def run_alone(sizes: Sizes, device: torch.device, count: int, what: str, split: str) -> None:
+    """Call a case's kernels once, as one of `count` ranks does, in a group of this process."""
+    worlds = worlds_of(device)
+    if split == "tensor":  # a rank's heads
+        query, own = sizes.step.query_heads // count, sizes.step.kv_heads // count
+        heads = {"heads": sizes.heads // count, "kv_heads": sizes.kv_heads // count}
+        training = replace(sizes.step, query_heads=query, kv_heads=own)
+        sizes, split = replace(sizes, **heads, step=training), "alone"
+    for tokens in sizes.tokens:
+        if what == "attention":
+            attention(sizes, Case(what, tokens, split), worlds[split], Meter(device, 1))
+            continue
+        trainer = trainer_of(sizes, tokens, worlds["alone"])
+        if split == "context":
+            trainer.context = context_parallel(trainer.plain, worlds[split].dimension("cp"))
+        trainer.step(0)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    began = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no case after these")
+    parser.add_argument("--compile", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    device = (
-        torch.device(kind, dist.get_rank() % torch.cuda.device_count())
-        if kind == "cuda"
-        else torch.device(kind)
-    )
-    if kind == "cuda":
+    gpus = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
+    if options.compile:
+        device = torch.device("cuda", 0)
+    if gpus:
         torch.cuda.set_device(device)
-    about: dict[str, Any] = {"device": "cpu", "ranks": dist.get_world_size()}
-    if kind == "cuda":
-        about |= provenance()
+    backend = "nccl" if gpus else "gloo"
+    if options.compile:
+        meeting = f"file://{tempfile.mkdtemp()}/meeting"
+        dist.init_process_group(backend, meeting, rank=0, world_size=1)
+        run_alone(USUAL, device, int(options.compile[0]), *options.compile[1:])
+        dist.destroy_process_group()
+        return 0
+    if gpus and not options.tiny and device.index == 0:
+        compile_first()
+    bound: dict[str, Any] = {"device_id": device} if gpus else {}
+    dist.init_process_group(backend, **bound)
+    about: dict[str, Any] = provenance() if gpus else {"device": "cpu"}
+    about |= {"ranks": dist.get_world_size(), "ready_s": round(time.perf_counter() - began, 1)}
+    sizes = TINY if options.tiny else USUAL
+    meter = Meter(device, sizes.calls, options.seconds, began)
+    gpu = next((one for one in GPUS.values() if one.name in about["device"].lower()), None)
 
-    def keep(rows: list[dict[str, Any]]) -> None:
-        for row in rows:
-            if "exchange_ms" in row:
-                row["exchange_share"] = row["exchange_ms"] / row["ms"]
+    def keep(rows: list[Row]) -> None:
         if dist.get_rank() == 0:
             content = {"provenance": about, "rows": rows}
-            options.out.write_text(json.dumps(content, indent=1) + "\n")
-            print(rows[-1], flush=True)
+            replace_file(options.out, json.dumps(content, indent=1) + "\n")
+            print(f"{meter.elapsed:6.1f} s", rows[-1], flush=True)
 
     with naming_lost_ranks():
-        keep(measure(TINY if options.tiny else USUAL, device, keep))
+        measure(sizes, meter, gpu, keep)
     dist.barrier()
     dist.destroy_process_group()
     return 0

@@ -129,7 +129,7 @@ class Trainer:
         for step in range(first, self.config.steps):
             if step == first + 1:
                 self._start_clock()
-            self._pending.append(self._step(step))
+            self._pending.append(self.step(step))
             done = step + 1
             last = done == self.config.steps
             if done % 10 == 0:
@@ -162,7 +162,7 @@ class Trainer:
         loss, right, count = self.world.total(sums).tolist()
         return Validation(step, loss / count, right / count)
 
-    def _step(self, step: int) -> Tensor:
+    def step(self, step: int) -> Tensor:
         """One update of the weights; returns the loss before it."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
