@@ -9,8 +9,9 @@
 #   make test-shapes  kernels of shapes drawn anew, in BUDGET=600 seconds of computing
 #   make gpu-test   the tests for a GPU; PY=python3 uses an environment of yours
 #   make sanitize   some of them under compute-sanitizer: stray accesses and races; SANITIZE_JOBS=8;
-#                   SANITIZE=sanitize_short has each algorithm once; for ten minutes at a time:
-#                   SANITIZE_ARGS='--tool racecheck --part 1/4 --minutes 9'
+#                   SANITIZE=sanitize_short has each algorithm once, sooner done with the kernels
+#                   compiled before by SANITIZE_ARGS='--tool none'; SANITIZE_ARGS='--minutes 6'
+#                   ends in time, and '--part 1/4' takes a part
 #   make docs       build the documentation into site/, a folder of static pages
 #   make generate   regenerate what is committed: specs/spec.schema.json, generated/, parts of docs/
 #   make clean      remove .venv and caches

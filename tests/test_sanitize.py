@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from nsagen.codegen.template import spaces_of
+from nsagen.core.workload import CACHE_DTYPES, STATIC_PARAMS
 from tests import sanitize as sanitizers
+from tests.kernels.test_each_algorithm import calls
 
 ROOT = Path(__file__).parents[1]
 FAKE = """\
@@ -69,7 +74,7 @@ def test_each_tool_is_summed_up(tmp_path: Path, passing: str) -> None:
     lines = done.stdout.splitlines()
     summary = ": 2 passed; 0 errors reported; 0 of 2 runs failed; "
     ends = [line.partition(summary)[0] for line in lines if summary in line]
-    assert ends == ["memcheck", "racecheck"]
+    assert ends == ["racecheck", "memcheck"]
     each = [line for line in lines if ": 1 passed; 0 errors reported; " in line]
     assert len(each) == len(lines) - 2 == 4
 
@@ -181,10 +186,53 @@ def test_a_name_of_no_test_is_said(tmp_path: Path) -> None:
     assert "sanitize: some tests are not there" in done.stderr
 
 
+def test_tests_alone_have_no_sanitizer(
+    tmp_path: Path, passing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = sanitizers.run("no such program", "none", [passing], time.monotonic() + 60)
+    assert one.ok
+    assert one.outcomes["passed"] == 2
+
+
+def test_tests_share_a_process_as_a_line_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / f"test_{name}.py").write_text(
+            "import pytest\n"
+            "@pytest.mark.parametrize('n', ['x 1', 'y 2', 'z 3'])\n"
+            "def test_n(n): pass\n"
+        )
+    lists = sanitizers.collected(["test_a.py::test_n 2", "test_b.py"], together=1)
+    assert [[test[5:6] + test[-4:-3] for test in tests] for tests in lists] == [
+        ["ax", "ay"],
+        ["az"],
+        *(["bx"], ["by"], ["bz"]),
+    ]
+
+
+def test_kernels_of_pytorch_are_left_out(passing: str) -> None:
+    """`echo` in place of the sanitizer."""
+    one = sanitizers.run("echo", "racecheck", [passing], time.monotonic() + 60)
+    assert "--kernel-name-exclude kns=_Z" in one.output
+
+
 @pytest.mark.parametrize("name", ["sanitize.txt", "sanitize_short.txt"])
 def test_every_line_of_the_lists_is_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Collected in this process, which has imported the tests."""
     monkeypatch.chdir(ROOT)
     quiet = ("-q", "--collect-only", "-p", "no:cacheprovider", "-p", "no:faulthandler")
-    path = sanitizers.LIST.with_name(name)
-    assert pytest.main([*quiet, f"@{path}"]) == pytest.ExitCode.OK
+    lines = sanitizers.LIST.with_name(name).read_text("utf-8").splitlines()
+    names = [re.sub(r" \d+$", "", line) for line in lines]
+    assert pytest.main([*quiet, *names]) == pytest.ExitCode.OK
+
+
+def test_every_algorithm_is_sanitized() -> None:
+    every = [call for general in (True, False) for call in calls(general)]
+    found = {(call.work.op, call.work.pass_, call.algorithm) for call in every}
+    spaces = {(*key, space.algorithm) for key in STATIC_PARAMS for space in spaces_of(*key)}
+    assert found == spaces
+    assert {value for call in every for _, value in call.work.params} >= {*CACHE_DTYPES, "none"}
+    assert any("local_blocks" in dict(call.work.params) for call in calls(general=False))

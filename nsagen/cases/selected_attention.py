@@ -68,11 +68,13 @@ def make_inputs(
     if workload.pass_ == "forward" and workload.local_blocks:
         forced = (int(workload.init_blocks), int(workload.local_blocks))
     topk_idx = random_blocks(sizes, block_size, device, random, forced)
+    if sizes.any_order and not workload.local_blocks:  # whose list is as block selection writes it
+        topk_idx = in_any_order(topk_idx, seed)
     return Inputs(
         normal(query_heads, dim),
         normal(kv_heads, dim),
         normal(kv_heads, v_dim),
-        in_any_order(topk_idx, seed) if sizes.any_order else topk_idx,
+        topk_idx,
         cu_seqlens_of(sizes.seqlens, device),
         block_size,
         dim**-0.5,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nsagen.cases.base import THRESHOLDS, Sizes, cases_of, relative_error
+from nsagen.cases.sizes import sizes_for
 from nsagen.codegen.template import space_for
 from nsagen.core.branches import BRANCHES
 from nsagen.core.errors import UnsupportedWorkloadError
@@ -228,6 +229,26 @@ def test_through_the_ops(algorithm: str, tokens: int, monkeypatch: pytest.Monkey
         "sliding_window_attention",
         "selected_attention",
     ]
+
+
+@pytest.mark.parametrize("window", [True, False], ids=["sliding", "selected"])
+def test_inputs_of_verify_and_tuning(window: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of blocks is as block selection writes it, which the kernel relies on."""
+    w = workload(40, local_blocks=1)
+    if not window:
+        statics = {"head_dim": 64, "v_head_dim": 64, "gqa_ratio": 16, "block_size": 32}
+        w = Workload.of(
+            *("selected_attention", "forward"),
+            dtype="float16",
+            **statics,
+            init_blocks=1,
+            local_blocks=1,
+        )
+    algorithm = "forced_blocks" if window else "query_major"
+    module = load_kernel(w, space_for(w, algorithm).default_schedule(w, SM90))
+    on_cpu(monkeypatch, module)
+    sizes = dataclasses.replace(sizes_for(w), seqlens=(0, 7, 100), kv_heads=1)
+    check_case(module, cases_of(w).make_case(w, sizes, "cpu"))
 
 
 def test_what_has_no_algorithm_is_refused() -> None:
