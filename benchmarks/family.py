@@ -401,20 +401,38 @@ def m3_decode(run: Run) -> None:
             slots = torch.arange(batch, dtype=torch.int32, device=s.device)
             rule: Any = {**INDEX, **layer.blocks}
             index = partial(ops.block_selection_decode, index_q, index_k, at, slots, **rule)
-            blocks, nothing = index(), torch.zeros_like(q)
-            gate, size = q.new_ones(*q.shape[:2], 3), {"block_size": layer.block, "window_size": 0}
-            attend = partial(
+            blocks, size = index(), {"block_size": layer.block}
+            args = (q, k, v, blocks, at, slots)
+            attend = partial(ops.selected_attention_decode, *args, **size)
+            branch = partial(
                 ops.native_sparse_attention_decode,
-                *(q, k, v, blocks, at, slots, nothing, gate),
-                **size,
-                branches=("selected",),
+                *(*args, torch.zeros_like(q), q.new_ones(*q.shape[:2], 3)),
+                **{**size, "window_size": 0, "branches": ("selected",)},
             )
-            for what, call in (("index", index), ("attention", attend)):
+            run.agree(f"M3 decode, {batch} x {context}, a gated branch", branch(), attend())
+            calls = {"index": index, "attention": attend, "attention, a gated branch": branch}
+            calls |= _decode_schedules(run, args)
+            for what, call in calls.items():
                 one = graphed(call, s.device)
                 run.time(f"M3 decode {what}", "graph", context, one, batch=batch)
             both = graphed(lambda a=index, b=attend: (a(), b()), s.device)
             run.time(f"M3 decode, batch {batch}", "graph", context, both)
-            del k, v, index_k, index, attend, both
+            del k, v, args, index_k, index, attend, branch, calls, both
+
+
+def _decode_schedules(run: Run, args: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
+    """The decoding kernel with more and fewer splits, and in other steps."""
+    layer, q = run.sizes.m3, args[0]
+    if run.sizes.device == "cpu":
+        return {}
+    sizes = {"block_size": layer.block, "topk": layer.topk}
+    w, o = attention_workload(layer, "selected_attention", "decode", **sizes), torch.empty_like(q)
+    found: dict[str, Callable[[], object]] = {}
+    for knobs in ({"programs": 132}, {"programs": 264}, {"block_n": 128}, {"combine_warps": 1}):
+        launch = run.kernel(w, "split_kv", **knobs)
+        name = ", ".join(f"{knob} {value}" for knob, value in knobs.items())
+        found[f"attention, {name}"] = partial(launch, *args, o, layer.dim**-0.5)
+    return found
 
 
 def minicpm_forward(run: Run) -> None:
@@ -714,8 +732,8 @@ def checked(s: Sizes = FULL) -> dict[str, tuple[Workload, str]]:
         found[f"{name} the rest"] = (of("selected_attention", "forward", **free), "")
         w = of("selected_attention", "backward", **block)
         found[f"{name} pipeline"] = (w, "warp_specialized")
-        decode = {**block, "topk": layer.topk, "window_size": 1}
-        found[f"{name} decode"] = (of("native_sparse_attention", "decode", **decode), "")
+        step = of("selected_attention", "decode", **block, topk=layer.topk)
+        found[f"{name} decode"] = (step, "")
     w = attention_workload(s.m3, "selected_attention", "forward", block_size=s.m3.block)
     found["M3 union tiles"] = (w, "union_tiles")
     return found

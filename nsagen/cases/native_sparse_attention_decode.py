@@ -49,7 +49,7 @@ def make_case(
     caches, scales = random.stored(*caches)
     k_cache, v_cache, *own = caches
     table = pages.table.to(device) if pages else None
-    topk_idx = _random_blocks(sizes, params["block_size"], params["topk"], seed)
+    topk_idx = random_blocks(sizes, params["block_size"], params["topk"], seed)
     if sizes.any_order:
         topk_idx = in_any_order(topk_idx, seed)
     positions = torch.tensor(sizes.seqlens, dtype=torch.int32)
@@ -78,7 +78,7 @@ def make_case(
     return Case((*inputs, o, scale, table, *more), {"o": o}, expected, cost)
 
 
-def _random_blocks(sizes: Sizes, block_size: int, topk: int, seed: int) -> Tensor:
+def random_blocks(sizes: Sizes, block_size: int, topk: int, seed: int) -> Tensor:
     """int32 [HK, R, topk] on the CPU: ascending blocks of each row, then -1."""
     generator = torch.Generator().manual_seed(seed)
     topk_idx = torch.full((sizes.kv_heads, len(sizes.seqlens), topk), -1, dtype=torch.int32)

@@ -79,6 +79,7 @@ STATIC_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
     ),
     ("block_selection", "decode"): _SELECTION,
     ("pool_append", "decode"): ("head_dim", "kernel_size", "kernel_stride"),
+    ("selected_attention", "decode"): (*_SELECTED, "topk"),
     ("native_sparse_attention", "decode"): (
         "head_dim",
         "v_head_dim",

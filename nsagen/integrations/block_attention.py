@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from nsagen.integrations.attention_layout import Layout, ends_of
 from nsagen.model.forms import Form, select, select_step
-from nsagen.ops import native_sparse_attention_decode
+from nsagen.ops import selected_attention_decode
 from nsagen.ops.compress import compress
 from nsagen.ops.local_band import attend_selected
 from nsagen.runtime import Dispatcher
@@ -200,14 +200,10 @@ def _chosen_step(
 ) -> Tensor:
     """`chosen` of one token a row without padding, by the decoding kernel."""
     q, k, v = query[:, :, 0], key.transpose(1, 2), value.transpose(1, 2)
-    o = native_sparse_attention_decode(
+    o = selected_attention_decode(
         *(q, k, v, blocks, layout.positions, layout.slots),
-        q.new_zeros(*q.shape[:2], v.shape[-1]),
-        q.new_ones(*q.shape[:2], 3),
         block_size=block_size,
-        window_size=0,
         softmax_scale=scale,
-        branches=("selected",),
         dispatcher=dispatcher,
     )
     return o[:, None]

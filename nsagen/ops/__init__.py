@@ -29,6 +29,7 @@ from nsagen.ops.pool_append import pool_append
 from nsagen.ops.rope import rope
 from nsagen.ops.scales import CacheScales
 from nsagen.ops.selected_attention import topk_sparse_attention
+from nsagen.ops.selected_attention_decode import selected_attention_decode
 from nsagen.ops.separate import SeparateKV
 from nsagen.ops.sliding_window_attention import sliding_window_attention
 
@@ -55,6 +56,7 @@ __all__ = [
     "on_kernels",
     "pool_append",
     "rope",
+    "selected_attention_decode",
     "sigmoid_mul_compress",
     "sliding_window_attention",
     "topk_sparse_attention",

@@ -29,6 +29,7 @@ _SERVES = {
     ("index_loss", "forward"): set(),
     ("index_loss", "backward"): set(),
     ("pool_append", "decode"): set(),
+    ("selected_attention", "decode"): set(),
     ("selected_attention", "forward"): {"selected"},
     ("selected_attention", "backward"): {"selected"},
     ("sliding_window_attention", "forward"): {"sliding"},
@@ -41,7 +42,7 @@ _FAMILY = {
     ("block_selection", "decode"),
     ("selected_attention", "forward"),
     ("selected_attention", "backward"),
-    ("native_sparse_attention", "decode"),
+    ("selected_attention", "decode"),
 }
 """What every member of the family besides NSA runs; see `AttentionShape._member_workloads`."""
 
@@ -202,7 +203,7 @@ class AttentionShape:
         Rope, norms and the output gate are the model's own. With scorer "index" the selection runs
         on index heads; with a softmax it takes the log-sum-exp of a pass of its own.
         """
-        values: dict[str, Param] = asdict(self) | {"window_size": 1}
+        values: dict[str, Param] = asdict(self)
         of_scores = dict(values)
         if self.scorer == "index":
             of_scores |= {"head_dim": self.index_head_dim, "gqa_ratio": self.index_heads}

@@ -7,8 +7,7 @@ from typing import Any
 from nsagen.codegen.space import PowerOfTwo, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces import split_kv
 from nsagen.codegen.spaces.padding import padded_heads
-from nsagen.core.target import Target
-from nsagen.core.workload import Param, Schedule, Workload
+from nsagen.core.workload import Schedule, Workload
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
@@ -27,25 +26,6 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def default(workload: Workload, target: Target) -> dict[str, Param]:
-    """About 32 KiB per step; three programs per processor if two steps of each fit, else two.
-
-    Splits come in multiples of a branch's steps, so programs are few and equal: as many as run at
-    once, rather than half as many again.
-    """
-    block_n = split_kv.default_step(workload)
-    step = split_kv.tile_bytes(workload, block_n)
-    resident = 3 if target.shared_memory // 3 >= 2 * step + 8 * 1024 else 2
-    room = (target.shared_memory // resident - 8 * 1024) // step
-    return {
-        "block_n": block_n,
-        "programs": max(n for n in split_kv.PROGRAMS if n <= max(132, resident * target.num_sms)),
-        "num_warps": split_kv.default_warps(workload),
-        "num_stages": max(1, min(3, room)) + 1,
-        "combine_warps": 4,
-    }
-
-
 SPACES = (
     ScheduleSpace(
         op="native_sparse_attention",
@@ -58,6 +38,6 @@ SPACES = (
         rules=(split_kv.CACHE_DTYPE,),
         derive=derive,
         shared_memory=split_kv.shared_memory,
-        default=default,
+        default=split_kv.default,
     ),
 )

@@ -45,6 +45,7 @@ def fused_with_shuffled(ptx: str) -> set[str]:
         ("selected_attention", "forward"),
         ("compressed_attention", "decode"),
         ("native_sparse_attention", "decode"),
+        ("selected_attention", "decode"),
     ],
 )
 def test_no_product_is_fused_with_what_another_thread_sends(

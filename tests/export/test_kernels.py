@@ -204,5 +204,5 @@ def test_its_kernels_run(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         "block_selection forward",
         "selected_attention forward",
         "block_selection decode",
-        "native_sparse_attention decode",
+        "selected_attention decode",
     }

@@ -162,6 +162,11 @@ def table() -> dict[str, Call]:
                 **{"o_compressed": c.o_compressed, "gate": c.gate, **DECODE},
             },
         ),
+        "selected_attention_decode": (ops.selected_attention_decode, {**decode, "block_size": 8}),
+        "selected_attention_decode in pages": (
+            ops.selected_attention_decode,
+            {**decode, "k_cache": k, "v_cache": v, "block_table": block_table, "block_size": 8},
+        ),
         "linear_decode": (ops.linear_decode, {**linear, "residual": x.randn(5, 24)}),
     }
 
@@ -235,21 +240,28 @@ def broken(key: str, x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 ANY_VALUES = ("compressed_attention", "topk_sparse_attention", "sliding_window_attention")
-OF_DECODE = ("compressed_attention_decode", "compressed_attention_decode in pages")
+OF_DECODE = {
+    "compressed_attention_decode": "cv_cache",
+    "compressed_attention_decode in pages": "cv_cache",
+    "selected_attention_decode": "v_cache",
+    "selected_attention_decode in pages": "v_cache",
+}
+"""Their caches of values, which may have heads of any size."""
 ONE_CU_SEQLENS = (*(f"{kind}_compress" for kind in COMPRESS_TYPES), "compress")
 PAGED = (
     "block_selection_decode in pages",
     "compressed_attention_decode in pages",
     "native_sparse_attention_decode in pages",
     "pool_append in pages",
+    "selected_attention_decode in pages",
 )
 
 AMOUNTS = ("fewer", "more")
 RIGHT = {
     *((name, "v", what) for name in ANY_VALUES for what in ("last size", "last size doubled")),
     *(
-        (name, "cv_cache", what)
-        for name in OF_DECODE
+        (name, cache, what)
+        for name, cache in OF_DECODE.items()
         for what in ("last size", "last size doubled")
     ),
     *(

@@ -272,3 +272,21 @@ def test_pages_in_any_order_equal_contiguous_caches(compress_type: str) -> None:
         expected = model.step(new, *rows, whole)
         for one, other in zip(model.step(new, *rows, paged, table), expected, strict=True):
             assert torch.equal(one, other)
+
+
+def test_attention_to_selected_blocks_is_the_softmax_over_their_tokens() -> None:
+    """Each row on its own: repeats once, blocks after the token ignored; idle rows are 0."""
+    generator = torch.Generator().manual_seed(5)
+    q = torch.randn(3, 4, 8, generator=generator, dtype=torch.float64)
+    k, v = (torch.randn(2, 40, 2, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    blocks = torch.tensor([[3, 0, 3, -1, 4], [2, 1, 0, 4, 9], [0, 1, 2, 3, 4]], dtype=torch.int32)
+    positions, slots = torch.tensor([29, 20, -1]).int(), torch.tensor([1, 0, 0]).int()
+    topk_idx = torch.stack([blocks, blocks.flip(-1)])
+    o = reference.selected_attention_decode(q, k, v, topk_idx, positions, slots, block_size=8)
+    for row, tokens in enumerate(([*range(8), *range(24, 30)], range(21))):
+        slot = int(slots[row])
+        keys, values = (x[slot, list(tokens)].repeat_interleave(2, 1) for x in (k, v))
+        weights = torch.softmax(torch.einsum("hd,thd->ht", q[row], keys) / 8**0.5, -1)
+        right = torch.einsum("ht,thd->hd", weights, values)
+        torch.testing.assert_close(o[row], right, rtol=1e-11, atol=1e-12)
+    assert not o[2].any()

@@ -58,9 +58,11 @@ def test_an_index_selects_on_heads_of_its_own(tmp_path: Path) -> None:
     assert str(selection).endswith("_l1_s1_b128_k16_i0_c1_none_each_max")
     attention = work(spec, "selected_attention")
     assert (attention.head_dim, attention.gqa_ratio, attention.block_size) == (128, 16, 128)
-    assert work(spec, "native_sparse_attention", "decode").window_size == 1
+    step = work(spec, "selected_attention", "decode")
+    assert (step.block_size, step.topk, step.gqa_ratio) == (128, 16, 16)
     ops = {w.op for w in spec.workloads()}
     assert not ops & {"compress", "compressed_attention", "sliding_window_attention", "gated_sum"}
+    assert "native_sparse_attention" not in ops
 
 
 def test_pooled_keys_are_compressed_without_values(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What the schedule spaces of decoding share: keys and values of a row, split among programs.
 
-The spaces are beside the templates: templates/compressed_attention/space_decode.py and
-templates/native_sparse_attention/space.py.
+The spaces are beside the templates: templates/compressed_attention/space_decode.py,
+templates/native_sparse_attention/space.py and templates/selected_attention/space_decode.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from nsagen.codegen.spaces.padding import (
     group_tile,
     padded_heads,
 )
-from nsagen.core.workload import Schedule, Workload
+from nsagen.core.target import Target
+from nsagen.core.workload import Param, Schedule, Workload
 
 PROGRAMS = (132, 216, 264, 324, 396, 444, 528, 1056, 2112)
 """Two and three per multiprocessor of the targets, and more."""
@@ -77,3 +78,22 @@ def default_warps(workload: Workload) -> int:
     sizes = padded_heads(workload)
     wide = rows * max(sizes["block_d"], sizes["block_dv"]) > 64 * 128
     return 8 if workload.dtype == "float32" or wide else 4
+
+
+def default(workload: Workload, target: Target) -> dict[str, Param]:
+    """About 32 KiB per step; three programs per processor if two steps of each fit, else two.
+
+    Splits come in multiples of a branch's steps, so programs are few and equal: as many as run at
+    once, rather than half as many again.
+    """
+    block_n = default_step(workload)
+    step = tile_bytes(workload, block_n)
+    resident = 3 if target.shared_memory // 3 >= 2 * step + 8 * 1024 else 2
+    room = (target.shared_memory // resident - 8 * 1024) // step
+    return {
+        "block_n": block_n,
+        "programs": max(n for n in PROGRAMS if n <= max(132, resident * target.num_sms)),
+        "num_warps": default_warps(workload),
+        "num_stages": max(1, min(3, room)) + 1,
+        "combine_warps": 4,
+    }

@@ -41,6 +41,7 @@ from nsagen.ops.reference.selected_attention import (
     forced_blocks_attention,
     free_blocks_attention,
     selected_attention,
+    selected_attention_decode,
     topk_sparse_attention,
 )
 from nsagen.ops.reference.sliding_window_attention import (
@@ -77,6 +78,7 @@ __all__ = [
     "quantize",
     "rope",
     "selected_attention",
+    "selected_attention_decode",
     "sigmoid_mul_compress",
     "sliding_window_attention",
     "sliding_window_attention_forward",

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.ops.layout import positions_in_sequence
-from nsagen.ops.reference._attend import Bounds, packed_attention, scale_of, upcast
+from nsagen.ops.reference._attend import Bounds, attend, packed_attention, scale_of, upcast
 from nsagen.ops.reference._checks import check_heads, sequence_bounds
+from nsagen.ops.reference._pages import first_entries
 
 
 def selected_tokens(topk_idx: Tensor, keys: Tensor, block_size: int) -> Tensor:
@@ -180,4 +181,48 @@ def topk_sparse_attention(
         cu_seqlens_k=cu_seqlens_k,
         q_start=q_start,
     )
+    return o
+
+
+@torch.no_grad()
+def selected_attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    topk_idx: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *,
+    block_size: int,
+    softmax_scale: float | None = None,
+    block_table: Tensor | None = None,
+) -> Tensor:
+    """`selected_attention` of one new token a row, from caches.
+
+    Args:
+        q: [R, HQ, D], after rope.
+        k_cache: [slots, max_length, HK, D], after rope, the new token's key among them.
+        v_cache: [slots, max_length, HK, Dv].
+        topk_idx: int32 [HK, R, topk], a set of blocks a row.
+        positions: int32 [R], position of the new token; -1: an idle row, whose output is 0.
+        slots: int32 [R], each row's place in the caches.
+        block_size: tokens of a block.
+        softmax_scale: 1/sqrt(D) unless given.
+        block_table: int32 [slots, max_pages]: the caches are [pages, page_size, HK, dim].
+
+    Returns:
+        o [R, HQ, Dv] in q's dtype.
+    """
+    check_heads("selected_attention decode", q, k_cache[0], v_cache[0])
+    scale = scale_of(softmax_scale, q.shape[-1])
+    o = q.new_zeros(*q.shape[:2], v_cache.shape[-1])
+    for row, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
+        if position < 0:
+            continue
+        end, one = position + 1, slice(row, row + 1)
+        chosen = selected_tokens(topk_idx[:, one], torch.arange(end, device=q.device), block_size)
+        keys, values = (first_entries(x, block_table, slot, end) for x in (k_cache, v_cache))
+        query, keys, values = upcast(q[one], keys, values)
+        out, _ = attend(query, keys, values, chosen, scale)
+        o[one] = out.to(q.dtype)
     return o
