@@ -1,10 +1,12 @@
-"""Figures of benchmark results: time over sequence length, next to dense attention."""
+"""Figures of benchmark results, next to dense attention: by sequence length, or by load."""
 
 from __future__ import annotations
 
 import json
 import re
 import textwrap
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,13 @@ from nsagen.reports.page import ALGORITHM_HUES
 
 PASSES = {"prefill": ("ms",), "train": ("forward_ms", "backward_ms")}
 """The times of a result's rows to draw."""
+
+LOADED = {
+    "new_tokens_s": "new tokens a second",
+    "first_token_ms": "time to the first token, ms",
+    "token_ms": "time a token after it, ms",
+}
+"""What of a server under load to draw."""
 
 TITLES = {"ms": "forward", "forward_ms": "forward", "backward_ms": "backward"}
 
@@ -51,8 +60,8 @@ def plot(path: Path, out: Path | None = None) -> Path:
         return _draw_figure(path, out)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InvalidInputError(
-            f"{path}: must be what nsagen bench wrote, by its name (prefill, train, decode); got "
-            f"{type(error).__name__}: {error}; give such a file"
+            f"{path}: must be what nsagen bench wrote, by its name (prefill, train, decode or "
+            f"serve); got {type(error).__name__}: {error}; give such a file"
         ) from error
 
 
@@ -63,22 +72,14 @@ def _draw_figure(path: Path, out: Path) -> Path:
     from matplotlib import pyplot
 
     content = json.loads(path.read_text(encoding="utf-8"))
-    name, rows = path.stem.split("-")[0], content["rows"]
-    decoding = name == "decode"
-    if decoding:
-        rows = [row for row in rows if row["what"] == "attention"]
-    panels = sorted({row["batch"] for row in rows}) if decoding else PASSES[name]
+    title, panels = _panels(path.stem.split("-")[0], content["rows"])
     size = (8.4 * len(panels), 4.8)
     matplotlib.rcParams.update(STYLE)
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False)
-    for panel, axis in zip(panels, axes[0], strict=True):
-        if decoding:
-            _draw_decode(axis, [row for row in rows if row["batch"] == panel])
-        else:
-            _draw(axis, rows, panel)
+    for draw, axis in zip(panels, axes[0], strict=True):
+        draw(axis)
     about = content["provenance"]
-    what = "one token a sequence" if decoding else "one sequence"
-    figure.suptitle(f"Native Sparse Attention against dense attention, {what}", fontsize=12)
+    figure.suptitle(title, fontsize=12)
     note = (
         f"{about['device']}, torch {about['torch']}, triton {about['triton']}: {about['command']}"
     )
@@ -90,6 +91,24 @@ def _draw_figure(path: Path, out: Path) -> Path:
         figure.savefig(temporary, format="png", dpi=120, metadata=about)
     pyplot.close(figure)
     return out
+
+
+def _panels(name: str, rows: list[dict[str, Any]]) -> tuple[str, list[Callable[[Any], None]]]:
+    """A figure's title, and what draws each of its panels."""
+    title = "Native Sparse Attention against dense attention, "
+    if name == "serve":
+        row = rows[0]
+        lengths = (f"{low} to {high}" for low, high in (row["prompt"], row["new"]))
+        title = "Requests under load, prompts of {} tokens, answers of {}".format(*lengths)
+        return title, [partial(_draw_serve, rows=rows, key=key) for key in LOADED]
+    if name == "decode":
+        drawn = [row for row in rows if row["what"] == "attention"]
+        batches = [
+            [row for row in drawn if row["batch"] == batch]
+            for batch in sorted({row["batch"] for row in drawn})
+        ]
+        return f"{title}one token a sequence", [partial(_draw_decode, rows=one) for one in batches]
+    return f"{title}one sequence", [partial(_draw, rows=rows, key=key) for key in PASSES[name]]
 
 
 def check_free(path: Path) -> None:
@@ -136,12 +155,39 @@ def _draw_decode(axis: Any, rows: list[dict[str, Any]]) -> None:
     _finish(axis, rows)
 
 
+def _draw_serve(axis: Any, rows: list[dict[str, Any]], key: str) -> None:
+    """One measure by arrivals a second; of times, the median and, dashed, the 99th percentile."""
+    hues = iter((NSA, *ALGORITHM_HUES[3:]))
+    styles = {key: "-"} if key in rows[0] else {f"{key}_p50": "-", f"{key}_p99": "--"}
+    for over in dict.fromkeys(row["over"] for row in rows):
+        hue = DENSE if "dense" in over else next(hues, QUIET)
+        own = sorted((row for row in rows if row["over"] == over), key=lambda row: row["rate"])
+        for name, style in styles.items():
+            drawn = [row for row in own if row[name] is not None]
+            axis.plot(
+                [row["rate"] for row in drawn],
+                [row[name] for row in drawn],
+                marker="o",
+                markersize=4,
+                linestyle=style,
+                color=hue,
+                label=f"{over}, p99" if style == "--" else over,
+            )
+    axis.set_xlabel("requests a second")
+    axis.set_ylabel(LOADED[key])
+    _finish_at(axis, {row["rate"]: f"{row['rate']:g}" for row in rows})
+
+
 def _finish(axis: Any, rows: list[dict[str, Any]]) -> None:
-    """What all panels share: logarithmic axes, marked at the measured lengths."""
+    """Mark the measured lengths."""
+    axis.set_xlabel("tokens")
+    _finish_at(axis, {row["tokens"]: f"{row['tokens'] // 1024}k" for row in rows})
+
+
+def _finish_at(axis: Any, ticks: dict[float, str]) -> None:
+    """What all panels share: logarithmic axes, marked where something was measured."""
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xlabel("tokens")
-    ticks = sorted({row["tokens"] for row in rows})
-    axis.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
+    axis.set_xticks(sorted(ticks), [ticks[place] for place in sorted(ticks)])
     axis.grid(linewidth=0.6)
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +18,11 @@ from nsagen.core.errors import InvalidInputError
 from nsagen.core.installed import require_extra
 
 if TYPE_CHECKING:
+    from nsagen.bench.load import Run
     from nsagen.bench.shape import Shape
+    from nsagen.model import InferenceConfig
+
+_log = logging.getLogger("nsagen.bench")
 
 app = typer.Typer(
     help="Measure kernels on this GPU against dense attention and the GPU's limits.",
@@ -123,7 +129,16 @@ def decode(
 @app.command(epilog="Example: nsagen bench serve --rates 2,8 --requests 64 --prompt 16,512")
 def serve(
     rates: Annotated[str, typer.Option("--rates", help="Arrivals a second, such as 1,4.")] = "4",
-    requests: Annotated[int, typer.Option("--requests", min=1, help="Of each rate.")] = 32,
+    requests: Annotated[int, typer.Option("--requests", min=1, help="Of each rate, at most.")] = 32,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--seconds",
+            min=1,
+            help="Of each rate and server, at most: requests arrive in the first 60 percent, and "
+            "what is unfinished at the end is cut off and counted.",
+        ),
+    ] = None,
     prompt: Annotated[
         str, typer.Option("--prompt", help="Least and greatest tokens of a prompt.")
     ] = "16,512",
@@ -161,10 +176,9 @@ def serve(
 ) -> None:
     """Put a server under load, and time first tokens and the others as clients see them."""
     require_extra("bench serve", "bench", "fastapi", "uvicorn", "openai")
-    from nsagen.bench import serve as bench
+    from nsagen.bench import load as loads
     from nsagen.bench.results import check_free, write_results
     from nsagen.cli.console import progress_bar
-    from nsagen.cli.models import transformers_model
     from nsagen.model import InferenceConfig
 
     if transformers:
@@ -173,52 +187,95 @@ def serve(
         given = "--direct" if direct else "--transformers"
         raise InvalidInputError(f"bench serve: {given} runs a model here; got it with --url")
     lengths = _range_of("prompt", prompt), _range_of("new", new)
-    loads = [bench.Load(requests, rate, *lengths, seed) for rate in _rates_of(rates)]
+    planned = [
+        (load, loads.planned(load))
+        for load in (
+            loads.Load(requests, rate, *lengths, seed, seconds) for rate in _rates_of(rates)
+        )
+    ]
+    longest = planned[0][0].length
     check_free("serve", out)
-    options = ["--max-length", str(loads[0].length), "--max-batch-size", str(max_batch_size)]
+    options = ["--max-length", str(longest), "--max-batch-size", str(max_batch_size)]
     options += ["--prefill-chunk-size", str(prefill_chunk_size), "--sizes", sizes]
     options += [] if attention is None else ["--attention", attention]
     options += [] if device is None else ["--device", device]
-    rows = []
+    limits = InferenceConfig(max_batch_size, longest, prefill_chunk_size=prefill_chunk_size)
+    model = partial(_random_model, sizes, attention, device, limits)
+    ways = {url or "nsagen serve": partial(_server, url, options)}
+    if transformers:
+        ways["Transformers, dense"] = partial(_transformers, model, limits)
+    if direct:
+        ways["ContinuousBatch"] = partial(_batch, model)
+    rows: list[dict[str, Any]] = []
     with progress_bar("bench serve") as progress:
-        count, total = 0, requests * len(loads) * (1 + direct + transformers)
+        broken, count, total = False, 0, len(ways) * sum(len(sent) for _, sent in planned)
 
         def done() -> None:
             nonlocal count
             count += 1
             progress("requests", count, total)
 
-        with nullcontext(url) if url else bench.own_server(options) as served:
-            for load in loads:
-                answers = bench.run_http(served, bench.planned(load), done)
-                rows.append(bench.row_of(url or "nsagen serve", load, answers))
-                write_results("serve", rows, out)  # also if a later load does not reach its end
-        if direct or transformers:
-            limits = InferenceConfig(
-                max_batch_size, loads[0].length, prefill_chunk_size=prefill_chunk_size
-            )
-            model = _model(sizes, attention, device, limits)
-        for load in loads if direct else ():
-            answers = bench.run_batch(model, bench.planned(load), done)
-            rows.append(bench.row_of("ContinuousBatch", load, answers))
-            write_results("serve", rows, out)
-        if transformers:
-            weight = next(model.parameters())
-            dense = transformers_model(model.config, weight.dtype, weight.device)
-            del model  # a GPU may not hold both
-        for load in loads if transformers else ():
-            more = (max_batch_size, prefill_chunk_size, bench.planned(load), done)
-            answers = bench.run_transformers(dense, *more)
-            rows.append(bench.row_of("Transformers, dense", load, answers))
-    _show(write_results("serve", rows, out), rows, bench.COLUMNS, as_json)
-    if any(row["failed"] for row in rows):
+        for name, way in ways.items():
+            try:
+                with way() as run:
+                    run(loads.warm_up(planned[0][0], max_batch_size), None, lambda: None)
+                    for load, sent in planned:
+                        rows.append(loads.row_of(name, load, run(sent, load.limit, done)))
+                        write_results("serve", rows, out)  # also if another does not end
+            except Exception as error:
+                if not rows:
+                    raise
+                broken = True
+                _log.error("bench serve: %s ended with %r; its other rows are missing", name, error)
+    _show(write_results("serve", rows, out), rows, loads.COLUMNS, as_json)
+    if broken or any(row["failed"] for row in rows):
         raise typer.Exit(1)
 
 
-def _model(sizes: str, attention: str | None, device: str | None, limits: Any) -> Any:
+@contextmanager
+def _server(url: str | None, options: Sequence[str]) -> Iterator[Run]:
+    """A server that runs, or one for the time of the block."""
+    from nsagen.bench import serve as bench
+
+    with nullcontext(url) if url else bench.own_server(options) as served:
+        yield partial(bench.run_http, served)
+
+
+@contextmanager
+def _batch(model: Callable[[], Any]) -> Iterator[Run]:
+    """A `ContinuousBatch` as the server's engine has it."""
+    from nsagen.bench.serve import run_batch
+    from nsagen.model import ContinuousBatch
+
+    batch = ContinuousBatch(model())
+    batch.weights_change = False
+    yield partial(run_batch, batch)
+
+
+@contextmanager
+def _transformers(model: Callable[[], Any], limits: InferenceConfig) -> Iterator[Run]:
+    """Transformers' continuous batching of a dense model of the same sizes."""
+    import torch
+
+    from nsagen.bench.serve import transformers_manager
+    from nsagen.cli.models import transformers_model
+
+    made = model()
+    weight = next(made.parameters())
+    dense = transformers_model(made.config, weight.dtype, weight.device)
+    del made, weight
+    chunk = limits.prefill_chunk_size or limits.max_length
+    with transformers_manager(dense, limits.max_batch_size, chunk, limits.max_length) as run:
+        yield run
+    del dense, run
+    gc.collect()
+    torch.cuda.empty_cache()  # a GPU may not hold two caches
+
+
+def _random_model(sizes: str, attention: str | None, device: str | None, limits: Any) -> Any:
     from nsagen.cli.models import device_of, guide_model, random_model
 
-    where = device_of("serve", device)
+    where = device_of("bench serve", device)
     if sizes == "guide":
         return guide_model(limits, 0, where, attention, None)
     return random_model("serve", limits, 0, where, attention, None)

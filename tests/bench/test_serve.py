@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import socket
 import threading
+from collections.abc import AsyncIterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
-from nsagen.bench.serve import FEWEST, Answer, Load, planned, row_of, run_http
+from nsagen.bench import serve
+from nsagen.bench.load import ARRIVING, FEWEST, Answer, Load, Planned, planned, row_of, warm_up
+from nsagen.bench.plot import plot
+from nsagen.bench.results import write_results
+from nsagen.bench.serve import run_batch, run_http
 from nsagen.cli.app import main
+from nsagen.cli.models import random_model
 from nsagen.core.errors import InvalidInputError, NsagenError
+from nsagen.model import ContinuousBatch, InferenceConfig
 from nsagen.serve.text import CHARACTERS
 
 LOAD = Load(requests=400, rate=5.0, prompt=(16, 512), new=(8, 64), seed=3)
@@ -53,8 +63,8 @@ def test_lengths_fill_their_ranges() -> None:
 def test_a_row_counts_from_when_each_request_was_sent() -> None:
     load = Load(3, 1.0, (1, 1), (3, 3))
     answers = [
-        Answer(0.0, [0.1, 0.2, 0.3], 3),
-        Answer(1.0, [1.3, 1.5, 2.0], 3),
+        Answer(0.0, [0.1, 0.2, 0.3], 3, ended=True),
+        Answer(1.0, [1.3, 1.5, 2.0], 3, ended=True),
         Answer(2.0, error="refused"),
     ]
     row = row_of("here", load, answers)
@@ -64,6 +74,118 @@ def test_a_row_counts_from_when_each_request_was_sent() -> None:
     assert row["first_token_ms_p50"] == pytest.approx(200)
     assert row["first_token_ms_p99"] == pytest.approx(298)
     assert row["token_ms_p50"] == pytest.approx((100 + 350) / 2)
+
+
+def test_what_a_limit_cuts_off_counts_with_what_came() -> None:
+    """Of its tokens, and of its time: it has waited that long at least."""
+    load = Load(9, 1.0, (1, 1), (3, 3), limit=4.0)
+    answers = [
+        Answer(0.0, [0.1, 0.3, 0.5], 3, ended=True),
+        Answer(1.0, [3.0, 3.5], 2),
+        Answer(2.0),
+    ]
+    row = row_of("here", load, answers)
+    assert (row["requests"], row["failed"], row["unfinished"]) == (3, 0, 2)
+    assert (row["seconds"], row["new_tokens"], row["new_tokens_s"]) == (4.0, 5, 1.25)
+    assert row["first_token_ms_p50"] == pytest.approx(2000)
+    assert row["first_token_ms_p99"] == pytest.approx(2000)
+    assert row["token_ms_p50"] == pytest.approx((200 + 500) / 2)
+
+
+def test_requests_arrive_early_in_a_limit() -> None:
+    limited = planned(Load(400, 5.0, (16, 512), (8, 64), seed=3, limit=10.0))
+    assert limited == planned(LOAD)[: len(limited)]
+    assert 20 < len(limited) < 45
+    assert limited[-1].at <= ARRIVING * 10
+
+
+def test_warming_up_uses_each_number_of_slots_and_the_longest_prompt() -> None:
+    requests = warm_up(LOAD, 4)
+    assert [one.new for one in requests] == [2, 4, 6, 8, 2]
+    assert [len(one.prompt) for one in requests] == [16] * 4 + [512]
+    short = warm_up(Load(1, 1.0, (4, 9), (1, 2)), 16)
+    assert max(len(one.prompt) + one.new for one in short) == 11
+
+
+class Clock:
+    """In place of the time: each look at it takes a tenth of a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 0.1
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_batch_is_cut_off_at_the_limit_and_empty_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(serve, "time", clock := Clock())
+    limits = InferenceConfig(2, 64)
+    batch = ContinuousBatch(random_model("serve", limits, 0, torch.device("cpu"), None, None))
+    requests = [Planned(0.0, [1, 2], 3)] * 4 + [Planned(60.0, [1], 2)]
+    done: list[None] = []
+    answers = run_batch(batch, requests, 20.0, lambda: done.append(None))
+    assert 20 < clock.now < 21
+    assert [(one.count, one.ended) for one in answers] == [(3, True)] * 4 + [(0, False)]
+    assert len(done) == 4
+    assert (batch.idle, batch.free_slots) == (True, 2)
+    (cut,) = run_batch(batch, requests[:1], 0.05, lambda: None)
+    assert (cut.count, cut.ended, cut.error) == (0, False, "")
+
+
+def test_a_server_is_cut_off_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[str] = []
+
+    async def tokens(count: int) -> AsyncIterator[Any]:
+        try:
+            for _ in range(count):
+                yield SimpleNamespace(choices=[None], usage=None)
+                await asyncio.sleep(0.02)
+        finally:
+            left.append("a stream")
+
+    class Client:
+        def __init__(self) -> None:
+            self.completions = SimpleNamespace(create=self.create)
+            self.models = SimpleNamespace(list=self.list)
+
+        async def __aenter__(self) -> Client:
+            return self
+
+        async def __aexit__(self, *_: object) -> None:
+            left.append("the client")
+
+        async def list(self) -> Any:
+            return SimpleNamespace(data=[SimpleNamespace(id="one")])
+
+        async def create(self, max_tokens: int, **_: Any) -> AsyncIterator[Any]:
+            return tokens(max_tokens)
+
+    monkeypatch.setattr(serve, "_client", lambda url: Client())
+    monkeypatch.setattr(serve, "SETTLING_S", 0.0)
+    requests = [Planned(0.0, [1], 2), Planned(0.0, [1], 1000), Planned(60.0, [1], 2)]
+    first, second, third = run_http("http://here", requests, 0.3, lambda: None)
+    assert (first.count, first.ended) == (2, True)
+    assert 2 < second.count < 100
+    assert (third.count, second.ended, third.ended) == (0, False, False)
+    assert left == ["a stream", "a stream", "the client"]
+
+
+def test_servers_are_drawn_over_their_rates(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        row_of(over, Load(1, rate, (1, 1), (3, 3)), [Answer(0.0, [0.1, 0.2, 0.4], 3, True)])
+        for over in ("nsagen serve", "Transformers, dense")
+        for rate in (1.0, 0.5)
+    ]
+    figure = plot(write_results("serve", rows, tmp_path))
+    assert figure == tmp_path / "serve.png"
+    assert figure.read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +198,8 @@ def test_a_load_without_sense_is_refused(given: dict) -> None:
 
 def measured(words: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
     """The rows of a small load."""
-    load = "bench serve --rates 50 --requests 3 --prompt 4,9 --new 2,4 --json --out out"
+    load = "bench serve --rates 50 --requests 3 --prompt 4,9 --new 2,4 "
+    load += "--max-batch-size 2 --json --out out"
     with pytest.raises(SystemExit) as ended:
         main([*load.split(), *words.split()])
     said = capsys.readouterr()
@@ -85,7 +208,7 @@ def measured(words: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str, A
     assert content == json.loads(Path("out/serve.json").read_text())
     rows = content["rows"]
     for row in rows:
-        assert (row["failed"], row["requests"]) == (0, 3)
+        assert (row["failed"], row["unfinished"], row["requests"]) == (0, 0, 3)
         assert 0 < row["first_token_ms_p50"] <= row["first_token_ms_p99"]
         assert 0 < row["token_ms_p50"] <= row["token_ms_p99"]
         assert row["new_tokens"] == rows[0]["new_tokens"] > 0
@@ -101,7 +224,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_measures_a_server_and_the_batch_itself(
     here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = measured("--direct", capsys)
+    rows = measured("--direct --seconds 60", capsys)
     assert [row["over"] for row in rows] == ["nsagen serve", "ContinuousBatch"]
 
 
@@ -168,6 +291,6 @@ def test_a_server_of_something_else_is_refused(body: str, said: str) -> None:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             with pytest.raises(NsagenError, match=said):
-                run_http(f"http://127.0.0.1:{server.server_port}", [], lambda: None)
+                run_http(f"http://127.0.0.1:{server.server_port}", [], None, lambda: None)
         finally:
             server.shutdown()
