@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from nsagen.distributed.block_attention import attend_blocks
 from nsagen.distributed.dense_attention import attend_densely
+from nsagen.distributed.inputs import takes_shards, watch_shards
 from nsagen.distributed.shard import Shard
 from nsagen.distributed.sparse_attention import attend_sparsely
 from nsagen.model.checks import require
@@ -34,14 +36,16 @@ def context_parallel(
         loss = cross_entropy(logits, shard.take(targets), reduction="sum") / scored_tokens
         loss.backward()
 
-    Nothing in the model changes. Each rank computes a part of the loss, and of the gradient of
-    every parameter; sum them over the ranks as data parallel training does, by `fully_shard` or
-    `DistributedDataParallel` over a mesh that contains these ranks. Both average, so scale the loss
-    by their number.
+    Nothing in the model changes, but that one of Transformers gets hooks: calls with a shard have
+    its positions, and no labels. Each rank computes a part of the loss, and of the
+    gradient of every parameter; sum them over the ranks as data parallel training does, by
+    `fully_shard` or `DistributedDataParallel` over a mesh that contains these ranks. Both average,
+    so scale the loss by their number.
 
     Args:
         model: a `NativeSparseAttention`, `ToyNSALlama`, `ToyLlama`, or a Transformers model all of
-            whose layers `apply_nsa` has swapped.
+            whose layers `apply_nsa` has swapped, or one with `attn_implementation="nsagen"`, such
+            as MiniMax-M3, MiniCPM, or any dense model with a form of the family.
         mesh: of one dimension, the ranks that share sequences; None for all.
 
     Raises:
@@ -74,6 +78,7 @@ def context_parallel(
     )
     assert isinstance(group, ProcessGroup)
     _check_attention(model)
+    watch_shards(model)
     return ContextParallel(group)
 
 
@@ -94,11 +99,13 @@ def _check_attention(model: nn.Module) -> None:
         if isinstance(module, NSAOps | SelfAttention):
             known += 1
         elif type(module).__name__.endswith("Attention"):
+            known += 1
             require(
-                False,
+                takes_shards(module),
                 _WHERE,
                 "every attention module must be one that can gather keys from other ranks: "
-                "NativeSparseAttention, SelfAttention, or one that apply_nsa has put there",
+                "NativeSparseAttention, SelfAttention, one that apply_nsa has put there, or of a "
+                'model with attn_implementation="nsagen"',
                 f"{name} of class {type(module).__name__}",
                 "swap all layers, or use tensor parallel, which any layer takes",
             )
@@ -137,3 +144,13 @@ class ContextParallel:
     def dense(self, attend: Any, q: Tensor, k: Tensor, v: Tensor, packed: Any) -> Tensor:
         """See `Remote`."""
         return attend_densely(attend, q, k, v, packed)
+
+    def blocks(
+        self, ranking: Any, q: Tensor, k: Tensor, v: Tensor, packed: Any, scale: float
+    ) -> Tensor:
+        """See `Remote`."""
+        return attend_blocks(ranking, q, k, v, packed, scale)
+
+    def only(self, kept: Any, packed: Any) -> tuple[Any, Tensor]:
+        """See `Remote`."""
+        return packed.only(kept)

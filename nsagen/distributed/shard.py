@@ -62,13 +62,17 @@ class Shard(Packed):
         cut: which rank holds which tokens.
         tokens: this rank's part of it.
         chunks: the front pieces, and the back ones.
+        placed: whether a model of Transformers has this layout's positions; see
+            `nsagen.distributed.inputs`.
     """
 
     rank: int
     cut: Cut
     tokens: Places
     chunks: tuple[Chunk, ...]
+    placed: bool = False
     _windows: dict[tuple[int, int], Windows] = field(default_factory=dict, repr=False)
+    _parts: dict[tuple[bool, ...], tuple[Shard, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of_batch(
@@ -127,6 +131,20 @@ class Shard(Packed):
         """
         gathered = finish(start_gather(self.tokens.padded(x), self.tokens.group), self.tokens.group)
         return gathered.index_select(0, self.tokens.places)
+
+    def only(self, kept: tuple[bool, ...]) -> tuple[Shard, Tensor]:
+        """The layout in which the other sequences are empty, laid out once a batch; and int64 [its
+        tokens of this rank], where these are among this rank's."""
+        if kept not in self._parts:
+            device = self.positions.device
+            lengths = [n if keep else 0 for n, keep in zip(self.lengths or (), kept, strict=True)]
+            ends = _int32(offsets(torch.tensor(lengths, dtype=torch.int64)), device)
+            assert self.remote is not None
+            part = Shard.of_batch(ends, lengths, self.tokens.group, self.remote)
+            chosen = torch.tensor(kept).repeat(2)
+            stays = chosen.repeat_interleave(self.cut.counts(self.rank).flatten())
+            self._parts[kept] = part, stays.nonzero().flatten().to(device, non_blocking=True)
+        return self._parts[kept]
 
     def lengths_for(self, kernel_size: int, kernel_stride: int) -> Lengths:
         raise AssertionError("a shard's windows are those of windows_for")

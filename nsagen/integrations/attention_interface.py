@@ -27,9 +27,10 @@ from nsagen.integrations.attention_layout import (
 )
 from nsagen.integrations.attention_mask import mask_of
 from nsagen.integrations.block_attention import attend, dense, in_one_dtype
-from nsagen.model.forms import Form, form_of
+from nsagen.integrations.shared_attention import attend_shared, check_placed
+from nsagen.model.forms import IMPLEMENTATION, Form, form_of
+from nsagen.model.packing import SHARD
 
-IMPLEMENTATION = "nsagen"
 SLIDING = "sliding_attention"
 
 LOSSES = "nsagen_index_losses"
@@ -66,14 +67,21 @@ def attention(
         InvalidInputError: an input that changes attention in a way that is not computed here.
     """
     layer, losses = kwargs.pop(LAYER, None), kwargs.pop(LOSSES, None)
+    shard = kwargs.pop(SHARD, None)
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     if window or not getattr(module, "is_causal", True):
         # Layers within a window, and encoders, stay as they are.
         _check_some_layer_is_sparse(module)
+        if shard is not None:
+            rule = "needs layers that reach all tokens"
+            refuse(SHARD, rule, "one within a window or an encoder's", "use tensor parallel")
         given = {"dropout": dropout, "scaling": scaling, **kwargs}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
     check_inputs(dropout, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if shard is not None:
+        heads = in_one_dtype(query, key, value)
+        return _shared(module, *heads, shard, scale, block_indices, losses), None
     layout = layout_of(attention_mask, query.shape[0], query.shape[2], key.shape[2], query.device)
     ends = (kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
     layout = _with_documents(module, layout, *ends)
@@ -85,6 +93,27 @@ def attention(
     form = _form(module)
     remember_cache(module)
     return attend(form, *heads, layout, scale, layer), None
+
+
+def _shared(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shard: Any,
+    scale: float,
+    block_indices: Any,
+    losses: Any,
+) -> Tensor:
+    """[1, S, HQ, D] of the tokens of one rank among several."""
+    check_placed(shard)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    ranking: Any = None
+    if block_indices is NO_INDEX:
+        ranking = _form(module)
+    elif block_indices is not None:
+        ranking = block_indices.ranking(k, losses)
+    return attend_shared(ranking, q, k, v, shard, scale)[None]
 
 
 def register() -> None:

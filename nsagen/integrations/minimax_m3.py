@@ -26,7 +26,7 @@ from nsagen.integrations.attention_interface import IMPLEMENTATION, LOSSES
 from nsagen.integrations.attention_layout import Layout, refuse
 from nsagen.integrations.block_attention import chosen, dense
 from nsagen.model.checks import require
-from nsagen.model.forms import check_package, dispatcher_of
+from nsagen.model.forms import Index, check_package, dispatcher_of
 from nsagen.ops import block_selection, block_selection_decode, index_loss
 
 SCORES: dict[str, Any] = {"score_norm": "none", "score_heads": "each", "score_pool": "max"}
@@ -130,10 +130,7 @@ class IndexHeads:
         losses: IndexLosses | None,
     ) -> Tensor:
         """The layer's attention [B, S, HQ, D]; its index loss goes into `losses`."""
-        if self.q.shape[1] != key.shape[1]:
-            rule = f"must equal num_key_value_heads, {key.shape[1]}: a head selects for one of them"
-            came, advice = str(self.q.shape[1]), "use eager attention for this model"
-            refuse("config.index_n_heads", rule, came, advice)
+        self._check_heads(key.shape[1])
         if self.k.shape[2] != key.shape[2]:
             rule = f"must hold an index key for each of its tokens, {key.shape[2]}"
             came, advice = str(self.k.shape[2]), "let a MiniMax-M3 fill it from the first token on"
@@ -142,12 +139,8 @@ class IndexHeads:
         warm, dispatcher = settings.index_warmup, dispatcher_of(settings.package)
         if losses is not None:
             self._check_training(layout)
-        elif self.training and self.q.requires_grad and settings.index_loss_coef:
-            rule = (
-                "needs MiniMaxM3VLForCausalLM, whose loss it is added to: the index would not learn"
-            )
-            advice = "set index_loss_coef to 0, or freeze the indexers"
-            refuse("the index loss", rule, "another model in training", advice)
+        else:
+            self._check_learns(settings)
         blocks = None if warm else self._blocks(layout, dispatcher)
         if blocks is None:
             o = dense(query, key, value, layout, scale)
@@ -166,6 +159,55 @@ class IndexHeads:
             losses.add(self.layer, loss.mean())
         return o
 
+    def ranking(self, k: Tensor, losses: IndexLosses | None) -> Index | None:
+        """How a rank among several selects blocks; None in a warm-up.
+
+        Args:
+            k: [N, HK, D], its tokens' keys.
+
+        Raises:
+            InvalidInputError: the index is to learn, which takes whole sequences.
+        """
+        self._check_heads(k.shape[1])
+        settings = settings_of(self.config)
+        if losses is not None and self.q.requires_grad:
+            rule = "must be 0 for a shard: the index loss needs whole sequences"
+            advice = "set it to 0, or freeze the indexers; the rest learns"
+            refuse("config.nsagen.index_loss_coef", rule, str(settings.index_loss_coef), advice)
+        if losses is None:
+            self._check_learns(settings)
+        if settings.index_warmup:
+            return None
+        q, index_k = (x[0].transpose(0, 1) for x in (self.q, self.k))
+        return Index(q, index_k, self._rule(), dispatcher_of(settings.package))
+
+    def _check_heads(self, heads: int) -> None:
+        if self.q.shape[1] != heads:
+            rule = f"must equal num_key_value_heads, {heads}: a head selects for one of them"
+            came, advice = str(self.q.shape[1]), "use eager attention for this model"
+            refuse("config.index_n_heads", rule, came, advice)
+
+    def _check_learns(self, settings: IndexSettings) -> None:
+        """Where no loss is collected, none may be expected."""
+        if self.training and self.q.requires_grad and settings.index_loss_coef:
+            rule = (
+                "needs MiniMaxM3VLForCausalLM, whose loss it is added to: the index would not learn"
+            )
+            advice = "set index_loss_coef to 0, or freeze the indexers"
+            refuse("the index loss", rule, "another model in training", advice)
+
+    def _rule(self) -> dict[str, Any]:
+        """What `block_selection` takes besides tensors."""
+        return {
+            "kernel_size": 1,
+            "kernel_stride": 1,
+            "block_size": self.config.index_block_size,
+            "topk": self.config.index_topk_blocks,
+            "init_blocks": 0,
+            "local_blocks": self.config.index_local_blocks,
+            **SCORES,
+        }
+
     def _check_training(self, layout: Layout) -> None:
         if not torch.is_grad_enabled():
             rule = "must not be the reentrant kind: the index loss would have no gradient"
@@ -178,16 +220,7 @@ class IndexHeads:
 
     def _blocks(self, layout: Layout, dispatcher: Any) -> Tensor:
         """As `chosen` takes them."""
-        rule: dict[str, Any] = {
-            "kernel_size": 1,
-            "kernel_stride": 1,
-            "block_size": self.config.index_block_size,
-            "topk": self.config.index_topk_blocks,
-            "init_blocks": 0,
-            "local_blocks": self.config.index_local_blocks,
-            **SCORES,
-            "dispatcher": dispatcher,
-        }
+        rule = {**self._rule(), "dispatcher": dispatcher}
         if layout.step and layout.key_index is None:
             places = (layout.positions, layout.slots)
             return block_selection_decode(self.q[:, :, 0], self.k.transpose(1, 2), *places, **rule)

@@ -18,6 +18,9 @@ from nsagen.model.checks import require
 from nsagen.ops import block_selection, block_selection_decode, compressed_lse
 from nsagen.runtime import Dispatcher, load
 
+IMPLEMENTATION = "nsagen"
+"""The `attn_implementation` of models of Transformers whose layers attend so."""
+
 FORMS: dict[str, dict[str, Any]] = {
     "infllm_v2": {
         "kernel_size": 32,
@@ -107,6 +110,26 @@ class Form:
     def windows(self, tokens: int) -> int:
         """Whole windows of a sequence."""
         return max(0, (tokens - self.kernel_size) // self.kernel_stride + 1)
+
+
+@dataclass(frozen=True)
+class Index:
+    """A learned index, by which a layer selects blocks.
+
+    Attributes:
+        q: [N, HK, Di], a head for each key/value head; k: [N, 1, Di], both after norm and rope.
+        rule: what `block_selection` takes besides them and the layout.
+        dispatcher: the kernels.
+    """
+
+    q: Tensor
+    k: Tensor
+    rule: Mapping[str, Any]
+    dispatcher: Dispatcher | None = None
+
+    @property
+    def block_size(self) -> int:
+        return self.rule["block_size"]
 
 
 @functools.cache

@@ -23,6 +23,10 @@ def to_device(
     return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
+SHARD = "nsa_shard"
+"""The name of a shard among the inputs of a model of Transformers."""
+
+
 class Remote(Protocol):
     """Attends to tokens that other processes hold; see `nsagen.distributed`."""
 
@@ -32,6 +36,17 @@ class Remote(Protocol):
 
     def dense(self, attend: Any, q: Tensor, k: Tensor, v: Tensor, packed: Any) -> Tensor:
         """`SelfAttention`'s of this process's queries, with its own way to attend."""
+        ...
+
+    def blocks(
+        self, ranking: Any, q: Tensor, k: Tensor, v: Tensor, packed: Any, scale: float
+    ) -> Tensor:
+        """Attention [N, HQ, D] of this process's queries to the blocks that a `Form` or `Index` of
+        `nsagen.model.forms` selects."""
+        ...
+
+    def only(self, kept: Any, packed: Any) -> tuple[Any, Tensor]:
+        """The layout without the tokens of some sequences, and which of this process's stay."""
         ...
 
 

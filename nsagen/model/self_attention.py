@@ -160,24 +160,43 @@ class SelfAttention(JoinsWeights):
         lengths: Sequence[int],
         key_lengths: Sequence[int],
     ) -> Tensor:
-        """[N, HQ * D]; each sequence's queries are the last ones of its tokens."""
-        outputs = [q[:0]]
-        q_start, k_start = 0, 0
-        for (length, keys), run in itertools.groupby(zip(lengths, key_lengths, strict=True)):
-            batch = len(list(run))  # neighbours of equal lengths: one call
-            q_end, k_end = q_start + batch * length, k_start + batch * keys
-            if length > 0:
-                some_q = q[q_start:q_end].unflatten(0, (batch, length)).transpose(1, 2)
-                some_k, some_v = (
-                    t[k_start:k_end].unflatten(0, (batch, keys)).transpose(1, 2) for t in (k, v)
-                )
-                places = torch.arange(keys, device=q.device)
-                o = F.scaled_dot_product_attention(
-                    *(some_q, some_k, some_v),
-                    attn_mask=None if length == keys else places <= places[-length:, None],
-                    is_causal=length == keys,
-                    enable_gqa=True,
-                )
-                outputs.append(o.transpose(1, 2).flatten(0, 1))
-            q_start, k_start = q_end, k_end
-        return torch.cat(outputs).flatten(1)
+        """[N, HQ * D]; see `attend_causally`."""
+        return attend_causally(q, k, v, lengths, key_lengths).flatten(1)
+
+
+def attend_causally(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    key_lengths: Sequence[int],
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of packed sequences to all of their tokens up to each query's own: [N, HQ, D].
+
+    Args:
+        q: [N, HQ, D]; k, v: [R, HK, D].
+        lengths: queries of each sequence, the last ones of its tokens; key_lengths: its keys.
+        scale: of the scores; 1/sqrt(D) by default.
+    """
+    outputs = [q[:0]]
+    q_start, k_start = 0, 0
+    for (length, keys), run in itertools.groupby(zip(lengths, key_lengths, strict=True)):
+        batch = len(list(run))  # neighbours of equal lengths: one call
+        q_end, k_end = q_start + batch * length, k_start + batch * keys
+        if length > 0:
+            some_q = q[q_start:q_end].unflatten(0, (batch, length)).transpose(1, 2)
+            some_k, some_v = (
+                t[k_start:k_end].unflatten(0, (batch, keys)).transpose(1, 2) for t in (k, v)
+            )
+            places = torch.arange(keys, device=q.device)
+            o = F.scaled_dot_product_attention(
+                *(some_q, some_k, some_v),
+                attn_mask=None if length == keys else places <= places[-length:, None],
+                is_causal=length == keys,
+                scale=scale,
+                enable_gqa=True,
+            )
+            outputs.append(o.transpose(1, 2).flatten(0, 1))
+        q_start, k_start = q_end, k_end
+    return torch.cat(outputs)

@@ -99,7 +99,9 @@ def passed(
     return {"output": layout.whole(y), "input": layout.whole(x.grad), **found}
 
 
-def assert_equal(found: Mapping[str, Tensor | None], expected: Found, label: str) -> None:
+def assert_equal(
+    found: Mapping[str, Tensor | None], expected: Found, label: str, bound: float = 1e-12
+) -> None:
     assert found.keys() == expected.keys()
     for name, one in expected.items():
         other = found[name]
@@ -109,7 +111,7 @@ def assert_equal(found: Mapping[str, Tensor | None], expected: Found, label: str
             continue
         scale = max(1.0, float(one.abs().max()) if one.numel() else 1.0)
         error = float((other - one).abs().max()) / scale if one.numel() else 0.0
-        assert error < 1e-12, (label, name, error)
+        assert error < bound, (label, name, error)
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -105,6 +105,7 @@ def test_what_a_shard_does_not_go_with() -> None:
             lambda: model(input_ids=ids, nsa_shard=offsets_of(LENGTHS)),
             lambda: model(input_ids=ids, nsa_shard=shard, position_ids=ids),
             lambda: model(input_ids=ids, nsa_shard=shard, use_cache=True),
+            lambda: model(input_ids=ids, nsa_shard=shard, labels=ids),
         ]
         texts = []
         for call in calls:
@@ -121,6 +122,7 @@ def test_what_a_shard_does_not_go_with() -> None:
         "must be a shard",
         "says where all tokens are; got position_ids",
         "has no cache; got use_cache=True",
+        "goes with no labels: a token's successor may be on another rank",
     ]
     for text, part in zip(on_ranks(2, run)[0], expected, strict=True):
         assert part in text
