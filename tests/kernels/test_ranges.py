@@ -119,18 +119,27 @@ def test_wide_float32_heads_scale_last_in_both_passes() -> None:
         assert error(x, wanted) < 1e-5 + 8 * error(y, wanted), name
 
 
+@pytest.mark.parametrize(("query", "offset"), [(0.5, 60.0), (4.0, 6e4)], ids=["-7.5", "-6e4"])
 @pytest.mark.parametrize(("op", "forward", "backward"), PAIRS)
-def test_float16_gradients_of_a_scaled_loss(op: str, forward: str, backward: str) -> None:
-    """A loss scale of 2**15: shares of dq are far above 65504 and cancel."""
+def test_float16_gradients_of_a_scaled_loss(
+    op: str, forward: str, backward: str, query: float, offset: float
+) -> None:
+    """A loss scale of 2**15: shares of dq are far above 65504 and cancel.
+
+    Beside scores of -6e4 what is left of dq in the offset's place is the rounding of ds, which
+    float16 products have: finite, but 6e4 times as large. PyTorch in float16 gives NaN there.
+    """
     torch.manual_seed(1)
     keys = (TOKENS - 8) // 4 + 1 if op == "compressed_attention" else TOKENS
     q, do = torch.randn(2, TOKENS, GROUP, DIM)
     k, v = torch.randn(2, keys, 1, DIM)
-    q[..., 0], k[..., 0] = 0.5, -60.0
+    q[..., 0], k[..., 0] = query, -offset
     do *= 2.0**15 / 64
     tensors = tuple(x.half() for x in (q, k, v, do))
     exact = by_torch(op, torch.float64, *tensors)
     assert exact[1].abs().max() < 2e4
-    for x, wanted in zip(by_kernels(op, forward, backward, *tensors), exact, strict=True):
+    o, dq, dk, dv = by_kernels(op, forward, backward, *tensors)
+    for x, wanted in zip((o, dq, dk, dv), exact, strict=True):
         assert x.isfinite().all()
-        assert error(x, wanted) < 1e-2
+        ignored = int(x is dq and offset == 6e4)
+        assert error(x[..., ignored:], wanted[..., ignored:]) < 1e-2
