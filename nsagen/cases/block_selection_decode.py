@@ -10,8 +10,8 @@ from nsagen.cases.block_selection import NEAR_PRODUCTS, allow_near, rule_of, sco
 from nsagen.cases.caches import Pages, RandomCaches
 from nsagen.core.workload import Workload
 from nsagen.ops.reference._attend import scores_of
-from nsagen.ops.reference._pages import first_entries
 from nsagen.ops.reference.block_selection import scores_of_blocks
+from nsagen.ops.reference.quantize import first_values
 
 
 def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
@@ -34,6 +34,8 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     pages = Pages.of(slots, [position + 1 for position in sizes.seqlens], sizes)
     if pages:
         k_cache = pages.hold(k_cache, stride)
+    (k_cache,), scales = random.stored(k_cache)
+    k_scale = scales[0] if scales else None
     table = pages.table.to(device) if pages else None
     positions = torch.tensor(sizes.seqlens, dtype=torch.int32).to(device)
     selections = scoring.rows(heads, key_heads)
@@ -45,7 +47,8 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
         for row, (position, slot) in enumerate(zip(sizes.seqlens, slots.tolist(), strict=True)):
             if position < 0:
                 continue
-            keys = first_entries(k_cache, table, slot, windows[row]).double()
+            wide = None if k_scale is None else k_scale.double()
+            keys = first_values(k_cache, wide, table, slot, windows[row]).double()
             one, at = slice(row, row + 1), torch.full((1,), position, device=q.device)
             query, lse, least = q[one].double(), None, 1e-34
             if scoring.score_norm == "softmax":
@@ -58,10 +61,10 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
             chosen[:, one] = allow_near(topk_idx[:, one], scores, at, rule, least)
         return {"topk_idx": chosen}
 
-    seen, element = sum(windows), q.element_size()
+    seen, entry = sum(windows), dim * k_cache.element_size() + (4 if scales else 0)
     cost = Cost(
         flops=2.0 * seen * heads * dim,
-        bytes=(seen * key_heads + rows * heads) * dim * element + topk_idx.nbytes,
+        bytes=seen * key_heads * entry + q.nbytes + topk_idx.nbytes,
     )
     args = (q, k_cache, positions, slots.to(device), topk_idx, scale, table)
-    return Case(args, {"topk_idx": topk_idx}, expected, cost)
+    return Case((*args, *scales), {"topk_idx": topk_idx}, expected, cost)

@@ -98,3 +98,14 @@ class Pages:
                     here = entries[start : start + rows]
                     pool[page, : len(here)] = here
         return pool
+
+
+def allow_steps(after: dict[str, Tensor], caches: dict[str, Tensor], name: str, scale: str) -> None:
+    """Take the kernel's number where it is a neighbour of the expected one, and the scale is equal:
+    float32 rounds some value to the other side of the middle between two. And as integers, so that
+    numbers compare by their bits."""
+    expected, out = (x.view(torch.int8) for x in (after[name], caches[name]))
+    near = (expected.int() - out.int()).abs() <= 1
+    near &= (after[scale] == caches[scale])[..., None]
+    share = (expected != out).double().mean()
+    after[name] = torch.where(near & (share < 1e-3), out, expected)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nsagen.cases.base import Case, Cost, Sizes, poisoned
-from nsagen.cases.caches import Pages, RandomCaches
+from nsagen.cases.caches import Pages, RandomCaches, allow_steps
 from nsagen.core.workload import Workload
 from nsagen.ops import reference
 
@@ -40,26 +40,43 @@ def make_case(
     if pages:
         k_cache, ck_cache = pages.hold(k_cache), pages.hold(ck_cache, stride)
     ck_cache.fill_(math.inf)
+    (k_cache, ck_cache), scales = random.stored(k_cache, ck_cache)
+    outputs = {"ck_cache": ck_cache}
+    if scales:
+        outputs = {
+            "ck_cache": ck_cache.view(torch.int8),
+            "ck_scale": scales[1].nan_to_num_(math.inf),
+        }
     before = ck_cache.clone()
+    scale_before = [scale.clone() for scale in scales[1:]]
     table = pages.table.to(device) if pages else None
     positions = torch.tensor(sizes.seqlens, dtype=torch.int32).to(device)
     slots = slots.to(device)
 
     def expected() -> dict[str, Tensor]:
-        after = before.double()
+        after = {"ck_cache": before.clone() if scales else before.double()}
+        wide = k_cache if scales else k_cache.double()
+        more: dict[str, Tensor] = {}
+        if scales:
+            after["ck_scale"] = scale_before[0].clone()
+            more = {"k_scale": scales[0].double(), "ck_scale": after["ck_scale"]}
         reference.pool_append(
-            *(k_cache.double(), after, positions, slots),
+            *(wide, after["ck_cache"], positions, slots),
             kernel_size=size,
             kernel_stride=stride,
             new_tokens=new_tokens,
             block_table=table,
+            **more,
         )
-        return {"ck_cache": after}
+        if scales:
+            allow_steps(after, {"ck_cache": ck_cache, "ck_scale": scales[1]}, *after)
+        return after
 
+    entry = dim * k_cache.element_size() + (4 if scales else 0)
     made = sum(min(-(-new_tokens // stride), max(0, n - size) // stride + 1) for n in lengths)
     return Case(
-        args=(k_cache, ck_cache, positions, slots, new_tokens, table),
-        outputs={"ck_cache": ck_cache},
+        args=(k_cache, ck_cache, positions, slots, new_tokens, table, *scales),
+        outputs=outputs,
         expected=expected,
-        cost=Cost(0.0, float(made * (size + 1) * heads * dim * k_cache.element_size())),
+        cost=Cost(0.0, float(made * (size + 1) * heads * entry)),
     )

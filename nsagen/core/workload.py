@@ -105,13 +105,14 @@ FORCED_ONCE = tuple(key for key, names in FORCED.items() if "local_blocks" in na
 """The forward passes that do so: calls run both or neither."""
 OPTIONAL_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
     ("block_selection", "forward"): _SCORING,
-    ("block_selection", "decode"): _SCORING,
+    ("block_selection", "decode"): (*_SCORING, "cache_dtype"),
     ("compress", "forward"): _HIDDEN,
     ("compress", "backward"): _HIDDEN,
     ("cache_append", "decode"): (
         *("v_compress_type", *_HIDDEN, "v_with_pe", "branch_kv"),
         "cache_dtype",
     ),
+    ("pool_append", "decode"): ("cache_dtype",),
     ("compressed_attention", "decode"): ("cache_dtype",),
     ("native_sparse_attention", "decode"): ("cache_dtype",),
     **FORCED,

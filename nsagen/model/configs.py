@@ -299,12 +299,3 @@ def check_cache_dtype(config: ToyLlamaConfig, limits: InferenceConfig) -> None:
         f"branch_kv={config.branch_kv!r}",
         "leave cache_dtype out",
     )
-    kinds = {config.key_type, config.value_type} & {"linear", "mlp"}
-    require(
-        not kinds,
-        where,
-        "cache_dtype needs keys and values that are compressed by pooling: avgpool, weightedpool "
-        "or sigmoid_mul",
-        ", ".join(sorted(kinds)),
-        "leave cache_dtype out",
-    )

@@ -32,6 +32,7 @@ from nsagen.ops.selected_attention import topk_sparse_attention
 from nsagen.ops.selected_attention_decode import selected_attention_decode
 from nsagen.ops.separate import SeparateKV
 from nsagen.ops.sliding_window_attention import sliding_window_attention
+from nsagen.ops.store_rows import store_rows
 
 __all__ = [
     "LINEAR_DECODE_ROWS",
@@ -59,6 +60,7 @@ __all__ = [
     "selected_attention_decode",
     "sigmoid_mul_compress",
     "sliding_window_attention",
+    "store_rows",
     "topk_sparse_attention",
     "weightedpool_compress",
 ]

@@ -32,11 +32,12 @@ def cache_dtype_of(cache: Tensor, scale: Tensor | None) -> str:
     return "" if scale is None else str(cache.dtype).removeprefix("torch.")
 
 
-def check_scales(op: str, x: Tensor, **caches: tuple[Tensor, Tensor | None]) -> None:
+def check_scales(op: str, x: Tensor | None, **caches: tuple[Tensor, Tensor | None]) -> None:
     """Quantized caches and the scales of their rows, unless none has any.
 
     Args:
-        x: in the dtype to compute in.
+        x: in the dtype to compute in; None where that is float32, and no two scales have one
+            layout.
         caches: by name, each and its scale; every two after each other have one layout of scales.
     """
     given = {name: scale for name, (_, scale) in caches.items() if scale is not None}
@@ -45,15 +46,16 @@ def check_scales(op: str, x: Tensor, **caches: tuple[Tensor, Tensor | None]) -> 
     if len(given) < len(caches):
         rule = f"{', '.join(caches)} must all have scales, or none of them"
         fail(op, rule, f"scales of {', '.join(given)}", "pass the rest, or none")
-    if x.dtype == torch.float16:
+    first = next(iter(caches.values()))[0]
+    device = first.device if x is None else x.device
+    if x is not None and x.dtype == torch.float16:
         rule = "quantized caches need bfloat16 or float32 beside them, which hold their values"
         fail(op, rule, x.dtype, "use bfloat16, or caches of float16")
-    first = next(iter(caches.values()))[0]
     for name, (cache, scale) in caches.items():
         assert scale is not None
         came = f"{cache.dtype} on {cache.device}"
-        if str(cache.dtype).removeprefix("torch.") not in CACHE_DTYPES or cache.device != x.device:
-            rule = f"{name} with a scale must be {' or '.join(CACHE_DTYPES)} on {x.device}"
+        if str(cache.dtype).removeprefix("torch.") not in CACHE_DTYPES or cache.device != device:
+            rule = f"{name} with a scale must be {' or '.join(CACHE_DTYPES)} on {device}"
             fail(op, rule, came, "allocate it so, or pass no scales")
         if cache.dtype != first.dtype:
             fail(op, f"{', '.join(caches)} must share one dtype", came, "allocate them alike")
@@ -61,14 +63,14 @@ def check_scales(op: str, x: Tensor, **caches: tuple[Tensor, Tensor | None]) -> 
             came = f"{tuple(cache.shape)}, strides {tuple(cache.stride())}"
             rule = f"{name} must have 4 dimensions, the last one contiguous"
             fail(op, rule, came, "allocate an NSACache")
-        if scale.dtype != torch.float32 or scale.device != x.device:
+        if scale.dtype != torch.float32 or scale.device != device:
             came = f"{scale.dtype} on {scale.device}"
-            fail(op, f"{name}'s scale must be float32 on {x.device}", came, "allocate it so")
+            fail(op, f"{name}'s scale must be float32 on {device}", came, "allocate it so")
         if scale.shape != cache.shape[:3]:
             rule = f"{name}'s scale must be {tuple(cache.shape[:3])}"
             fail(op, rule, tuple(scale.shape), "give each row of the cache one")
-    scales = list(given.items())
-    for (one, scale), (other, second) in zip(scales[::2], scales[1::2], strict=True):
+    scales = [] if x is None else list(given.items())
+    for (one, scale), (other, second) in zip(scales[::2], scales[1::2], strict=False):
         if scale.stride() != second.stride():
             came = f"strides {scale.stride()} and {second.stride()}"
             fail(op, f"the scales of {one} and {other} must have one layout", came, "make both new")

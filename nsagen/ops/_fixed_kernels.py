@@ -1,5 +1,6 @@
 """Small kernels that are the same for every workload. They have nothing to tune, so they are not
-generated: the lengths of a batch, and what the backward pass does between its large ones."""
+generated: the lengths of a batch, what the backward pass does between its large ones, and rows of
+narrow caches."""
 
 from __future__ import annotations
 
@@ -7,8 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsagen.core.workload import CACHE_DTYPES
+
 TILE = 512  # tokens a program
 CHUNK = 1024  # sequences that a program looks at in one go
+STORED_ROWS = 8  # heads of tokens a program
 
 
 @triton.jit
@@ -202,5 +206,87 @@ def launch_add(x: Tensor, more_x: Tensor, y: Tensor, more_y: Tensor) -> None:
         more_y,
         *sizes,
         TILE=4 * TILE,
+        num_warps=4,  # pyright: ignore
+    )
+
+
+@triton.jit(do_not_specialize=["rows", "max_pages"])
+def store_rows_kernel(
+    x,
+    cache,
+    scale,
+    positions,
+    slots,
+    block_table,
+    rows,
+    heads,
+    max_pages,
+    stride_x_row,
+    stride_x_head,
+    stride_c_slot,
+    stride_c_token,
+    stride_c_head,
+    stride_s_slot,
+    stride_s_token,
+    stride_s_head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LIMIT: tl.constexpr,  # the largest number of the cache's dtype
+    INTEGERS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    # As templates/shared/quantize.py.j2 has it for caches that other kernels write.
+    number = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row, head = number // heads, number % heads
+    position = tl.load(positions + row, mask=row < rows, other=-1)
+    live = position >= 0
+    place = tl.load(slots + row, mask=live, other=0).to(tl.int64)
+    index = tl.maximum(position, 0)
+    if block_table is not None:
+        page = place * max_pages + index // PAGE_SIZE
+        place = tl.load(block_table + page, mask=live, other=0).to(tl.int64)
+        index = index % PAGE_SIZE
+    index = index.to(tl.int64)
+
+    dim = tl.arange(0, BLOCK_D)
+    there = live[:, None] & (dim < HEAD_DIM)[None, :]
+    x_ptrs = x + (row * stride_x_row + head * stride_x_head)[:, None] + dim[None, :]
+    values = tl.load(x_ptrs, mask=there, other=0.0).to(tl.float32)
+    # A maximum would overlook NaN.
+    largest = tl.max(tl.where(values == values, tl.abs(values), float("inf")), 1)
+    bits = (largest * (1.0 / LIMIT)).to(tl.int32, bitcast=True)
+    bits = tl.maximum((bits + 0x7FFFFF) & 0x7F800000, 0x00800000)  # the next power of two
+    factor = tl.where(largest < float("inf"), bits.to(tl.float32, bitcast=True), float("nan"))
+    values *= (0x7F000000 - bits).to(tl.float32, bitcast=True)[:, None]
+    if INTEGERS:
+        values = (values + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest, ties to even
+    c_at = place * stride_c_slot + index * stride_c_token + head * stride_c_head
+    tl.store(cache + c_at[:, None] + dim[None, :], values.to(cache.dtype.element_ty), mask=there)
+    s_at = place * stride_s_slot + index * stride_s_token + head * stride_s_head
+    tl.store(scale + s_at, factor, mask=live)
+
+
+def launch_store_rows(
+    x: Tensor,
+    cache: Tensor,
+    scale: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    block_table: Tensor | None = None,
+) -> None:
+    """Write the rows of `store_rows`: any strides, but a last one of 1 in x and cache."""
+    rows, heads, head_dim = x.shape
+    limit = CACHE_DTYPES[str(cache.dtype).removeprefix("torch.")]
+    store_rows_kernel[(triton.cdiv(rows * heads, STORED_ROWS),)](
+        *(x, cache, scale, positions, slots, block_table, rows, heads),
+        1 if block_table is None else block_table.shape[1],
+        *(*x.stride()[:2], *cache.stride()[:3], *scale.stride()),
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        LIMIT=limit,
+        INTEGERS=not cache.dtype.is_floating_point,
+        PAGE_SIZE=cache.shape[1],
+        TILE=STORED_ROWS,
         num_warps=4,  # pyright: ignore
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import reference
+from nsagen.ops._cache_checks import cache_dtype_of, check_scales
 from nsagen.ops._checks import check_indices, check_keys, check_rows, fail
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of, scale_of, score_sizes
@@ -36,6 +37,7 @@ def block_selection_decode(
     score_norm: str = "softmax",
     score_heads: str = "sum",
     score_pool: str = "overlap",
+    k_scale: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """The blocks that new tokens select, from the compressed keys or index keys of a cache.
@@ -53,6 +55,8 @@ def block_selection_decode(
         block_table: int32 [slots, max_pages], or None. With it the cache is in pages, [pages,
             page_size // kernel_stride, HK, D]: window i of a slot lies in the page that
             block_table names for token i * kernel_stride.
+        k_scale: float32 [slots, max_windows, HK], the scales of k_cache, if that is of
+            torch.float8_e4m3fn or torch.int8; see `reference.quantize`.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
@@ -69,16 +73,19 @@ def block_selection_decode(
     if torch.is_grad_enabled():
         q, k_cache = q.detach(), k_cache.detach()
     return _block_selection_decode(
-        q, k_cache, positions, slots, *statics, scale, key, block_table, *scoring
+        q, k_cache, positions, slots, *statics, scale, key, block_table, *scoring, k_scale
     )
 
 
 def _check(call: Any) -> None:
     q, cache, table = call.q, call.k_cache, call.block_table
     check_rows(_OP, q=q)
-    check_rows(_OP, 4, k_cache=cache)
+    if call.k_scale is not None:
+        check_scales(_OP, q, k_cache=(cache, call.k_scale))
+    else:
+        check_rows(_OP, 4, k_cache=cache)
     check_keys(_OP, q, cache)
-    if q.dtype != cache.dtype or q.device != cache.device:
+    if call.k_scale is None and (q.dtype != cache.dtype or q.device != cache.device):
         came = f"{cache.dtype} on {cache.device}"
         fail(_OP, f"k_cache must be {q.dtype} on {q.device}, as q is", came, "allocate it so")
     check_indices(_OP, q, (q.shape[0],), positions=call.positions, slots=call.slots)
@@ -104,7 +111,11 @@ _block_selection_decode = op_of(
     allocate=lambda q, k_cache, topk, score_heads: allocate_blocks(q, k_cache, topk, score_heads),
     check=_check,
     kernel="block_selection decode",
-    sizes=lambda q, k_cache: score_sizes(q, k_cache),
+    sizes=lambda q, k_cache, k_scale: {
+        **score_sizes(q, k_cache),
+        "cache_dtype": cache_dtype_of(k_cache, k_scale),
+    },
     context=_context,
     launch="q k_cache positions slots topk_idx softmax_scale block_table",
+    optional="k_scale",
 )

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from nsagen.ops import reference
+from nsagen.ops._cache_checks import cache_dtype_of, check_scales
 from nsagen.ops._checks import check_indices, check_rows, fail, shapes
 from nsagen.ops._derive import op_of
-from nsagen.ops._launch import key_of
+from nsagen.ops._launch import find_kernel, key_of
 from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
 from nsagen.ops.reference._checks import check_windows
 from nsagen.runtime import Dispatcher
@@ -27,6 +28,8 @@ def pool_append(
     kernel_stride: int,
     new_tokens: int = 1,
     block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    ck_scale: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> None:
     """Write the means of the windows that end at each row's newest tokens to ck_cache.
@@ -46,18 +49,28 @@ def pool_append(
             all windows anew.
         block_table: int32 [slots, max_pages], or None. With it the caches are in pages, [pages,
             page_size, HK, D] and [pages, page_size // kernel_stride, HK, D].
+        k_scale: float32 [slots, max_length, HK], the scales of k_cache's rows, if the caches are of
+            torch.float8_e4m3fn or torch.int8; ck_scale: [slots, max_windows, HK], of ck_cache's;
+            changed. A mean is that of the keys that k_cache gives back, and rounded once. See
+            `reference.quantize`.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Raises:
         InvalidInputError: a tensor or parameter breaks the contract above.
     """
     statics = (kernel_size, kernel_stride, new_tokens)
-    _pool_append(k_cache, ck_cache, positions, slots, *statics, block_table, key_of(dispatcher))
+    more = (block_table, k_scale, ck_scale, key_of(dispatcher))
+    _pool_append(k_cache, ck_cache, positions, slots, *statics, *more)
 
 
 def _check(call: Any) -> None:
     k_cache, ck_cache, table = call.k_cache, call.ck_cache, call.block_table
-    check_rows(_OP, 4, k_cache=k_cache, ck_cache=ck_cache)
+    scales = (call.k_scale, call.ck_scale)
+    if scales == (None, None):
+        check_rows(_OP, 4, k_cache=k_cache, ck_cache=ck_cache)
+    else:
+        pairs = zip((k_cache, ck_cache), scales, strict=True)
+        check_scales(_OP, None, **dict(zip(("k_cache", "ck_cache"), pairs, strict=True)))
     size, stride = call.kernel_size, call.kernel_stride
     check_windows(_OP, size, stride)
     if call.new_tokens < 1:
@@ -78,15 +91,27 @@ def _check(call: Any) -> None:
     check_places(_OP, call.positions, call.slots, tokens, k_cache, table)
 
 
+def _launch(call: Any) -> Any:
+    """The kernel's `launch`. Of a narrow cache nothing but its scales has a dtype to compute in."""
+    x = call.k_cache if call.k_scale is None else call.k_scale
+    sizes = {
+        "head_dim": call.k_cache.shape[3],
+        "kernel_size": call.kernel_size,
+        "kernel_stride": call.kernel_stride,
+        "cache_dtype": cache_dtype_of(call.k_cache, call.k_scale),
+    }
+    context = capacity_of(call.k_cache, call.block_table)
+    return find_kernel(call.dispatcher, _OP, "decode", sizes, x, context)
+
+
 _pool_append = op_of(
     "pool_append",
     reference.pool_append,
     returns="",
     allocate=lambda: None,
     check=_check,
-    kernel="pool_append decode",
-    sizes=lambda k_cache: {"head_dim": k_cache.shape[3]},
-    context=lambda k_cache, block_table: capacity_of(k_cache, block_table),
+    kernel=_launch,
     launch="k_cache ck_cache positions slots new_tokens block_table",
-    mutates="ck_cache",
+    optional="k_scale ck_scale",
+    mutates="ck_cache ck_scale",
 )

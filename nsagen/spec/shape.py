@@ -236,7 +236,9 @@ class AttentionShape:
         return replace(values, compress_type="avgpool", with_pe=False)
 
     def _workload(self, op: str, pass_: str, params: dict[str, Param]) -> Workload:
-        return Workload.of(op, pass_, dtype=self.dtype, **params)
+        # A narrow cache's means are made of it alone: nothing has another dtype than its scales.
+        own = op == "pool_append" and params["cache_dtype"]
+        return Workload.of(op, pass_, dtype="float32" if own else self.dtype, **params)
 
 
 FAMILY_KEYS = (
@@ -308,13 +310,6 @@ def _cache_violations(shape: AttentionShape) -> Iterator[Violation]:
     """What caches of a narrow dtype exclude."""
     if not shape.cache_dtype:
         return
-    for key in shape.family_keys[:1]:
-        yield Violation(
-            key,
-            f"cache_dtype is for Native Sparse Attention only, which has no {key}",
-            (key, "cache_dtype"),
-            f"leave out cache_dtype or {key}",
-        )
     if shape.branch_kv == "separate":
         yield Violation(
             "branch_kv",

@@ -80,10 +80,12 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     if whole_blocks(workload):
         block_n = max(block_n, step(workload))
     room = (target.shared_memory // 2 - 8 * 1024) // (row * block_n)
+    # A narrow tile is widened in registers: four warps would use the stack for a large one.
+    widened = workload.cache_dtype and row * block_n > split_kv.STEP_BYTES // 2
     return {
         "block_n": block_n,
         "programs": max(n for n in split_kv.PROGRAMS if n <= max(132, 2 * target.num_sms)),
-        "num_warps": 8 if workload.dtype == "float32" else 4,
+        "num_warps": 8 if workload.dtype == "float32" or widened else 4,
         "num_stages": max(1, min(4, room)) + 1,
     }
 
@@ -100,6 +102,7 @@ SPACES = (
             Knob("num_stages", (1, 2, 3, 4, 5), "loads in flight against shared memory"),
         ),
         rules=(
+            split_kv.CACHE_DTYPE,
             Rule(
                 "a step must hold the windows of a whole block, where it takes their maximum",
                 lambda w, s, t: not whole_blocks(w) or int(s.block_n) >= step(w),

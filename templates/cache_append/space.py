@@ -41,6 +41,7 @@ def branches_of(workload: Workload) -> dict[str, Any]:
         "value_pooled": types["value"] not in PRODUCTS,
         "products": any(kind in PRODUCTS for kind in types.values()),
         "mlps": tuple(side for side, kind in types.items() if kind == "mlp"),
+        "product_sides": tuple(side for side, kind in types.items() if kind in PRODUCTS),
     }
 
 
@@ -155,12 +156,11 @@ MATMUL = ScheduleSpace(
         Knob("num_warps", (1, 2, 4, 8), "threads for the same tile"),
         Knob("num_stages", (1, 2, 3, 4, 5, 6, 8), "loads in flight against shared memory"),
     ),
-    rules=(_TILE,),
+    rules=(_TILE, split_kv.CACHE_DTYPE),
     derive=derive_matmul,
     shared_memory=matmul_shared_memory,
     default=default_matmul,
-    # Programs share the columns of a compressed row, so none knows its scale.
-    supports=lambda w: branches_of(w)["products"] and not w.cache_dtype,
+    supports=lambda w: branches_of(w)["products"],
 )
 
 SPACES = (POOL, MATMUL)

@@ -9,7 +9,11 @@ import pytest
 
 from nsagen.cases.base import Sizes
 from nsagen.cases.block_selection_decode import make_case
-from nsagen.core.workload import Schedule, Workload
+from nsagen.codegen.template import default_schedule
+from nsagen.core.errors import UnsupportedWorkloadError
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import CACHE_DTYPES, Schedule, Workload
+from tests.float8_interpreter import round_to_float8
 from tests.kernels import small_selections
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
@@ -73,3 +77,34 @@ def test_many_splits() -> None:
     """Each split of a row walks a part; those of a short row have nothing to do."""
     check(workload_of(form=FORMS[1]), (3, 250), capacity=256)
     check(workload_of(form=FORMS[4], kernel_size=1, kernel_stride=1), (3, 250), capacity=256)
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[1], FORMS[4]], ids="-".join)
+def test_quantized_caches(
+    form: tuple[str, str, str],
+    cache_dtype: str,
+    page_size: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The choice is that of the keys which the cache gives back."""
+    if kernel_device() == "cpu":
+        round_to_float8(monkeypatch)
+    work = workload_of(form=form, cache_dtype=cache_dtype)
+    check(work, page_size=page_size, capacity=64)
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_quantized_index_keys(cache_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens one by one, four heads on one key head, as in MiniMax-M3."""
+    if kernel_device() == "cpu":
+        round_to_float8(monkeypatch)
+    shape = {"kernel_size": 1, "kernel_stride": 1, "block_size": 8, "gqa_ratio": 4}
+    check(workload_of(form=FORMS[4], cache_dtype=cache_dtype, **shape), (4, 61))
+
+
+def test_float8_is_refused_where_kernels_cannot_convert_it() -> None:
+    work = workload_of("bfloat16", form=FORMS[1], cache_dtype="float8_e4m3fn")
+    with pytest.raises(UnsupportedWorkloadError, match="int8 runs on every target"):
+        default_schedule(work, KNOWN_TARGETS["cuda:80"])

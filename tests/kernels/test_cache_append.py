@@ -248,10 +248,22 @@ def test_rows_that_no_scale_fits() -> None:
         assert torch.equal(scale[slots[3], 3].isnan().cpu(), torch.tensor([True, False]))
 
 
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_products_into_quantized_caches_are_refused_by_name(kind: str) -> None:
-    with pytest.raises(UnsupportedWorkloadError, match="int8: needs an algorithm that covers it"):
-        default_schedule(workload(kind, cache_dtype="int8"), KNOWN_TARGETS["cuda:90"])
+def test_products_into_quantized_caches(
+    kind: str, cache_dtype: str, page_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs share a row's columns; a kernel after them knows the whole row, and its scale."""
+    if kernel_device() == "cpu":
+        round_to_float8(monkeypatch)
+    check(workload(kind, cache_dtype=cache_dtype, head_dim=24, v_head_dim=40), EDGES, 2, page_size)
+
+
+@pytest.mark.parametrize("kinds", [("linear", "avgpool"), ("avgpool", "mlp")], ids="-".join)
+def test_one_side_of_quantized_caches_is_a_product(kinds: tuple[str, str]) -> None:
+    work = workload(kinds[0], v_compress_type=kinds[1], cache_dtype="int8")
+    check(work, EDGES, 2)
 
 
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:86", "hip:gfx942"])

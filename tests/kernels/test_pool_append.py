@@ -8,7 +8,8 @@ import pytest
 
 from nsagen.cases.base import Sizes
 from nsagen.cases.pool_append_decode import make_case
-from nsagen.core.workload import Schedule, Workload
+from nsagen.core.workload import CACHE_DTYPES, Schedule, Workload
+from tests.float8_interpreter import round_to_float8
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 # Idle, the first token, before, at and after a window's end, longer ones.
@@ -42,3 +43,16 @@ def test_pages(page_size: int) -> None:
     sizes = Sizes(POSITIONS, capacity=64, page_size=page_size)
     case = make_case(workload_of(), sizes, kernel_device())
     check_case(load_kernel(workload_of(), SMALL), case)
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_quantized_caches(
+    cache_dtype: str, page_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Means of the keys that the cache gives back, each with a scale of its own."""
+    if kernel_device() == "cpu":
+        round_to_float8(monkeypatch)
+    work = workload_of(cache_dtype=cache_dtype)
+    sizes = Sizes(POSITIONS, capacity=64, page_size=page_size)
+    check_case(load_kernel(work, SMALL), make_case(work, sizes, kernel_device()))

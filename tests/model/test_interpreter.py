@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -163,12 +164,14 @@ def test_shared_pages_and_drafts_on_kernels() -> None:
 
 
 @torch.no_grad()
-def test_caches_of_int8_on_kernels() -> None:
+@pytest.mark.parametrize("compress_type", ["weightedpool", "mlp"])
+def test_caches_of_int8_on_kernels(compress_type: str) -> None:
     """Prefill whole and in chunks, and steps, in pages; float8 takes the same path."""
     limits = InferenceConfig(
         2, 32, paged=True, page_size=16, prefill_chunk_size=13, cache_dtype="int8"
     )
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    heads |= {"num_hidden_layers": 1, "compress_type": compress_type}
     kernels = nsa_model(limits, torch.float32, **heads)
     reference = nsa_model(limits, torch.float64, **heads)
     batch = packed_batch([25, 6])

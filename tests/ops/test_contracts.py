@@ -20,6 +20,7 @@ from nsagen import ops
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.workload import COMPRESS_TYPES
 from nsagen.ops._checks import check_cu_seqlens
+from nsagen.ops.reference import quantize
 
 from .inputs import STATICS, Cached, Packed
 
@@ -34,6 +35,12 @@ class Elsewhere(Tensor):
     @property
     def device(self) -> torch.device:  # type: ignore[override]
         return torch.device("cuda", 7)
+
+
+def narrow(name: str, scale_name: str, cache: Tensor) -> dict[str, Tensor]:
+    """A cache in int8 and its scales, by these names."""
+    rows, scale = quantize(cache, torch.int8)
+    return {name: rows, scale_name: scale}
 
 
 @functools.cache
@@ -108,6 +115,27 @@ def table() -> dict[str, Call]:
         "pool_append in pages": (
             ops.pool_append,
             {"k_cache": k, "ck_cache": pck, **rows, **WINDOWS, "block_table": block_table},
+        ),
+        "block_selection_decode of a narrow cache": (
+            ops.block_selection_decode,
+            {"q": c.q, **narrow("k_cache", "k_scale", c.ck_cache), **rows, **STATICS},
+        ),
+        "pool_append of narrow caches": (
+            ops.pool_append,
+            {
+                **narrow("k_cache", "k_scale", c.k_cache),
+                **narrow("ck_cache", "ck_scale", c.ck_cache),
+                **rows,
+                **WINDOWS,
+            },
+        ),
+        "store_rows": (
+            ops.store_rows,
+            {"x": c.k, **narrow("cache", "scale", c.k_cache), **rows},
+        ),
+        "store_rows in pages": (
+            ops.store_rows,
+            {"x": c.k, **narrow("cache", "scale", k), **rows, "block_table": block_table},
         ),
         "index_loss": (
             ops.index_loss,
@@ -254,6 +282,7 @@ PAGED = (
     "native_sparse_attention_decode in pages",
     "pool_append in pages",
     "selected_attention_decode in pages",
+    "store_rows in pages",
 )
 
 AMOUNTS = ("fewer", "more")
@@ -271,6 +300,8 @@ RIGHT = {
     ),
     *((name, "block_table", "one of the first size more") for name in PAGED),
     *(("pool_append", name, "one of the second size fewer") for name in ("k_cache", "ck_cache")),
+    ("block_selection_decode of a narrow cache", "q", "float64"),  # the cache has its own dtype
+    *((name, "x", "float64") for name in ("store_rows", "store_rows in pages")),
     ("block_selection_decode", "k_cache", "one of the first size more"),
     ("block_selection_decode", "k_cache", "one of the second size fewer"),
     *(

@@ -135,3 +135,18 @@ def test_a_wide_local_band_has_kernels_of_its_own(tmp_path: Path) -> None:
     assert {(w.window_size, w.block_size) for w in windows} == {(33 * 64, 64)}
     assert spec_of(tmp_path, {**POOLED, "local_blocks": 8}).forced_once() == ()
     assert spec_of(tmp_path, INDEX).forced_once() == ()
+
+
+@pytest.mark.parametrize("values", [INDEX, POOLED], ids=["index", "pooled"])
+def test_narrow_caches_reach_the_ops_that_read_them(
+    values: dict[str, object], tmp_path: Path
+) -> None:
+    """Those of decoding alone; means of a narrow cache have no dtype but its scales'."""
+    spec = spec_of(tmp_path, {**values, "cache_dtype": "float8_e4m3fn"})
+    narrow = {w.op: w for w in spec.workloads() if "cache_dtype" in dict(w.params)}
+    pools = {"pool_append"} if values is POOLED else set()
+    assert set(narrow) == {"block_selection", "native_sparse_attention"} | pools
+    assert {w.pass_ for w in narrow.values()} == {"decode"}
+    assert narrow["block_selection"].dtype == "bfloat16"
+    for op in pools:
+        assert narrow[op].dtype == "float32"

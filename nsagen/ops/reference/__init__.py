@@ -48,6 +48,7 @@ from nsagen.ops.reference.sliding_window_attention import (
     sliding_window_attention,
     sliding_window_attention_forward,
 )
+from nsagen.ops.reference.store_rows import store_rows
 
 __all__ = [
     "avgpool_compress",
@@ -82,6 +83,7 @@ __all__ = [
     "sigmoid_mul_compress",
     "sliding_window_attention",
     "sliding_window_attention_forward",
+    "store_rows",
     "topk_sparse_attention",
     "weightedpool_compress",
 ]

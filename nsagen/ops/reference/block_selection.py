@@ -20,7 +20,7 @@ from nsagen.ops.reference._checks import (
     first_positions,
     sequence_bounds,
 )
-from nsagen.ops.reference._pages import first_entries
+from nsagen.ops.reference.quantize import first_values
 
 
 @dataclass(frozen=True)
@@ -344,6 +344,7 @@ def block_selection_decode(
     score_norm: str = "softmax",
     score_heads: str = "sum",
     score_pool: str = "overlap",
+    k_scale: Tensor | None = None,
 ) -> Tensor:
     """Block selection of one new token a row; a softmax is exact, whatever it is in prefill.
 
@@ -355,6 +356,7 @@ def block_selection_decode(
         softmax_scale: 1/sqrt(D) unless given; with score_norm "none" it changes no choice.
         block_table: int32 [slots, max_pages]: the cache is [pages, windows a page, HK, D].
         score_norm, score_heads, score_pool: see `Scoring`.
+        k_scale: of k_cache's rows, if that is of a narrow dtype; see `quantize`.
 
     Returns:
         int32 [HK, R, topk], or [HQ, R, topk] with score_heads "each"; -1 for idle rows.
@@ -370,7 +372,7 @@ def block_selection_decode(
             continue
         one, token = slice(row, row + 1), torch.full((1,), position, device=q.device)
         windows = max(0, (position + 1 - kernel_size) // kernel_stride + 1)
-        query, keys = upcast(q[one], first_entries(k_cache, block_table, slot, windows))
+        query, keys = upcast(q[one], first_values(k_cache, k_scale, block_table, slot, windows))
         lse = None
         if score_norm == "softmax":
             lse = torch.logsumexp(scores_of(query, keys, scale), -1).permute(2, 0, 1).flatten(1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from nsagen.ops.reference._checks import check_windows
 from nsagen.ops.reference._pages import first_entries, place_of
 from nsagen.ops.reference.compress import Weight, pool_windows
-from nsagen.ops.reference.quantize import quantize
+from nsagen.ops.reference.quantize import store
 from nsagen.ops.reference.rope import rope_if_given
 from nsagen.ops.scales import CacheScales
 from nsagen.ops.separate import SeparateKV
@@ -81,8 +81,8 @@ def cache_append(
         one, time = slice(row, row + 1), positions[row : row + 1]
         q_out[one] = rope_if_given(q[one], cos, sin, time)
         here = place_of(k_cache, block_table, slot, position)
-        _store(k_cache, scales and scales.k_scale, here, rope_if_given(k[one], cos, sin, time)[0])
-        _store(v_cache, scales and scales.v_scale, here, v[row])
+        store(k_cache, scales and scales.k_scale, here, rope_if_given(k[one], cos, sin, time)[0])
+        store(v_cache, scales and scales.v_scale, here, v[row])
         k_raw[slot, position % kernel_size] = (separate.k_compress if separate else k)[row]
         if scales:
             scales.v_raw[slot, position % kernel_size] = v[row]
@@ -98,20 +98,12 @@ def cache_append(
         key = pool_windows(k_raw[slot, tokens % kernel_size][None], w_k, pe, compress_type)
         there = place_of(ck_cache, block_table, slot, window)
         key = rope_if_given(key, cos, sin, torch.full_like(time, first))[0]
-        _store(ck_cache, scales and scales.ck_scale, there, key)
+        store(ck_cache, scales and scales.ck_scale, there, key)
         if ring := separate or scales:
             values = ring.v_raw[slot, tokens % kernel_size]
         else:
             values = first_entries(v_cache, block_table, slot, position + 1)[first:]
         v_type = v_compress_type or compress_type
         value = pool_windows(values[None], w_v, pe_v, v_type)[0]
-        _store(cv_cache, scales and scales.cv_scale, there, value)
+        store(cv_cache, scales and scales.cv_scale, there, value)
     return q_out
-
-
-def _store(cache: Tensor, scale: Tensor | None, place: tuple[int, int], rows: Tensor) -> None:
-    """Write the heads [HK, dim] of a token or window."""
-    if scale is None:
-        cache[place] = rows
-    else:
-        cache[place], scale[place] = quantize(rows, cache.dtype)

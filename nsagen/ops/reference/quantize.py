@@ -52,3 +52,11 @@ def first_values(
     if scale is None:
         return entries
     return dequantize(entries, first_entries(scale, block_table, slot, count))
+
+
+def store(cache: Tensor, scale: Tensor | None, place: tuple[int, int], rows: Tensor) -> None:
+    """Write the heads [HK, dim] of a token or window."""
+    if scale is None:
+        cache[place] = rows.to(cache.dtype)
+    else:
+        cache[place], scale[place] = quantize(rows, cache.dtype)

@@ -1,0 +1,84 @@
+"""Rows of new tokens in a cache of a narrow dtype: keys after rope, values, index keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.ops import reference
+from nsagen.ops._cache_checks import check_scales
+from nsagen.ops._checks import check_indices, check_rows, fail, shapes
+from nsagen.ops._derive import op_of
+from nsagen.ops._launch import fixed_kernel
+from nsagen.ops._pages import capacity_of, check_places, check_table
+from nsagen.runtime.device import target_of
+
+_OP = "store_rows"
+
+
+def store_rows(
+    x: Tensor,
+    cache: Tensor,
+    scale: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *,
+    block_table: Tensor | None = None,
+) -> None:
+    """Write rows to a cache of torch.float8_e4m3fn or torch.int8, each head with a scale.
+
+    What is stored of a token depends on that token alone, so it does not matter how many come at
+    once. `cache_append` does this for NSA, whose keys it turns and compresses first.
+
+    Args:
+        x: [R, H, D], bfloat16 or float32: rounded once. See `reference.quantize`.
+        cache: [slots, max_length, H, D]; changed.
+        scale: float32 [slots, max_length, H]; changed.
+        positions: int32 [R], of each row's token; -1: an idle row, which is skipped. No two rows
+            have the same place.
+        slots: int32 [R], each row's place in the cache.
+        block_table: int32 [slots, max_pages], or None. With it the cache is in pages, [pages,
+            page_size, H, D]: token t of a slot lies in page block_table[slot, t // page_size].
+
+    Raises:
+        InvalidInputError: a tensor breaks the contract above.
+    """
+    if torch.is_grad_enabled():
+        x = x.detach()
+    _store_rows(x, cache, scale, positions, slots, block_table)
+
+
+def _check(call: Any) -> None:
+    x, cache, table = call.x, call.cache, call.block_table
+    check_rows(_OP, x=x)
+    check_scales(_OP, x, cache=(cache, call.scale))
+    if cache.shape[2:] != x.shape[1:]:
+        came = shapes({"x": x, "cache": cache})
+        fail(_OP, "cache must have x's heads and their size", came, "allocate it so")
+    check_indices(_OP, x, (x.shape[0],), positions=call.positions, slots=call.slots)
+    if table is not None:
+        check_table(_OP, x, table)
+    check_places(_OP, call.positions, call.slots, capacity_of(cache, table), cache, table)
+
+
+def _launch(x: Tensor, cache: Tensor) -> Any:
+    """The kernel's `launch`; None for a GPU whose kernels cannot convert to the cache's dtype."""
+    known = KNOWN_TARGETS.get(target_of(x.device)) if x.is_cuda else None
+    if known is not None and not known.holds(str(cache.dtype).removeprefix("torch.")):
+        return None
+    return fixed_kernel("launch_store_rows", x)
+
+
+_store_rows = op_of(
+    "store_rows",
+    reference.store_rows,
+    returns="",
+    allocate=lambda: None,
+    check=_check,
+    kernel=_launch,
+    launch="x cache scale positions slots block_table",
+    mutates="cache scale",
+)
