@@ -255,9 +255,10 @@ def store_rows_kernel(
     values = tl.load(x_ptrs, mask=there, other=0.0).to(tl.float32)
     # A maximum would overlook NaN.
     largest = tl.max(tl.where(values == values, tl.abs(values), float("inf")), 1)
-    bits = (largest * (1.0 / LIMIT)).to(tl.int32, bitcast=True)
+    bits = (largest * (1.0 / LIMIT)).to(tl.int32, bitcast=True)  # pyright: ignore
     bits = tl.maximum((bits + 0x7FFFFF) & 0x7F800000, 0x00800000)  # the next power of two
-    factor = tl.where(largest < float("inf"), bits.to(tl.float32, bitcast=True), float("nan"))
+    factor = bits.to(tl.float32, bitcast=True)
+    factor = tl.where(largest < float("inf"), factor, float("nan"))  # pyright: ignore
     values *= (0x7F000000 - bits).to(tl.float32, bitcast=True)[:, None]
     if INTEGERS:
         values = (values + 12582912.0) - 12582912.0  # 1.5 * 2^23: to the nearest, ties to even

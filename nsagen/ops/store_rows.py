@@ -12,8 +12,9 @@ from nsagen.ops import reference
 from nsagen.ops._cache_checks import check_scales
 from nsagen.ops._checks import check_indices, check_rows, fail, shapes
 from nsagen.ops._derive import op_of
-from nsagen.ops._launch import fixed_kernel
+from nsagen.ops._launch import fixed_kernel, key_of
 from nsagen.ops._pages import capacity_of, check_places, check_table
+from nsagen.runtime import Dispatcher
 from nsagen.runtime.device import target_of
 
 _OP = "store_rows"
@@ -27,6 +28,7 @@ def store_rows(
     slots: Tensor,
     *,
     block_table: Tensor | None = None,
+    dispatcher: Dispatcher | None = None,
 ) -> None:
     """Write rows to a cache of torch.float8_e4m3fn or torch.int8, each head with a scale.
 
@@ -42,13 +44,14 @@ def store_rows(
         slots: int32 [R], each row's place in the cache.
         block_table: int32 [slots, max_pages], or None. With it the cache is in pages, [pages,
             page_size, H, D]: token t of a slot lies in page block_table[slot, t // page_size].
+        dispatcher: as in the other ops; the kernel is the same in all packages.
 
     Raises:
         InvalidInputError: a tensor breaks the contract above.
     """
     if torch.is_grad_enabled():
         x = x.detach()
-    _store_rows(x, cache, scale, positions, slots, block_table)
+    _store_rows(x, cache, scale, positions, slots, block_table, key_of(dispatcher))
 
 
 def _check(call: Any) -> None:
