@@ -36,6 +36,7 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     pages = Pages.of(slots, lengths, sizes)
     if pages:
         caches = [pages.hold(cache) for cache in caches]
+    (k_cache, v_cache), scales = random.stored(*caches)
     table = pages.table.to(device) if pages else None
     topk_idx = random_blocks(sizes, block_size, params["topk"], seed)
     if sizes.any_order:
@@ -46,16 +47,20 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     indices = tuple(x.to(device) for x in (topk_idx, positions, slots))
 
     def expected() -> dict[str, Tensor]:
-        wide = (x.double() for x in (q, *caches))
+        wide = (x if scales and x is not q else x.double() for x in (q, k_cache, v_cache))
+        names = ("k_scale", "v_scale")[: len(scales)]
+        own = {name: x.double() for name, x in zip(names, scales, strict=True)}
         out = reference.selected_attention_decode(
-            *wide, *indices, block_size=block_size, softmax_scale=scale, block_table=table
+            *wide, *indices, block_size=block_size, softmax_scale=scale, block_table=table, **own
         )
         return {"o": out}
 
     tokens = sum(min(length, params["topk"] * block_size) for length in lengths)
-    dims, element = head_dim + v_dim, q.element_size()
+    dims = head_dim + v_dim
+    entry = dims * k_cache.element_size() + 4 * len(scales)
     cost = Cost(
         flops=2.0 * tokens * heads * dims,
-        bytes=(tokens * kv_heads + rows * heads) * dims * element + topk_idx.nbytes,
+        bytes=tokens * kv_heads * entry + q.nbytes + o.nbytes + topk_idx.nbytes,
     )
-    return Case((q, *caches, *indices, o, scale, table), {"o": o}, expected, cost)
+    args = (q, k_cache, v_cache, *indices, o, scale, table, *scales)
+    return Case(args, {"o": o}, expected, cost)

@@ -113,6 +113,7 @@ OPTIONAL_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
         "cache_dtype",
     ),
     ("pool_append", "decode"): ("cache_dtype",),
+    ("selected_attention", "decode"): ("cache_dtype",),
     ("compressed_attention", "decode"): ("cache_dtype",),
     ("native_sparse_attention", "decode"): ("cache_dtype",),
     **FORCED,

@@ -73,7 +73,8 @@ def check_scales(op: str, x: Tensor | None, **caches: tuple[Tensor, Tensor | Non
     for (one, scale), (other, second) in zip(scales[::2], scales[1::2], strict=False):
         if scale.stride() != second.stride():
             came = f"strides {scale.stride()} and {second.stride()}"
-            fail(op, f"the scales of {one} and {other} must have one layout", came, "make both new")
+            names = " and ".join(name.replace("cache", "scale") for name in (one, other))
+            fail(op, f"{names} must have one layout", came, "make both new")
 
 
 def hidden_size(w_k: Weight, w_v: Weight) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from nsagen.ops import reference
+from nsagen.ops._cache_checks import cache_dtype_of
 from nsagen.ops._checks import check_topk_idx, fail
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import attention_sizes, key_of, scale_of
@@ -28,6 +29,8 @@ def selected_attention_decode(
     block_size: int,
     softmax_scale: float | None = None,
     block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     dispatcher: Dispatcher | None = None,
 ) -> Tensor:
     """Attention of new tokens to the selected blocks of their caches.
@@ -49,6 +52,8 @@ def selected_attention_decode(
         block_table: int32 [slots, max_pages], or None. With it the caches are in pages, [pages,
             page_size, HK, dim]: token t of a slot lies in page
             block_table[slot, t // page_size] at row t % page_size.
+        k_scale: float32 [slots, max_length, HK], the scales of k_cache, if that is of
+            torch.float8_e4m3fn or torch.int8; v_scale: of v_cache. See `reference.quantize`.
         dispatcher: the generated kernels to use; by default they are built when missing.
 
     Returns:
@@ -59,12 +64,14 @@ def selected_attention_decode(
     """
     scale, key = scale_of(softmax_scale, q), key_of(dispatcher)
     inputs = (q, k_cache, v_cache, topk_idx, positions, slots)
-    return _selected_attention_decode(*inputs, block_size, scale, key, block_table)
+    more = (block_size, scale, key, block_table, k_scale, v_scale)
+    return _selected_attention_decode(*inputs, *more)
 
 
 def _check(call: Any) -> None:
     q, k_cache, table = call.q, call.k_cache, call.block_table
-    check_cached(_OP, q, k_cache, call.v_cache, call.positions, call.slots, table)
+    inputs = (q, k_cache, call.v_cache, call.positions, call.slots, table)
+    check_cached(_OP, *inputs, scales=(call.k_scale, call.v_scale))
     check_topk_idx(_OP, q, k_cache.shape[2], call.topk_idx)
     if call.block_size < 1:
         fail(_OP, "block_size must be positive", call.block_size, "64 and 128 are usual")
@@ -80,10 +87,12 @@ _selected_attention_decode = op_of(
     allocate=lambda q, v_cache: q.new_empty(*q.shape[:2], v_cache.shape[-1]),
     check=_check,
     kernel="selected_attention decode",
-    sizes=lambda q, k_cache, v_cache, topk_idx: {
+    sizes=lambda q, k_cache, v_cache, topk_idx, k_scale: {
         **attention_sizes(q, k_cache[0], v_cache[0]),
         "topk": topk_idx.shape[-1],
+        "cache_dtype": cache_dtype_of(k_cache, k_scale),
     },
     context=lambda k_cache, block_table: capacity_of(k_cache, block_table),
     launch="q k_cache v_cache topk_idx positions slots o softmax_scale block_table",
+    optional="k_scale v_scale",
 )

@@ -34,6 +34,7 @@ SPACES = (
             PowerOfTwo("block_n", 16, 256, "latency hidden against registers"),
             *split_kv.KNOBS,
         ),
+        rules=(split_kv.CACHE_DTYPE,),
         derive=derive,
         shared_memory=split_kv.shared_memory,
         default=split_kv.default,

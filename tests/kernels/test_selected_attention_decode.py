@@ -11,7 +11,8 @@ from nsagen.cases.base import Case, Sizes
 from nsagen.cases.selected_attention_decode import make_case
 from nsagen.codegen.template import default_schedule, render
 from nsagen.core.target import KNOWN_TARGETS
-from nsagen.core.workload import Param, Schedule, Workload
+from nsagen.core.workload import CACHE_DTYPES, Param, Schedule, Workload
+from tests.float8_interpreter import round_to_float8
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 EDGES = (-1, 0, 1, 14, 15, 16, -1, 24, 47, 48, 63, 64, 255)
@@ -150,3 +151,14 @@ def test_last_dimension_must_be_contiguous() -> None:
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ValueError, match=r"q: the last dimension must be contiguous, got \("):
         load_kernel(workload()).launch(q, *rest)
+
+
+@pytest.mark.parametrize("page_size", [None, 32])
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_quantized_caches(
+    cache_dtype: str, page_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention to the keys and values that the caches give back."""
+    if kernel_device() == "cpu":
+        round_to_float8(monkeypatch)
+    check(workload(cache_dtype=cache_dtype, v_head_dim=24), EDGES, page_size)

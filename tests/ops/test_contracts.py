@@ -120,6 +120,14 @@ def table() -> dict[str, Call]:
             ops.block_selection_decode,
             {"q": c.q, **narrow("k_cache", "k_scale", c.ck_cache), **rows, **STATICS},
         ),
+        "selected_attention_decode of narrow caches": (
+            ops.selected_attention_decode,
+            {
+                **{"q": c.q, "topk_idx": c.topk_idx, "block_size": 8, **rows},
+                **narrow("k_cache", "k_scale", c.k_cache),
+                **narrow("v_cache", "v_scale", c.v_cache),
+            },
+        ),
         "pool_append of narrow caches": (
             ops.pool_append,
             {
@@ -300,7 +308,13 @@ RIGHT = {
     ),
     *((name, "block_table", "one of the first size more") for name in PAGED),
     *(("pool_append", name, "one of the second size fewer") for name in ("k_cache", "ck_cache")),
-    ("block_selection_decode of a narrow cache", "q", "float64"),  # the cache has its own dtype
+    *(  # the caches have their own dtype
+        (f"{name}_decode of {caches}", "q", "float64")
+        for name, caches in (
+            ("block_selection", "a narrow cache"),
+            ("selected_attention", "narrow caches"),
+        )
+    ),
     *((name, "x", "float64") for name in ("store_rows", "store_rows in pages")),
     ("block_selection_decode", "k_cache", "one of the first size more"),
     ("block_selection_decode", "k_cache", "one of the second size fewer"),

@@ -145,7 +145,7 @@ def test_narrow_caches_reach_the_ops_that_read_them(
     spec = spec_of(tmp_path, {**values, "cache_dtype": "float8_e4m3fn"})
     narrow = {w.op: w for w in spec.workloads() if "cache_dtype" in dict(w.params)}
     pools = {"pool_append"} if values is POOLED else set()
-    assert set(narrow) == {"block_selection", "native_sparse_attention"} | pools
+    assert set(narrow) == {"block_selection", "selected_attention"} | pools
     assert {w.pass_ for w in narrow.values()} == {"decode"}
     assert narrow["block_selection"].dtype == "bfloat16"
     for op in pools:

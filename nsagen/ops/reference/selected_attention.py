@@ -9,7 +9,7 @@ from nsagen.core.errors import InvalidInputError
 from nsagen.ops.layout import positions_in_sequence
 from nsagen.ops.reference._attend import Bounds, attend, packed_attention, scale_of, upcast
 from nsagen.ops.reference._checks import check_heads, sequence_bounds
-from nsagen.ops.reference._pages import first_entries
+from nsagen.ops.reference.quantize import first_values
 
 
 def selected_tokens(topk_idx: Tensor, keys: Tensor, block_size: int) -> Tensor:
@@ -196,6 +196,8 @@ def selected_attention_decode(
     block_size: int,
     softmax_scale: float | None = None,
     block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """`selected_attention` of one new token a row, from caches.
 
@@ -209,6 +211,7 @@ def selected_attention_decode(
         block_size: tokens of a block.
         softmax_scale: 1/sqrt(D) unless given.
         block_table: int32 [slots, max_pages]: the caches are [pages, page_size, HK, dim].
+        k_scale, v_scale: of the caches' rows, if these are of a narrow dtype; see `quantize`.
 
     Returns:
         o [R, HQ, Dv] in q's dtype.
@@ -221,7 +224,8 @@ def selected_attention_decode(
             continue
         end, one = position + 1, slice(row, row + 1)
         chosen = selected_tokens(topk_idx[:, one], torch.arange(end, device=q.device), block_size)
-        keys, values = (first_entries(x, block_table, slot, end) for x in (k_cache, v_cache))
+        keys = first_values(k_cache, k_scale, block_table, slot, end)
+        values = first_values(v_cache, v_scale, block_table, slot, end)
         query, keys, values = upcast(q[one], keys, values)
         out, _ = attend(query, keys, values, chosen, scale)
         o[one] = out.to(q.dtype)
