@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsagen import ops
@@ -30,13 +31,16 @@ from nsagen.bench.decode_cases import (
     layer_x,
     step_bytes,
 )
+from nsagen.bench.dense import dense, dense_grouped
 from nsagen.bench.measure import (
     graphed,
     host_milliseconds,
     measure_ceilings,
     milliseconds,
 )
+from nsagen.bench.member import Member, MemberCaches
 from nsagen.bench.results import Keep, write_results
+from nsagen.core.errors import InvalidInputError
 from nsagen.model import InferenceConfig, SamplingConfig, ToyNSALlama, ToyNSALlamaConfig
 from nsagen.model.step import DecodeStep, Row
 from nsagen.ops import LINEAR_DECODE_ROWS
@@ -73,6 +77,7 @@ class Plan:
         step_batch, step_context: of these.
         new_tokens: of a call of `generate`.
         cache_dtype: also time attention on caches of this dtype; as in `InferenceConfig`.
+        member: measure this one's selection and attention, and nothing else.
     """
 
     batches: tuple[int, ...] = BATCHES
@@ -84,6 +89,7 @@ class Plan:
     new_tokens: int = 128
     dtype: torch.dtype = torch.bfloat16
     cache_dtype: str | None = None
+    member: Member | None = None
 
     @property
     def linear_batches(self) -> list[int]:
@@ -110,7 +116,9 @@ def run(
     rate = measure_ceilings().bytes
     rows: list[dict[str, Any]] = []
     total = len(plan.batches) * len(plan.contexts) * (2 if plan.cache_dtype else 1) + 6
-    if plan.model is not None:
+    if plan.member is not None:
+        total = len(plan.batches) * len(plan.contexts) * (3 if plan.member.indexed else 4)
+    elif plan.model is not None:
         total += 3 + len(plan.linear_batches) * len(layer_shapes(plan.model))
     bench = _Bench(plan, torch.device(device))
     for row in bench.rows():
@@ -134,6 +142,10 @@ class _Bench:
         self.plan, self.device = plan, device
 
     def rows(self) -> Iterator[dict[str, Any]]:
+        if self.plan.member is not None:
+            for context, batch in itertools.product(self.plan.contexts, self.plan.batches):
+                yield from self.member(self.plan.member, batch, context)
+            return
         for context in self.plan.contexts:
             for batch in self.plan.batches:
                 yield self.attention(batch, context)
@@ -147,7 +159,7 @@ class _Bench:
     def attention(self, batch: int, context: int) -> dict[str, Any]:
         """One layer's attention for a token per sequence, from appending it to the gated sum."""
         caches = AttentionCaches(self.plan.attention, batch, context, self.device, self.plan.dtype)
-        dense_ms, how = self._dense(caches)
+        dense_ms, how = self._dense(caches.q, caches.cache.k, caches.cache.v)
         return {
             "what": "attention",
             "batch": batch,
@@ -158,6 +170,18 @@ class _Bench:
             "torch": f"dense, {how}",
             "dense_bytes": caches.dense_bytes(),
         }
+
+    def member(self, member: Member, batch: int, context: int) -> Iterator[dict[str, Any]]:
+        """A step of another member of the family, whole and op by op."""
+        caches = MemberCaches(member, batch, context, self.device)
+        for what, (call, read) in caches.calls().items():
+            row = {"what": what, "batch": batch, "tokens": context, "bytes": read}
+            row["ms"] = milliseconds(graphed(call))
+            if what == "attention":
+                dense_ms, how = self._dense(caches.q, caches.k, caches.v)
+                row |= {"torch_ms": dense_ms, "torch": f"dense, {how}"}
+                row["dense_bytes"] = caches.k.nbytes + caches.v.nbytes
+            yield row
 
     def narrow_attention(self, batch: int, context: int, cache_dtype: str) -> dict[str, Any]:
         """The same as `attention` on a cache of a narrow dtype."""
@@ -173,16 +197,16 @@ class _Bench:
             "bytes": caches.bytes_read(),
         }
 
-    def _dense(self, caches: AttentionCaches) -> tuple[float | None, str]:
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[float | None, str]:
         """The fastest of PyTorch's dense attentions that run on this cache."""
         found: list[tuple[float, str]] = []
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
             if backend is SDPBackend.MATH and found:
                 break
-            for call in (caches.dense, caches.dense_grouped):
+            for call in (dense, dense_grouped):
                 try:
                     with sdpa_kernel(backend):
-                        ms = milliseconds(graphed(call))
+                        ms = milliseconds(graphed(functools.partial(call, q, k, v)))
                 except RuntimeError:  # this backend does not accept such a call
                     continue
                 found.append((ms, f"{call.__name__} by {backend.name}"))
@@ -257,11 +281,41 @@ def plan_of(
     contexts: Sequence[int] | None,
     attention_only: bool,
     cache_dtype: str | None = None,
+    spec: str | None = None,
 ) -> Plan:
-    """The default plan with some parts replaced or left out."""
+    """The default plan with some parts replaced or left out.
+
+    Raises:
+        SpecError: no such spec, or it is invalid.
+        InvalidInputError: the spec is of NSA, whose decoding is measured on heads of its own, or of
+            a member that decodes with dense attention; or caches of a dtype that a member lacks.
+    """
     model = None if attention_only else GUIDE
     sizes = (tuple(batches or BATCHES), tuple(contexts or CONTEXTS))
-    return Plan(*sizes, model=model, cache_dtype=cache_dtype)
+    member = None if spec is None else _member_of(spec, cache_dtype)
+    return Plan(*sizes, model=model, cache_dtype=cache_dtype, member=member)
+
+
+def _member_of(spec: str, cache_dtype: str | None) -> Member:
+    from nsagen.spec import load_spec  # what measuring does not need
+
+    found = load_spec(spec)
+    if not found.shapes[0].family_keys:
+        raise InvalidInputError(
+            "bench decode: a spec must be of another member of the family than NSA, which is "
+            f"measured on the heads of published comparisons; got {found.name}; leave it out"
+        )
+    if "decode" not in found.passes:
+        raise InvalidInputError(
+            f"bench decode: the spec's passes must have decode; got {', '.join(found.passes)} in "
+            f"{found.name}; add it, or decode with dense attention"
+        )
+    if cache_dtype is not None:
+        raise InvalidInputError(
+            f"bench decode: --cache-dtype is for NSA; got {cache_dtype} for {found.name}; "
+            "leave it out"
+        )
+    return Member.of(found.shapes[0])
 
 
 def check_free(folder: Path | None = None) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nsagen import ops
@@ -98,16 +97,6 @@ class AttentionCaches:
             "compressed_attention_decode": lambda: self._compressed(self.q),
             "native_sparse_attention_decode": lambda: self._branches(*self._selected),
         }
-
-    def dense(self) -> Tensor:
-        """PyTorch's dense attention to all tokens of the same cache."""
-        k, v = (tensor.transpose(1, 2) for tensor in (self.cache.k, self.cache.v))
-        return F.scaled_dot_product_attention(self.q[:, :, None], k, v, enable_gqa=True)
-
-    def dense_grouped(self) -> Tensor:
-        """The same with a group's heads as rows of one matrix, which some kernels prefer."""
-        k, v = (tensor.transpose(1, 2) for tensor in (self.cache.k, self.cache.v))
-        return F.scaled_dot_product_attention(self.q.unflatten(1, (k.shape[1], -1)), k, v)
 
     def bytes_read(self) -> int:
         """What sparse attention must read: all windows, the selected blocks and the window."""

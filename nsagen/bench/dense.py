@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from nsagen.bench.member import Member
 from nsagen.bench.shape import Shape
 from nsagen.cases.base import Cost
 
@@ -21,7 +22,12 @@ class DenseAttention:
     """
 
     def __init__(
-        self, shape: Shape, tokens: int, backend: str = "cuDNN", *, requires_grad: bool = False
+        self,
+        shape: Shape | Member,
+        tokens: int,
+        backend: str = "cuDNN",
+        *,
+        requires_grad: bool = False,
     ) -> None:
         self.backend = BACKENDS[backend]
         self.shape, self.tokens = shape, tokens
@@ -52,3 +58,15 @@ class DenseAttention:
             flops=self.tokens**2 * self.shape.query_heads * dims,
             bytes=sum(x.nbytes for x in tensors) + o_elements * self.q.element_size(),
         )
+
+
+def dense(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    """A token of each sequence, q [R, HQ, D], on all of its cache [R, tokens, HK, D]."""
+    k, v = (cache.transpose(1, 2) for cache in (k_cache, v_cache))
+    return scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)
+
+
+def dense_grouped(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    """The same with a group's heads as rows of one matrix, which some kernels prefer."""
+    k, v = (cache.transpose(1, 2) for cache in (k_cache, v_cache))
+    return scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)), k, v)

@@ -22,6 +22,7 @@ from nsagen.bench.measure import (
     measure_ceilings,
     milliseconds,
 )
+from nsagen.bench.member import Member, MemberInputs
 from nsagen.bench.public import public_calls
 from nsagen.bench.results import Keep
 from nsagen.bench.selections import learned_selection
@@ -57,7 +58,7 @@ COLUMNS = {
 
 
 def run(
-    shape: Shape,
+    shape: Shape | Member,
     seqlens: Sequence[int] = SEQLENS,
     dispatcher: Dispatcher | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -91,7 +92,7 @@ def run(
 
 @torch.no_grad()
 def _rows_of_length(
-    shape: Shape,
+    shape: Shape | Member,
     tokens: int,
     dispatcher: Dispatcher | None,
     ceilings: Ceilings,
@@ -115,6 +116,13 @@ def _rows_of_length(
 
     rows = [row("dense attention (cuDNN)", dense.forward, dense.cost)]
     del dense
+    if isinstance(shape, Member):
+        member, total = MemberInputs.random(shape, tokens, dispatcher), Cost(0, 0)
+        for op, call in member.forward_calls():
+            cost = cost_of(shape, op, "forward", tokens)
+            total = Cost(total.flops + cost.flops, total.bytes + cost.bytes)
+            rows.append(row(op, call, cost))
+        return [*rows, row("attention", member.attention, total)]
     inputs = Inputs.random(shape, tokens, dispatcher)
     total, topk_idx = Cost(0, 0), None
     if selection == "learned":
@@ -133,11 +141,10 @@ def _rows_of_length(
     return rows
 
 
-def cost_of(shape: Shape, op: str, pass_: str, tokens: int) -> Cost:
+def cost_of(shape: Shape | Member, op: str, pass_: str, tokens: int) -> Cost:
     """The least work of an op on one sequence."""
-    workload = shape.workload(op, pass_)
-    heads = shape.query_heads if op in ("gated_sum", "rope") else shape.kv_heads
-    return cases_of(workload).make_case(workload, Sizes((tokens,), heads), "meta").cost
+    workload, sizes = shape.workload(op, pass_), Sizes((tokens,), shape.heads_of(op))
+    return cases_of(workload).make_case(workload, sizes, "meta").cost
 
 
 def _op_calls(

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nsagen.bench.member import Member
 from nsagen.bench.shape import Shape
 from nsagen.core.errors import InvalidInputError
 from nsagen.ops import reference
@@ -25,7 +26,7 @@ _NEEDS = {"block_size": 64, "topk": 16, "init_blocks": 1, "local_blocks": 2}
 """Of the model that made the file; what it selected says nothing about other sizes."""
 
 
-def check_selection(selection: str, shape: Shape) -> None:
+def check_selection(selection: str, shape: Shape | Member) -> None:
     """Refuse a name that is none of `SELECTIONS`, and shapes that the file is not for.
 
     Raises:
@@ -34,6 +35,11 @@ def check_selection(selection: str, shape: Shape) -> None:
     if selection not in SELECTIONS:
         raise InvalidInputError(
             f"bench: --selection must be one of {', '.join(SELECTIONS)}; got {selection!r}"
+        )
+    if selection == "learned" and isinstance(shape, Member):
+        raise InvalidInputError(
+            "bench: --selection learned is of an NSA model; got another member of the family; "
+            "use --selection random"
         )
     wrong = [n for n, value in _NEEDS.items() if getattr(shape, n) != value]
     if selection == "learned" and wrong:

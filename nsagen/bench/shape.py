@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nsagen import ops
+from nsagen.bench.member import Member
 from nsagen.core.branches import BRANCHES
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.workload import STATIC_PARAMS, Workload
@@ -52,6 +53,10 @@ class Shape:
     @property
     def query_heads(self) -> int:
         return self.kv_heads * self.gqa_ratio
+
+    def heads_of(self, op: str) -> int:
+        """The heads that an op's cases count."""
+        return self.query_heads if op in ("gated_sum", "rope") else self.kv_heads
 
     def workload(self, op: str, pass_: str) -> Workload:
         """The workload of an op of this attention."""
@@ -178,7 +183,7 @@ class Inputs:
         return sliding_window_gated_sum(*qkv, self.cu_seqlens, *others, s.window_size, *last)
 
 
-def shape_of(spec: str | None = None, changes: Sequence[str] = ()) -> Shape:
+def shape_of(spec: str | None = None, changes: Sequence[str] = ()) -> Shape | Member:
     """The attention to measure.
 
     Args:
@@ -188,8 +193,7 @@ def shape_of(spec: str | None = None, changes: Sequence[str] = ()) -> Shape:
 
     Raises:
         SpecError: no such spec, or it is invalid.
-        InvalidInputError: a change is not NAME=VALUE of `Shape`, the spec has no such shape, or it
-            is of another member of the family than NSA.
+        InvalidInputError: a change is not NAME=VALUE of `Shape`, or the spec has no such shape.
     """
     values = _parse(changes)
     if spec is None:
@@ -200,14 +204,10 @@ def shape_of(spec: str | None = None, changes: Sequence[str] = ()) -> Shape:
     found = load_spec(spec)
     names = {f.name for f in fields(Shape)}
     for shape in found.shapes:
-        if shape.family_keys:
-            keys = ", ".join(f"{key} {getattr(shape, key)}" for key in shape.family_keys)
-            raise InvalidInputError(
-                f"bench: {found.name} must be Native Sparse Attention; got {keys}; "
-                "its ops are measured by nsagen tune"
-            )
         own = {name: value for name, value in asdict(shape).items() if name in names}
         if values.items() <= own.items():
+            if shape.family_keys:
+                return Member.of(shape, heads.get("kv_heads"))
             own["index_head_dim"] = own["index_head_dim"] or shape.head_dim
             return replace(Shape(**own), **heads)
     raise InvalidInputError(

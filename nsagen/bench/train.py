@@ -6,7 +6,7 @@ nsagen bench train --seqlens 8192,32768,65536
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from nsagen.bench.measure import (
     measure_ceilings,
     milliseconds,
 )
+from nsagen.bench.member import Member, MemberInputs
 from nsagen.bench.prefill import PARTS, cost_of
 from nsagen.bench.results import Keep
 from nsagen.bench.shape import Inputs, Shape
@@ -44,7 +45,7 @@ COLUMNS = {
 
 
 def run(
-    shape: Shape,
+    shape: Shape | Member,
     seqlens: Sequence[int] = SEQLENS,
     dispatcher: Dispatcher | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -75,7 +76,7 @@ def run(
 
 
 def _rows_of_length(
-    shape: Shape, tokens: int, dispatcher: Dispatcher | None, ceilings: Ceilings
+    shape: Shape | Member, tokens: int, dispatcher: Dispatcher | None, ceilings: Ceilings
 ) -> list[dict[str, Any]]:
     dense = DenseAttention(shape, tokens, requires_grad=True)
     leaves = (dense.q, dense.k, dense.v)
@@ -98,11 +99,19 @@ def _rows_of_length(
         }
 
     rows = [row("dense attention (cuDNN)", dense_times, dense_host, cost)]
-    inputs = Inputs.random(shape, tokens, dispatcher, requires_grad=True)
-    costs = {op: cost_of(shape, op, "forward", tokens) for op in PARTS}
-    for op, (call, leaves) in _branch_calls(inputs).items():
+    calls: Mapping[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]]
+    inputs: Inputs | MemberInputs
+    if isinstance(shape, Member):
+        inputs = MemberInputs.random(shape, tokens, dispatcher, requires_grad=True)
+        calls, parts = inputs.training_calls(), ("selected_attention",)
+    else:
+        inputs = Inputs.random(shape, tokens, dispatcher, requires_grad=True)
+        calls, parts = _branch_calls(inputs), PARTS
+    costs = {op: cost_of(shape, op, "forward", tokens) for op in parts}
+    for op, (call, leaves) in calls.items():
         times = forward_and_backward(call, leaves)
-        rows.append(row(op, times, host_of_training(call, leaves), costs[op]))
+        cost = costs.get(op) or cost_of(shape, op, "forward", tokens)
+        rows.append(row(op, times, host_of_training(call, leaves), cost))
     whole = Cost(sum(c.flops for c in costs.values()), sum(c.bytes for c in costs.values()))
     times = forward_and_backward(inputs.attention, inputs.leaves)
     host = host_of_training(inputs.attention, inputs.leaves)
@@ -165,7 +174,7 @@ def host_of_training(call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Ho
     return host_cost(lambda: torch.autograd.grad(call(), leaves, gradient))
 
 
-def peak_memory(inputs: Inputs) -> float:
+def peak_memory(inputs: Inputs | MemberInputs) -> float:
     """Most GiB held during forward and backward, besides inputs, output and gradients."""
     gc.collect()
     torch.cuda.empty_cache()

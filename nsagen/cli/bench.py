@@ -19,6 +19,7 @@ from nsagen.core.installed import require_extra
 
 if TYPE_CHECKING:
     from nsagen.bench.load import Run
+    from nsagen.bench.member import Member
     from nsagen.bench.shape import Shape
     from nsagen.model import InferenceConfig
 
@@ -100,6 +101,13 @@ def train(
 
 @app.command(epilog="Example: nsagen bench decode --batch 1,32 --context 32768")
 def decode(
+    spec: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SPEC]",
+            help="A spec of another member of the family, such as minimax_m3; default: NSA.",
+        ),
+    ] = None,
     batch: Annotated[str, typer.Option("--batch", help="Sequences, such as 1,32.")] = "",
     context: Annotated[
         str, typer.Option("--context", help="Tokens in the cache, such as 4096,131072.")
@@ -111,14 +119,14 @@ def decode(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Time decoding: NSA and dense on the same cache, and a model's layers and steps."""
+    """Time decoding: sparse and dense on the same cache, and of NSA a model's layers and steps."""
     from nsagen.bench import decode as bench
     from nsagen.bench.measure import require_gpu
     from nsagen.bench.results import write_results
     from nsagen.cli.console import progress_bar
 
     check_cache_dtype("bench decode", cache_dtype, None)
-    plan = bench.plan_of(sizes_of(batch), sizes_of(context), attention_only, cache_dtype)
+    plan = bench.plan_of(sizes_of(batch), sizes_of(context), attention_only, cache_dtype, spec)
     bench.check_free(out)
     require_gpu("decode")
     with progress_bar("bench decode") as progress:
@@ -311,7 +319,7 @@ def plot(results: Annotated[Path, typer.Argument(help="A benchmark's JSON file."
 def _run(
     name: str,
     bench: Any,
-    shape: Shape,
+    shape: Shape | Member,
     seqlens: Sequence[int],
     package: str | None,
     out: Path | None,

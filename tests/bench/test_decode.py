@@ -14,6 +14,7 @@ import torch
 
 from nsagen.bench import decode, measure
 from nsagen.bench.decode_cases import AttentionCaches, layer_shapes, layer_x, step_bytes
+from nsagen.bench.dense import dense, dense_grouped
 from nsagen.bench.plot import plot
 from nsagen.model import InferenceConfig, ToyNSALlama
 from nsagen.ops import linear_decode
@@ -110,7 +111,8 @@ def test_floors_count_what_must_be_read() -> None:
 
 def test_both_dense_forms_are_the_same_attention() -> None:
     caches = AttentionCaches(nsa_config(num_hidden_layers=1), 2, 40, CPU, torch.float64)
-    torch.testing.assert_close(caches.dense().flatten(1), caches.dense_grouped().flatten(1))
+    cache = (caches.q, caches.cache.k, caches.cache.v)
+    torch.testing.assert_close(dense(*cache).flatten(1), dense_grouped(*cache).flatten(1))
     assert caches.sparse().shape == (2, 4, 32)
 
 

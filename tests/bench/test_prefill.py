@@ -165,7 +165,7 @@ def test_a_spec_gives_its_first_shape_that_the_changes_agree_with():
         (None, "topk=many", "must be PARAM=VALUE"),
         (None, "with_pe=1", "must be PARAM=VALUE"),
         ("tiny", "topk=7", "tiny must have a shape with topk=7; it has none"),
-        ("minimax_m3", "topk=16", "must be Native Sparse Attention; got scorer index"),
+        ("minimax_m3", "topk=8", "minimax_m3 must have a shape with topk=8; it has none"),
     ],
 )
 def test_a_shape_that_cannot_be_measured_is_refused(spec, change, said):
