@@ -282,6 +282,10 @@ class ContinuousBatch:
         Raises:
             InvalidInputError: a prompt or limit that the cache can never take; it names `where`.
         """
+        if isinstance(
+            prompt, list | tuple
+        ):  # one that is far too long is refused before it is read
+            check_length(where, self.limits, len(prompt), max_new_tokens)
         tokens = check_prompt(where, prompt)
         limit = check_length(where, self.limits, tokens.shape[0], max_new_tokens)
         require(limit > 0, where, "max_new_tokens must be positive", "0", "leave it out")

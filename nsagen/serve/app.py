@@ -12,12 +12,14 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.model.requests import Request as BatchRequest
 from nsagen.serve.answers import Call, Piece, sampling_of
 from nsagen.serve.engine import Busy, Engine, Failed, Stopped
 from nsagen.serve.protocol import ChatRequest, CompletionRequest, SamplingFields
@@ -71,21 +73,21 @@ def make_app(engine: Engine, tokenizer: Tokenizer, name: str) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         server.check_model(body.model)
-        prompts = [p if isinstance(p, list) else server.tokens(p) for p in body.prompts]
-        call = server.call(body, prompts, body.max_tokens or 16)
-        return await server.answer(call, _Completion(name), body, request)
+        requests = await _aside(server.completion, body)
+        return await server.answer(requests, _Completion(name), body, request)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         server.check_model(body.model)
-        said = [message.said for message in body.messages]
-        for message in said:
-            _check_text("messages", message["content"])
-        prompt = tokenizer.chat(said)
-        limit = body.max_completion_tokens or body.max_tokens or server.room(prompt)
-        return await server.answer(server.call(body, [prompt], limit), _Chat(name), body, request)
+        requests = await _aside(server.chat, body)
+        return await server.answer(requests, _Chat(name), body, request)
 
     return app
+
+
+async def _aside(work: Callable[[Any], Any], given: Any) -> Any:
+    """Work in a thread: a long prompt becomes tokens while other requests are answered."""
+    return await to_thread.run_sync(work, given, abandon_on_cancel=True)
 
 
 @dataclass(frozen=True)
@@ -104,28 +106,42 @@ class _Server:
         if model != self.name:
             raise NoModel(f"model: must be {self.name!r}; got {model!r}; see /v1/models")
 
-    def tokens(self, prompt: str) -> list[int]:
+    def completion(self, body: CompletionRequest) -> list[BatchRequest]:
+        """A completion's requests, one for each prompt."""
+        prompts = [p if isinstance(p, list) else self._tokens(p) for p in body.prompts]
+        return self._checked(body, prompts, body.max_tokens or 16)
+
+    def chat(self, body: ChatRequest) -> list[BatchRequest]:
+        """A chat's only request."""
+        said = [message.said for message in body.messages]
+        for message in said:
+            _check_text("messages", message["content"])
+        prompt = self.tokenizer.chat(said)
+        left = max(1, self.engine.batch.limits.max_length - len(prompt))  # so a longer is refused
+        return self._checked(body, [prompt], body.limit or left)
+
+    def _tokens(self, prompt: str) -> list[int]:
         _check_text("prompt", prompt)
         return self.tokenizer.encode(prompt)
 
-    def room(self, prompt: list[int]) -> int:
-        """New tokens that fit behind a prompt; at least 1, so that a longer prompt is refused."""
-        return max(1, self.engine.batch.limits.max_length - len(prompt))
-
-    def call(self, body: SamplingFields, prompts: list[list[int]], limit: int) -> Call:
+    def _checked(
+        self, body: SamplingFields, prompts: list[list[int]], limit: int
+    ) -> list[BatchRequest]:
+        for stop in body.stops:
+            _check_text("stop", stop)
         sampling, batch = sampling_of(body), self.engine.batch
         options: dict[str, Any] = {"max_new_tokens": limit, "sampling": sampling}
         options["drafter"] = self.engine.drafter
-        requests = [
+        return [
             batch.checked("prompt", tokens, self.tokenizer.stop, **options) for tokens in prompts
         ]
-        return Call(self.engine, self.tokenizer, requests, body.stops)
 
     async def answer(
-        self, call: Call, shape: _Shape, body: SamplingFields, request: Request
+        self, requests: list[BatchRequest], shape: _Shape, body: SamplingFields, request: Request
     ) -> Response:
+        with_usage = body.with_usage
+        call = Call(self.engine, self.tokenizer, requests, body.stops)
         if body.stream:
-            with_usage = body.stream_options is not None and body.stream_options.include_usage
             return _Events(call, _events(call, shape, with_usage))
         texts: dict[int, str] = {}
         ends: dict[int, str] = {}
@@ -310,6 +326,8 @@ def _error(error: Exception) -> dict[str, Any]:
 
 def _problem(one: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in one["loc"] if part != "body")
+    if not place:
+        return "the body must be a JSON object, sent with Content-Type: application/json"
     if one["type"] == "extra_forbidden":
         return f"{place}: is no parameter of this endpoint; leave it out"
     shown = json.dumps(one.get("input"), default=repr)

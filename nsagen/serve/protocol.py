@@ -65,6 +65,17 @@ class SamplingFields(BaseModel):
             raise InvalidInputError("stop: must be texts; got an empty one; leave it out")
         return found
 
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with its number of tokens.
+
+        Raises:
+            InvalidInputError: options of a stream without one.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise InvalidInputError("stream_options: needs stream=true; got none; leave it out")
+        return self.stream_options is not None and self.stream_options.include_usage
+
 
 class CompletionRequest(SamplingFields):
     """`POST /v1/completions`. A prompt is a text or token numbers, or several of either."""
@@ -118,3 +129,16 @@ class ChatRequest(SamplingFields):
     response_format: Annotated[Any, _only(None, {"type": "text"})] = None
     tools: Annotated[Any, _only(None, [])] = None
     tool_choice: Annotated[Any, _only(None, "none")] = None
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of the answer; None if the request does not say.
+
+        Raises:
+            InvalidInputError: it says it twice.
+        """
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise InvalidInputError(
+                "max_tokens: is the older name of max_completion_tokens; got both; leave one out"
+            )
+        return self.max_completion_tokens or self.max_tokens

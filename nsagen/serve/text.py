@@ -97,10 +97,10 @@ class Tokenizer:
 
 def characters() -> Tokenizer:
     """Each character of `CHARACTERS` is a token; others become a question mark."""
-    unknown = CHARACTERS.index("?")
+    numbers = {character: number for number, character in enumerate(CHARACTERS)}
 
     def encode(text: str) -> list[int]:
-        return [CHARACTERS.index(c) if c in CHARACTERS else unknown for c in text]
+        return [numbers.get(character, numbers["?"]) for character in text]
 
     def chat(messages: Chat) -> list[int]:
         said = [f"{message['role']}: {message['content']}\n" for message in messages]

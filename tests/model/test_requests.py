@@ -278,6 +278,17 @@ def test_prompts_and_stops_of_every_kind_that_holds_integers(model: ToyNSALlama)
         assert [new.finished for new in batch.run()] == ["stop"]
 
 
+def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_read(model: ToyNSALlama) -> None:
+    """A server gets such prompts, and reading one takes seconds."""
+
+    class Unread(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError("it was read")
+
+    with pytest.raises(InvalidInputError, match=r"max_length=64, got 1000 \+ 4 = 1004"):
+        ContinuousBatch(model).add(Unread([1] * 1000))
+
+
 def test_what_cannot_be_reserved_is_not_taken(
     model: ToyNSALlama, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,13 +43,18 @@ class Running:
     """A server in a thread of this process, and a client of it."""
 
     def __init__(
-        self, slots: int = 2, queue: int = 64, drafter: Any = None, **changes: Any
+        self,
+        slots: int = 2,
+        queue: int = 64,
+        drafter: Any = None,
+        tokenizer: Any = None,
+        **changes: Any,
     ) -> None:
         limits = InferenceConfig(slots, LENGTH, prefill_chunk_size=64, **changes)
         self.model = random_model("serve", limits, 0, torch.device("cpu"), None, None)
         self.engine = Engine(self.model, queue, drafter)
         config = uvicorn.Config(
-            make_app(self.engine, characters(), "tiny"),
+            make_app(self.engine, tokenizer or characters(), "tiny"),
             port=0,
             log_config=None,
             access_log=False,
@@ -287,6 +293,37 @@ def test_shared_prefixes_and_drafts_change_no_answer(expected: Any) -> None:
         one.stop()
 
 
+def test_other_requests_go_on_while_a_long_text_becomes_tokens(expected: Any) -> None:
+    """And the server ends in time while one does."""
+    slow, begun = threading.Event(), threading.Event()
+    known = characters()
+
+    def encode(text: str) -> list[int]:
+        if text == "long":
+            begun.set()
+            slow.wait(20)
+        return known.encode(text)
+
+    one = Running(tokenizer=replace(known, encode=encode))
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            long = pool.submit(one.complete, "long", max_tokens=4)
+            assert begun.wait(20)
+            assert one.complete("Hello", max_tokens=4) == expected("Hello", 4)
+            slow.set()
+            assert long.result() == expected("long", 4)
+            slow.clear()
+            begun.clear()
+            cut_off = pool.submit(one.complete, "long")
+            assert begun.wait(20)
+            one.stop()
+            with pytest.raises(openai.APIError):
+                cut_off.result(2)
+    finally:
+        slow.set()
+        one.server.should_exit = True
+
+
 def test_a_client_that_leaves_before_the_first_event_frees_its_slot() -> None:
     """Its stream, which would free the slot at its end, never begins."""
     closed, begun = [], []
@@ -348,6 +385,7 @@ class delayed:
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": ""}, "stop: must be texts; got an empty one"),
         ({"seed": -1}, "seed"),
+        ({"stream_options": {"include_usage": True}}, "stream_options: needs stream=true"),
         ({"extra_body": {"min_p": 0.1}}, "min_p: is no parameter of this endpoint"),
     ],
 )
@@ -369,15 +407,33 @@ def test_other_refusals_have_their_own_status(running: Running) -> None:
         running.client.chat.completions.create(
             messages=[{"role": "user", "content": "a"}], tools=[{"type": "function"}], **GREEDY
         )
+    with pytest.raises(openai.BadRequestError, match="max_completion_tokens; got both"):
+        running.client.chat.completions.create(
+            messages=[{"role": "user", "content": "a"}],
+            max_tokens=3,
+            max_completion_tokens=4,
+            **GREEDY,
+        )
     with pytest.raises(openai.BadRequestError) as refused:
         running.complete("x" * LENGTH)
     assert refused.value.code == "context_length_exceeded"
-    for content in (b"{", b"[]", b'{"model": "tiny", "prompt": "half of one: \\ud83d"}'):
+    for content in (
+        b"{",
+        b"[]",
+        b'{"model": "tiny", "prompt": "half of one: \\ud83d"}',
+        b'{"model": "tiny", "prompt": "a", "stop": "\\ud83d"}',
+        b'{"model": "tiny", "prompt": "a", "temperature": NaN}',
+        b'{"model": "tiny", "prompt": "a", "max_tokens": ' + b"9" * 5000 + b"}",
+    ):
         url = f"{running.client.base_url}completions"
         headers = {"content-type": "application/json"}
         answer = running.client._client.post(url, content=content, headers=headers)
         assert answer.status_code == 400, content
         assert answer.json()["error"]["message"]
+    url = f"{running.client.base_url}completions"
+    answer = running.client._client.post(url, content=b'{"model": "tiny", "prompt": "a"}')
+    assert answer.status_code == 400
+    assert "sent with Content-Type: application/json" in answer.json()["error"]["message"]
     nested = b'{"model": "tiny", "prompt": ' + b"[" * 50_000
     for method, path, content, status in (
         ("POST", "completions", nested, 400),
