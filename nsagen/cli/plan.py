@@ -75,6 +75,7 @@ def plan(
     serving and for training."""
     from dataclasses import replace
 
+    from nsagen.cli.console import print_line
     from nsagen.estimate.efficiency import efficiencies
     from nsagen.estimate.model import GPUS, USABLE, Load, needs
     from nsagen.estimate.training import best_step
@@ -88,6 +89,12 @@ def plan(
     loaded = load_spec(spec)
     device = GPUS[gpu]
     narrow = _cache_dtype(loaded, cache_dtype)
+    members = [name for shape in loaded.shapes for name in shape.family_keys]
+    if narrow and members:
+        raise InvalidInputError(
+            f"plan: --cache-dtype is for NSA; got {narrow} for {loaded.label} with {members[0]}; "
+            "leave it out"
+        )
     load = Load(context, batch, gpus, prefill_tokens or context, narrow)
     if network is not None:
         device = replace(device, network=network * 1e9)
@@ -117,6 +124,11 @@ def plan(
         }
         print(json.dumps(content, indent=1))
         return
+    if members:
+        print_line(
+            "Another member of the family than NSA, in every layer. nsagen has no parallel plans "
+            "for it: a split is as dense attention's would be. Training is without an index loss."
+        )
     shown = [
         Row(label, found, needs(config, device, load), efficiency.source)
         for label, config, efficiency, found in rows
@@ -141,11 +153,13 @@ def _efficiency(
     config: ToyLlamaConfig, known: tuple[Efficiency, Efficiency], cache_dtype: str | None
 ) -> Efficiency:
     """What was measured of such an attention; the roofline where nothing was."""
-    from nsagen.estimate.attention import head_dims
+    from nsagen.estimate.attention import MemberConfig, head_dims
     from nsagen.estimate.efficiency import ROOFLINE, SHAPE, is_measured
 
     nsa, dense = known
     if set(head_dims(config)) != {SHAPE["head_dim"]}:
+        return ROOFLINE
+    if isinstance(config, MemberConfig):
         return ROOFLINE
     if not hasattr(config, "topk"):
         return dense
@@ -157,15 +171,11 @@ def _efficiency(
 
 def _configs(spec: Spec, folder: Path | None) -> Iterator[tuple[str, ToyLlamaConfig]]:
     """A model for each shape that differs in what memory and time depend on, and dense ones."""
+    from nsagen.estimate.attention import MemberConfig
     from nsagen.model import ToyLlamaConfig, ToyNSALlamaConfig
     from nsagen.model.sparsity import settings_of
 
     shapes = spec.shapes
-    if members := [name for shape in shapes for name in shape.family_keys]:
-        raise InvalidInputError(
-            f"plan: can estimate NSA and dense attention only; got {spec.label} with {members[0]}, "
-            "another member of the family; leave those keys out to estimate NSA of these heads"
-        )
     seen: set[tuple[Any, ...]] = set()
     for ratio in dict.fromkeys(shape.gqa_ratio for shape in shapes):
         like = [shape for shape in shapes if shape.gqa_ratio == ratio]
@@ -173,6 +183,11 @@ def _configs(spec: Spec, folder: Path | None) -> Iterator[tuple[str, ToyLlamaCon
         if model is None:
             continue
         for shape in like:
+            if shape.family_keys:
+                seen.add((ratio, shape))
+                more = {"shape": shape, "dense_decode": "decode" not in spec.passes}
+                yield f"{spec.label}, topk {shape.topk}", MemberConfig(**model, **more)
+                continue
             settings = {
                 **settings_of(shape),
                 "branches": spec.branches,

@@ -15,7 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.estimate.attention import Pairs, attended_pairs, head_dims, keys_read
+from nsagen.estimate.attention import (
+    MemberConfig,
+    Pairs,
+    attended_pairs,
+    head_dims,
+    keys_read,
+)
 from nsagen.estimate.efficiency import ROOFLINE, Efficiency
 from nsagen.model import InferenceConfig, ToyLlama, ToyLlamaConfig, ToyNSALlama, ToyNSALlamaConfig
 from nsagen.model.configs import check_cache_dtype
@@ -173,7 +179,8 @@ def _parameters(config: ToyLlamaConfig) -> int:
     kind = ToyNSALlama if isinstance(config, ToyNSALlamaConfig) else ToyLlama
     with torch.device("meta"):
         model = kind(config)  # type: ignore[arg-type]
-    return sum(parameter.numel() for parameter in model.parameters())
+    own = config.own_weights * config.num_hidden_layers if isinstance(config, MemberConfig) else 0
+    return own + sum(parameter.numel() for parameter in model.parameters())
 
 
 def cache_bytes(
@@ -184,7 +191,12 @@ def cache_bytes(
     narrow = cache_dtype if isinstance(config, ToyNSALlamaConfig) else None
     limits = InferenceConfig(rows, context, cache_dtype=narrow)
     check_cache_dtype(config, limits)
-    return limits.cache_bytes(config) // split.tensor
+    own = 0
+    if isinstance(config, MemberConfig):  # each GPU has the index keys of all heads
+        dim = config.num_key_value_heads * config.head_dim // split.tensor
+        ranks = context * config.index_dim if config.index_dim else config.windows(context) * dim
+        own = 0 if config.dense_decode else 2 * rows * config.num_hidden_layers * ranks
+    return own + limits.cache_bytes(config) // split.tensor
 
 
 def workspace_bytes(config: ToyLlamaConfig, tokens: int, batch: int, split: Split) -> int:
@@ -208,6 +220,12 @@ def workspace_bytes(config: ToyLlamaConfig, tokens: int, batch: int, split: Spli
         attention += kv_heads * config.topk * 4
     else:
         attention += 2 * o
+    if isinstance(config, MemberConfig):
+        shape = config.attention
+        selections = heads if shape.score_heads == "each" and not config.index_dim else kv_heads
+        attention += selections * shape.topk * 4 + heads * (4 + 4)
+        attention += 2 * k // shape.kernel_stride
+        attention += 2 * 2 * (kv_heads + 1) * config.index_dim
     inner = 2 * 3 * config.intermediate_size
     row = 2 * 2 * config.hidden_size + max(attention, inner) // split.tensor
     return tokens * row + 4 * -(-batch // split.data) * config.vocab_size

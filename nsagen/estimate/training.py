@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.estimate.attention import attended_pairs, head_dims
+from nsagen.estimate.attention import MemberConfig, attended_pairs, head_dims, learned_pairs
 from nsagen.estimate.efficiency import ROOFLINE, Efficiency
 from nsagen.estimate.model import (
     HOST_GPUS,
@@ -151,7 +151,8 @@ def _compute_seconds(
     matrices = 2 * matrix_parameters(config) * context + head
     attention = heads * attended_pairs(config, context).operations(config)
     forward = matrices + attention / efficiency.of_prefill(context)
-    backward = 2 * matrices + 2.5 * attention / efficiency.of_backward(context)
+    learned = heads * learned_pairs(config, context).operations(config)
+    backward = 2 * matrices + 2.5 * learned / efficiency.of_backward(context)
     windows = 0.0
     if isinstance(config, ToyNSALlamaConfig) and config.needs_windows:
         seen = context * context / (2 * config.kernel_stride)
@@ -196,6 +197,8 @@ def _data_seconds(config: ToyLlamaConfig, gpu: Gpu, split: Split, exchanges: int
 def _gathered_bytes(config: ToyLlamaConfig, tokens: int, split: Split) -> int:
     """A layer's keys, values and windows of whole sequences, of one GPU's heads."""
     row = config.num_key_value_heads // split.tensor * sum(head_dims(config)) * 2
+    if isinstance(config, MemberConfig):
+        row += 2 * config.index_dim
     if not isinstance(config, ToyNSALlamaConfig):
         return tokens * row
     return tokens * row + (tokens // config.kernel_stride * row if config.needs_windows else 0)
@@ -228,6 +231,8 @@ def _activation_bytes(
         own += kv_heads * config.topk * 4
     else:
         own += heads * 4
+    if isinstance(config, MemberConfig):
+        own += kv_heads * config.attention.topk * 4 + 2 * (kv_heads + 1) * config.index_dim
     own += 2 * 3 * config.intermediate_size
     layer = 4 * 2 * config.hidden_size + own // split.tensor
     layers = config.num_hidden_layers

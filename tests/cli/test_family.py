@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,13 @@ def test_pictures(spec: str) -> None:
     assert f"the rest by {ranking}" in page.replace("&#x27;", "'")
 
 
-def test_plan_says_that_it_knows_nsa_alone(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("plan", spec) == 2
-    assert "can estimate NSA and dense attention only" in capsys.readouterr().err
+def test_plan(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", spec, "--json") == 0
+    member, dense = json.loads(capsys.readouterr().out)["models"]
+    assert member["attention"].startswith(Path(spec).stem)
+    assert member["cache"] > dense["cache"]  # index keys, or means of keys
+    assert member["decode"] < dense["decode"]
+    assert run("plan", spec) == 0
+    assert "no parallel plans" in capsys.readouterr().out
+    assert run("plan", spec, "--cache-dtype", "int8") == 2
+    assert "--cache-dtype is for NSA" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,17 @@ import torch
 from nsagen.cli.app import main
 from nsagen.core.errors import InvalidInputError
 from nsagen.estimate import model as capacity
-from nsagen.estimate.attention import Pairs, attended_pairs, keys_read
+from nsagen.estimate.attention import (
+    MemberConfig,
+    Pairs,
+    attended_pairs,
+    keys_read,
+    learned_pairs,
+)
 from nsagen.estimate.efficiency import ROOFLINE, between, efficiencies
 from nsagen.estimate.model import GPUS, Load, Split
 from nsagen.model import InferenceConfig, ToyLlama, ToyLlamaConfig, ToyNSALlama, ToyNSALlamaConfig
+from nsagen.spec import load_spec
 from tests.model.forms import EVERY
 from tests.model.tiny import dense_config, nsa_config
 
@@ -74,6 +81,50 @@ def test_pairs_and_keys_are_what_counting_gives(tokens: int) -> None:
     for branch, of_branch in (("compressed", seen), ("sliding", near)):
         only = replace(config, branches=(branch,))
         assert attended_pairs(only, tokens) == Pairs(of_branch, of_branch)
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 200, 700])
+def test_pairs_and_keys_of_the_familys_other_members(tokens: int) -> None:
+    """Counted one by one: what ranks blocks, then the tokens of topk blocks."""
+
+    def config_of(name: str, **changes: Any) -> MemberConfig:
+        shape = replace(load_spec(name).shapes[0], topk=4, block_size=16, **changes)
+        heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
+        return MemberConfig(**heads, shape=shape)
+
+    blocks = sum(min(t + 1, 64) for t in range(tokens))
+    causal = tokens * (tokens + 1) / 2
+    m3 = config_of("minimax_m3", index_head_dim=64)
+    ranked = causal * (2 * 64) / (8 * 128)  # two index heads of 64 beside eight of 128
+    assert attended_pairs(m3, tokens) == Pairs(blocks + ranked, blocks)
+    assert learned_pairs(m3, tokens) == Pairs(blocks, blocks)
+    read = -(-tokens * 64 // (2 * 256))  # one index key of 64 beside two keys and values
+    assert keys_read(m3, tokens) == read + min(tokens, 64)
+
+    minicpm = config_of("minicpm4", dense_len=100)
+    if tokens < 100:
+        assert attended_pairs(minicpm, tokens) == Pairs(causal, causal)
+        assert keys_read(minicpm, tokens) == tokens
+    else:
+        ends = range(31, tokens, 16)
+        seen = sum(end <= t for t in range(tokens) for end in ends)  # scores, and their normalizer
+        assert attended_pairs(minicpm, tokens) == Pairs(blocks + 2 * seen, blocks)
+        assert keys_read(minicpm, tokens) == -(-len(ends) // 2) + 64  # keys without values
+    assert keys_read(replace(minicpm, dense_decode=True), tokens) == tokens
+
+
+def test_weights_and_cache_of_the_familys_other_members() -> None:
+    """M3's index beside a Llama's weights and cache; SALA's gate and means of keys."""
+    llama = ToyLlamaConfig(num_attention_heads=64, num_key_value_heads=4, num_hidden_layers=2)
+    sizes = asdict(llama)
+    dense = (capacity.weight_bytes(llama), capacity.cache_bytes(llama, 1000, 3, ONE))
+    m3 = MemberConfig(**sizes, shape=load_spec("minimax_m3").shapes[0])
+    index = 2 * (4096 * 5 * 128 + 2 * 128)  # four heads of queries, one of keys, two norms
+    assert capacity.weight_bytes(m3) == dense[0] + 2 * index
+    assert capacity.cache_bytes(m3, 1000, 3, ONE) == dense[1] + 2 * 2 * 3 * 1000 * 128
+    sala = MemberConfig(**sizes, shape=load_spec("minicpm_sala").shapes[0])
+    assert capacity.weight_bytes(sala) == dense[0] + 2 * 2 * 4096 * 64 * 128
+    assert capacity.cache_bytes(sala, 1000, 3, ONE) == dense[1] + 2 * 2 * 3 * 61 * 4 * 128
 
 
 def test_operations_count_both_head_sizes() -> None:
