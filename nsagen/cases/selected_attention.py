@@ -64,11 +64,12 @@ def make_inputs(
         shape = (sizes.tokens, heads, size)
         return torch.randn(shape, dtype=dtype, device=device, generator=random)
 
-    forced = (INIT_BLOCKS, LOCAL_BLOCKS)
+    forced, any_order = (INIT_BLOCKS, LOCAL_BLOCKS), sizes.any_order
     if workload.pass_ == "forward" and workload.local_blocks:
         forced = (int(workload.init_blocks), int(workload.local_blocks))
+        any_order = False  # the list is as block selection writes it
     topk_idx = random_blocks(sizes, block_size, device, random, forced)
-    if sizes.any_order and not workload.local_blocks:  # whose list is as block selection writes it
+    if any_order:
         topk_idx = in_any_order(topk_idx, seed)
     return Inputs(
         normal(query_heads, dim),
