@@ -12,7 +12,6 @@ from typing import Any
 from nsagen.codegen.build import ResourceRows
 from nsagen.codegen.plan import Variant
 from nsagen.core.errors import BuildError
-from nsagen.core.files import check_writable
 from nsagen.core.releases import installed_release
 from nsagen.core.target import parse_target
 from nsagen.core.worker import map_in_workers
@@ -56,24 +55,6 @@ def compile_variants(
     if problems:
         raise BuildError("build: every variant must compile and fit:\n  " + "\n  ".join(problems))
     return resources
-
-
-def check_compiler_cache() -> None:
-    """Refuse to compile where Triton could not write its cache; call it before any work.
-
-    Raises:
-        BuildError: names the folder.
-    """
-    home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or home / ".triton" / "cache")
-    try:
-        check_writable(folder)
-    except OSError as error:
-        raise BuildError(
-            f"build: --compile must be able to write Triton's cache, {folder}; "
-            f"got {error.strerror}: {error.filename}; nothing was changed; "
-            "set TRITON_CACHE_DIR to a folder that can be written"
-        ) from None
 
 
 def _compile_one(

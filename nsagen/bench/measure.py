@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nsagen.cases.base import Cost
 from nsagen.core.errors import UnsupportedWorkloadError
+from nsagen.core.paths import prepare_compiler_cache
 
 WARMUP_MS, REPEAT_MS = 25, 150
 """How long a call is repeated, first unmeasured, then measured."""
@@ -142,3 +143,4 @@ def require_gpu(name: str) -> None:
             f"bench {name}: times are measured on a GPU; PyTorch sees none here; run it where one "
             "is, or look at benchmarks/results"
         )
+    prepare_compiler_cache(f"bench {name}", will_write=False)

@@ -225,7 +225,10 @@ def build(
     ] = False,
     tuned: Annotated[
         Path | None,
-        typer.Option(help="Folder with the spec's tuning records; default: beside the spec."),
+        typer.Option(
+            help="Folder with the spec's tuning records, or the one that tune --out was given; "
+            "default: that of the last build, or else beside the spec."
+        ),
     ] = None,
     compile_: Annotated[
         bool, typer.Option("--compile", help="Compile each kernel for each target, without a GPU.")
@@ -248,12 +251,13 @@ def build(
     if check:
         _check(loaded, out, tuned, as_json)
         return
-    from nsagen.aot.variants import check_compiler_cache, compile_variants
+    from nsagen.aot.variants import compile_variants
     from nsagen.cli.console import print_line, progress_bar
     from nsagen.codegen.build import build as build_package
+    from nsagen.core.paths import prepare_compiler_cache
 
     if compile_:
-        check_compiler_cache()
+        prepare_compiler_cache("build --compile")
     rows = []
     for spec in loaded:
         with progress_bar(spec.name) as progress:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from nsagen.core.compiler_cache import REMEDY, compiler_cache
 from nsagen.core.errors import NsagenError
 from nsagen.core.files import check_writable
 from nsagen.core.installed import driver_version, triton_version, version_of
@@ -48,6 +49,13 @@ def examine(out_dir: Path) -> dict[str, Any]:
         problems.append(
             f"the user cache, {cache_dir()}, cannot be written ({error.strerror}: "
             f"{error.filename}); set NSAGEN_CACHE_DIR to a folder that can"
+        )
+    try:
+        check_writable(compiler_cache())
+    except OSError as error:
+        problems.append(
+            f"Triton's cache, {compiler_cache()}, cannot be written ({error.strerror}: "
+            f"{error.filename}); {REMEDY}"
         )
     if facts["torch"] is None:
         problems.append("torch is missing; run: pip install torch")

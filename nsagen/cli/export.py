@@ -38,7 +38,10 @@ def export(
     ] = "",
     tuned: Annotated[
         Path | None,
-        typer.Option(help="Folder with the spec's tuning records; default: beside the spec."),
+        typer.Option(
+            help="Folder with the spec's tuning records, or the one that tune --out was given; "
+            "default: that of the last build, or else beside the spec."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

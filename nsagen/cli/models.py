@@ -48,8 +48,10 @@ def device_of(command: str, name: str | None) -> torch.device:
     """
     import torch
 
+    from nsagen.core.paths import prepare_compiler_cache
+
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -68,6 +70,8 @@ def device_of(command: str, name: str | None) -> torch.device:
             f"{command}: --device must be one of {torch.cuda.device_count()} GPUs, counted from 0; "
             f"got {name!r}; choose one"
         )
+    if device.type == "cuda":
+        prepare_compiler_cache(command, will_write=False)
     return device
 
 

@@ -57,9 +57,13 @@ def verify(
         )
     from nsagen.cases.verify import verify as run
     from nsagen.cli.console import progress_bar
+    from nsagen.core.paths import prepare_compiler_cache
+    from nsagen.runtime.device import interpreting
     from nsagen.spec import load_spec
 
     loaded = load_spec(spec)
+    if not interpreting():
+        prepare_compiler_cache("verify", will_write=False)
     with progress_bar(f"verify {loaded.name}") as progress:
         rows = run(loaded, ops=ops or None, seed=seed, progress=progress)
     if as_json:

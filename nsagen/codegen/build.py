@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,27 @@ from nsagen.codegen.owned import (
     own_files,
     python_files,
     replaceable,
+    unlisted_kernels,
 )
-from nsagen.codegen.package import Origin, manifest_text, package_files, variant_header
+from nsagen.codegen.package import (
+    VARIANT_KEYS,
+    Origin,
+    manifest_text,
+    package_files,
+    variant_header,
+)
 from nsagen.codegen.plan import DEFAULT_PROVENANCE, Use, Variant, plan_variants
+from nsagen.codegen.record_folders import RecordFolders, record_folders, warn_of_dropped
 from nsagen.codegen.template import default_schedule, is_offered, kernel_name, render
 from nsagen.codegen.tuned import Tuned, tuned_schedules
 from nsagen.core.bucket import Bucket
 from nsagen.core.compiler import compiler_name
-from nsagen.core.errors import BuildError, InvalidInputError
+from nsagen.core.errors import BuildError
 from nsagen.core.files import TEMPORARY, lock_path, locked, replace_file, sealed
 from nsagen.core.packages import MANIFEST, read_manifest, recorded_path
 from nsagen.core.releases import installed_release
 from nsagen.core.target import Target, parse_target
+from nsagen.core.text import shown_keys
 from nsagen.core.version import __version__
 from nsagen.core.workload import Workload
 from nsagen.spec import Spec
@@ -40,6 +49,9 @@ ResourceRows = dict[str, list[dict[str, Any]]]
 """Variant name -> one dict per kernel and target: what the kernel uses there."""
 
 _log = logging.getLogger("nsagen.build")
+
+_KEYS = frozenset({"command", "files", "layout", "nsagen", "records", "spec", "tuned", "variants"})
+"""Of the manifests that this version writes, of builds and of exports."""
 
 _NAMED = 4
 """Most files that a text names."""
@@ -99,14 +111,15 @@ def build(
     before the table that names them, so a reader never imports half a package.
 
     Args:
-        tuned: folder of tuning records; by default the spec's own.
+        tuned: folder of tuning records; by default those of the package's last build, or else
+            the spec's own.
         compile_all: compiles the variants, such as `nsagen.aot.variants.compile_variants`; by
             default nothing is compiled, and what an earlier build measured is kept.
 
     Raises:
-        InvalidInputError: `tuned` is not a folder.
-        BuildError: a template fails, a compiled variant must not ship, or a file cannot be
-            written; the text names which.
+        InvalidInputError: `tuned` is not a folder of records.
+        BuildError: the last build's records are gone, a template fails, a compiled variant must
+            not ship, or a file cannot be written; the text names which.
     """
     folder = out_dir / spec.name
     plan = _render(spec, tuned, folder)
@@ -157,8 +170,8 @@ def write_package(
         try:
             check_free(folder, files, *more)  # before writing a lock file
         except BuildError:
-            if not lock.exists():  # otherwise another build may be at it
-                raise
+            if not lock.exists():  # otherwise another build is at it
+                check_free(folder, files, *more)  # it may have been, a moment ago
     with _writing(folder, command), locked(out_dir, name):
         check_free(folder, files, *more)
         _say_unread(folder, manifest_name)
@@ -222,8 +235,17 @@ def way_to_fresh(stale: Sequence[Stale], folder: Path, command: str) -> str:
 
 
 def _say_unread(folder: Path, manifest: str = MANIFEST) -> None:
-    """Log that a later version's manifest lists files in a way that is unknown here."""
+    """Log what a later version's manifest says in a way that is unknown here."""
     known = read_manifest(folder, manifest) or {"files": {}}
+    of_variants = (entry for entry in known.get("variants", {}).values() if isinstance(entry, dict))
+    unknown = known.keys() - _KEYS
+    if unknown := unknown | {key for entry in of_variants for key in entry.keys() - VARIANT_KEYS}:
+        _log.warning(
+            "%s: nsagen %s wrote %s, which is not understood here; a build leaves it out",
+            folder / manifest,
+            known["nsagen"],
+            shown_keys(unknown),
+        )
     if unread := sum(not isinstance(was, str) for was in known["files"].values()):
         _log.warning(
             "%s: nsagen %s lists %d files in a way that cannot be read here; "
@@ -281,34 +303,21 @@ class _Plan:
     notes: tuple[str, ...]
 
 
-def choose_variants(
-    spec: Spec, records: Path | None, command: str = "build"
-) -> tuple[tuple[Variant, ...], Tuned]:
-    """The kernels of a spec's package, and the tuning records that chose them.
-
-    Args:
-        records: folder of tuning records; by default the spec's own.
-        command: that was given it.
-
-    Raises:
-        InvalidInputError: `records` is not a folder.
-    """
-    if records is not None and not records.is_dir():
-        raise InvalidInputError(
-            f"{command}: --tuned must be a folder of tuning records; got {records}, which is "
-            f"{'a file' if records.exists() else 'not there'}; leave it out for the spec's own"
-        )
+def choose_variants(spec: Spec, folders: RecordFolders) -> tuple[tuple[Variant, ...], Tuned]:
+    """The kernels of a spec's package, and the tuning records that chose them."""
     workloads, together = spec.workloads(), spec.forced_once()
     every = (*workloads, *itertools.chain(*together))
-    folders = (spec.shipped_tuned, spec.tuned_folder) if records is None else (records,)
-    tuned = tuned_schedules([f for f in folders if f is not None], every, spec.targets)
+    tuned = tuned_schedules(folders.folders, every, spec.targets)
+    tuned = replace(tuned, notes=(*folders.notes, *tuned.notes))
     return plan_variants(workloads, spec.targets, tuned.choices, together), tuned
 
 
 def _render(spec: Spec, records: Path | None, folder: Path) -> _Plan:
-    variants, tuned = choose_variants(spec, records)
+    folders = record_folders(spec, records, folder)
+    variants, tuned = choose_variants(spec, folders)
+    warn_of_dropped(folder, folders, dict(tuned.hashes))
     place = recorded_path(folder, spec.label, spec.source)
-    origin = Origin(spec.name, spec.label, spec.sha256, tuned.hashes, place)
+    origin = Origin(spec.name, spec.label, spec.sha256, tuned.hashes, place, folders.place)
     return _Plan(variants, origin, package_files(variants, origin), tuned.notes)
 
 
@@ -346,7 +355,10 @@ def _write_order(files: dict[str, str]) -> list[str]:
 
 def _orphans(folder: Path, files: dict[str, str], manifest: str = MANIFEST) -> list[str]:
     """Files that an earlier build wrote and this one does not."""
-    return sorted(own_files(folder, manifest) - files.keys())
+    own = own_files(folder, manifest)
+    if manifest == MANIFEST:
+        own |= unlisted_kernels(folder)
+    return sorted(own - files.keys())
 
 
 def _differs(path: Path, text: str) -> bool:

@@ -3,8 +3,10 @@
 A file is nsagen's if it is as the manifest beside it lists it, by hash, or as a build that was
 stopped noted it. A build also replaces a file that already is what it would write, up to the
 comments of a kernel, and a listed file of its package that was edited: nobody writes there by hand,
-and `--check` names it. Every other file is the user's, whatever its name and its first line: a
-generated file may have been copied and edited. Hidden files and bytecode are ignored.
+and `--check` names it. A kernel of the package that no manifest lists, as a merge of branches
+leaves it, is nsagen's while its code is what its header says. Every other file is the user's,
+whatever its name and its first line: a generated file may have been copied and edited. Hidden files
+and bytecode are ignored.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ NOTES = ".nsagen-build.json"
 
 _SHOWN = 4
 _SOURCE = re.compile(r"^# Source: +fingerprint ([0-9a-f]{16})$", re.MULTILINE)
+_SPEC = re.compile(r"^# Spec: +(\S+)$", re.MULTILINE)
+_KERNEL = re.compile(r"kernels/\w+__[0-9a-f]{8}\.py")
 
 
 def check_free(
@@ -89,6 +93,21 @@ def own_files(folder: Path, manifest: str = MANIFEST) -> set[str]:
     }
 
 
+def unlisted_kernels(folder: Path) -> set[str]:
+    """The package's kernels that its manifest does not list and that were not edited."""
+    paths = set(_plain_files(folder)) - _listed(folder, MANIFEST).keys()
+    return {path for path in paths if _KERNEL.fullmatch(path) and _is_kernel_of(folder, path)}
+
+
+def _is_kernel_of(folder: Path, path: str) -> bool:
+    """Whether a file says that it is a kernel of the package, and its code is as it says."""
+    data = (folder / path).read_bytes()
+    text = data.decode(errors="replace")
+    spec = _SPEC.search(text)
+    of_package = spec is not None and spec[1] == folder.name
+    return of_package and _has_code_of(data, Path(path).stem, text)
+
+
 def intact_files(folder: Path, listed: Mapping[str, Any]) -> set[str]:
     """The files that are as the package's manifest lists them, by hash."""
     return {path for path in own_files(folder) if _hash(folder / path) == listed.get(path)}
@@ -141,13 +160,16 @@ def _is_as_written(path: Path, wanted: str | None) -> bool:
     if wanted is None:
         return False
     data = path.read_bytes()
-    if data == wanted.encode():
-        return True
+    return data == wanted.encode() or _has_code_of(data, path.stem, wanted)
+
+
+def _has_code_of(data: bytes, name: str, wanted: str) -> bool:
+    """Whether a generated file has the code that the header of the wanted one states."""
     source = _SOURCE.search(wanted)
     if source is None or not data.startswith(HEADER.encode()):
         return False
     try:
-        return source_fingerprint(data.decode(), path.stem) == source[1]
+        return source_fingerprint(data.decode(), name) == source[1]
     except (SyntaxError, ValueError, RecursionError):
         return False
 

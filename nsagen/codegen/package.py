@@ -11,7 +11,7 @@ import sysconfig
 import tempfile
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +43,19 @@ _FORMAT = (
 
 
 @dataclass(frozen=True)
+class RecordsPlace:
+    """Where a package's tuning records are, as its manifest says it.
+
+    Attributes:
+        path: of their folder, from the package's.
+        with_shipped: whether those that nsagen ships for the spec count too.
+    """
+
+    path: str
+    with_shipped: bool
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where a package comes from, as its headers and manifest state it.
 
@@ -52,6 +65,7 @@ class Origin:
         spec_sha256: hash of the spec's bytes.
         tuned: name of a file of tuning records -> hash of its bytes.
         spec_path: of the spec from the package's folder, where the label does not find it.
+        records: where its tuning records are, if the spec alone does not tell.
         verb: of the command that writes it: "build", or "export", whose packages stand alone.
         options: more of that command.
     """
@@ -61,6 +75,7 @@ class Origin:
     spec_sha256: str
     tuned: tuple[tuple[str, str], ...] = ()
     spec_path: str | None = None
+    records: RecordsPlace | None = None
     verb: Literal["build", "export"] = "build"
     options: tuple[str, ...] = ()
 
@@ -135,6 +150,10 @@ def package_files(
     return formatted(files)
 
 
+_KERNEL_KEYS = ("algorithm", "schedule", "targets", "uses", "template", "fingerprint")
+VARIANT_KEYS = frozenset(("op", "pass", "dtype", "params", *_KERNEL_KEYS, "triton", "resources"))
+"""What a manifest says of each variant."""
+
 _Entries = list[tuple[Bucket, str]]
 
 
@@ -186,6 +205,7 @@ def manifest_text(
             **({} if origin.spec_path is None else {"path": origin.spec_path}),
         },
         "tuned": dict(origin.tuned),
+        **({} if origin.records is None else {"records": asdict(origin.records)}),
         "files": {path: sha256(text) for path, text in sorted(files.items())},
         "variants": {
             variant.name: {

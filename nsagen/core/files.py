@@ -26,6 +26,8 @@ TEMPORARY = ".nsagen-*.tmp"
 _log = logging.getLogger("nsagen.files")
 _MARK = "# sha256 of the lines above: "
 _HEAD_BYTES = 4096
+_REOPENED = 1000
+"""How often a lock is opened again at most: some file systems cannot tell two files apart."""
 
 
 def replace_file(path: Path, content: str | bytes) -> bool:
@@ -57,8 +59,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             _send(temporary.read_bytes(), path)
         return
-    before, _, after = TEMPORARY.partition("*")
-    temporary = path.with_name(f"{before}{secrets.token_hex(4)}{after}")
+    temporary = _temporary(path.parent)
     try:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
         yield temporary
@@ -73,6 +74,11 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename in (str(temporary), temporary, None):
             error.filename, error.filename2 = str(path), None  # what the user knows
         raise
+
+
+def _temporary(folder: Path) -> Path:
+    before, _, after = TEMPORARY.partition("*")
+    return folder / f"{before}{secrets.token_hex(4)}{after}"
 
 
 def _followed(path: Path) -> Path:
@@ -122,7 +128,9 @@ def is_file(path: Path) -> bool:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder in which no file could be written; call it before long work. Makes nothing.
+    """Refuse a folder in which no file could be written; call it before long work. Leaves nothing.
+
+    Modes do not tell: root may write everywhere, yet /proc takes no files and a disk may be full.
 
     Raises:
         OSError: names the first folder above that is not one or cannot be written.
@@ -138,6 +146,15 @@ def check_writable(folder: Path) -> None:
         code = errno.EROFS if read_only else errno.EACCES
     if code:
         raise OSError(code, os.strerror(code), str(place))
+    probe = _temporary(place)
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        # /proc says that there is no such file, as if it could be made.
+        code = errno.EACCES if error.errno == errno.ENOENT else error.errno or errno.EACCES
+        raise OSError(code, os.strerror(code), str(place)) from None
+    with contextlib.suppress(OSError):
+        probe.unlink()
 
 
 def check_own(path: Path, mark: re.Pattern[bytes], what: str, remedy: str) -> None:
@@ -202,13 +219,31 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     On file systems without locks it continues without one.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _held(_open_lock(lock_path(folder, name)), folder / name):
-        yield
+    path = lock_path(folder, name)
+    for left in reversed(range(_REOPENED)):
+        lock = _open_lock(path)
+        with _held(lock, folder / name):
+            if left and not _is_at(path, lock):  # the process before removed it meanwhile
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    if not os.fstat(lock).st_size:  # otherwise it is a file of the user's
+                        path.unlink()
+            return
 
 
 def lock_path(folder: Path, name: str) -> Path:
-    """The file of the lock that `locked` takes; it stays when the lock is released."""
+    """The file of the lock that `locked` takes; it goes when the lock is released."""
     return folder / f".{name}.lock"
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 @contextmanager

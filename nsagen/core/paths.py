@@ -11,7 +11,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nsagen.core.errors import InvalidInputError
+from nsagen.core.compiler_cache import REMEDY, VARIABLE, compiler_cache
+from nsagen.core.errors import BuildError, InvalidInputError
 from nsagen.core.files import check_writable, is_file
 
 _log = logging.getLogger("nsagen.files")
@@ -89,6 +90,51 @@ def cache_dir() -> Path:
     except OSError as error:
         return _instead_of(folder, error.strerror or str(error))
     return folder
+
+
+def prepare_compiler_cache(command: str, *, will_write: bool = True) -> None:
+    """Have a folder that Triton can write; call it before any work, and before workers start.
+
+    One that the user chose is refused if it cannot be written. The one in a home that cannot be
+    written is replaced, by $TRITON_CACHE_DIR of this process, with a line in the log.
+
+    Args:
+        command: for the error.
+        will_write: whether kernels are sure to be compiled. Otherwise a folder that exists may be
+            read-only, as it may have them all.
+
+    Raises:
+        BuildError: names the folder and the variable.
+    """
+    folder = compiler_cache()
+    in_home = not (os.environ.get(VARIABLE) or os.environ.get("TRITON_HOME"))
+    if not will_write and folder.is_dir():
+        return
+    try:
+        if in_home and not folder.is_absolute():
+            raise OSError(0, "the user has no home", str(folder))
+        check_writable(folder)
+        return
+    except OSError as error:
+        why = f"{error.strerror}: {error.filename}"
+    if not in_home:
+        raise BuildError(
+            f"{command}: Triton's cache, {folder}, must be a folder that can be written; got "
+            f"{why}; nothing was changed; {REMEDY}"
+        )
+    try:
+        check_writable(cache_dir())
+        other = cache_dir() / "triton"
+    except (OSError, InvalidInputError):
+        other = _without_home() / "triton"
+    _log.warning(
+        "Triton's cache is in %s because %s cannot be written (%s); set %s to choose another",
+        other,
+        folder,
+        why,
+        VARIABLE,
+    )
+    os.environ[VARIABLE] = str(other)
 
 
 def _user_cache_path(name: str) -> Path:

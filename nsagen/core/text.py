@@ -8,10 +8,23 @@ from collections.abc import Iterable
 
 _BYTES = {b: chr(b) for b in range(0x20, 0x7F)} | {0x27: "\\'", 0x5C: "\\\\"}
 
+_KEYS = 4
+"""Most keys that a text names."""
+
+_KEY = 40
+"""Most characters of each."""
+
 
 def printable(text: str) -> str:
     """The text with an escape for each character that could control a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown_keys(keys: Iterable[object]) -> str:
+    """Some keys of a file as text for a line of a log: the first few, sorted."""
+    names = sorted(printable(str(key))[:_KEY] for key in keys)
+    more = f" and {len(names) - _KEYS} more" if len(names) > _KEYS else ""
+    return ", ".join(names[:_KEYS]) + more
 
 
 def shell_text(words: Iterable[str]) -> str:

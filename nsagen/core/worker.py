@@ -75,11 +75,16 @@ class Server(Protocol):
 
 @dataclass(frozen=True)
 class Reply:
-    """A worker's answer: a value, or the reason why it has no value."""
+    """A worker's answer: a value, or the reason why it has no value.
+
+    Attributes:
+        of_system: whether the reason is a file or the system, not what was asked for.
+    """
 
     value: Any = None
     reason: str = ""
     broken: bool = False
+    of_system: bool = False
 
 
 class Worker:
@@ -255,7 +260,8 @@ def serve(server: Server, connection: Connection) -> None:
         except Exception as error:  # any error concerns only this request
             lines = str(error).strip().splitlines() or ["no message"]
             reason = f"{type(error).__name__}: {lines[0][:200]}"
-            reply = Reply(reason=reason, broken=server.is_broken_by(error))
+            of_system = isinstance(error, OSError)
+            reply = Reply(None, reason, server.is_broken_by(error), of_system)
         connection.send(reply)
 
 

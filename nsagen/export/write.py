@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import keyword
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nsagen.codegen.build import choose_variants, write_package
 from nsagen.codegen.package import Origin, sha256
 from nsagen.codegen.plan import Variant, plan_variants
+from nsagen.codegen.record_folders import record_folders, warn_of_dropped
 from nsagen.codegen.tuned import Tuned
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.version import __version__
@@ -69,7 +70,10 @@ def export(
     """
     package = name or f"nsagen_{spec.name}"
     _check(layout, package, release, repo_id)
-    variants, found = choose_variants(spec, tuned, "export")
+    of_export: dict[str, str] = {"manifest": MANIFEST, "command": "export"}
+    folders = record_folders(spec, tuned, out_dir / package, **of_export)
+    variants, found = choose_variants(spec, folders)
+    warn_of_dropped(out_dir / package, folders, dict(found.hashes), **of_export)
     others = _only_of_devices(variants, found)
     options = ["--layout", layout] if layout != "package" else []
     options += ["--name", name] if name else []
@@ -86,6 +90,7 @@ def export(
         "layout": layout,
         "spec": {"name": spec.name, "sha256": spec.sha256},
         "tuned": dict(origin.tuned),
+        **({} if folders.place is None else {"records": asdict(folders.place)}),
         "files": {path: sha256(text) for path, text in sorted(files.items())},
         "variants": {v.name: list(v.targets) for v in (*variants, *others)},
     }

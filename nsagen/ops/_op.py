@@ -38,6 +38,7 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from nsagen.core.compiler_cache import cache_error
 from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.core.workload import Param, parameter_names
 from nsagen.ops._calls import (
@@ -546,10 +547,16 @@ class _KernelCall:
         if self.launch is None:
             for output in outputs:
                 apply(Tensor.zero_, output)
-        elif recorder is None:
-            self.launch(*self.launched(args, outputs))
         else:
-            recorder.run(self.launch, self.launched(args, outputs))
+            try:
+                if recorder is None:
+                    self.launch(*self.launched(args, outputs))
+                else:
+                    recorder.run(self.launch, self.launched(args, outputs))
+            except OSError as error:  # Triton compiles at the first launch
+                if (told := cache_error(error)) is None:
+                    raise
+                raise told from error
         if self.returns == 1:
             return outputs[0]
         return tuple(outputs[: self.returns]) if self.returns else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import re
@@ -28,6 +29,7 @@ from nsagen.core.bucket import Bucket, Range
 from nsagen.core.errors import InvalidInputError, NsagenError, SpecError
 from nsagen.core.files import locked, replace_file
 from nsagen.core.paths import visible
+from nsagen.core.text import shown_keys
 from nsagen.core.version import __version__
 from nsagen.core.workload import Schedule, Workload
 from nsagen.records.record import Objective, Timed, TuningRecord
@@ -124,15 +126,29 @@ def load_records(path: Path) -> DeviceRecords:
         raise SpecError(f"{path}: {' '.join(str(error).split())}; {remedy}") from None
     records += tuple(record for record, _ in others if record is not None)
     if unread := sum(record is None for record, _ in others):
-        _log.warning(
+        _warn_once(
             "%s: %d records of another version of nsagen cannot be read here; they are kept and "
             "not used",
             path,
             unread,
         )
+    unknown = {key for record, row in others if record is not None for key in row.keys() - _KEYS}
+    if unknown := unknown | extra.keys():
+        _warn_once(
+            "%s: nsagen %s wrote %s, which is not understood here; it is kept and not used",
+            path,
+            ", ".join(sorted({row["nsagen"] for _, row in others})),
+            shown_keys(unknown),
+        )
     digest = hashlib.sha256(data).hexdigest()
     commented = any(_COMMENT.search(_QUOTED.sub("", line)) for line in text.splitlines()[1:])
     return DeviceRecords(rows.device, rows.target, records, path, digest, others, extra, commented)
+
+
+@functools.cache
+def _warn_once(text: str, *args: object) -> None:
+    """A search reads its file again for each record."""
+    _log.warning(text, *args)
 
 
 def _of_other_versions(content: Any) -> tuple[Any, tuple[_Other, ...], dict[str, Any]]:
@@ -157,9 +173,8 @@ def _of_other_versions(content: Any) -> tuple[Any, tuple[_Other, ...], dict[str,
 
 
 def _read_other(row: dict[str, Any]) -> TuningRecord | None:
-    keys = {one.alias or name for name, one in _RecordRow.model_fields.items()}
     try:
-        return _RecordRow.model_validate({k: v for k, v in row.items() if k in keys}).record()
+        return _RecordRow.model_validate({k: v for k, v in row.items() if k in _KEYS}).record()
     except (ValidationError, NsagenError, ValueError):
         return None
 
@@ -352,6 +367,10 @@ class _RecordRow(_Strict):
         row["default"] = self.default and self.default.timed()
         row["runner_up"] = self.runner_up and self.runner_up.timed()
         return TuningRecord(**row)
+
+
+_KEYS = frozenset(one.alias or name for name, one in _RecordRow.model_fields.items())
+"""Of a record that this version writes."""
 
 
 class _FileRow(_Strict):

@@ -30,9 +30,10 @@ class TuningRecord:
         ms: time in milliseconds, or cost without a unit.
         spread: (slowest - fastest round) / median of the winner, in the final comparison.
         default: the architecture's default, timed beside the winner; None if it cannot run.
-        runner_up: the best schedule except the winner, if any.
+        runner_up: the best schedule except the winner, if any. It may be faster: the default wins
+            unless another is clearly faster, by 1% (time) or 25% (static).
         measured, failed, of: evaluations, how many gave no time, and how many schedules are valid.
-        ended: why the search ended.
+        ended: why the search ended, and why a slower winner beat its runner-up.
         date: when, in UTC, as YYYY-MM-DDTHH:MM:SSZ.
     """
 

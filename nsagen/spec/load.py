@@ -136,6 +136,8 @@ def _find(path_or_name: str | Path) -> tuple[Path, str]:
     if is_file(found):
         if found is not shipped and is_file(shipped) and not found.samefile(shipped):
             _log.info("spec %s: %s, not the shipped one", text, found)
+        if found is shipped:
+            _note_passed_over(text, shipped)
         return found, f"specs/{found.name}"
     near = difflib.get_close_matches(text, shipped_specs(), 1)
     remedy = f"did you mean {near[0]!r}?" if near else "give a name of these or a path to a .yaml"
@@ -143,6 +145,22 @@ def _find(path_or_name: str | Path) -> tuple[Path, str]:
         f"spec: must be a file, or one of {', '.join(shipped_specs())}, or in ./specs; "
         f"got {text[:60]!r}; {remedy}"
     )
+
+
+def _note_passed_over(name: str, shipped: Path) -> None:
+    """Say that a spec of a folder above goes unused, as nothing marks that folder as a project."""
+    here = working_folder()
+    for folder in here.parents:
+        other = folder / "specs" / f"{name}.yaml"
+        if is_file(other) and not other.samefile(shipped):
+            _log.info(
+                "spec %s: the shipped one, not %s, as %s is no project's root (it has no .git and "
+                "no pyproject.toml); to use that one, give its path",
+                name,
+                other,
+                folder,
+            )
+            return
 
 
 def _is_packaged(path: Path) -> bool:
@@ -153,10 +171,17 @@ def _is_packaged(path: Path) -> bool:
 def _tuned_folder(path: Path, name: str) -> Path:
     if not _is_packaged(path):
         return path.parent / "tuned" / name
-    roots = list(project_roots(working_folder() / path.name))
-    places = [root / "specs" / "tuned" / name for root in (working_folder(), *roots)]
-    known = [place for place in places if place.is_dir()]
-    return (known or [places[1] if roots else places[0]])[0]
+    here = working_folder()
+    own, root = here / "specs" / "tuned" / name, next(project_roots(here / path.name), here)
+    if own.is_dir():
+        return own
+    return project_records(name, here / path.name) or root / "specs" / "tuned" / name
+
+
+def project_records(name: str, path: Path) -> Path | None:
+    """The folder of a spec's tuning records in a project around a path, if it is there."""
+    places = (root / "specs" / "tuned" / name for root in project_roots(path))
+    return next((place for place in places if place.is_dir()), None)
 
 
 def _label(given: Path) -> str:

@@ -20,10 +20,11 @@ from typing import Any
 from nsagen.cases.sizes import Sizes
 from nsagen.codegen.fingerprint import source_fingerprint
 from nsagen.codegen.template import kernel_name, render, rendered
-from nsagen.core.errors import NsagenError
+from nsagen.core.compiler_cache import compiler_cache
+from nsagen.core.errors import NsagenError, TuneError
 from nsagen.core.files import replace_file
 from nsagen.core.target import Target, parse_target
-from nsagen.core.worker import Worker, WorkerPool
+from nsagen.core.worker import Reply, Worker, WorkerPool
 from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.task import Task
@@ -115,6 +116,20 @@ def _meta_case(workload: Workload, sizes: Sizes) -> Any:
     return cases_of(workload).make_case(workload, sizes, "meta")
 
 
+def check_system(reply: Reply) -> None:
+    """Refuse an answer that is about files and not about the schedule: no study may keep it.
+
+    Raises:
+        TuneError: names Triton's cache, which most files of a worker are in.
+    """
+    if reply.of_system:
+        raise TuneError(
+            f"tune: its workers must be able to write files, as into Triton's cache, "
+            f"{compiler_cache()}; got {reply.reason}; make room, or set TRITON_CACHE_DIR and "
+            "TMPDIR to folders that can be written; the same command goes on from here"
+        )
+
+
 class CompilePool:
     """Compiles schedules in worker processes.
 
@@ -204,6 +219,7 @@ class CompilePool:
             limit_s=COMPILE_LIMIT_S,
         )
         seconds = time.monotonic() - start
+        check_system(reply)
         if reply.reason:
             return Outcome(
                 reason=f"compile: {reply.reason}",

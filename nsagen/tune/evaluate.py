@@ -15,7 +15,7 @@ from nsagen.core.releases import installed_release
 from nsagen.core.target import Target
 from nsagen.core.worker import Reply, Worker
 from nsagen.core.workload import Schedule, Workload
-from nsagen.tune.compiler import CompilePool
+from nsagen.tune.compiler import CompilePool, check_system
 from nsagen.tune.cost import static_cost
 from nsagen.tune.encoding import valid_schedules
 from nsagen.tune.outcome import Outcome, Timing
@@ -207,11 +207,14 @@ class TimedEvaluator:
                 return Reply(reason=f"inputs: {failures[-1]}")
             self._opened = None
             opened = self._worker.ask("open", task, limit_s=OPEN_LIMIT_S)
+            check_system(opened)
             if opened.reason:
                 failures.append(opened.reason)
                 return Reply(reason=f"inputs: {opened.reason}")
             self._opened = (task, self._worker.starts)
-        return self._worker.ask(method, *args, limit_s=MEASURE_LIMIT_S)
+        reply = self._worker.ask(method, *args, limit_s=MEASURE_LIMIT_S)
+        check_system(reply)
+        return reply
 
 
 def _result_of(found: Outcome | Timing) -> dict[str, Any]:

@@ -22,6 +22,8 @@ NEAR = 1.1
 MARGIN = {"time": 0.01, "static": 0.25}
 """By how much another schedule must beat the default; the default wins ties."""
 
+_BETTER = {"time": "faster", "static": "cheaper"}
+
 
 class FinalRound:
     """A search's end, step by step: `compare`, then `certify` until there is a result.
@@ -97,6 +99,11 @@ class FinalRound:
     def _record(self, winner: Final) -> TuningRecord:
         task, measured, beside = self._search.task, self._search.measured(), self._beside
         other = next((f for f in self._running if f != winner), None)
+        ended = self._ended
+        if other and other.ms < winner.ms:  # it wins ties only
+            ended += (
+                f"; the default stays, as the runner-up is not clearly {_BETTER[self._objective]}"
+            )
         return TuningRecord(
             workload=task.workload,
             bucket=task.bucket,
@@ -111,7 +118,7 @@ class FinalRound:
             measured=len(measured),
             failed=sum(not m.outcome.ok for m in measured),
             of=len(self._search.encoding),
-            ended=self._ended,
+            ended=ended,
             triton=self._device.triton,
             driver=self._device.driver,
             nsagen=__version__,

@@ -71,6 +71,14 @@ class Outcome:
             return None
 
 
+def unknown_keys(attributes: Mapping[str, Any]) -> set[str]:
+    """What a trial says that this version does not know: another version wrote it, or a user."""
+    outcome = attributes.get("outcome")
+    of_outcome = outcome.keys() if isinstance(outcome, Mapping) else ()
+    known = {one.name for one in fields(Outcome)}
+    return (attributes.keys() - {"owner", "schedule", "outcome"}) | (set(of_outcome) - known)
+
+
 class WrongOutputError(Exception):
     """A kernel's output differs from the reference."""
 

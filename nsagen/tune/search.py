@@ -17,9 +17,10 @@ from optuna.pruners import NopPruner
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from nsagen.core.text import shown_keys
 from nsagen.core.workload import Param, Schedule
 from nsagen.tune.encoding import Encoding
-from nsagen.tune.outcome import Outcome
+from nsagen.tune.outcome import Outcome, unknown_keys
 from nsagen.tune.sampler import DEFAULT_SAMPLER, SpaceSampler, taken_schedules
 from nsagen.tune.storage import owner, owner_is_dead, release_dead_trials
 from nsagen.tune.task import Task, fingerprint_or_none
@@ -110,6 +111,13 @@ class Search:
                 others,
                 len(complete),
                 self.study.study_name,
+            )
+        if unknown := {key for trial in complete for key in unknown_keys(trial.user_attrs)}:
+            _log.warning(
+                "tune: trials of the study %r say %s, which is not understood here; it is kept and "
+                "not used",
+                self.study.study_name,
+                shown_keys(unknown),
             )
 
     def ask(self) -> Candidate | None:

@@ -15,7 +15,7 @@ import optuna
 from nsagen.core.compiler import compiler_name
 from nsagen.core.errors import InvalidInputError, TuneError
 from nsagen.core.files import check_replaceable, check_writable
-from nsagen.core.paths import cache_dir
+from nsagen.core.paths import cache_dir, prepare_compiler_cache
 from nsagen.core.target import parse_target
 from nsagen.core.worker import Worker, compile_workers
 from nsagen.core.workload import Schedule
@@ -140,15 +140,17 @@ def tune(
         result = Result(device.slug, url)
         folders = {spec.name: places.folder(spec) for spec in specs}
         having = {s.name: {*s.workloads(), *chain(*s.forced_once())} for s in specs}
-        result.files += [folder / f"{device.slug}.yaml" for folder in folders.values()]
-        for path in result.files:
+        files = [folder / f"{device.slug}.yaml" for folder in folders.values()]
+        for path in files:
             check_replaceable(path)
-        known = [r for f in result.files if f.exists() for r in load_records(f).records]
+        known = [r for f in files if f.exists() for r in load_records(f).records]
 
         def keep(record: TuningRecord) -> None:
             for spec, workloads in having.items():
                 if record.workload in workloads:
-                    save_records(folders[spec], device.slug, str(device.target), [record])
+                    path = save_records(folders[spec], device.slug, str(device.target), [record])
+                    if path not in result.files:
+                        result.files.append(path)
             result.records.append(record)
             watcher.decided(record, device.slug)
 
@@ -272,6 +274,7 @@ def evaluator_for(
     objective: str, specs: Sequence[Spec], places: Places
 ) -> Iterator[tuple[Device, dict[str, Any], Evaluator]]:
     """The device, facts about it, and the evaluator; its processes end with the block."""
+    prepare_compiler_cache("tune")
     with tempfile.TemporaryDirectory(prefix="nsagen-tune-") as folder, ExitStack() as started:
         workers = compile_workers(places.jobs, COMPILER)
         for one in workers:

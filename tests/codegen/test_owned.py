@@ -329,8 +329,31 @@ def test_a_later_versions_list_of_files_is_said_not_to_be_read(
     assert {one.state for one in stale} == {"outdated"}
     count = len(manifest["files"])
     assert caplog.messages == [
+        f"{path}: nsagen 9.0.0 wrote more, which is not understood here; a build leaves it out",
         f"{path}: nsagen 9.0.0 lists {count} files in a way that cannot be read here; "
-        "a build keeps those that it does not write"
+        "a build keeps those that it does not write",
     ]
     make()
     assert check(load_spec("few.yaml"), OUT) == []
+
+
+def test_kernels_that_a_merge_left_are_orphans(one_op: Path) -> None:
+    """No manifest lists them; their headers say that they are nsagen's and the package's."""
+    make()
+    kernels = {path.name: path.read_text() for path in PACKAGE.glob("kernels/[!_]*.py")}
+    make("other.yaml")
+    edited, *left = sorted(kernels.keys() - {path.name for path in PACKAGE.glob("kernels/*.py")})
+    for name in left:
+        write(f"kernels/{name}", kernels[name])
+    mine = [
+        write(f"kernels/{edited}", kernels[edited] + "\nEDITED = True\n"),
+        write(f"kernels/of_{left[0]}", kernels[left[0]]),
+        write(left[0], kernels[left[0]]),
+    ]
+    other = write("kernels/another__01234567.py", kernels[left[0]].replace("       few", " many"))
+    orphans = [f"kernels/{name}" for name in left]
+    stale = check(load_spec("other.yaml"), OUT)
+    assert [(one.path, one.state) for one in stale] == [(path, "orphaned") for path in orphans]
+    assert list(make("other.yaml").removed) == orphans
+    assert check(load_spec("other.yaml"), OUT) == []
+    assert all(path.is_file() for path in (*mine, other))

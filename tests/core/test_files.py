@@ -7,6 +7,8 @@ import fcntl
 import os
 import re
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -193,3 +195,49 @@ def test_a_lock_follows_no_link(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"), locked(tmp_path, "few"):
         pass
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_lock_leaves_no_file(tmp_path: Path) -> None:
+    with locked(tmp_path, "few"):
+        assert lock_path(tmp_path, "few").is_file()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_removed_while_others_wait_stays_exclusive(tmp_path: Path) -> None:
+    inside: list[int] = []
+    most: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(25):
+            with locked(tmp_path, "few"):
+                inside.append(number)
+                time.sleep(0.0005)
+                most.append(len(inside))
+                inside.remove(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 100
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_that_cannot_tell_files_apart_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    with locked(tmp_path, "few"):
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_folder_that_takes_no_files_is_refused_whatever_its_mode(tmp_path: Path) -> None:
+    """Root may write everywhere, by the modes."""
+    for folder in ("/proc", "/proc/nope/deeper"):
+        with pytest.raises(PermissionError) as error:
+            check_writable(Path(folder))
+        assert error.value.filename == "/proc"
+    check_writable(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ import pytest
 from nsagen.cli.app import main
 from nsagen.codegen.build import build
 from nsagen.core.errors import BuildError
+from nsagen.export.write import export
 from nsagen.spec import load_spec
 from tests.bad.support import contents
 from tests.export.small import NSA, exported
@@ -212,3 +213,23 @@ def test_what_was_tuned_on_each_device_is_a_file_that_the_dispatcher_follows(hom
     table = (package / "dispatcher.py").read_text()
     assert kernels["nvidia-a800"] in table  # the newer one serves the architecture's other devices
     assert kernels["nvidia-a100"] not in table
+
+
+def test_an_export_is_made_again_with_its_records(home: Path) -> None:
+    records = home / "own" / "mine" / "gpu.yaml"  # as `nsagen tune --out own` writes them
+    records.parent.mkdir(parents=True)
+    records.write_text('device: gpu\ntarget: "cuda:90"\nrecords: []\n')
+    run("mine.yaml", "--tuned", "own")
+    manifest = json.loads((home / "exported/nsagen_mine/export.json").read_text())
+    assert list(manifest["tuned"]) == ["gpu.yaml"]
+    assert manifest["records"] == {"path": "../../own/mine", "with_shipped": False}
+    assert not list(home.rglob(".*.lock"))
+    assert exported_again() == ()
+    records.unlink()
+    records.parent.rmdir()
+    with pytest.raises(BuildError, match="export: exported/nsagen_mine: its tuning records must"):
+        exported_again()
+
+
+def exported_again() -> tuple[str, ...]:
+    return export(load_spec("mine.yaml"), Path("exported")).written

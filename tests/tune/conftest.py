@@ -57,7 +57,8 @@ class InlineWorker:
         try:
             return Reply(getattr(self._server, method)(*args))
         except Exception as error:  # as a worker answers it
-            return Reply(reason=f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            return Reply(reason=reason, of_system=isinstance(error, OSError))
 
     def spawn(self) -> None:
         pass

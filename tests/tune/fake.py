@@ -7,6 +7,7 @@ the key behaves so when it is measured, or compiled or certified if the key begi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -61,6 +62,8 @@ def _misbehave(text: str, stage: str = "") -> None:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if behaviour == "memory":
             raise MemoryError("out of memory: tried to allocate 80 GiB")
+        if behaviour == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
         if behaviour == "wrong":
             raise WrongOutputError("o: relative error 3.0e-01 (limit 1e-02)")
         if behaviour.startswith("slow "):

@@ -8,10 +8,11 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from nsagen.core.errors import TuneError
 from nsagen.core.workload import Schedule
 from nsagen.records.files import load_records
 from nsagen.spec import load_spec
-from nsagen.tune import session
+from nsagen.tune import final_round, session
 from nsagen.tune.evaluate import Final
 from nsagen.tune.final_round import decide
 from nsagen.tune.search import Budget
@@ -222,3 +223,58 @@ def test_the_default_wins_ties(other: Final, wins: bool) -> None:
     default = final(1.0)
     running = sorted([default, other], key=lambda f: f.ms)
     assert decide(running, default, 0.01) == (other if wins else default)
+
+
+@pytest.mark.parametrize("stage", ["compile@", "", "certify@"])
+def test_a_full_disk_is_no_result_of_a_schedule(world: World, stage: str) -> None:
+    """It would stay in the study, and no later run would try the schedule again."""
+    world.behave({stage: "full"})
+    with pytest.raises(TuneError, match=r"Triton's cache, .*; got OSError: .*TRITON_CACHE_DIR"):
+        world.tune(trials=4)
+    assert not world.records.exists()
+    world.behave({})
+    (record,) = world.tune(trials=4).records
+    assert (record.measured, record.failed) == (4, 0)
+
+
+def test_only_files_that_were_written_are_named(world: World) -> None:
+    world.behave({"": "wrong"})
+    result = world.tune(trials=2)
+    assert result.failures
+    assert not result.files
+    assert not world.records.exists()
+    world.behave({})
+    world.change_template("BLOCK = ", "MORE = 1\nBLOCK = ")
+    assert world.tune(trials=2).files == [world.records]
+
+
+def test_a_record_says_why_a_slower_default_stays(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(final_round.MARGIN, "time", 0.99)
+    (record,) = world.tune().records
+    assert record.default is not None
+    assert record.default.schedule == record.schedule
+    assert record.runner_up is not None
+    assert record.runner_up.ms < record.ms
+    assert record.ended == (
+        "12 schedules are measured; the default stays, as the runner-up is not clearly faster"
+    )
+
+
+def test_what_another_version_says_of_its_trials_is_told(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.tune(trials=2)
+    storage = open_storage(world.url)
+    (name,) = optuna.get_all_study_names(storage)
+    study = optuna.load_study(study_name=name, storage=storage)
+    (first, *_) = study.get_trials(states=(TrialState.COMPLETE,))
+    first.user_attrs["outcome"] |= {"joules": 3}
+    first.user_attrs["clock"] = 1980
+    study.add_trial(first)
+    world.tune(trials=4)
+    assert (
+        f"tune: trials of the study {name!r} say clock, joules, which is not understood here; it "
+        "is kept and not used"
+    ) in caplog.messages
