@@ -177,7 +177,7 @@ class _Bench:
         for what, (call, read) in caches.calls().items():
             row = {"what": what, "batch": batch, "tokens": context, "bytes": read}
             row["ms"] = milliseconds(graphed(call))
-            if what == "attention":
+            if what == "attention" and not member.shape.cache_dtype:
                 dense_ms, how = self._dense(caches.q, caches.k, caches.v)
                 row |= {"torch_ms": dense_ms, "torch": f"dense, {how}"}
                 row["dense_bytes"] = caches.k.nbytes + caches.v.nbytes
@@ -288,7 +288,7 @@ def plan_of(
     Raises:
         SpecError: no such spec, or it is invalid.
         InvalidInputError: the spec is of NSA, whose decoding is measured on heads of its own, or of
-            a member that decodes with dense attention; or caches of a dtype that a member lacks.
+            a member that decodes with dense attention.
     """
     model = None if attention_only else GUIDE
     sizes = (tuple(batches or BATCHES), tuple(contexts or CONTEXTS))
@@ -310,12 +310,8 @@ def _member_of(spec: str, cache_dtype: str | None) -> Member:
             f"bench decode: the spec's passes must have decode; got {', '.join(found.passes)} in "
             f"{found.name}; add it, or decode with dense attention"
         )
-    if cache_dtype is not None:
-        raise InvalidInputError(
-            f"bench decode: --cache-dtype is for NSA; got {cache_dtype} for {found.name}; "
-            "leave it out"
-        )
-    return Member.of(found.shapes[0])
+    shape = found.shapes[0]
+    return Member.of(replace(shape, cache_dtype=cache_dtype or shape.cache_dtype))
 
 
 def check_free(folder: Path | None = None) -> None:

@@ -14,6 +14,7 @@ from nsagen import ops
 from nsagen.core.workload import Workload
 from nsagen.ops.compress import compress
 from nsagen.ops.local_band import attend_selected
+from nsagen.ops.reference import quantize
 from nsagen.runtime import Dispatcher
 
 if TYPE_CHECKING:  # measuring needs no pydantic
@@ -201,6 +202,12 @@ class MemberCaches:
         else:
             windows = max(1, (context - s.kernel_size) // s.kernel_stride + 1)
             self.scored = normal(windows, member.kv_heads, s.head_dim)
+        self.k_scale = self.v_scale = self.scored_scale = None
+        if s.cache_dtype:
+            narrow = getattr(torch, s.cache_dtype)
+            self.k, self.k_scale = _narrow(self.k, narrow)
+            self.v, self.v_scale = _narrow(self.v, narrow)
+            self.scored, self.scored_scale = _narrow(self.scored, narrow)
         self.positions = torch.full((batch,), context - 1, dtype=torch.int32, device=device)
         self.slots = torch.arange(batch, dtype=torch.int32, device=device)
         self.topk_idx = self.select()
@@ -208,18 +215,22 @@ class MemberCaches:
     def append(self) -> None:
         """The means of the windows that the new tokens complete."""
         args = (self.k, self.scored, self.positions, self.slots)
-        ops.pool_append(*args, **self.member.windows)
+        scales: dict[str, Any] = {"k_scale": self.k_scale, "ck_scale": self.scored_scale}
+        ops.pool_append(*args, **self.member.windows, **scales)
 
     def select(self) -> Tensor:
         """The new tokens' blocks."""
         args = (self.scored_q, self.scored, self.positions, self.slots)
-        return ops.block_selection_decode(*args, **self.member.rule)
+        return ops.block_selection_decode(*args, **self.member.rule, k_scale=self.scored_scale)
 
     def attend(self, topk_idx: Tensor | None = None) -> Tensor:
         """Attention to given blocks, or those selected before."""
         blocks = self.topk_idx if topk_idx is None else topk_idx
         args = (self.q, self.k, self.v, blocks, self.positions, self.slots)
-        return ops.selected_attention_decode(*args, block_size=self.member.shape.block_size)
+        scales: dict[str, Any] = {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        return ops.selected_attention_decode(
+            *args, block_size=self.member.shape.block_size, **scales
+        )
 
     def sparse(self) -> Tensor:
         """A step: complete windows, select blocks and attend to them."""
@@ -230,12 +241,22 @@ class MemberCaches:
     def calls(self) -> dict[str, tuple[Callable[[], object], int]]:
         """A step and its ops, each with the bytes that it must read."""
         selected = self.topk_idx.shape[-1] * self.member.shape.block_size
-        read = min(selected, self.k.shape[1]) * (self.k[:, 0].nbytes + self.v[:, 0].nbytes)
+        tokens = (self.k, self.k_scale, self.v, self.v_scale)
+        entry = sum(x[:, 0].nbytes for x in tokens if x is not None)
+        read = min(selected, self.k.shape[1]) * entry
+        ranks = sum(x.nbytes for x in (self.scored, self.scored_scale) if x is not None)
         found: dict[str, tuple[Callable[[], object], int]] = {
-            "block_selection": (self.select, self.scored.nbytes),
+            "block_selection": (self.select, ranks),
             "selected_attention": (self.attend, read),
-            "attention": (self.sparse, self.scored.nbytes + read),
+            "attention": (self.sparse, ranks + read),
         }
         if not self.member.indexed:
             found["pool_append"] = (self.append, 0)
         return found
+
+
+def _narrow(cache: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A cache's rows in a narrow dtype and their scales, one sequence at a time: they are wide
+    before they are narrow."""
+    rows, scales = zip(*(quantize(one, dtype) for one in cache), strict=True)
+    return torch.stack(rows), torch.stack(scales)

@@ -90,11 +90,6 @@ def plan(
     device = GPUS[gpu]
     narrow = _cache_dtype(loaded, cache_dtype)
     members = [name for shape in loaded.shapes for name in shape.family_keys]
-    if narrow and members:
-        raise InvalidInputError(
-            f"plan: --cache-dtype is for NSA; got {narrow} for {loaded.label} with {members[0]}; "
-            "leave it out"
-        )
     load = Load(context, batch, gpus, prefill_tokens or context, narrow)
     if network is not None:
         device = replace(device, network=network * 1e9)
@@ -246,7 +241,7 @@ def _print(rows: list[Row], gpu: Gpu, load: Any, model: Path | None) -> None:
     title = (
         f"{load.gpus} x {gpu.name}, {load.batch} sequences of {load.context:,} tokens; "
         f"{model or 'a model of Llama 3.1 8B size'}, 16-bit"
-        f"{f', NSA caches of {load.cache_dtype}' if load.cache_dtype else ''}"
+        f"{f', sparse caches of {load.cache_dtype}' if load.cache_dtype else ''}"
     )
     print_table(
         title,

@@ -191,12 +191,20 @@ def cache_bytes(
     narrow = cache_dtype if isinstance(config, ToyNSALlamaConfig) else None
     limits = InferenceConfig(rows, context, cache_dtype=narrow)
     check_cache_dtype(config, limits)
-    own = 0
-    if isinstance(config, MemberConfig):  # each GPU has the index keys of all heads
-        dim = config.num_key_value_heads * config.head_dim // split.tensor
-        ranks = context * config.index_dim if config.index_dim else config.windows(context) * dim
-        own = 0 if config.dense_decode else 2 * rows * config.num_hidden_layers * ranks
-    return own + limits.cache_bytes(config) // split.tensor
+    if isinstance(config, MemberConfig):
+        heads, dims = config.num_key_value_heads // split.tensor, head_dims(config)
+        token = heads * sum(_row_bytes(dim, cache_dtype) for dim in dims) * context
+        if config.index_dim:  # each GPU has the index keys of all heads
+            token += _row_bytes(config.index_dim, cache_dtype) * context
+        elif not config.dense_decode:
+            token += heads * _row_bytes(dims[0], cache_dtype) * config.windows(context)
+        return rows * config.num_hidden_layers * token
+    return limits.cache_bytes(config) // split.tensor
+
+
+def _row_bytes(dim: int, cache_dtype: str | None) -> int:
+    """A head of a token or window in a cache; a narrow one has a float32 scale beside it."""
+    return 2 * dim if cache_dtype is None else dim + 4
 
 
 def workspace_bytes(config: ToyLlamaConfig, tokens: int, batch: int, split: Split) -> int:
@@ -253,8 +261,9 @@ def _decode_seconds(
 ) -> float:
     rows = -(-load.batch // split.data)
     keys = keys_read(config, load.context)
-    narrow = load.cache_dtype is not None and isinstance(config, ToyNSALlamaConfig)
-    entry = sum(head_dims(config)) + 2 * 4 if narrow else 2 * sum(head_dims(config))
+    sparse = isinstance(config, ToyNSALlamaConfig | MemberConfig)
+    narrow = load.cache_dtype if sparse else None
+    entry = sum(_row_bytes(dim, narrow) for dim in head_dims(config))
     layer = rows * keys * config.num_key_value_heads * entry  # of the cache
     share = efficiency.of_decode(layer / split.tensor)
     read = weight_bytes(config) - 2 * config.vocab_size * config.hidden_size  # one row of these

@@ -116,6 +116,20 @@ def test_a_row_for_each_op_of_a_step(member: Member) -> None:
     assert whole["bytes"] < whole["dense_bytes"] + rows[0]["bytes"]
 
 
+@pytest.mark.usefixtures("_without_a_gpu")
+def test_narrow_caches_have_no_dense_attention_beside_them(member: Member) -> None:
+    narrow = Member(replace(member.shape, cache_dtype="int8"), member.kv_heads)
+    wide, found = (
+        decode.run(decode.Plan((1,), (100,), member=one), device="cpu") for one in (member, narrow)
+    )
+    assert [row["what"] for row in wide] == [row["what"] for row in found]
+    assert all(a["bytes"] < b["bytes"] for a, b in zip(found[:3], wide[:3], strict=True))
+    assert "torch_ms" not in found[2]
+    plan = decode.plan_of(None, None, True, "int8", "minimax_m3")
+    assert plan.member is not None
+    assert plan.member.shape.cache_dtype == "int8"
+
+
 def test_the_calls_are_attention_to_what_the_selection_gives(member: Member) -> None:
     x = MemberInputs.random(member, 100, device="cpu")
     topk_idx = x.select()
@@ -130,12 +144,11 @@ def test_the_calls_are_attention_to_what_the_selection_gives(member: Member) -> 
 
 
 def test_what_is_refused() -> None:
-    for spec, cache_dtype, text in (
-        ("llama8b", None, "another member of the family than NSA"),
-        ("moba", None, "passes must have decode"),
-        ("minimax_m3", "int8", "--cache-dtype is for NSA"),
+    for spec, text in (
+        ("llama8b", "another member of the family than NSA"),
+        ("moba", "passes must have decode"),
     ):
         with pytest.raises(InvalidInputError, match=text):
-            decode.plan_of(None, None, True, cache_dtype, spec)
+            decode.plan_of(None, None, True, None, spec)
     with pytest.raises(InvalidInputError, match="learned is of an NSA model"):
         check_selection("learned", shape_of("minimax_m3"))
