@@ -97,9 +97,10 @@ def as_argument(path: str) -> str:
 
 
 def from_here(path: Path) -> str:
-    """A path as the shortest text that means it in the working folder."""
+    """A path as the shortest text that means it in the working folder; from /, as it is."""
     here = working_folder()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    is_below = path.is_relative_to(here) and here != here.parent
+    return str(path.relative_to(here) if is_below else path)
 
 
 def remedy(name: str, folder: Path | None = None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import logging
 import math
 import os
 import random
@@ -24,13 +25,21 @@ from nsagen.cases.sizes import Sizes
 from nsagen.core.bucket import Bucket
 from nsagen.core.errors import NsagenError, TuneError
 from nsagen.core.files import check_replaceable, check_writable, locked, replace_file
+from nsagen.core.text import shown_keys
 from nsagen.core.workload import Schedule, Workload
 from nsagen.tune.evaluate import Candidates, Evaluator
-from nsagen.tune.outcome import Outcome
+from nsagen.tune.outcome import Outcome, unknown_keys
 from nsagen.tune.task import Task, fingerprint_or_none
 
 FORMAT = 1
 REFINED = 10
+
+_SIZES = ("bucket", "timed", "checked")
+_HEAD_KEYS = {"format", "synthetic", "workload", *_SIZES, "default", "others", "facts"}
+_HEAD_KEYS |= {"version"}  # of old recordings
+_ROW_KEYS = {"algorithm", "knobs"}
+
+_log = logging.getLogger("nsagen.tune")
 
 _LONGEST_LINE = 1 << 20
 
@@ -169,6 +178,7 @@ def load_recording(path: Path) -> Recording:
         if head.get("format") != FORMAT:
             raise ValueError(f"its format is {head.get('format')!r}, not {FORMAT}")
         refined = rows.pop()["refined"] if rows and "refined" in rows[-1] else []
+        _say_unknown(path, head, rows)
         return Recording(
             task=_task_of(head),
             default=_schedule_of(head["default"]),
@@ -183,6 +193,16 @@ def load_recording(path: Path) -> Recording:
         raise TuneError(
             f"{path}: must be a recording that nsagen tune --record-exhaustive wrote; {said}"
         ) from None
+
+
+def _say_unknown(path: Path, head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log what another version wrote and this one does not use."""
+    of_rows = {key for row in rows for key in row} - _ROW_KEYS
+    unknown = (head.keys() - _HEAD_KEYS) | unknown_keys({"outcome": dict.fromkeys(of_rows)})
+    if unknown:
+        _log.warning(
+            "%s: says %s, which is not understood here; it is not used", path, shown_keys(unknown)
+        )
 
 
 def check_free(path: Path, task: Task) -> None:

@@ -25,6 +25,7 @@ from nsagen.cases import reproduce
 from nsagen.cases.base import Sizes
 from nsagen.cli import doctor
 from nsagen.core.errors import NsagenError
+from nsagen.core.packages import from_here
 from nsagen.core.paths import specs_dir
 from nsagen.reports import support_page
 from nsagen.runtime.user_cache import cache_folder
@@ -304,6 +305,13 @@ def test_a_package_in_a_project_says_nothing_of_the_machine(
         "name",
         "sha256",
     }
+
+
+def test_a_command_that_was_found_in_the_root_folder_works_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir("/")
+    assert from_here(Path("/my/few.yaml")) == "/my/few.yaml"
 
 
 def test_doctor_names_a_package_whose_spec_is_gone(

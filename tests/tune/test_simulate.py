@@ -138,6 +138,29 @@ def test_what_is_no_recording_is_refused(tmp_path: Path, content: bytes) -> None
         load_recording(path)
 
 
+def test_what_another_version_says_in_a_recording_is_told(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "all.jsonl"
+    record(world, path, seconds=0.001)
+    whole = load_recording(path)
+    assert not caplog.messages
+    head, *rows = path.read_text().splitlines()
+    rows = [row.replace('{"algorithm"', '{"joules": 3, "algorithm"', 1) for row in rows]
+    path.write_text("\n".join([head.replace("{", '{"clock": 1980, ', 1), *rows]) + "\n")
+    assert load_recording(path) == whole
+    expected = f"{path}: says clock, joules, which is not understood here; it is not used"
+    assert caplog.messages == [expected]
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_shipped_recordings_are_understood_whole(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_recording(path)
+    assert not caplog.messages
+
+
 def test_a_simulated_search_tells_how_good_its_choice_is(world: World, tmp_path: Path) -> None:
     path = tmp_path / "all.jsonl.gz"
     record(world, path)
