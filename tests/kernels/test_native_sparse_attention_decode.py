@@ -201,3 +201,18 @@ def test_quantized_caches(page_size: int | None, cache_dtype: str) -> None:
     """Numbers of a narrow dtype times the scales beside them, in slots and in pages."""
     work = workload(cache_dtype=cache_dtype, head_dim=24, v_head_dim=40)
     check(work, (-1, 0, 15, 16, 23, 24, 63, 200), page_size)
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_quantized_caches_of_any_size(cache_dtype: str) -> None:
+    """Products of float16 hold queries of 1e5 and 1e-6, and values of 2^20 beside those of 2^-40."""
+    work = workload(dtype="bfloat16", cache_dtype=cache_dtype)
+    case = make_case(work, Sizes((63, 200), capacity=256), kernel_device())
+    q, (*_, k_scale, v_scale) = case.args[0], case.args
+    q[0] *= 1e-6
+    q[1] *= 1e5
+    k_scale *= 2.0**-20
+    v_scale *= (
+        2.0 ** torch.arange(-40, 21, 12, device=v_scale.device).repeat(64)[: v_scale.shape[1], None]
+    )
+    check_case(load_kernel(work), case)

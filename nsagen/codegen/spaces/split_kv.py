@@ -50,21 +50,27 @@ def heads_of_program(workload: Workload) -> tuple[int, int]:
 
 
 def tile_bytes(workload: Workload, block_n: int) -> int:
-    """Bytes of the keys and values of a step."""
+    """Bytes of the keys and values of a step, in the dtype of the cache."""
     sizes = padded_heads(workload)
-    return block_n * (sizes["block_d"] + sizes["block_dv"]) * element_bytes(workload)
+    element = 1 if workload.cache_dtype else element_bytes(workload)
+    return block_n * (sizes["block_d"] + sizes["block_dv"]) * element
 
 
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
     """The steps in flight, queries and scores.
 
-    The current step is in registers, unless warpgroup products take it from shared memory.
+    The current step is in registers, unless warpgroup products take it from shared memory, where
+    those of a narrow cache are widened one after the other.
     """
     group, block_n = heads_of_program(workload)[0], int(schedule.block_n)
-    queries = group * padded_heads(workload)["block_d"] * element_bytes(workload)
+    sizes, element = padded_heads(workload), element_bytes(workload)
+    queries = group * sizes["block_d"] * element
     scores = group * block_n * 4
-    steps = max(1, int(schedule.num_stages) - (group < WARPGROUP_ROWS))
-    return steps * tile_bytes(workload, block_n) + queries + scores + SCRATCH
+    in_registers = group < WARPGROUP_ROWS or bool(workload.cache_dtype)
+    steps = max(1, int(schedule.num_stages) - in_registers) * tile_bytes(workload, block_n)
+    if group >= WARPGROUP_ROWS and workload.cache_dtype:
+        steps += block_n * max(sizes["block_d"], sizes["block_dv"]) * element
+    return steps + queries + scores + SCRATCH
 
 
 def default_step(workload: Workload) -> int:
@@ -76,7 +82,8 @@ def default_warps(workload: Workload) -> int:
     """Four; eight in float32, whose products hold tiles in registers, and for wide outputs."""
     rows, _ = heads_of_program(workload)
     sizes = padded_heads(workload)
-    wide = rows * max(sizes["block_d"], sizes["block_dv"]) > 64 * 128
+    outputs = rows * max(sizes["block_d"], sizes["block_dv"])
+    wide = outputs > 64 * 128 or (outputs == 64 * 128 and bool(workload.cache_dtype))
     return 8 if workload.dtype == "float32" or wide else 4
 
 
