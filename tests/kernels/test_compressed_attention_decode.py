@@ -227,7 +227,7 @@ def test_quantized_caches(page_size: int | None, cache_dtype: str) -> None:
 
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 def test_quantized_caches_of_any_size(cache_dtype: str) -> None:
-    """Products of float16 hold queries of 1e5 and 1e-6, and values of 2^20 beside those of 2^-40."""
+    """Products of float16 hold queries of 1e5 and 1e-6, values of 2^20 beside 2^-40."""
     work = workload(dtype="bfloat16", cache_dtype=cache_dtype)
     case = make_case(work, Sizes((63, 200), capacity=256), kernel_device())
     q, (*_, k_scale, v_scale) = case.args[0], case.args
