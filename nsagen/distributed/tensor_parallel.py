@@ -7,6 +7,7 @@ down_proj, as in a dense model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from nsagen.core.errors import InvalidInputError
 from nsagen.model import NativeSparseAttention, ToyLlama, ToyNSALlama
 from nsagen.model.checks import require
 from nsagen.model.compression import Holder
@@ -28,6 +30,7 @@ from nsagen.model.nsa_ops import NSAOps
 from nsagen.model.self_attention import SelfAttention
 
 _WHERE = "tensor_parallel"
+_log = logging.getLogger("nsagen.distributed")
 
 COMPRESSION = ("compress_key", "compress_value", "intra_block_pe", "intra_block_pe_value")
 """Parameters, or modules of them, whose first dimension is key/value heads."""
@@ -108,6 +111,28 @@ def tensor_parallel_plan(model: nn.Module, mesh: DeviceMesh) -> dict[str, Parall
     if toy and model.config.vocab_size % mesh.size() == 0:
         plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
     return plan
+
+
+def spread_heads(model: nn.Module) -> None:
+    """Spread the attention of a swapped model over the ranks over which Transformers' own plan,
+    such as `tp_plan="auto"`, has spread the rest, in place.
+
+    Attention whose heads the ranks cannot share stays whole on each; a line of the log says why.
+    """
+    meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+    if len(meshes) != 1 or next(iter(meshes)).ndim != 1:
+        return
+    (mesh,) = meshes
+    plan: dict[str, ParallelStyle] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, NSAOps):
+            try:
+                check_divisible(name, module, mesh.size())
+            except InvalidInputError as error:
+                _log.warning("%s; this attention stays whole on each rank", error)
+            else:
+                plan[name] = HeadParallel()
+    parallelize_module(model, mesh, plan)
 
 
 def _is_feed_forward(module: Any) -> bool:

@@ -50,6 +50,10 @@ class Whole:
             ", ".join(strange[:5]),
             "save the swapped model again",
         )
+        if getattr(model, "tp_size", None):
+            from nsagen.distributed.tensor_parallel import spread_heads
+
+            spread_heads(model)
         return (model, info) if output_loading_info else model
 
 
@@ -241,7 +245,7 @@ def _make_config(facts: Facts) -> type:
         __annotations__={"nsa": dict | None},
         nsa=None,
         model_type=f"nsagen_{facts.module}",
-        # A rank would have some of the heads, but the gates and compression of all.
+        # `spread_heads` spreads attention, with its gates and compression.
         base_model_tp_plan={n: how for n, how in plan.items() if "self_attn" not in n},
     )
 
