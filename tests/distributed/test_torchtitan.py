@@ -1,6 +1,6 @@
-"""A Llama of torchtitan with NSA layers, under torchtitan's mesh, as docs/scaling.md says.
+"""A Llama of torchtitan with NSA layers, under torchtitan's mesh and FSDP, as docs/scaling.md says.
 
-torchtitan is not among this project's dependencies; where it is installed, this runs.
+`make setup` installs torchtitan, which is not among this project's dependencies.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule
 
 from nsagen.distributed import context_parallel
 from nsagen.model import NativeSparseAttention, RopeConfig
@@ -22,6 +22,7 @@ from tests.support import one_thread
 pytest.importorskip("torchtitan.models.llama3", reason="needs torchtitan")
 
 from torchtitan.distributed import parallel_dims
+from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.distributed.parallel_dims import ParallelDims
 from torchtitan.models.llama3 import llama3_configs
 
@@ -61,13 +62,13 @@ def llama() -> Any:
     return model
 
 
-def steps(model: Any, ids: Tensor, targets: Tensor, layout: Any, ranks: int) -> list[float]:
+def steps(model: Any, ids: Tensor, targets: Tensor, layout: Any) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for _ in range(2):
         logits = model(ids[None], attention_masks=layout)
         loss = F.cross_entropy(logits[0].float(), targets, reduction="sum") / IDS.shape[0]
-        (loss * ranks).backward()
+        loss.backward()  # torchtitan's FSDP sums gradients, and divides by nothing
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
@@ -77,18 +78,20 @@ def steps(model: Any, ids: Tensor, targets: Tensor, layout: Any, ranks: int) -> 
 def test_two_steps_are_one_process_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel_dims, "device_type", "cpu")  # without a GPU it would say cuda
     targets = IDS.roll(-1)
-    expected = steps(llama(), IDS, targets, ENDS, 1)
+    expected = steps(llama(), IDS, targets, ENDS)
 
     def run(rank: int) -> list[float]:
         dims = ParallelDims(1, 1, 2, 1, 1, 1, 2, "partial_dtensor")
         dims.build_mesh()
         model = llama()
         context = context_parallel(model, dims.get_mesh("cp"))
-        for block in model.layers.values():  # torchtitan's own call asks gloo for what it lacks
-            fully_shard(block, mesh=dims.get_mesh(["fsdp"]))
-        fully_shard(model, mesh=dims.get_mesh(["fsdp"]))
+        dtypes = {"param_dtype": torch.float32, "reduce_dtype": torch.float32}
+        apply_fsdp_to_decoder(model, dims.get_mesh(["fsdp"]), pp_enabled=False, **dtypes)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no other
         shard = context.shard(ENDS)
-        return steps(model, shard.take(IDS), shard.take(targets), shard, 2)
+        return steps(model, shard.take(IDS), shard.take(targets), shard)
 
     first, second = on_ranks(2, run)
     assert [a + b for a, b in zip(first, second, strict=True)] == pytest.approx(expected, rel=1e-5)
