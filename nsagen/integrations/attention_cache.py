@@ -2,20 +2,23 @@
 
 A model's own cache holds roped keys and values. The forms of `nsagen.model.forms` rank blocks by
 means of windows of these keys; `give_cache`, a hook on an attention module, turns the layer of a
-cache into one that keeps them, so that a decoding step makes only those of its new tokens.
+cache into one that keeps them, so that a decoding step makes only those of its new tokens. With
+`cache_dtype` the layer is a `narrow_cache.NarrowLayer`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
-from nsagen.integrations.attention_layout import Layout
+from nsagen.integrations.attention_layout import Layout, refuse
 from nsagen.integrations.block_attention import with_windows
-from nsagen.model.forms import Form
+from nsagen.integrations.narrow_cache import NarrowLayer
+from nsagen.model.forms import Form, check_narrow
 
 LAYER = "nsagen_layer"
 """The name under which `give_cache` hands an attention module its layer of the cache."""
@@ -114,6 +117,9 @@ class WindowedStaticLayer(_Windows, StaticLayer):
 
 _KINDS = {DynamicLayer: WindowedLayer, StaticLayer: WindowedStaticLayer}
 
+_GROWING = {"DynamicLayer", "WindowedLayer", "MiniMaxM3VLSparseCacheLayer"}
+"""Layers that a narrow one takes the place of."""
+
 
 def give_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A forward pre-hook of an attention module: hand its layer of the cache on.
@@ -125,7 +131,11 @@ def give_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         cache = kwargs.get("past_key_values")  # its name before Transformers 5.20
     index = getattr(module, "layer_idx", None)
     ours = getattr(module.config, "_attn_implementation", None) == "nsagen"
-    if not ours or not isinstance(cache, Cache) or index is None or index >= len(cache.layers):
+    if not ours or not isinstance(cache, Cache) or index is None:
+        return None
+    if (narrow := narrow_dtype(module)) is not None:
+        return (args, {**kwargs, LAYER: narrow_layer(cache, index, narrow)})
+    if index >= len(cache.layers):
         return None
     layer = cache.layers[index]
     kind = _KINDS.get(type(layer))
@@ -133,11 +143,66 @@ def give_cache(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         windowed = kind.__new__(kind)
         windowed.__dict__.update(layer.__dict__)
         cache.layers[index] = layer = windowed
-    return (args, {**kwargs, LAYER: layer}) if isinstance(layer, _Windows) else None
+    ours = isinstance(layer, _Windows | NarrowLayer)
+    return (args, {**kwargs, LAYER: layer}) if ours else None
+
+
+def remembers_cache(module: Any) -> bool:
+    """Whether `give_cache` is on an attention module."""
+    return give_cache in module._forward_pre_hooks.values()
 
 
 def remember_cache(module: Any) -> None:
     """Put `give_cache` on an attention module, once."""
-    hooks = module._forward_pre_hooks.values()
-    if give_cache not in hooks and not torch.compiler.is_compiling():
+    if not remembers_cache(module) and not torch.compiler.is_compiling():
         module.register_forward_pre_hook(give_cache, with_kwargs=True)
+
+
+def remember_caches(model: Any) -> None:
+    """Put `give_cache` on all attention modules of a model's decoder.
+
+    A form's `cache_dtype` needs it before the first call; a MiniCPM and a MiniMax-M3 do it
+    themselves.
+    """
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and getattr(module, "is_causal", False):
+            remember_cache(module)
+
+
+def narrow_dtype(module: Any) -> str | None:
+    """The dtype that an attention module's new caches have; None for that of its keys.
+
+    Training with gradients keeps them as they come: nothing that is rounded passes them on.
+    """
+    settings = getattr(module.config, "nsagen", None)
+    cache_dtype = settings.get("cache_dtype") if isinstance(settings, Mapping) else None
+    window = getattr(module, "sliding_window", None)
+    if cache_dtype is None or window or not getattr(module, "is_causal", True):
+        return None
+    check_narrow("config.nsagen", cache_dtype)
+    return None if module.training and torch.is_grad_enabled() else cache_dtype
+
+
+def narrow_layer(cache: Cache, index: int, cache_dtype: str) -> NarrowLayer:
+    """A cache's layer of one byte an element; made if the layer there is empty.
+
+    Raises:
+        InvalidInputError: a kind of cache that such a layer does not fit into, or one that holds
+            tokens in another dtype.
+    """
+    advice = "leave out cache_implementation, start from an empty cache, or leave out cache_dtype"
+    if type(cache) not in (Cache, DynamicCache) or getattr(cache, "offloading", False):
+        rule = "must be a DynamicCache, without offloading, where cache_dtype is set"
+        refuse("cache", rule, f"a {type(cache).__name__}", advice)
+    while len(cache.layers) <= index:
+        cache.layers.append(DynamicLayer())
+    layer: Any = cache.layers[index]
+    used = not hasattr(layer, "max_cache_len") and layer.get_seq_length() > 0
+    narrow = isinstance(layer, NarrowLayer) and layer.cache_dtype == getattr(torch, cache_dtype)
+    if narrow:
+        return layer
+    if used or (type(layer).__name__ not in _GROWING and not isinstance(layer, NarrowLayer)):
+        rule = f"must have new, growing layers for cache_dtype {cache_dtype}"
+        refuse("cache", rule, f"a {type(layer).__name__}{' that holds tokens' * used}", advice)
+    cache.layers[index] = made = NarrowLayer(cache_dtype)
+    return made

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from nsagen.integrations.attention_cache import LAYER, remember_cache
+from nsagen.integrations.attention_cache import LAYER, remember_cache, remembers_cache
 from nsagen.integrations.attention_layout import (
     Layout,
     check_inputs,
@@ -27,6 +27,7 @@ from nsagen.integrations.attention_layout import (
 )
 from nsagen.integrations.attention_mask import mask_of
 from nsagen.integrations.block_attention import attend, dense, in_one_dtype
+from nsagen.integrations.narrow_cache import NarrowLayer
 from nsagen.integrations.shared_attention import attend_shared, check_placed
 from nsagen.model.forms import IMPLEMENTATION, Form, form_of
 from nsagen.model.packing import SHARD
@@ -67,6 +68,12 @@ def attention(
         InvalidInputError: an input that changes attention in a way that is not computed here.
     """
     layer, losses = kwargs.pop(LAYER, None), kwargs.pop(LOSSES, None)
+    keys, values = key, value
+    if isinstance(layer, NarrowLayer):
+        keys, values = layer.rows("keys"), layer.rows("values")
+    elif key.element_size() == 1:
+        rule = "of one byte an element needs the cache_dtype that it was made with"
+        refuse("a cache", rule, f"{key.dtype} without one", "set it in config.nsagen again")
     shard = kwargs.pop(SHARD, None)
     window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
     if window or not getattr(module, "is_causal", True):
@@ -80,17 +87,26 @@ def attention(
     check_inputs(dropout, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if shard is not None:
-        heads = in_one_dtype(query, key, value)
-        return _shared(module, *heads, shard, scale, block_indices, losses), None
-    layout = layout_of(attention_mask, query.shape[0], query.shape[2], key.shape[2], query.device)
+        if keys is not key:
+            refuse(SHARD, "takes no cache of one byte an element", "one", "leave out cache_dtype")
+        q, k, v = in_one_dtype(query, key, value)
+        assert isinstance(k, Tensor)
+        assert isinstance(v, Tensor)
+        return _shared(module, q, k, v, shard, scale, block_indices, losses), None
+    sizes = (query.shape[0], query.shape[2], keys.shape[2])
+    layout = layout_of(attention_mask, *sizes, query.device)
     ends = (kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k"))
     layout = _with_documents(module, layout, *ends)
-    heads = in_one_dtype(query, key, value)
+    heads = in_one_dtype(query, keys, values)
     if block_indices is None:
         return dense(*heads, layout, scale), None
     if block_indices is not NO_INDEX:
         return block_indices.attend(*heads, layout, scale, losses), None
     form = _form(module)
+    if form.cache_dtype is not None and not remembers_cache(module):
+        rule = "needs hooks on the model's attention before its first call"
+        advice = "call nsagen.integrations.attention_cache.remember_caches(model)"
+        refuse("cache_dtype", rule, "none", advice)
     remember_cache(module)
     return attend(form, *heads, layout, scale, layer), None
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nsagen.integrations.attention_layout import Layout, ends_of
+from nsagen.integrations.narrow_rows import NarrowRows, Rows, cache_and_scale, taken, widened
 from nsagen.model.forms import Form, select, select_step
 from nsagen.ops import selected_attention_decode
 from nsagen.ops.compress import compress
@@ -26,8 +27,8 @@ GROWTH = 1.5
 def attend(
     form: Form,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Rows,
+    value: Rows,
     layout: Layout,
     scale: float,
     layer: Any = None,
@@ -51,17 +52,19 @@ def attend(
     return o + sparse(form, *heads, layout.only([not s for s in small]), scale, layer)
 
 
-def in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def in_one_dtype(q: Tensor, k: Rows, v: Rows) -> tuple[Tensor, Rows, Rows]:
     """As SDPA takes them: under autocast, rope may leave queries and keys in float32."""
     kind = q.device.type
     if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
         return q, k, v
     dtype = torch.get_autocast_dtype(kind)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    k, v = (x if isinstance(x, NarrowRows) else x.to(dtype) for x in (k, v))
+    return q.to(dtype), k, v
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+def dense(query: Tensor, key: Rows, value: Rows, layout: Layout, scale: float) -> Tensor:
     """Causal attention of each sequence to all of its tokens: [B, S, HQ, D]."""
+    key, value = widened(key, query.dtype), widened(value, query.dtype)
     if layout.key_index is None:
         keys = slice(0, layout.keys)
         o = _causal(query, key[:, :, keys], value[:, :, keys], scale)
@@ -103,8 +106,8 @@ def _dense_steps(q: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: f
 def sparse(
     form: Form,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Rows,
+    value: Rows,
     layout: Layout,
     scale: float,
     layer: Any,
@@ -116,10 +119,10 @@ def sparse(
 
 
 def _selected(
-    form: Form, query: Tensor, key: Tensor, layout: Layout, scale: float, layer: Any
+    form: Form, query: Tensor, key: Rows, layout: Layout, scale: float, layer: Any
 ) -> Tensor:
     """The blocks of each query, as `chosen` takes them."""
-    if layout.whole:
+    if layout.whole and not isinstance(key, NarrowRows):
         k = layout.pack_keys(key).detach()
         windows, window_ends = compress(
             *(k, None, None, layout.cu_seqlens_k),
@@ -131,26 +134,28 @@ def _selected(
     else:
         kept, counts = _kept_windows(form, key, layout, layer)
         if layout.step:
+            windows, of_windows = cache_and_scale(kept)
             places = (layout.positions, layout.slots)
-            return select_step(form, query[:, :, 0], kept.transpose(1, 2), *places, scale)
-        windows, window_ends = packed_windows(kept, counts, layout)
+            return select_step(form, query[:, :, 0], windows, *places, scale, of_windows)
+        windows, window_ends = packed_windows(widened(kept, query.dtype), counts, layout)
     q = layout.pack_queries(query)
     return select(form, q, windows, layout.cu_seqlens_q, window_ends, layout.q_start, scale)
 
 
 def _kept_windows(
-    form: Form, key: Tensor, layout: Layout, layer: Any
-) -> tuple[Tensor, tuple[int, ...]]:
+    form: Form, key: Rows, layout: Layout, layer: Any
+) -> tuple[Rows, tuple[int, ...]]:
     """The windows behind a cache, [B, HK, M, D], and how many each row has."""
     if layer is None:
+        assert isinstance(key, Tensor)
         return with_windows(form, key, layout, None, (0,) * layout.batch)
     return layer.windows_of(form, key, layout), layer.counts
 
 
 def chosen(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Rows,
+    value: Rows,
     blocks: Tensor,
     block_size: int,
     local_blocks: int,
@@ -175,7 +180,8 @@ def chosen(
         if graded or not alike:
             return _gathered_step(query, key, value, blocks, block_size, layout, scale)
         return _chosen_step(query, key, value, blocks, block_size, layout, scale, dispatcher)
-    q, k, v = layout.pack_queries(query), layout.pack_keys(key), layout.pack_keys(value)
+    q = layout.pack_queries(query)
+    k, v = (layout.pack_keys(widened(x, query.dtype)) for x in (key, value))
     repeats = blocks.shape[0] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
@@ -190,8 +196,8 @@ def chosen(
 
 def _chosen_step(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Rows,
+    value: Rows,
     blocks: Tensor,
     block_size: int,
     layout: Layout,
@@ -199,11 +205,13 @@ def _chosen_step(
     dispatcher: Dispatcher | None,
 ) -> Tensor:
     """`chosen` of one token a row without padding, by the decoding kernel."""
-    q, k, v = query[:, :, 0], key.transpose(1, 2), value.transpose(1, 2)
+    (k, k_scale), (v, v_scale) = cache_and_scale(key), cache_and_scale(value)
     o = selected_attention_decode(
-        *(q, k, v, blocks, layout.positions, layout.slots),
+        *(query[:, :, 0], k, v, blocks, layout.positions, layout.slots),
         block_size=block_size,
         softmax_scale=scale,
+        k_scale=k_scale,
+        v_scale=v_scale,
         dispatcher=dispatcher,
     )
     return o[:, None]
@@ -211,8 +219,8 @@ def _chosen_step(
 
 def _gathered_step(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Rows,
+    value: Rows,
     blocks: Tensor,
     block_size: int,
     layout: Layout,
@@ -225,12 +233,11 @@ def _gathered_step(
     seen = (tokens >= 0) & (tokens <= layout.positions[:, None])
     heads = torch.arange(blocks.shape[0], device=query.device) * key.shape[1] // blocks.shape[0]
     places = layout.places_of(tokens.where(seen, 0))
-    taken = (layout.slots.long()[:, None], heads[:, None, None], places)
+    index = (layout.slots.long()[:, None], heads[:, None, None], places)
+    k, v = taken(key, index, query.dtype), taken(value, index, query.dtype)
     q = query[:, :, 0].unflatten(1, (blocks.shape[0], -1)).transpose(0, 1)
     some = seen | ~seen.any(-1, keepdim=True)  # a row without a token: no NaN before it is dropped
-    o = functional.scaled_dot_product_attention(
-        q, key[taken], value[taken], some[:, :, None], scale=scale
-    )
+    o = functional.scaled_dot_product_attention(q, k, v, some[:, :, None], scale=scale)
     o = o.transpose(0, 1).flatten(1, 2)
     return o.masked_fill((layout.positions < 0)[:, None, None], 0.0)[:, None]
 

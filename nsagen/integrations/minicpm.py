@@ -17,6 +17,7 @@ import transformers
 from transformers.models.granite.configuration_granite import GraniteConfig
 from transformers.models.granite.modeling_granite import GraniteForCausalLM, GraniteModel
 
+from nsagen.integrations.attention_cache import remember_caches
 from nsagen.integrations.attention_interface import IMPLEMENTATION
 from nsagen.model.checks import require
 from nsagen.model.forms import form_of
@@ -50,8 +51,8 @@ class MiniCPMConfig(GraniteConfig):
         scale_depth: times each residual branch, over the square root of the number of layers.
         dim_model_base: the logits are divided by hidden_size over this.
         sparse_config: InfLLM-V2's settings, by their released names: see `SPARSE`, and
-            `local_blocks`, which is window_size / block_size + 1 unless given, and `package`, as in
-            `nsagen.model.forms`. None: dense.
+            `local_blocks`, which is window_size / block_size + 1 unless given, and `package` and
+            `cache_dtype`, as in `nsagen.model.forms`. None: dense.
 
     Raises:
         InvalidInputError: a `sparse_config` with an unknown name or a value out of its range;
@@ -103,7 +104,7 @@ class MiniCPMConfig(GraniteConfig):
         where, given = "MiniCPMConfig.sparse_config", self.sparse_config
         fits = isinstance(given, Mapping)
         require(fits, where, "must be a mapping or None", repr(given), "see docs/minicpm.md")
-        names = {*SPARSE, "local_blocks", "package"}
+        names = {*SPARSE, "local_blocks", "package", "cache_dtype"}
         unknown = ", ".join(sorted(set(given) - names, key=str))
         rule = f"the settings are {', '.join(sorted(names))}"
         require(not unknown, where, rule, unknown, "correct the name, or leave it out")
@@ -142,6 +143,8 @@ class _MiniCPM:
     def __init__(self, config: MiniCPMConfig, *args: Any, **kwargs: Any) -> None:
         config.choose_attention()  # it may have got its sparse_config just now
         super().__init__(config, *args, **kwargs)  # pyright: ignore
+        if (config.nsagen or {}).get("cache_dtype") is not None:
+            remember_caches(self)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:

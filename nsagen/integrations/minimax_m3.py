@@ -1,11 +1,12 @@
 """MiniMax-M3 with `attn_implementation="nsagen"`: its indexer, its training, on nsagen's ops.
 
 Transformers scores all keys in an indexer before it calls the attention function, with N * N
-scores, and trains nothing of it. `register` replaces two methods of its classes, which do as
+scores, and trains nothing of it. `register` replaces three methods of its classes, which do as
 before under any other implementation:
 
 - the indexer's forward gives `IndexHeads`, from which the attention function selects blocks,
   counted from each sequence's first token, wherever padding is;
+- the attention's forward keeps a cache in one byte an element, if the config says so;
 - the causal language model's forward has `index_loss` in its output and adds it to the loss.
 """
 
@@ -22,11 +23,13 @@ from torch import Tensor
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as m3
 
+from nsagen.integrations.attention_cache import give_cache, narrow_dtype
 from nsagen.integrations.attention_interface import IMPLEMENTATION, LOSSES
 from nsagen.integrations.attention_layout import Layout, refuse
 from nsagen.integrations.block_attention import chosen, dense
+from nsagen.integrations.narrow_rows import Rows, cache_and_scale, widened
 from nsagen.model.checks import require
-from nsagen.model.forms import Index, check_package, dispatcher_of
+from nsagen.model.forms import Index, check_narrow, check_package, dispatcher_of
 from nsagen.ops import block_selection, block_selection_decode, index_loss
 
 SCORES: dict[str, Any] = {"score_norm": "none", "score_heads": "each", "score_pool": "max"}
@@ -44,11 +47,14 @@ class IndexSettings:
             tokens that a query sees, as when it is new.
         package: name of the generated package whose kernels a GPU runs; None for nsagen's own
             choice.
+        cache_dtype: "float8_e4m3fn" or "int8": caches keep keys, values and index keys in one byte
+            an element, with a scale for each head of a token; None: in the model's dtype.
     """
 
     index_loss_coef: float = 1.0
     index_warmup: bool = False
     package: str | None = None
+    cache_dtype: str | None = None
 
 
 def settings_of(config: Any) -> IndexSettings:
@@ -68,6 +74,7 @@ def settings_of(config: Any) -> IndexSettings:
     rule = "index_loss_coef must be a number of at least 0"
     require(fits, where, rule, repr(coef), "1.0 is the default")
     check_package(where, settings.package)
+    check_narrow(where, settings.cache_dtype)
     rule = "index_warmup must be true or false"
     require(isinstance(warm, bool), where, rule, repr(warm), "false is the default")
     return settings
@@ -115,7 +122,7 @@ class IndexHeads:
     """
 
     q: Tensor
-    k: Tensor
+    k: Rows
     layer: int
     config: Any
     training: bool
@@ -123,8 +130,8 @@ class IndexHeads:
     def attend(
         self,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Rows,
+        value: Rows,
         layout: Layout,
         scale: float,
         losses: IndexLosses | None,
@@ -148,6 +155,8 @@ class IndexHeads:
             sizes = (block_size, self.config.index_local_blocks)
             o = chosen(query, key, value, blocks, *sizes, layout, scale, dispatcher)
         if losses is not None and self.q.requires_grad:
+            assert isinstance(key, Tensor)
+            assert isinstance(self.k, Tensor)
             q, k = layout.pack_queries(query).detach(), layout.pack_keys(key).detach()
             index_q, index_k = layout.pack_queries(self.q), layout.pack_keys(self.k)
             loss = index_loss(
@@ -178,6 +187,7 @@ class IndexHeads:
             self._check_learns(settings)
         if settings.index_warmup:
             return None
+        assert isinstance(self.k, Tensor)
         q, index_k = (x[0].transpose(0, 1) for x in (self.q, self.k))
         return Index(q, index_k, self._rule(), dispatcher_of(settings.package))
 
@@ -222,9 +232,9 @@ class IndexHeads:
         """As `chosen` takes them."""
         rule = {**self._rule(), "dispatcher": dispatcher}
         if layout.step and layout.key_index is None:
-            places = (layout.positions, layout.slots)
-            return block_selection_decode(self.q[:, :, 0], self.k.transpose(1, 2), *places, **rule)
-        q, k = layout.pack_queries(self.q), layout.pack_keys(self.k)
+            (k, k_scale), places = cache_and_scale(self.k), (layout.positions, layout.slots)
+            return block_selection_decode(self.q[:, :, 0], k, *places, **rule, k_scale=k_scale)
+        q, k = layout.pack_queries(self.q), layout.pack_keys(widened(self.k, self.q.dtype))
         ends = (layout.cu_seqlens_q, layout.cu_seqlens_k)
         blocks = block_selection(q, k, None, *ends, **rule, q_start=layout.q_start)
         return layout.by_row(blocks) if layout.step else blocks
@@ -256,6 +266,16 @@ def _with_index_heads(original: Callable[..., Any]) -> Callable[..., Any]:
         if self.config._attn_implementation != IMPLEMENTATION:
             return original(self, *args, **kwargs)
         return _index_heads(self, *args, **kwargs)
+
+    return forward
+
+
+def _with_narrow_cache(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.config._attn_implementation == IMPLEMENTATION and narrow_dtype(self) is not None:
+            args, kwargs = give_cache(self, args, kwargs) or (args, kwargs)
+        return original(self, *args, **kwargs)
 
     return forward
 
@@ -294,6 +314,7 @@ def register() -> None:
     """Replace the methods of Transformers' classes, once."""
     for kind, wrap in (
         (m3.MiniMaxM3VLIndexer, _with_index_heads),
+        (m3.MiniMaxM3VLAttention, _with_narrow_cache),
         (m3.MiniMaxM3VLForCausalLM, _with_index_loss),
     ):
         if not hasattr(kind.forward, "nsagen"):

@@ -77,7 +77,7 @@ class _Cache(Generic[Layer]):
         self.limits = limits
         self.device = checked_device(where, device)
         self.dtype = dtype
-        _check_dtype(where, limits, self.device, dtype)
+        check_narrow_cache(where, limits.cache_dtype, self.device, dtype)
         try:
             # Zeros, not garbage: kernels may load rows past a sequence's end before masking them.
             self._tensors = {
@@ -212,11 +212,11 @@ def _zeros(
     return torch.zeros((*rows, heads, entries), device=device, dtype=dtype).transpose(-1, -2)
 
 
-def _check_dtype(
-    where: str, limits: InferenceConfig, device: torch.device, dtype: torch.dtype
+def check_narrow_cache(
+    where: str, cache_dtype: str | None, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Whether a cache of a narrow dtype can hold the model's values, and the device convert it."""
-    if limits.cache_dtype is None:
+    if cache_dtype is None:
         return
     require(
         dtype != torch.float16,
@@ -225,11 +225,11 @@ def _check_dtype(
         str(dtype),
         "convert the model, or leave cache_dtype out",
     )
-    if device.type == "cuda" and limits.cache_dtype == "float8_e4m3fn":
+    if device.type == "cuda" and cache_dtype == "float8_e4m3fn":
         target = target_of(device)
         known = KNOWN_TARGETS.get(target)
         require(
-            known is None or known.holds(limits.cache_dtype),
+            known is None or known.holds(cache_dtype),
             where,
             "a cache of float8_e4m3fn needs an NVIDIA GPU of compute capability 8.9 or newer",
             target,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsagen.core.workload import CACHE_DTYPES
 from nsagen.model.checks import require
 from nsagen.ops import block_selection, block_selection_decode, compressed_lse
 from nsagen.runtime import Dispatcher, load
@@ -68,6 +69,8 @@ class Form:
         dense_decode: whether a single new token behind a cache attends to everything.
         package: name of the generated package whose kernels a GPU runs; None for nsagen's own
             choice.
+        cache_dtype: "float8_e4m3fn" or "int8": caches keep keys, values and windows in one byte an
+            element, with a scale for each head of a token or window; None: in the model's dtype.
     """
 
     form: str
@@ -80,6 +83,7 @@ class Form:
     dense_len: int
     dense_decode: bool
     package: str | None = None
+    cache_dtype: str | None = None
 
     @property
     def dispatcher(self) -> Dispatcher | None:
@@ -149,6 +153,13 @@ def check_package(where: str, package: Any) -> None:
     require(fits, where, rule, repr(package), 'e.g. "minicpm4", after nsagen build')
 
 
+def check_narrow(where: str, cache_dtype: Any) -> None:
+    """A narrow dtype's name, or None."""
+    fits = cache_dtype is None or (isinstance(cache_dtype, str) and cache_dtype in CACHE_DTYPES)
+    rule = f"cache_dtype must be None or one of {', '.join(CACHE_DTYPES)}"
+    require(fits, where, rule, repr(cache_dtype), "leave it out for the model's dtype")
+
+
 SETTINGS = tuple(field.name for field in fields(Form))
 
 
@@ -193,13 +204,14 @@ def _check(where: str, form: Form) -> None:
     values = asdict(form)
     minimum = {"init_blocks": 0, "local_blocks": 0, "dense_len": -1}
     for name, value in values.items():
-        if name in ("form", "dense_decode", "package"):
+        if name in ("form", "dense_decode", "package", "cache_dtype"):
             continue
         least = minimum.get(name, 1)
         fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
         rule = f"{name} must be an integer of at least {least}"
         require(fits, where, rule, repr(value), f"set {name} to such a number")
     check_package(where, form.package)
+    check_narrow(where, form.cache_dtype)
     fits = isinstance(form.dense_decode, bool)
     rule = "dense_decode must be true or false"
     require(fits, where, rule, repr(form.dense_decode), "set it to one of them")
@@ -262,6 +274,7 @@ def select_step(
     positions: Tensor,
     slots: Tensor,
     softmax_scale: float,
+    k_scale: Tensor | None = None,
 ) -> Tensor:
     """The blocks that one new token of each row sees.
 
@@ -271,9 +284,11 @@ def select_step(
         positions: int32 [B], of the new tokens; -1: none.
         slots: int32 [B], the rows of `windows`.
         softmax_scale: of the scores.
+        k_scale: float32 [B, M, HK], of windows of a narrow dtype.
 
     Returns:
         int32 [HK, B, topk], or [HQ, B, topk] where each head selects for itself.
     """
-    more = {"softmax_scale": softmax_scale, "dispatcher": form.dispatcher}
+    more: dict[str, Any] = {"softmax_scale": softmax_scale, "dispatcher": form.dispatcher}
+    more["k_scale"] = k_scale
     return block_selection_decode(q, windows, positions, slots, **form.rule, **more)

@@ -27,7 +27,14 @@ INFLLM = {
 MOBA = {"form": "moba", "block_size": 16, "topk": 3}
 
 
-def blocks_seen(q: Tensor, k: Tensor, t: int, scale: float, form: dict[str, Any]) -> set[int]:
+def as_it_is(x: Tensor) -> Tensor:
+    """What a cache of the model's dtype gives back."""
+    return x
+
+
+def blocks_seen(
+    q: Tensor, k: Tensor, t: int, scale: float, form: dict[str, Any], kept: Any = as_it_is
+) -> set[int]:
     """Of the query at position t: q [G, D] of the heads that select together, k [T, D]."""
     size = form["block_size"]
     infllm = form["form"] == "infllm_v2"
@@ -38,7 +45,7 @@ def blocks_seen(q: Tensor, k: Tensor, t: int, scale: float, form: dict[str, Any]
     own = t // size
     scores = [0.0 if infllm else float("-inf")] * (own + 1)
     if starts:
-        means = torch.stack([k[i : i + length].mean(0) for i in starts])
+        means = kept(torch.stack([k[i : i + length].mean(0) for i in starts]))
         products = q @ means.T
         values = (products * scale).softmax(-1) if infllm else products
         for i, value in zip(starts, values.sum(0).tolist(), strict=True):
@@ -49,7 +56,9 @@ def blocks_seen(q: Tensor, k: Tensor, t: int, scale: float, form: dict[str, Any]
     return forced | set(free[: form["topk"] - len(forced)])
 
 
-def plain_mask(q: Tensor, k: Tensor, scale: float, form: dict[str, Any], dense: Any) -> Tensor:
+def plain_mask(
+    q: Tensor, k: Tensor, scale: float, form: dict[str, Any], dense: Any, kept: Any = as_it_is
+) -> Tensor:
     """bool [HQ, T, T] of one sequence, q [HQ, T, D] and k [HK, T, D]; `dense(t)` sees all."""
     heads, tokens = q.shape[:2]
     group = heads // k.shape[0]
@@ -61,27 +70,33 @@ def plain_mask(q: Tensor, k: Tensor, scale: float, form: dict[str, Any], dense: 
             if dense(t):
                 mask[rows, t, : t + 1] = True
                 continue
-            for block in blocks_seen(q[rows, t], k[first // group], t, scale, form):
+            for block in blocks_seen(q[rows, t], k[first // group], t, scale, form, kept):
                 start = block * form["block_size"]
                 mask[rows, t, start : min(start + form["block_size"], t + 1)] = True
     return mask
 
 
 @contextmanager
-def plain(model: Any, form: dict[str, Any], dense: Any = lambda t: False) -> Iterator[Any]:
-    """The model with plain attention: for one sequence without a cache, all at once."""
+def plain(
+    model: Any, form: dict[str, Any], dense: Any = lambda t: False, kept: Any = as_it_is
+) -> Iterator[Any]:
+    """The model with plain attention: for one sequence without a cache, all at once.
+
+    Args:
+        kept: what a cache gives back of keys, values and windows.
+    """
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        q, k, v = query[0], key[0], value[0]
+        q, k, v = query[0], kept(key[0]), kept(value[0])
         scale = kwargs["scaling"]
         window, places = getattr(module, "sliding_window", None), torch.arange(q.shape[1])
         if window:
             ahead = places[:, None] - places
             seen = ((ahead >= 0) & (ahead < window)).expand(q.shape[0], -1, -1)
         else:
-            seen = plain_mask(q.detach(), k.detach(), scale, form, dense)
+            seen = plain_mask(q.detach(), k.detach(), scale, form, dense, kept)
         group = q.shape[0] // k.shape[0]
         scores = q @ k.repeat_interleave(group, 0).transpose(1, 2) * scale
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
