@@ -100,6 +100,7 @@ class Tuner:
         job: _Job | None = None
         with self._stop, heartbeats(self._storage, self._running), self._released():
             while True:
+                self._stop.check()  # here too: a device that is never waited for takes no wait
                 self._admit()
                 self._fill()
                 following = self._begin(None if job is None else job.open_search)
@@ -108,7 +109,6 @@ class Tuner:
                 elif following is None:
                     if not self._open and not self._waiting:
                         return self._failures
-                    self._stop.check()
                     time.sleep(_PAUSE_S)
                 job = following
 

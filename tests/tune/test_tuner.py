@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 
 import optuna
@@ -16,6 +18,7 @@ from nsagen.tune import final_round, session
 from nsagen.tune.evaluate import Final
 from nsagen.tune.final_round import decide
 from nsagen.tune.search import Budget
+from nsagen.tune.settings import Step
 from nsagen.tune.storage import open_storage
 from tests.tune.conftest import Silent, World
 from tests.tune.fake import FACTS, FakeCompiler, fake_ms
@@ -138,6 +141,22 @@ def test_a_small_space_is_measured_whole(world: World) -> None:
     (record,) = world.tune(budget=Budget(trials=500, patience=500)).records
     assert record.measured == record.of
     assert record.ended == "every schedule is measured"
+
+
+def test_ctrl_c_ends_a_search_whose_device_keeps_nobody_waiting(world: World) -> None:
+    """Each measurement is over before it is waited for."""
+
+    class Impatient(Silent):
+        def step(self, step: Step) -> None:
+            super().step(step)
+            if len(self.steps) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = Impatient()
+    with pytest.raises(KeyboardInterrupt):
+        world.tune(trials=12, watcher=watcher)
+    assert len(watcher.steps) == 3
+    assert not trials_of(world, TrialState.RUNNING)
 
 
 def test_time_is_shared_among_the_tasks(world: World) -> None:
