@@ -3,7 +3,7 @@
 #   make setup      create or update .venv; nothing to do while its inputs are unchanged
 #   make demo       build the shipped specs and run the demo, in Triton's interpreter
 #   make test       all tests that need no GPU
-#   make check      all tests that need no GPU, and beside them make static
+#   make check      all tests that need no GPU, and make static, at once
 #   make static     lint, formatting, types, and that generated/ is up to date
 #   make test-lowest  fast tests on the lowest releases that pyproject.toml allows, in .venv-lowest
 #   make test-shapes  kernels of shapes drawn anew, in BUDGET=600 seconds of computing
@@ -68,7 +68,7 @@ test-plain: $(STAMP)
 # Only files that may have such tests: each worker imports what it collects.
 test-interpreter: $(STAMP)
 	$(INTERPRETED) $(PYTEST) -m "(kernel or interpreter) and not slow" \
-	  tests/kernels $$(grep -rlE 'interpret|mark\.kernel' tests --include='test_*.py')
+	  tests/kernels $$(grep -rlE 'mark\.(interpreter|kernel)' tests --include='test_*.py')
 
 # Kernels through the interpreter; and what uses torch, pydantic, YAML, Jinja and the command line.
 test-lowest: .venv-lowest/.stamp
@@ -87,9 +87,11 @@ test-lowest: .venv-lowest/.stamp
 test-shapes: $(STAMP)
 	SHAPES_SECONDS=$(BUDGET) $(INTERPRETED) $(PYTEST) tests/kernels/test_any_shape.py -k many
 	SHAPES_SECONDS=$(BUDGET) $(PYTEST) tests/aot/test_any_target.py -k many -rP
+	$(PYTEST) -m slow tests/aot/test_front_end.py tests/codegen/test_selected_attention_backward.py
 
+# At once: many plain tests wait for processes, and leave their core to the interpreter meanwhile.
 check: $(STAMP)
-	$(MAKE) -j 2 test static
+	$(MAKE) -j 3 test-plain test-interpreter static
 
 static: $(STAMP)
 	$(PY) -m ruff check .

@@ -7,6 +7,7 @@ would have read, and any number of processes or parts share one batch between th
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,14 +55,21 @@ def generator_of(seed: int, split: Split, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
+_NO_SOURCES = {"site-packages", "test", "tests"}
+"""Folders that are not looked into."""
+
+
 def python_sources() -> Iterator[tuple[str, bytes]]:
     """Python files that this machine has: the standard library's, then PyTorch's, by path."""
     roots = (Path(sysconfig.get_path("stdlib")), Path(torch.__file__).parent)
     for root in roots:
-        paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+        paths = {}
+        for folder, inner, files in os.walk(root):
+            inner[:] = [name for name in inner if name not in _NO_SOURCES]
+            found = (Path(folder, name) for name in files if name.endswith(".py"))
+            paths |= {path.relative_to(root).as_posix(): path for path in found}
         for name in sorted(paths):
-            if not {"site-packages", "test", "tests"} & set(name.split("/")):
-                yield f"{root.name}/{name}", paths[name].read_bytes()
+            yield f"{root.name}/{name}", paths[name].read_bytes()
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,15 @@ def check(calls: Iterable[RecordedLaunch], path: Path) -> None:
         assert isinstance(stopped.value.__cause__, _Accepted), stopped.value
 
 
-@pytest.mark.parametrize("branch_kv", BRANCH_KV)
-@pytest.mark.parametrize(("kind", "v_kind"), [*itertools.product(COMPRESS_TYPES, repeat=2)])
+def every_pair() -> Iterator[Any]:
+    """Two types and whose keys: each pair for one of BRANCH_KV, and as slow tests for the other."""
+    for (i, kind), (j, v_kind) in itertools.product(enumerate(COMPRESS_TYPES), repeat=2):
+        for n, branch_kv in enumerate(BRANCH_KV):
+            marks = [pytest.mark.slow] if (i + j + n) % 2 else []
+            yield pytest.param(kind, v_kind, branch_kv, marks=marks)
+
+
+@pytest.mark.parametrize(("kind", "v_kind", "branch_kv"), every_pair())
 def test_keys_and_values_of_any_two_types(
     kind: str, v_kind: str, branch_kv: str, tmp_path: Path
 ) -> None:
@@ -117,10 +124,12 @@ def test_chunks(op: str, statics: dict[str, int], pass_: str, tmp_path: Path) ->
     work = Workload.of(op, pass_, dtype="bfloat16", **params)
     case = cases_of(work).make_case(work, Sizes((300,), 2), "meta")
     ends, starts = (torch.empty(n, dtype=torch.int32, device="meta") for n in (2, 1))
-    chunk = {"q_start": starts} if "kernel_size" in statics else {"cu_seqlens_k": ends}
+    chunks = [{"q_start": starts}]
+    if "kernel_size" not in statics:
+        chunks = [{"cu_seqlens_k": ends}, {"cu_seqlens_k": ends, "q_start": starts}]
     for path in files_of(work, tmp_path):
         module = import_file(path)
-        for more in (chunk, {**chunk, "q_start": starts}):
+        for more in chunks:
             with recording(module) as calls:
                 module.launch(*case.args, **more)
             check(first_calls(calls), path)

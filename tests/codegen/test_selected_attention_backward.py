@@ -49,19 +49,25 @@ def shared_bytes(call: RecordedLaunch, target: Target, monkeypatch: pytest.Monke
     return cause.args[0]
 
 
-@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
-@pytest.mark.parametrize(
-    ("sizes", "algorithm", "knobs"),
-    [
-        ((112, 112, 7, 160), "key_major", ("keys", 32, 4, 2)),  # keys lie there in two layouts
-        ((80, 96, 4, 160), "key_major", ("keys", 16, 8, 1)),
-        ((128, 128, 4, 64), "key_major", ("queries", 128, 8, 2)),  # shares on their way out
-        ((64, 64, 7, 160), "key_major", ("keys", 16, 4, 3)),
-        ((112, 112, 16, 64), "two_pass", ("keys", 128, 4, 3)),  # three steps of queries
-        ((256, 256, 7, 32), "two_pass", ("keys", 32, 4, 1)),
-        ((64, 64, 4, 160), "two_pass", ("queries", 32, 8, 1)),
-    ],
-)
+SCHEDULES = [
+    ((112, 112, 7, 160), "key_major", ("keys", 32, 4, 2)),  # keys lie there in two layouts
+    ((80, 96, 4, 160), "key_major", ("keys", 16, 8, 1)),
+    ((128, 128, 4, 64), "key_major", ("queries", 128, 8, 2)),  # shares on their way out
+    ((64, 64, 7, 160), "key_major", ("keys", 16, 4, 3)),
+    ((112, 112, 16, 64), "two_pass", ("keys", 128, 4, 3)),  # three steps of queries
+    ((256, 256, 7, 32), "two_pass", ("keys", 32, 4, 1)),
+    ((64, 64, 4, 160), "two_pass", ("queries", 32, 8, 1)),
+]
+
+
+def on_either_target():
+    """Each schedule on one of two targets, and on the other one as a slow test."""
+    for n, schedule in enumerate(SCHEDULES):
+        for m, target in enumerate(("cuda:80", "cuda:90")):
+            yield pytest.param(*schedule, target, marks=[pytest.mark.slow] if (n + m) % 2 else [])
+
+
+@pytest.mark.parametrize(("sizes", "algorithm", "knobs", "target"), on_either_target())
 def test_no_more_shared_memory_than_estimated(
     sizes, algorithm, knobs, target, tmp_path, monkeypatch
 ):

@@ -97,7 +97,8 @@ def command(config: TrainConfig, out: Path, *more: str) -> list[str]:
 
 
 def started(arguments: list[str], **environ: object) -> int:
-    """Start a command line in a fork of this process, which has imported torch; its id."""
+    """Start a command line in a fork of this process; its id."""
+    import matplotlib.pyplot  # noqa: F401  # once, for all forks
 
     def main() -> object:
         os.environ.update({name: str(value) for name, value in environ.items()})

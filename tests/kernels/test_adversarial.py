@@ -89,7 +89,7 @@ def adversarial(w: Workload, kind: str, monkeypatch: pytest.MonkeyPatch) -> Case
     draw = torch.randn
     with monkeypatch.context() as patched:
         patched.setattr(torch, "randn", lambda *a, **k: KINDS[kind](draw(*a, **k)))
-        sizes = Sizes((40, -1, 3), capacity=48) if w.pass_ == "decode" else Sizes((0, 3, 26))
+        sizes = Sizes((40, -1, 3), capacity=48) if w.pass_ == "decode" else Sizes((0, 3, 18))
         return cases_of(w).make_case(w, sizes, kernel_device(), seed=1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ KNOBS = {"block_j": 1, "block_tokens": 16, "block_windows": 8, "num_warps": 4, "
 @pytest.fixture
 def compile_(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setattr(os, "nice", lambda by: 0)  # that would hold for all tests of this process
 
     def compiled(**knobs: int) -> Compiled:
         schedule = Schedule.of("pool", {**KNOBS, **knobs})
