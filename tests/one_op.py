@@ -44,6 +44,8 @@ def {{ kernel_name }}(a, b, c, gate, o, size):
 
 def launch(o_compressed, o_selected, o_sliding, gate, o):
     """Run over every element of o."""
+    if not all(x.is_contiguous() for x in (o_compressed, o_selected, o_sliding, gate)):
+        raise ValueError("o_compressed, o_selected, o_sliding and gate must be contiguous")
     grid = (triton.cdiv(o.numel(), {{ block }}),)
     {{ kernel_name }}[grid](o_compressed, o_selected, o_sliding, gate, o, o.numel())
 '''

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nsagen.ops._checks import check_indices, check_offsets, check_rows, fail
-from nsagen.ops._launch import fixed_kernel
+from nsagen.ops._launch import Launch, fixed_kernel
 from nsagen.ops._op import define_op
 from nsagen.ops.layout import compressed_cu_seqlens, positions_in_sequence
 from nsagen.ops.reference._checks import check_windows
+from nsagen.runtime.device import interpreting
 
 _OP = "lengths"
 
@@ -99,11 +100,16 @@ def _allocate(cu_seqlens: Tensor, tokens: int, kernel_stride: int) -> tuple[Tens
     return cu_seqlens.new_empty(tokens), offsets, cu_seqlens.new_empty(tokens // kernel_stride)
 
 
+def _kernel(cu_seqlens: Tensor) -> Launch | None:
+    """None in the interpreter, where PyTorch is quicker."""
+    return None if interpreting() else fixed_kernel("launch_lengths", cu_seqlens)
+
+
 @define_op(
     returns="positions window_cu_seqlens window_positions",
     allocate=_allocate,
     check=_check,
-    kernel=lambda cu_seqlens: fixed_kernel("launch_lengths", cu_seqlens),
+    kernel=_kernel,
     launch="cu_seqlens positions window_cu_seqlens window_positions"
     " tokens kernel_size kernel_stride",
 )

@@ -127,8 +127,11 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
             tokens = max(1, min(tokens, 32 // next_power_of_2(group)))
         knobs = {"tokens": tokens, "columns": 32, "windows": 16, "segment": 256}
         if int(workload.head_dim) > 64 and target.backend == "cuda":
-            # With one stage, four warps or more columns, operands go through the stack.
-            return {**knobs, "columns": 16, "num_warps": 8, "num_stages": 2}
+            # With one stage, four warps or more columns, operands go through the stack; so they do
+            # with four products of 64 wide heads on some targets, and not with two.
+            few = group == 64 and int(workload.head_dim) > 128 and target.arch in ("86", "89")
+            columns = 32 if few else 16
+            return {**knobs, "columns": columns, "num_warps": 8, "num_stages": 2}
         return {**knobs, "num_warps": warps}
     wide = int(workload.head_dim) > 128  # twice the addresses of keys in flight
     # Four warps spill on Blackwell, on parts whose shared memory holds few tokens of a group, and
@@ -138,12 +141,15 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
     spills = crowded or target.arch == "100" or (odd and target.backend == "cuda")
     if group > 32 or (group > 8 and (wide or spills)):
         tokens = 8 if group > 16 or wide or (odd and not crowded) else 16
+        small = crowded or (wide and group > 32)
         if odd and group > 16:  # the columns of two products together
-            tokens = min(tokens, (128 if crowded else 256) // next_power_of_2(group))
-        windows = 64
+            tokens = min(tokens, (128 if small else 256) // next_power_of_2(group))
+        windows = 32 if wide and odd and group > 32 else 64
         if wide and crowded:  # with 32, a heuristic of ptxas spills to fit a second program
             windows = 32 if group > 16 else 16 if target.arch == "120" else 64
-        knobs = {"tokens": tokens, "columns": 256, "windows": windows, "segment": 256}
+        # With products of several sizes, long segments spill on sm_120 beside more than 32 blocks.
+        segment = 128 if odd and target.arch == "120" and kept_rows(workload) > 1 else 256
+        knobs = {"tokens": tokens, "columns": 256, "windows": windows, "segment": segment}
         return {**knobs, "num_warps": 8}
     if group > 8:
         tokens = 8 if group > 16 else 16

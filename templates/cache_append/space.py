@@ -109,11 +109,15 @@ def default_matmul(workload: Workload, target: Target) -> dict[str, Param]:
     if target.has_wgmma and wide <= 128 and workload.dtype != "float32":
         tile = {"block_rows": 32, "columns": 32, "num_warps": 8, "num_stages": 5}
         return {"block_heads": query_heads(workload, 8), **tile}
+    # Four warps spill there with values that are padded to more than keys.
+    padding = next_power_of_2(int(workload.v_head_dim)) > next_power_of_2(int(workload.head_dim))
+    crowded = padding and workload.dtype == "float32" and target.arch in ("80", "86", "89")
+    num_warps = 8 if crowded else 4
     return {
-        "block_heads": query_heads(workload, 4),
+        "block_heads": query_heads(workload, num_warps),
         "block_rows": 16,
         "columns": 16,
-        "num_warps": 4,
+        "num_warps": num_warps,
         "num_stages": 3 if wide > 128 or workload.dtype == "float32" else 5,
     }
 

@@ -273,6 +273,17 @@ class TestVerify:
         assert all(note in row["note"] for row in rows)
 
     @pytest.mark.interpreter
+    def test_strides_that_a_kernel_overlooks(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path
+    ) -> None:
+        path = one_op / "templates" / "gated_sum" / "forward_elementwise.py.j2"
+        path.write_text(path.read_text().replace("if not all(", "if False and all("))
+        rows = json.loads(Ran(capsys, "verify", "few.yaml", "--json").out)
+        assert {(row["result"], row["note"]) for row in rows} == {
+            ("failed", "with the rows of o_compressed, o_selected, o_sliding, gate apart")
+        }
+
+    @pytest.mark.interpreter
     def test_verifying_nothing_is_a_failure(
         self, capsys: pytest.CaptureFixture[str], one_op: Path
     ) -> None:

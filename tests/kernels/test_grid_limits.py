@@ -39,7 +39,6 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
         found.append((self.fn.__name__, tuple(int(n) for n in grid)))
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", record)
-    monkeypatch.setattr("nsagen.ops.lengths.fixed_kernel", lambda *_: None)
     return found
 
 

@@ -279,6 +279,8 @@ def launch(
 ):
     """Write q_out and change the caches of every active row. Reads no device memory.
 
+    Tables, weights and embeddings must be contiguous, which the op checks.
+
     Raises:
         ValueError: a tensor's last dimension is not contiguous, or weights are not this kernel's.
     """
