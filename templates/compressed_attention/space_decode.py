@@ -49,17 +49,21 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
-    """About 32 KiB per step; as many in flight as leave room for two programs per processor."""
+    """About 32 KiB per step; as many in flight as leave room for two programs per processor,
+    or four of two warps."""
     block_n = split_kv.default_step(workload)
     if workload.dtype != "float32" and _step_pad(workload) <= 2 * block_n:
         block_n = max(block_n, _step_pad(workload))
     step = split_kv.tile_bytes(workload, block_n)
-    room = (target.shared_memory // 2 - 8 * 1024) // step
+    two_warps = split_kv.widens_with_two_warps(workload, target)
+    resident = 4 if two_warps else 2
+    room = (target.shared_memory // resident - 8 * 1024) // step
+    programs = max(132, resident * target.num_sms)
     return {
         "block_n": block_n,
-        "programs": max(n for n in split_kv.PROGRAMS if n <= max(132, 2 * target.num_sms)),
-        "num_warps": split_kv.default_warps(workload),
-        "num_stages": max(1, min(3, room)) + 1,
+        "programs": max(n for n in split_kv.PROGRAMS if n <= programs),
+        "num_warps": 2 if two_warps else split_kv.default_warps(workload),
+        "num_stages": max(1, min(2 if two_warps else 3, room)) + 1,
         "combine_warps": 1 if target.arch == "120" else 4,  # more spill there, for some groups
     }
 
