@@ -6,6 +6,7 @@ import inspect
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,26 @@ from nsagen.cases.base import THRESHOLDS, Case, cases_of, relative_error
 from nsagen.cases.sizes import sizes_for
 from nsagen.codegen.build import build
 from nsagen.codegen.plan import Variant
+from nsagen.codegen.template import kernel_name, render, space_for
 from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
 from nsagen.core.importing import import_file
 from nsagen.core.releases import installed_release
+from nsagen.core.workload import Workload
 from nsagen.runtime.device import interpreting, target_of
 from nsagen.spec import Spec
 
 Row = dict[str, Any]
 """op, pass, workload, variant, output, error, threshold, result (ok, failed, skipped), note."""
+
+
+_BY_TOKEN = ("selected_attention", "index_loss")
+"""Ops with a program for each token and head, which the interpreter runs one after another."""
+
+FEW_TOKENS = 200
+"""Tokens that a program-a-token kernel gets in the interpreter, or two blocks."""
+
+MOST_INTERPRETED = 1024
+"""Tokens of a block up to which the interpreter is done in minutes."""
 
 
 def verify(
@@ -100,8 +113,9 @@ def _verified(variant: Variant, path: Path, device: torch.device, seed: int) -> 
         "result": "skipped",
         "note": "",
     }
-    if device.type == "cpu" and workload.dtype == "bfloat16":
-        yield row | {"note": "the interpreter computes bfloat16 wrongly; needs a GPU"}
+    interpreted = device.type == "cpu"
+    if interpreted and (note := _not_interpreted(variant)):
+        yield row | {"note": note}
         return
     if not variant.runs_with(installed_release()):
         yield row | {
@@ -110,9 +124,15 @@ def _verified(variant: Variant, path: Path, device: torch.device, seed: int) -> 
         return
     rows: dict[str, Row] = {}
     try:
+        if interpreted and workload.dtype == "bfloat16":
+            workload, path = _in_float16(variant, path.parent)
+            row["note"] = "in float16, as the interpreter computes bfloat16 wrongly"
+        sizes = sizes_for(workload)
+        if interpreted:
+            sizes = replace(sizes, seqlens=_few_tokens(workload, sizes.seqlens))
         launch = import_file(path).launch
         for apart in (False, True):
-            case: Case = cases_of(workload).make_case(workload, sizes_for(workload), device, seed)
+            case: Case = cases_of(workload).make_case(workload, sizes, device, seed)
             views = launch_strided(launch, case) if apart else launch(*case.args)
             for name, wanted in case.expected().items():
                 compared = _compared(case.outputs[name], wanted)
@@ -176,6 +196,37 @@ def _rows_apart(x: torch.Tensor) -> torch.Tensor:
     wide = x.new_full((*x.shape[:-1], width + 8), float("nan"))
     wide[..., :width] = x
     return wide[..., :width]
+
+
+def _not_interpreted(variant: Variant) -> str:
+    """Why Triton's interpreter cannot run a variant; empty if it can."""
+    workload = variant.workload
+    if variant.triton is not None:
+        return "Triton's interpreter runs no Gluon; needs a GPU"
+    one = replace(workload, dtype="float16")
+    if workload.dtype == "bfloat16" and not space_for(
+        workload, variant.schedule.algorithm
+    ).supports(one):
+        return "the interpreter computes bfloat16 wrongly; needs a GPU"
+    if workload.op in _BY_TOKEN and int(workload.block_size) > MOST_INTERPRETED:
+        return f"blocks of {workload.block_size} tokens take the interpreter hours; needs a GPU"
+    return ""
+
+
+def _in_float16(variant: Variant, folder: Path) -> tuple[Workload, Path]:
+    """The same kernel for float16: the other dtype of two bytes, by the same schedule."""
+    workload = replace(variant.workload, dtype="float16")
+    path = folder / f"{kernel_name(workload, variant.schedule)}.py"
+    path.write_text(render(workload, variant.schedule, header="# in float16"), encoding="utf-8")
+    return workload, path
+
+
+def _few_tokens(workload: Workload, seqlens: tuple[int, ...]) -> tuple[int, ...]:
+    """Short sequences for kernels with a program a token: past two blocks and one token."""
+    if workload.op not in _BY_TOKEN or workload.pass_ == "decode":
+        return seqlens
+    least = 2 * int(workload.block_size) + 5
+    return tuple(min(length, max(least, FEW_TOKENS)) for length in seqlens)
 
 
 def _compared(out: torch.Tensor, wanted: torch.Tensor) -> Row:

@@ -14,7 +14,9 @@ from nsagen.cli.app import app, main
 from nsagen.cli.verify import print_verification
 from nsagen.codegen import template
 from nsagen.codegen.owned import note_files
+from nsagen.codegen.plan import Variant
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.releases import Releases
 from nsagen.runtime.user_cache import cache_folder
 from nsagen.spec import json_schema, load_spec
 from tests.one_op import SPEC, one_op
@@ -284,13 +286,26 @@ class TestVerify:
         }
 
     @pytest.mark.interpreter
-    def test_verifying_nothing_is_a_failure(
+    def test_the_interpreter_runs_bfloat16s_kernels_in_float16(
         self, capsys: pytest.CaptureFixture[str], one_op: Path
     ) -> None:
+        """It takes bfloat16's bits for other numbers; the other dtype of two bytes is right."""
         Path("few.yaml").write_text(SPEC.replace("DTYPE", "bfloat16"))
+        ran = Ran(capsys, "verify", "few.yaml", "--json")
+        assert ran.code == 0
+        rows = json.loads(ran.out)
+        assert {(row["result"], row["threshold"]) for row in rows} == {("ok", 2e-3)}
+        assert all(row["note"].startswith("in float16") for row in rows)
+        assert all("bf16" in row["workload"] for row in rows)
+
+    @pytest.mark.interpreter
+    def test_verifying_nothing_is_a_failure(
+        self, capsys: pytest.CaptureFixture[str], one_op: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Variant, "triton", Releases((3, 6), (3, 9)))
         ran = Ran(capsys, "verify", "few.yaml")
         assert ran.code == 1
-        assert "skipped: the interpreter computes bfloat16 wrongly" in ran.out
+        assert "skipped: Triton's interpreter runs no Gluon" in ran.out
         assert "nothing could be verified" in ran.err
 
     def test_it_needs_a_gpu_or_the_interpreter(
