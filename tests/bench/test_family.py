@@ -7,19 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from family import GOALS, checked, draw, goals, run_all
+from family_attention import choose
+from family_run import FULL, SM90, TINY, Run
 
-from benchmarks.family import (
-    FULL,
-    GOALS,
-    SM90,
-    TINY,
-    Run,
-    checked,
-    choose,
-    draw,
-    goals,
-    run_all,
-)
 from nsagen.codegen.template import default_schedule
 from nsagen.ops import reference
 
