@@ -102,7 +102,7 @@ def attention(
         return dense(*heads, layout, scale), None
     if block_indices is not NO_INDEX:
         return block_indices.attend(*heads, layout, scale, losses), None
-    form = _form(module)
+    form = form_of_module(module)
     if form.cache_dtype is not None and not remembers_cache(module):
         rule = "needs hooks on the model's attention before its first call"
         advice = "call nsagen.integrations.attention_cache.remember_caches(model)"
@@ -126,7 +126,7 @@ def _shared(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     ranking: Any = None
     if block_indices is NO_INDEX:
-        ranking = _form(module)
+        ranking = form_of_module(module)
     elif block_indices is not None:
         ranking = block_indices.ranking(k, losses)
     return attend_shared(ranking, q, k, v, shard, scale)[None]
@@ -138,7 +138,7 @@ def register() -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, mask_of)
 
 
-def _form(module: Any) -> Form:
+def form_of_module(module: Any) -> Form:
     """The form that a module's config names."""
     config = module.config
     settings = getattr(config, "nsagen", None)

@@ -74,6 +74,7 @@ class Layout:
         rows: the row of each sequence.
         key_lengths, query_lengths: tokens of each sequence.
         device: of the tensors.
+        packed: whether the sequences, with all of their keys, lie one after another in one row.
     """
 
     batch: int
@@ -85,6 +86,7 @@ class Layout:
     key_lengths: tuple[int, ...]
     query_lengths: tuple[int, ...]
     device: torch.device
+    packed: bool = False
 
     @property
     def whole(self) -> bool:
@@ -100,7 +102,7 @@ class Layout:
     @property
     def step(self) -> bool:
         """Whether each row has one new token behind a cache."""
-        return self.queries == 1 and not self.whole
+        return self.queries == 1 and not (self.whole or self.packed)
 
     @functools.cached_property
     def positions(self) -> Tensor:

@@ -40,9 +40,12 @@ def attend(
         layer: of a cache, which keeps windows; None: all windows are made anew.
     """
     heads = (query, key, value)
-    if form.dense_decode and query.shape[2] == 1 and not layout.whole:
-        return dense(*heads, layout, scale)
     small = [form.dense(tokens) for tokens in layout.key_lengths]
+    if form.dense_decode and layout.packed:
+        lengths = zip(small, layout.query_lengths, layout.key_lengths, strict=True)
+        small = [few or new == 1 < tokens for few, new, tokens in lengths]
+    elif form.dense_decode and query.shape[2] == 1 and not layout.whole:
+        return dense(*heads, layout, scale)
     if all(small):
         return dense(*heads, layout, scale)
     if not any(small):
@@ -122,7 +125,7 @@ def _selected(
     form: Form, query: Tensor, key: Rows, layout: Layout, scale: float, layer: Any
 ) -> Tensor:
     """The blocks of each query, as `chosen` takes them."""
-    if layout.whole and not isinstance(key, NarrowRows):
+    if (layout.whole or layout.packed) and not isinstance(key, NarrowRows):
         k = layout.pack_keys(key).detach()
         windows, window_ends = compress(
             *(k, None, None, layout.cu_seqlens_k),

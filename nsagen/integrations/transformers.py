@@ -35,7 +35,7 @@ except ImportError as error:
         f"got {error}; run: pip install 'nsagen[transformers]'"
     ) from error
 
-from nsagen.integrations import attention_interface, minicpm
+from nsagen.integrations import attention_interface, minicpm, paged_attention
 from nsagen.integrations.transformers_classes import (
     become_swapped,
     become_whole,
@@ -60,6 +60,7 @@ __all__ = ["INITIAL_GATES", "apply_nsa", "load_nsa"]
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 attention_interface.register()
+paged_attention.register()
 if find_spec("transformers.models.minimax_m3_vl") is not None:  # younger than Transformers 5.0
     from nsagen.integrations import minimax_m3
 

@@ -1,56 +1,212 @@
-"""Why `nsagen serve` exists: what Transformers' continuous batching does not take.
+"""What Transformers' continuous batching takes of the family, and why `nsagen serve` exists.
 
-Each test states one limit of the installed release. Where one fails, the limit is gone: then serve
-that member of the family through Transformers, and say so in docs/serving.md.
+Releases differ: 5.17 takes any registered attention by the name of its paged form, 5.24 its own
+only. Where a test of a limit fails, the limit is gone: then say so in docs/serving.md.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
-batching = pytest.importorskip("transformers.generation.continuous_batching.cache")
+pytest.importorskip("transformers.generation.continuous_batching.cache")
 continuous = pytest.importorskip("transformers.generation.continuous_batching.continuous_api")
 
-import nsagen.integrations.transformers  # noqa: E402, F401  # registers "nsagen"
+from transformers.generation.configuration_utils import (  # noqa: E402
+    ContinuousBatchingConfig,
+    GenerationConfig,
+)
+
+import nsagen.integrations.transformers  # noqa: E402  # registers "nsagen"
+from nsagen.core.errors import InvalidInputError  # noqa: E402
+from nsagen.integrations.attention_interface import attention  # noqa: E402
+from nsagen.integrations.paged_attention import paged_attention  # noqa: E402
 from nsagen.model import InferenceConfig  # noqa: E402
 from nsagen.model.configs import cache_shapes  # noqa: E402
+from tests.integrations.plain_forms import INFLLM, MOBA  # noqa: E402
+from tests.integrations.tiny import ATTENTION  # noqa: E402
 from tests.model.tiny import nsa_config  # noqa: E402
 
+SWITCH: Any = getattr(continuous.ContinuousBatchingManager, "switch_to_cb_friendly_attn", None)
+TAKES_ANY = (
+    SWITCH is not None and "auto_switch_to_flash" not in inspect.signature(SWITCH).parameters
+)
+"""Whether the release runs a registered attention; younger ones compare its name with their own."""
 
-@pytest.mark.parametrize("name", ["nsagen", "paged|nsagen"])
-def test_it_takes_no_attention_but_its_own(name: str) -> None:
-    """So InfLLM-V2 and MoBA, which its cache could hold, cannot run in it."""
-    switch: Any = getattr(continuous.ContinuousBatchingManager, "switch_to_cb_friendly_attn", None)
-    if switch is None:
-        pytest.skip("this release chooses attention elsewhere")
-    model = SimpleNamespace(
-        config=SimpleNamespace(_attn_implementation=name), _supports_flash_attn=False
+PROMPTS = [
+    torch.randint(1, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+    for n in (90, 3, 161, 40)
+]
+
+
+@functools.cache
+def dense() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
     )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def together(model: Any, prompts: list[list[int]], most: int = 48) -> list[list[int]]:
+    """The answers of `generate_batch`, in passes of `most` tokens."""
+    names = ContinuousBatchingConfig.__dataclass_fields__
+    page: dict[str, Any] = {"page_size" if "page_size" in names else "block_size": 16}
+    made = model.generate_batch(
+        prompts,
+        generation_config=GenerationConfig(
+            max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0
+        ),
+        continuous_batching_config=ContinuousBatchingConfig(
+            num_blocks=64, max_batch_tokens=most, **page
+        ),
+    )
+    assert not any(one.error for one in made.values())
+    return [made[name].generated_tokens for name in sorted(made)]
+
+
+@pytest.mark.skipif(not TAKES_ANY, reason="this release takes no attention but its own")
+@pytest.mark.parametrize("form", [INFLLM, MOBA], ids=["infllm_v2", "moba"])
+def test_forms_without_parameters_run_in_it(form: dict[str, Any]) -> None:
+    """Whole prompts, parts of them behind a cache, and steps, of several requests in a pass."""
+    model = copy.deepcopy(dense())
+    model.config.nsagen = form
+    model.set_attn_implementation("nsagen")
+    alone = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :]
+        for prompt in PROMPTS
+    ]
+    plain = [
+        dense().generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, -6:].tolist()
+        for prompt in PROMPTS
+    ]
+    expected = [tokens.tolist() for tokens in alone]
+    assert expected != plain, "it is sparse"
+    assert together(model, PROMPTS) == expected
+    assert together(model, PROMPTS, most=512) == expected
+
+
+PLACES: dict[str, Any] = {"read_index": [], "write_index": []}
+
+
+class Holds:
+    """A cache that hands out these keys and values, whatever it gets."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.packed = keys, values
+
+    def update(self, *given: Any) -> tuple[Tensor, Tensor]:
+        return self.packed
+
+
+@pytest.mark.parametrize(
+    "form",
+    [INFLLM, MOBA, {**INFLLM, "dense_decode": True, "dense_len": 60}],
+    ids=["infllm_v2", "moba", "dense steps"],
+)
+def test_a_pass_is_each_request_alone(form: dict[str, Any]) -> None:
+    """Whole, behind a cache, a step, a short one, and padding behind them."""
+    lengths = [(100, 100), (30, 130), (1, 90), (5, 5)]  # new tokens, and all
+    random = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, heads, 144, 32, generator=random).double() for heads in (4, 2, 2))
+    keys = [torch.randn(held, 2, 2, 32, generator=random).double() for _, held in lengths]
+    packed = torch.cat(keys).unbind(1)
+    module: Any = SimpleNamespace(config=SimpleNamespace(nsagen=form), layer_idx=0, is_causal=True)
+    ends = [torch.tensor([0, *accumulate(of), sum(of)]) for of in zip(*lengths, strict=True)]
+    given = {"cu_seq_lens_q": ends[0].int(), "cu_seq_lens_k": ends[1].int()}
+    more = {"read_index": [], "write_index": [], "max_seqlen_q": 100, "use_cache": False}
+    o, _ = paged_attention(module, q, k, v, None, cache=Holds(*packed), **given, **more)
+    assert o.shape == (1, 144, 4, 32)
+    assert not o[:, sum(new for new, _ in lengths) :].any()
+    start = 0
+    for (new, _), kept in zip(lengths, keys, strict=True):
+        of_one = (x.transpose(0, 1)[None] for x in kept.unbind(1))
+        module = torch.nn.Module()  # a new one: a hook is put on it
+        module.config = SimpleNamespace(nsagen=form)  # type: ignore[assignment]
+        expected, _ = attention(module, q[:, :, start : start + new], *of_one, None)
+        torch.testing.assert_close(o[:, start : start + new], expected)
+        start += new
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "a pass: must be one of continuous batching; got no paged cache"),
+        ({"cache": 1, "sliding_window": 8}, "must reach all tokens .*; got a window of 8"),
+        ({"cache": 1, "block_indices": 1}, "must need keys and values alone; got index heads"),
+        ({"cache": 1, "form": {"cache_dtype": "int8"}}, "cache_dtype: is for .*; got int8"),
+        (
+            {"cache": 1, **PLACES, "cu_seq_lens_q": 1, "cu_seq_lens_k": {"one": 1, "two": 2}},
+            "must have layers of one kind in continuous batching; got layers of one, two",
+        ),
+    ],
+)
+def test_its_attention_refuses_what_a_pass_cannot_hold(given: dict[str, Any], said: str) -> None:
+    q, k = torch.zeros(1, 4, 5, 32), torch.zeros(1, 2, 5, 32)
+    module: Any = SimpleNamespace(
+        config=SimpleNamespace(nsagen={**INFLLM, **given.pop("form", {})})
+    )
+    with pytest.raises(InvalidInputError, match=said):
+        paged_attention(module, q, k, k, None, **given)
+
+
+@pytest.mark.skipif(TAKES_ANY, reason="this release takes any registered attention")
+def test_it_takes_no_attention_but_its_own() -> None:
+    """So InfLLM-V2 and MoBA, which its cache could hold, cannot run in it."""
+    if SWITCH is None:
+        pytest.skip("this release chooses attention elsewhere")
+    model = copy.deepcopy(dense())
+    model.config.nsagen = INFLLM
+    model.set_attn_implementation("nsagen")
     with pytest.raises(ValueError, match="is not supported for continuous batching"):
-        switch(SimpleNamespace(), model)
+        together(model, PROMPTS)
 
 
-def test_its_cache_knows_two_kinds_of_layers_and_no_index_keys() -> None:
-    """MiniMax-M3's sparse layers keep index keys beside keys and values."""
-    config = transformers.LlamaConfig(num_hidden_layers=2)
-    config.layer_types = ["full_attention", "minimax_m3_sparse"]
-    group = getattr(batching, "group_layers_by_attn_type", None)
-    if group is None:
-        pytest.skip("this release groups layers elsewhere")
-    with pytest.raises(ValueError, match="Invalid layer type: minimax_m3_sparse"):
-        group(config)
-    kinds = getattr(batching, "ATTN_TYPE_TO_ALLOCATOR", None)
-    assert kinds is None or set(kinds) == {"full_attention", "sliding_attention"}
-
-
-def test_native_sparse_attention_keeps_more_than_keys_and_values() -> None:
+def test_native_sparse_attention_is_refused_and_needs_more_than_keys_and_values() -> None:
     """Compressed keys and values, and the last keys before rope, which make the next window."""
+    model = nsagen.integrations.transformers.apply_nsa(copy.deepcopy(dense()), attention=ATTENTION)
+    with pytest.raises(ValueError, match=r"nsa.* is not supported"):
+        together(model, PROMPTS)
     shapes = cache_shapes(nsa_config(), InferenceConfig(max_batch_size=1, max_length=64))
     assert {"k", "v"} < set(shapes)
     assert len(shapes) > 2
-    assert torch.Size(shapes["k"]).numel() > 0
+
+
+def test_its_cache_has_no_place_for_index_keys() -> None:
+    """MiniMax-M3's sparse layers keep them beside keys and values."""
+    config = transformers.LlamaConfig(
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, hidden_size=32
+    )
+    config.layer_types = ["full_attention", "minimax_m3_sparse"]
+    limits = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=8)
+    one = SimpleNamespace(tp_size=1)
+    with pytest.raises(ValueError, match=r"Invalid (layer|group) type: minimax_m3_sparse"):
+        continuous.PagedAttentionCache(config, limits, "cpu", one, {})
+
+
+@pytest.mark.parametrize("name", ["nsagen", "paged|nsagen"])
+def test_transformers_serve_takes_names_from_a_list(name: str) -> None:
+    """So a registered attention cannot be served by it, even where `generate_batch` runs it."""
+    serving = pytest.importorskip("transformers.cli.serving.model_manager")
+    with pytest.raises(ValueError, match="Unsupported attention implementation"):
+        serving.ModelManager(attn_implementation=name)
