@@ -13,6 +13,7 @@ from nsagen.aot import variants as compiling
 from nsagen.cases import verify
 from nsagen.codegen.build import build, choose_variants
 from nsagen.codegen.plan import Variant, plan_variants
+from nsagen.codegen.record_folders import RecordFolders
 from nsagen.codegen.template import default_schedule, render, spaces_of
 from nsagen.core.bucket import Bucket
 from nsagen.core.releases import Releases
@@ -127,7 +128,7 @@ def test_kernels_that_meet_forced_blocks_once(change: str, made: bool, tmp_path:
     text = SPEC.replace("gqa_ratio: 16", change).replace('["cuda:90"]', '["cuda:80", "cuda:90"]')
     path = tmp_path / "hopper.yaml"
     path.write_text(text)
-    variants, _ = choose_variants(load_spec(path), None)
+    variants, _ = choose_variants(load_spec(path), RecordFolders(()))
     found = [v for v in variants if v.workload.named().get("local_blocks") and is_forced(v)]
     assert {v.workload.op for v in found} == ({op for op, _ in FORCED_ONCE} if made else set())
     assert {target for v in found for target in v.targets} == ({"cuda:90"} if made else set())

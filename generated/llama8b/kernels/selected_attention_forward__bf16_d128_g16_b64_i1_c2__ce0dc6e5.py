@@ -8,7 +8,7 @@
 #             init_blocks=1, local_blocks=2
 # Schedule:   query_major(block_n=16, num_stages=3, num_warps=1, orientation=rows)
 # Targets:    cuda:90
-# Provenance: the architecture's default; not measured
+# Provenance: for Triton outside 3.6 to 3.9; not measured
 """Selected attention: query t attends to the tokens u <= t of the blocks chosen for it.
 
 o[t, h] = sum_u softmax_u(softmax_scale q[t, h] . k[u, h // G]) v[u, h // G], and its log-sum-exp,
