@@ -535,7 +535,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__c67be67a"),),
-        "cuda:90": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__1219f9db"),),
+        "cuda:90": ((Bucket(), "compress_forward__bf16_weightedpool_d128_l32_s16__20bb5844"),),
     },
     Workload(
         op="compress",

@@ -2,11 +2,11 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/compress/forward_pool.py.j2
-# Source:     fingerprint 691a0dc07b01ff3b
+# Source:     fingerprint a3677e5371998012
 # Workload:   compress forward
 #             dtype=bfloat16, compress_type=weightedpool, head_dim=128, kernel_size=32,
 #             kernel_stride=16, with_pe=False
-# Schedule:   pool(block_units=4, num_warps=1, unroll=16)
+# Schedule:   pool(block_units=4, num_warps=2, unroll=16)
 # Targets:    cuda:90
 # Provenance: the architecture's default; not measured
 """Compression of windows of tokens by weightedpool, in float32.
@@ -77,7 +77,7 @@ def find_sequence(cu_seqlens, batch, token):
 
 
 @triton.jit
-def compress_forward__bf16_weightedpool_d128_l32_s16__1219f9db(
+def compress_forward__bf16_weightedpool_d128_l32_s16__20bb5844(
     x,
     w,
     cu_seqlens,
@@ -180,7 +180,7 @@ def launch(x, w, pe, cu_seqlens, y_cu_seqlens, y):
         return
     capacity, heads, batch = y.shape[0], y.shape[1], cu_seqlens.shape[0] - 1
     grid = ((triton.cdiv(capacity, 3) + batch) * heads,)
-    compress_forward__bf16_weightedpool_d128_l32_s16__1219f9db[grid](
+    compress_forward__bf16_weightedpool_d128_l32_s16__20bb5844[grid](
         x,
         w,
         cu_seqlens,
@@ -190,5 +190,5 @@ def launch(x, w, pe, cu_seqlens, y_cu_seqlens, y):
         batch,
         heads,
         capacity,
-        num_warps=1,
+        num_warps=2,
     )
