@@ -49,7 +49,10 @@ def tune(
         ),
     ] = None,
     kv_heads: Annotated[
-        int | None, typer.Option(min=1, help="Key/value heads; default: as for 32 query heads.")
+        int | None,
+        typer.Option(
+            min=1, help="Key/value heads; default: a learned index's, or as for 32 query heads."
+        ),
     ] = None,
     trials: Annotated[
         int, typer.Option(min=1, help="Schedules to try per workload and size.")

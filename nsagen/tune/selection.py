@@ -58,7 +58,10 @@ class Selection:
             of_name = {_param(w, name) for w in workloads if (w.op, w.pass_) in having}
             _check_known(f"--param {name}", [value], of_name)
             found = [w for w in found if (w.op, w.pass_) not in having or _param(w, name) == value]
-        return tasks_of(found, self.seqlens, self.batches, self.kv_heads)
+        # An index has a head for each key/value head, so it says how many there are.
+        index_heads = {shape.index_heads for spec in specs for shape in spec.shapes}
+        known = index_heads.pop() if len(index_heads) == 1 else 0
+        return tasks_of(found, self.seqlens, self.batches, self.kv_heads or known or None)
 
 
 _NONE = "none"

@@ -67,15 +67,15 @@ def tasks_of(
     Args:
         seqlens: query tokens or, for decoding, tokens of context; the defaults if empty.
         batches: sequences, or rows of a decoding step; the defaults if empty.
-        kv_heads: by default as many as 32 query heads have.
+        kv_heads: by default as many as 32 query heads have. The heads of a learned index share one
+            key head, whatever this says.
     """
     tasks = []
     for workload in workloads:
         params = dict(workload.params)
         group = int(params.get("gqa_ratio", _QUERY_HEADS // _KV_HEADS))
-        # The heads of a learned index share one key head.
         shared = group > 1 and params.get("score_heads") == "each"
-        heads = kv_heads or (1 if shared else max(1, _QUERY_HEADS // group))
+        heads = 1 if shared else kv_heads or max(1, _QUERY_HEADS // group)
         decode = workload.pass_ == "decode"
         make = _decode_tasks if decode else _forward_tasks
         lengths = tuple(sorted(set(seqlens))) or (CONTEXTS if decode else SEQLENS)
