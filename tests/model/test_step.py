@@ -34,6 +34,13 @@ def test_a_step_reads_no_value_on_the_host(dense: bool, sampled: bool) -> None:
     assert step.compute(3, sampled).shape == (3,)
 
 
+@pytest.mark.parametrize("compress_type", ["weightedpool", "linear", "mlp"])
+def test_a_step_on_a_narrow_cache_reads_no_value_either(compress_type: str) -> None:
+    limits = InferenceConfig(4, 64, cache_dtype="int8")
+    model = nsa_model(limits, compress_type=compress_type).to(torch.bfloat16).to("meta")
+    assert DecodeStep(model, model.new_cache()).compute(3, sampled=False).shape == (3,)
+
+
 @pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "in pages"])
 def test_state_stays_in_place_over_changes_of_the_batch(paged: bool) -> None:
     model = nsa_model(InferenceConfig(4, 64, paged=paged, page_size=16))

@@ -87,3 +87,18 @@ def test_its_kernel_compiles(backend: str, arch: Any, narrow: str) -> None:
     source = triton.compiler.ASTSource(kernel, signature, constants)
     warp = 64 if backend == "hip" else 32
     assert triton.compile(source, target=GPUTarget(backend, arch, warp)).asm
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled there")
+def test_a_launch_depends_on_shapes_alone() -> None:
+    """On the meta device nothing has a value: a graph that captured the launch fits any rows."""
+    pytest.importorskip("triton")
+    from nsagen.aot.compile import recording
+    from nsagen.ops import _fixed_kernels
+
+    cache, scale = cache_of(torch.int8, 4, 64, 2, 24)
+    indices = torch.zeros(2, 5, dtype=torch.int32)
+    with recording(importlib.reload(_fixed_kernels)) as calls:
+        given = (rows_of(5), cache, scale, *indices)
+        _fixed_kernels.launch_store_rows(*(x.to("meta") for x in given))
+    assert [call.grid for call in calls] == [(2,)]
