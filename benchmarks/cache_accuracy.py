@@ -1,7 +1,7 @@
 """What caches of a narrow dtype change: logits, tokens and selected blocks of small trained models.
 
-    python benchmarks/cache_accuracy.py --out cache_accuracy.json                   # minutes on a CPU
-    python benchmarks/cache_accuracy.py --preset gpu --out $OUT/cache_accuracy.json   # under 100 s
+    python benchmarks/cache_accuracy.py                                    # minutes on a CPU
+    python benchmarks/cache_accuracy.py --preset gpu --out $OUT/accuracy.json    # under 100 s
 
 Trains three models on the text of examples/train_toy.py: that example's, with NSA; a Llama of
 Transformers, which InfLLM-V2's and MoBA's forms then make sparse; and a MiniMax-M3, whose index

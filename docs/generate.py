@@ -240,8 +240,35 @@ def cache_of_pages() -> str:
     return "\n".join(rows)
 
 
+def cache_of_members() -> str:
+    """The caches of models of Transformers, by the tokens of a sequence."""
+    from transformers.models.minimax_m3_vl.configuration_minimax_m3_vl import MiniMaxM3VLTextConfig
+
+    from nsagen.integrations.minicpm import MiniCPMConfig
+    from nsagen.integrations.narrow_cache import cache_bytes
+
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 2}
+    minicpm = MiniCPMConfig(hidden_size=4096, num_hidden_layers=32, **heads, sparse_config={})
+    kinds = ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57
+    sizes = {"num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128}
+    minimax = MiniMaxM3VLTextConfig(
+        num_hidden_layers=60, **sizes, index_head_dim=128, layer_types=kinds
+    )
+    columns = [f"{name}, bfloat16 | one byte" for name in ("MiniCPM4-8B", "MiniMax-M3")]
+    rows = [f"| tokens of a sequence | {' | '.join(columns)} |", "| ---: |" + " ---: |" * 4]
+    for tokens in (8192, 32768, 131072):
+        found = []
+        for config, name in ((minicpm, "sparse_config"), (minimax, "nsagen")):
+            for settings in ({}, {"cache_dtype": "int8"}):
+                setattr(config, name, settings)
+                found.append(_gib(cache_bytes(config, tokens)))
+        rows.append(f"| {tokens} | {' | '.join(found)} |")
+    return "\n".join(rows)
+
+
 PARTS = {
     ("docs/serving.md", "slots"): cache_of_slots,
+    ("docs/serving.md", "members"): cache_of_members,
     ("docs/serving.md", "pages"): cache_of_pages,
     ("docs/integrate.md", "the difference of the toy models"): toy_difference,
     ("README.md", "forward"): measured("prefill"),

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from nsagen.integrations.attention_layout import Layout, refuse
 from nsagen.integrations.narrow_rows import NarrowRows
 from nsagen.model.cache import check_narrow_cache
-from nsagen.model.forms import Form
+from nsagen.model.forms import Form, form_of
 from nsagen.ops import pool_append, store_rows
 
 GROWTH = 1.125
@@ -254,6 +254,32 @@ class NarrowLayer(DynamicLayer):
         refuse("a cache of one byte an element", "stays on its device", "one that offloads", advice)
 
     prefetch = offload
+
+
+def cache_bytes(
+    config: Any, tokens: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Bytes that the cache of a model of Transformers with nsagen's attention takes.
+
+    Those of tokens that came at once: a layer that grows has room for up to an eighth more.
+
+    Args:
+        config: of the text model; a `cache_dtype` is counted.
+        tokens: of each of `batch` sequences.
+        dtype: the model's.
+    """
+    settings, heads = getattr(config, "nsagen", None) or {}, config.num_key_value_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    narrow = settings.get("cache_dtype") is not None
+
+    def rows(count: int, size: int) -> int:
+        return count * (size + 4 if narrow else size * dtype.itemsize)
+
+    windows = form_of("config.nsagen", settings).windows(tokens) if "form" in settings else 0
+    layers = config.num_hidden_layers
+    total = layers * rows(heads * (2 * tokens + windows), dim)
+    indexed = (getattr(config, "layer_types", None) or []).count("minimax_m3_sparse")
+    return batch * (total + indexed * rows(tokens, getattr(config, "index_head_dim", 0)))
 
 
 def _parts(rows: NarrowRows) -> tuple[Tensor, Tensor]:

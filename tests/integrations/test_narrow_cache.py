@@ -22,7 +22,8 @@ from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as m3  # no
 from nsagen.core.errors import InvalidInputError  # noqa: E402
 from nsagen.core.workload import CACHE_DTYPES  # noqa: E402
 from nsagen.integrations.attention_cache import remember_caches  # noqa: E402
-from nsagen.integrations.narrow_cache import GrowingRows, NarrowLayer  # noqa: E402
+from nsagen.integrations.minicpm import MiniCPMConfig  # noqa: E402
+from nsagen.integrations.narrow_cache import GrowingRows, NarrowLayer, cache_bytes  # noqa: E402
 from nsagen.ops.reference.quantize import round_trip  # noqa: E402
 from tests.integrations import test_minicpm, test_minimax_m3  # noqa: E402
 from tests.integrations.plain_forms import INFLLM, MOBA, distance, plain  # noqa: E402
@@ -163,6 +164,22 @@ def test_bytes_are_half_of_bfloat16(index: bool) -> None:
     assert layer.nbytes == 2 * 500 * heads * (128 + 4)
     bfloat16 = 2 * 500 * 2 * (token + index * 128)
     assert layer.nbytes / bfloat16 == pytest.approx(132 / 256)
+
+
+@pytest.mark.parametrize("kind", ["MiniCPM4", "MiniMax-M3"])
+def test_bytes_are_known_before_anything_is_allocated(kind: str, tmp_path: Path) -> None:
+    """With windows or index keys; of the released sizes it is little more than half."""
+    model = made(kind, tmp_path, "int8")
+    _, cache = in_pieces(model, tokens(2, 70), [70])
+    assert cache_bytes(model.config, 70, 2) == sum(layer.nbytes for layer in cache.layers)
+    released: Any = MiniCPMConfig(
+        **{"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 2},
+        sparse_config={},
+    )
+    wide = cache_bytes(released, 131072)
+    released.sparse_config = {"cache_dtype": "int8"}
+    assert wide == 32 * 2 * (2 * 131072 + 8191) * 128 * 2
+    assert cache_bytes(released, 131072) / wide == pytest.approx(132 / 256)
 
 
 def test_rows_grow_by_little() -> None:
