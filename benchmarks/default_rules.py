@@ -6,6 +6,7 @@ A default is one rule for many workloads, so a schedule that won for one is time
 Candidates are the defaults and the records' winners and runners-up. The table says how much slower
 each candidate is than the fastest one: the mean and the worst over workloads and sizes.
 Every candidate is checked against the reference. Runs on a GPU; compiles on all cores.
+With --group, workloads have groups of so many heads instead of their own.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nsagen.codegen.template import default_schedule, kernel_name, space_for
+from nsagen.codegen.template import default_schedule, kernel_name, space_for, spaces_for
 from nsagen.core.errors import UnsupportedWorkloadError
+from nsagen.core.releases import installed_release
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Schedule, Workload
 from nsagen.records.files import load_folder
@@ -40,7 +43,9 @@ Pass = tuple[str, str]
 Jobs = dict[tuple[Task, Schedule], Future[Any]]
 
 
-def candidates(spec: str, ops: list[str]) -> dict[Pass, tuple[list[Workload], list[Schedule]]]:
+def candidates(
+    spec: str, ops: list[str], group: int | None
+) -> dict[Pass, tuple[list[Workload], list[Schedule]]]:
     """Each op's and pass's workloads and schedules, as its records and defaults have them."""
     found: dict[Pass, tuple[dict[Workload, None], dict[Schedule, None]]] = {}
     for records in load_folder(RECORDS / spec):
@@ -49,13 +54,33 @@ def candidates(spec: str, ops: list[str]) -> dict[Pass, tuple[list[Workload], li
                 continue
             key = (r.workload.op, r.workload.pass_)
             workloads, schedules = found.setdefault(key, ({}, {}))
-            workloads[r.workload] = None
+            w = with_group(r.workload, group)
+            workloads[w] = None
             timed = [r.schedule, *(x.schedule for x in (r.runner_up, r.default) if x is not None)]
-            schedules |= dict.fromkeys((default_schedule(r.workload, SM90), *timed))
+            schedules |= dict.fromkeys((*defaults_of(w), *timed))
             found[key] = workloads, schedules
     return {
         key: (list(workloads), list(schedules)) for key, (workloads, schedules) in found.items()
     }
+
+
+def with_group(workload: Workload, group: int | None) -> Workload:
+    """The workload with groups of so many heads, if it has groups."""
+    params = dict(workload.params)
+    if group is None or "gqa_ratio" not in params:
+        return workload
+    params["gqa_ratio"] = group
+    return Workload.of(workload.op, workload.pass_, dtype=workload.dtype, **params)
+
+
+def defaults_of(workload: Workload) -> list[Schedule]:
+    """The default, and that of every other algorithm that covers the workload on Hopper."""
+    spaces = spaces_for(workload, SM90, installed_release())
+    schedules = [default_schedule(workload, SM90)]
+    for space in spaces:
+        with suppress(UnsupportedWorkloadError):
+            schedules.append(space.default_schedule(workload, SM90))
+    return schedules
 
 
 def covers(workload: Workload, schedule: Schedule) -> bool:
@@ -135,6 +160,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("spec", help="whose tuning records to read, e.g. llama8b")
     parser.add_argument("--ops", nargs="+", default=[], help="only these, e.g. compress")
+    parser.add_argument("--group", type=int, help="query heads of a group, instead of the spec's")
     parser.add_argument("--jobs", type=int, help="processes that compile; default: every core")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop measuring after these")
     parser.add_argument("--out", type=Path, default=Path("default_rules.json"))
@@ -143,7 +169,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(args.jobs, spawn) as pool:
         jobs: Jobs = {
             (task, schedule): pool.submit(compiled, Path(name), task, schedule)
-            for workloads, schedules in candidates(args.spec, args.ops).values()
+            for workloads, schedules in candidates(args.spec, args.ops, args.group).values()
             for task in tasks_of(workloads)
             for schedule in schedules
             if covers(task.workload, schedule)

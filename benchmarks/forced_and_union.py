@@ -3,7 +3,8 @@
     python benchmarks/forced_and_union.py --out forced_and_union.json
 
 One sequence of 64 query heads over 4, head_dim 128, blocks of 64, topk 16, window 512, bfloat16, in
-8192, 32768 and 65536 tokens, with random and with learned selections. Kernels are first compiled in
+8192, 32768 and 65536 tokens, with random and with learned selections; --group and --head-dim change
+the heads of the 4 groups. Kernels are first compiled in
 processes of their own; then small batches are compared with the float64 reference, and large ones
 with today's kernels. Meant for two minutes on an H200. Exits 1 if a result is wrong or does not
 repeat.
@@ -59,20 +60,23 @@ def variant(
     return w, Schedule.of(algorithm, dict(schedule.knobs), **knobs)
 
 
-def variants() -> dict[str, Variant]:
-    """What is timed, by name; the first two are today's defaults."""
+def variants(shape: Shape) -> dict[str, Variant]:
+    """What is timed, by name; the first two are what was there before."""
     selected, sliding = "selected_attention", "sliding_window_attention"
     found = {
-        "sliding": variant(sliding, "warp_specialized", forced=False),
-        "selected": variant(selected, "query_major", forced=False),
-        "window and forced": variant(sliding, "forced_blocks", forced=True),
-        "free, query_major": variant(selected, "query_major", forced=True),
+        "sliding": variant(sliding, "warp_specialized", shape, forced=False),
+        "selected": variant(selected, "query_major", shape, forced=False),
+        "window and forced": variant(sliding, "forced_blocks", shape, forced=True),
+        "free, query_major": variant(selected, "query_major", shape, forced=True),
     }
     for choice in ("call", "tile"):
         found[f"free, union by {choice}"] = variant(
-            selected, "union_tiles", forced=True, choice=choice
+            selected, "union_tiles", shape, forced=True, choice=choice
         )
-    found["selected, union"] = variant(selected, "union_tiles", forced=False)
+    found["selected, union"] = variant(selected, "union_tiles", shape, forced=False)
+    for tokens in (2, 4):
+        name = f"selected, shared blocks of {tokens}"
+        found[name] = variant(selected, "shared_blocks", shape, forced=False, share_tokens=tokens)
     return found
 
 
@@ -127,16 +131,18 @@ def check_small(launches: dict[str, Launch], found: dict[str, Variant]) -> dict[
 class Calls:
     """The calls of one length and selection."""
 
-    def __init__(self, launches: dict[str, Launch], tokens: int, selection: str) -> None:
+    def __init__(
+        self, launches: dict[str, Launch], shape: Shape, tokens: int, selection: str
+    ) -> None:
         self.launches = launches
-        x = self.inputs = Inputs.random(SHAPE, tokens)
+        x = self.inputs = Inputs.random(shape, tokens)
         if selection == "random":
             self.topk_idx = x.compressed()[1]
         else:
-            self.topk_idx = learned_selection(SHAPE.kv_heads, tokens, "cuda")
+            self.topk_idx = learned_selection(shape.kv_heads, tokens, "cuda")
         self.other = torch.randn_like(x.q)
         self.outs = {name: outputs(x.q) for name in ("window", "forced", "selected", "sum")}
-        self.scale = SHAPE.head_dim**-0.5
+        self.scale = shape.head_dim**-0.5
 
     def sliding(self, gated: bool) -> None:
         x, name = self.inputs, "sum" if gated else "window"
@@ -160,10 +166,10 @@ class Calls:
 
 
 def measure(
-    launches: dict[str, Launch], tokens: int, selection: str
+    launches: dict[str, Launch], shape: Shape, tokens: int, selection: str
 ) -> tuple[dict[str, float], dict[str, float]]:
     """(milliseconds of each call, errors against today's kernels relative to the threshold)."""
-    calls, times, errors = Calls(launches, tokens, selection), {}, {}
+    calls, times, errors = Calls(launches, shape, tokens, selection), {}, {}
     calls.sliding(False)
     calls.selected("selected")
     today = {name: calls.outs[name][0].double() for name in ("window", "selected")}
@@ -201,10 +207,14 @@ def measure(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seqlens", type=int, nargs="+", default=SEQLENS)
+    parser.add_argument("--group", type=int, default=SHAPE.gqa_ratio)
+    parser.add_argument("--head-dim", type=int, default=SHAPE.head_dim)
     parser.add_argument("--out", type=Path, default=Path("forced_and_union.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:  # Triton reads a kernel's file when it compiles
-        content = run(Path(folder), args.seqlens)
+        dim = args.head_dim
+        shape = dataclasses.replace(SHAPE, gqa_ratio=args.group, head_dim=dim, v_head_dim=dim)
+        content = run(Path(folder), shape, args.seqlens)
     args.out.write_text(json.dumps(content, indent=1) + "\n")
     rows = content["rows"]
     print(f"{'ms':28s}" + "".join(f"{r['tokens']:>8} {r['selection']:8s}" for r in rows))
@@ -214,9 +224,9 @@ def main() -> int:
     return bool(content["wrong"])
 
 
-def run(folder: Path, seqlens: Sequence[int]) -> dict[str, Any]:
+def run(folder: Path, shape: Shape, seqlens: Sequence[int]) -> dict[str, Any]:
     """What the JSON file holds: versions, times, errors over thresholds, and kernels' resources."""
-    timed = variants()
+    timed = variants(shape)
     every = timed | small_variants()
     paths = {name: write(folder, name, found) for name, found in every.items()}
     jobs = [(paths[name], every[name][0]) for name in every]
@@ -227,7 +237,7 @@ def run(folder: Path, seqlens: Sequence[int]) -> dict[str, Any]:
     rows = []
     for tokens in seqlens:
         for selection in SELECTIONS:
-            times, found = measure({n: launches[n] for n in timed}, tokens, selection)
+            times, found = measure({n: launches[n] for n in timed}, shape, tokens, selection)
             rows.append({"tokens": tokens, "selection": selection, "ms": times})
             errors |= {f"{tokens} {selection}, {name}": x for name, x in found.items()}
             gc.collect()
@@ -236,6 +246,7 @@ def run(folder: Path, seqlens: Sequence[int]) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "shape": dataclasses.asdict(shape),
         "rows": rows,
         "wrong": {name: error for name, error in errors.items() if not error <= 1.0},
         "errors": errors,
