@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -120,14 +120,17 @@ def planned(load: Load) -> list[Planned]:
 
 
 def warm_up(load: Load, slots: int) -> list[Planned]:
-    """Requests to run before a load: they use all slots, down to one, and the longest prompt.
+    """Requests to run before a load: they use all slots, down to one, the longest prompt and a few
+    such as the load's.
 
     What is loaded, compiled or captured at its first use is there afterwards.
     """
     shortest, longest = load.prompt
     news = [min(2 + 2 * slot, load.length - shortest) for slot in range(slots)]
     requests = [Planned(0.0, [1] * shortest, new) for new in news]
-    return [*requests, Planned(0.0, [1] * longest, min(2, load.new[1]))]
+    others = planned(replace(load, requests=4, seed=load.seed + 1, limit=None))
+    prompts = [[1] * longest, *(one.prompt for one in others)]
+    return [*requests, *(Planned(0.0, prompt, min(2, load.new[1])) for prompt in prompts)]
 
 
 def row_of(over: str, load: Load, answers: Sequence[Answer]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import gc
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -184,6 +184,8 @@ def serve(
 ) -> None:
     """Put a server under load, and time first tokens and the others as clients see them."""
     require_extra("bench serve", "bench", "fastapi", "uvicorn", "openai")
+    import torch
+
     from nsagen.bench import load as loads
     from nsagen.bench.results import check_free, write_results
     from nsagen.cli.console import progress_bar
@@ -223,18 +225,23 @@ def serve(
             count += 1
             progress("requests", count, total)
 
+        def measure(name: str, way: Callable[[], AbstractContextManager[Run]]) -> None:
+            with way() as run:
+                run(loads.warm_up(planned[0][0], max_batch_size), None, lambda: None)
+                for load, sent in planned:
+                    rows.append(loads.row_of(name, load, run(sent, load.limit, done)))
+                    write_results("serve", rows, out)  # also if another does not end
+
         for name, way in ways.items():
             try:
-                with way() as run:
-                    run(loads.warm_up(planned[0][0], max_batch_size), None, lambda: None)
-                    for load, sent in planned:
-                        rows.append(loads.row_of(name, load, run(sent, load.limit, done)))
-                        write_results("serve", rows, out)  # also if another does not end
+                measure(name, way)
             except Exception as error:
                 if not rows:
                     raise
                 broken = True
                 _log.error("bench serve: %s ended with %r; its other rows are missing", name, error)
+            gc.collect()
+            torch.cuda.empty_cache()  # a GPU may not hold two models and their caches
     _show(write_results("serve", rows, out), rows, loads.COLUMNS, as_json)
     if broken or any(row["failed"] for row in rows):
         raise typer.Exit(1)
@@ -263,8 +270,6 @@ def _batch(model: Callable[[], Any]) -> Iterator[Run]:
 @contextmanager
 def _transformers(model: Callable[[], Any], limits: InferenceConfig) -> Iterator[Run]:
     """Transformers' continuous batching of a dense model of the same sizes."""
-    import torch
-
     from nsagen.bench.serve import transformers_manager
     from nsagen.cli.models import transformers_model
 
@@ -275,9 +280,6 @@ def _transformers(model: Callable[[], Any], limits: InferenceConfig) -> Iterator
     chunk = limits.prefill_chunk_size or limits.max_length
     with transformers_manager(dense, limits.max_batch_size, chunk, limits.max_length) as run:
         yield run
-    del dense, run
-    gc.collect()
-    torch.cuda.empty_cache()  # a GPU may not hold two caches
 
 
 def _random_model(sizes: str, attention: str | None, device: str | None, limits: Any) -> Any:

@@ -101,8 +101,9 @@ def test_requests_arrive_early_in_a_limit() -> None:
 
 def test_warming_up_uses_each_number_of_slots_and_the_longest_prompt() -> None:
     requests = warm_up(LOAD, 4)
-    assert [one.new for one in requests] == [2, 4, 6, 8, 2]
-    assert [len(one.prompt) for one in requests] == [16] * 4 + [512]
+    assert [one.new for one in requests] == [2, 4, 6, 8] + [2] * 5
+    assert [len(one.prompt) for one in requests[:5]] == [16] * 4 + [512]
+    assert len({len(one.prompt) for one in requests[5:]}) == 4
     short = warm_up(Load(1, 1.0, (4, 9), (1, 2)), 16)
     assert max(len(one.prompt) + one.new for one in short) == 11
 
