@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nsagen.cli.app import main
+from nsagen.spec import load_spec
 
 SPEC = """
 name: NAME
@@ -42,6 +43,19 @@ def run(*arguments: str) -> int:
 def test_build_and_check(spec: str) -> None:
     assert run("build", spec) == 0
     assert run("build", spec, "--check") == 0
+
+
+@pytest.mark.interpreter
+def test_verify(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Decoding alone, which is the quickest."""
+    path = Path(spec)
+    path.write_text(path.read_text() + "passes: [decode]\n")
+    assert run("verify", spec, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["result"] for row in rows} == {"ok"}
+    assert {(row["op"], row["pass"]) for row in rows} == {
+        (w.op, w.pass_) for w in load_spec(spec).workloads()
+    }
 
 
 def test_pictures(spec: str) -> None:
