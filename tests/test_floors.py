@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -124,3 +125,12 @@ def test_there_is_no_circle() -> None:
         TopologicalSorter(inside).prepare()
     except CycleError as error:
         pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_contributing_tells_these_floors() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    section = text.partition("\n## Floors\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert tuple(re.findall(r"`(\w+)/`", "".join(rows))) == FLOORS
+    sides = re.findall(r"side\s+\((.*?)\)", section)
+    assert [set(re.findall(r"`(\w+)`", side)) for side in sides] == [RUNNING, GENERATING]

@@ -600,7 +600,7 @@ class _Backward:
         grads = [f"d{name}" for name in op.returns]
         kept = [name for name, tensor in of_value.items() if name in wanted and tensor]
         statics = [name for name, tensor in of_value.items() if name in wanted and not tensor]
-        self._op = op
+        self._op, self._names = op, frozenset(op.names)
         self._kept = picker([op.values.index(name) for name in kept])
         self._statics = picker([op.values.index(name) for name in statics])
         self._taken = picker([i for i, name in enumerate(grads) if name in wanted])
@@ -621,7 +621,6 @@ class _Backward:
         values = (*inputs, *outputs)
         ctx.save_for_backward(*self._kept(values))
         ctx.statics = self._statics(values)
-        ctx.present = tuple([value is not None for value in inputs])
 
     def run(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         taken = self._taken(grads)
@@ -630,10 +629,10 @@ class _Backward:
         values = (*taken, *ctx.saved_tensors, *ctx.statics)
         direct = on_kernels(taken[0]) and unobserved() and not torch.is_grad_enabled()
         found = (self._on_kernels if direct else self._compute)(values)
-        unknown = found.keys() - set(self._op.names)
-        assert not unknown, f"gradients of {unknown}, which are no parameters"
-        needed = (found.get(name) for name in self._op.names)
-        return tuple([x if need else None for x, need in zip(needed, ctx.present, strict=True)])
+        assert found.keys() <= self._names, f"{self._op.name}: gradients of {[*found]}"
+        # The dispatcher drops defaults at the end: there may be fewer inputs than names.
+        names, needs = self._op.names, enumerate(ctx.needs_input_grad)
+        return tuple([found.get(names[place]) if need else None for place, need in needs])
 
     def node(self, name: str, forward: Callable[[Args], Any]) -> Any:
         """A node of autograd's graph without the dispatcher."""

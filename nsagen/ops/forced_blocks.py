@@ -15,6 +15,7 @@ from torch import Tensor
 from nsagen.core.workload import FORCED_ONCE
 from nsagen.ops import reference
 from nsagen.ops._checks import check_attention, check_cu_seqlens, check_like, check_topk_idx, fail
+from nsagen.ops._derive import op_of
 from nsagen.ops._launch import attention_outputs, attention_sizes, has_kernel
 from nsagen.ops._op import define_op
 from nsagen.ops.gated_sum import check_gate
@@ -119,7 +120,9 @@ def window_and_forced_blocks(
     return o, lse, o_forced, lse_forced
 
 
-@define_op(
+free_blocks_attention = op_of(
+    "free_blocks_attention",
+    reference.free_blocks_attention,
     returns="o lse",
     allocate=attention_outputs,
     check=_check_free,
@@ -127,35 +130,9 @@ def window_and_forced_blocks(
     sizes=attention_sizes,
     launch="q k v topk_idx cu_seqlens o lse softmax_scale None None o_forced lse_forced",
 )
-def free_blocks_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    topk_idx: Tensor,
-    cu_seqlens: Tensor,
-    o_forced: Tensor,
-    lse_forced: Tensor,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-) -> tuple[Tensor, Tensor]:
-    """(o [N, HQ, Dv], lse [N, HQ]) of selected attention, from the forced blocks' part of it; no
-    gradient.
-
-    Args:
-        topk_idx: int32 [HK, N, topk], as block selection writes it: ascending, each block once,
-            the forced ones among them, then -1.
-        o_forced, lse_forced: from `window_and_forced_blocks` with the same blocks.
-    """
-    return reference.free_blocks_attention(
-        *(q, k, v, topk_idx, cu_seqlens, o_forced, lse_forced),
-        block_size=block_size,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        softmax_scale=softmax_scale,
-    )
+"""(o [N, HQ, Dv], lse [N, HQ]) of selected attention, from the forced blocks' part of it as
+`window_and_forced_blocks` gives it; no gradient. topk_idx is as block selection writes it:
+ascending, each block once, the forced ones among them, then -1."""
 
 
 @define_op(
