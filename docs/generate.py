@@ -184,7 +184,8 @@ def toy_difference() -> str:
 
 def measured(name: str) -> Callable[[], str]:
     """The table of a benchmark on the H200."""
-    return lambda: markdown(ROOT / "benchmarks/results/nvidia-h200" / f"{name}.json")
+    path = ROOT / "benchmarks/results/nvidia-h200" / f"{name}.json"
+    return lambda: markdown(path) if path.is_file() else "Not measured on a GPU yet."
 
 
 LLAMA: dict[str, Any] = {
@@ -270,6 +271,7 @@ PARTS = {
     ("docs/serving.md", "slots"): cache_of_slots,
     ("docs/serving.md", "members"): cache_of_members,
     ("docs/serving.md", "pages"): cache_of_pages,
+    ("docs/serving.md", "servers"): measured("serve"),
     ("docs/integrate.md", "the difference of the toy models"): toy_difference,
     ("README.md", "forward"): measured("prefill"),
     ("README.md", "backward"): measured("train"),

@@ -13,20 +13,32 @@ HEADS = {
     "prefill": ("N", "dense attention", "NSA", "speedup"),
     "train": ("N", "dense backward", "NSA backward", "speedup", "peak memory beyond inputs"),
     "decode": ("batch", "context", "dense attention", "NSA", "speedup"),
+    "serve": (
+        "",
+        "requests a second",
+        "requests",
+        "cut off",
+        "new tokens a second",
+        "first token: p50",
+        "p99",
+        "a token after it: p50",
+        "p99",
+    ),
 }
 """The columns of each benchmark's table."""
 
 
 def markdown(path: Path) -> str:
-    """The whole attention next to dense attention, and what the numbers hold for.
+    """The whole attention next to dense attention, or a server next to others, and what the numbers
+    hold for.
 
     Args:
-        path: JSON that `nsagen bench prefill`, `train` or `decode` wrote.
+        path: JSON that `nsagen bench prefill`, `train`, `decode` or `serve` wrote.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     rows, about = content["rows"], content["provenance"]
     head = HEADS[path.stem]
-    make = {"prefill": _prefill, "train": _train, "decode": _decode}[path.stem]
+    make = {"prefill": _prefill, "train": _train, "decode": _decode, "serve": _serve}[path.stem]
     lines = [_line(head), _line(["---:"] * len(head)), *map(_line, make(rows))]
     versions = f"torch {about['torch']}, triton {about['triton']}, driver {about['driver']}"
     return "\n".join([*lines, "", f"{about['device']}, {versions}: `{about['command']}`"])
@@ -52,6 +64,21 @@ def _decode(rows: Rows) -> Iterator[list[str]]:
         if row["what"] == "attention":
             times = _compared(row["torch_ms"], row["ms"], digits=3)
             yield [str(row["batch"]), str(row["tokens"]), *times]
+
+
+def _serve(rows: Rows) -> Iterator[list[str]]:
+    for row in rows:
+        times = [
+            "" if row[name] is None else f"{row[name]:.{digits}f} ms"
+            for name, digits in (
+                ("first_token_ms_p50", 0),
+                ("first_token_ms_p99", 0),
+                ("token_ms_p50", 1),
+                ("token_ms_p99", 1),
+            )
+        ]
+        counts = [f"{row['rate']:g}", str(row["requests"]), str(row["unfinished"])]
+        yield [row["over"], *counts, f"{row['new_tokens_s']:.0f}", *times]
 
 
 def _pairs(rows: Rows) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:

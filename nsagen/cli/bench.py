@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -213,7 +214,8 @@ def serve(
     model = partial(_random_model, sizes, attention, device, limits)
     ways = {url or "nsagen serve": partial(_server, url, options)}
     if transformers:
-        ways["Transformers, dense"] = partial(_transformers, model, limits)
+        release = version("transformers")
+        ways[f"Transformers {release}, dense"] = partial(_transformers, model, limits)
     if direct:
         ways["ContinuousBatch"] = partial(_batch, model)
     rows: list[dict[str, Any]] = []

@@ -233,9 +233,10 @@ def test_the_command_measures_a_server_and_the_batch_itself(
 def test_the_command_measures_transformers_beside_it(
     here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
     rows = measured("--transformers", capsys)
-    assert [row["over"] for row in rows] == ["nsagen serve", "Transformers, dense"]
+    dense = f"Transformers {transformers.__version__}, dense"
+    assert [row["over"] for row in rows] == ["nsagen serve", dense]
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,20 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"what": "attention", "batch": 2, "tokens": 64, "ms": 0.5, "torch_ms": 0.25},
         {"what": "step, replayed", "batch": 2, "tokens": 64, "ms": 3.0},
     ],
+    "serve": [
+        {
+            **{"over": "nsagen serve", "rate": 2.0, "requests": 14, "unfinished": 1},
+            **{"new_tokens_s": 99.6, "first_token_ms_p50": 200.4, "first_token_ms_p99": 1000.0},
+            **{"token_ms_p50": 12.34, "token_ms_p99": None},
+        },
+    ],
 }
 
 EXPECTED = {
     "prefill": ["| 8 | 4.0 ms | 2.0 ms | 2.0 x |"],
     "train": ["| 8 | 9.0 ms | 3.0 ms | 3.0 x | 1.2 GiB |"],
     "decode": ["| 2 | 64 | 0.250 ms | 0.500 ms | 0.5 x |"],
+    "serve": ["| nsagen serve | 2 | 14 | 1 | 100 | 200 ms | 1000 ms | 12.3 ms |  |"],
 }
 
 
