@@ -604,13 +604,13 @@ TABLE = {
         "cuda:80": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__59f74354",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__ac8d4b8d",
             ),
         ),
         "cuda:90": (
             (
                 Bucket(),
-                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__d6264705",
+                "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k16_i1_c2__6d127ff9",
             ),
         ),
     },
@@ -631,10 +631,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__2dde971b"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__fd3b1346"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__c125360f"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__50279834"),
         ),
     },
     Workload(
@@ -654,10 +654,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__cb650425"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__714d1c6c"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__2cd8fb2f"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__7181f6ee"),
         ),
     },
     Workload(
@@ -677,10 +677,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__04cec42c"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__4c3df2f7"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__5c847653"),
+            (Bucket(), "compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k8_i1_c2__44e584a0"),
         ),
     },
     Workload(

@@ -910,10 +910,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__e6d3d6ac"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__0348fff0"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__15131420"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__f4df8274"),
         ),
     },
     Workload(
@@ -933,10 +933,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__532bf39c"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__697fca7e"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__f27797e5"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g2_l8_s4_b16_k4_i1_c2__8d657a60"),
         ),
     },
     Workload(
@@ -956,10 +956,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__e63a4be3"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__63344fe6"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__2f1bd212"),
+            (Bucket(), "compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__9a924aab"),
         ),
     },
     Workload(
@@ -979,10 +979,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__abc2729a"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__bea62a6d"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__3a1fad58"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g1_l8_s4_b16_k4_i1_c2__4b727d18"),
         ),
     },
     Workload(
@@ -1002,10 +1002,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__392821c5"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__90794658"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__58767947"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__c168310f"),
         ),
     },
     Workload(
@@ -1025,10 +1025,10 @@ TABLE = {
         ),
     ): {
         "cuda:80": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__93eb99b5"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__5b8a5dd7"),
         ),
         "cuda:90": (
-            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__ed8372e7"),
+            (Bucket(), "compressed_attention_decode__f32_d32_g4_l8_s4_b16_k4_i1_c2__29fcd9ea"),
         ),
     },
     Workload(

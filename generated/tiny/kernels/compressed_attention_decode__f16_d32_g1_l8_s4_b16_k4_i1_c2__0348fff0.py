@@ -2,12 +2,12 @@
 # Regenerate: nsagen build tiny
 # Spec:       tiny
 # Template:   templates/compressed_attention/decode_split_kv.py.j2
-# Source:     fingerprint 253cd63be7d93566
+# Source:     fingerprint 24fad40b7ca09699
 # Workload:   compressed_attention decode
-#             dtype=float16, head_dim=32, v_head_dim=32, gqa_ratio=4, kernel_size=8,
+#             dtype=float16, head_dim=32, v_head_dim=32, gqa_ratio=1, kernel_size=8,
 #             kernel_stride=4, block_size=16, topk=4, init_blocks=1, local_blocks=2
-# Schedule:   split_kv(block_n=64, combine_warps=4, num_stages=4, num_warps=4, programs=264)
-# Targets:    cuda:90
+# Schedule:   split_kv(block_n=64, combine_warps=4, num_stages=4, num_warps=4, programs=216)
+# Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 """Compressed attention and block selection of one new token a row, split over the windows.
 
@@ -18,7 +18,7 @@
     topk_idx    = the first 1, the last 2 and the best others, 4 in all
 
 q [R, HQ, 32], ck_cache [slots, windows, HK, 32], cv_cache [slots, windows, HK, 32]
--> o [R, HQ, 32], topk_idx int32 [HK, R, 4]; HQ = 4 HK
+-> o [R, HQ, 32], topk_idx int32 [HK, R, 4]; HQ = 1 HK
 """
 
 import torch
@@ -29,7 +29,7 @@ HEAD_DIM = tl.constexpr(32)  # D
 BLOCK_D = tl.constexpr(32)
 V_HEAD_DIM = tl.constexpr(32)  # Dv
 BLOCK_DV = tl.constexpr(32)
-GROUP = tl.constexpr(4)  # G, query heads of a key/value head
+GROUP = tl.constexpr(1)  # G, query heads of a key/value head
 GROUP_PAD = tl.constexpr(16)
 KERNEL_SIZE = tl.constexpr(8)  # l, tokens of a window
 KERNEL_STRIDE = tl.constexpr(4)  # s, tokens from a window to the next
@@ -45,7 +45,7 @@ STEP = tl.constexpr(4)
 STEP_PAD = tl.constexpr(4)
 SPILL = tl.constexpr(1)
 TILE_BLOCKS = tl.constexpr(16)  # blocks whose windows a step loads
-PROGRAMS = 264
+PROGRAMS = 216
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def pages_of(table, tile, column, windows, PAGE_WINDOWS: tl.constexpr):
 
 # Counts that differ from call to call: specialized, they would make a kernel for each kind.
 @triton.jit(do_not_specialize=["max_windows", "max_tiles", "max_pages", "num_splits"])
-def compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__2f1bd212(
+def compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__0348fff0(
     q,
     ck_cache,
     cv_cache,
@@ -414,8 +414,11 @@ def launch(q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, 
     rivals = last_position // 16 + -2
     rivals_pad = next_power_of_2(max(rivals, 16))
     splits_pad = next_power_of_2(splits)
-    weigh_heads = max(1, min(4, 2048 // (min(splits_pad, 16) * 32)))
-    scored = min(rivals_pad, 256)
+    weigh_heads = max(1, min(1, 2048 // (min(splits_pad, 16) * 32)))
+    scored = min(rivals_pad, 1024)
+    # Many programs that read little are slower than two a multiprocessor that read long rows.
+    while rows * kv_heads * (rivals_pad // scored) > 264 and scored < min(rivals_pad, 512):
+        scored *= 2
     scorers = rivals_pad // scored
 
     # One allocation, in parts that start at multiples of 16 bytes; their shapes are noted above.
@@ -437,7 +440,7 @@ def launch(q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, 
         workspace.split_with_sizes(sizes)
     )
     finished = finished.view(torch.int32)
-    compressed_attention_decode__f16_d32_g4_l8_s4_b16_k4_i1_c2__2f1bd212[
+    compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__0348fff0[
         (kv_heads * splits * rows,)
     ](
         q,
@@ -465,7 +468,7 @@ def launch(q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, 
         num_warps=4,
         num_stages=4,
     )
-    combine_splits[((scorers - -4 // weigh_heads) * groups,)](
+    combine_splits[((scorers - -1 // weigh_heads) * groups,)](
         partial_o,
         partial_peak,
         partial_norm,
@@ -481,7 +484,7 @@ def launch(q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, 
         max_tiles,
         kv_heads,
         rows,
-        HEADS=max(1, min(4, 1024 // scored)),
+        HEADS=max(1, min(1, 1024 // scored)),
         WEIGH_HEADS=weigh_heads,
         SCORED=scored,
         RIVALS_PAD=rivals_pad,

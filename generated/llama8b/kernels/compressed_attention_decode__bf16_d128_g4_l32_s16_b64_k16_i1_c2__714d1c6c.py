@@ -2,12 +2,12 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/compressed_attention/decode_split_kv.py.j2
-# Source:     fingerprint 752e15b625e48b76
+# Source:     fingerprint 3f1b3e1a586b2e30
 # Workload:   compressed_attention decode
-#             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, kernel_size=32,
-#             kernel_stride=16, block_size=64, topk=8, init_blocks=1, local_blocks=2
-# Schedule:   split_kv(block_n=64, combine_warps=4, num_stages=4, num_warps=4, programs=264)
-# Targets:    cuda:90
+#             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=4, kernel_size=32,
+#             kernel_stride=16, block_size=64, topk=16, init_blocks=1, local_blocks=2
+# Schedule:   split_kv(block_n=64, combine_warps=4, num_stages=3, num_warps=4, programs=216)
+# Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 """Compressed attention and block selection of one new token a row, split over the windows.
 
@@ -15,10 +15,10 @@
                   over the windows i with i * 16 + 31 <= positions[r]
     score[r, j] = sum over the group's heads h and the windows i of
                   p[r, h, i] * overlap(i, j) / 16, overlap in tokens
-    topk_idx    = the first 1, the last 2 and the best others, 8 in all
+    topk_idx    = the first 1, the last 2 and the best others, 16 in all
 
 q [R, HQ, 128], ck_cache [slots, windows, HK, 128], cv_cache [slots, windows, HK, 128]
--> o [R, HQ, 128], topk_idx int32 [HK, R, 8]; HQ = 16 HK
+-> o [R, HQ, 128], topk_idx int32 [HK, R, 16]; HQ = 4 HK
 """
 
 import torch
@@ -29,12 +29,12 @@ HEAD_DIM = tl.constexpr(128)  # D
 BLOCK_D = tl.constexpr(128)
 V_HEAD_DIM = tl.constexpr(128)  # Dv
 BLOCK_DV = tl.constexpr(128)
-GROUP = tl.constexpr(16)  # G, query heads of a key/value head
+GROUP = tl.constexpr(4)  # G, query heads of a key/value head
 GROUP_PAD = tl.constexpr(16)
 KERNEL_SIZE = tl.constexpr(32)  # l, tokens of a window
 KERNEL_STRIDE = tl.constexpr(16)  # s, tokens from a window to the next
 BLOCK_SIZE = tl.constexpr(64)  # B, tokens of a block
-TOPK = tl.constexpr(8)
+TOPK = tl.constexpr(16)
 INIT_BLOCKS = tl.constexpr(1)
 LOCAL_BLOCKS = tl.constexpr(2)
 
@@ -45,7 +45,7 @@ STEP = tl.constexpr(4)
 STEP_PAD = tl.constexpr(4)
 SPILL = tl.constexpr(1)
 TILE_BLOCKS = tl.constexpr(16)  # blocks whose windows a step loads
-PROGRAMS = 264
+PROGRAMS = 216
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def pages_of(table, tile, column, windows, PAGE_WINDOWS: tl.constexpr):
 
 # Counts that differ from call to call: specialized, they would make a kernel for each kind.
 @triton.jit(do_not_specialize=["max_windows", "max_tiles", "max_pages", "num_splits"])
-def compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__c125360f(
+def compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__714d1c6c(
     q,
     ck_cache,
     cv_cache,
@@ -414,8 +414,11 @@ def launch(q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, 
     rivals = last_position // 64 + -2
     rivals_pad = next_power_of_2(max(rivals, 16))
     splits_pad = next_power_of_2(splits)
-    weigh_heads = max(1, min(16, 2048 // (min(splits_pad, 16) * 128)))
-    scored = min(rivals_pad, 64)
+    weigh_heads = max(1, min(4, 2048 // (min(splits_pad, 16) * 128)))
+    scored = min(rivals_pad, 256)
+    # Many programs that read little are slower than two a multiprocessor that read long rows.
+    while rows * kv_heads * (rivals_pad // scored) > 264 and scored < min(rivals_pad, 512):
+        scored *= 2
     scorers = rivals_pad // scored
 
     # One allocation, in parts that start at multiples of 16 bytes; their shapes are noted above.
@@ -437,7 +440,7 @@ def launch(q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, 
         workspace.split_with_sizes(sizes)
     )
     finished = finished.view(torch.int32)
-    compressed_attention_decode__bf16_d128_g16_l32_s16_b64_k8_i1_c2__c125360f[
+    compressed_attention_decode__bf16_d128_g4_l32_s16_b64_k16_i1_c2__714d1c6c[
         (kv_heads * splits * rows,)
     ](
         q,
@@ -463,9 +466,9 @@ def launch(q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, 
         kv_heads,
         PAGE_WINDOWS=0 if block_table is None else page_windows,
         num_warps=4,
-        num_stages=4,
+        num_stages=3,
     )
-    combine_splits[((scorers - -16 // weigh_heads) * groups,)](
+    combine_splits[((scorers - -4 // weigh_heads) * groups,)](
         partial_o,
         partial_peak,
         partial_norm,
@@ -481,11 +484,11 @@ def launch(q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, 
         max_tiles,
         kv_heads,
         rows,
-        HEADS=max(1, min(16, 1024 // scored)),
+        HEADS=max(1, min(4, 1024 // scored)),
         WEIGH_HEADS=weigh_heads,
         SCORED=scored,
         RIVALS_PAD=rivals_pad,
-        TOPK_PAD=8,
+        TOPK_PAD=16,
         SPLITS_PAD=splits_pad,
         num_warps=4,
     )
