@@ -224,14 +224,18 @@ class Packed:
     cu_seqlens: Tensor | Shard
 
     @classmethod
-    def of(cls, input_ids: Tensor, targets: Tensor, device: torch.device) -> Packed:
+    def of(
+        cls,
+        input_ids: Tensor,
+        targets: Tensor,
+        device: torch.device,
+        context: ContextParallel | None = None,
+    ) -> Packed:
+        """With `context`, this process's part of each sequence."""
         rows, seq_len = input_ids.shape
         ends = torch.arange(0, (rows + 1) * seq_len, seq_len, dtype=torch.int32)
-        flat = (input_ids.flatten(), targets.flatten(), ends)
-        return cls(*(tensor.to(device, non_blocking=True) for tensor in flat))
-
-    def shared(self, context: ContextParallel) -> Packed:
-        """This process's part of each sequence."""
-        assert isinstance(self.cu_seqlens, Tensor)
-        shard = context.shard(self.cu_seqlens)
-        return Packed(shard.take(self.input_ids), shard.take(self.targets), shard)
+        ids, goals = (x.flatten().to(device, non_blocking=True) for x in (input_ids, targets))
+        if context is None:
+            return cls(ids, goals, ends.to(device, non_blocking=True))
+        shard = context.shard(ends, device)  # lengths that are on the host already
+        return cls(shard.take(ids), shard.take(goals), shard)

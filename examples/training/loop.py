@@ -186,12 +186,8 @@ class Trainer:
         share = rows // (self.world.batches * self.config.accumulate)
         first = self.world.batch * share * self.config.accumulate
         starts = range(first, first + share * self.config.accumulate, share)
-        parts = [
-            Packed.of(ids[at : at + share], targets[at : at + share], self.world.device)
-            for at in starts
-        ]
-        if self.context is not None:
-            parts = [part.shared(self.context) for part in parts]
+        where = (self.world.device, self.context)
+        parts = [Packed.of(ids[at : at + share], targets[at : at + share], *where) for at in starts]
         return parts, int((targets != IGNORED).sum())
 
     def _logits(self, part: Packed) -> Tensor:

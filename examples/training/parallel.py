@@ -150,7 +150,7 @@ def spread(
     if world.shares == 1:
         return model
     if kind == "ddp":
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, broadcast_buffers=False)  # all have the same
     mesh = None if world.tp == 1 else world.of_shares()
     for layer in layers:
         fully_shard(layer, mesh=mesh)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -112,20 +112,30 @@ def _check_attention(model: nn.Module) -> None:
     require(known > 0, _WHERE, "the model must have attention", "none", "pass the model itself")
 
 
-@dataclass(frozen=True)
+KEPT = 8
+"""Batches whose layout is kept for others of the same lengths."""
+
+
 class ContextParallel:
-    """Shares batches out over a group's ranks; made by `context_parallel`."""
+    """Shares batches out over a group's ranks; made by `context_parallel`.
 
-    group: ProcessGroup
+    No dataclass: FSDP looks into those among a layer's inputs, and would go in circles between a
+    shard and what made it.
+    """
 
-    def shard(self, cu_seqlens: Tensor) -> Shard:
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self._kept: dict[Any, Shard] = {}
+
+    def shard(self, cu_seqlens: Tensor, device: torch.device | str | None = None) -> Shard:
         """This rank's share of a packed batch. Every rank passes the same.
 
-        Reads the lengths on the host, once a batch.
+        Reads the lengths on the host, once a batch: from a tensor on the CPU without waiting for
+        the device. A batch of the same lengths as one of the last few is laid out already.
 
         Args:
-            cu_seqlens: int32 [batch + 1], where each sequence of the whole batch starts, on the
-                model's device.
+            cu_seqlens: int32 [batch + 1], where each sequence of the whole batch starts.
+            device: the model's; by default cu_seqlens is there.
 
         Raises:
             InvalidInputError: it does not start at 0, or decreases.
@@ -133,7 +143,15 @@ class ContextParallel:
         where = "ContextParallel.shard"
         check_offsets(where, cu_seqlens)
         lengths = host_lengths(where, cu_seqlens, int(cu_seqlens[-1]), None)
-        return Shard.of_batch(cu_seqlens, lengths, self.group, self)
+        there = torch.device(cu_seqlens.device if device is None else device)
+        key = (there, *lengths)
+        found = self._kept.pop(key, None)
+        if found is None:
+            found = Shard.of_batch(lengths, there, self.group, self)
+        self._kept[key] = found  # the newest comes last
+        while len(self._kept) > KEPT:
+            del self._kept[next(iter(self._kept))]
+        return found
 
     def sparse(
         self, module: NSAOps, heads: Heads, gate: Tensor, packed: Any, tables: Tables

@@ -8,7 +8,7 @@ Rows are tokens, or compression windows; a window belongs to the piece in which 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -99,6 +99,10 @@ class Halo:
         send: int64, this rank's tokens that others need, by destination.
         send_counts, receive_counts: how many go to, and come from, each rank.
         index: int64 [tokens of all windows], each in this rank's tokens followed by the received.
+        own, own_rows: where in `index` the tokens of a window's own piece are, each once; and
+            the entries there.
+        beyond, beyond_rows: the same of the tokens past a piece's end, which may repeat the
+            others.
         lengths: int64 [2 * batch], tokens of each piece's windows: 0 for a piece without any.
         moves: whether any rank needs a token of another.
     """
@@ -107,6 +111,10 @@ class Halo:
     send_counts: list[int]
     receive_counts: list[int]
     index: Tensor
+    own: Tensor
+    own_rows: Tensor
+    beyond: Tensor
+    beyond_rows: Tensor
     lengths: Tensor
     moves: bool
 
@@ -121,14 +129,29 @@ class Halo:
         at = places[spans((first + tokens.starts[:-1]).flatten(), length.flatten())]
         here = int(tokens.counts(rank).sum())
         received = here + torch.searchsorted(needs[rank], at)
+        index = torch.where(at // most == rank, at % most, received)
+        end = (
+            (tokens.firsts(rank) + tokens.counts(rank))
+            .flatten()
+            .repeat_interleave(length.flatten())
+        )
+        inside = spans(first.flatten(), length.flatten()) < end
+        own, beyond = (which.nonzero().flatten() for which in (inside, ~inside))
         return cls(
             torch.cat(from_here),
             [one.shape[0] for one in from_here],
             torch.bincount(needs[rank] // most, minlength=ranks).tolist(),
-            torch.where(at // most == rank, at % most, received),
+            index,
+            *(own, index[own], beyond, index[beyond]),
             length.flatten(),
             any(need.shape[0] for need in needs),
         )
+
+    def to(self, device: torch.device) -> Halo:
+        """With the indices that exchanges use on a device."""
+        names = ("send", "index", "own", "own_rows", "beyond", "beyond_rows")
+        moved = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
+        return replace(self, **moved)
 
 
 def _read(windows: Cut, rank: int, kernel_size: int, kernel_stride: int) -> tuple[Tensor, Tensor]:

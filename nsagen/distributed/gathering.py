@@ -8,6 +8,8 @@ before in the graph, such as rope and projections of keys, has not run yet.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,31 +57,42 @@ class Places:
             return x
         return torch.cat([x, x.new_zeros(self.most - self.count, *x.shape[1:])])
 
-    def by_rank(self, x: Tensor) -> Tensor:
-        """x [all rows, ...] in the order of the ranks, padded: [C * most, ...]."""
-        made = x.new_zeros(self.group.size() * self.most, *x.shape[1:])
-        return made.index_copy_(0, self.places, x)
+    def by_rank(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors [all rows, ..., any], side by side, in the order of the ranks, padded:
+        [C * most, ..., all]."""
+        first, widths = tensors[0], _widths(tensors)
+        made = first.new_zeros(self.group.size() * self.most, *first.shape[1:-1], sum(widths))
+        for part, x in zip(made.split(widths, -1), tensors, strict=True):
+            part.index_copy_(0, self.places, x)
+        return made
 
 
 @dataclass
 class Gathering:
-    """One exchange of some tensors of equal rows; see the module."""
+    """One exchange of some tensors of equal rows; see the module.
+
+    Tensors that differ in their last dimension alone travel together, side by side.
+    """
 
     places: Places
-    _gathers: list[Tensor] = field(default_factory=list)
-    _sums: list[Tensor | None] = field(default_factory=list)
+    _gathers: list[tuple[Tensor, list[int]]] = field(default_factory=list)
+    _sums: list[tuple[Tensor, list[int]] | None] = field(default_factory=list)
 
     def start(self, *tensors: Tensor) -> None:
         """Begin to gather this rank's rows [count, ...]."""
         places = self.places
-        self._gathers = [start_gather(places.padded(x), places.group) for x in tensors]
+        self._gathers = [
+            (start_gather(places.padded(torch.cat(some, -1)), places.group), _widths(some))
+            for some in _alike(tensors)
+        ]
 
     def wait(self) -> list[Tensor]:
         """The rows of all ranks, in the packed batch's order."""
         found = []
-        for _ in range(len(self._gathers)):  # one at a time: half of the memory
-            gathered = finish(self._gathers.pop(0), self.places.group)
-            found.append(gathered.index_select(0, self.places.places))
+        while self._gathers:
+            gathered, widths = self._gathers.pop(0)
+            parts = finish(gathered, self.places.group).split(widths, -1)
+            found += [part.index_select(0, self.places.places) for part in parts]
         return found
 
     def enter(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -93,10 +106,13 @@ class Gathering:
             what stands for them in the graph until `enter`'s node waits for the sums.
         """
         places = self.places
-        self._sums = [
-            None if g is None else start_reduce_scatter(places.by_rank(g), places.group)
-            for g in gradients
-        ]
+        self._sums = []
+        for some in _alike(gradients):
+            if some[0] is None:
+                self._sums.append(None)
+                continue
+            summed = start_reduce_scatter(places.by_rank(some), places.group)
+            self._sums.append((summed, _widths(some)))
         return tuple(
             None if g is None else g.new_zeros(()).expand(places.count, *g.shape[1:])
             for g in gradients
@@ -105,7 +121,27 @@ class Gathering:
     def sums(self) -> tuple[Tensor | None, ...]:
         """The sums, of this rank's rows."""
         places, sums, self._sums = self.places, self._sums, []
-        return tuple(None if x is None else finish(x, places.group)[: places.count] for x in sums)
+        found: list[Tensor | None] = []
+        for one in sums:
+            if one is None:
+                found.append(None)
+                continue
+            summed, widths = one
+            found += finish(summed, places.group)[: places.count].split(widths, -1)
+        return tuple(found)
+
+
+def _alike(tensors: Sequence[Any]) -> list[list[Any]]:
+    """Neighbours that can lie side by side; None is by itself."""
+
+    def kind(x: Tensor | None) -> Any:
+        return object() if x is None else (x.dtype, x.shape[:-1])
+
+    return [list(some) for _, some in itertools.groupby(tensors, kind)]
+
+
+def _widths(tensors: Sequence[Tensor]) -> list[int]:
+    return [x.shape[-1] for x in tensors]
 
 
 class _Entered(torch.autograd.Function):
@@ -138,15 +174,17 @@ class RemoteTokens(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), halo, group = gradients, ctx.halo, ctx.group
         rows = ctx.count + sum(halo.receive_counts)
-        of_all = _summed(gradient, halo.index, rows)
+        of_all = gradient.new_zeros(rows, *gradient.shape[1:])
+        of_all.index_copy_(0, halo.own_rows, gradient.index_select(0, halo.own))
+        _add(of_all, halo.beyond_rows, gradient.index_select(0, halo.beyond))
         own, received = of_all.split([ctx.count, rows - ctx.count])
         if halo.moves:
             counts = (halo.receive_counts, halo.send_counts)
             returned = finish(start_exchange(received, *counts, group), group)
-            own = own + _summed(returned, halo.send, ctx.count)
+            _add(own, halo.send, returned)
         return own, None, None
 
 
-def _summed(x: Tensor, index: Tensor, rows: int) -> Tensor:
-    """x's rows added up by index, in their order: index_add on a GPU repeats only by chance."""
-    return x.new_zeros(rows, *x.shape[1:]).index_put_((index,), x, accumulate=True)
+def _add(to: Tensor, index: Tensor, x: Tensor) -> None:
+    """Add x's rows by index, in their order: index_add on a GPU repeats only by chance."""
+    to.index_put_((index,), x, accumulate=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -76,10 +76,10 @@ class Shard(Packed):
 
     @classmethod
     def of_batch(
-        cls, cu_seqlens: Tensor, lengths: list[int], group: ProcessGroup, remote: Remote
+        cls, lengths: list[int], device: torch.device, group: ProcessGroup, remote: Remote
     ) -> Shard:
         """This rank's share of a batch whose lengths the host knows."""
-        device, rank = cu_seqlens.device, group.rank()
+        rank = group.rank()
         cut = Cut.of_tokens(lengths, group.size())
         tokens = Places.of(cut, rank, group, device)
         firsts, counts = cut.firsts(rank), cut.counts(rank)
@@ -138,9 +138,8 @@ class Shard(Packed):
         if kept not in self._parts:
             device = self.positions.device
             lengths = [n if keep else 0 for n, keep in zip(self.lengths or (), kept, strict=True)]
-            ends = _int32(offsets(torch.tensor(lengths, dtype=torch.int64)), device)
             assert self.remote is not None
-            part = Shard.of_batch(ends, lengths, self.tokens.group, self.remote)
+            part = Shard.of_batch(lengths, device, self.tokens.group, self.remote)
             chosen = torch.tensor(kept).repeat(2)
             stays = chosen.repeat_interleave(self.cut.counts(self.rank).flatten())
             self._parts[kept] = part, stays.nonzero().flatten().to(device, non_blocking=True)
@@ -164,7 +163,7 @@ class Shard(Packed):
             Places.of(windows, self.rank, self.tokens.group, device),
             _int32(spans(firsts, counts) * kernel_stride, device),
             _int32(offsets(halo.lengths), device),
-            replace(halo, send=halo.send.to(device), index=halo.index.to(device)),
+            halo.to(device),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -24,9 +25,11 @@ from nsagen.distributed import (
     chunk_attention,
     collectives,
     context_parallel,
+    gathering,
     naming_lost_ranks,
     sparse_attention,
 )
+from nsagen.distributed.context_parallel import KEPT
 from nsagen.distributed.gathering import Gathering
 from nsagen.model import NativeSparseAttention, RopeConfig, ToyLlama, ToyNSALlama
 from tests.distributed.ranks import on_ranks
@@ -258,6 +261,48 @@ def test_a_rank_keeps_its_share_and_gathers_one_layer_s() -> None:
     for held, most in on_ranks(2, run):
         assert held < 0.53 * alone
         assert most == 2, "keys and values of one layer"
+
+
+def test_batches_of_the_same_lengths_are_laid_out_once() -> None:
+    """Of the last few; and lengths on the host need no device."""
+
+    def run(rank: int) -> None:
+        module = attention()
+        parallel = context_parallel(module)
+        first = parallel.shard(offsets_of([64, 3]))
+        assert parallel.shard(offsets_of([64, 3])) is first
+        assert parallel.shard(offsets_of([64, 3]), "meta").positions.is_meta
+        for tokens in range(KEPT):
+            parallel.shard(offsets_of([tokens]))
+        assert parallel.shard(offsets_of([64, 3])) is not first
+
+    on_ranks(2, run)
+
+
+def test_keys_and_values_of_a_layer_travel_side_by_side() -> None:
+    """So a pass has one gather of tokens and one of windows, and one sum of the gradients of each;
+    separate keys and values of the sliding branch travel with the others."""
+
+    def run(rank: int) -> list[tuple[str, int]]:
+        counts: Counter[str] = Counter()
+
+        def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                counts[name] += 1
+                return function(*args)
+
+            return call
+
+        for name in ("start_gather", "start_reduce_scatter"):
+            setattr(gathering, name, counted(name, getattr(gathering, name)))
+        for form in ("avgpool", "separate"):
+            module = attention(**EVERY[form])
+            shard = context_parallel(module).shard(offsets_of([64]))
+            x = shard.take(numbers(64, 48)).requires_grad_()
+            module(x, shard).sum().backward()
+        return sorted(counts.items())
+
+    assert on_ranks(2, run)[0] == [("start_gather", 8), ("start_reduce_scatter", 4)]
 
 
 def test_keys_and_values_travel_while_windows_are_attended_to() -> None:
