@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -96,15 +97,25 @@ def command(config: TrainConfig, out: Path, *more: str) -> list[str]:
     return [script, *options]
 
 
-def started(arguments: list[str], **environ: object) -> int:
-    """Start a command line in a fork of this process; its id."""
+def started(arguments: list[str], errors: Path | None = None, **environ: object) -> int:
+    """Start a command line in a fork of this process; its id.
+
+    Args:
+        errors: the file that gets what it writes to stderr.
+    """
     import matplotlib.pyplot  # noqa: F401  # once, for all forks
 
     def main() -> object:
+        if errors is not None:
+            sys.stderr = errors.open("w", buffering=1)
         os.environ.update({name: str(value) for name, value in environ.items()})
         sys.argv = arguments
         sys.path.insert(0, str(Path(arguments[0]).parent))
-        return runpy.run_path(arguments[0])["main"]()
+        try:
+            return runpy.run_path(arguments[0])["main"]()
+        except Exception:
+            traceback.print_exc()  # as Python does at its end, which a fork does not reach
+            raise
 
     return start_child(main)
 
@@ -217,9 +228,34 @@ def test_two_processes_train_as_one_does(
 
 def launched(arguments: list[str], count: int) -> list[int]:
     """Exit codes of processes, started as the launcher does, without its imports of torch."""
-    world = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    world = world_of(count)
     ranks = [started(arguments, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(count)]
     return [exit_code(rank) for rank in ranks]
+
+
+def world_of(count: int) -> dict[str, object]:
+    return {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+
+
+def test_a_killed_process_is_named_and_ends_the_others(tmp_path: Path) -> None:
+    """They would wait 30 minutes for it; and another mesh could go on from the checkpoint."""
+    run = command(replace(TINY, steps=4000, save_every=2, layers=1), tmp_path, "--cp=2")
+    world = world_of(2)
+    errors = [tmp_path / "stderr-0", tmp_path / "stderr-1"]
+    first, second = (
+        started(run, errors[rank], RANK=rank, LOCAL_RANK=rank, **world) for rank in range(2)
+    )
+    checkpoints, deadline = tmp_path / "checkpoints" / "text-nsa", time.monotonic() + 60
+    while not list(checkpoints.glob("step-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(second, signal.SIGKILL)
+    assert exit_code(second) == -signal.SIGKILL
+    killed = time.monotonic()
+    assert exit_code(first) not in (0, None)
+    assert time.monotonic() - killed < 30
+    assert "got no sign of life from rank 1 of 2 within 5 s" in errors[0].read_text()
+    assert checkpoint.load_latest(checkpoints)
 
 
 @pytest.mark.parametrize(
