@@ -18,6 +18,7 @@ from nsagen.model import (
     ToyNSALlama,
     ToyNSALlamaConfig,
 )
+from nsagen.model.cache import check_narrow_cache
 from nsagen.ops.reference import dequantize
 from tests.model.test_prefill import in_pieces
 from tests.model.test_serving import collect
@@ -138,3 +139,16 @@ def test_other_refusals() -> None:
         ToyLlama(dense_config(), LIMITS)
     with pytest.raises(InvalidInputError, match=r"bfloat16 or float32, .* got torch\.float16"):
         NSACache(nsa_config(), LIMITS, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:86", "hip:gfx942"])
+def test_a_gpu_that_cannot_convert_float8_is_told_of_int8(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a cache of any kind is made, before it takes memory."""
+    monkeypatch.setattr("nsagen.model.cache.target_of", lambda device: target)
+    given = (torch.device("cuda"), torch.bfloat16)
+    with pytest.raises(InvalidInputError, match=f"8.9 or newer, got {target}; use int8"):
+        check_narrow_cache("cache", "float8_e4m3fn", *given)
+    check_narrow_cache("cache", "int8", *given)
+    check_narrow_cache("cache", None, *given)
