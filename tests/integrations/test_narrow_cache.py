@@ -292,3 +292,16 @@ def test_a_setting_that_went_is_missed(tmp_path: Path) -> None:
     _, cache = in_pieces(model, ids, [10])
     model.config.nsagen = None
     refused("one byte an element needs the cache_dtype", model, ids[:, 10:], **{CACHE: cache})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("kind", ["MiniCPM4", "MoBA", "MiniMax-M3"])
+def test_a_gpu_computes_what_a_cpu_does(kind: str, cache_dtype: str, tmp_path: Path) -> None:
+    """Prompt, chunk and steps; a number that rounds to the other side moves little."""
+    model, ids = made(kind, tmp_path, cache_dtype), tokens(2, 70)
+    expected, _ = in_pieces(model, ids, [70])
+    logits, cache = in_pieces(model.float().cuda(), ids.cuda(), [40, 66, *range(67, 71)])
+    assert cache.layers[0].rows("keys").numbers.is_cuda
+    assert distance(logits.cpu(), expected.float()) < 2e-2

@@ -109,3 +109,29 @@ def test_a_replay_is_the_step(member: str, cache_dtype: str) -> None:
             assert torch.equal(
                 one.contiguous().view(torch.int8), other.contiguous().view(torch.int8)
             )
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@torch.no_grad()
+def test_a_step_is_the_references(cache_dtype: str) -> None:
+    """What is stored, to a step of its numbers, and what attention gives for the chosen blocks."""
+    caches, x = Caches(getattr(torch, cache_dtype)), Step.of(3)
+    on_cpu = {name: tuple(t.cpu() for t in pair) for name, pair in caches.of.items()}
+    blocks, o = caches.minicpm(x)
+    y = Step(*(t.cpu() for t in vars(x).values()))
+    places, scales = (y.positions, y.slots), {}
+    for name, new in (("k", y.k), ("v", y.v)):
+        ops.reference.store_rows(new, *on_cpu[name], *places)
+        scales[f"{name}_scale"] = on_cpu[name][1]
+    (k, k_scale), (v, _), (ck, ck_scale) = (on_cpu[n] for n in ("k", "v", "ck"))
+    means = {"k_scale": k_scale, "ck_scale": ck_scale}
+    ops.reference.pool_append(k, ck, *places, **WINDOWS, **means)
+    for name, pair in on_cpu.items():
+        numbers, scale = (t.cpu() for t in caches.of[name])
+        assert torch.equal(scale, pair[1]), name
+        apart = numbers.view(torch.int8).int() - pair[0].view(torch.int8).int()
+        assert int(apart.abs().max()) <= (name == "ck"), name
+    expected = ops.reference.selected_attention_decode(
+        y.q.double(), k, v, blocks.cpu(), *places, block_size=64, **scales
+    )
+    assert (o.cpu() - expected).norm() / expected.norm() < 1e-2
