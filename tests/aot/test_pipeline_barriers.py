@@ -18,6 +18,8 @@ from nsagen.codegen.template import kernel_name, render, space_for
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import STATIC_PARAMS, Param, Workload
 
+from .test_arrivals import lost_addresses, machine_code
+
 TARGET = KNOWN_TARGETS["cuda:90"]
 PARAMS: dict[str, Param] = {  # of test_warp_specialized.py's kernels, which it compiles as well
     **{
@@ -71,6 +73,7 @@ def test_an_early_arrival_is_seen() -> None:
     ],
 )
 def test_threads_meet_before_one_arrives(op: str, pass_: str, tmp_path: Path) -> None:
+    """And what the assembler made of it reads each arrival's address; see test_arrivals.py."""
     params = {name: PARAMS[name] for name in STATIC_PARAMS[op, pass_]}
     work = Workload.of(op, pass_, dtype="bfloat16", **params)
     schedule = space_for(work, "warp_specialized").default_schedule(work, TARGET)
@@ -78,7 +81,11 @@ def test_threads_meet_before_one_arrives(op: str, pass_: str, tmp_path: Path) ->
     path.write_text(render(work, schedule, "# test"))
     arrivals = 0
     for call in recorded_launches(path, work):
-        ptx = compile_launch(call, TARGET, path.stem).asm["ptx"]
+        compiled = compile_launch(call, TARGET, path.stem)
+        ptx = compiled.asm["ptx"]
         assert early_arrivals(ptx) == [], call.kernel.__name__
-        arrivals += len(ARRIVAL.findall(ptx))
+        arrivals += (found := len(ARRIVAL.findall(ptx)))
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        assert not found or lost_addresses(machine_code(cubin)) == [], call.kernel.__name__
     assert arrivals > 0
