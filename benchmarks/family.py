@@ -37,6 +37,7 @@ from family_attention import (
     m3_shared,
     minicpm_64_blocks,
     minicpm_forward,
+    narrow_decode,
 )
 from family_models import m3_in_transformers, small_models
 from family_run import FULL, INDEX, SM90, TINY, WARM, Run, Sizes, attention_workload
@@ -89,6 +90,7 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "m3_index": m3_index,
     "minicpm_64_blocks": minicpm_64_blocks,
     "m3_decode": m3_decode,
+    "narrow_decode": narrow_decode,
     "m3_in_transformers": m3_in_transformers,
     "m3_index_loss": m3_index_loss,
     "m3_shared": m3_shared,

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nsagen import ops
+from nsagen.core.workload import CACHE_DTYPES
 from nsagen.ops import local_band
 from nsagen.ops.compress import compress
 from nsagen.ops.selected_attention import selected_attention_forward
@@ -215,6 +216,44 @@ def m3_decode(run: Run) -> None:
             both = graphed(lambda a=index, b=attend: (a(), b()), s.device)
             run.time(f"M3 decode, batch {batch}", "graph", context, both)
             del k, v, args, index_k, index, attend, branch, calls, both
+
+
+def narrow_decode(run: Run) -> None:
+    """A step of M3's and of MiniCPM's attention, selection too, on caches of each dtype."""
+    s, context = run.sizes, run.sizes.lengths[-1]
+    for batch in s.batches:
+        at = torch.full((batch,), context - 1, dtype=torch.int32, device=s.device)
+        slots = torch.arange(batch, dtype=torch.int32, device=s.device)
+        for name, layer in (("M3", s.m3), ("MiniCPM", s.minicpm)):
+            size, stride = (1, 1) if name == "M3" else s.window
+            rule: Any = {"kernel_size": size, "kernel_stride": stride, "score_pool": "max"}
+            rule = {**INDEX, **layer.blocks} if name == "M3" else {**rule, **layer.blocks}
+            q = normal(s, batch, layer.heads, layer.dim)
+            of_scores = q[:, : layer.kv_heads] if name == "M3" else q
+            heads, entries = 1 if name == "M3" else layer.kv_heads, (context - size) // stride + 1
+            caches = [normal(s, batch, entries, heads, layer.dim)]
+            caches += [normal(s, batch, context, layer.kv_heads, layer.dim) for _ in range(2)]
+            for cache_dtype in ("", *CACHE_DTYPES):
+                (keys, k, v), scales = _stored(caches, cache_dtype)
+                names = ("k_scale", "v_scale")
+                select = partial(ops.block_selection_decode, of_scores, keys, at, slots, **rule)
+                select = partial(select, k_scale=scales[0])
+                args = (q, k, v, select(), at, slots)
+                attend = partial(ops.selected_attention_decode, *args, block_size=layer.block)
+                attend = partial(attend, **dict(zip(names, scales[1:], strict=True)))
+                both = graphed(lambda a=select, b=attend: (a(), b()), s.device)
+                how = cache_dtype or str(s.dtype)[6:]
+                run.time(f"{name} decode on a cache of", how, context, both, batch=batch)
+                del keys, k, v, args, select, attend, both
+
+
+def _stored(caches: list[Tensor], cache_dtype: str) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Caches in a dtype, and the scales of their rows, which lie with heads before entries."""
+    if not cache_dtype:
+        return caches, [None] * len(caches)
+    pairs = [ops.reference.quantize(cache, getattr(torch, cache_dtype)) for cache in caches]
+    scales = [scale.transpose(1, 2).contiguous().transpose(1, 2) for _, scale in pairs]
+    return [rows for rows, _ in pairs], scales
 
 
 def _decode_schedules(run: Run, args: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
