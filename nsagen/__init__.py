@@ -42,7 +42,10 @@ def load(name: str, on_missing: OnMissing = "build") -> Dispatcher:
     Raises:
         InvalidInputError: no such package is found.
     """
-    # The package, not its module: two threads that import both in different orders deadlock.
-    from nsagen.runtime import load as load_package
+    from nsagen.core.importing import complete_before_forks
 
-    return load_package(name, on_missing)
+    with complete_before_forks():
+        # The package, not its module: two threads that import both in different orders deadlock.
+        from nsagen.runtime import load as load_package
+
+        return load_package(name, on_missing)

@@ -7,6 +7,8 @@ import importlib.util
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -18,8 +20,48 @@ LOCK = threading.RLock()
 One lock for all, because each may need another: a package's module makes a dispatcher.
 """
 
-# A child that was forked meanwhile would wait for a thread that it does not have.
-os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
+_importers: list[int] = []
+"""Threads inside `complete_before_forks`; LOCK guards it."""
+
+_fewer_importers = threading.Condition(LOCK)
+
+_PATIENCE_S = 10.0
+"""How long a fork waits for other threads' imports, which may be waiting for the forking thread."""
+
+
+@contextmanager
+def complete_before_forks() -> Iterator[None]:
+    """Imports inside are complete, or not begun, when another thread forks.
+
+    Python has one lock for each module that is being imported. A child forked meanwhile would wait
+    forever for a thread that it does not have. LOCK cannot be held instead: another thread may hold
+    a module's lock and wait for LOCK, as a package's module makes a dispatcher.
+    """
+    me = threading.get_ident()
+    with LOCK:
+        _importers.append(me)
+    try:
+        yield
+    finally:
+        with LOCK:
+            _importers.remove(me)
+            _fewer_importers.notify_all()
+
+
+def _before_fork() -> None:
+    me = threading.get_ident()
+    LOCK.acquire()
+    _fewer_importers.wait_for(lambda: all(one == me for one in _importers), _PATIENCE_S)
+
+
+def _in_child() -> None:
+    me = threading.get_ident()
+    _importers[:] = [one for one in _importers if one == me]
+    LOCK.release()
+
+
+# A child that was forked while another thread holds LOCK would wait for it forever.
+os.register_at_fork(before=_before_fork, after_in_parent=LOCK.release, after_in_child=_in_child)
 
 
 def import_file(path: Path) -> ModuleType:

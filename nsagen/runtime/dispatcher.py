@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nsagen.core.bucket import Bucket, Entries, Table
 from nsagen.core.errors import BuildError, InvalidInputError, UnsupportedWorkloadError
-from nsagen.core.importing import LOCK
+from nsagen.core.importing import LOCK, complete_before_forks
 from nsagen.core.packages import remedy
 from nsagen.core.releases import Releases, installed_release
 from nsagen.core.workload import Workload
@@ -54,15 +54,24 @@ def one_at_a_time(launch: Launch) -> Launch:
 
     The interpreter replaces functions of Triton's language as long as a kernel runs.
     """
-    if not interpreting():
-        return launch
+    return _OneAtATime(launch) if interpreting() else launch
 
-    @functools.wraps(launch)
-    def locked(*args: Any, **kwargs: Any) -> Any:
+
+class _OneAtATime:
+    """Takes turns in calling a launch, whose attributes it has, such as the code's file."""
+
+    def __init__(self, launch: Launch) -> None:
+        functools.update_wrapper(self, launch)
+        self._launch = launch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with LOCK:
-            return launch(*args, **kwargs)
+            return self._launch(*args, **kwargs)
 
-    return locked
+    def __getattr__(self, name: str) -> Any:
+        if name == "_launch":  # asked by copy or pickle, before __init__
+            raise AttributeError(name)
+        return getattr(self._launch, name)
 
 
 class Dispatcher:
@@ -222,7 +231,8 @@ class Dispatcher:
     def _loader(self, module: str) -> Callable[[], Launch]:
         def load() -> Launch:
             try:
-                return importlib.import_module(f"{self.package}.{module}").launch
+                with complete_before_forks():
+                    return importlib.import_module(f"{self.package}.{module}").launch
             except (ImportError, SyntaxError, AttributeError) as error:
                 raise BuildError(
                     f"dispatcher {self.name}: each kernel of its table must be whole; got {error} "

@@ -227,7 +227,8 @@ class Search:
         if len(values) >= len(self.encoding):
             return "every schedule is measured"
         if len(values) >= budget.trials:
-            return f"{budget.trials} schedules are measured"
+            some = "1 schedule is" if budget.trials == 1 else f"{budget.trials} schedules are"
+            return f"{some} measured"
         best, since = math.inf, 0
         for value in values:
             improved = value is not None and value < best + math.log1p(-budget.gain)

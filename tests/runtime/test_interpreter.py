@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
+from nsagen.core.workload import Workload
 from nsagen.ops import Lengths, sliding_window_attention
 from nsagen.ops.reference import sliding_window_attention as expected
+from nsagen.runtime.dispatcher import default_dispatcher
 
 
 @pytest.mark.interpreter
@@ -25,3 +28,10 @@ def test_threads_take_turns() -> None:
 
     with ThreadPoolExecutor(6) as threads:
         assert all(threads.map(call, range(12)))
+
+
+@pytest.mark.interpreter
+def test_a_launch_names_the_file_of_its_kernel() -> None:
+    workload = Workload.of("gated_sum", "forward", dtype="float32", v_head_dim=16)
+    launch = default_dispatcher().launcher(workload, torch.device("cpu"), 4)
+    assert Path(launch.__code__.co_filename).stem.startswith("gated_sum_forward__f32_dv16__")

@@ -1,13 +1,15 @@
 import os
+import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 import nsagen
 from nsagen.core.errors import InvalidInputError
-from nsagen.core.importing import LOCK
+from nsagen.core.importing import LOCK, complete_before_forks
 from nsagen.runtime import package as packages
 
 from .conftest import at_once, package, selected
@@ -197,4 +199,35 @@ def test_a_process_forked_while_a_kernel_is_looked_up_can_look_one_up() -> None:
         os._exit(0 if LOCK.acquire(timeout=5) else 1)
     forked.set()
     thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_process_forked_while_a_package_is_imported_can_load_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "generated" / "slow_one"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "import time\nfrom nsagen.runtime.dispatcher import Dispatcher\ntime.sleep(0.2)\n"
+        "dispatcher = Dispatcher(__name__, __name__ + '.kernels', {})\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    thread = threading.Thread(target=nsagen.load, args=("slow_one",))
+    thread.start()
+    while not any("slow_one" in name for name in list(sys.modules)):
+        time.sleep(0.001)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)  # ends a child that waits forever
+        nsagen.load("slow_one")
+        os._exit(0)
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_fork_does_not_wait_for_the_imports_of_its_own_thread() -> None:
+    with complete_before_forks():
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
