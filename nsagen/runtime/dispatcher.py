@@ -259,7 +259,8 @@ class Dispatcher:
                 sizes = "; ".join(str(bucket) for bucket, _ in covered)
                 reason = f"it covers only {sizes}, not {tokens} tokens, and {reason}"
             raise unsupported(workload, target, self.name, reason)
-        from nsagen.runtime.user_cache import cached_variant, load_kernel
+        with complete_before_forks():
+            from nsagen.runtime.user_cache import cached_variant, load_kernel
 
         path = cached_variant(workload, target, self.name)
         return _Entry(Bucket(), lambda: load_kernel(path).launch)

@@ -211,7 +211,7 @@ def test_a_process_forked_while_a_package_is_imported_can_load_it(
         "import time\nfrom nsagen.runtime.dispatcher import Dispatcher\ntime.sleep(0.2)\n"
         "dispatcher = Dispatcher(__name__, __name__ + '.kernels', {})\n"
     )
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     thread = threading.Thread(target=nsagen.load, args=("slow_one",))
     thread.start()
     while not any("slow_one" in name for name in list(sys.modules)):
