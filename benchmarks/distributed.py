@@ -52,6 +52,8 @@ Row = dict[str, Any]
 Spans = list[tuple[float, float]]
 
 SPLITS = ("alone", "context", "tensor")
+LONG_MS = 2000
+"""A call that takes longer is measured once."""
 
 
 class Case(NamedTuple):
@@ -175,20 +177,20 @@ class Meter:
     def milliseconds(self, call: Callable[[], object]) -> float:
         """The median time of some calls that all ranks begin together, on the slowest rank."""
         call()  # loads kernels, and finds its place in memory
+        self.wait()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         once = self._largest(self._time(call))
-        if once > 2000 or self.calls == 1:
+        if once > LONG_MS or self.calls == 1:
             return once
         count = min(self.calls, max(3, int(1000 / once)))
         return self._largest(statistics.median(self._time(call) for _ in range(count)))
 
-    def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        """The most memory that a call takes; None on a CPU, which does not count it."""
+    def peak_bytes(self) -> int | None:
+        """The most memory that a call took since `milliseconds` began; None on a CPU, which does
+        not count it."""
         if self.device.type != "cuda":
             return None
-        self.wait()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        call()
-        self.wait()
         return int(self._largest(torch.cuda.max_memory_allocated(self.device)))
 
     def moving(self, call: Callable[[], object]) -> Row:
@@ -328,7 +330,7 @@ def attention(sizes: Sizes, case: Case, world: World, meter: Meter) -> Row:
     with torch.no_grad():
         forward_ms = meter.milliseconds(forward)
     row: Row = {"forward_ms": forward_ms, "ms": meter.milliseconds(both)}
-    row["peak_bytes"] = meter.peak_bytes(both)
+    row["peak_bytes"] = meter.peak_bytes()
     if case.split == "alone":
         return row
     if case.split == "context":
@@ -363,7 +365,7 @@ def step(sizes: Sizes, case: Case, world: World, meter: Meter) -> Row:
         losses.append(trainer.step(0))
 
     row: Row = {"recompute": config.activation_checkpointing, "ms": meter.milliseconds(run)}
-    row |= {"peak_bytes": meter.peak_bytes(run), "loss": float(losses[0])}
+    row |= {"peak_bytes": meter.peak_bytes(), "loss": float(losses[0])}
     if case.split == "alone":
         return row
     dtype = torch.bfloat16 if config.amp else torch.float32
@@ -374,7 +376,8 @@ def step(sizes: Sizes, case: Case, world: World, meter: Meter) -> Row:
     else:
         x = torch.zeros(case.tokens, config.hidden_size, dtype=dtype, device=meter.device)
         call = sums_of(x, 4 * config.layers)
-    return row | {"exchange_ms": meter.milliseconds(call), **meter.moving(run)}
+    row["exchange_ms"] = meter.milliseconds(call)
+    return row if row["ms"] > LONG_MS else row | meter.moving(run)
 
 
 def trainer_of(sizes: Sizes, tokens: int, world: World) -> Trainer:

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.distributed import RUNS, SPLITS, TINY, USUAL, Meter, covered, measure, run_alone
+from benchmarks.distributed import (
+    RUNS,
+    SPLITS,
+    TINY,
+    USUAL,
+    Case,
+    Meter,
+    covered,
+    estimated,
+    measure,
+    run_alone,
+    share_of_roofline,
+)
 from nsagen.estimate.model import GPUS
 from tests.distributed.ranks import on_ranks
 from tests.support import one_thread
@@ -19,6 +33,7 @@ __all__ = ["one_thread"]  # a fixture
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "nvidia-h200"
 
 
 def test_every_case_is_measured_alone_and_together() -> None:
@@ -68,3 +83,14 @@ def test_time_under_several_spans() -> None:
     assert covered([]) == 0
     assert covered([(5, 7), (0, 2), (1, 3), (1.5, 2)]) == pytest.approx(5)
     assert math.isclose(covered([(0, 10), (2, 3), (9, 12)]), 12)
+
+
+@pytest.mark.parametrize("split", ["context", "tensor"])
+def test_two_gpus_took_what_is_predicted(split: str) -> None:
+    """The layer of 131072 tokens on two H200s, from what one of them took in the same run."""
+    measured = json.loads((RESULTS / "distributed.json").read_text())["rows"]
+    rows = {(row["what"], row["tokens"], row["split"]): row for row in measured}
+    share = share_of_roofline(USUAL, GPUS["h200"], rows["attention", 131072, "alone"])
+    case = Case("attention", 131072, split)
+    predicted = estimated(USUAL, GPUS["h200"], case, 2, ((131072.0, share),))
+    assert rows[case]["ms"] == pytest.approx(predicted, rel=0.15)
