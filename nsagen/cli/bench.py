@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nsagen.cli.options import CacheDType, Device, check_cache_dtype, sizes_of
+from nsagen.cli.options import CacheDType, Device, Kernels, check_cache_dtype, sizes_of
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.installed import require_extra
 
@@ -180,6 +180,7 @@ def serve(
         int, typer.Option("--prefill-chunk-size", min=1, help="Prompt tokens of a pass.")
     ] = 4096,
     device: Device = None,
+    kernels: Kernels = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -190,13 +191,17 @@ def serve(
     from nsagen.bench import load as loads
     from nsagen.bench.results import check_free, write_results
     from nsagen.cli.console import progress_bar
+    from nsagen.cli.models import check_attention
     from nsagen.model import InferenceConfig
 
     if transformers:
         require_extra("bench serve", "bench", "transformers")
-    if url is not None and (direct or transformers):
-        given = "--direct" if direct else "--transformers"
-        raise InvalidInputError(f"bench serve: {given} runs a model here; got it with --url")
+    here = {"--direct": direct, "--transformers": transformers, "--sizes": sizes != "tiny"}
+    here |= {"--attention": attention, "--device": device, "--kernels": kernels}
+    for name, given in here.items() if url is not None else ():
+        if given:
+            raise InvalidInputError(f"bench serve: {name} runs a model here; got it with --url")
+    check_attention("bench serve", attention, kernels)
     lengths = _range_of("prompt", prompt), _range_of("new", new)
     planned = [
         (load, loads.planned(load))
@@ -210,8 +215,9 @@ def serve(
     options += ["--prefill-chunk-size", str(prefill_chunk_size), "--sizes", sizes]
     options += [] if attention is None else ["--attention", attention]
     options += [] if device is None else ["--device", device]
+    options += [] if kernels is None else ["--kernels", kernels]
     limits = InferenceConfig(max_batch_size, longest, prefill_chunk_size=prefill_chunk_size)
-    model = partial(_random_model, sizes, attention, device, limits)
+    model = partial(_random_model, sizes, attention, device, kernels, limits)
     ways = {url or "nsagen serve": partial(_server, url, options)}
     if transformers:
         release = version("transformers")
@@ -284,13 +290,15 @@ def _transformers(model: Callable[[], Any], limits: InferenceConfig) -> Iterator
         yield run
 
 
-def _random_model(sizes: str, attention: str | None, device: str | None, limits: Any) -> Any:
+def _random_model(
+    sizes: str, attention: str | None, device: str | None, kernels: str | None, limits: Any
+) -> Any:
     from nsagen.cli.models import device_of, guide_model, random_model
 
     where = device_of("bench serve", device)
     if sizes == "guide":
-        return guide_model(limits, 0, where, attention, None)
-    return random_model("serve", limits, 0, where, attention, None)
+        return guide_model(limits, 0, where, attention, kernels)
+    return random_model("serve", limits, 0, where, attention, kernels)
 
 
 def _rates_of(text: str) -> list[float]:

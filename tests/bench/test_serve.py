@@ -225,7 +225,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_measures_a_server_and_the_batch_itself(
     here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = measured("--direct --seconds 60", capsys)
+    rows = measured("--direct --seconds 60 --kernels tiny", capsys)
     assert [row["over"] for row in rows] == ["nsagen serve", "ContinuousBatch"]
 
 
@@ -245,6 +245,9 @@ def test_the_command_measures_transformers_beside_it(
         ("--rates fast", "--rates must be numbers; got 'fast'"),
         ("--prompt 9", "--prompt must be least and greatest; got '9'"),
         ("--url http://127.0.0.1:9 --direct", "--direct runs a model here"),
+        ("--url http://127.0.0.1:9 --kernels tiny", "--kernels runs a model here"),
+        ("--url http://127.0.0.1:9 --sizes guide", "--sizes runs a model here"),
+        ("--attention dense --kernels tiny", "--kernels is for native sparse attention"),
         ("--url http://[::1/v1", "--url must be a server's address; got 'http://[::1/v1': Invalid"),
         ("--url http://127.0.0.1:x", "--url must be a server's address; got 'http://127.0.0.1:x'"),
         ("--url localhost:8000", "got 'localhost:8000': no http:// or https:// with a host"),
