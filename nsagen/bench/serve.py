@@ -59,7 +59,8 @@ async def _run_http(
             try:
                 stream = await client.completions.create(
                     model=model,
-                    prompt=one.prompt,
+                    prompt="",
+                    extra_body={"prompt": one.prompt},  # the client walks over `prompt`
                     max_tokens=one.new,
                     temperature=0,
                     stream=True,

@@ -164,7 +164,9 @@ def test_a_server_is_cut_off_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> No
         async def list(self) -> Any:
             return SimpleNamespace(data=[SimpleNamespace(id="one")])
 
-        async def create(self, max_tokens: int, **_: Any) -> AsyncIterator[Any]:
+        async def create(self, max_tokens: int, **given: Any) -> AsyncIterator[Any]:
+            # As a part of `prompt`, the client would look at each token for tens of microseconds.
+            assert (given["prompt"], given["extra_body"]) == ("", {"prompt": [1]})
             return tokens(max_tokens)
 
     monkeypatch.setattr(serve, "_client", lambda url: Client())
