@@ -207,6 +207,25 @@ def test_padded_rows_are_as_alone(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.cat(logits, 1)[1:, 23:], alone, rtol=1e-6, atol=1e-6)
 
 
+def test_a_batch_of_dense_and_sparse_rows_is_as_each_alone(tmp_path: Path) -> None:
+    """The shorter row grows past `dense_len` in the steps; its windows are made then."""
+    model, ids = minicpm(tmp_path, "int8", dense_len=32), tokens(2, 60)
+    mask = torch.ones_like(ids)
+    mask[1, :23] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    logits, cache, first = [], None, 0
+    for end in (52, *range(53, 61)):
+        part = {"attention_mask": mask[:, :end], "position_ids": places[:, first:end]}
+        out, cache = in_pieces(model, ids, [end], cache, **part)
+        logits.append(out)
+        first = end
+    together = torch.cat(logits, 1)
+    for row, start in enumerate((0, 23)):
+        cuts = [52 - start, *range(53 - start, 61 - start)]
+        alone, _ = in_pieces(model, ids[row : row + 1, start:], cuts)
+        torch.testing.assert_close(together[row, start:], alone[0], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["MiniCPM4", "MiniMax-M3"])
 def test_what_generation_does_to_a_cache(kind: str, tmp_path: Path) -> None:
     """Rows are repeated, selected and reordered, and the last tokens taken back."""
