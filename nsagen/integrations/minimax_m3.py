@@ -159,6 +159,8 @@ class IndexHeads:
             assert isinstance(self.k, Tensor)
             q, k = layout.pack_queries(query).detach(), layout.pack_keys(key).detach()
             index_q, index_k = layout.pack_queries(self.q), layout.pack_keys(self.k)
+            # Under autocast, rope leaves them in float32.
+            index_q, index_k = index_q.to(q.dtype), index_k.to(q.dtype)
             loss = index_loss(
                 *(q, k, index_q, index_k, blocks, layout.cu_seqlens_q),
                 block_size=block_size,

@@ -327,3 +327,19 @@ def test_other_implementations_are_as_they_were() -> None:
     ids, model = tokens(1, 80), ours()
     model.set_attn_implementation("eager")
     assert torch.equal(model(ids).logits, eager()(ids).logits)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_autocast_trains_the_index_near_float32(warm: bool) -> None:
+    """Rope leaves index heads in float32 there, and the attention's own are in bfloat16."""
+    ids, found = tokens(1, 80), []
+    for enabled in (False, True):
+        model = ours(nsagen={"index_warmup": warm}).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(ids, labels=ids)
+        out.loss.backward()
+        grad = model.model.layers[1].self_attn.indexer.q_proj.weight.grad
+        assert grad.isfinite().all()
+        assert grad.any()
+        found.append(out.index_loss.item())
+    assert found[1] == pytest.approx(found[0], rel=0.1)
