@@ -400,6 +400,24 @@ def test_any_strides_work_or_are_refused_by_name(name: str, key: str) -> None:
             torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.kernel
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("name", ["topk_sparse_attention", "sliding_window_attention"])
+def test_one_tensor_as_queries_keys_and_values(name: str) -> None:
+    """Inputs may be the same memory, on either path; gradients are those of separate copies."""
+    x = Packed(query_heads=2, seqlens=(0, 3, 14), requires_grad=True)
+    more: dict[str, Any] = {"window_size": 7}
+    if name == "topk_sparse_attention":
+        blocks = torch.tensor([[0, 2, 1]]).expand(17, 3)
+        more = {"topk_idx": torch.stack([blocks, blocks]).int(), "block_size": 8}
+    found = []
+    for inputs in ((x.q, x.q, x.q), (x.q, x.q.clone(), x.q.clone())):
+        o = getattr(ops, name)(*inputs, **more, cu_seqlens=x.cu_seqlens)
+        found.append((o, *torch.autograd.grad(o.pow(2).sum(), x.q)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def as_tuple(found: Any) -> tuple[Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
