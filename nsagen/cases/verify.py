@@ -34,8 +34,8 @@ _BY_TOKEN = ("selected_attention", "index_loss")
 FEW_TOKENS = 200
 """Tokens that a program-a-token kernel gets in the interpreter, or two blocks."""
 
-MOST_INTERPRETED = 1024
-"""Tokens of a block up to which the interpreter is done in minutes."""
+LONGEST_BLOCK, MOST_TOKENS = 1024, 20_000
+"""Tokens of a block, and of a sequence of other ops, up to which the interpreter takes minutes."""
 
 
 def verify(
@@ -114,7 +114,7 @@ def _verified(variant: Variant, path: Path, device: torch.device, seed: int) -> 
         "note": "",
     }
     interpreted = device.type == "cpu"
-    if interpreted and (note := _not_interpreted(variant)):
+    if interpreted and (note := not_interpreted(variant)):
         yield row | {"note": note}
         return
     if not variant.runs_with(installed_release()):
@@ -198,7 +198,7 @@ def _rows_apart(x: torch.Tensor) -> torch.Tensor:
     return wide[..., :width]
 
 
-def _not_interpreted(variant: Variant) -> str:
+def not_interpreted(variant: Variant) -> str:
     """Why Triton's interpreter cannot run a variant; empty if it can."""
     workload = variant.workload
     if variant.triton is not None:
@@ -208,8 +208,13 @@ def _not_interpreted(variant: Variant) -> str:
         workload, variant.schedule.algorithm
     ).supports(one):
         return "the interpreter computes bfloat16 wrongly; needs a GPU"
-    if workload.op in _BY_TOKEN and int(workload.block_size) > MOST_INTERPRETED:
+    if workload.pass_ == "decode":
+        return ""
+    if workload.op in _BY_TOKEN and int(workload.block_size) > LONGEST_BLOCK:
         return f"blocks of {workload.block_size} tokens take the interpreter hours; needs a GPU"
+    longest = max(sizes_for(workload).seqlens)
+    if workload.op not in _BY_TOKEN and longest > MOST_TOKENS:
+        return f"sequences of {longest} tokens take the interpreter hours; needs a GPU"
     return ""
 
 
