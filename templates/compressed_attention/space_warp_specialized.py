@@ -10,7 +10,6 @@ SPACES = (
         "compressed_attention",
         (PowerOfTwo("programs", 512, 8192, "dk, dv: even work against parts to add up"),),
         {"block_n": 64, "num_stages": 3, "row_step": 64, "row_stages": 4, "programs": 2048},
-        least_group=16,  # with fewer, its form has not run on a GPU
-        few_heads=16,
+        least_group=16,
     ),
 )

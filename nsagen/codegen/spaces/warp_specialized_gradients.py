@@ -55,25 +55,19 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def space(
-    op: str,
-    knobs: tuple[Knob, ...],
-    defaults: dict[str, Param],
-    *,
-    least_group: int,
-    few_heads: int,
+    op: str, knobs: tuple[Knob, ...], defaults: dict[str, Param], *, least_group: int
 ) -> ScheduleSpace:
     """The space of an op's backward pass.
 
     Args:
         knobs: in addition to those of the pipelines.
         defaults: values of all knobs when nothing was measured.
-        least_group: query heads per key/value head from which it is the default.
-        few_heads: groups of fewer heads hide scores before their exponents: they have more tokens
-            a step, whose masks spill behind them, which is the form that was measured.
+        least_group: query heads per key/value head from which it is the default. With fewer, a
+            step has more tokens, and scores are hidden before their exponents: no GPU has run that.
     """
 
     def derive_all(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-        few = int(workload.gqa_ratio) < few_heads
+        few = int(workload.gqa_ratio) < least_group
         return {**derive(workload, schedule), "hide_scores": few}
 
     def default(workload: Workload, target: Target) -> dict[str, Param]:
