@@ -62,13 +62,9 @@ def space(
     Args:
         knobs: in addition to those of the pipelines.
         defaults: values of all knobs when nothing was measured.
-        least_group: query heads per key/value head from which it is the default. With fewer, a
-            step has more tokens, and scores are hidden before their exponents: no GPU has run that.
+        least_group: query heads per key/value head from which it is the default; with fewer, the
+            masks of more tokens per step spill.
     """
-
-    def derive_all(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-        few = int(workload.gqa_ratio) < least_group
-        return {**derive(workload, schedule), "hide_scores": few}
 
     def default(workload: Workload, target: Target) -> dict[str, Param]:
         return defaults
@@ -90,7 +86,7 @@ def space(
                 lambda w, s, t: int(s.row_step) >= int(w.gqa_ratio),
             ),
         ),
-        derive=derive_all,
+        derive=derive,
         shared_memory=shared_memory,
         default=default,
         supports=supports_gradients,
