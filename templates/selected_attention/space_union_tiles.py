@@ -88,18 +88,20 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
 
 
 def prefers_unions(workload: Workload, target: Target) -> bool:
-    """Where an H200 measured it: groups of 16 heads of 128 in bfloat16, blocks of 64 and 128.
+    """Where an H200 measured it: groups of 16 heads of 128 in bfloat16.
 
-    Of query_major's time, learned selections take 0.6 to 0.94 and random ones 0.9 to 1.04. Heads of
-    64 in groups of 8 take 0.65 in short sequences, but their gated sum has not run on a GPU. Not a
-    token's wide band of local blocks, which was not timed.
+    The free blocks of 64 tokens, and whole lists of blocks of 128 (MiniMax-M3): of query_major's
+    time, learned selections take 0.6 to 0.94 and random ones 0.9 to 1.03. Heads of 64 in groups of
+    8 take 0.65 in short sequences, but their gated sum has not run on a GPU; nor have lists of 96
+    blocks of 64 (MiniCPM4).
     """
+    forced = 0 < int(workload.local_blocks or 0) <= 2
     return (
         workload.dtype == "bfloat16"
         and int(workload.gqa_ratio) == 16
         and int(workload.head_dim) == int(workload.v_head_dim) == 128
-        and int(workload.block_size) in (64, 128)
-        and int(workload.local_blocks or 0) <= 2
+        and int(workload.block_size) == (64 if forced else 128)
+        and (forced or not workload.local_blocks)
     )
 
 

@@ -6,10 +6,8 @@
 # Workload:   selected_attention forward
 #             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, block_size=64
 # Schedule:   query_major(block_n=16, num_stages=3, num_warps=1, orientation=rows)
-# Targets:    cuda:80
+# Targets:    cuda:80, cuda:90
 # Provenance: the architecture's default; not measured
-# Targets:    cuda:90
-# Provenance: for Triton outside 3.6 to 3.9; not measured
 """Selected attention: query t attends to the tokens u <= t of the blocks chosen for it.
 
 o[t, h] = sum_u softmax_u(softmax_scale q[t, h] . k[u, h // G]) v[u, h // G], and its log-sum-exp,
