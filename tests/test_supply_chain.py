@@ -21,6 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ("nsagen", "templates", "examples", "benchmarks", "docs")
 
 
+OWN_TEXT = "nsagen/runtime/replay.py"
+"""Writes a repeated call out as a function: numbers of places and constants, nothing that it read.
+tests/runtime/test_replay.py looks at the text."""
+
+
 def code() -> list[Path]:
     """Every Python file of the project but its tests and what it generates."""
     return sorted(path for folder in SHIPPED for path in (ROOT / folder).rglob("*.py"))
@@ -64,7 +69,10 @@ def _dangerous_call(node: ast.Call) -> Iterator[str]:
 
 def test_no_code_runs_what_it_reads() -> None:
     assert len(code()) > 100
-    assert [danger for path in code() for danger in dangers(path)] == []
+    others = [path for path in code() if path != ROOT / OWN_TEXT]
+    assert [danger for path in others for danger in dangers(path)] == []
+    own = [danger.rpartition(": ")[2] for danger in dangers(ROOT / OWN_TEXT)]
+    assert own == ["calls exec", "calls compile"]
 
 
 @pytest.mark.parametrize(

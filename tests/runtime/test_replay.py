@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from triton.runtime import driver  # noqa: E402
 from nsagen.cases.base import Sizes, cases_of  # noqa: E402
 from nsagen.core.importing import import_file  # noqa: E402
 from nsagen.core.workload import Workload  # noqa: E402
+from nsagen.runtime import replay  # noqa: E402
 from nsagen.runtime.recorder import Recorder  # noqa: E402
 from nsagen.runtime.replay import Allocate, Program, Run  # noqa: E402
 from tests.support import load_kernel  # noqa: E402
@@ -158,6 +160,21 @@ def test_calls_of_other_sizes_share_compiled_code(fake: Driver) -> None:
     assert one is not None
     assert other is not None
     assert one._run.__code__ is other._run.__code__
+
+
+def test_the_text_of_a_call_has_names_of_its_own_and_numbers(
+    fake: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is run: nothing that was read may stand in it, such as a text in quotes."""
+    texts: list[str] = []
+    made = replay._made
+    monkeypatch.setattr(replay, "_made", lambda text: (texts.append(text), made(text))[1])
+    for workload in WORKLOADS:
+        assert Replayed(load_kernel(workload).launch, call_of(workload)).program is not None
+    words = set(re.findall(r"[A-Za-z_]\w*", "".join(texts)))
+    own = {*"def make run tensors return if or None stream del dtype device".split()}
+    assert {word for word in words - own if not re.fullmatch(r"[cpt]\d+", word)} == set()
+    assert not set("".join(texts)) & set("'\"\\")
 
 
 def test_addresses_of_another_alignment_are_not_repeated(fake: Driver) -> None:
