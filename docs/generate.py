@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from examples.training.retrieval import FORMS, LENGTHS, table  # noqa: E402
 from nsagen.bench.tables import markdown  # noqa: E402
 from nsagen.model import InferenceConfig, ToyLlamaConfig, ToyNSALlamaConfig  # noqa: E402
 from nsagen.reports import support_page, target_support  # noqa: E402
@@ -188,6 +190,13 @@ def measured(name: str) -> Callable[[], str]:
     return lambda: markdown(path) if path.is_file() else "Not measured on a GPU yet."
 
 
+def retrieval() -> str:
+    """The accuracies of `examples/retrieval.py` on the H200."""
+    path = ROOT / "benchmarks/results/nvidia-h200/retrieval/retrieval.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return table(rows, FORMS, LENGTHS)
+
+
 LLAMA: dict[str, Any] = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
@@ -272,6 +281,7 @@ PARTS = {
     ("docs/serving.md", "members"): cache_of_members,
     ("docs/serving.md", "pages"): cache_of_pages,
     ("docs/serving.md", "servers"): measured("serve"),
+    ("docs/evidence.md", "retrieval"): retrieval,
     ("docs/integrate.md", "the difference of the toy models"): toy_difference,
     ("README.md", "forward"): measured("prefill"),
     ("README.md", "backward"): measured("train"),

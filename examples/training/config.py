@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from nsagen.model import ToyLlama, ToyLlamaConfig, ToyNSALlama, ToyNSALlamaConfig
+from nsagen.model.forms import Form, form_of
 
-ModelKind = Literal["nsa", "dense"]
+ModelKind = Literal["nsa", "dense", "infllm_v2"]
 Model = ToyNSALlama | ToyLlama
 
 VOCAB_SIZE = 256
-"""Both tasks are about bytes."""
+"""All tasks are about bytes."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,14 @@ class TrainConfig:
         names = ("compress_type", "kernel_size", "kernel_stride", "block_size", "topk")
         sparsity = {name: getattr(self, name) for name in (*names, "window_size")}
         return ToyNSALlamaConfig(**self._llama(), **sparsity, init_blocks=1, local_blocks=2)
+
+    def infllm_v2_form(self) -> Form:
+        """A query sees as many tokens as with NSA: its window's blocks, and topk more."""
+        local = self.window_size // self.block_size
+        names = ("kernel_size", "kernel_stride", "block_size")
+        sizes = {name: getattr(self, name) for name in names}
+        blocks = {"topk": self.topk + local, "init_blocks": 1, "local_blocks": local}
+        return form_of("TrainConfig", {"form": "infllm_v2", **sizes, **blocks, "dense_len": 0})
 
     def _llama(self) -> dict[str, Any]:
         return {
@@ -158,6 +167,12 @@ PRESETS: dict[str, dict[str, TrainConfig]] = {
     },
 }
 """By name and task."""
+
+# Five tasks at once; at 65536 tokens a step has one sequence.
+PRESETS["cpu"]["retrieval"] = replace(PRESETS["cpu"]["recall"], steps=600, eval_batches=8)
+PRESETS["gpu"]["retrieval"] = replace(
+    PRESETS["gpu"]["recall"], batch_tokens=65536, steps=1000, eval_batches=32, save_every=100
+)
 
 
 def config_of(preset: str, task: str, changes: Mapping[str, Any]) -> TrainConfig:

@@ -40,7 +40,8 @@ class Task(Protocol):
     name: str
 
     def batch(self, split: Split, index: int, rows: int) -> tuple[Tensor, Tensor]:
-        """The batch of a step: input_ids and targets, int64 [rows, seq_len]."""
+        """The batch of a step: input_ids and targets, int64 [rows, seq_len]; or as many tokens in
+        more and shorter rows, in equal numbers."""
         ...
 
     def describe(self) -> dict[str, object]:
@@ -151,16 +152,18 @@ class RecallTask:
 
     name = "recall"
     classes, values = 8, 8
+    needles = classes
+    first_filler = classes * values + classes
 
     def __init__(self, seq_len: int, seed: int, easier_steps: int = 0) -> None:
         self.seq_len, self.seed, self.easier_steps = seq_len, seed, easier_steps
         self.first, self.last, self.questions = seq_len // 16, seq_len // 2, seq_len // 4
         self.least_distance = seq_len - self.questions - (self.last - 1)
-        self.length = max(2, seq_len // 1024)
+        self.length = self.needle_tokens(seq_len)
         self.places = (self.last - self.first) // self.length
-        if self.places < self.classes:
+        if self.places < self.needles:
             raise ValueError(
-                f"recall needs room for {self.classes} values between a sixteenth and half of "
+                f"{self.name} needs room for {self.needles} values between a sixteenth and half of "
                 f"seq_len; got seq_len={seq_len}; raise it"
             )
 
@@ -173,27 +176,40 @@ class RecallTask:
         def integers(start: int, end: int, size: int) -> Tensor:
             return torch.randint(start, end, (rows, size), generator=random)
 
-        first_question = self.classes * self.values
-        ids = integers(first_question + self.classes, 256, self.seq_len)
-        needles = torch.arange(self.classes) * self.values + integers(0, self.values, self.classes)
+        ids = integers(self.first_filler, 256, self.seq_len)
+        needles = self.draw(random, rows)
         easier = split == "train" and index < self.easier_steps
-        most = self.places // self.classes if easier else 1
+        most = self.places // self.needles if easier else 1
         copies = (most + 1) ** uniform(1, 1)  # at least 1, and as often below the root as above it
-        places = uniform(self.places).argsort(1)[:, : self.classes * most]
-        places = places.unflatten(1, (self.classes, most))
+        places = uniform(self.places).argsort(1)[:, : self.needles * most]
+        places = places.unflatten(1, (self.needles, most))
         places = places.where(torch.arange(1, most + 1) <= copies, places[..., :1]).flatten(1)
         tokens = self.first + places[..., None] * self.length + torch.arange(self.length)
         ids.scatter_(1, tokens.flatten(1), needles.repeat_interleave(most * self.length, 1))
-        asked = integers(0, self.classes, self.questions)
-        ids[:, -self.questions :] = first_question + asked
         targets = torch.full_like(ids, IGNORED)
-        targets[:, -self.questions :] = needles.gather(1, asked)
+        ids[:, -self.questions :], targets[:, -self.questions :] = self.ask(random, needles)
         return ids, targets
+
+    def needle_tokens(self, seq_len: int) -> int:
+        """Tokens of a needle."""
+        return max(2, seq_len // 1024)
+
+    def draw(self, random: torch.Generator, rows: int) -> Tensor:
+        """The token of each needle: [rows, needles]."""
+        shape = (rows, self.classes)
+        drawn = torch.randint(0, self.values, shape, generator=random)
+        return torch.arange(self.classes) * self.values + drawn
+
+    def ask(self, random: torch.Generator, needles: Tensor) -> tuple[Tensor, Tensor]:
+        """Questions and their answers: [rows, questions] each."""
+        shape = (len(needles), self.questions)
+        asked = torch.randint(0, self.classes, shape, generator=random)
+        return self.classes * self.values + asked, needles.gather(1, asked)
 
     def describe(self) -> dict[str, object]:
         return {
             "source": "random needles",
-            "needles": self.classes,
+            "needles": self.needles,
             "needle_tokens": self.length,
             "guessing": round(1 / self.values, 4),
             "least_distance": self.least_distance,

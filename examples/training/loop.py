@@ -22,6 +22,7 @@ from . import checkpoint, state
 from .checkpoint import Checkpoint
 from .config import Model, ModelKind, TrainConfig, as_dict
 from .data import IGNORED, Packed, Split, Task
+from .forms import attend_in_blocks
 from .parallel import Parallel, World, clip_gradients, gradients_stay_local, spread
 
 
@@ -60,6 +61,8 @@ def build_model(kind: ModelKind, config: TrainConfig, device: torch.device) -> M
         model: Model = ToyNSALlama(config.nsa_config(), generator=generator)
     else:
         model = ToyLlama(config.dense_config(), generator=generator)
+        if kind == "infllm_v2":
+            attend_in_blocks(model, config.infllm_v2_form())
     if config.activation_checkpointing:
         for layer in model.model.layers:
             layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False)
@@ -79,7 +82,7 @@ class Trainer:
     """One run of one model on one task; `run` picks up from the newest checkpoint.
 
     Args:
-        kind: "nsa" or "dense".
+        kind: "nsa", "dense" or "infllm_v2".
         config: what the loss curve depends on.
         task: where batches come from.
         folder: of the checkpoints; None to keep none.
@@ -139,11 +142,15 @@ class Trainer:
                 self.history.validations.append(self.validate(done))
                 self._start_clock()
             if last or done % self.config.save_every == 0:
-                self._stop_clock()
-                self._save(done)
-                self._start_clock()
+                self.save(done)
             on_step(done, self.history)
         return self.history
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint, from which `run` goes on after `step` steps."""
+        self._stop_clock()
+        self._save(step)
+        self._start_clock()
 
     @torch.no_grad()
     def validate(self, step: int) -> Validation:
@@ -181,9 +188,8 @@ class Trainer:
 
     def _parts(self, split: Split, index: int) -> tuple[list[Packed], int]:
         """This process's share of a batch, in parts; and the scored tokens of the whole batch."""
-        rows = self.config.rows
-        ids, targets = self.task.batch(split, index, rows)
-        share = rows // (self.world.batches * self.config.accumulate)
+        ids, targets = self.task.batch(split, index, self.config.rows)
+        share = len(ids) // (self.world.batches * self.config.accumulate)
         first = self.world.batch * share * self.config.accumulate
         starts = range(first, first + share * self.config.accumulate, share)
         where = (self.world.device, self.context)
