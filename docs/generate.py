@@ -191,10 +191,11 @@ def measured(name: str) -> Callable[[], str]:
 
 
 def retrieval() -> str:
-    """The accuracies of `examples/retrieval.py` on the H200."""
+    """The accuracies of `examples/retrieval.py` on the H200, and their plot once there is one."""
     path = ROOT / "benchmarks/results/nvidia-h200/retrieval/retrieval.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    return table(rows, FORMS, LENGTHS)
+    plot = "\n\n![Accuracy of each task by length, a line for each form](images/retrieval.png)"
+    return table(rows, FORMS, LENGTHS) + (plot if rows else "")
 
 
 LLAMA: dict[str, Any] = {

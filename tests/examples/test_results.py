@@ -50,3 +50,10 @@ def test_the_documentation_shows_the_committed_plots(task: str, device: str) -> 
     """Its pages can show only what lies below them, so that it has copies."""
     shown = RESULTS.parents[1] / "docs" / "images" / f"train-{task}.png"
     assert shown.read_bytes() == (RESULTS / device / "train_toy" / f"{task}.png").read_bytes()
+
+
+def test_the_page_of_evidence_shows_the_committed_plot() -> None:
+    found = sorted((RESULTS / "nvidia-h200" / "retrieval").glob("*.png"))
+    shown = RESULTS.parents[1] / "docs" / "images" / "retrieval.png"
+    assert shown.exists() == bool(found)
+    assert all(shown.read_bytes() == plot.read_bytes() for plot in found)
