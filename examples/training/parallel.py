@@ -16,6 +16,7 @@ from typing import Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from nsagen.distributed import naming_lost_ranks, tensor_parallel
+
+from .state import own_parts
 
 Parallel = Literal["ddp", "fsdp"]
 
@@ -150,7 +153,8 @@ def spread(
     if world.shares == 1:
         return model
     if kind == "ddp":
-        return DistributedDataParallel(model, broadcast_buffers=False)  # all have the same
+        # All have the same buffers. Gradients lie in the buckets that are summed: no copies.
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     mesh = None if world.tp == 1 else world.of_shares()
     for layer in layers:
         fully_shard(layer, mesh=mesh)
@@ -161,24 +165,34 @@ def spread(
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
     """Scale gradients so that all together have a norm of at most `limit`.
 
-    PyTorch's own takes parameters of one mesh; norms and embeddings are not spread over heads.
+    PyTorch's own takes parameters of one mesh, and exchanges the norm of each. Here each process
+    takes the norm of its own parts, and one number is summed for each dimension of a mesh.
     """
     held = [p for p in parameters if p.grad is not None]
-    by_mesh: dict[object, list[Tensor]] = {}
-    for parameter in held:
-        gradient = cast(Tensor, parameter.grad)
-        mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None
-        by_mesh.setdefault(mesh, []).append(gradient)
-    if len(by_mesh) < 2:
+    gradients = [cast(Tensor, p.grad) for p in held]
+    by_ranks: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+    for gradient in gradients:
+        by_ranks.setdefault(_split_over(gradient), []).append(gradient)
+    if not any(by_ranks):
         clip_grad_norm_(held, limit)
         return
-    norms = [get_total_norm(gradients) for gradients in by_mesh.values()]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    factor = (limit / (torch.stack(whole).norm() + 1e-6)).clamp(max=1.0)
-    for gradients in by_mesh.values():
-        for gradient in gradients:
-            own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            own.mul_(factor)
+    squares = []
+    for groups, some in by_ranks.items():
+        square = get_total_norm(own_parts(some)).square()
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        squares.append(square)
+    factor = (limit / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(own_parts(gradients), factor)
+
+
+def _split_over(x: Tensor) -> tuple[ProcessGroup, ...]:
+    """The groups of processes that have different parts of a tensor."""
+    if not isinstance(x, DTensor):
+        return ()
+    assert not any(place.is_partial() for place in x.placements), "a gradient that is not summed"
+    mesh = x.device_mesh
+    return tuple(mesh.get_group(i) for i, p in enumerate(x.placements) if not p.is_replicate())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ what any other number has saved.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -34,10 +35,23 @@ def make_optimizer(
         group = groups[0 if matrix else 1]
         group["params"].append(parameter)
         group["names"].append(name)
-    # One launch for many parameters takes those of one mesh; heads are spread over another.
-    spread = any(isinstance(p, DTensor) for p in model.parameters())
-    foreach = False if spread else None
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), foreach=foreach)
+    return _AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+
+
+class _AdamW(torch.optim.AdamW):
+    """AdamW of each process's own parts: an update needs no other, and plain tensors can share a
+    launch, whatever mesh they are of. The state stays spread as the parameters are."""
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        found = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = own_parts(tensors)
+        return found
+
+
+def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's parts of tensors that are spread; others as they are."""
+    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -48,7 +48,8 @@ def _means(form: Form, k: Tensor, shard: Shard) -> tuple[Tensor, Places]:
     layout = shard.windows_for(**form.window_sizes)
     read = RemoteTokens.apply(k, layout.halo, shard.tokens.group)
     made, _ = compress(
-        *(read, None, None, layout.cu_seqlens),
+        *(read, None, None, layout.lengths.cu_seqlens),
+        lengths=layout.lengths,
         compress_type="avgpool",
         dispatcher=form.dispatcher,
         **form.window_sizes,

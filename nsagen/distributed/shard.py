@@ -40,13 +40,13 @@ class Windows:
     Attributes:
         places: where they are; this rank's are those that start in its pieces.
         positions: int32, the first token of each of this rank's, within its sequence.
-        cu_seqlens: int32 [2 * batch + 1], where the tokens that each piece's windows read begin.
+        lengths: of the tokens that each piece's windows read, [2 * batch] of them.
         halo: which tokens these are.
     """
 
     places: Places
     positions: Tensor
-    cu_seqlens: Tensor
+    lengths: Lengths
     halo: Halo
 
 
@@ -156,13 +156,14 @@ class Shard(Packed):
         return self._windows[sizes]
 
     def _lay_out(self, kernel_size: int, kernel_stride: int) -> Windows:
-        device, windows = self.positions.device, self.cut.windows(kernel_size, kernel_stride)
-        halo = Halo.of(self.cut, windows, self.rank, kernel_size, kernel_stride)
+        sizes, device = (kernel_size, kernel_stride), self.positions.device
+        windows = self.cut.windows(*sizes)
+        halo = Halo.of(self.cut, windows, self.rank, *sizes)
         counts, firsts = windows.counts(self.rank).flatten(), windows.firsts(self.rank).flatten()
         return Windows(
             Places.of(windows, self.rank, self.tokens.group, device),
             _int32(spans(firsts, counts) * kernel_stride, device),
-            _int32(offsets(halo.lengths), device),
+            Lengths.of(_int32(offsets(halo.lengths), device), halo.index.shape[0], *sizes),
             halo.to(device),
         )
 

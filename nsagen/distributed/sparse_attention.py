@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsagen import ops
 from nsagen.core.branches import BRANCHES
 from nsagen.distributed.chunk_attention import (
     Call,
@@ -73,9 +72,7 @@ def _new_windows(module: NSAOps, tokens: KV, shard: Shard, layout: Windows, tabl
     both = RemoteTokens.apply(torch.cat(tokens, -1), layout.halo, shard.tokens.group)
     dims = [x.shape[-1] for x in tokens]
     read = KV(*(x.contiguous() for x in both.split(dims, -1)))
-    sizes = module.sparsity.window_sizes
-    lengths = ops.Lengths.of(layout.cu_seqlens, both.shape[0], **sizes)
-    ck, cv = module.compress(read, layout.cu_seqlens, lengths)
+    ck, cv = module.compress(read, layout.lengths.cu_seqlens, layout.lengths)
     made = layout.places.count
     return KV(module.rope(ck[:made], layout.positions, tables), cv[:made])
 

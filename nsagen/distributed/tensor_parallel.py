@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, parallelize_module
+from torch.distributed.tensor.placement_types import Placement
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.model import NativeSparseAttention, ToyLlama, ToyNSALlama
 from nsagen.model.checks import require
-from nsagen.model.compression import Holder
+from nsagen.model.compression import Holder, local_of
 from nsagen.model.gate import MLPGate
 from nsagen.model.nsa_ops import NSAOps
 from nsagen.model.self_attention import SelfAttention
@@ -99,6 +96,8 @@ def tensor_parallel_plan(model: nn.Module, mesh: DeviceMesh) -> dict[str, Parall
             f"{name}: {type(parameter).__name__} of {parameter.dtype}",
             "spread the model before FSDP and before quantizing it, and only once",
         )
+    for name, module in model.named_modules():
+        check_linear(name or type(model).__name__, module)
     if isinstance(model, NativeSparseAttention):
         return {"": HeadParallel()}
     plan: dict[str, ParallelStyle] = {}
@@ -128,6 +127,7 @@ def spread_heads(model: nn.Module) -> None:
         if isinstance(module, NSAOps):
             try:
                 check_divisible(name, module, mesh.size())
+                check_linear(name, module)
             except InvalidInputError as error:
                 _log.warning("%s; this attention stays whole on each rank", error)
             else:
@@ -167,6 +167,30 @@ def check_divisible(name: str, module: nn.Module, size: int) -> None:
     require(count % size == 0, f"{_WHERE}: {name}", rule, f"{count} and {size}", advice)
 
 
+def check_linear(name: str, module: Any) -> None:
+    """Check that the layers of a module that ranks share compute what `nn.Linear` does.
+
+    Raises:
+        InvalidInputError: names the module and the layers' classes.
+    """
+    layers: list[Any] = []
+    if isinstance(module, NSAOps | SelfAttention):
+        layers = [*_projections(module), module.o_proj]
+        gate = getattr(module, "gate", None)
+        layers += [gate.up_proj, gate.down_proj] if isinstance(gate, MLPGate) else [gate]
+        layers = [layer for layer in layers if layer is not None]
+    elif _is_feed_forward(module):
+        layers = [module.gate_proj, module.up_proj, module.down_proj]
+    others = {type(x).__name__ for x in layers if type(x).forward is not nn.Linear.forward}
+    require(
+        not others,
+        f"{_WHERE}: {name}",
+        "layers that ranks share must compute what torch.nn.Linear does",
+        ", ".join(sorted(others)),
+        "spread the model first, or use context parallelism",
+    )
+
+
 def _projections(module: Any) -> Sequence[nn.Module]:
     """The layers of queries, keys and values; one where they are joined."""
     if not isinstance(module, NSAOps):
@@ -175,26 +199,32 @@ def _projections(module: Any) -> Sequence[nn.Module]:
 
 
 class _Shared(ParallelStyle):
-    """A module whose layers read one input: it becomes a DTensor once, so that its gradient is
-    summed over the ranks once."""
+    """A module whose layers read one input: that input's gradient is summed over the ranks once.
+
+    Within it tensors and weights are this rank's own: a DTensor's operations cost the host several
+    times as much as plain ones.
+    """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         check_divisible(type(module).__name__, module, device_mesh.size())
+        check_linear(type(module).__name__, module)
 
-        def replicated(x: Any) -> Any:
+        def shared(x: Any) -> Tensor:
             if isinstance(x, DTensor):
-                return x
-            return DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
+                x = x.redistribute(placements=[Replicate()])
+            else:
+                x = DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
+            return x.to_local(grad_placements=[Partial()])
 
-        def spread(
+        def share(
             module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if args:
-                return (replicated(args[0]), *args[1:]), keywords
-            return args, {**keywords, _INPUT: replicated(keywords[_INPUT])}
+                return (shared(args[0]), *args[1:]), keywords
+            return args, {**keywords, _INPUT: shared(keywords[_INPUT])}
 
         self.layers(module, device_mesh)
-        module.register_forward_pre_hook(spread, with_kwargs=True)
+        module.register_forward_pre_hook(share, with_kwargs=True)
         return module
 
     def layers(self, module: Any, mesh: DeviceMesh) -> None:
@@ -207,8 +237,8 @@ class FeedForwardParallel(_Shared):
 
     def layers(self, module: Any, mesh: DeviceMesh) -> None:
         for layer in (module.gate_proj, module.up_proj):
-            ColwiseParallel()._apply(layer, mesh)
-        RowwiseParallel()._apply(module.down_proj, mesh)
+            _spread_linear(layer, mesh, _Columns)
+        _spread_linear(module.down_proj, mesh, _Rows)
 
 
 class HeadParallel(_Shared):
@@ -218,26 +248,63 @@ class HeadParallel(_Shared):
     def layers(self, module: Any, mesh: DeviceMesh) -> None:
         module.head_ranks = mesh.size()
         for layer in _projections(module):
-            ColwiseParallel()._apply(layer, mesh)
-        RowwiseParallel()._apply(module.o_proj, mesh)
+            _spread_linear(layer, mesh, _Columns)
+        _spread_linear(module.o_proj, mesh, _Rows)
         if not isinstance(module, NSAOps):
             return
         if isinstance(module.gate, MLPGate):
-            _Whole()._apply(module.gate.up_proj, mesh)
-            ColwiseParallel()._apply(module.gate.down_proj, mesh)
+            _spread_linear(module.gate.up_proj, mesh, _Whole)
+            _spread_linear(module.gate.down_proj, mesh, _Columns)
         else:
-            ColwiseParallel()._apply(module.gate, mesh)
+            _spread_linear(module.gate, mesh, _Columns)
         for name in COMPRESSION:
             _spread_heads(module, name, getattr(module, name), mesh)
 
 
-class _Whole(ParallelStyle):
-    """A layer that every rank has, between a DTensor and layers that are spread."""
+class _Columns(nn.Linear):
+    """A linear layer of which each rank has some outputs."""
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        for name, parameter in [*module.named_parameters(recurse=False)]:
-            _register(module, name, parameter, device_mesh, Replicate())
-        return module
+    placements: ClassVar[dict[str, Placement]] = {"weight": Shard(0), "bias": Shard(0)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else local_of(self.bias)
+        return F.linear(x, local_of(self.weight), bias)
+
+
+class _Rows(nn.Linear):
+    """A linear layer of which each rank has some inputs; the ranks' products are summed."""
+
+    placements: ClassVar[dict[str, Placement]] = {"weight": Shard(1), "bias": Replicate()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = cast(DTensor, self.weight)
+        part = F.linear(x, weight.to_local())
+        y = DTensor.from_local(part, weight.device_mesh, [Partial()], run_check=False)
+        y = y.redistribute(placements=[Replicate()]).to_local()
+        return y if self.bias is None else y + local_of(self.bias)
+
+
+class _Whole(nn.Linear):
+    """A linear layer that every rank has, before layers that are spread: each rank computes a
+    part of the gradient of its weights."""
+
+    placements: ClassVar[dict[str, Placement]] = {"weight": Replicate(), "bias": Replicate()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (
+            None
+            if p is None
+            else p.redistribute(placements=p.placements).to_local(grad_placements=[Partial()])
+            for p in cast(Any, (self.weight, self.bias))
+        )
+        return F.linear(x, cast(Tensor, weight), bias)
+
+
+def _spread_linear(layer: Any, mesh: DeviceMesh, kind: type[Any]) -> None:
+    """Make a layer one of these, in place: its forward would mix DTensors and plain tensors."""
+    for name, parameter in [*layer.named_parameters(recurse=False)]:
+        _register(layer, name, parameter, mesh, kind.placements[name])
+    layer.__class__ = kind
 
 
 def _spread_heads(module: nn.Module, name: str, holder: Holder, mesh: DeviceMesh) -> None:

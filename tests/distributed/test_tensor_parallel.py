@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.distributed import context_parallel, tensor_parallel, tensor_parallel_plan
@@ -207,12 +210,57 @@ def test_a_checkpoint_of_one_mesh_loads_on_another(tmp_path: Path) -> None:
             assert torch.equal(other, one), name
 
 
+class DTensorOps(TorchDispatchMode):
+    """Counts the operations that DTensors dispatch; their own collectives are not among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            self.names[str(func)] += 1
+            return NotImplemented
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("nsa", {}), ("nsa", PAPER), ("dense", {})])
+def test_a_layer_adds_four_sums_and_no_operation_on_dtensors(
+    kind: str, changes: dict[str, Any]
+) -> None:
+    """Each costs the host several times what a plain one does; a step has hundreds a layer."""
+
+    def run(rank: int) -> tuple[int, Counter[str], int]:
+        counts, names, spread = [], [], []
+        for layers in (1, 2):
+            model = model_of(kind, num_hidden_layers=layers, **changes)
+            tensor_parallel(model, init_device_mesh("cpu", (2,)))
+            with CommDebugMode() as sums:
+                model(IDS, ENDS).sum().backward()
+            model.zero_grad()
+            with DTensorOps() as ops:
+                model(IDS, ENDS).sum().backward()
+            counts.append(sums.get_total_counts())
+            names.append(ops.names)
+            spread.append(sum(isinstance(p.grad, DTensor) for p in model.parameters()))
+        return counts[1] - counts[0], names[1] - names[0], spread[1] - spread[0]
+
+    for sums, names, gradients in on_ranks(2, run):
+        # The paper's gate has a layer on every rank, whose gradient is a sum too.
+        assert sums == (5 if changes else 4)
+        assert names == {"aten.detach.default": gradients}  # where autograd stores it
+
+
 def test_what_cannot_be_shared_is_refused() -> None:
     def run(rank: int) -> list[str]:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
         flat = init_device_mesh("cpu", (4,))
         spread = tensor_parallel(attention(), mesh["tp"])
         odd = model_of("nsa", intermediate_size=129)
+        other = model_of("nsa")
+        other.model.layers[0].mlp.up_proj.__class__ = type(
+            "Doubled", (nn.Linear,), {"forward": lambda self, x: x}
+        )
         texts = []
         for model, over in (
             (model_of("nsa"), flat),
@@ -220,6 +268,7 @@ def test_what_cannot_be_shared_is_refused() -> None:
             (attention(), mesh),
             (nn.Linear(2, 2), mesh["tp"]),
             (spread, mesh["tp"]),
+            (other, mesh["tp"]),
         ):
             before = [*model.parameters()]
             with pytest.raises(InvalidInputError) as error:
@@ -234,6 +283,8 @@ def test_what_cannot_be_shared_is_refused() -> None:
         "mesh must be a DeviceMesh of one dimension",
         "or a Transformers model that apply_nsa has swapped, got Linear",
         "spread the model before FSDP and before quantizing it, and only once",
+        "model.layers.0.mlp: layers that ranks share must compute what torch.nn.Linear does, "
+        "got Doubled",
     ]
     for texts in on_ranks(4, run):
         for text, part in zip(texts, expected, strict=True):

@@ -14,17 +14,22 @@ import traceback
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from examples.training import checkpoint
 from examples.training.checkpoint import Checkpoint
 from examples.training.config import PRESETS, ModelKind, TrainConfig, config_of
 from examples.training.data import IGNORED, Corpus, RecallTask, Split, TextTask
 from examples.training.loop import History, Trainer
-from examples.training.parallel import World, join_world, spread
+from examples.training.parallel import World, clip_gradients, join_world, spread
+from tests.distributed.ranks import on_ranks
 from tests.faults.support import exit_code, free_port, start_child
 from tests.support import one_thread
 
@@ -277,6 +282,39 @@ def test_any_mesh_goes_on_from_another_s_checkpoint(
     shutil.rmtree(newest)
     assert launched(command(config, tmp_path, *then), count) == [0] * count
     assert losses_in(tmp_path) == expected
+
+
+def test_clipping_exchanges_one_number_and_updates_none(corpus: Corpus) -> None:
+    """Under shared heads too, in whose mesh some parameters are and others are not."""
+    limit, config = 0.01, replace(TINY, layers=1, clip_norm=0.01)
+    task = TextTask(corpus, config.seq_len, config.seed)
+
+    def gradients(world: World) -> tuple[Trainer, dict[str, Tensor]]:
+        trainer = Trainer("nsa", config, task, None, world)
+        for part in trainer._parts("train", 0)[0]:
+            trainer._loss(trainer._logits(part), part.targets).backward()
+        return trainer, {n: cast(Any, p.grad) for n, p in trainer.plain.named_parameters()}
+
+    def whole(found: dict[str, Any]) -> dict[str, Tensor]:
+        return {n: x.full_tensor() if isinstance(x, DTensor) else x for n, x in found.items()}
+
+    def run(rank: int) -> tuple[dict[str, Tensor], int, int]:
+        mesh = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=("dp", "cp", "tp"))
+        trainer, found = gradients(World(rank, 2, torch.device("cpu"), 2, 1, mesh))
+        with CommDebugMode() as clipping:
+            clip_gradients(trainer.plain.parameters(), limit)
+        trainer.optimizer.step()  # makes the state
+        with CommDebugMode() as updating:
+            trainer.optimizer.step()
+        return whole(found), clipping.get_total_counts(), updating.get_total_counts()
+
+    trainer, expected = gradients(ALONE)
+    clip_gradients(trainer.plain.parameters(), limit)
+    for found, clipping, updating in on_ranks(2, run):
+        assert (clipping, updating) == (1, 0)
+        assert found.keys() == expected.keys()
+        for name, one in expected.items():
+            assert torch.allclose(found[name], one, rtol=1e-4, atol=1e-7), name
 
 
 def test_meshes_that_do_not_fit() -> None:
