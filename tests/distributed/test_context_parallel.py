@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from nsagen.core.errors import InvalidInputError, LostRankError
@@ -277,6 +278,44 @@ def test_batches_of_the_same_lengths_are_laid_out_once() -> None:
         assert parallel.shard(offsets_of([64, 3])) is not first
 
     on_ranks(2, run)
+
+
+class Names(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_layer_exchanges_eight_times_and_lays_out_nothing() -> None:
+    """Windows are laid out by the first layer of a batch's first step, for all."""
+    ids, ends = torch.arange(64), offsets_of([64])
+
+    def run(rank: int) -> list[list[Counter[str]]]:
+        found = []
+        for layers in (1, 2):
+            model = ToyNSALlama(nsa_config(num_hidden_layers=layers))
+            parallel, steps = context_parallel(model), []
+            for _ in range(2):
+                shard = parallel.shard(ends)
+                with Names() as mode:
+                    model(shard.take(ids), shard).sum().backward()
+                steps.append(mode.names)
+            found.append(steps)
+        return found
+
+    def total(names: Counter[str], part: str) -> int:
+        return sum(count for name, count in names.items() if part in name)
+
+    for one, two in on_ranks(2, run):
+        assert [total(names, "lengths") for names in (*one, *two)] == [1, 0, 1, 0]
+        exchanges = [total(names, "_c10d_functional::wait_tensor") for names in (one[1], two[1])]
+        assert exchanges == [8, 16]
 
 
 def test_keys_and_values_of_a_layer_travel_side_by_side() -> None:
