@@ -183,7 +183,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
             dist.all_reduce(square, group=group)
         squares.append(square)
     factor = (limit / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(own_parts(gradients), factor)
+    torch._foreach_mul_(own_parts(gradients), factor)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _split_over(x: Tensor) -> tuple[ProcessGroup, ...]:
