@@ -984,7 +984,7 @@ TABLE = {
         ),
     ): {
         "cuda:90": (
-            (Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__819e152b"),
+            (Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__3e61a9bc"),
         ),
     },
     Workload(
@@ -1026,7 +1026,7 @@ TRITON = {
     "selected_attention_forward__bf16_d128_g16_b64_i1_c2__254f7db6": Releases((3, 6), (3, 9)),
     "sliding_window_attention_backward__bf16_d128_g16_w512__bf504d89": Releases((3, 6), (3, 9)),
     "sliding_window_attention_forward__bf16_d128_g16_w512__cc264aaf": Releases((3, 6), (3, 9)),
-    "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__819e152b": Releases(
+    "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__3e61a9bc": Releases(
         (3, 6), (3, 9)
     ),
     "sliding_window_attention_forward__bf16_d128_g4_w512__ae64ed63": Releases((3, 6), (3, 9)),

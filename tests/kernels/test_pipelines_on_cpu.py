@@ -64,6 +64,25 @@ def test_two_passes(
     check_case(module, cases_of(w).make_case(w, Sizes((70, 0, 3), 1), "cpu", 1))
 
 
+@pytest.mark.parametrize("seed", [10, 15])
+def test_forced_blocks_that_weigh_the_same_beside_huge_scores(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the best keys of the two parts of the forced blocks are several with the same score of
+    1e9, whose ulp is 64: a logarithm of their sums would not tell two keys from one."""
+    params = {"head_dim": 128, "v_head_dim": 64, "gqa_ratio": 2, "window_size": 12}
+    blocks = {"block_size": 16, "init_blocks": 1, "local_blocks": 2}
+    w = Workload.of("sliding_window_attention", "forward", dtype="bfloat16", **params, **blocks)
+    (space,) = (s for s in spaces_of(w.op, w.pass_) if s.algorithm == "forced_blocks")
+    module = load_kernel(w, space.default_schedule(w, KNOWN_TARGETS["cuda:90"]))
+    on_cpu(monkeypatch, module)
+    draw = torch.randn
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "randn", lambda *a, **k: 1e4 * draw(*a, **k).sign())
+        case = cases_of(w).make_case(w, Sizes((0, 3, 18)), "cpu", seed)
+    check_case(module, case)
+
+
 def check_selected(
     monkeypatch: pytest.MonkeyPatch,
     seqlens: tuple[int, ...] = (70, 3),

@@ -2,7 +2,7 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/sliding_window_attention/forward_forced_blocks.py.j2
-# Source:     fingerprint d5ee22232f44ea76
+# Source:     fingerprint 4f1fc2cbea7dc236
 # Workload:   sliding_window_attention forward
 #             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, window_size=512,
 #             block_size=64, init_blocks=1, local_blocks=2
@@ -289,15 +289,19 @@ def store_result(o, lse, acc, peak, norm, scale, at, inside):
 
 
 @gluon.jit
-def store_forced(o, lse, acc, peak, norm, held, held_lse, scale, at, inside):
-    """The same of common keys together with the others, `held`, which are normalized; held_lse is to base 2."""
-    top = gl.maximum(peak, held_lse)
+def store_forced(o, lse, acc, peak, norm, held, held_peak, held_norm, scale, at, inside):
+    """The same of common keys together with the others, `held`, which are normalized.
+
+    The others' norm is kept beside their peak: in its logarithm, a large peak would leave nothing of it.
+    """
+    top = gl.maximum(peak, held_peak)
     ours = gl.exp2(peak - top)
-    theirs = gl.exp2(held_lse - top)
+    theirs = gl.exp2(held_peak - top) * held_norm
     total = norm * ours + theirs
     seen = total > 0.0
     total = gl.where(seen, total, 1.0)
-    gl.store(lse + at, gl.where(seen, (top + gl.log2(total)) * LN_2, float("-inf")), mask=inside)
+    log_sum = top + gl.log2(total)
+    gl.store(lse + at, gl.where(seen, log_sum * LN_2, float("-inf")), mask=inside)
     tile = acc * gl.expand_dims(gl.convert_layout(ours / total, O_ROWS), 1)
     tile += held.to(gl.float32) * gl.expand_dims(gl.convert_layout(theirs / total, O_ROWS), 1)
     store_rows(o, tile, at, inside)
@@ -368,10 +372,7 @@ def consume(
             s = hide_common(s, start, position, token, keys)
             p_next, peak, norm, _ = online_softmax(s, least, nothing, scale)
             held = finish(acc_next, v_free, used + common_at - 1)
-            seen = held_norm > 0.0
-            held_norm = gl.where(seen, held_norm, 1.0)
-            inverse = 1.0 / held_norm
-            held_lse = gl.where(seen, held_peak + gl.log2(held_norm), float("-inf"))
+            inverse = 1.0 / gl.where(held_norm > 0.0, held_norm, 1.0)
             held = (held * gl.expand_dims(gl.convert_layout(inverse, O_ROWS), 1)).to(q.dtype)
             p = gl.convert_layout(p_next.to(q.dtype), P_LAYOUT)
             acc = zeros
@@ -393,7 +394,9 @@ def consume(
             acc = finish(acc_next, v_free, used + past_at - 1)
             p = gl.convert_layout(p_next.to(q.dtype), P_LAYOUT)
             at, inside = rows_of(row, first_row, left, kv_head, kv_heads)
-            store_forced(o_forced, lse_forced, acc, peak, norm, held, held_lse, scale, at, inside)
+            store_forced(
+                o_forced, lse_forced, acc, peak, norm, held, held_peak, held_norm, scale, at, inside
+            )
             peak = new_peak
             norm = new_norm
             acc *= gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
@@ -612,7 +615,7 @@ def run_pipeline(
 
 
 @gluon.jit
-def sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__819e152b(
+def sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__3e61a9bc(
     q,
     k,
     v,
@@ -694,7 +697,7 @@ def launch(
     tiles = (
         triton.cdiv(tokens, TILE_TOKENS.value) + batch
     )  # one more a sequence: it may be part empty
-    sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__819e152b[
+    sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__3e61a9bc[
         (min(processors(q), tiles * kv_heads),)
     ](
         describe_queries(q),
