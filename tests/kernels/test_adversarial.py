@@ -179,15 +179,16 @@ def test_scores_at_which_rounding_takes_more_than_one(
     both_signs: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Heads of 128 and 256 full of 1e4. All keys weigh the same, or one has all the weight.
+    """Heads of 128 and 256 full of 9984. All keys weigh the same, or one has all the weight.
 
+    9984 is 39 times 256, so float32 holds each sum of products exactly, and equal scores are equal.
     A GPU's fused s scale - peak is not 0 where peak is s scale, but what rounding took from it.
     """
     drawn = itertools.count()
 
     def huge(x: Tensor) -> Tensor:
         signs = torch.where(x < 0, -1.0, 1.0) if both_signs else torch.ones_like(x)
-        return (signs * 1e4 * (sign if next(drawn) == 1 else 1)).to(x.dtype)
+        return (signs * 9984 * (sign if next(drawn) == 1 else 1)).to(x.dtype)
 
     w = covered(op, pass_, algorithm, dtype)
     if w is None:
