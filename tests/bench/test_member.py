@@ -138,9 +138,10 @@ def test_the_calls_are_attention_to_what_the_selection_gives(member: Member) -> 
     torch.testing.assert_close(x.attention(), right)
     assert topk_idx[:, -1, -1].eq(99 // member.shape.block_size).all()  # a token's own block
     cache = MemberCaches(member, 2, 100, torch.device("cpu"))
+    found = cache.sparse()  # completes the last window first, which can change what is selected
     step = (cache.q, cache.k, cache.v, cache.select(), cache.positions, cache.slots)
     right = reference.selected_attention_decode(*step, block_size=member.shape.block_size)
-    torch.testing.assert_close(cache.sparse(), right)
+    torch.testing.assert_close(found, right)
 
 
 def test_what_is_refused() -> None:

@@ -76,10 +76,11 @@ def test_a_repeated_call_launches_what_its_ops_do(gpu: StandIn, tokens: int, wha
 
 @pytest.mark.parametrize("tokens", [256, 2048, 8192])
 def test_few_launches(gpu: StandIn, tokens: int) -> None:
+    """One of them plans the unions of neighbours' blocks."""
     x, y = Inputs(tokens), Inputs(tokens, requires_grad=True)
     for _ in range(3):
-        assert len(gpu.of(x.forward)) == 11
-        assert len(gpu.of(lambda: ops.native_sparse_attention(*y.args, **y.keywords))) == 12
+        assert len(gpu.of(x.forward)) == 12
+        assert len(gpu.of(lambda: ops.native_sparse_attention(*y.args, **y.keywords))) == 13
 
 
 @pytest.mark.parametrize("what", ["forward", "training"])
@@ -100,7 +101,7 @@ def test_few_launches_of_both_passes(gpu: StandIn) -> None:
     """How many depends on the schedules. PyTorch adds fills, a running sum and a sign."""
     x = Inputs(2048, requires_grad=True)
     for _ in range(3):
-        assert len(gpu.of(x.training)) <= 36
+        assert len(gpu.of(x.training)) <= 37
 
 
 def test_a_profiler_sees_the_ops_of_a_repeated_call(gpu: StandIn) -> None:
@@ -118,7 +119,7 @@ def test_prepared_lengths_save_one(gpu: StandIn) -> None:
     x = Inputs(2048)
     x.keywords["lengths"] = ops.Lengths.of(x.cu_seqlens, 2048, 32, 16)
     for _ in range(3):
-        assert len(gpu.of(x.forward)) == 10
+        assert len(gpu.of(x.forward)) == 11
 
 
 def test_a_call_that_launches_nothing_of_triton_is_repeated(gpu: StandIn) -> None:
