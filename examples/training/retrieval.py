@@ -207,7 +207,8 @@ def table(rows: Sequence[Row], forms: Sequence[str], lengths: Sequence[int]) -> 
             cells = [kind, str(length)]
             for form in forms:
                 middle, deviation, seeds = spread_of(rows, form, length, kind)
-                text = f"{100 * middle:.1f} ± {100 * deviation:.1f} ({seeds})"
+                spread = f" ± {100 * deviation:.1f}" if seeds > 1 else ""  # one seed has none
+                text = f"{100 * middle:.1f}{spread} ({seeds})"
                 cells.append(text if seeds else "not measured yet")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -195,4 +195,5 @@ def test_the_table_says_what_is_missing() -> None:
     ]
     shown = table(rows, ["nsa", "dense"], [4096, 16384]).splitlines()
     assert "| single | 4096 | not measured yet | 90.0 ± 10.0 (3) |" in shown
+    assert "| single | 4096 | 80.0 (1) |" in table(rows[:1], ["dense"], [4096])
     assert "| variables | 16384 | not measured yet | not measured yet |" in shown
