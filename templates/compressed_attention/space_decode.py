@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nsagen.codegen.space import PowerOfTwo, ScheduleSpace, next_power_of_2
+from nsagen.codegen.space import next_power_of_2
 from nsagen.codegen.spaces import split_kv
 from nsagen.codegen.spaces.padding import padded_heads
 from nsagen.core.target import Target
@@ -12,10 +12,6 @@ from nsagen.core.workload import Param, Schedule, Workload
 
 _SCORES_A_THREAD = 8
 """For a head and block: few, which keeps the code short; it runs once and must be fetched."""
-
-
-_MAX_COLUMNS = 256
-"""Windows of a step, at most."""
 
 
 def _step_pad(workload: Workload) -> int:
@@ -54,32 +50,16 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     block_n = split_kv.default_step(workload)
     if workload.dtype != "float32" and _step_pad(workload) <= 2 * block_n:
         block_n = max(block_n, _step_pad(workload))
+    warps = split_kv.default_warps(workload, target)
+    resident = 4 if warps == 2 else 2
     step = split_kv.tile_bytes(workload, block_n)
-    two_warps = split_kv.widens_with_two_warps(workload, target)
-    resident = 4 if two_warps else 2
-    room = (target.shared_memory // resident - 8 * 1024) // step
-    programs = max(132, resident * target.num_sms)
     return {
         "block_n": block_n,
-        "programs": max(n for n in split_kv.PROGRAMS if n <= programs),
-        "num_warps": 2 if two_warps else split_kv.default_warps(workload),
-        "num_stages": max(1, min(2 if two_warps else 3, room)) + 1,
+        "programs": split_kv.default_programs(target, resident),
+        "num_warps": warps,
+        "num_stages": split_kv.default_stages(target, step, resident, warps),
         "combine_warps": 1 if target.arch == "120" else 4,  # more spill there, for some groups
     }
 
 
-SPACES = (
-    ScheduleSpace(
-        op="compressed_attention",
-        pass_="decode",
-        algorithm="split_kv",
-        knobs=(
-            PowerOfTwo("block_n", 16, _MAX_COLUMNS, "latency hidden against registers"),
-            *split_kv.KNOBS,
-        ),
-        rules=(split_kv.CACHE_DTYPE,),
-        derive=derive,
-        shared_memory=split_kv.shared_memory,
-        default=default,
-    ),
-)
+SPACES = (split_kv.space("compressed_attention", derive, default),)

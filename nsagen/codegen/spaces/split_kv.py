@@ -6,7 +6,10 @@ templates/native_sparse_attention/space.py and templates/selected_attention/spac
 
 from __future__ import annotations
 
-from nsagen.codegen.space import Knob, Rule, next_power_of_2
+from collections.abc import Callable
+from typing import Any
+
+from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces.padding import (
     LEAST_TILE,
     SCRATCH,
@@ -78,24 +81,30 @@ def default_step(workload: Workload) -> int:
     return next((n for n in (64, 32) if tile_bytes(workload, n) <= STEP_BYTES), 16)
 
 
-def default_warps(workload: Workload) -> int:
-    """Four; eight in float32, whose products hold tiles in registers, and for wide outputs."""
-    rows, _ = heads_of_program(workload)
-    sizes = padded_heads(workload)
-    outputs = rows * max(sizes["block_d"], sizes["block_dv"])
-    wide = outputs > 64 * 128 or (outputs == 64 * 128 and bool(workload.cache_dtype))
-    return 8 if workload.dtype == "float32" or wide else 4
+def default_warps(workload: Workload, target: Target) -> int:
+    """Four; eight in float32, whose products hold tiles in registers, and for wide outputs.
 
-
-def widens_with_two_warps(workload: Workload, target: Target) -> bool:
-    """Whether a program of two warps is the default: they meet less often while they widen.
-
-    Measured on cuda:90 for 16 heads of 128. Larger tiles need the registers of more warps.
+    Two for small tiles of narrow caches on cuda:90, measured for 16 heads of 128: they meet less
+    often while they widen.
     """
-    sizes = padded_heads(workload)
+    sizes, narrow = padded_heads(workload), bool(workload.cache_dtype)
     outputs = heads_of_program(workload)[0] * max(sizes["block_d"], sizes["block_dv"])
-    small = workload.dtype != "float32" and outputs <= LEAST_TILE * 128
-    return bool(workload.cache_dtype) and small and target.arch == "90"
+    if workload.dtype == "float32":
+        return 8
+    if narrow and target.arch == "90" and outputs <= LEAST_TILE * 128:
+        return 2
+    return 8 if outputs > 64 * 128 or (narrow and outputs == 64 * 128) else 4
+
+
+def default_stages(target: Target, step: int, resident: int, warps: int) -> int:
+    """Steps of `step` bytes in flight for which the resident programs leave room; four at most."""
+    room = (target.shared_memory // resident - 8 * 1024) // step
+    return max(1, min(2 if warps == 2 else 3, room)) + 1
+
+
+def default_programs(target: Target, resident: int) -> int:
+    """As many as run at once, `resident` of them on each multiprocessor."""
+    return max(n for n in PROGRAMS if n <= max(132, resident * target.num_sms))
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
@@ -104,16 +113,50 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     Splits come in multiples of a branch's steps, so programs are few and equal: as many as run at
     once, rather than half as many again.
     """
-    block_n = default_step(workload)
+    block_n, warps = default_step(workload), default_warps(workload, target)
     step = tile_bytes(workload, block_n)
-    two_warps = widens_with_two_warps(workload, target)
     fits = target.shared_memory // 3 >= 2 * step + 8 * 1024
-    resident = 3 if fits and not two_warps else 2
-    room = (target.shared_memory // resident - 8 * 1024) // step
+    resident = 3 if fits and warps != 2 else 2
     return {
         "block_n": block_n,
-        "programs": max(n for n in PROGRAMS if n <= max(132, resident * target.num_sms)),
-        "num_warps": 2 if two_warps else default_warps(workload),
-        "num_stages": max(1, min(2 if two_warps else 3, room)) + 1,
+        "programs": default_programs(target, resident),
+        "num_warps": warps,
+        "num_stages": default_stages(target, step, resident, warps),
         "combine_warps": 4,
     }
+
+
+def blocks_of_steps(workload: Workload, schedule: Schedule) -> dict[str, Any]:
+    """Sizes padded to powers of two, and the steps over the selected blocks."""
+    block_pad = next_power_of_2(int(workload.block_size))
+    tiles = -(-int(workload.topk) * block_pad // int(schedule.block_n))
+    group_pad, head_tiles = heads_of_program(workload)
+    return {
+        **padded_heads(workload),
+        "group_pad": group_pad,
+        "head_tiles": head_tiles,
+        "block_pad": block_pad,
+        "topk_pad": next_power_of_2(-(-tiles * int(schedule.block_n) // block_pad)),
+        "tiles": tiles,
+    }
+
+
+def space(
+    op: str,
+    derive: Callable[[Workload, Schedule], dict[str, Any]],
+    default: Callable[[Workload, Target], dict[str, Param]] = default,
+) -> ScheduleSpace:
+    """The space of an op's decode pass."""
+    return ScheduleSpace(
+        op=op,
+        pass_="decode",
+        algorithm="split_kv",
+        knobs=(
+            PowerOfTwo("block_n", 16, 256, "latency hidden against registers"),
+            *KNOBS,
+        ),
+        rules=(CACHE_DTYPE,),
+        derive=derive,
+        shared_memory=shared_memory,
+        default=default,
+    )
