@@ -98,3 +98,17 @@ def check_outputs(outputs: dict[str, torch.Tensor], reference: dict[str, torch.T
             continue
         error = relative_error(out, expected)
         assert error <= THRESHOLDS[out.dtype], f"{name}: relative error {error:.2e}"
+
+
+def stretch_narrow(case: Case) -> Case:
+    """A decode case of two rows with queries of 1e-6 and 1e5, and narrow values of 2^-40 to 2^20.
+
+    Products of float16 must hold them. The case's own tensors change.
+    """
+    q, (*_, k_scale, v_scale) = case.args[0], case.args
+    q[0] *= 1e-6
+    q[1] *= 1e5
+    k_scale *= 2.0**-20
+    sizes = 2.0 ** torch.arange(-40, 21, 12, device=v_scale.device)
+    v_scale *= sizes.repeat(v_scale.shape[1])[: v_scale.shape[1], None]
+    return case

@@ -18,9 +18,10 @@ from tests.export.small import INFLLM, exported
 kernels = pytest.importorskip("kernels")
 transformers = pytest.importorskip("transformers")
 
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM  # noqa: E402  # noqa: E402
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import nsagen.integrations.transformers  # noqa: E402, F401  # registers "nsagen", the oracle
+from tests.integrations.tiny import LLAMA  # noqa: E402
 
 FORM = {"form": "infllm_v2", "kernel_size": 8, "kernel_stride": 4, "block_size": 16, "topk": 4}
 FORM |= {"init_blocks": 1, "local_blocks": 2, "dense_len": 0}
@@ -43,20 +44,7 @@ def kernel(folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def models(kernel: Any) -> tuple[Any, Any]:
     """The same small model with the kernel's attention, and with nsagen's own."""
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    config = LlamaConfig(**LLAMA | {"initializer_range": 0.2})
     torch.manual_seed(0)
     mine = LlamaForCausalLM(config).eval()
     oracle = copy.deepcopy(mine)

@@ -24,6 +24,7 @@ from nsagen.integrations.attention_layout import Layout  # noqa: E402
 from nsagen.model import forms  # noqa: E402
 from nsagen.ops.compress import compress  # noqa: E402
 from tests.integrations.plain_forms import INFLLM, MOBA, distance, plain  # noqa: E402
+from tests.integrations.tiny import LLAMA  # noqa: E402
 
 KINDS = ("Llama", "Qwen3", "Gemma3", "Mistral")
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -52,18 +53,7 @@ def dense(kind: str) -> Any:
         own["sliding_window"] = None
     text = "Text" if kind == "Gemma3" else ""
     config = getattr(transformers, f"{kind}{text}Config")(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-        **own,
+        **LLAMA | {"initializer_range": 0.2} | own
     )
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()

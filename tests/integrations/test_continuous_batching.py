@@ -33,7 +33,7 @@ from nsagen.integrations.paged_attention import paged_attention  # noqa: E402
 from nsagen.model import InferenceConfig  # noqa: E402
 from nsagen.model.configs import cache_shapes  # noqa: E402
 from tests.integrations.plain_forms import INFLLM, MOBA  # noqa: E402
-from tests.integrations.tiny import ATTENTION  # noqa: E402
+from tests.integrations.tiny import ATTENTION, LLAMA  # noqa: E402
 from tests.model.tiny import nsa_config  # noqa: E402
 
 SWITCH: Any = getattr(continuous.ContinuousBatchingManager, "switch_to_cb_friendly_attn", None)
@@ -51,20 +51,7 @@ PROMPTS = [
 @functools.cache
 def dense() -> Any:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    config = transformers.LlamaConfig(**LLAMA)
     return transformers.LlamaForCausalLM(config).eval()
 
 

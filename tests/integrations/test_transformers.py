@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 from nsagen.core.errors import InvalidInputError  # noqa: E402
 from nsagen.integrations.transformers import apply_nsa, load_nsa  # noqa: E402
 from nsagen.model import InferenceConfig, ToyLlama, ToyNSALlamaConfig  # noqa: E402
+from tests.integrations.tiny import LLAMA  # noqa: E402
 
 KINDS = ("Llama", "Mistral", "Qwen3")
 LLAMA3 = {
@@ -39,20 +40,9 @@ def dense_model(kind: str, tied: bool = False, scaled: bool = False) -> Any:
     """A small random model whose attention is far from uniform."""
     rope = {"rope_theta": 10000.0, **(LLAMA3 if scaled else {"rope_type": "default"})}
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        initializer_range=0.1,
+        **LLAMA | {"initializer_range": 0.1},
         rope_parameters=rope,
         tie_word_embeddings=tied,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
     )
     torch.manual_seed(0)
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()

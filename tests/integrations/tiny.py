@@ -35,6 +35,15 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+LLAMA: dict[str, Any] = {
+    **_SIZES,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+"""Sizes of a Llama with heads of 32."""
+
 _EXPERTS = {
     "num_experts": 4,
     "num_local_experts": 4,

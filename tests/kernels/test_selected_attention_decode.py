@@ -13,7 +13,13 @@ from nsagen.codegen.template import default_schedule, render
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import CACHE_DTYPES, Param, Schedule, Workload
 from tests.float8_interpreter import round_to_float8
-from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
+from tests.support import (
+    check_case,
+    kernel_device,
+    kernel_dtypes,
+    load_kernel,
+    stretch_narrow,
+)
 
 EDGES = (-1, 0, 1, 14, 15, 16, -1, 24, 47, 48, 63, 64, 255)
 
@@ -162,3 +168,9 @@ def test_quantized_caches(
     if kernel_device() == "cpu":
         round_to_float8(monkeypatch)
     check(workload(cache_dtype=cache_dtype, v_head_dim=24), EDGES, page_size)
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+def test_quantized_caches_of_any_size(cache_dtype: str) -> None:
+    work = workload("bfloat16", cache_dtype=cache_dtype)
+    check_case(load_kernel(work), stretch_narrow(case_of(work, (63, 200))))
