@@ -7,9 +7,10 @@ that wait. Then the arrival may be at whatever was loaded: an illegal access. Th
 makes the same instructions of the same PTX, with the wait.
 
 In `arrival.ptx` that is all that is left of a former pipeline of selected attention's gradients.
-On an H200 its groups of 64 mostly ended in an illegal access with [232, 40] registers a thread,
-whose code has the fault in both consumers, and worked with [240, 24], whose code has not; see
-benchmarks/NOTES.md. test_pipeline_barriers.py looks for it in today's pipelines.
+On an H200 its groups of 64 ended in an illegal access with [232, 40] registers a thread, whose
+code has the fault in both consumers. They worked with [240, 24], whose code has not, and with
+[232, 40] by the ptxas of CUDA 13.0; see benchmarks/NOTES.md. test_pipeline_barriers.py
+looks for it in today's pipelines.
 """
 
 from __future__ import annotations
