@@ -9,7 +9,7 @@ from typing import Any, Literal
 from nsagen.model import ToyLlama, ToyLlamaConfig, ToyNSALlama, ToyNSALlamaConfig
 from nsagen.model.forms import Form, form_of
 
-ModelKind = Literal["nsa", "dense", "infllm_v2"]
+ModelKind = Literal["nsa", "dense", "infllm_v2", "msa"]
 Model = ToyNSALlama | ToyLlama
 
 VOCAB_SIZE = 256
@@ -87,6 +87,15 @@ class TrainConfig:
         sizes = {name: getattr(self, name) for name in names}
         blocks = {"topk": self.topk + local, "init_blocks": 1, "local_blocks": local}
         return form_of("TrainConfig", {"form": "infllm_v2", **sizes, **blocks, "dense_len": 0})
+
+    def msa_rule(self) -> dict[str, Any]:
+        """What `block_selection` takes: as many blocks as InfLLM-V2's, of which MiniMax-M3 forces
+        the query's own alone."""
+        return {
+            **{"kernel_size": 1, "kernel_stride": 1, "block_size": self.block_size},
+            **{"topk": self.infllm_v2_form().topk, "init_blocks": 0, "local_blocks": 1},
+            **{"score_norm": "none", "score_heads": "each", "score_pool": "max"},
+        }
 
     def _llama(self) -> dict[str, Any]:
         return {

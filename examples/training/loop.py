@@ -22,7 +22,7 @@ from . import checkpoint, state
 from .checkpoint import Checkpoint
 from .config import Model, ModelKind, TrainConfig, as_dict
 from .data import IGNORED, Packed, Split, Task
-from .forms import attend_in_blocks
+from .forms import attend_by_index, attend_in_blocks, index_losses
 from .parallel import Parallel, World, clip_gradients, gradients_stay_local, spread
 
 
@@ -63,6 +63,8 @@ def build_model(kind: ModelKind, config: TrainConfig, device: torch.device) -> M
         model = ToyLlama(config.dense_config(), generator=generator)
         if kind == "infllm_v2":
             attend_in_blocks(model, config.infllm_v2_form())
+        elif kind == "msa":
+            attend_by_index(model, config, generator)
     if config.activation_checkpointing:
         for layer in model.model.layers:
             layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False)
@@ -82,7 +84,7 @@ class Trainer:
     """One run of one model on one task; `run` picks up from the newest checkpoint.
 
     Args:
-        kind: "nsa", "dense" or "infllm_v2".
+        kind: "nsa", "dense", "infllm_v2" or "msa".
         config: what the loss curve depends on.
         task: where batches come from.
         folder: of the checkpoints; None to keep none.
@@ -106,6 +108,11 @@ class Trainer:
             raise ValueError(
                 "a step's sequences must be a multiple of accumulate * processes with their own; "
                 f"got {config.rows} and {config.accumulate} * {world.batches}; raise batch_tokens"
+            )
+        if kind == "msa" and world.cp * world.tp > 1:
+            raise ValueError(
+                "msa trains whole sequences with all heads, for its index loss; got "
+                f"--cp {world.cp} and --tp {world.tp}; leave both out"
             )
         self.kind, self.config, self.task = kind, config, task
         self.folder, self.world = folder, world
@@ -178,8 +185,11 @@ class Trainer:
         for index, part in enumerate(parts):
             with gradients_stay_local(self.model, index + 1 < len(parts)):
                 loss = self._loss(self._logits(part), part.targets) / scored
+                learned = loss
+                if index := index_losses(self.plain):
+                    learned = loss + torch.stack(index).mean() / (len(parts) * self.world.batches)
                 # Processes average their gradients, but each has its share of the sum.
-                (loss * self.world.shares).backward()
+                (learned * self.world.shares).backward()
             total += loss.detach()
         clip_gradients(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()

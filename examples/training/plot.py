@@ -18,7 +18,10 @@ STYLES = {"dense": ("tab:orange", 3.0), "nsa": ("tab:blue", 1.2)}
 """Color and width, in the order of drawing: where curves are one, the narrow one is on the wide."""
 
 
-FORM_COLORS = {"nsa": "tab:blue", "dense": "tab:orange", "infllm_v2": "tab:green"}
+FORM_COLORS = {
+    **{"nsa": "tab:blue", "dense": "tab:orange"},
+    **{"infllm_v2": "tab:green", "msa": "tab:purple"},
+}
 
 
 def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:

@@ -28,7 +28,7 @@ KEYS, VALUES = RecallTask.classes, RecallTask.values
 FIRST_QUESTION = KEYS * VALUES
 FIRST_LINK = FIRST_QUESTION + KEYS
 
-FORMS = ("nsa", "dense", "infllm_v2")
+FORMS = ("nsa", "dense", "infllm_v2", "msa")
 LENGTHS = (4096, 16384, 65536)
 SEEDS = (0, 1, 2)
 

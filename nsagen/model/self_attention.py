@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from nsagen.model.prefill import CachedRows, DecodeRows
 from nsagen.model.rope import RotaryEmbedding
 from nsagen.ops import reference
 
+Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int], Sequence[int]], Tensor]
+"""q [N, HQ, D], k and v [R, HK, D], lengths of queries and of keys: [N, HQ, D]."""
+
 
 @own
 class SelfAttention(JoinsWeights):
@@ -31,9 +34,12 @@ class SelfAttention(JoinsWeights):
         generator: source of the initial weights; None for PyTorch's own.
 
     Attributes:
+        attend: how packed sequences attend, and with a cache all but single tokens;
+            `attend_causally` unless another function of its first five arguments is set.
         head_ranks: processes that share the heads under tensor parallelism.
     """
 
+    attend: Attend
     head_ranks = 1
 
     def __init__(
@@ -50,6 +56,7 @@ class SelfAttention(JoinsWeights):
         super().__init__()
         self.num_q_heads, self.num_kv_heads, self.head_dim = num_q_heads, num_kv_heads, head_dim
         self.rotary_emb = rope
+        self.attend = attend_causally
         q_dim, kv_dim = num_q_heads * head_dim, num_kv_heads * head_dim
         self.q_proj = linear(hidden_size, q_dim, initializer_range, generator)
         self.k_proj = linear(hidden_size, kv_dim, initializer_range, generator)
@@ -161,7 +168,7 @@ class SelfAttention(JoinsWeights):
         key_lengths: Sequence[int],
     ) -> Tensor:
         """[N, HQ * D]; see `attend_causally`."""
-        return attend_causally(q, k, v, lengths, key_lengths).flatten(1)
+        return self.attend(q, k, v, lengths, key_lengths).flatten(1)
 
 
 def attend_causally(

@@ -1,4 +1,4 @@
-"""The retrieval tasks, InfLLM-V2 in the toy model, and the script that measures them."""
+"""The retrieval tasks, the family in the toy model, and the script that measures them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.training.config import PRESETS, config_of
+from examples.training.config import PRESETS, ModelKind, config_of
 from examples.training.data import IGNORED, Packed
-from examples.training.forms import attend
-from examples.training.loop import build_model
+from examples.training.forms import attend, index_losses
+from examples.training.loop import Trainer, build_model
+from examples.training.parallel import World
 from examples.training.retrieval import (
     FIRST_LINK,
     FIRST_QUESTION,
@@ -106,22 +107,56 @@ def test_infllm_v2_is_dense_where_the_blocks_are_all_and_sparse_elsewhere() -> N
     lengths = [128, 96, 256]
     q, k, v = (torch.randn(sum(lengths), heads, 32, requires_grad=True) for heads in (4, 2, 2))
     o = attend(form, q, k, v, lengths, lengths)
-    dense = attend_causally(q, k, v, lengths, lengths).flatten(1)
+    dense = attend_causally(q, k, v, lengths, lengths)
     assert torch.allclose(o[:224], dense[:224], atol=1e-5)  # at most 8 blocks of 16
     assert not torch.allclose(o[-1], dense[-1], atol=1e-3)
     o.square().sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (q, k, v))
 
 
-def test_forms_start_from_the_same_weights() -> None:
+@pytest.mark.parametrize("form", ["infllm_v2", "msa"])
+def test_forms_start_from_the_same_weights(form: ModelKind) -> None:
     config = config_of("cpu", "retrieval", {"seq_len": 512})
-    dense, sparse = (build_model(kind, config, CPU) for kind in ("dense", "infllm_v2"))
+    dense, sparse = (build_model(kind, config, CPU) for kind in ("dense", form))
     for name, weight in dense.state_dict().items():
         assert torch.equal(weight, sparse.state_dict()[name])
     part = Packed.of(*RetrievalTask("single", 512, 0).batch("train", 0, 1), CPU)
     outputs = [model(part.input_ids, part.cu_seqlens) for model in (dense, sparse)]
     assert torch.allclose(outputs[0][:64], outputs[1][:64], atol=1e-5)
     assert not torch.equal(outputs[0][-1], outputs[1][-1])
+
+
+def test_an_index_learns_from_its_loss_alone_and_nothing_else_from_it() -> None:
+    config = config_of("cpu", "retrieval", {"seq_len": 512})
+    model = build_model("msa", config, CPU)
+    part = Packed.of(*RetrievalTask("single", 512, 0).batch("train", 0, 1), CPU)
+    logits = model(part.input_ids, part.cu_seqlens)
+    losses = index_losses(model)
+    assert len(losses) == config.layers
+    for loss, of_index in ((torch.stack(losses).mean(), True), (logits.square().sum(), False)):
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        learned = {
+            name for name, x in model.named_parameters() if x.grad is not None and x.grad.any()
+        }
+        assert learned == {n for n, _ in model.named_parameters() if ("index_" in n) == of_index}
+
+
+def test_training_brings_an_index_closer_to_the_attention() -> None:
+    one_layer = {"seq_len": 256, "batch_tokens": 256, "layers": 1, "warmup_steps": 1}
+    config = config_of("cpu", "retrieval", one_layer)
+    trainer = Trainer("msa", config, RetrievalTask("single", 256, 0), None, World(0, 1, CPU))
+    losses = []
+    for step in range(5):
+        trainer.step(step)
+        losses.append(sum(index_losses(trainer.plain)).item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_msa_is_refused_where_sequences_or_heads_are_shared_out() -> None:
+    config = config_of("cpu", "retrieval", {"seq_len": 256})
+    with pytest.raises(ValueError, match=r"msa trains whole sequences.*--cp 2 and --tp 1"):
+        Trainer("msa", config, RetrievalTask("single", 256, 0), None, World(0, 2, CPU, cp=2))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *more: str) -> int:
@@ -136,18 +171,18 @@ def test_a_call_goes_on_where_the_last_one_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, tmp_path, "--seconds", "0") == 0
-    assert "0 of 18 runs are there" in capsys.readouterr().out
+    assert "0 of 24 runs are there" in capsys.readouterr().out
     assert run(monkeypatch, tmp_path, "--seeds", "0", "--lengths", "256") == 0
     first = json.loads((tmp_path / "retrieval.json").read_text())["rows"]
-    assert len(first) == 3
+    assert len(first) == 4
     assert all(row["accuracy"].keys() == KINDS.keys() for row in first)
     assert (tmp_path / "retrieval.png").stat().st_size > 10_000
     assert not list((tmp_path / "checkpoints").iterdir())
     more = ("--forms", "dense", "--seeds", "0", "1", "--lengths", "256")
     assert run(monkeypatch, tmp_path, *more) == 0
     rows = json.loads((tmp_path / "retrieval.json").read_text())["rows"]
-    assert rows[:3] == first
-    assert [(row["form"], row["length"], row["seed"]) for row in rows[3:]] == [("dense", 256, 1)]
+    assert rows[:4] == first
+    assert [(row["form"], row["length"], row["seed"]) for row in rows[4:]] == [("dense", 256, 1)]
     assert run(monkeypatch, tmp_path, *more, "--steps", "3") == 2
     assert "of other settings; choose another --out" in capsys.readouterr().err
 
@@ -171,11 +206,11 @@ def test_a_run_that_is_stopped_goes_on_from_its_last_step(
     assert stopped | {"seconds": 0} == unbroken | {"seconds": 0}
 
 
-def test_a_form_without_a_way_to_train_it_is_refused(
+def test_an_unknown_form_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, tmp_path, "--forms", "dense", "msa") == 2
-    assert "msa cannot be trained in the toy model: its index learns" in capsys.readouterr().err
+    assert run(monkeypatch, tmp_path, "--forms", "dense", "moba") == 2
+    assert "a form must be one of nsa, dense, infllm_v2, msa; got 'moba'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
