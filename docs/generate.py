@@ -13,7 +13,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from examples.training.retrieval import FORMS, LENGTHS, table  # noqa: E402
+from examples.training.rows import FORMS, LENGTHS, MEASURES, table  # noqa: E402
 from nsagen.bench.tables import markdown  # noqa: E402
 from nsagen.model import InferenceConfig, ToyLlamaConfig, ToyNSALlamaConfig  # noqa: E402
 from nsagen.reports import support_page, target_support  # noqa: E402
@@ -190,12 +190,16 @@ def measured(name: str) -> Callable[[], str]:
     return lambda: markdown(path) if path.is_file() else "Not measured on a GPU yet."
 
 
-def retrieval() -> str:
-    """The accuracies of `examples/retrieval.py` on the H200, and their plot once there is one."""
-    path = ROOT / "benchmarks/results/nvidia-h200/retrieval/retrieval.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    plot = "\n\n![Accuracy of each task by length, a line for each form](images/retrieval.png)"
-    return table(rows, FORMS, LENGTHS) + (plot if rows else "")
+def evidence(task: str, forms: Sequence[str], lengths: Sequence[int]) -> Callable[[], str]:
+    """What `examples/evidence.py` measured on the H200, and its plot once there is one."""
+
+    def text() -> str:
+        path = ROOT / "benchmarks/results/nvidia-h200/evidence" / f"{task}.json"
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+        plot = f"\n\n![What each form of attention reaches, by length](images/{task}.png)"
+        return table(rows, forms, lengths, MEASURES[task]) + (plot if rows else "")
+
+    return text
 
 
 LLAMA: dict[str, Any] = {
@@ -282,7 +286,8 @@ PARTS = {
     ("docs/serving.md", "members"): cache_of_members,
     ("docs/serving.md", "pages"): cache_of_pages,
     ("docs/serving.md", "servers"): measured("serve"),
-    ("docs/evidence.md", "retrieval"): retrieval,
+    ("docs/evidence.md", "retrieval"): evidence("retrieval", FORMS, LENGTHS),
+    ("docs/evidence.md", "text"): evidence("text", ("nsa", "dense"), (4096, 16384)),
     ("docs/integrate.md", "the difference of the toy models"): toy_difference,
     ("README.md", "forward"): measured("prefill"),
     ("README.md", "backward"): measured("train"),

@@ -12,16 +12,9 @@ matplotlib.use("Agg")  # a file, whatever display there is
 import matplotlib.pyplot as plt
 
 from .loop import History
-from .retrieval import KINDS, Row, spread_of
 
 STYLES = {"dense": ("tab:orange", 3.0), "nsa": ("tab:blue", 1.2)}
 """Color and width, in the order of drawing: where curves are one, the narrow one is on the wide."""
-
-
-FORM_COLORS = {
-    **{"nsa": "tab:blue", "dense": "tab:orange"},
-    **{"infllm_v2": "tab:green", "msa": "tab:purple"},
-}
 
 
 def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -56,30 +49,5 @@ def plot_runs(path: Path, title: str, runs: Mapping[str, History]) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def plot_retrieval(
-    path: Path, rows: Sequence[Row], forms: Sequence[str], lengths: Sequence[int]
-) -> None:
-    """Write a PNG with the accuracy of each task by length, a line and its spread for each form."""
-    figure, all_axes = plt.subplots(
-        1, len(KINDS), figsize=(15, 3.6), sharey=True, layout="constrained"
-    )
-    for axes, kind in zip(all_axes, KINDS, strict=True):
-        for form in forms:
-            found = [(n, *spread_of(rows, form, n, kind)) for n in sorted(lengths)]
-            measured = [(n, middle, deviation) for n, middle, deviation, seeds in found if seeds]
-            if measured:
-                at, middle, deviation = zip(*measured, strict=True)
-                look = {"color": FORM_COLORS[form], "capsize": 4, "label": form}
-                axes.errorbar(at, middle, deviation, fmt="o-", **look)
-        axes.set(title=kind, xlabel="tokens", xscale="log", ylim=(0, 1.05))
-        axes.set_xticks(sorted(lengths), [str(n) for n in sorted(lengths)])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel("accuracy")
-    all_axes[0].legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

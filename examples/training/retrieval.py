@@ -13,10 +13,8 @@ Needles lie in filler, and the last quarter of a sequence asks for them, as in `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import mean, stdev
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -27,10 +25,6 @@ from .data import RecallTask, Split
 KEYS, VALUES = RecallTask.classes, RecallTask.values
 FIRST_QUESTION = KEYS * VALUES
 FIRST_LINK = FIRST_QUESTION + KEYS
-
-FORMS = ("nsa", "dense", "infllm_v2", "msa")
-LENGTHS = (4096, 16384, 65536)
-SEEDS = (0, 1, 2)
 
 SHORTEST = 4096
 """Tokens of the first steps' sequences, where the full length is larger."""
@@ -185,30 +179,3 @@ class RetrievalMix:
             "lengths": self.lengths,
             "easier_steps": self.easier_steps,
         }
-
-
-Row = dict[str, Any]
-"""What a run came to: form, length, seed, and the accuracy of each kind."""
-
-
-def spread_of(rows: Sequence[Row], form: str, length: int, kind: str) -> tuple[float, float, int]:
-    """Mean and standard deviation over the seeds, and their number."""
-    found = [r["accuracy"][kind] for r in rows if (r["form"], r["length"]) == (form, length)]
-    deviation = stdev(found) if len(found) > 1 else 0.0
-    return (mean(found) if found else 0.0), deviation, len(found)
-
-
-def table(rows: Sequence[Row], forms: Sequence[str], lengths: Sequence[int]) -> str:
-    """Markdown: a line for each task and length, mean and spread in percent for each form."""
-    head = ["task", "tokens", *forms]
-    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
-    for kind in KINDS:
-        for length in lengths:
-            cells = [kind, str(length)]
-            for form in forms:
-                middle, deviation, seeds = spread_of(rows, form, length, kind)
-                spread = f" ± {100 * deviation:.1f}" if seeds > 1 else ""  # one seed has none
-                text = f"{100 * middle:.1f}{spread} ({seeds})"
-                cells.append(text if seeds else "not measured yet")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

@@ -25,8 +25,8 @@ from examples.training.retrieval import (
     VALUES,
     RetrievalMix,
     RetrievalTask,
-    table,
 )
+from examples.training.rows import MEASURES, table
 from nsagen.model.self_attention import attend_causally
 from tests.support import one_thread
 
@@ -160,7 +160,7 @@ def test_msa_is_refused_where_sequences_or_heads_are_shared_out() -> None:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *more: str) -> int:
-    script = ROOT / "examples" / "retrieval.py"
+    script = ROOT / "examples" / "evidence.py"
     command = [str(script), "--tiny", "--device", "cpu", "--out", str(out), *more]
     monkeypatch.setattr(sys, "argv", command)
     monkeypatch.syspath_prepend(str(script.parent))
@@ -222,13 +222,25 @@ def test_a_length_without_room_is_refused_before_any_run(
     assert not list(tmp_path.iterdir())
 
 
+def test_text_is_another_task_with_results_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = ("--task", "text", "--forms", "nsa", "--lengths", "256", "--seeds", "0", "1")
+    assert run(monkeypatch, tmp_path, *one) == 0
+    rows = json.loads((tmp_path / "text.json").read_text())["rows"]
+    assert [row["accuracy"].keys() for row in rows] == [{"next byte"}] * 2
+    assert "2 of 2 runs are there" in capsys.readouterr().out
+    assert (tmp_path / "text.png").stat().st_size > 10_000
+
+
 def test_the_table_says_what_is_missing() -> None:
     accuracy = dict.fromkeys(KINDS, 0.5)
     rows = [
         {"form": "dense", "length": 4096, "seed": seed, "accuracy": {**accuracy, "single": value}}
         for seed, value in enumerate((0.8, 0.9, 1.0))
     ]
-    shown = table(rows, ["nsa", "dense"], [4096, 16384]).splitlines()
-    assert "| single | 4096 | not measured yet | 90.0 ± 10.0 (3) |" in shown
-    assert "| single | 4096 | 80.0 (1) |" in table(rows[:1], ["dense"], [4096])
-    assert "| variables | 16384 | not measured yet | not measured yet |" in shown
+    measures = MEASURES["retrieval"]
+    shown = table(rows, ["nsa", "dense"], [4096, 16384], measures).splitlines()
+    assert "| single, % | 4096 | not measured yet | 90.0 ± 10.0 (3) |" in shown
+    assert "| single, % | 4096 | 80.0 (1) |" in table(rows[:1], ["dense"], [4096], measures)
+    assert "| variables, % | 16384 | not measured yet | not measured yet |" in shown
