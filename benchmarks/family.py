@@ -293,7 +293,7 @@ def draw(content: dict[str, Any], out: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.grid(linewidth=0.6)
             if axis.lines:
-                axis.legend(fontsize=6, frameon=False)
+                axis.legend(fontsize=7, frameon=False)
         figure.suptitle(f"{content['device']}, bfloat16; dashed: measured or published elsewhere")
         figure.tight_layout()
         figure.savefig(out, dpi=130)

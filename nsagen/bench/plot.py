@@ -84,7 +84,7 @@ def _draw_figure(path: Path, out: Path) -> Path:
         f"{about['device']}, torch {about['torch']}, triton {about['triton']}: {about['command']}"
     )
     lines = textwrap.wrap(note, 105 * len(panels))
-    figure.text(0.01, 0.01, "\n".join(lines), fontsize=7, color=QUIET, va="bottom")
+    figure.text(0.01, 0.01, "\n".join(lines), fontsize=8, color=QUIET, va="bottom")
     figure.tight_layout(rect=(0, 0.025 * (1 + len(lines)), 1, 1))
     with replacing(out) as temporary:
         about = {"Software": f"nsagen {__version__}"}
@@ -190,4 +190,4 @@ def _finish_at(axis: Any, ticks: dict[float, str]) -> None:
     axis.set_yscale("log")
     axis.set_xticks(sorted(ticks), [ticks[place] for place in sorted(ticks)])
     axis.grid(linewidth=0.6)
-    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
