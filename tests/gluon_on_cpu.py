@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -257,6 +257,7 @@ class Language:
             SwizzledSharedLayout=lambda *_: Layout(),
             NVMMASharedLayout=Layout,
             shared_memory_descriptor=Shared,
+            tensor=Tensor,
         )
 
     def hopper(self) -> dict[str, Any]:
@@ -425,7 +426,7 @@ class Pipeline:
                 "range": counted,
                 **language.hopper(),
             }
-            names |= {"NamedTuple": object, "TensorDescriptor": None}
+            names |= {"NamedTuple": NamedTuple, "TensorDescriptor": None}
             exec(self.code, names)
             names[self.name](*(argument(x) for x in args))
 

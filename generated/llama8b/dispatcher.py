@@ -857,7 +857,7 @@ TABLE = {
     ): {
         "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__35e67adc"),),
         "cuda:90": (
-            (Bucket(), "selected_attention_backward__bf16_d128_g16_b64__da0edf12"),
+            (Bucket(), "selected_attention_backward__bf16_d128_g16_b64__edb8b66d"),
             (Bucket(), "selected_attention_backward__bf16_d128_g16_b64__35e67adc"),
         ),
     },
@@ -1022,7 +1022,7 @@ TRITON = {
     "compressed_attention_backward__bf16_d128_g16_l32_s16__ab97c3b9": Releases((3, 6), (3, 9)),
     "compressed_attention_forward__bf16_d128_g16_l32_s16__54f81bf4": Releases((3, 6), (3, 9)),
     "compressed_attention_forward__bf16_d128_g4_l32_s16__f8e30162": Releases((3, 6), (3, 9)),
-    "selected_attention_backward__bf16_d128_g16_b64__da0edf12": Releases((3, 6), (3, 9)),
+    "selected_attention_backward__bf16_d128_g16_b64__edb8b66d": Releases((3, 6), (3, 9)),
     "selected_attention_forward__bf16_d128_g16_b64_i1_c2__254f7db6": Releases((3, 6), (3, 9)),
     "sliding_window_attention_backward__bf16_d128_g16_w512__bf504d89": Releases((3, 6), (3, 9)),
     "sliding_window_attention_forward__bf16_d128_g16_w512__cc264aaf": Releases((3, 6), (3, 9)),

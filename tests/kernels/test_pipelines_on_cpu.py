@@ -162,12 +162,15 @@ def test_a_gate_and_delta(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("mbarrier.wait(pair_free, step // 2 & 1 ^ 1)", "changed while it was in flight|relative"),
-        ("mbarrier.wait(pair_full, step // 2 & 1)", "changed while it was in flight|relative"),
-        ("mbarrier.arrive(pair_free, count=1)", "deadlock"),
-        ("mbarrier.wait(q_full.index(slot), filled)", "changed while it was in flight|relative"),
-        ("mbarrier.arrive(rows_free.index(first_slot + 1), count=1)", "deadlock"),
-        ("mbarrier.wait(rows_free.index(slot), step // ROW_STAGES & 1 ^ 1)", "changed|more|rel"),
+        ("mbarrier.wait(memory.pair_free, step // 2 & 1 ^ 1)", "changed while it|relative"),
+        ("mbarrier.wait(memory.pair_full, step // 2 & 1)", "changed while it|relative"),
+        ("mbarrier.arrive(memory.pair_free, count=1)", "deadlock"),
+        ("mbarrier.wait(memory.q_full.index(slot), filled)", "changed while it|relative"),
+        ("mbarrier.arrive(memory.rows_free.index(first_slot + 1), count=1)", "deadlock"),
+        (
+            "mbarrier.wait(memory.rows_free.index(slot), step // ROW_STAGES & 1 ^ 1)",
+            "changed|more|rel",
+        ),
         ("tma.store_wait((SHARE_PLACES - 1) * COPIES)", "relative"),
     ],
 )

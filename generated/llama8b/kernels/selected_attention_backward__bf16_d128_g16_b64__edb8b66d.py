@@ -2,7 +2,7 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/selected_attention/backward_warp_specialized.py.j2
-# Source:     fingerprint 1429d64c4ccd9b5f
+# Source:     fingerprint 1d0f695605f25254
 # Workload:   selected_attention backward
 #             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, block_size=64
 # Schedule:   warp_specialized(part_tokens=1024, row_stages=4, shares=1024)
@@ -441,6 +441,67 @@ NOWHERE = gl.constexpr(1 << 30)
 HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 
+class Memory(NamedTuple):
+    """Shared memory: tiles, then barriers that say what is full or free."""
+
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    q: gl.shared_memory_descriptor  # of ROW_STAGES steps
+    do: gl.shared_memory_descriptor
+    p: gl.shared_memory_descriptor  # of a pair of steps
+    ds: gl.shared_memory_descriptor
+    share: gl.shared_memory_descriptor  # SHARE_PLACES of either group
+    lse: gl.shared_memory_descriptor  # of a group's step
+    delta: gl.shared_memory_descriptor
+    gate: gl.shared_memory_descriptor
+    keys_full: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    do_full: gl.shared_memory_descriptor
+    rows_free: gl.shared_memory_descriptor
+    pair_full: gl.shared_memory_descriptor
+    pair_free: gl.shared_memory_descriptor
+
+
+class Statistics(NamedTuple):
+    """What is known of rows: of one head, from first_row on."""
+
+    lse: gl.tensor
+    delta: gl.tensor
+    gate: gl.tensor  # or None
+    first_row: gl.tensor
+    last_key: gl.tensor  # of each token, that it sees; None: as many as tokens
+
+
+class Places(NamedTuple):
+    """Where a block's keys are, and its heads."""
+
+    key_row: gl.tensor
+    k_column: gl.tensor
+    v_column: gl.tensor
+    first_head: gl.tensor
+
+
+class Walk(NamedTuple):
+    """A block's list of entries, or a part of it."""
+
+    first_key: gl.tensor
+    begin: gl.tensor  # the first entry
+    end: gl.tensor
+    steps: gl.tensor
+    topk: gl.tensor
+    first_place: gl.tensor  # what added to an entry is its place in shares
+
+
+class Outputs(NamedTuple):
+    """Where a block's sums go."""
+
+    dk: gl.tensor
+    dv: gl.tensor
+    row: gl.tensor  # of the first key
+    adds: gl.tensor  # whether to add to what is there
+    keys: gl.tensor  # of the block
+
+
 @gluon.jit
 def copies_of(tiles, COPIES: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
     """Tiles as the places of single copies, [COPIES, 1, GROUP, COLUMNS of 128 bytes]."""
@@ -472,13 +533,12 @@ def next_entries(entries, at, end):
 @gluon.jit
 def statistics_of(entry, statistics, topk):
     """lse, delta and gate of the rows of a step's entries."""
-    lse_rows, delta_rows, gate_rows, first_row, _ = statistics
     row = gl.arange(0, ROW_STEP, layout=EACH_ROW)
-    place = first_row + entry // topk * GROUP + row % GROUP
-    lse, delta = gl.load(lse_rows + place), gl.load(delta_rows + place)
+    place = statistics.first_row + entry // topk * GROUP + row % GROUP
+    lse, delta = gl.load(statistics.lse + place), gl.load(statistics.delta + place)
     gate = delta  # of no use where there is none
-    if gate_rows is not None:
-        gate = gl.load(gate_rows + place)
+    if statistics.gate is not None:
+        gate = gl.load(statistics.gate + place)
     return lse, delta, gate
 
 
@@ -498,9 +558,7 @@ def seen_by(x, key, entries, at, end, topk, last_key):
 @gluon.jit
 def consume_entries(
     SUM: gl.constexpr,  # 0: dv and the first step of a pair; 1: dk and the second one
-    tiles,
-    barriers,
-    scratch,
+    memory,
     entries,
     statistics,
     shares,
@@ -509,25 +567,21 @@ def consume_entries(
     softmax_scale,
 ):
     """dv or dk of a block from its list's entries begin .. end - 1, and every other step's shares of dq."""
-    k_tile, v_tile, q_tiles, do_tiles = tiles
-    keys_full, q_full, do_full, rows_free, pair_full, pair_free = barriers
-    p_tiles, ds_tiles, share_tiles, lse_tiles, delta_tiles, gate_tiles = scratch
     first_key, begin, end, steps, topk, first_place = walk
-    dk_out, dv_out, out_row, adds, keys = outputs
     scale = softmax_scale * LOG2_E
     DIM: gl.constexpr = V_HEAD_DIM if SUM == 0 else HEAD_DIM
     LAYOUT: gl.constexpr = DV_LAYOUT if SUM == 0 else DK_LAYOUT
     if steps > 0:
-        k = k_tile.index(0)
+        k = memory.k.index(0)
         key = first_key + gl.arange(0, BLOCK_SIZE, layout=gl.SliceLayout(1, ST_LAYOUT))
         nothing = gl.full([BLOCK_SIZE, ROW_STEP], 0.0, gl.float32, layout=ST_LAYOUT)
         acc = gl.full([BLOCK_SIZE, DIM], 0.0, gl.float32, layout=LAYOUT)
-        p_tile, ds_tile, lse_tile = p_tiles.index(SUM), ds_tiles.index(SUM), lse_tiles.index(SUM)
-        delta_tile, gate_tile = delta_tiles.index(SUM), gate_tiles.index(SUM)
+        p_tile, ds_tile, lse_tile = memory.p.index(SUM), memory.ds.index(SUM), memory.lse.index(SUM)
+        delta_tile, gate_tile = memory.delta.index(SUM), memory.gate.index(SUM)
         at = begin + SUM * STEP_TOKENS
         # Tokens ascend, and each is in the list once: those that do not see all keys come first.
         edge_end = begin
-        last_key = statistics[4]
+        last_key = statistics.last_key
         last_seen = gl.load(entries + begin) // topk
         if last_key is not None:
             last_seen = gl.load(last_key + last_seen)
@@ -535,35 +589,35 @@ def consume_entries(
             edge_end += BLOCK_SIZE - 1
         lse, delta, gate = statistics_of(entries_of(entries, at, end, EACH_ROW), statistics, topk)
         following = entries_of(entries, at + 2 * STEP_TOKENS, end, EACH_ROW)
-        mbarrier.wait(keys_full, 0)
-        if keys < BLOCK_SIZE:
-            clear_rows(k, keys, BLOCK_SIZE)
+        mbarrier.wait(memory.keys_full, 0)
+        if outputs.keys < BLOCK_SIZE:
+            clear_rows(k, outputs.keys, BLOCK_SIZE)
         for step in range(SUM, steps, 2):
             slot = step % ROW_STAGES
             filled = step // ROW_STAGES & 1
             at = begin + step * STEP_TOKENS
             lse_tile.store(lse)
             delta_tile.store(delta)
-            if statistics[2] is not None:
+            if statistics.gate is not None:
                 gate_tile.store(gate)
             edge = (at < edge_end) | (at + STEP_TOKENS > end)
             # The next step's are on their way while this one's products are; their entries came a
             # step earlier, so that nothing waits for memory here.
             lse, delta, gate = statistics_of(following, statistics, topk)
             following = entries_of(entries, at + 4 * STEP_TOKENS, end, EACH_ROW)
-            q = q_tiles.index(slot).reshape([ROW_STEP, HEAD_DIM])
-            do = do_tiles.index(slot).reshape([ROW_STEP, V_HEAD_DIM])
-            mbarrier.wait(q_full.index(slot), filled)
+            q = memory.q.index(slot).reshape([ROW_STEP, HEAD_DIM])
+            do = memory.do.index(slot).reshape([ROW_STEP, V_HEAD_DIM])
+            mbarrier.wait(memory.q_full.index(slot), filled)
             s = warpgroup_mma(k, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(do_full.index(slot), filled)
+            mbarrier.wait(memory.do_full.index(slot), filled)
             dp = warpgroup_mma(
-                v_tile.index(0), do.permute((1, 0)), nothing, use_acc=False, is_async=True
+                memory.v.index(0), do.permute((1, 0)), nothing, use_acc=False, is_async=True
             )
             s = warpgroup_mma_wait(1, deps=[s])
             p = gl.exp2(
                 gl.minimum(s * scale - gl.expand_dims(lse_tile.load(ST_COLUMNS), 0), 0.0)
             )  # lse is rounded
-            if statistics[2] is not None:
+            if statistics.gate is not None:
                 p *= gl.expand_dims(gate_tile.load(ST_COLUMNS), 0)
             if edge:
                 p = seen_by(p, key, entries, at, end, topk, last_key)
@@ -571,47 +625,47 @@ def consume_entries(
             ds = p * (dp - gl.expand_dims(delta_tile.load(ST_COLUMNS), 0))
             if edge:
                 ds = seen_by(ds, key, entries, at, end, topk, last_key)
-            mbarrier.wait(pair_free, step // 2 & 1 ^ 1)
+            mbarrier.wait(memory.pair_free, step // 2 & 1 ^ 1)
             p_tile.store(p.to(q.dtype))
             ds_tile.store(ds.to(q.dtype))
             fence_async_shared()
-            mbarrier.arrive(pair_full, count=1)
+            mbarrier.arrive(memory.pair_full, count=1)
             turned = ds_tile.permute((1, 0))
             share = warpgroup_mma(
                 turned, k.slice(0, 64, dim=1), nothing, use_acc=False, is_async=True
             )
-            mbarrier.wait(pair_full, step // 2 & 1)
+            mbarrier.wait(memory.pair_full, step // 2 & 1)
             first_slot = (step - SUM) % ROW_STAGES
             for i in gl.static_range(2):
                 if SUM == 0:
-                    rows = do_tiles.index(first_slot + i).reshape([ROW_STEP, V_HEAD_DIM])
-                    acc = warpgroup_mma(p_tiles.index(i), rows, acc, is_async=True)
+                    rows = memory.do.index(first_slot + i).reshape([ROW_STEP, V_HEAD_DIM])
+                    acc = warpgroup_mma(memory.p.index(i), rows, acc, is_async=True)
                 else:
-                    rows = q_tiles.index(first_slot + i).reshape([ROW_STEP, HEAD_DIM])
-                    acc = warpgroup_mma(ds_tiles.index(i), rows, acc, is_async=True)
+                    rows = memory.q.index(first_slot + i).reshape([ROW_STEP, HEAD_DIM])
+                    acc = warpgroup_mma(memory.ds.index(i), rows, acc, is_async=True)
             share = warpgroup_mma_wait(2, deps=[share])
-            store_shares(SUM, 0, share, share_tiles, shares, entries, at, end, first_place)
+            store_shares(SUM, 0, share, memory.share, shares, entries, at, end, first_place)
             for part in gl.static_range(1, HEAD_DIM // 64):
                 columns = k.slice(part * 64, 64, dim=1)
                 share = warpgroup_mma(turned, columns, nothing, use_acc=False, is_async=True)
                 if part == 1:  # the sums' products are behind this one
                     acc = warpgroup_mma_wait(1, deps=[acc])
-                    mbarrier.arrive(rows_free.index(first_slot), count=1)
-                    mbarrier.arrive(rows_free.index(first_slot + 1), count=1)
+                    mbarrier.arrive(memory.rows_free.index(first_slot), count=1)
+                    mbarrier.arrive(memory.rows_free.index(first_slot + 1), count=1)
                 share = warpgroup_mma_wait(0, deps=[share])
                 if part == HEAD_DIM // 64 - 1:
-                    mbarrier.arrive(pair_free, count=1)
-                store_shares(SUM, part, share, share_tiles, shares, entries, at, end, first_place)
+                    mbarrier.arrive(memory.pair_free, count=1)
+                store_shares(SUM, part, share, memory.share, shares, entries, at, end, first_place)
             if HEAD_DIM == 64:
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(rows_free.index(first_slot), count=1)
-                mbarrier.arrive(rows_free.index(first_slot + 1), count=1)
-                mbarrier.arrive(pair_free, count=1)
+                mbarrier.arrive(memory.rows_free.index(first_slot), count=1)
+                mbarrier.arrive(memory.rows_free.index(first_slot + 1), count=1)
+                mbarrier.arrive(memory.pair_free, count=1)
         tma.store_wait(0)
         if SUM == 0:
-            store_sums(dv_out, acc, out_row, adds, keys, LAYOUT)
+            store_sums(outputs.dv, acc, outputs, LAYOUT)
         else:
-            store_sums(dk_out, acc * softmax_scale, out_row, adds, keys, LAYOUT)
+            store_sums(outputs.dk, acc * softmax_scale, outputs, LAYOUT)
 
 
 @gluon.jit
@@ -635,124 +689,92 @@ def store_shares(
 
 
 @gluon.jit
-def store_sums(out, tile, row, adds, keys, LAYOUT: gl.constexpr):
-    """Write a block's sums to the rows from `row` on, or add them there; only `keys` of them."""
+def store_sums(out, tile, outputs, LAYOUT: gl.constexpr):
+    """Write a block's sums to their rows of out, or add them there."""
     DIM: gl.constexpr = tile.shape[1]
     key = gl.arange(0, BLOCK_SIZE, layout=gl.SliceLayout(1, LAYOUT))
     dim = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
-    ptrs = out + gl.expand_dims((row + key).to(gl.int64) * DIM, 1) + gl.expand_dims(dim, 0)
-    mask = gl.expand_dims(key < keys, 1)
-    if adds:
+    ptrs = out + gl.expand_dims((outputs.row + key).to(gl.int64) * DIM, 1) + gl.expand_dims(dim, 0)
+    mask = gl.expand_dims(key < outputs.keys, 1)
+    if outputs.adds:
         tile += gl.load(ptrs, mask=mask, other=0.0)
     gl.store(ptrs, tile, mask=mask)
 
 
 @gluon.jit
-def consume_entries_dv(
-    tiles, barriers, scratch, entries, statistics, shares, walk, outputs, softmax_scale
-):
-    SUM: gl.constexpr = 0
-    consume_entries(
-        SUM, tiles, barriers, scratch, entries, statistics, shares, walk, outputs, softmax_scale
-    )
-
-
-@gluon.jit
-def consume_entries_dk(
-    tiles, barriers, scratch, entries, statistics, shares, walk, outputs, softmax_scale
-):
-    SUM: gl.constexpr = 1
-    consume_entries(
-        SUM, tiles, barriers, scratch, entries, statistics, shares, walk, outputs, softmax_scale
-    )
-
-
-@gluon.jit
-def produce_entries(q, do, k, v, tiles, barriers, entries, places, walk):
+def produce_entries(q, do, k, v, memory, entries, places, walk):
     """Copy the block, and each step's rows as soon as they have a free place."""
-    k_tile, v_tile, q_tiles, do_tiles = tiles
-    keys_full, q_full, do_full, rows_free, _, _ = barriers
-    key_row, k_column, v_column, first_head = places
-    _, begin, end, steps, topk, _ = walk
-    q_places = copies_of(q_tiles, ROW_STAGES * STEP_TOKENS * (HEAD_DIM // 64), 64, GROUP_TILE)
-    do_places = copies_of(do_tiles, ROW_STAGES * STEP_TOKENS * (V_HEAD_DIM // 64), 64, GROUP_TILE)
-    if steps > 0:
-        mbarrier.expect(keys_full, k.block_type.nbytes + v.block_type.nbytes)
-        bulk_load(k, [key_row, k_column], keys_full, k_tile.index(0))
-        bulk_load(v, [key_row, v_column], keys_full, v_tile.index(0))
-        for step in range(steps):
+    q_places = copies_of(memory.q, ROW_STAGES * STEP_TOKENS * (HEAD_DIM // 64), 64, GROUP_TILE)
+    do_places = copies_of(memory.do, ROW_STAGES * STEP_TOKENS * (V_HEAD_DIM // 64), 64, GROUP_TILE)
+    if walk.steps > 0:
+        mbarrier.expect(memory.keys_full, k.block_type.nbytes + v.block_type.nbytes)
+        bulk_load(k, [places.key_row, places.k_column], memory.keys_full, memory.k.index(0))
+        bulk_load(v, [places.key_row, places.v_column], memory.keys_full, memory.v.index(0))
+        for step in range(walk.steps):
             slot = step % ROW_STAGES
-            mbarrier.wait(rows_free.index(slot), step // ROW_STAGES & 1 ^ 1)
-            mbarrier.expect(q_full.index(slot), ROW_STEP * HEAD_DIM * 2)
-            mbarrier.expect(do_full.index(slot), ROW_STEP * V_HEAD_DIM * 2)
+            q_full, do_full = memory.q_full.index(slot), memory.do_full.index(slot)
+            mbarrier.wait(memory.rows_free.index(slot), step // ROW_STAGES & 1 ^ 1)
+            mbarrier.expect(q_full, ROW_STEP * HEAD_DIM * 2)
+            mbarrier.expect(do_full, ROW_STEP * V_HEAD_DIM * 2)
             for first in range(0, STEP_TOKENS, COPY_TOKENS):
-                found = next_entries(entries, begin + step * STEP_TOKENS + first, end)
+                found = next_entries(entries, walk.begin + step * STEP_TOKENS + first, walk.end)
                 for i in gl.static_range(COPY_TOKENS):
-                    token = found[i] // topk
+                    token = found[i] // walk.topk
                     for part in gl.static_range(HEAD_DIM // 64):
                         place = q_places.index(
                             (slot * (HEAD_DIM // 64) + part) * STEP_TOKENS + first + i
                         )
-                        bulk_load(q, [token, first_head, part * 64], q_full.index(slot), place)
+                        bulk_load(q, [token, places.first_head, part * 64], q_full, place)
                     for part in gl.static_range(V_HEAD_DIM // 64):
                         place = do_places.index(
                             (slot * (V_HEAD_DIM // 64) + part) * STEP_TOKENS + first + i
                         )
-                        bulk_load(do, [token, first_head, part * 64], do_full.index(slot), place)
+                        bulk_load(do, [token, places.first_head, part * 64], do_full, place)
 
 
 @gluon.jit
 def run_key_block(q, do, k, v, entries, statistics, shares, places, walk, outputs, softmax_scale):
-    """Allocate the tiles and their barriers, and start the warps.
-
-    Args:
-        places: the block's first row in k and v, its head's column in either, its first query head.
-        walk: the block's first key, the first entry of the list and the end, the steps, topk, and
-            what is to be added to an entry for its place in shares.
-        outputs: where dk and dv go, the row of the first key there, whether to add to what is
-            there, and the keys of the block.
-    """
-    k_tile = gl.allocate_shared_memory(k.dtype, [1, BLOCK_SIZE, HEAD_DIM], k.layout)
-    v_tile = gl.allocate_shared_memory(v.dtype, [1, BLOCK_SIZE, V_HEAD_DIM], v.layout)
-    q_tiles = gl.allocate_shared_memory(
-        q.dtype, [ROW_STAGES, STEP_TOKENS, GROUP, HEAD_DIM], q.layout
+    """Allocate the tiles and their barriers, and start the warps."""
+    memory = Memory(
+        k=gl.allocate_shared_memory(k.dtype, [1, BLOCK_SIZE, HEAD_DIM], k.layout),
+        v=gl.allocate_shared_memory(v.dtype, [1, BLOCK_SIZE, V_HEAD_DIM], v.layout),
+        q=gl.allocate_shared_memory(q.dtype, [ROW_STAGES, STEP_TOKENS, GROUP, HEAD_DIM], q.layout),
+        do=gl.allocate_shared_memory(
+            do.dtype, [ROW_STAGES, STEP_TOKENS, GROUP, V_HEAD_DIM], do.layout
+        ),
+        p=gl.allocate_shared_memory(q.dtype, [2, BLOCK_SIZE, ROW_STEP], STEP_TILE),
+        ds=gl.allocate_shared_memory(q.dtype, [2, BLOCK_SIZE, ROW_STEP], STEP_TILE),
+        share=gl.allocate_shared_memory(shares.dtype, [2 * SHARE_PLACES, ROW_STEP, 64], SHARE_TILE),
+        lse=gl.allocate_shared_memory(gl.float32, [2, ROW_STEP], ROWS_TILE),
+        delta=gl.allocate_shared_memory(gl.float32, [2, ROW_STEP], ROWS_TILE),
+        gate=gl.allocate_shared_memory(gl.float32, [2, ROW_STEP], ROWS_TILE),
+        keys_full=gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
+        pair_full=gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
+        pair_free=gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
+        q_full=gl.allocate_shared_memory(gl.int64, [ROW_STAGES, 1], mbarrier.MBarrierLayout()),
+        do_full=gl.allocate_shared_memory(gl.int64, [ROW_STAGES, 1], mbarrier.MBarrierLayout()),
+        rows_free=gl.allocate_shared_memory(gl.int64, [ROW_STAGES, 1], mbarrier.MBarrierLayout()),
     )
-    do_tiles = gl.allocate_shared_memory(
-        do.dtype, [ROW_STAGES, STEP_TOKENS, GROUP, V_HEAD_DIM], do.layout
-    )
-    p_tiles = gl.allocate_shared_memory(q.dtype, [2, BLOCK_SIZE, ROW_STEP], STEP_TILE)
-    ds_tiles = gl.allocate_shared_memory(q.dtype, [2, BLOCK_SIZE, ROW_STEP], STEP_TILE)
-    share_tiles = gl.allocate_shared_memory(
-        shares.dtype, [2 * SHARE_PLACES, ROW_STEP, 64], SHARE_TILE
-    )
-    lse_tiles = gl.allocate_shared_memory(gl.float32, [2, ROW_STEP], ROWS_TILE)
-    delta_tiles = gl.allocate_shared_memory(gl.float32, [2, ROW_STEP], ROWS_TILE)
-    gate_tiles = gl.allocate_shared_memory(gl.float32, [2, ROW_STEP], ROWS_TILE)
-    keys_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    pair_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    pair_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_full = gl.allocate_shared_memory(gl.int64, [ROW_STAGES, 1], mbarrier.MBarrierLayout())
-    do_full = gl.allocate_shared_memory(gl.int64, [ROW_STAGES, 1], mbarrier.MBarrierLayout())
-    rows_free = gl.allocate_shared_memory(gl.int64, [ROW_STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(keys_full, count=1)
-    mbarrier.init(pair_full, count=2)  # p and ds of either group
-    mbarrier.init(pair_free, count=2)
+    mbarrier.init(memory.keys_full, count=1)
+    mbarrier.init(memory.pair_full, count=2)  # p and ds of either group
+    mbarrier.init(memory.pair_free, count=2)
     for i in gl.static_range(ROW_STAGES):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(do_full.index(i), count=1)
-        mbarrier.init(rows_free.index(i), count=2)  # both groups read all rows
+        mbarrier.init(memory.q_full.index(i), count=1)
+        mbarrier.init(memory.do_full.index(i), count=1)
+        mbarrier.init(memory.rows_free.index(i), count=2)  # both groups read all rows
     fence_async_shared()
 
-    tiles = (k_tile, v_tile, q_tiles, do_tiles)
-    barriers = (keys_full, q_full, do_full, rows_free, pair_full, pair_free)
-    scratch = (p_tiles, ds_tiles, share_tiles, lse_tiles, delta_tiles, gate_tiles)
-    consumer = (tiles, barriers, scratch, entries, statistics, shares, walk, outputs, softmax_scale)
-    producer = (q, do, k, v, tiles, barriers, entries, places, walk)
     gl.warp_specialize(
         [
-            (consume_entries_dv, consumer),
-            (consume_entries_dk, consumer),
-            (produce_entries, producer),
+            (
+                consume_entries,
+                (0, memory, entries, statistics, shares, walk, outputs, softmax_scale),
+            ),
+            (
+                consume_entries,
+                (1, memory, entries, statistics, shares, walk, outputs, softmax_scale),
+            ),
+            (produce_entries, (q, do, k, v, memory, entries, places, walk)),
         ],
         [4, 1],  # warps of the workers
         [232, 40],  # and their registers a thread
@@ -760,7 +782,7 @@ def run_key_block(q, do, k, v, entries, statistics, shares, places, walk, output
 
 
 @gluon.jit
-def selected_attention_backward__bf16_d128_g16_b64__da0edf12(
+def selected_attention_backward__bf16_d128_g16_b64__edb8b66d(
     q,
     do,
     k,
@@ -830,22 +852,11 @@ def selected_attention_backward__bf16_d128_g16_b64__da0edf12(
     else:
         dk_out, dv_out = part_dk, part_dv
 
-    places = (first_key, kv_head * stride_kh, kv_head * stride_vh, kv_head * GROUP)
-    statistics = (lse_rows, delta_rows, gate_rows, kv_head * tokens * GROUP, last_key)
-    walk = (first_key, begin, end, steps, topk, slot * range_entries - first_entry)
-    run_key_block(
-        q,
-        do,
-        k,
-        v,
-        entries,
-        statistics,
-        shares,
-        places,
-        walk,
-        (dk_out, dv_out, out_row, alone & (first_chunk > 0), keys),
-        softmax_scale,
-    )
+    statistics = Statistics(lse_rows, delta_rows, gate_rows, kv_head * tokens * GROUP, last_key)
+    places = Places(first_key, kv_head * stride_kh, kv_head * stride_vh, kv_head * GROUP)
+    walk = Walk(first_key, begin, end, steps, topk, slot * range_entries - first_entry)
+    outputs = Outputs(dk_out, dv_out, out_row, alone & (first_chunk > 0), keys)
+    run_key_block(q, do, k, v, entries, statistics, shares, places, walk, outputs, softmax_scale)
 
 
 @triton.jit
@@ -1060,7 +1071,7 @@ def launch(
             end_token = min(end_chunk * index.chunk_tokens, tokens)
             walked = (first_head, first_chunk, end_chunk)
             parts = parts_of(index, kv_heads, PART_TOKENS.value, first_chunk, end_chunk)
-            selected_attention_backward__bf16_d128_g16_b64__da0edf12[(parts.shape[1], at_work)](
+            selected_attention_backward__bf16_d128_g16_b64__edb8b66d[(parts.shape[1], at_work)](
                 *descriptors,
                 of_keys,
                 index.last_key,
