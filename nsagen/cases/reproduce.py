@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -22,6 +20,7 @@ import torch
 from nsagen.cases.base import THRESHOLDS, Case, Sizes, cases_of, relative_error
 from nsagen.codegen.template import default_schedule, kernel_name, render, space_for
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.files import scratch_folder
 from nsagen.core.importing import import_file
 from nsagen.core.releases import installed_release
 from nsagen.core.target import KNOWN_TARGETS
@@ -77,8 +76,8 @@ class Reproduction:
         case: Case = cases.make_case(self.workload, self.sizes, device, self.seed)
         schedule = self.schedule
         source = render(self.workload, schedule, f"# {self.workload}: {schedule}")
-        with tempfile.TemporaryDirectory(prefix="nsagen-reproduce-") as folder:
-            path = Path(folder) / f"{kernel_name(self.workload, schedule)}.py"
+        with scratch_folder("reproduce") as folder:
+            path = folder / f"{kernel_name(self.workload, schedule)}.py"
             path.write_text(source, encoding="utf-8")
             import_file(path).launch(*case.args)
         expected = case.expected()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from nsagen.codegen.build import build
 from nsagen.codegen.plan import Variant
 from nsagen.codegen.template import kernel_name, render, space_for
 from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
+from nsagen.core.files import scratch_folder
 from nsagen.core.importing import import_file
 from nsagen.core.releases import installed_release
 from nsagen.core.workload import Workload
@@ -66,8 +66,8 @@ def verify(
             )
     device, target = _device(spec)
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="nsagen-verify-") as folder:
-        result = build(spec, Path(folder))
+    with scratch_folder("verify") as folder:
+        result = build(spec, folder)
         chosen = [
             v
             for v in result.variants

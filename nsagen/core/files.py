@@ -24,6 +24,7 @@ TEMPORARY = ".nsagen-*.tmp"
 """Pattern for names of files being written; a killed process leaves one behind."""
 
 _log = logging.getLogger("nsagen.files")
+_OWNER = ".owner"
 _MARK = "# sha256 of the lines above: "
 _HEAD_BYTES = 4096
 _REOPENED = 1000
@@ -251,6 +252,30 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """Let one process at a time write a folder, without leaving a lock file in it."""
     with _held(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), folder):
         yield
+
+
+@contextmanager
+def scratch_folder(name: str) -> Iterator[Path]:
+    """A temporary folder that goes with the block. First go those that killed processes left.
+
+    Its process holds a lock in it for as long as it lives. On file systems without locks, and of
+    earlier versions, what was left stays.
+    """
+    prefix = f"nsagen-{name}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*/{_OWNER}"):
+        with contextlib.suppress(OSError):  # another user's, or of a process that lives
+            owner = os.open(left, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left.parent, ignore_errors=True)
+            finally:
+                os.close(owner)
+    with tempfile.TemporaryDirectory(prefix=prefix) as made:
+        folder = Path(made)
+        owner = os.open(folder / f"{_OWNER}.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with _held(owner, folder):
+            os.rename(folder / f"{_OWNER}.new", folder / _OWNER)  # has its lock from the start
+            yield folder
 
 
 @contextmanager

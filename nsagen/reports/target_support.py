@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from nsagen.aot.variants import COMPILE_LIMIT_S
 from nsagen.codegen.template import default_schedule, kernel_name, render
+from nsagen.core.files import scratch_folder
 from nsagen.core.installed import triton_version
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.worker import map_in_workers
@@ -138,8 +138,8 @@ def usage_of(variant: Variant) -> Usage:
     from nsagen.core.errors import NsagenError
 
     try:
-        with tempfile.TemporaryDirectory(prefix="nsagen-support-") as folder:
-            path = Path(folder) / f"{variant.name}.py"
+        with scratch_folder("support") as folder:
+            path = folder / f"{variant.name}.py"
             source = render(variant.workload, variant.schedule, "# support")
             path.write_text(source, encoding="utf-8")
             found = compiled_resources(path, variant.workload, KNOWN_TARGETS[variant.target])

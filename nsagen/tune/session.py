@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import optuna
 
 from nsagen.core.compiler import compiler_name
 from nsagen.core.errors import InvalidInputError, TuneError
-from nsagen.core.files import check_replaceable, check_writable
+from nsagen.core.files import check_replaceable, check_writable, scratch_folder
 from nsagen.core.paths import cache_dir, prepare_compiler_cache
 from nsagen.core.target import parse_target
 from nsagen.core.worker import Worker, compile_workers
@@ -275,7 +274,7 @@ def evaluator_for(
 ) -> Iterator[tuple[Device, dict[str, Any], Evaluator]]:
     """The device, facts about it, and the evaluator; its processes end with the block."""
     prepare_compiler_cache("tune")
-    with tempfile.TemporaryDirectory(prefix="nsagen-tune-") as folder, ExitStack() as started:
+    with scratch_folder("tune") as folder, ExitStack() as started:
         workers = compile_workers(places.jobs, COMPILER)
         for one in workers:
             started.callback(one.close)
@@ -284,13 +283,13 @@ def evaluator_for(
             name = places.target or max(target for spec in specs for target in spec.targets)
             target = parse_target(name)
             device = Device(f"static-{slug(name)}", target, "none", compiler_name())
-            pool = CompilePool(Path(folder), device.target, workers)
+            pool = CompilePool(folder, device.target, workers)
             evaluator: Evaluator = StaticEvaluator(pool)
         else:
             worker = Worker(MEASURER)
             started.callback(worker.close)
             device, facts = identify(worker)
-            pool = CompilePool(Path(folder), device.target, workers)
+            pool = CompilePool(folder, device.target, workers)
             evaluator = TimedEvaluator(pool, worker)
         started.callback(evaluator.close)  # the first to run
         yield device, facts, evaluator

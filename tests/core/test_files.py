@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from nsagen.core.files import (
     lock_path,
     locked,
     replace_file,
+    scratch_folder,
 )
 from nsagen.core.paths import visible
 
@@ -241,3 +243,20 @@ def test_a_folder_that_takes_no_files_is_refused_whatever_its_mode(tmp_path: Pat
         assert error.value.filename == "/proc"
     check_writable(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_scratch_folder_removes_what_killed_processes_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("nsagen-tune-killed", "nsagen-tune-unowned", "nsagen-verify-killed"):
+        (tmp_path / name / "kernels").mkdir(parents=True)
+    for name in ("nsagen-tune-killed", "nsagen-verify-killed"):
+        (tmp_path / name / ".owner").touch()  # whose lock ended with its process
+    with scratch_folder("tune") as first, scratch_folder("tune") as second:
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == {"nsagen-tune-unowned", "nsagen-verify-killed", first.name, second.name}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "nsagen-tune-unowned",  # of a version that takes no lock: its process may live
+        "nsagen-verify-killed",
+    }
