@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nsagen.core.errors import InvalidInputError
 from nsagen.model.cache import KVLayerCache
 from nsagen.model.fused import JoinsWeights, own
 from nsagen.model.layers import RMSNorm, linear, project
@@ -34,8 +35,8 @@ class SelfAttention(JoinsWeights):
         generator: source of the initial weights; None for PyTorch's own.
 
     Attributes:
-        attend: how packed sequences attend, and with a cache all but single tokens;
-            `attend_causally` unless another function of its first five arguments is set.
+        attend: how packed sequences attend; `attend_causally` unless another function of its
+            first five arguments is set, which single tokens behind a cache then refuse.
         head_ranks: processes that share the heads under tensor parallelism.
     """
 
@@ -129,6 +130,11 @@ class SelfAttention(JoinsWeights):
     def _decode(
         self, q: Tensor, k: Tensor, v: Tensor, rows: DecodeRows, cache: KVLayerCache
     ) -> Tensor:
+        if self.attend is not attend_causally:
+            raise InvalidInputError(
+                "SelfAttention: single tokens behind a cache need attend=attend_causally; "
+                f"got {self.attend}; run whole sequences"
+            )
         positions = rows.positions.clamp(min=0)
         q, k, v = self._heads(q, k, v, positions)
         # An idle row writes back what was there, so a step never asks which rows are idle.

@@ -75,3 +75,21 @@ def test_a_header_names_what_the_space_derives_and_nothing_that_it_describes(tem
 def test_each_static_parameter_and_knob_is_described() -> None:
     assert {name for key in STATIC_PARAMS for name in parameter_names(*key)} == set(PARAMETERS)
     assert all(knob.trades for space in SPACES.values() for knob in space.knobs)
+
+
+ONE_KERNEL = {
+    "block_selection/decode_split_keys.py.j2": "the split, score and choose kernels of one step",
+    "compressed_attention/decode_split_kv.py.j2": "one loop, over pages and narrow caches too",
+    "native_sparse_attention/decode_split_kv.py.j2": "one loop over selected blocks and window",
+    "selected_attention/decode_split_kv.py.j2": "one loop, over pages and narrow caches too",
+    "selected_attention/pipeline_key_blocks.py.j2": "warps of one kernel, which share its memory",
+    "selected_attention/pipeline_unions.py.j2": "warps of one kernel, which share its memory",
+}
+"""Templates past 300 lines -> why the whole is one kernel. Others move shared parts out."""
+
+
+def test_a_template_past_300_lines_is_one_kernel() -> None:
+    paths = templates_dir().rglob("*.j2")
+    lines = {str(p.relative_to(templates_dir())): len(p.read_text().splitlines()) for p in paths}
+    assert ONE_KERNEL.keys() <= lines.keys()
+    assert {name for name, n in lines.items() if n > 300} <= ONE_KERNEL.keys()

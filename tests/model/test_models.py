@@ -190,3 +190,16 @@ def test_refusals_of_wrong_limits() -> None:
         ToyNSALlama(nsa_config(), InferenceConfig(max_length=2048))
     with pytest.raises(InvalidInputError, match=r"build it with ToyNSALlama\(config, Inference"):
         ToyNSALlama(nsa_config()).generate(*packed_batch([5]))
+
+
+def test_attention_of_ones_own_serves_whole_sequences() -> None:
+    model = ToyLlama(dense_config(), InferenceConfig(1, 64)).double()
+    ids, cu_seqlens = packed_batch([5, 3])
+    dense = model(ids, cu_seqlens)
+    for layer in model.model.layers:
+        layer.self_attn.attend = lambda q, k, v, *_: v.repeat_interleave(2, 1)  # each to itself
+    own = model(ids, cu_seqlens)
+    assert not torch.allclose(own, dense)
+    assert torch.allclose(own[:5], model(ids[:5], cu_seqlens[:2]))
+    with pytest.raises(InvalidInputError, match="behind a cache need attend=attend_causally"):
+        model.generate(ids[:5], cu_seqlens[:2], 2)

@@ -540,4 +540,6 @@ def seconds_to_end(number: signal.Signals) -> float:
 )
 def test_the_command_ends_in_time_when_it_is_asked_to(number: signal.Signals) -> None:
     """Where all cores are taken a process may wait for one: one of three tries counts."""
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip(f"{number.name} is ignored here, as under nohup, and so by what is started")
     assert any(seconds_to_end(number) < 2 for _ in range(3))
