@@ -399,7 +399,7 @@ def context_exchange(
     heads, dim, device = config.num_key_value_heads, config.head_dim, shard.positions.device
     windows = shard.windows_for(config.kernel_size, config.kernel_stride).places
     both = [
-        (Gathering(of), torch.zeros(of.count, heads, dim, dtype=dtype, device=device))
+        (Gathering(of), torch.zeros(of.most, heads, dim, dtype=dtype, device=device))
         for of in (windows, shard.tokens)
     ]
 
@@ -407,10 +407,10 @@ def context_exchange(
         for _ in range(config.num_hidden_layers):
             for gathering, rows in both:
                 for _ in range(passes):
-                    gathering.start(rows, rows)
-                    whole = gathering.wait()
-                gathering.sum_gradients(*whole)
-                gathering.sums()
+                    gathering.start(gathering.join(rows, rows))
+                    seen = gathering.wait()
+                gathering.sum_gradients(seen, (True, True))
+                gathering.wait_for_sums()
 
     return call
 

@@ -8,16 +8,15 @@ backward pass gathers keys and values again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsagen.distributed.chunk_attention import only, total_of
 from nsagen.distributed.gathering import Gathering, Places, RemoteTokens
-from nsagen.distributed.shard import Chunk, Shard
+from nsagen.distributed.shard import Shard
 from nsagen.model.forms import Form, Index, select
 from nsagen.ops import block_selection
 from nsagen.ops._launch import key_of
@@ -46,7 +45,7 @@ def attend_blocks(
 def _means(form: Form, k: Tensor, shard: Shard) -> tuple[Tensor, Places]:
     """The means of the windows that start in this rank's pieces."""
     layout = shard.windows_for(**form.window_sizes)
-    read = RemoteTokens.apply(k, layout.halo, shard.tokens.group)
+    (read,) = RemoteTokens.apply(layout.halo, shard.tokens.group, k)
     made, _ = compress(
         *(read, None, None, layout.lengths.cu_seqlens),
         lengths=layout.lengths,
@@ -72,17 +71,23 @@ class _Call:
     def last(self) -> tuple[int, float, str]:
         return self.ranking.block_size, self.scale, key_of(self.ranking.dispatcher)
 
-    def choose(self, chunk: Chunk, q: Tensor, ranked: Tensor) -> Tensor:
-        """The blocks of a chunk's queries, int32 [heads, N, topk], by what is gathered."""
-        ends = (chunk.cu_seqlens, self.places.starts)
-        if isinstance(self.ranking, Form):
-            return select(self.ranking, q, ranked, *ends, chunk.q_start, self.scale)
-        index_q = self.ranking.q[chunk.rows].detach()
-        more = {**self.ranking.rule, "dispatcher": self.ranking.dispatcher}
-        return block_selection(index_q, ranked, None, *ends, q_start=chunk.q_start, **more)
+    @property
+    def where(self) -> tuple[Tensor, Tensor]:
+        """The offsets of the tokens that each piece sees, and its first one's position."""
+        return self.shard.tokens.starts, self.shard.pieces.q_start
 
-    def gathered(self, repeats: int) -> list[Tensor]:
-        """Keys and values of all tokens, once for each head that selects for itself."""
+    def choose(self, q: Tensor, ranked: Tensor) -> Tensor:
+        """The queries' blocks, int32 [heads, N, topk], by what is gathered."""
+        ends, (_, q_start) = (self.shard.pieces.cu_seqlens, self.places.starts), self.where
+        if isinstance(self.ranking, Form):
+            return select(self.ranking, q, ranked, *ends, q_start, self.scale)
+        more = {**self.ranking.rule, "dispatcher": self.ranking.dispatcher}
+        return block_selection(
+            self.ranking.q.detach(), ranked, None, *ends, q_start=q_start, **more
+        )
+
+    def gathered(self, repeats: int) -> Sequence[Tensor]:
+        """Keys and values of tokens, once for each head that selects for itself."""
         found = self.of_tokens.wait()
         return found if repeats == 1 else [x.repeat_interleave(repeats, 1) for x in found]
 
@@ -90,46 +95,26 @@ class _Call:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        of_ranked, chunks = Gathering(call.places), call.shard.chunks
-        of_ranked.start(call.ranked)
-        call.of_tokens.start(k, v)
-        (ranked,) = of_ranked.wait()
-        blocks = [call.choose(chunk, q[chunk.rows], ranked) for chunk in chunks]
-        del ranked
-        repeats = blocks[0].shape[0] // k.shape[1]
-        every = call.gathered(repeats)
-        kept = []
-        size, *last = call.last
-        for chunk, chosen in zip(chunks, blocks, strict=True):
-            where = (chosen, chunk.cu_seqlens, size, *last, call.shard.tokens.starts, chunk.q_start)
-            kept += [chosen, *selected_attention_forward(q[chunk.rows], *every, *where)]
+        of_ranked, joined = Gathering(call.places), call.of_tokens.join(k, v)
+        of_ranked.start(of_ranked.join(call.places.padded(call.ranked)))
+        call.of_tokens.start(joined)
+        blocks = call.choose(q, *of_ranked.wait())
+        repeats = blocks.shape[0] // k.shape[1]
+        every, ends = call.gathered(repeats), call.shard.pieces.cu_seqlens
+        o, lse = selected_attention_forward(q, *every, blocks, ends, *call.last, *call.where)
         ctx.call, ctx.repeats = call, repeats
-        ctx.save_for_backward(q, k, v, *kept)
-        return torch.cat(kept[1::3])
+        ctx.save_for_backward(q, joined, blocks, o, lse)
+        return o
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        q, k, v, *kept = ctx.saved_tensors
-        call.of_tokens.start(k, v)
-        every, repeats = call.gathered(ctx.repeats), ctx.repeats
-        size, *last = call.last
-        of_queries: list[Tensor] = []
-
-        def parts() -> Iterator[list[Tensor]]:
-            for i, chunk in enumerate(call.shard.chunks):
-                blocks, o, lse = kept[3 * i : 3 * i + 3]
-                dq, *found = selected_attention_backward(
-                    *(gradients[0][chunk.rows], q[chunk.rows], *every),
-                    *(blocks, chunk.cu_seqlens, o, lse, size, *last),
-                    cu_seqlens_k=call.shard.tokens.starts,
-                    q_start=chunk.q_start,
-                )
-                of_queries.append(dq)
-                yield found
-
-        found = total_of(parts())
-        if repeats > 1:
-            found = [x.unflatten(1, (-1, repeats)).sum(2) for x in found]
-        of_tokens = call.of_tokens.sum_gradients(*only(found, ctx.needs_input_grad[2:]))
-        return None, torch.cat(of_queries), *of_tokens
+        q, joined, blocks, o, lse = ctx.saved_tensors
+        call.of_tokens.start(joined)
+        every, ends = call.gathered(ctx.repeats), call.shard.pieces.cu_seqlens
+        dq, *found = selected_attention_backward(
+            gradients[0], q, *every, blocks, ends, o, lse, *call.last, *call.where
+        )
+        if ctx.repeats > 1:
+            found = [x.unflatten(1, (-1, ctx.repeats)).sum(2) for x in found]
+        return None, dq, *call.of_tokens.sum_gradients(found, ctx.needs_input_grad[2:])

@@ -6,8 +6,9 @@ Each is started by one call and awaited by another, so that a GPU computes while
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,28 +25,36 @@ REPORT_SECONDS = 5.0
 
 def start_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """Begin to gather x of all ranks, one after the other along dimension 0; see `finish`."""
-    with naming_lost_ranks(group):
-        return _OPS.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
+    gather = _OPS.all_gather_into_tensor.default
+    return _named(group, gather, x.contiguous(), group.size(), group.group_name)
 
 
 def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     """Begin to sum x over the ranks; each gets its part of dimension 0. See `finish`."""
-    with naming_lost_ranks(group):
-        return _OPS.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
+    scatter = _OPS.reduce_scatter_tensor.default
+    return _named(group, scatter, x.contiguous(), "sum", group.size(), group.group_name)
 
 
 def start_exchange(
     x: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup
 ) -> Tensor:
     """Begin to send rows of x to each rank and to receive theirs, by rank. See `finish`."""
-    with naming_lost_ranks(group):
-        return _OPS.all_to_all_single(x.contiguous(), [*receive], [*send], group.group_name)
+    exchange = _OPS.all_to_all_single.default
+    return _named(group, exchange, x.contiguous(), receive, send, group.group_name)
 
 
 def finish(x: Tensor, group: ProcessGroup) -> Tensor:
     """Wait for what a `start_` function began: on a GPU, its stream waits and not the host."""
-    with naming_lost_ranks(group):
-        return _OPS.wait_tensor(x)
+    return _named(group, _OPS.wait_tensor.default, x)
+
+
+def _named(group: ProcessGroup, exchange: Callable[..., Tensor], *args: Any) -> Tensor:
+    """An exchange within `naming_lost_ranks`, which costs the host more until there is an error."""
+    try:
+        return exchange(*args)
+    except RuntimeError as error:
+        _name_lost(error, group)
+        raise
 
 
 @contextmanager
@@ -68,9 +77,13 @@ def naming_lost_ranks(group: ProcessGroup | None = None) -> Iterator[None]:
     except LostRankError:
         raise
     except RuntimeError as error:
-        lost = _lost_ranks(group) if _is_connection(error) else []
-        if not lost:
-            raise
+        _name_lost(error, group)
+        raise
+
+
+def _name_lost(error: RuntimeError, group: ProcessGroup | None) -> None:
+    """Raise a LostRankError in place of a broken connection's, if ranks are gone."""
+    if lost := _lost_ranks(group) if _is_connection(error) else []:
         names = ", ".join(map(str, lost))
         raise LostRankError(
             f"distributed: all ranks must reach every exchange; got no sign of life from rank "

@@ -26,6 +26,12 @@ def offsets(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
+def windows_of(tokens: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
+    """How many compression windows some numbers of tokens have."""
+    spare = (tokens - kernel_size).div(kernel_stride, rounding_mode="floor")
+    return (spare + 1).clamp(min=0)
+
+
 @dataclass(frozen=True)
 class Cut:
     """The rows of all sequences, and which rank holds them.
@@ -45,8 +51,7 @@ class Cut:
 
     def windows(self, kernel_size: int, kernel_stride: int) -> Cut:
         """The compression windows of these tokens."""
-        spare = self.bounds[:, -1:] - kernel_size
-        total = (spare.div(kernel_stride, rounding_mode="floor") + 1).clamp(min=0)
+        total = windows_of(self.bounds[:, -1:], kernel_size, kernel_stride)
         return Cut(torch.minimum(-(-self.bounds // kernel_stride), total))
 
     @property
@@ -76,6 +81,23 @@ class Cut:
         firsts = self.firsts(rank) + self.starts[:-1]
         return spans(firsts.flatten(), self.counts(rank).flatten())
 
+    def ends(self, rank: int) -> Tensor:
+        """int64 [2, batch], rows of each sequence up to the end of its front and its back piece; 0
+        where a rank has none of the piece."""
+        return torch.where(self.counts(rank) > 0, self.firsts(rank) + self.counts(rank), 0)
+
+    def up_to(self, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """The places of the rows that come before some ends, as a packed batch of its own.
+
+        Args:
+            ends: int64 [2, batch], of the fronts and of the backs.
+
+        Returns:
+            those of all fronts, and those of all backs.
+        """
+        fronts, backs = (self.places[spans(self.starts[:-1], counts)] for counts in ends)
+        return fronts, backs
+
     @cached_property
     def most(self) -> int:
         """Rows of the rank that has the most; at least 1, because no exchange is of nothing."""
@@ -99,10 +121,9 @@ class Halo:
         send: int64, this rank's tokens that others need, by destination.
         send_counts, receive_counts: how many go to, and come from, each rank.
         index: int64 [tokens of all windows], each in this rank's tokens followed by the received.
-        own, own_rows: where in `index` the tokens of a window's own piece are, each once; and
-            the entries there.
-        beyond, beyond_rows: the same of the tokens past a piece's end, which may repeat the
-            others.
+        once: the same, but one past them all where a token has come before.
+        again, again_rows: where in `index` these are, and their entries there.
+        send_repeats, again_repeats: whether a row may be there several times.
         lengths: int64 [2 * batch], tokens of each piece's windows: 0 for a piece without any.
         moves: whether any rank needs a token of another.
     """
@@ -111,10 +132,11 @@ class Halo:
     send_counts: list[int]
     receive_counts: list[int]
     index: Tensor
-    own: Tensor
-    own_rows: Tensor
-    beyond: Tensor
-    beyond_rows: Tensor
+    once: Tensor
+    again: Tensor
+    again_rows: Tensor
+    send_repeats: bool
+    again_repeats: bool
     lengths: Tensor
     moves: bool
 
@@ -125,33 +147,39 @@ class Halo:
         sizes = (kernel_size, kernel_stride)
         needs = [_remote(tokens, windows, each, *sizes) for each in range(ranks)]
         from_here = [need[need // most == rank] % most for need in needs]
+        send = torch.cat(from_here)
         first, length = _read(windows, rank, *sizes)
         at = places[spans((first + tokens.starts[:-1]).flatten(), length.flatten())]
         here = int(tokens.counts(rank).sum())
         received = here + torch.searchsorted(needs[rank], at)
         index = torch.where(at // most == rank, at % most, received)
-        end = (
-            (tokens.firsts(rank) + tokens.counts(rank))
-            .flatten()
-            .repeat_interleave(length.flatten())
-        )
-        inside = spans(first.flatten(), length.flatten()) < end
-        own, beyond = (which.nonzero().flatten() for which in (inside, ~inside))
+        again = _repeated(index)
+        once = index.index_fill(0, again, here + needs[rank].shape[0])
         return cls(
-            torch.cat(from_here),
+            send,
             [one.shape[0] for one in from_here],
             torch.bincount(needs[rank] // most, minlength=ranks).tolist(),
-            index,
-            *(own, index[own], beyond, index[beyond]),
+            *(index, once, again, index[again]),
+            *(_repeats(send), _repeats(index[again])),
             length.flatten(),
             any(need.shape[0] for need in needs),
         )
 
     def to(self, device: torch.device) -> Halo:
         """With the indices that exchanges use on a device."""
-        names = ("send", "index", "own", "own_rows", "beyond", "beyond_rows")
+        names = ("send", "index", "once", "again", "again_rows")
         moved = {n: getattr(self, n).to(device, non_blocking=True) for n in names}
         return replace(self, **moved)
+
+
+def _repeated(rows: Tensor) -> Tensor:
+    """Where rows are that came before, ascending."""
+    ordered, order = rows.sort(stable=True)
+    return order[1:][ordered[1:] == ordered[:-1]].sort().values
+
+
+def _repeats(rows: Tensor) -> bool:
+    return _repeated(rows).shape[0] > 0
 
 
 def _read(windows: Cut, rank: int, kernel_size: int, kernel_stride: int) -> tuple[Tensor, Tensor]:
@@ -164,8 +192,7 @@ def _read(windows: Cut, rank: int, kernel_size: int, kernel_stride: int) -> tupl
 def _remote(tokens: Cut, windows: Cut, rank: int, kernel_size: int, kernel_stride: int) -> Tensor:
     """Places of the tokens that a rank's windows read and it does not hold, ascending."""
     first, length = _read(windows, rank, kernel_size, kernel_stride)
-    end = tokens.firsts(rank) + tokens.counts(rank)
-    start = torch.maximum(first, end)
+    start = torch.maximum(first, tokens.ends(rank))
     count = (first + length - start).clamp(min=0)
     places = tokens.places[spans((start + tokens.starts[:-1]).flatten(), count.flatten())]
     return torch.unique(places[places // tokens.most != rank])

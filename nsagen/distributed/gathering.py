@@ -8,12 +8,12 @@ before in the graph, such as rope and projections of keys, has not run yet.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -23,121 +23,126 @@ from nsagen.distributed.collectives import (
     start_gather,
     start_reduce_scatter,
 )
-from nsagen.distributed.cuts import Cut, Halo
+from nsagen.distributed.cuts import Cut, Halo, offsets
 
 
 @dataclass(frozen=True)
 class Places:
     """A `Cut` as one rank's exchanges need it.
 
+    A rank's pieces of a sequence are two packed sequences, each with all rows up to its end. So
+    the rows that the front ones see come twice.
+
     Attributes:
         group: the ranks.
         count: rows of this rank; most: of the rank that has the most.
         rows: int64 [count], this rank's rows in the packed batch.
-        places: int64 [all rows], where each is when every rank's are padded to `most`.
-        starts: int32 [batch + 1], first row of each sequence in the packed batch, and all rows.
+        seen: int64, where each row that this rank sees is when every rank's are padded to `most`:
+            those of the fronts, then of the backs, which are apart in `fronts` and `backs`.
+        starts: int32 [2 * batch + 1], first of these of each piece, and their number.
     """
 
     group: ProcessGroup
     count: int
     most: int
     rows: Tensor
-    places: Tensor
+    seen: Tensor
+    fronts: Tensor
+    backs: Tensor
     starts: Tensor
 
     @classmethod
-    def of(cls, cut: Cut, rank: int, group: ProcessGroup, device: torch.device) -> Places:
-        rows, starts = cut.rows(rank), cut.starts.to(torch.int32)
-        there = [x.to(device, non_blocking=True) for x in (rows, cut.places, starts)]
-        return cls(group, rows.shape[0], cut.most, *there)
+    def of(
+        cls, cut: Cut, rank: int, group: ProcessGroup, device: torch.device, ends: Tensor
+    ) -> Places:
+        """
+        Args:
+            ends: int64 [2, batch], rows of each sequence that its front and its back piece see.
+        """
+        pieces, starts = cut.up_to(ends), offsets(ends.flatten()).to(torch.int32)
+        there = (cut.rows(rank), torch.cat(pieces), starts)
+        rows, seen, starts = (x.to(device, non_blocking=True) for x in there)
+        fronts, backs = seen.split([x.shape[0] for x in pieces])
+        return cls(group, rows.shape[0], cut.most, rows, seen, fronts, backs, starts)
 
     def padded(self, x: Tensor) -> Tensor:
-        """x [count, ...] with rows of zeros up to `most`."""
-        if self.count == self.most:
-            return x
-        return torch.cat([x, x.new_zeros(self.most - self.count, *x.shape[1:])])
+        """x [rows, ...] with rows of zeros up to `most`."""
+        missing = self.most - x.shape[0]
+        return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing > 0 else x
 
-    def by_rank(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors [all rows, ..., any], side by side, in the order of the ranks, padded:
-        [C * most, ..., all]."""
-        first, widths = tensors[0], _widths(tensors)
-        made = first.new_zeros(self.group.size() * self.most, *first.shape[1:-1], sum(widths))
-        for part, x in zip(made.split(widths, -1), tensors, strict=True):
-            part.index_copy_(0, self.places, x)
+    def by_rank(self, x: Tensor) -> Tensor:
+        """x [seen, ...] in the order of the ranks, padded, what comes twice added up:
+        [C * most, ...].
+
+        No row comes twice within the fronts or the backs, so no sum depends on an order.
+        """
+        of_fronts, of_backs = x.split([self.fronts.shape[0], self.backs.shape[0]])
+        made = x.new_zeros(self.group.size() * self.most, *x.shape[1:])
+        made.index_copy_(0, self.backs, of_backs)
+        if of_fronts.shape[0] > 0:
+            both = of_fronts + made.index_select(0, self.fronts)
+            made.index_copy_(0, self.fronts, both)
         return made
 
 
 @dataclass
 class Gathering:
-    """One exchange of some tensors of equal rows; see the module.
-
-    Tensors that differ in their last dimension alone travel together, side by side.
-    """
+    """One exchange of tensors [rows, heads, any], which travel side by side; see the module."""
 
     places: Places
-    _gathers: list[tuple[Tensor, list[int]]] = field(default_factory=list)
-    _sums: list[tuple[Tensor, list[int]] | None] = field(default_factory=list)
-
-    def start(self, *tensors: Tensor) -> None:
-        """Begin to gather this rank's rows [count, ...]."""
-        places = self.places
-        self._gathers = [
-            (start_gather(places.padded(torch.cat(some, -1)), places.group), _widths(some))
-            for some in _alike(tensors)
-        ]
-
-    def wait(self) -> list[Tensor]:
-        """The rows of all ranks, in the packed batch's order."""
-        found = []
-        while self._gathers:
-            gathered, widths = self._gathers.pop(0)
-            parts = finish(gathered, self.places.group).split(widths, -1)
-            found += [part.index_select(0, self.places.places) for part in parts]
-        return found
+    _widths: list[int] = field(default_factory=list)
+    _started: Tensor | None = None
 
     def enter(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The tensors, whose gradients will be what `sum_gradients` sums."""
+        """Rows [most, heads, any] of tensors [rows, heads, any], some of which may be spare; their
+        gradients will be what `sum_gradients` sums."""
         return _Entered.apply(self, *tensors)
 
-    def sum_gradients(self, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Begin to sum gradients of all rows over the ranks.
+    def join(self, *tensors: Tensor) -> Tensor:
+        """Rows [most, heads, any] as they travel."""
+        self._widths = _widths(tensors)
+        return _side_by_side(tensors)
+
+    def start(self, joined: Tensor) -> None:
+        """Begin to gather what `join` gave."""
+        self._started = start_gather(joined, self.places.group)
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """The rows that this rank sees, of each tensor given to `join`: parts of one tensor."""
+        gathered = self._finish()
+        return gathered.index_select(0, self.places.seen).split(self._widths, -1)
+
+    def sum_gradients(
+        self, gradients: Sequence[Tensor], needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Begin to sum the gradients of rows seen over the ranks, of the tensors that need one.
 
         Returns:
-            what stands for them in the graph until `enter`'s node waits for the sums.
+            the sums, which are complete when `enter`'s node has waited for them.
         """
-        places = self.places
-        self._sums = []
-        for some in _alike(gradients):
-            if some[0] is None:
-                self._sums.append(None)
-                continue
-            summed = start_reduce_scatter(places.by_rank(some), places.group)
-            self._sums.append((summed, _widths(some)))
-        return tuple(
-            None if g is None else g.new_zeros(()).expand(places.count, *g.shape[1:])
-            for g in gradients
-        )
+        wanted = [g for g, need in zip(gradients, needed, strict=True) if need]
+        if not wanted:
+            return [None for _ in needed]
+        by_rank = self.places.by_rank(_side_by_side(wanted))
+        self._started = summed = start_reduce_scatter(by_rank, self.places.group)
+        if torch.is_anomaly_enabled():  # it reads them at once
+            self._finish()
+        parts = iter(summed.split(_widths(wanted), -1))
+        return [next(parts) if need else None for need in needed]
 
-    def sums(self) -> tuple[Tensor | None, ...]:
-        """The sums, of this rank's rows."""
-        places, sums, self._sums = self.places, self._sums, []
-        found: list[Tensor | None] = []
-        for one in sums:
-            if one is None:
-                found.append(None)
-                continue
-            summed, widths = one
-            found += finish(summed, places.group)[: places.count].split(widths, -1)
-        return tuple(found)
+    def _finish(self) -> Tensor:
+        started, self._started = self._started, None
+        assert started is not None
+        return finish(started, self.places.group)
+
+    def wait_for_sums(self) -> None:
+        """Wait for what `sum_gradients` began, if anything."""
+        if self._started is not None:
+            self._finish()
 
 
-def _alike(tensors: Sequence[Any]) -> list[list[Any]]:
-    """Neighbours that can lie side by side; None is by itself."""
-
-    def kind(x: Tensor | None) -> Any:
-        return object() if x is None else (x.dtype, x.shape[:-1])
-
-    return [list(some) for _, some in itertools.groupby(tensors, kind)]
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([*tensors], -1) if len(tensors) > 1 else tensors[0]
 
 
 def _widths(tensors: Sequence[Tensor]) -> list[int]:
@@ -147,44 +152,61 @@ def _widths(tensors: Sequence[Tensor]) -> list[int]:
 class _Entered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gathering: Gathering, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.gathering = gathering
-        return tuple(x.view_as(x) for x in tensors)
+        ctx.gathering, places = gathering, gathering.places
+        ctx.rows = tensors[0].shape[0]
+        ctx.set_materialize_grads(False)
+        fits = ctx.rows == places.most
+        return tuple(x if fits else places.padded(x[: places.most]) for x in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.gathering.sums()
+    def backward(ctx: Any, *sums: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.gathering.wait_for_sums()
+        spare = ctx.rows - ctx.gathering.places.most
+        if spare < 0:
+            sums = tuple(None if x is None else x[:spare] for x in sums)
+        elif spare > 0:
+            sums = tuple(None if x is None else F.pad(x, (0, 0, 0, 0, 0, spare)) for x in sums)
+        return None, *sums
 
 
 class RemoteTokens(torch.autograd.Function):
     """The tokens of a rank's windows: its own, and those that other ranks hold.
 
-    x [tokens, ...] -> [tokens of all windows, ...], see `Halo`; its indices are on x's device.
+    Tensors [tokens, heads, any] -> [tokens of all windows, heads, any], see `Halo`, parts of one
+    tensor; the indices are on their device.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, halo: Halo, group: ProcessGroup) -> Tensor:
-        ctx.halo, ctx.group, ctx.count = halo, group, x.shape[0]
+    def forward(ctx: Any, halo: Halo, group: ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.halo, ctx.group, ctx.count = halo, group, tensors[0].shape[0]
+        ctx.widths, x = _widths(tensors), _side_by_side(tensors)
         if halo.moves:
-            sent = x.index_select(0, halo.send)
             counts = (halo.send_counts, halo.receive_counts)
-            x = torch.cat([x, finish(start_exchange(sent, *counts, group), group)])
-        return x.index_select(0, halo.index)
+            sent = start_exchange(x.index_select(0, halo.send), *counts, group)
+            x = torch.cat([x, finish(sent, group)])
+        return x.index_select(0, halo.index).split(ctx.widths, -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), halo, group = gradients, ctx.halo, ctx.group
-        rows = ctx.count + sum(halo.receive_counts)
-        of_all = gradient.new_zeros(rows, *gradient.shape[1:])
-        of_all.index_copy_(0, halo.own_rows, gradient.index_select(0, halo.own))
-        _add(of_all, halo.beyond_rows, gradient.index_select(0, halo.beyond))
-        own, received = of_all.split([ctx.count, rows - ctx.count])
+        halo, group, gradient = ctx.halo, ctx.group, _side_by_side(gradients)
+        received = sum(halo.receive_counts)
+        of_all = gradient.new_zeros(ctx.count + received + 1, *gradient.shape[1:])
+        of_all.index_copy_(0, halo.once, gradient)  # what came before goes to the last row
+        if halo.again.shape[0] > 0:
+            again = gradient.index_select(0, halo.again)
+            _add(of_all, halo.again_rows, again, halo.again_repeats)
+        own, returned, _ = of_all.split([ctx.count, received, 1])
         if halo.moves:
             counts = (halo.receive_counts, halo.send_counts)
-            returned = finish(start_exchange(received, *counts, group), group)
-            _add(own, halo.send, returned)
-        return own, None, None
+            returned = finish(start_exchange(returned, *counts, group), group)
+            _add(own, halo.send, returned, halo.send_repeats)
+        return None, None, *own.split(ctx.widths, -1)
 
 
-def _add(to: Tensor, index: Tensor, x: Tensor) -> None:
-    """Add x's rows by index, in their order: index_add on a GPU repeats only by chance."""
-    to.index_put_((index,), x, accumulate=True)
+def _add(to: Tensor, index: Tensor, x: Tensor, repeats: bool) -> None:
+    """Add x's rows by index, with the same bits each time: index_add on a GPU adds to a row that
+    repeats in any order, and index_put in theirs, by a sort."""
+    if repeats:
+        to.index_put_((index,), x, accumulate=True)
+    else:
+        to.index_add_(0, index, x)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nsagen.distributed.collectives import finish, start_gather
-from nsagen.distributed.cuts import Cut, Halo, offsets, spans
+from nsagen.distributed.cuts import Cut, Halo, offsets, spans, windows_of
 from nsagen.distributed.gathering import Places
 from nsagen.model.checks import require
 from nsagen.model.packing import Packed, Remote
@@ -17,20 +18,31 @@ from nsagen.ops.lengths import Lengths
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """The front pieces of all sequences, or the back ones.
+class Pieces:
+    """This rank's queries as a packed batch: the front pieces of all sequences, then the back ones.
+
+    A piece without tokens is an empty sequence.
 
     Attributes:
-        rows: where they are among this rank's tokens.
-        cu_seqlens: int32 [batch + 1], first of these rows of each sequence.
-        q_start: int32 [batch], position of each sequence's first one.
-        bounds: first and last + 1 position of each sequence, on the host.
+        cu_seqlens: int32 [2 * batch + 1], first row of each piece.
+        q_start: int32 [2 * batch], position of each one's first token.
+        lengths: tokens of each, and ends: its last token's position + 1; on the host.
     """
 
-    rows: slice
     cu_seqlens: Tensor
     q_start: Tensor
-    bounds: tuple[tuple[int, int], ...]
+    lengths: tuple[int, ...]
+    ends: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cut: Cut, rank: int, device: torch.device) -> Pieces:
+        counts, ends = cut.counts(rank).flatten(), cut.ends(rank).flatten()
+        return cls(
+            _int32(offsets(counts), device),
+            _int32(cut.firsts(rank).flatten(), device),
+            tuple(counts.tolist()),
+            tuple(ends.tolist()),
+        )
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,8 @@ class Windows:
 
     Attributes:
         places: where they are; this rank's are those that start in its pieces.
-        positions: int32, the first token of each of this rank's, within its sequence.
+        positions: int32, the first token of each of this rank's, within its sequence; then 0 for
+            the spare rows that compression makes.
         lengths: of the tokens that each piece's windows read, [2 * batch] of them.
         halo: which tokens these are.
     """
@@ -61,7 +74,7 @@ class Shard(Packed):
         rank: this process in the group.
         cut: which rank holds which tokens.
         tokens: this rank's part of it.
-        chunks: the front pieces, and the back ones.
+        pieces: its queries, as attention takes them.
         placed: whether a model of Transformers has this layout's positions; see
             `nsagen.distributed.inputs`.
     """
@@ -69,7 +82,7 @@ class Shard(Packed):
     rank: int
     cut: Cut
     tokens: Places
-    chunks: tuple[Chunk, ...]
+    pieces: Pieces
     placed: bool = False
     _windows: dict[tuple[int, int], Windows] = field(default_factory=dict, repr=False)
     _parts: dict[tuple[bool, ...], tuple[Shard, Tensor]] = field(default_factory=dict, repr=False)
@@ -81,30 +94,20 @@ class Shard(Packed):
         """This rank's share of a batch whose lengths the host knows."""
         rank = group.rank()
         cut = Cut.of_tokens(lengths, group.size())
-        tokens = Places.of(cut, rank, group, device)
-        firsts, counts = cut.firsts(rank), cut.counts(rank)
+        tokens = Places.of(cut, rank, group, device, cut.ends(rank))
+        counts, starts = cut.counts(rank), _int32(cut.starts, device)
         sequence = torch.arange(len(lengths)).expand(2, -1).flatten()
         sequence = sequence.repeat_interleave(counts.flatten()).to(device, non_blocking=True)
-        ends = counts.sum(1).cumsum(0).tolist()
-        chunks = tuple(
-            Chunk(
-                slice(ends[i] - int(counts[i].sum()), ends[i]),
-                _int32(offsets(counts[i]), device),
-                _int32(firsts[i], device),
-                tuple(zip(firsts[i].tolist(), (firsts[i] + counts[i]).tolist(), strict=True)),
-            )
-            for i in range(2)
-        )
         return cls(
-            tokens.starts,
+            starts,
             sequence,
-            _int32(cut.rows(rank), device) - tokens.starts[sequence],
+            _int32(cut.rows(rank), device) - starts[sequence],
             tuple(lengths),
             remote=remote,
             rank=rank,
             cut=cut,
             tokens=tokens,
-            chunks=chunks,
+            pieces=Pieces.of(cut, rank, device),
         )
 
     def take(self, x: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ class Shard(Packed):
         Raises:
             InvalidInputError: x has not one row for each token of the batch.
         """
-        total = self.tokens.places.shape[0]
+        total = int(self.cut.starts[-1])
         require(
             x.shape[:1] == (total,),
             "Shard.take",
@@ -130,7 +133,7 @@ class Shard(Packed):
         Without gradients; every rank must call it. A loss needs it never: sum each rank's.
         """
         gathered = finish(start_gather(self.tokens.padded(x), self.tokens.group), self.tokens.group)
-        return gathered.index_select(0, self.tokens.places)
+        return gathered.index_select(0, self.cut.places.to(x.device))
 
     def only(self, kept: tuple[bool, ...]) -> tuple[Shard, Tensor]:
         """The layout in which the other sequences are empty, laid out once a batch; and int64 [its
@@ -157,12 +160,14 @@ class Shard(Packed):
 
     def _lay_out(self, kernel_size: int, kernel_stride: int) -> Windows:
         sizes, device = (kernel_size, kernel_stride), self.positions.device
-        windows = self.cut.windows(*sizes)
+        windows, seen = self.cut.windows(*sizes), windows_of(self.cut.ends(self.rank), *sizes)
         halo = Halo.of(self.cut, windows, self.rank, *sizes)
         counts, firsts = windows.counts(self.rank).flatten(), windows.firsts(self.rank).flatten()
+        first_tokens = spans(firsts, counts) * kernel_stride
+        spare = halo.index.shape[0] // kernel_stride - first_tokens.shape[0]
         return Windows(
-            Places.of(windows, self.rank, self.tokens.group, device),
-            _int32(spans(firsts, counts) * kernel_stride, device),
+            Places.of(windows, self.rank, self.tokens.group, device, seen),
+            _int32(F.pad(first_tokens, (0, spare)), device),
             Lengths.of(_int32(offsets(halo.lengths), device), halo.index.shape[0], *sizes),
             halo.to(device),
         )

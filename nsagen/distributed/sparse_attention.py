@@ -9,30 +9,32 @@ values move.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsagen.core.branches import BRANCHES
-from nsagen.distributed.chunk_attention import (
-    Call,
-    attend_tokens,
-    attend_windows,
-    only,
-    pairs_of,
-    total_of,
-)
-from nsagen.distributed.gated_chunks import attend_gated, takes_gated_branches
 from nsagen.distributed.gathering import Gathering, RemoteTokens
-from nsagen.distributed.shard import Chunk, Shard, Windows
+from nsagen.distributed.shard import Shard, Windows
 from nsagen.model.heads import KV, Heads
 from nsagen.model.nsa_ops import NSAOps
 from nsagen.model.rope import Tables
-from nsagen.ops.compressed_attention import compressed_attention_backward
-from nsagen.ops.gated_sum import gated_sum_backward, gated_sum_forward
-from nsagen.ops.selected_attention import selected_attention_backward
-from nsagen.ops.sliding_window_attention import sliding_window_attention_backward
+from nsagen.ops._launch import key_of, on_kernels
+from nsagen.ops.block_selection import block_selection_forward
+from nsagen.ops.compressed_attention import (
+    compressed_attention_backward,
+    compressed_attention_forward,
+)
+from nsagen.ops.gated_attention import branch_columns, sum_branches
+from nsagen.ops.gated_sum import gated_sum_forward
+from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
+from nsagen.ops.sliding_window_attention import (
+    add_sliding_window_gradients,
+    sliding_window_attention_backward,
+    sliding_window_attention_forward,
+)
 
 
 def attend_sparsely(
@@ -52,163 +54,221 @@ def attend_sparsely(
     q, selected, sliding = module.turned(heads, shard.positions, tables)
     own_window = () if sliding is selected else sliding
     of_tokens = Gathering(shard.tokens)
-    tokens = of_tokens.enter(*selected, *own_window)
-    of_windows, windows = None, ()
+    tensors = of_tokens.enter(*selected, *own_window)
+    of_windows = None
     if s.needs_windows:
         layout = shard.windows_for(**s.window_sizes)
         of_windows = Gathering(layout.places)
         windows = _new_windows(module, heads.compressed, shard, layout, tables)
         if "compressed" not in s.on:
             windows = KV(*(x.detach() for x in windows))
-        windows = of_windows.enter(*windows)
-    call = Call(module, shard, of_tokens, of_windows)
-    if takes_gated_branches(call, q, gate, *tokens, *windows):
-        return attend_gated(call, q, gate, KV(*tokens), KV(*windows)).flatten(1)
-    return _Attention.apply(call, q, gate, *tokens, *windows).flatten(1)
+        tensors += of_windows.enter(*windows)
+    gated, key = takes_gates(module, q, gate, *tensors), key_of(module.dispatcher)
+    call = _Call(module, shard, of_tokens, of_windows, gated)
+    found = _Branches.apply(call, q, gate if gated else None, *tensors)
+    if gated:
+        o_compressed, lse_compressed, o_selected, lse_selected, o_sliding, lse_sliding = found
+        compressed, selected = (o_compressed, lse_compressed), (o_selected, lse_selected)
+        return sum_branches(*compressed, *selected, o_sliding, lse_sliding, gate, key).flatten(1)
+    outputs = dict(zip(s.on, found[::2], strict=True))
+    some = found[0]  # read, without weight, in place of one that is off
+    o_compressed, o_selected, o_sliding = (outputs.get(name, some) for name in BRANCHES)
+    return gated_sum_forward(o_compressed, o_selected, o_sliding, gate, key).flatten(1)
+
+
+def takes_gates(module: NSAOps, q: Tensor, gate: Tensor, *tensors: Tensor) -> bool:
+    """Whether the branches' gradients take the gates, as in `nsagen.ops.gated_attention`: no branch
+    has a gradient of its own then, and its output is free when they begin. For training on kernels
+    where all branches read the same keys and values."""
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, gate, *tensors))
+    shared = len(module.sparsity.on) == len(BRANCHES) and len(tensors) == 4
+    return trains and shared and on_kernels(q)
 
 
 def _new_windows(module: NSAOps, tokens: KV, shard: Shard, layout: Windows, tables: Tables) -> KV:
-    """The windows that start in this rank's pieces, keys after rope."""
-    both = RemoteTokens.apply(torch.cat(tokens, -1), layout.halo, shard.tokens.group)
-    dims = [x.shape[-1] for x in tokens]
-    read = KV(*(x.contiguous() for x in both.split(dims, -1)))
+    """The windows that start in this rank's pieces, keys after rope; then spare rows."""
+    read = KV(*RemoteTokens.apply(layout.halo, shard.tokens.group, *tokens))
     ck, cv = module.compress(read, layout.lengths.cu_seqlens, layout.lengths)
-    made = layout.places.count
-    return KV(module.rope(ck[:made], layout.positions, tables), cv[:made])
+    return KV(module.rope(ck, layout.positions, tables), cv)
 
 
-class _Attention(torch.autograd.Function):
-    """The branches and their gated sum: [N, HQ, Dv].
+@dataclass(frozen=True)
+class _Call:
+    """What a call needs beside its tensors."""
+
+    module: NSAOps
+    shard: Shard
+    of_tokens: Gathering
+    of_windows: Gathering | None
+    gated: bool
+
+    @property
+    def on(self) -> tuple[str, ...]:
+        return self.module.sparsity.on
+
+    @property
+    def last(self) -> tuple[float, str]:
+        return self.module.softmax_scale, key_of(self.module.dispatcher)
+
+    @property
+    def ends(self) -> Tensor:
+        """The offsets of queries."""
+        return self.shard.pieces.cu_seqlens
+
+    @property
+    def keys(self) -> tuple[Tensor, Tensor]:
+        """The offsets of the tokens that each piece sees, and its first one's position."""
+        return self.shard.tokens.starts, self.shard.pieces.q_start
+
+    @property
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """The offsets of queries, and of the windows that each piece sees."""
+        assert self.of_windows is not None
+        return self.ends, self.of_windows.places.starts
+
+    def parted(self, values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Values for keys and values of tokens, and those for windows'."""
+        count = len(values) - (0 if self.of_windows is None else 2)
+        return values[:count], values[count:]
+
+    def start(self, joined: Sequence[Tensor]) -> None:
+        """Gather windows, if there are any, first, because they are needed first; then tokens."""
+        if self.of_windows is not None:
+            self.of_windows.start(joined[1])
+        self.of_tokens.start(joined[0])
+
+
+class _Branches(torch.autograd.Function):
+    """Output and lse of each branch that is on.
 
     `tensors` are this rank's keys and values of the selected branch, those of the sliding one if
-    it has its own, and windows if a branch needs them.
+    it has its own, and windows if a branch needs them. With gates, the gradients of outputs and lse
+    are what `sum_branches` hands on: the sum's gradient, and delta.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, q: Tensor, gate: Tensor, *tensors: Tensor) -> Tensor:
-        tokens, windows = _parted(call, tensors)
-        call.start(tokens, windows)
-        chunks = call.shard.chunks
-        kept: list[dict[str, Tensor]] = [{} for _ in chunks]
+    def forward(
+        ctx: Any, call: _Call, q: Tensor, gate: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        s, last, (starts, q_start) = call.module.sparsity, call.last, call.keys
+        tokens, windows = call.parted(tensors)
+        joined = [call.of_tokens.join(*tokens)]
+        if call.of_windows is not None:
+            joined.append(call.of_windows.join(*windows))
+        call.start(joined)
+        made: dict[str, tuple[Tensor, Tensor]] = {}
+        topk_idx = None
         if call.of_windows is not None:
             ck, cv = call.of_windows.wait()
-            for chunk, made in zip(chunks, kept, strict=True):
-                attend_windows(call, chunk, q[chunk.rows], ck, cv, made)
+            sizes = (*call.windows, s.kernel_size, s.kernel_stride)
+            made["compressed"] = compressed_attention_forward(q, ck, cv, *sizes, *last, q_start)
+            if "selected" in call.on:
+                _, lse = made["compressed"]
+                blocks = (s.block_size, s.topk, s.init_blocks, s.local_blocks)
+                topk_idx = block_selection_forward(q, ck, lse, *sizes, *blocks, *last, q_start)
             del ck, cv
-        all_tokens = call.of_tokens.wait()
-        outputs = []
-        for chunk, made in zip(chunks, kept, strict=True):
-            attend_tokens(call, chunk, q[chunk.rows], all_tokens, made)
-            three = _outputs(made)
-            outputs.append(gated_sum_forward(*three, gate[chunk.rows], call.last[1]))
-        ctx.call, ctx.names = call, [list(made) for made in kept]
-        made = [x for one in kept for x in one.values()]
-        ctx.save_for_backward(q, gate, *tensors, *made)
-        ctx.count = len(tensors)
-        return torch.cat(outputs)
+        selected, sliding = pairs_of(call.of_tokens.wait())
+        if topk_idx is not None:
+            made["selected"] = selected_attention_forward(
+                q, *selected, topk_idx, call.ends, s.block_size, *last, starts, q_start
+            )
+        if "sliding" in call.on:
+            made["sliding"] = sliding_window_attention_forward(
+                q, *sliding, call.ends, s.window_size, *last, starts, q_start
+            )
+        outputs, lses = zip(*(made[name] for name in call.on), strict=True)
+        kept = (None for _ in outputs) if call.gated else outputs  # free once the sum has deltas
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        if not call.gated:
+            ctx.mark_non_differentiable(*lses)
+        ctx.save_for_backward(q, gate, topk_idx, *lses, *kept, *joined)
+        return tuple(x for pair in zip(outputs, lses, strict=True) for x in pair)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        call: Call = ctx.call
-        q, gate, *rest = ctx.saved_tensors
-        tensors, made = rest[: ctx.count], iter(rest[ctx.count :])
-        kept = [{name: next(made) for name in names} for names in ctx.names]
-        tokens, windows = _parted(call, tensors)
-        call.start(tokens, windows)
-        chunks = call.shard.chunks
-        parts = [
-            _Part(call, chunk, q[chunk.rows], gate[chunk.rows], one, gradients[0][chunk.rows])
-            for chunk, one in zip(chunks, kept, strict=True)
-        ]
-        needed = ctx.needs_input_grad[3:]
-        of_windows: tuple[Tensor | None, ...] = (None,) * len(windows)
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        q, gate, topk_idx, *kept = ctx.saved_tensors
+        many = len(call.on)
+        lses, outputs, joined = kept[:many], kept[many : 2 * many], kept[2 * many :]
+        call.start(joined)
+        dgate, dos, columns, deltas = None, gradients[::2], [None] * many, [None] * many
+        if call.gated:
+            dos = [gradients[0]] * many
+            made, dgate = branch_columns(gate, *gradients[1::2])
+            columns, deltas = (parts := made.unbind(0))[:many], parts[many:]
+        each = zip(dos, outputs, lses, deltas, columns, strict=True)
+        found = _Gradients(call, q, topk_idx, dict(zip(call.on, each, strict=True)))
+        tokens, windows = call.parted(ctx.needs_input_grad[3:])
+        of_windows: list[Tensor | None] = [None for _ in windows]
         if call.of_windows is not None:
-            all_windows = call.of_windows.wait()
+            seen = call.of_windows.wait()
             if "compressed" in call.on:
-                found = total_of(part.windows_backward(*all_windows) for part in parts)
-                wanted = only(found, needed[len(tokens) :])
-                of_windows = call.of_windows.sum_gradients(*wanted)
-            del all_windows
-        all_tokens = call.of_tokens.wait()
-        found = total_of(part.tokens_backward(all_tokens) for part in parts)
-        del all_tokens
-        of_tokens = call.of_tokens.sum_gradients(*only(found, needed))
-        dq = torch.cat([part.dq for part in parts])
-        dgate = torch.cat([part.dgate for part in parts])
-        return None, dq, dgate, *of_tokens, *of_windows
+                of_windows = call.of_windows.sum_gradients(found.of_windows(*seen), windows)
+            del seen
+        seen = call.of_tokens.wait()
+        of_tokens = found.of_tokens(seen)
+        del seen
+        of_tokens = call.of_tokens.sum_gradients(of_tokens, tokens)
+        return None, found.dq, dgate, *of_tokens, *of_windows
 
 
-def _parted(call: Call, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Those of tokens, and those of windows."""
-    count = len(tensors) - (0 if call.of_windows is None else 2)
-    return tensors[:count], tensors[count:]
+@dataclass
+class _Gradients:
+    """The backward pass of the branches.
 
+    Attributes:
+        branches: for each that is on, its output's gradient, its output and lse; with gates the
+            sum's gradient, None and lse, then delta and the gate.
+        dq: of the passes so far.
+    """
 
-def _outputs(made: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """What each branch gave; in place of one that is off, another, whose gate is 0."""
-    some = next(x for name, x in made.items() if name.startswith("o_"))
-    first, second, third = (made.get(f"o_{name}", some) for name in BRANCHES)
-    return first, second, third
+    call: _Call
+    q: Tensor
+    topk_idx: Tensor | None
+    branches: dict[str, tuple[Any, ...]]
+    dq: Tensor | None = None
 
-
-class _Part:
-    """The backward pass of one chunk."""
-
-    def __init__(
-        self,
-        call: Call,
-        chunk: Chunk,
-        q: Tensor,
-        gate: Tensor,
-        made: dict[str, Tensor],
-        gradient: Tensor,
-    ) -> None:
-        self.call, self.chunk, self.q, self.made = call, chunk, q, made
-        three = _outputs(made)
-        *of_branches, self.dgate = gated_sum_backward(gradient, *three, gate, call.last[1])
-        self.do = dict(zip(BRANCHES, of_branches, strict=True))
-        self.dq = torch.zeros_like(q)
-
-    def _of(self, branch: str) -> tuple[Tensor, Tensor]:
-        return self.made[f"o_{branch}"], self.made[f"lse_{branch}"]
-
-    def windows_backward(self, ck: Tensor, cv: Tensor) -> list[Tensor]:
-        """Gradients of all windows' keys and values."""
-        cu_seqlens, ends, size, stride = self.call.windows_of(self.chunk)
-        dq, dck, dcv = compressed_attention_backward(
-            *(self.do["compressed"], self.q, ck, cv, cu_seqlens, ends),
-            *self._of("compressed"),
-            *(size, stride),
-            *(*self.call.last, self.chunk.q_start),
+    def of_windows(self, ck: Tensor, cv: Tensor) -> list[Tensor]:
+        """Gradients of the windows' keys and values."""
+        call, s = self.call, self.call.module.sparsity
+        do, o, lse, *gates = self.branches["compressed"]
+        self.dq, *found = compressed_attention_backward(
+            *(do, self.q, ck, cv, *call.windows, o, lse, s.kernel_size, s.kernel_stride),
+            *(*call.last, call.keys[1], *gates),
         )
-        self.dq += dq
-        return [dck, dcv]
+        return found
 
-    def tokens_backward(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of all tokens' keys and values, in their order."""
-        s, cu_seqlens = self.call.module.sparsity, self.chunk.cu_seqlens
-        ends, q_start = self.call.shard.tokens.starts, self.chunk.q_start
+    def of_tokens(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of the tokens' keys and values, in their order."""
+        call, s = self.call, self.call.module.sparsity
         selected, sliding = pairs_of(tokens)
         found: list[Tensor] = []
-        if "selected" in self.call.on:
+        if "selected" in call.on:
+            do, o, lse, *gates = self.branches["selected"]
             dq, *found = selected_attention_backward(
-                *(self.do["selected"], self.q, selected.k, selected.v),
-                *(self.made["topk_idx"], cu_seqlens),
-                *self._of("selected"),
-                *(s.block_size, *self.call.last),
-                cu_seqlens_k=ends,
-                q_start=q_start,
+                *(do, self.q, *selected, self.topk_idx, call.ends, o, lse, s.block_size),
+                *(*call.last, *call.keys, *gates),
             )
-            self.dq += dq
-        if "sliding" in self.call.on:
-            dq, *near = sliding_window_attention_backward(
-                *(self.do["sliding"], self.q, sliding.k, sliding.v, cu_seqlens),
-                *self._of("sliding"),
-                *(s.window_size, *self.call.last, ends, q_start),
-            )
-            self.dq += dq
+            self._add(dq)
+        if "sliding" in call.on:
+            do, o, lse, *gates = self.branches["sliding"]
+            inputs, more = (do, self.q, *sliding, call.ends, o, lse), (*call.last, *call.keys)
+            if call.gated:
+                window = (self.dq, *found, s.window_size)
+                add_sliding_window_gradients(*inputs, *window, *more, *gates)
+                return found
+            dq, *near = sliding_window_attention_backward(*inputs, s.window_size, *more)
+            self._add(dq)
             if len(tokens) > 2:
-                found = [*(found or map(torch.zeros_like, tokens[:2])), *near]
-            else:
-                found = [a.add_(b) for a, b in zip(found, near, strict=True)] if found else near
+                return [*(found or map(torch.zeros_like, tokens[:2])), *near]
+            found = [a.add_(b) for a, b in zip(found, near, strict=True)] if found else near
         return found or [torch.zeros_like(x) for x in tokens]
+
+    def _add(self, dq: Tensor) -> None:
+        self.dq = dq if self.dq is None else self.dq.add_(dq)
+
+
+def pairs_of(tokens: Sequence[Tensor]) -> tuple[KV, KV]:
+    """Keys and values of the selected and of the sliding branch."""
+    return KV(*tokens[:2]), KV(*tokens[-2:])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nsagen.distributed.cuts import Cut, Halo, spans
+from nsagen.distributed.cuts import Cut, Halo, spans, windows_of
 from nsagen.ops.layout import compressed_cu_seqlens
 
 BATCHES = st.lists(st.integers(0, 70), max_size=6)
@@ -82,6 +82,38 @@ def test_windows_read_their_tokens_wherever_these_are(
                 expected += range(begin, begin + (count - 1) * stride + size)
         assert read.tolist() == expected
         assert int(halo.lengths.sum()) == len(expected)
+        rows = torch.arange(tokens.rows(rank).shape[0] + received.shape[0])
+        here = torch.isin(halo.once, rows)
+        assert halo.again.tolist() == (~here).nonzero().flatten().tolist()
+        assert sorted(halo.once[here].tolist()) == halo.index.unique().tolist()
+        assert torch.equal(halo.again_rows, halo.index[halo.again])
+        assert halo.again_repeats == (halo.again_rows.unique().shape != halo.again_rows.shape)
+        assert halo.send_repeats == (halo.send.unique().shape != halo.send.shape)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=BATCHES, ranks=st.integers(1, 5), sizes=WINDOWS)
+def test_each_piece_sees_its_sequence_up_to_its_end(
+    lengths: list[int], ranks: int, sizes: tuple[int, int]
+) -> None:
+    """All tokens up to the piece's last, and the windows that these have; nothing comes twice
+    among the fronts, or among the backs."""
+    tokens = Cut.of_tokens(lengths, ranks)
+    for rank in range(ranks):
+        ends = tokens.ends(rank)
+        for cut, seen in ((tokens, ends), (tokens.windows(*sizes), windows_of(ends, *sizes))):
+            held = torch.cat([cut.rows(each) for each in range(ranks)])
+            packed = torch.empty(ranks * cut.most, dtype=torch.int64)
+            packed[cut.places[held]] = held
+            for places, counts, piece in zip(cut.up_to(seen), seen, (0, 1), strict=True):
+                starts = cut.starts[:-1].tolist()
+                expected = [
+                    at + i for at, n in zip(starts, counts.tolist(), strict=True) for i in range(n)
+                ]
+                assert packed[places].tolist() == expected
+                held_too = tokens.counts(rank)[piece] > 0
+                firsts = tokens.firsts(rank)[piece] + tokens.counts(rank)[piece]
+                assert torch.equal(ends[piece], firsts.where(held_too, 0))
 
 
 @pytest.mark.parametrize("ranks", [2, 8])

@@ -5,16 +5,24 @@ TRITON_INTERPRET=1 pytest tests/distributed/test_interpreter.py
 
 from __future__ import annotations
 
+import cProfile
 import os
+import pstats
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from nsagen.distributed import context_parallel, sparse_attention
+from nsagen.model import ToyNSALlama
+from nsagen.ops import _checks, _op
 from tests.distributed.ranks import on_ranks
-from tests.distributed.test_context_parallel import Found, attention, passed
+from tests.distributed.test_context_parallel import Found, Names, attention, offsets_of, passed
 from tests.model.forms import EVERY
+from tests.model.tiny import nsa_config
 from tests.support import one_thread
 
 __all__ = ["one_thread"]  # a fixture
@@ -44,13 +52,13 @@ def test_kernels_of_two_ranks_give_one_process_s_gradients(form: str) -> None:
 
     def run(rank: int) -> tuple[Found, bool]:
         mine, taken = attention(**EVERY[form]).float(), list[bool]()
-        takes = sparse_attention.takes_gated_branches
+        takes = sparse_attention.takes_gates
 
         def noted(*args: Any) -> bool:
             taken.append(takes(*args))
             return taken[-1]
 
-        sparse_attention.takes_gated_branches = noted
+        sparse_attention.takes_gates = noted
         return passed(mine, lengths, context_parallel(mine)), taken == [True]
 
     for found, shared in on_ranks(2, run):
@@ -60,3 +68,46 @@ def test_kernels_of_two_ranks_give_one_process_s_gradients(form: str) -> None:
             if one is not None:
                 assert other is not None
                 assert float((other.double() - one).norm() / one.norm()) < 1e-5, name
+
+
+def test_a_shared_layer_costs_the_host_little_more_than_a_whole_one() -> None:
+    """Operations and Python calls of a layer's training, as on a GPU: kernels launch nothing here,
+    and no value is read."""
+    tokens = 256
+
+    def cost(step: Callable[[], object]) -> Tensor:
+        for _ in range(2):  # what is learned about calls
+            step()
+        with Names() as mode:
+            step()
+        profile = cProfile.Profile()
+        with torch.autograd.set_multithreading_enabled(False):
+            profile.runcall(step)
+        calls: int = vars(pstats.Stats(profile))["total_calls"]
+        return torch.tensor([mode.names.total(), calls])
+
+    def of_a_layer(shared: bool) -> Tensor:
+        found = []
+        for layers in (1, 3):
+            model, ids = ToyNSALlama(nsa_config(num_hidden_layers=layers)), torch.arange(tokens)
+            layout: Any = offsets_of([tokens])
+            if shared:
+                layout = context_parallel(model).shard(layout)
+                ids = layout.take(ids)
+
+            def step(model: Any = model, ids: Tensor = ids, layout: Any = layout) -> None:
+                model(ids, layout).sum().backward()
+                model.zero_grad()
+
+            found.append(cost(step))
+        return (found[1] - found[0]) / 2
+
+    def run(rank: int) -> Tensor:
+        _op._Kernel.find = lambda *args: lambda *args: None  # type: ignore[method-assign]
+        for module in (_op, _checks):
+            module.values_are_read = lambda x: False
+        return of_a_layer(shared=True) / of_a_layer(shared=False)
+
+    for operations, calls in on_ranks(2, run):
+        assert operations < 1.4
+        assert calls < 1.2
