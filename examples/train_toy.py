@@ -65,6 +65,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--parallel", choices=("ddp", "fsdp"), help=fsdp)
     add("--tp", type=int, default=1, help="processes that share key/value heads (default: 1)")
     add("--cp", type=int, default=1, help="processes that share each sequence (default: 1)")
+    graph = "compute gradients by a CUDA graph, with NSA: much less work for the host"
+    add("--graph", action="store_true", help=graph)
     default_out = Path(os.environ.get("OUT", "runs/train_toy"))
     add("--out", type=Path, default=default_out, help=f"folder (default: $OUT or {default_out})")
     add("--checkpoints", type=Path, help="folder of the checkpoints (default: in --out)")
@@ -110,7 +112,7 @@ def run_task(task: Task, config: TrainConfig, options: argparse.Namespace, world
         if options.fresh and world.is_first:
             shutil.rmtree(folder, ignore_errors=True)
         world.wait()  # for the first process, before any looks for checkpoints
-        trainer = Trainer(kind, config, task, folder, world, options.parallel)
+        trainer = Trainer(kind, config, task, folder, world, options.parallel, options.graph)
         parameters[kind] = trainer.parameters
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeRemainingColumn(), console=console) as progress:

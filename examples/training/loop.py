@@ -18,12 +18,23 @@ from torch.utils.checkpoint import checkpoint as recompute
 from nsagen.distributed import context_parallel
 from nsagen.model import ToyLlama, ToyNSALlama
 
-from . import checkpoint, state
+from . import checkpoint, graphs, state
 from .checkpoint import Checkpoint
 from .config import Model, ModelKind, TrainConfig, as_dict
 from .data import IGNORED, Packed, Split, Task
 from .forms import attend_by_index, attend_in_blocks, index_losses
-from .parallel import Parallel, World, clip_gradients, gradients_stay_local, spread
+from .graphs import Graphed
+from .parallel import (
+    Parallel,
+    World,
+    average_gradients,
+    clip_gradients,
+    gradients_stay_local,
+    spread,
+)
+
+_RECOMPUTED: dict[str, bool] = {"use_reentrant": False, "preserve_rng_state": False}
+"""The models draw no random numbers, whose state a CUDA graph could not read."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ def build_model(kind: ModelKind, config: TrainConfig, device: torch.device) -> M
             attend_by_index(model, config, generator)
     if config.activation_checkpointing:
         for layer in model.model.layers:
-            layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False)
+            layer.forward = functools.partial(recompute, layer.forward, **_RECOMPUTED)
     return model.to(device, getattr(torch, config.dtype))
 
 
@@ -90,9 +101,11 @@ class Trainer:
         folder: of the checkpoints; None to keep none.
         world: this process among others.
         parallel: how weights are spread over processes; by default fsdp where heads are, too.
+        graph: whether a step's gradients are computed by a CUDA graph; see `graphs`.
 
     Raises:
-        ValueError: a batch's sequences, or the model's heads, cannot be shared out evenly.
+        ValueError: a batch's sequences, or the model's heads, cannot be shared out evenly; a graph
+            cannot hold the steps.
     """
 
     def __init__(
@@ -103,7 +116,10 @@ class Trainer:
         folder: Path | None,
         world: World,
         parallel: Parallel | None = None,
+        graph: bool = False,
     ) -> None:
+        if graph:
+            graphs.check(kind, world, parallel)
         if config.rows % (config.accumulate * world.batches):
             raise ValueError(
                 "a step's sequences must be a multiple of accumulate * processes with their own; "
@@ -119,7 +135,10 @@ class Trainer:
         self.plain = build_model(kind, config, world.device)
         self.parameters = sum(p.numel() for p in self.plain.parameters())
         self.context = context_parallel(self.plain, world.dimension("cp")) if world.cp > 1 else None
-        self.model = spread(self.plain, list(self.plain.model.layers), world, parallel)
+        self.model = self.plain
+        if not graph or world.tp > 1:
+            self.model = spread(self.plain, list(self.plain.model.layers), world, parallel)
+        self._graph = Graphed(self._pass, [*self.plain.parameters()]) if graph else None
         self.optimizer = state.make_optimizer(self.plain, config.learning_rate, config.weight_decay)
         self.history = History()
         self._pending: list[Tensor] = []
@@ -180,7 +199,14 @@ class Trainer:
         """One update of the weights; returns the loss before it."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, step)
-        parts, scored = self._parts("train", step)
+        total = (self._graph or self._pass)(*self._parts("train", step))
+        clip_gradients(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.world.total(total)
+
+    def _pass(self, parts: list[Packed], scored: int | Tensor) -> Tensor:
+        """Forward and backward passes: this process's share of the loss, and all gradients."""
         total = torch.zeros((), device=self.world.device)
         for index, part in enumerate(parts):
             with gradients_stay_local(self.model, index + 1 < len(parts)):
@@ -191,10 +217,9 @@ class Trainer:
                 # Processes average their gradients, but each has its share of the sum.
                 (learned * self.world.shares).backward()
             total += loss.detach()
-        clip_gradients(self.model.parameters(), self.config.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return self.world.total(total)
+        if self._graph:
+            average_gradients(self.model.parameters(), self.world)
+        return total
 
     def _parts(self, split: Split, index: int) -> tuple[list[Packed], int]:
         """This process's share of a batch, in parts; and the scored tokens of the whole batch."""

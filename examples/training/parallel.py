@@ -162,6 +162,18 @@ def spread(
     return model
 
 
+def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Average gradients over the processes that have different tokens, in one exchange, where the
+    model is not wrapped for that."""
+    if world.shares == 1:
+        return
+    held = [p for p in parameters if p.grad is not None]
+    joined = torch.cat([cast(Tensor, p.grad).flatten() for p in held])
+    world.total(joined.div_(world.shares))
+    for parameter, part in zip(held, joined.split([p.numel() for p in held]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
     """Scale gradients so that all together have a norm of at most `limit`.
 

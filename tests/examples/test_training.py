@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,12 +24,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from examples.training import checkpoint
+from examples.training import checkpoint, graphs
 from examples.training.checkpoint import Checkpoint
 from examples.training.config import PRESETS, ModelKind, TrainConfig, config_of
-from examples.training.data import IGNORED, Corpus, RecallTask, Split, TextTask
+from examples.training.data import IGNORED, Corpus, Packed, RecallTask, Split, TextTask
 from examples.training.loop import History, Trainer
-from examples.training.parallel import World, clip_gradients, join_world, spread
+from examples.training.parallel import Parallel, World, clip_gradients, join_world, spread
 from tests.distributed.ranks import on_ranks
 from tests.faults.support import exit_code, free_port, start_child
 from tests.support import one_thread
@@ -441,3 +442,85 @@ def test_wrong_settings(changes: dict[str, int], text: str) -> None:
 def test_more_parts_than_sequences(corpus: Corpus) -> None:
     with pytest.raises(ValueError, match="multiple of accumulate"):
         Trainer("nsa", TINY, TextTask(corpus, 48, 0), None, World(0, 3, torch.device("cpu")))
+
+
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph's stand-in computes again, and writes to the same places."""
+
+    def record(call: Callable[[], list[Tensor]]) -> graphs.Recorded:
+        results = [x.clone() for x in call()]
+
+        def replay() -> None:
+            for mine, new in zip(results, call(), strict=True):
+                mine.copy_(new)
+
+        return results, replay
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
+
+
+def test_graphs_give_the_same_losses(
+    corpus: Corpus, unbroken: tuple[History, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step's batch goes to where the graph reads it, and its gradients to the update."""
+    on_a_cpu(monkeypatch)
+    config = replace(TINY, steps=4)
+    task = TextTask(corpus, config.seq_len, config.seed)
+    found = Trainer("nsa", config, task, None, ALONE, graph=True).run().losses
+    assert found == unbroken[0].losses[: len(found)]
+
+
+def test_ranks_with_graphs_give_the_same_losses(
+    corpus: Corpus, unbroken: tuple[History, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_cpu(monkeypatch)
+    config = replace(TINY, steps=3)
+
+    def run(rank: int) -> list[float]:
+        mesh = init_device_mesh("cpu", (1, 2, 1), mesh_dim_names=("dp", "cp", "tp"))
+        world = World(rank, 2, torch.device("cpu"), 1, 2, mesh)
+        task = TextTask(corpus, config.seq_len, config.seed)
+        return Trainer("nsa", config, task, None, world, graph=True).run().losses
+
+    for losses in on_ranks(2, run):
+        assert losses == pytest.approx(unbroken[0].losses[:3], rel=1e-5)
+
+
+def test_batches_that_a_graph_does_not_fit_run_without_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_a_cpu(monkeypatch)
+    weight = torch.nn.Parameter(torch.ones(()))
+
+    def compute(parts: list[Packed], scored: Tensor) -> Tensor:
+        loss = weight * parts[0].input_ids.sum() / scored
+        loss.backward()
+        return loss.detach()
+
+    graphed = graphs.Graphed(compute, [weight])
+    for numbers, calls in (([[1, 2]], 0), ([[3, 4]], 0), ([[5, 6, 7]], 1), ([[8, 9, 10]], 1)):
+        ids = torch.tensor(numbers)
+        weight.grad = None
+        loss = graphed([Packed.of(ids, ids, torch.device("cpu"))], 2)
+        assert weight.grad is not None
+        assert float(loss) == float(weight.grad) == float(ids.sum()) / 2
+        assert len(caplog.records) == calls, "it is said once"
+    assert "--graph: a batch of other lengths" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "parallel", "text"),
+    [
+        ("nsa", ALONE, None, "--graph needs a GPU; got cpu; leave it out"),
+        ("dense", World(0, 1, torch.device("cuda")), None, "read lengths on the host; got dense"),
+        ("nsa", World(0, 2, torch.device("cuda")), "fsdp", "takes whole weights; got fsdp"),
+        ("nsa", World(0, 4, torch.device("cuda"), tp=2), None, "got fsdp, --tp 2 and 4 processes"),
+    ],
+)
+def test_steps_that_no_graph_can_hold(
+    corpus: Corpus, kind: ModelKind, world: World, parallel: Parallel | None, text: str
+) -> None:
+    task = TextTask(corpus, TINY.seq_len, TINY.seed)
+    with pytest.raises(ValueError, match=text):
+        Trainer(kind, TINY, task, None, world, parallel, graph=True)
