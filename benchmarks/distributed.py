@@ -6,8 +6,10 @@
 Time, peak memory, share of exchange, and what `nsagen plan` predicts. The attention layer has 64
 query heads over 4 of 128 in bfloat16; the step is that of the example's larger model; one sequence.
 Each rank runs a case alone, then the ranks share its sequence, then its heads; the longest step
-only with a shared sequence. Kernels are compiled first, by processes of their own. What says most
-comes first, and each row is written at once, so the file is whole whenever the time is up.
+only with a shared sequence. `--what` chooses; "graph" is the step with its gradients in a CUDA
+graph. Kernels are compiled first, by processes of their own. What says most comes first, and each
+row is written at once, so the file is whole whenever the time is up. An error in a row is one, and
+a row that does not end is written as that, and ends the run.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,12 +61,17 @@ LONG_MS = 2000
 """A call that takes longer is measured once."""
 
 
+WHAT = ("attention", "step", "longest", "graph")
+
+
 class Case(NamedTuple):
-    """One row: "attention" or "training step", its tokens, and what the ranks share."""
+    """One row: "attention" or "training step", its tokens, what the ranks share, and whether the
+    step's gradients are a CUDA graph."""
 
     what: str
     tokens: int
     split: str
+    graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,15 +97,19 @@ class Sizes:
     dtype: torch.dtype
     calls: int
 
-    def cases(self) -> list[Case]:
-        """By worth: the attention layer, then the step, and heads last."""
-        shared: list[Case] = []
-        for split in (SPLITS[:2], SPLITS[2:]):
-            shared += [Case("attention", n, one) for n in self.tokens for one in split]
-        steps = [Case("training step", n, one) for n in self.tokens for one in SPLITS[:2]]
-        longest = Case("training step", self.longest, "context")
-        heads = [Case("training step", n, "tensor") for n in self.tokens]
-        return [*shared, *steps, longest, *heads]
+    def cases(self, what: Sequence[str] = WHAT) -> list[Case]:
+        """By worth: the attention layer, then the step; and heads last."""
+        step = "training step"
+        kinds = {"attention": ("attention", False), "step": (step, False), "graph": (step, True)}
+        cases = [
+            Case(kinds[kind][0], n, split, kinds[kind][1])
+            for kind in kinds
+            if kind in what
+            for splits in (SPLITS[:2], SPLITS[2:])
+            for n in self.tokens
+            for split in splits
+        ]
+        return [*cases, Case(step, self.longest, "context")] if "longest" in what else cases
 
     def layer(self, tokens: int) -> ToyNSALlamaConfig:
         """A model that is the attention layer and next to nothing else, for the estimate."""
@@ -157,11 +171,12 @@ TINY = Sizes(
 
 @dataclass
 class Meter:
-    """Times and memory of this rank's device, and how much time is left."""
+    """Times and memory of this rank's device, and how much time is left, in all and for a row."""
 
     device: torch.device
     calls: int
     seconds: float = math.inf
+    row_seconds: float = math.inf
     began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -245,22 +260,32 @@ def measure(
     meter: Meter,
     gpu: Gpu | None = None,
     keep: Callable[[list[Row]], object] = lambda rows: None,
+    what: Sequence[str] = WHAT,
 ) -> list[Row]:
     """The rows of every case for which there is time; all ranks of the default group call it.
 
     Args:
         gpu: whose estimate of several GPUs goes beside what they took.
         keep: takes the rows so far after each case.
+        what: kinds of cases.
     """
     worlds, ranks = worlds_of(meter.device), dist.get_world_size()
     rows: list[Row] = []
-    alone: dict[str, dict[int, Row]] = {what: {} for what in RUNS}
-    for case in sizes.cases():
+    alone: dict[tuple[str, bool], dict[int, Row]] = defaultdict(dict)
+    for case in sizes.cases(what):
         if meter.is_over():
             break
         row: Row = {**case._asdict(), "elapsed_s": round(meter.elapsed, 1)}
-        row |= RUNS[case.what](sizes, case, worlds[case.split], meter)
-        of_one = alone[case.what]
+        rows.append(row)
+        with watched(meter.row_seconds, rows, keep):
+            try:
+                row |= RUNS[case.what](sizes, case, worlds[case.split], meter)
+            except Exception as error:  # the next case may have none
+                row["error"] = f"{type(error).__name__}: {error}"
+        if "error" in row:
+            keep(rows)
+            continue
+        of_one = alone[case.what, case.graph]
         if case.split == "alone":
             of_one[case.tokens] = row
         elif gpu and of_one:
@@ -273,12 +298,31 @@ def measure(
                 row["peak_of_alone"] = row["peak_bytes"] / one["peak_bytes"]
         if "exchange_ms" in row:
             row["exchange_share"] = row["exchange_ms"] / row["ms"]
-        rows.append(row)
         keep(rows)
         gc.collect()  # the case's model
         if meter.device.type == "cuda":
             torch.cuda.empty_cache()
     return rows
+
+
+@contextmanager
+def watched(seconds: float, rows: list[Row], keep: Callable[[list[Row]], object]) -> Iterator[None]:
+    """End this process if the last row is not done in time: a rank that waits for another's
+    exchange waits forever."""
+
+    def end() -> None:
+        rows[-1]["error"] = f"no end within {seconds:.0f} s"
+        keep(rows)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    if seconds < math.inf:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def worlds_of(device: torch.device) -> dict[str, World]:
@@ -358,7 +402,7 @@ class RandomTokens:
 
 def step(sizes: Sizes, case: Case, world: World, meter: Meter) -> Row:
     """A training step of the example: forward and backward pass, clipping and AdamW."""
-    trainer = trainer_of(sizes, case.tokens, world)
+    trainer = trainer_of(sizes, case.tokens, world, case.graph)
     config, losses = trainer.config, list[Tensor]()
 
     def run() -> None:
@@ -366,7 +410,7 @@ def step(sizes: Sizes, case: Case, world: World, meter: Meter) -> Row:
 
     row: Row = {"recompute": config.activation_checkpointing, "ms": meter.milliseconds(run)}
     row |= {"peak_bytes": meter.peak_bytes(), "loss": float(losses[0])}
-    if case.split == "alone":
+    if case.split == "alone" or case.graph:
         return row
     dtype = torch.bfloat16 if config.amp else torch.float32
     if case.split == "context":
@@ -380,8 +424,9 @@ def step(sizes: Sizes, case: Case, world: World, meter: Meter) -> Row:
     return row if row["ms"] > LONG_MS else row | meter.moving(run)
 
 
-def trainer_of(sizes: Sizes, tokens: int, world: World) -> Trainer:
-    return Trainer("nsa", sizes.training(tokens), RandomTokens(tokens), None, world)
+def trainer_of(sizes: Sizes, tokens: int, world: World, graph: bool = False) -> Trainer:
+    task = RandomTokens(tokens)
+    return Trainer("nsa", sizes.training(tokens), task, None, world, graph=graph)
 
 
 RUNS = {"attention": attention, "training step": step}
@@ -486,6 +531,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no case after these")
+    late = "end the run if a row takes longer"
+    parser.add_argument("--row-seconds", type=float, default=math.inf, help=late)
+    parser.add_argument("--what", choices=WHAT, nargs="+", default=WHAT, help="default: all")
+    parser.add_argument("--compiled", action="store_true", help="kernels are in Triton's cache")
     parser.add_argument("--compile", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     gpus = torch.cuda.is_available()
@@ -501,14 +550,14 @@ def main(arguments: list[str] | None = None) -> int:
         run_alone(USUAL, device, int(options.compile[0]), *options.compile[1:])
         dist.destroy_process_group()
         return 0
-    if gpus and not options.tiny and device.index == 0:
+    if gpus and not (options.tiny or options.compiled) and device.index == 0:
         compile_first()
     bound: dict[str, Any] = {"device_id": device} if gpus else {}
     dist.init_process_group(backend, **bound)
     about: dict[str, Any] = provenance() if gpus else {"device": "cpu"}
     about |= {"ranks": dist.get_world_size(), "ready_s": round(time.perf_counter() - began, 1)}
     sizes = TINY if options.tiny else USUAL
-    meter = Meter(device, sizes.calls, options.seconds, began)
+    meter = Meter(device, sizes.calls, options.seconds, options.row_seconds, began)
     gpu = next((one for one in GPUS.values() if one.name in about["device"].lower()), None)
 
     def keep(rows: list[Row]) -> None:
@@ -518,7 +567,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{meter.elapsed:6.1f} s", rows[-1], flush=True)
 
     with naming_lost_ranks():
-        measure(sizes, meter, gpu, keep)
+        measure(sizes, meter, gpu, keep, options.what)
     dist.barrier()
     dist.destroy_process_group()
     return 0

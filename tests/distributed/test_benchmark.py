@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from benchmarks.distributed import (
     measure,
     run_alone,
     share_of_roofline,
+    watched,
 )
 from nsagen.estimate.model import GPUS
 from tests.distributed.ranks import on_ranks
+from tests.faults.support import exit_code, start_child
 from tests.support import one_thread
 
 __all__ = ["one_thread"]  # a fixture
@@ -39,12 +42,15 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "nvid
 def test_every_case_is_measured_alone_and_together() -> None:
     kept: list[int] = []
 
+    what = ("attention", "step", "longest")
+
     def run(rank: int) -> tuple[list[dict[str, Any]], list[int]]:
-        rows = measure(TINY, Meter(CPU, 1), GPUS["h200"], lambda rows: kept.append(len(rows)))
+        gpu = GPUS["h200"]
+        rows = measure(TINY, Meter(CPU, 1), gpu, lambda rows: kept.append(len(rows)), what)
         return rows, kept
 
     for rows, counts in on_ranks(2, run):
-        assert [(row["what"], row["tokens"], row["split"]) for row in rows] == TINY.cases()
+        assert [tuple(row[name] for name in Case._fields) for row in rows] == TINY.cases(what)
         assert counts == [*range(1, len(rows) + 1)], "each row is kept at once"
         assert all(row["ms"] > 0 for row in rows)
         for row in rows:
@@ -64,9 +70,34 @@ def test_every_case_is_measured_alone_and_together() -> None:
 
 
 def test_what_says_most_comes_first_and_nothing_starts_late() -> None:
-    assert USUAL.cases()[:2] == [("attention", 131072, "alone"), ("attention", 131072, "context")]
-    assert set(USUAL.cases()) >= set(itertools.product(RUNS, USUAL.tokens, SPLITS))
+    first, second, *_ = USUAL.cases()
+    assert first == ("attention", 131072, "alone", False)
+    assert second == ("attention", 131072, "context", False)
+    assert {case[:3] for case in USUAL.cases()} >= {*itertools.product(RUNS, USUAL.tokens, SPLITS)}
     assert on_ranks(2, lambda rank: measure(TINY, Meter(CPU, 1, seconds=0.0))) == [[], []]
+
+
+def test_an_error_is_a_row() -> None:
+    """A CPU has no graphs; each case says so, and the next one begins."""
+    for rows in on_ranks(2, lambda rank: measure(TINY, Meter(CPU, 1), what=["graph"])):
+        assert [row["split"] for row in rows] == [*SPLITS]
+        assert {row["error"] for row in rows} == {
+            "ValueError: --graph needs a GPU; got cpu; leave it out"
+        }
+
+
+def test_a_row_that_does_not_end_is_written_and_ends_the_run(tmp_path: Path) -> None:
+    def hang(rows: list[dict[str, Any]]) -> None:
+        with watched(0.05, rows, lambda rows: (tmp_path / "rows").write_text(json.dumps(rows))):
+            time.sleep(60)
+
+    began = time.monotonic()
+    assert exit_code(start_child(lambda: hang([{"ms": 1.0}, {"what": "attention"}]))) == 1
+    assert time.monotonic() - began < 20
+    assert json.loads((tmp_path / "rows").read_text()) == [
+        {"ms": 1.0},
+        {"what": "attention", "error": "no end within 0 s"},
+    ]
 
 
 def test_kernels_are_compiled_by_processes_of_their_own() -> None:
@@ -89,8 +120,8 @@ def test_time_under_several_spans() -> None:
 def test_two_gpus_took_what_is_predicted(split: str) -> None:
     """The layer of 131072 tokens on two H200s, from what one of them took in the same run."""
     measured = json.loads((RESULTS / "distributed.json").read_text())["rows"]
-    rows = {(row["what"], row["tokens"], row["split"]): row for row in measured}
-    share = share_of_roofline(USUAL, GPUS["h200"], rows["attention", 131072, "alone"])
-    case = Case("attention", 131072, split)
+    rows = {Case(row["what"], row["tokens"], row["split"]): row for row in measured}
+    alone, case = (Case("attention", 131072, one) for one in ("alone", split))
+    share = share_of_roofline(USUAL, GPUS["h200"], rows[alone])
     predicted = estimated(USUAL, GPUS["h200"], case, 2, ((131072.0, share),))
     assert rows[case]["ms"] == pytest.approx(predicted, rel=0.15)
