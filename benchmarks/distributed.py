@@ -50,7 +50,7 @@ from nsagen.distributed.gathering import Gathering
 from nsagen.estimate.efficiency import Efficiency, Points
 from nsagen.estimate.model import GPUS, Gpu
 from nsagen.estimate.model import Split as Ranks
-from nsagen.estimate.training import step_of
+from nsagen.estimate.training import Step, step_of
 from nsagen.model import NativeSparseAttention, RopeConfig, ToyNSALlamaConfig
 
 Row = dict[str, Any]
@@ -290,7 +290,8 @@ def measure(
             of_one[case.tokens] = row
         elif gpu and of_one:
             shares = [(n, share_of_roofline(sizes, gpu, r)) for n, r in sorted(of_one.items())]
-            row["predicted_ms"] = estimated(sizes, gpu, case, ranks, tuple(shares))
+            step = estimate(sizes, gpu, case, ranks, tuple(shares))
+            row["predicted_ms"] = 1e3 * (step.busy if case.graph else step.seconds)
             row["of_predicted"] = row["ms"] / row["predicted_ms"]
         if one := of_one.get(case.tokens):
             row["of_alone"] = row["ms"] / one["ms"]
@@ -474,13 +475,14 @@ def share_of_roofline(sizes: Sizes, gpu: Gpu, alone: Row) -> float:
     """Attention's share of the roofline with which the estimate for one GPU is what one took."""
     case = Case(alone["what"], alone["tokens"], "alone")
     roofline, others = (
-        estimated(sizes, gpu, case, 1, ((case.tokens, share),)) for share in (1.0, math.inf)
+        1e3 * estimate(sizes, gpu, case, 1, ((case.tokens, share),)).busy
+        for share in (1.0, math.inf)
     )
     return min(1.0, (roofline - others) / max(alone["ms"] - others, roofline - others))
 
 
-def estimated(sizes: Sizes, gpu: Gpu, case: Case, ranks: int, shares: Points) -> float:
-    """Milliseconds by the model of `nsagen plan`, with these shares at some numbers of tokens."""
+def estimate(sizes: Sizes, gpu: Gpu, case: Case, ranks: int, shares: Points) -> Step:
+    """What the model of `nsagen plan` says, with these shares at some numbers of tokens."""
     split = {
         "alone": Ranks(1, 1),
         "context": Ranks(1, 1, ranks),
@@ -489,7 +491,7 @@ def estimated(sizes: Sizes, gpu: Gpu, case: Case, ranks: int, shares: Points) ->
     efficiency = Efficiency("this run", shares, (), shares)
     recompute = case.what != "attention" and sizes.training(case.tokens).activation_checkpointing
     config = sizes.model(case)
-    return 1e3 * step_of(config, gpu, case.tokens, 1, split, recompute, efficiency).seconds
+    return step_of(config, gpu, case.tokens, 1, split, recompute, efficiency)
 
 
 def compile_first() -> None:

@@ -30,6 +30,14 @@ STATE_BYTES = 16
 the two moments of Adam."""
 
 
+EXCHANGE_SECONDS = 3e-4
+"""What an exchange of a shared sequence takes besides moving bytes: launches, waits, and rows put
+in order. Of two H200s of one host; see `tests/distributed/test_benchmark.py`."""
+
+HOST_SECONDS = 2.5e-3
+"""A layer's forward or backward pass on the host, which starts operations one by one."""
+
+
 @dataclass(frozen=True)
 class Step:
     """Needs of one GPU for one training step.
@@ -37,7 +45,10 @@ class Step:
     Attributes:
         recompute: whether each layer's activations are computed again in the backward pass.
         state, activations: bytes; state is weights, gradients and the optimizer's.
-        seconds: of the step; exchange: how many of them only exchange data.
+        seconds: of the step, the longer of the next two.
+        busy: seconds in which the GPU computes or waits for data; exchange: how many of them only
+            exchange data.
+        host: seconds in which the host starts the step's operations.
         moving: seconds in which data move, also while the GPU computes.
         tokens_per_second: of each GPU.
         fits: whether both fit into the GPU.
@@ -48,7 +59,9 @@ class Step:
     state: int
     activations: int
     seconds: float
+    busy: float
     exchange: float
+    host: float
     moving: float
     tokens_per_second: float
     fits: bool
@@ -121,14 +134,19 @@ def step_of(
     weights = _data_seconds(config, gpu, split, passes + 1)
     hidden = window_passes * passes
     exchange = heads + max(0.0, sequences - hidden) + max(0.0, weights - compute)
-    seconds = compute + exchange
+    exchange += EXCHANGE_SECONDS * _context_exchanges(config, split, passes)
+    host = HOST_SECONDS * config.num_hidden_layers * passes
+    busy = compute + exchange
+    seconds = max(busy, host)
     return Step(
         split,
         recompute,
         state,
         activations,
         seconds,
+        busy,
         exchange,
+        host,
         heads + sequences + weights,
         batch * context / seconds / (split.tensor * split.context * split.data),
         state + activations <= USABLE * gpu.memory,
@@ -186,6 +204,20 @@ def _context_seconds(
     return exchanges * moved / link_rate(gpu, split.context, split.tensor)
 
 
+def _context_exchanges(config: ToyLlamaConfig, split: Split, passes: int) -> int:
+    """How many a step has: in each pass over a layer gathers of tokens, and of what ranks blocks;
+    one sum of each's gradients; and the few tokens that windows read of other ranks, with theirs.
+    """
+    if split.context == 1:
+        return 0
+    each = passes + 1
+    if isinstance(config, ToyNSALlamaConfig) and config.needs_windows:
+        each = 3 * passes + 2
+    elif isinstance(config, MemberConfig):  # blocks are ranked in forward passes alone
+        each += 2 * (passes - 1)
+    return each * config.num_hidden_layers
+
+
 def _data_seconds(config: ToyLlamaConfig, gpu: Gpu, split: Split, exchanges: int) -> float:
     """Gathers of the layers' weights in each pass, and one sum of gradients, over the GPUs with the
     same heads."""
@@ -238,5 +270,7 @@ def _activation_bytes(
     layers = config.num_hidden_layers
     kept = layers * 2 * config.hidden_size + layer if recompute else layers * layer
     logits = 2 * 4 * config.vocab_size
-    gathered = 2 * _gathered_bytes(config, whole, split) if split.context > 1 else 0
-    return tokens * (kept + logits) + gathered
+    gathered = 0.0
+    if split.context > 1:  # what front pieces see comes twice
+        gathered = 2 * _gathered_bytes(config, whole, split) * (1 + 0.5 / split.context)
+    return tokens * (kept + logits) + int(gathered)

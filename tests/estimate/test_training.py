@@ -18,6 +18,7 @@ from tests.model.tiny import nsa_config
 
 H200 = GPUS["h200"]
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "nvidia-h200"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "scaling.md"
 LLAMA = {"num_hidden_layers": 32, "num_key_value_heads": 8, "vocab_size": 128256}
 
 
@@ -114,3 +115,21 @@ def test_a_thousand_gpus_and_a_million_tokens(capsys: pytest.CaptureFixture[str]
     out = " ".join(capsys.readouterr().out.split())
     assert "Training: 32 sequences of 1,048,576 tokens a step" in out
     assert "1 GB/s from a GPU to other hosts" in out
+
+
+def test_the_documented_table_is_what_the_roofline_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("llama8b", "--gpus", "1024", "--context", "1048576", "--batch", "32")
+    with pytest.raises(SystemExit):
+        main(["plan", *arguments, "--results", str(tmp_path), "--json"])
+    models = {row["attention"]: row for row in json.loads(capsys.readouterr().out)["models"]}
+    shown = [line for line in DOCS.read_text().splitlines() if " x 32 |" in line]
+    for line in shown:
+        label = line.split("|")[1].strip()
+        step = models[label]["training"]
+        split = " x ".join(str(step["split"][name]) for name in ("tensor", "context", "data"))
+        memory = f"{(step['state'] + step['activations']) / 1e9:.0f} GB"
+        figures = (split, memory, f"{step['seconds']:.1f} s", f"{step['tokens_per_second']:.0f}")
+        assert line == f"| {' | '.join((label, *figures))} |"
+    assert len(shown) == 4
