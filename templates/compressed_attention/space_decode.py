@@ -41,6 +41,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "spill": (step + width - 2) // step,
         "scored": max(16, scores_at_once // heads_pad),
         "scores_at_once": scores_at_once,
+        "summed": 4 * scores_at_once,
     }
 
 
@@ -62,4 +63,14 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     }
 
 
-SPACES = (split_kv.space("compressed_attention", derive, default),)
+SPACES = (
+    split_kv.space("compressed_attention", derive, default),
+    # Not timed on a GPU yet.
+    split_kv.space(
+        "compressed_attention",
+        derive,
+        default,
+        algorithm="split_tiles",
+        preferred=lambda workload, target: False,
+    ),
+)

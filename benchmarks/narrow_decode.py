@@ -1,0 +1,243 @@
+"""Attention of a decode step, float8 caches beside bfloat16: today's default kernels and others.
+
+    python benchmarks/narrow_decode.py --out "$OUT"
+
+One layer of 64 heads of 128 over 4, defaults of NSA. Each call is a replayed graph with a cold L2
+cache; results are compared with the default's. Writes narrow_decode.json after each size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsagen.bench.decode import ATTENTION
+from nsagen.bench.decode_cases import AttentionCaches
+from nsagen.bench.measure import graphed, milliseconds
+from nsagen.cases.base import Sizes, relative_error
+from nsagen.codegen.template import kernel_name, render, space_for
+from nsagen.core.importing import import_file
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Param, Schedule, Workload
+
+TARGET = KNOWN_TARGETS["cuda:90"]
+BATCHES, CONTEXTS = (1, 4, 32), (4096, 32768, 131072)
+DTYPES = ("", "float8_e4m3fn")
+COMPRESSED, BRANCHES = "compressed_attention", "native_sparse_attention"
+BLOCKS = {"block_size": 64, "topk": 16}
+STATICS: dict[str, dict[str, int]] = {
+    COMPRESSED: {"kernel_size": 32, "kernel_stride": 16, "init_blocks": 1, "local_blocks": 2},
+    BRANCHES: {"window_size": 512},
+}
+HEADS = {"head_dim": 128, "v_head_dim": 128, "gqa_ratio": 16}
+
+# (block_n, num_warps, num_stages, programs), beside the defaults.
+NARROW_STEPS = (
+    *((64, 2, 3, 528), (32, 2, 3, 792), (32, 2, 4, 792), (32, 2, 4, 528), (32, 1, 3, 1056)),
+    *((32, 1, 4, 1056), (16, 1, 4, 1056), (32, 4, 4, 528), (64, 4, 3, 396), (64, 4, 3, 528)),
+)
+WIDE_STEPS = ((64, 4, 3, 264), (64, 4, 3, 396), (32, 4, 4, 528), (32, 2, 4, 528))
+BRANCH_STEPS = (
+    *((64, 2, 3, 528), (64, 2, 3, 1056), (32, 2, 4, 528), (32, 2, 4, 1056), (32, 1, 4, 1056)),
+    *((32, 4, 4, 528), (64, 4, 3, 528), (64, 4, 3, 1056), (64, 4, 2, 396)),
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A variant of an op's decode pass; `programs` need not be one that tuning may choose."""
+
+    op: str
+    cache_dtype: str
+    algorithm: str = ""
+    steps: tuple[int, int, int, int] | None = None
+    knobs: dict[str, Param] = field(default_factory=dict, hash=False)
+
+    @property
+    def name(self) -> str:
+        steps = "default" if self.steps is None else "n{} w{} s{} p{}".format(*self.steps)
+        more = "".join(f" {name} {value}" for name, value in self.knobs.items())
+        return f"{self.algorithm} {steps}{more}"
+
+    @property
+    def workload(self) -> Workload:
+        narrow: dict[str, Param] = {"cache_dtype": self.cache_dtype} if self.cache_dtype else {}
+        sizes = {**HEADS, **BLOCKS, **STATICS[self.op]}
+        return Workload.of(self.op, "decode", dtype="bfloat16", **narrow, **sizes)
+
+    def launch(self, folder: Path) -> Callable[..., None]:
+        return import_file(self.file(folder)).launch
+
+    def file(self, folder: Path) -> Path:
+        work = self.workload
+        default = space_for(work, self.algorithm).default_schedule(work, TARGET)
+        knobs = dict(default.knobs) | self.knobs
+        programs = knobs["programs"]
+        if self.steps is not None:
+            names = ("block_n", "num_warps", "num_stages")
+            knobs |= dict(zip(names, self.steps, strict=False))
+            programs = self.steps[3]
+        schedule = Schedule.of(self.algorithm, knobs)
+        path = folder / f"{kernel_name(work, schedule)}_{programs}.py"
+        if not path.exists():
+            text = render(work, schedule, header=f"# {work}: {schedule}")
+            old = f"PROGRAMS = {knobs['programs']}\n"
+            path.write_text(text.replace(old, f"PROGRAMS = {programs}\n"))
+        return path
+
+
+def compile_one(kernel: Kernel, folder: Path, batch: int, context: int) -> None:
+    """Into Triton's cache, where the launch finds it."""
+    from nsagen.aot.compile import compile_launch, recorded_launches
+
+    sizes = Sizes((context - 1,) * batch, kv_heads=4, capacity=context)
+    for call in recorded_launches(kernel.file(folder), kernel.workload, sizes):
+        compile_launch(call, TARGET, kernel.name)
+
+
+class Bench:
+    """Kernels on the caches of one size after another."""
+
+    def __init__(self, folder: Path, out: Path, end: float) -> None:
+        self.folder, self.out, self.end = folder, out, end
+        self.rows: list[dict[str, Any]] = []
+
+    def size(self, batch: int, context: int, cache_dtype: str, kernels: Sequence[Kernel]) -> None:
+        """Time kernels on caches of one size, and the whole attention by the first of each op."""
+        if time.monotonic() > self.end:
+            print(f"out of time before {batch} x {context} {cache_dtype}", flush=True)
+            return
+        c = AttentionCaches(
+            *(ATTENTION, batch, context, torch.device("cuda"), torch.bfloat16),
+            cache_dtype=cache_dtype or None,
+        )
+        expected: dict[str, tuple[Tensor, ...]] = {}
+        calls: dict[str, dict[str, Callable[[], object]]] = {COMPRESSED: {}, BRANCHES: {}}
+        for kernel in kernels:
+            outputs, call = self.call(kernel, c, expected)
+            try:
+                call()
+            except Exception as error:  # a schedule that does not fit is a row, too
+                self.row(batch, context, kernel, error=repr(error)[:200])
+                continue
+            agrees = self.compare(expected.setdefault(kernel.op, outputs), outputs)
+            self.row(batch, context, kernel, ms=milliseconds(graphed(call)), **agrees)
+            calls[kernel.op][kernel.name] = call
+            if len(calls[kernel.op]) <= 2 and batch * context >= 32 * 131072:
+                self.parts(kernel, call)
+        for compressed, branches in itertools.product(*(list(c)[:2] for c in calls.values())):
+            steps = (
+                c.ops()["cache_append"],
+                calls[COMPRESSED][compressed],
+                calls[BRANCHES][branches],
+            )
+            ms = milliseconds(graphed(lambda steps=steps: [step() for step in steps]))
+            whole = Kernel(f"all, {branches}", cache_dtype, compressed)
+            self.row(batch, context, whole, ms=ms)
+        self.out.write_text(json.dumps(self.rows, indent=1))
+
+    def call(
+        self, kernel: Kernel, c: AttentionCaches, expected: dict[str, tuple[Tensor, ...]]
+    ) -> tuple[tuple[Tensor, ...], Callable[[], object]]:
+        launch, scale = kernel.launch(self.folder), 128**-0.5
+        o = torch.full_like(c.q, float("nan"))
+        if kernel.op == COMPRESSED:
+            idx = torch.full((4, len(c.q), 16), -7, dtype=torch.int32, device=c.q.device)
+            at = (c.cache.ck, c.cache.cv, c.positions, c.slots)
+            more = (c.cache.ck_scale, c.cache.cv_scale) if kernel.cache_dtype else ()
+            return (o, idx), partial(launch, c.q, *at, o, idx, scale, None, *more)
+        of_compressed, idx = expected[COMPRESSED]
+        at = (c.cache.k, c.cache.v, idx, c.positions, c.slots, of_compressed, c.gate)
+        more = (None, None, c.cache.k_scale, c.cache.v_scale) if kernel.cache_dtype else ()
+        return (o,), partial(launch, c.q, *at, o, scale, None, *more)
+
+    def compare(self, expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> dict[str, float]:
+        rows = {"error": relative_error(found[0], expected[0])}
+        if len(found) > 1:
+            rows["other_blocks"] = (found[1] != expected[1]).float().mean().item()
+        return rows
+
+    def parts(self, kernel: Kernel, call: Callable[[], object]) -> None:
+        """The times of a call's kernels, by the profiler."""
+        flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            for _ in range(20):
+                flush.zero_()
+                call()
+            torch.cuda.synchronize()
+        for event in found.key_averages():
+            if any(name in event.key for name in ("decode__", "combine", "sum_branches")):
+                us = event.device_time_total / event.count
+                row = {"part": event.key[:60], "kernel": kernel.name, "us": us}
+                self.rows.append(row | {"cache": kernel.cache_dtype or "bfloat16"})
+                print(f"    {self.rows[-1]}", flush=True)
+
+    def row(self, batch: int, context: int, kernel: Kernel, **found: Any) -> None:
+        row = {"batch": batch, "context": context, "op": kernel.op, "kernel": kernel.name}
+        row["cache"] = kernel.cache_dtype or "bfloat16"
+        self.rows.append(row | found)
+        text = ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()
+        )
+        print(f"{batch} x {context} {row['cache']} {kernel.op}: {kernel.name}: {text}", flush=True)
+
+
+def kernels_of(cache_dtype: str, every: bool) -> list[Kernel]:
+    """What is timed: the defaults and the new form, and with `every` more schedules."""
+    form = partial(Kernel, COMPRESSED, cache_dtype)
+    branches = partial(Kernel, BRANCHES, cache_dtype, "split_kv")
+    found = [form("split_kv"), form("split_tiles"), branches()]
+    if every:
+        found += [form("split_tiles", knobs={"combine_warps": n}) for n in (2, 8)]
+        found += [form("split_tiles", s) for s in (NARROW_STEPS if cache_dtype else WIDE_STEPS)]
+        found += [branches(s) for s in BRANCH_STEPS]
+        found += [branches(knobs={"combine_warps": n}) for n in (1, 2)]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--seconds", type=float, default=85, help="begin nothing after these")
+    parser.add_argument("--compile-only", action="store_true", help="needs no GPU")
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    sizes = [(32, 131072), *((b, c) for c in CONTEXTS for b in BATCHES if (b, c) != (32, 131072))]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        work = [
+            (kernel, folder, batch, context)
+            for batch, context in sizes
+            for narrow in DTYPES
+            for kernel in kernels_of(narrow, (batch, context) == sizes[0])
+        ]
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(16, multiprocessing.cpu_count()), spawn) as pool:
+            for job in [pool.submit(compile_one, *one) for one in work]:
+                if error := job.exception():
+                    print(f"not compiled: {error}", flush=True)
+        print(f"compiled with {end - time.monotonic():.0f} s left", flush=True)
+        if options.compile_only:
+            return
+        options.out.mkdir(parents=True, exist_ok=True)
+        bench = Bench(folder, options.out / "narrow_decode.json", end)
+        for (batch, context), narrow in itertools.product(sizes, DTYPES):
+            every = (batch, context) == sizes[0]
+            bench.size(batch, context, narrow, kernels_of(narrow, every))
+
+
+if __name__ == "__main__":
+    main()
