@@ -170,9 +170,10 @@ def compile_launch(call: RecordedLaunch, target: Target, variant: str) -> Any:
         BuildError: Triton cannot compile it for the target; the text names the variant.
     """
     args = [call.args[param.name] for param in call.kernel.params]
+    options = {k: v for k, v in call.options.items() if k != "maxnreg" or target.backend == "cuda"}
     try:
         with _compiling_for(target):
-            return call.kernel.warmup(*args, grid=(1,), **call.options)
+            return call.kernel.warmup(*args, grid=(1,), **options)
     except Exception as error:  # Triton raises many types here; all mean the same to a build
         said = str(error).strip() or type(error).__name__  # an assertion may have no text
         raise BuildError(

@@ -69,6 +69,12 @@ def reloads(workload: Workload, schedule: Schedule) -> bool:
     return workload.dtype == "float32" and sum(query_bytes(workload, schedule)) > RESIDENT_BYTES
 
 
+def fills_registers(workload: Workload) -> bool:
+    """Whether plain products, in float32, have more queries than small tiles hold in registers."""
+    many = int(workload.head_dim) > 64 or group_of(workload) > 16
+    return workload.dtype == "float32" and many
+
+
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """Padded sizes, windows and blocks in units of kernel_stride, and the heads' products."""
     dim, stride = int(workload.head_dim), int(workload.kernel_stride)
@@ -80,6 +86,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "pad_d": next_power_of_2(dim) != dim,
         "pieces": pieces(group_of(workload), int(schedule.tokens), int(schedule.columns)),
         "reload": reloads(workload, schedule),
+        "free_registers": fills_registers(workload),
         "step": step,
         "step_pad": step_rows(workload, schedule),
         "parts": -(-step // step_rows(workload, schedule)),
@@ -96,9 +103,9 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
     row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
     windows = int(schedule.windows)
     of_products = query_bytes(workload, schedule)
-    # Loaded in each step, they share their place unless they are loaded a step ahead.
-    again = reloads(workload, schedule) and int(schedule.num_stages) == 1
-    queries = max(of_products) if again else sum(of_products)
+    queries, ahead = sum(of_products), int(schedule.num_stages) - 1
+    if reloads(workload, schedule):  # in each step: those of the steps ahead, or one after another
+        queries = ahead * queries if ahead else max(of_products)
     plane = 4 * int(schedule.tokens) * (windows // step_rows(workload, schedule))
     return queries + row * int(schedule.num_stages) * windows + plane
 
@@ -123,15 +130,13 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
     group = group_of(workload)
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
         tokens, warps = (8, 4) if group > 4 else (16, 8)
-        if int(workload.head_dim) > 64:  # one product of 32 columns: with more, thousands of spills
-            tokens = max(1, min(tokens, 32 // next_power_of_2(group)))
+        if fills_registers(workload):  # with more columns in all, operands go through the stack
+            columns = _LEAST_COLUMNS if int(workload.head_dim) > 128 else 2 * _LEAST_COLUMNS
+            tokens = max(1, min(tokens, columns // next_power_of_2(group)))
         knobs = {"tokens": tokens, "columns": 32, "windows": 16, "segment": 256}
-        if int(workload.head_dim) > 64 and target.backend == "cuda":
-            # With one stage, four warps or more columns, operands go through the stack; so they do
-            # with four products of 64 wide heads on some targets, and not with two.
-            few = group == 64 and int(workload.head_dim) > 128 and target.arch in ("86", "89")
-            columns = 32 if few else 16
-            return {**knobs, "columns": columns, "num_warps": 8, "num_stages": 2}
+        if fills_registers(workload) and target.backend == "cuda":
+            # With one stage, four warps or more columns, operands go through the stack.
+            return {**knobs, "columns": 16, "num_warps": 8, "num_stages": 2}
         return {**knobs, "num_warps": warps}
     wide = int(workload.head_dim) > 128  # twice the addresses of keys in flight
     # Four warps spill on Blackwell, on parts whose shared memory holds few tokens of a group, and

@@ -59,7 +59,8 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     roomy = target.shared_memory >= 128 * 1024
     loads = "pointers"
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
-        block_m, block_n, warps, stages = 32, 32, 4, 1
+        few = 32 if int(workload.head_dim) <= 64 else 16  # operands of more go through the stack
+        block_m, block_n, warps, stages = few, few, 4, 1
     elif target.has_wgmma:
         block_m, block_n, warps, stages, loads = 128, 128, 8, 3, "descriptors"
     elif roomy:

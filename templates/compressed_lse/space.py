@@ -34,15 +34,15 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     wide = int(workload.head_dim) > 128
     roomy = target.shared_memory >= 128 * 1024
     if workload.dtype == "float32":  # no matrix instruction is exact: small tiles of plain FMA
-        block_m, block_n, warps, stages = 32, 32, 4, 1
+        few = 32 if int(workload.head_dim) <= 64 else 16  # operands of more go through the stack
+        block_m, block_n, warps, stages = few, few, 4, 1
     elif target.has_wgmma:
         block_m, block_n, warps, stages = 128, 64 if wide else 128, 8, 2  # a third one is slower
     elif roomy:
         block_m, block_n, warps, stages = 128, 32 if wide else 64, 8, 3
     else:
         block_m, block_n, warps, stages = 64, 32, 4, 1 if wide else 2
-    knobs = {"block_m": block_m, "block_n": block_n, "num_warps": warps, "num_stages": stages}
-    return dict(knobs)
+    return {"block_m": block_m, "block_n": block_n, "num_warps": warps, "num_stages": stages}
 
 
 SPACES = (
