@@ -124,8 +124,6 @@ def checked(s: Sizes = FULL) -> dict[str, tuple[Workload, str]]:
         block = {"block_size": layer.block}
         window = {"window_size": layer.local * layer.block, **block}
         free = {**block, "init_blocks": 0, "local_blocks": layer.local}
-        if layer.local > 2:  # the cases choose 16 blocks in all
-            free["local_blocks"] = 9
         for pass_ in ("forward", "backward"):
             found[f"{name} attention {pass_}"] = (of("selected_attention", pass_, **block), "")
             w = of("sliding_window_attention", pass_, **window)
@@ -147,7 +145,7 @@ def check(run: Run, name: str) -> None:
     w, algorithm = checked()[name]
     algorithm = algorithm or default_schedule(w, SM90).algorithm
     launch = run.kernel(w, algorithm)
-    sizes = sizes_for(w)
+    sizes = sizes_for(w, (run.sizes.minicpm if name.startswith("MiniCPM") else run.sizes.m3).topk)
     if w.named().get("local_blocks"):  # such a kernel takes lists as selection writes them
         sizes = replace(sizes, any_order=False)
     case = cases_of(w).make_case(w, sizes, run.sizes.device, seed=1)
@@ -253,6 +251,21 @@ def run_all(
     }
 
 
+def updated(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A run's results, and the rows of an earlier one for what this one did not measure.
+
+    A row says which run it is from by `run`, an index into `runs`; without one it is of this run.
+    """
+    facts = ("device", "torch", "triton")
+    fresh = {(row["what"], row["tokens"]) for row in now["rows"]}
+    kept = [row for row in before["rows"] if (row["what"], row["tokens"]) not in fresh]
+    runs = [*before.get("runs", []), {name: before[name] for name in facts}]
+    kept = [{"run": len(runs) - 1, **row} for row in kept]
+    rows = [*now["rows"], *kept]
+    found = goals([row for row in rows if "ms" in row])
+    return {**now, "rows": rows, "goals": found, "runs": runs if kept else []}
+
+
 def _triton() -> str:
     import triton
 
@@ -308,6 +321,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=145.0, help="begin nothing after these")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--no-checks", action="store_true", help="compare no kernel by itself")
+    parser.add_argument(
+        "--update",
+        type=Path,
+        help="results whose rows are kept where this run has none of the kind",
+    )
     args = parser.parse_args()
     if args.plot:
         draw(json.loads(args.out.read_text()), args.plot)
@@ -316,6 +334,8 @@ def main() -> int:
     torch.set_num_threads(min(8, os.cpu_count() or 1))  # small models run on the CPU too
     kernels = [] if args.no_checks else None
     content = run_all(TINY if args.dry else FULL, seconds, args.parts, kernels)
+    if args.update:
+        content = updated(json.loads(args.update.read_text()), content)
     args.out.write_text(json.dumps(content, indent=1) + "\n")
     for row in content["goals"]:
         print(json.dumps(row))

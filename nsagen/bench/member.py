@@ -54,6 +54,10 @@ class Member:
         return self.shape.dtype
 
     @property
+    def topk(self) -> int:
+        return self.shape.topk
+
+    @property
     def indexed(self) -> bool:
         """Whether a learned index ranks blocks."""
         return self.shape.scorer == "index"

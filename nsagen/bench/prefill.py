@@ -143,7 +143,8 @@ def _rows_of_length(
 
 def cost_of(shape: Shape | Member, op: str, pass_: str, tokens: int) -> Cost:
     """The least work of an op on one sequence."""
-    workload, sizes = shape.workload(op, pass_), Sizes((tokens,), shape.heads_of(op))
+    sizes = Sizes((tokens,), shape.heads_of(op), topk=shape.topk)
+    workload = shape.workload(op, pass_)
     return cases_of(workload).make_case(workload, sizes, "meta").cost
 
 

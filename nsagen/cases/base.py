@@ -20,6 +20,7 @@ from nsagen.core.workload import Workload
 __all__ = [
     "THRESHOLDS",
     "Case",
+    "Chunk",
     "Cost",
     "Sizes",
     "cases_of",
@@ -75,6 +76,43 @@ def cu_seqlens_of(seqlens: tuple[int, ...], device: torch.device | str) -> torch
     """int32 [batch + 1] offsets of packed sequences."""
     ends = torch.tensor((0, *seqlens), dtype=torch.int64).cumsum(0).to(torch.int32)
     return ends.to(device)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Which tokens of packed sequences are queries: all, or the last ones of each.
+
+    Attributes:
+        cu_seqlens_q, cu_seqlens_k: int32 [batch + 1], offsets of queries and of all tokens.
+        q_start: int32 [batch], the position of each sequence's first query; None: 0.
+        positions: [queries], of each query in its sequence.
+    """
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    q_start: torch.Tensor | None
+    positions: torch.Tensor
+
+    @classmethod
+    def of(cls, sizes: Sizes, device: torch.device | str) -> Chunk:
+        starts = [n - rows for n, rows in zip(sizes.seqlens, sizes.rows, strict=True)]
+        positions = [
+            torch.arange(start, n, device=device)
+            for start, n in zip(starts, sizes.seqlens, strict=True)
+        ]
+        return cls(
+            cu_seqlens_of(sizes.rows, device),
+            cu_seqlens_of(sizes.seqlens, device),
+            torch.tensor(starts, dtype=torch.int32, device=device) if sizes.queries else None,
+            torch.cat([torch.empty(0, dtype=torch.int64, device=device), *positions]),
+        )
+
+    @property
+    def named(self) -> dict[str, torch.Tensor]:
+        """What a call of attention takes beside `cu_seqlens`; nothing where all are queries."""
+        if self.q_start is None:
+            return {}
+        return {"cu_seqlens_k": self.cu_seqlens_k, "q_start": self.q_start}
 
 
 def poisoned(

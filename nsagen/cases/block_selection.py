@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsagen.cases.base import Case, Cost, Sizes, cu_seqlens_of, poisoned
+from nsagen.cases.base import Case, Chunk, Cost, Sizes, cu_seqlens_of, poisoned
 from nsagen.cases.compressed_attention import visible_pairs, windows_of
 from nsagen.core.workload import Workload
 from nsagen.ops import reference
@@ -49,26 +49,30 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     random = None if meta else torch.Generator(device).manual_seed(seed)
     windows = tuple(windows_of(workload, length) for length in sizes.seqlens)
     capacity = sizes.tokens // int(workload.kernel_stride)
-    q = torch.randn(sizes.tokens, heads, dim, dtype=dtype, device=device, generator=random)
+    chunk, tokens = Chunk.of(sizes, device), sum(sizes.rows)
+    q = torch.randn(tokens, heads, dim, dtype=dtype, device=device, generator=random)
     k = torch.randn(capacity, sizes.kv_heads, dim, dtype=dtype, device=device, generator=random)
     k[sum(windows) :] = float("nan")
-    offsets = cu_seqlens_of(sizes.seqlens, device), cu_seqlens_of(windows, device)
+    offsets = chunk.cu_seqlens_q, cu_seqlens_of(windows, device)
     scoring = scoring_of(workload)
     rows = scoring.rows(heads, sizes.kv_heads)
-    topk_idx = poisoned((rows, sizes.tokens, int(workload.topk)), torch.int32, device)
+    topk_idx = poisoned((rows, tokens, int(workload.topk)), torch.int32, device)
     scale = dim**-0.5
     lse: Tensor | None = None
     if scoring.score_norm == "softmax":
-        lse = torch.empty(sizes.tokens, heads, device=device)
+        lse = torch.empty(tokens, heads, device=device)
         if not meta:
-            lse.copy_(lse_of(workload, q, k, *offsets, scale))
-    pairs = sum(visible_pairs(workload, length) for length in sizes.seqlens)
+            lse.copy_(lse_of(workload, q, k, *offsets, scale, chunk.q_start))
+    more = () if chunk.q_start is None else (chunk.q_start,)
+    ends = zip(sizes.seqlens, sizes.rows, strict=True)
+    pairs = sum(visible_pairs(workload, n) - visible_pairs(workload, n - r) for n, r in ends)
     return Case(
-        args=(q, k, lse, *offsets, topk_idx, scale),
+        args=(q, k, lse, *offsets, topk_idx, scale, *more),
         outputs={"topk_idx": topk_idx},
         expected=lambda: {
             "topk_idx": expected_blocks(
-                rule_of(workload), q, k, lse, *offsets, topk_idx, scale, scoring=scoring
+                *(rule_of(workload), q, k, lse, *offsets, topk_idx, scale, chunk.q_start),
+                scoring=scoring,
             )
         },
         cost=Cost(
@@ -85,6 +89,7 @@ def lse_of(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     scale: float,
+    q_start: Tensor | None = None,
 ) -> Tensor:
     """The compressed attention's log-sum-exp, float32 [N, HQ]."""
     return reference.compressed_lse(
@@ -92,6 +97,7 @@ def lse_of(
         kernel_size=int(workload.kernel_size),
         kernel_stride=int(workload.kernel_stride),
         softmax_scale=scale,
+        q_start=q_start,
     )
 
 

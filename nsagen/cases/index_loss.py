@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nsagen.cases.base import Case, Cost, Sizes, cu_seqlens_of, poisoned
-from nsagen.cases.selected_attention import in_any_order, keys_seen, random_blocks
+from nsagen.cases.selected_attention import in_any_order, pairs_of, random_blocks
 from nsagen.core.workload import Workload
 from nsagen.ops.reference.index_loss import index_loss_forward
 
@@ -70,7 +70,7 @@ def make_inputs(workload: Workload, sizes: Sizes, device: torch.device | str, se
         cu_seqlens_of(sizes.seqlens, device),
         block_size,
         (dim**-0.5, index_dim**-0.5),
-        sum(keys_seen(length, block_size) for length in sizes.seqlens),
+        pairs_of(sizes, block_size),
     )
 
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nsagen.cases.base import Case, Cost, Sizes, cu_seqlens_of, poisoned
+from nsagen.cases.base import Case, Chunk, Cost, Sizes, poisoned
 from nsagen.core.workload import Workload
 from nsagen.ops import reference
+from nsagen.ops.reference.selected_attention import forced_blocks
 
-TOPK, INIT_BLOCKS, LOCAL_BLOCKS = 16, 1, 2
-"""The choice of blocks in NSA's paper (arXiv 2502.11089, section 4.1)."""
+INIT_BLOCKS, LOCAL_BLOCKS = 1, 2
+"""The forced blocks in NSA's paper (arXiv 2502.11089, section 4.1)."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,15 @@ class Inputs:
     k: torch.Tensor
     v: torch.Tensor
     topk_idx: torch.Tensor
-    cu_seqlens: torch.Tensor
+    chunk: Chunk
     block_size: int
     softmax_scale: float
     pairs: int
     """(query, key) pairs of one query head."""
+
+    @property
+    def cu_seqlens(self) -> torch.Tensor:
+        return self.chunk.cu_seqlens_q
 
     def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Poisoned o [N, HQ, Dv] and lse [N, HQ]."""
@@ -45,13 +50,14 @@ class Inputs:
             self.cu_seqlens,
             block_size=self.block_size,
             softmax_scale=self.softmax_scale,
+            **self.chunk.named,
         )
 
 
 def make_inputs(
     workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0
 ) -> Inputs:
-    """Random q [N, HQ, D], k [N, HK, D] and v [N, HK, Dv], and blocks as selection gives them."""
+    """Random q [N, HQ, D], k [T, HK, D] and v [T, HK, Dv], and blocks as selection gives them."""
     dtype = getattr(torch, workload.dtype)
     dim, v_dim, block_size = (
         int(n) for n in (workload.head_dim, workload.v_head_dim, workload.block_size)
@@ -60,8 +66,8 @@ def make_inputs(
     meta = torch.device(device).type == "meta"
     random = None if meta else torch.Generator(device).manual_seed(seed)
 
-    def normal(heads: int, size: int) -> torch.Tensor:
-        shape = (sizes.tokens, heads, size)
+    def normal(tokens: int, heads: int, size: int) -> torch.Tensor:
+        shape = (tokens, heads, size)
         return torch.randn(shape, dtype=dtype, device=device, generator=random)
 
     forced, any_order = (INIT_BLOCKS, LOCAL_BLOCKS), sizes.any_order
@@ -72,14 +78,14 @@ def make_inputs(
     if any_order:
         topk_idx = in_any_order(topk_idx, seed)
     return Inputs(
-        normal(query_heads, dim),
-        normal(kv_heads, dim),
-        normal(kv_heads, v_dim),
+        normal(sum(sizes.rows), query_heads, dim),
+        normal(sizes.tokens, kv_heads, dim),
+        normal(sizes.tokens, kv_heads, v_dim),
         topk_idx,
-        cu_seqlens_of(sizes.seqlens, device),
+        Chunk.of(sizes, device),
         block_size,
         dim**-0.5,
-        sum(keys_seen(length, block_size) for length in sizes.seqlens),
+        pairs_of(sizes, block_size),
     )
 
 
@@ -98,11 +104,10 @@ def make_case(
     if topk_idx is not None:
         x = replace(x, topk_idx=topk_idx)
     o, lse = x.outputs()
-    more = ()
+    more = tuple(x.chunk.named.values())
     if workload.local_blocks:
         more = (
-            None,
-            None,
+            *(more or (None, None)),
             *_forced_result(x, int(workload.init_blocks), int(workload.local_blocks)),
         )
 
@@ -128,13 +133,10 @@ def _forced_result(
     """o and lse of attention to the forced blocks alone, in the dtypes of the outputs."""
     if x.q.is_meta:
         return x.outputs()
-    o, lse = reference.forced_blocks_attention(
-        *(x.q.double(), x.k.double(), x.v.double(), x.cu_seqlens),
-        block_size=x.block_size,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        softmax_scale=x.softmax_scale,
-    )
+    blocks = {"init_blocks": init_blocks, "local_blocks": local_blocks}
+    forced = forced_blocks(x.chunk.positions, block_size=x.block_size, **blocks)
+    forced = replace(x, topk_idx=forced.expand(x.k.shape[1], -1, -1))
+    o, lse = forced.attend(x.q.double(), x.k.double(), x.v.double())
     return o.to(x.q.dtype), lse.float()
 
 
@@ -145,31 +147,31 @@ def random_blocks(
     random: torch.Generator | None,
     forced: tuple[int, int] = (INIT_BLOCKS, LOCAL_BLOCKS),
 ) -> torch.Tensor:
-    """int32 [HK, N, TOPK]: initial and local blocks and random others; ascending, then -1."""
-    parts = [torch.empty((sizes.kv_heads, 0, TOPK), dtype=torch.int32, device=device)]
-    for length in sizes.seqlens:
-        for start in range(0, length, 4096):  # bounds the memory for the scores
+    """int32 [HK, N, topk]: initial and local blocks and random others; ascending, then -1."""
+    heads, topk = sizes.kv_heads, sizes.topk
+    parts = [torch.empty((heads, 0, topk), dtype=torch.int32, device=device)]
+    for length, rows in zip(sizes.seqlens, sizes.rows, strict=True):
+        for start in range(length - rows, length, 4096):  # bounds the memory for the scores
             t = torch.arange(start, min(start + 4096, length), device=device)[:, None]
-            blocks = -(-length // block_size)
-            parts.append(_chosen(t, sizes.kv_heads, blocks, block_size, random, forced))
+            blocks = max(-(-length // block_size), topk)
+            parts.append(_chosen(t, (heads, blocks, topk), block_size, random, forced))
     return torch.cat(parts, 1)
 
 
 def _chosen(
     t: torch.Tensor,
-    heads: int,
-    blocks: int,
+    sizes: tuple[int, int, int],
     block_size: int,
     random: torch.Generator | None,
     forced: tuple[int, int],
 ) -> torch.Tensor:
-    init_blocks, local_blocks = forced
+    (heads, blocks, topk), (init_blocks, local_blocks) = sizes, forced
     own = t // block_size
-    block = torch.arange(max(blocks, TOPK), device=t.device)
+    block = torch.arange(blocks, device=t.device)
     scores = torch.rand((heads, t.shape[0], block.shape[0]), device=t.device, generator=random)
     scores = scores.masked_fill((block < init_blocks) | (block > own - local_blocks), 2.0)
     scores = scores.masked_fill(block > own, -1.0)
-    best = scores.topk(TOPK, dim=-1)
+    best = scores.topk(topk, dim=-1)
     none = torch.iinfo(torch.int32).max
     picked = best.indices.masked_fill(best.values < 0, none).sort(-1).values
     return picked.masked_fill(picked == none, -1).to(torch.int32)
@@ -193,11 +195,16 @@ def in_any_order(topk_idx: torch.Tensor, seed: int) -> torch.Tensor:
     return entries.gather(-1, order).to(topk_idx.device)
 
 
-def keys_seen(length: int, block_size: int) -> int:
-    """How many (query, key) pairs of one head a sequence of this length has."""
-    seen = 0
-    for own in range(-(-length // block_size)):
-        tokens = min(block_size, length - own * block_size)
-        whole = min(own, TOPK - 1) * block_size
-        seen += tokens * whole + tokens * (tokens + 1) // 2
-    return seen
+def pairs_of(sizes: Sizes, block_size: int) -> int:
+    """How many (query, key) pairs of one head a call has."""
+
+    def up_to(length: int) -> int:
+        seen = 0
+        for own in range(-(-length // block_size)):
+            tokens = min(block_size, length - own * block_size)
+            whole = min(own, sizes.topk - 1) * block_size
+            seen += tokens * whole + tokens * (tokens + 1) // 2
+        return seen
+
+    ends = zip(sizes.seqlens, sizes.rows, strict=True)
+    return sum(up_to(length) - up_to(length - rows) for length, rows in ends)

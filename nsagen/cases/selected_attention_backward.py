@@ -44,10 +44,11 @@ def make_case(
         found = torch.autograd.grad(x.attend(*leaves)[0], leaves, do.double())
         return dict(zip(outputs, found, strict=True))
 
+    more = (None, None, *x.chunk.named.values()) if x.chunk.named else ()
     inputs = (do, x.q, x.k, x.v, x.topk_idx, x.cu_seqlens, o, lse)
     tensors = (*inputs, *outputs.values())
     return Case(
-        args=(*inputs, *outputs.values(), x.softmax_scale),
+        args=(*inputs, *outputs.values(), x.softmax_scale, *more),
         outputs=outputs,
         expected=expected,
         cost=Cost(  # s = q k, dq = ds k and dk = ds q; dp = do v and dv = p do

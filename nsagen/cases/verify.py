@@ -6,13 +6,14 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nsagen.cases.base import THRESHOLDS, Case, cases_of, relative_error
-from nsagen.cases.sizes import sizes_for
+from nsagen.cases.sizes import TOPK, Sizes, sizes_for
 from nsagen.codegen.build import build
 from nsagen.codegen.plan import Variant
 from nsagen.codegen.template import kernel_name, render, space_for
@@ -28,14 +29,16 @@ Row = dict[str, Any]
 """op, pass, workload, variant, output, error, threshold, result (ok, failed, skipped), note."""
 
 
-_BY_TOKEN = ("selected_attention", "index_loss")
-"""Ops with a program for each token and head, which the interpreter runs one after another."""
+_OF_CHUNKS = ("selected_attention", "block_selection")
+"""Ops that take the last tokens of sequences as queries, and have a program for a few tokens and a
+head, which the interpreter runs one after another."""
 
-FEW_TOKENS = 200
-"""Tokens that a program-a-token kernel gets in the interpreter, or two blocks."""
+MOST_TOKENS, FEW_TOKENS, FEW_QUERIES = 200, 12, 4
+"""In the interpreter: tokens up to which a call is whole; beyond, tokens of a short sequence, and
+the last ones of a long one that are queries."""
 
-LONGEST_BLOCK, MOST_TOKENS = 1024, 20_000
-"""Tokens of a block, and of a sequence of other ops, up to which the interpreter takes minutes."""
+Calls = tuple[tuple[bool, Sizes], ...]
+"""Whether the rows of inputs lie apart, and a call's sizes."""
 
 
 def verify(
@@ -58,7 +61,7 @@ def verify(
         InvalidInputError: the spec does not have an op.
         UnsupportedWorkloadError: no GPU and no interpreter, or a GPU that the spec omits.
     """
-    known = sorted({workload.op for workload in spec.workloads()})
+    known = sorted({w.op for w in (*spec.workloads(), *chain(*spec.forced_once()))})
     for op in ops or ():
         if op not in known:
             raise InvalidInputError(
@@ -75,7 +78,7 @@ def verify(
         ]
         for done, variant in enumerate(chosen, 1):
             path = result.folder / "kernels" / f"{variant.name}.py"
-            rows += _verified(variant, path, device, seed)
+            rows += _verified(variant, path, device, spec.topk_of(variant.workload), seed)
             if progress:
                 progress(str(variant.workload), done, len(chosen))
     return rows
@@ -100,7 +103,9 @@ def _device(spec: Spec) -> tuple[torch.device, str | None]:
     return device, target
 
 
-def _verified(variant: Variant, path: Path, device: torch.device, seed: int) -> Iterator[Row]:
+def _verified(
+    variant: Variant, path: Path, device: torch.device, topk: int, seed: int
+) -> Iterator[Row]:
     workload = variant.workload
     row: Row = {
         "op": workload.op,
@@ -127,11 +132,9 @@ def _verified(variant: Variant, path: Path, device: torch.device, seed: int) -> 
         if interpreted and workload.dtype == "bfloat16":
             workload, path = _in_float16(variant, path.parent)
             row["note"] = "in float16, as the interpreter computes bfloat16 wrongly"
-        sizes = sizes_for(workload)
-        if interpreted:
-            sizes = replace(sizes, seqlens=_few_tokens(workload, sizes.seqlens))
         launch = import_file(path).launch
-        for apart in (False, True):
+        calls = calls_interpreted if interpreted else calls_on_gpu
+        for apart, sizes in calls(workload, topk):
             case: Case = cases_of(workload).make_case(workload, sizes, device, seed)
             views = launch_strided(launch, case) if apart else launch(*case.args)
             for name, wanted in case.expected().items():
@@ -208,13 +211,6 @@ def not_interpreted(variant: Variant) -> str:
         workload, variant.schedule.algorithm
     ).supports(one):
         return "the interpreter computes bfloat16 wrongly; needs a GPU"
-    if workload.pass_ == "decode":
-        return ""
-    if workload.op in _BY_TOKEN and int(workload.block_size) > LONGEST_BLOCK:
-        return f"blocks of {workload.block_size} tokens take the interpreter hours; needs a GPU"
-    longest = max(sizes_for(workload).seqlens)
-    if workload.op not in _BY_TOKEN and longest > MOST_TOKENS:
-        return f"sequences of {longest} tokens take the interpreter hours; needs a GPU"
     return ""
 
 
@@ -226,12 +222,36 @@ def _in_float16(variant: Variant, folder: Path) -> tuple[Workload, Path]:
     return workload, path
 
 
-def _few_tokens(workload: Workload, seqlens: tuple[int, ...]) -> tuple[int, ...]:
-    """Short sequences for kernels with a program a token: past two blocks and one token."""
-    if workload.op not in _BY_TOKEN or workload.pass_ == "decode":
-        return seqlens
-    least = 2 * int(workload.block_size) + 5
-    return tuple(min(length, max(least, FEW_TOKENS)) for length in seqlens)
+def calls_on_gpu(workload: Workload, topk: int) -> Calls:
+    """The calls that a kernel is verified with.
+
+    Args:
+        topk: blocks of a list, where calls decide it.
+    """
+    sizes = sizes_for(workload, topk)
+    return (False, sizes), (True, sizes)
+
+
+def calls_interpreted(workload: Workload, topk: int) -> Calls:
+    """The same edges in fewer programs: short sequences whole, and of the long one the last tokens.
+
+    These lie in two blocks, see more blocks than they select, and read lists of topk blocks.
+    """
+    sizes = sizes_for(workload, topk)
+    by_token = workload.pass_ != "decode" and workload.op in (*_OF_CHUNKS, "index_loss")
+    if not by_token or sizes.tokens <= MOST_TOKENS:
+        return calls_on_gpu(workload, topk)
+    if workload.named().get("score_heads") == "each" and int(workload.gqa_ratio) > 1:
+        sizes = replace(sizes, kv_heads=1)  # the heads of an index share one key head
+    few = max(FEW_TOKENS, min(int(workload.named().get("kernel_size", 0)) + 4, 3 * FEW_TOKENS))
+    lengths = tuple(dict.fromkeys(min(length, few) for length in sizes.seqlens))
+    short = replace(sizes, seqlens=lengths, topk=min(sizes.topk, TOPK))
+    if workload.op in _OF_CHUNKS:
+        long = (0, max(sizes.seqlens) - 3, 1)  # the last block has two tokens
+        return (False, short), (True, replace(sizes, seqlens=long, queries=FEW_QUERIES))
+    # The index loss takes whole sequences: a list of one block chooses among two.
+    two = (*lengths, int(workload.block_size) + 3)
+    return (False, short), (True, replace(sizes, seqlens=two, topk=1))
 
 
 def _compared(out: torch.Tensor, wanted: torch.Tensor) -> Row:

@@ -15,6 +15,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from nsagen.cases.base import Sizes, cases_of
+from nsagen.cases.sizes import TOPK
 from nsagen.core.packages import read_manifest
 from nsagen.core.workload import Workload
 from nsagen.estimate.model import GPUS, Gpu
@@ -25,7 +26,7 @@ from nsagen.spec import load_spec
 
 _MEASURED = re.compile(
     r"tuned on nvidia-(\w+): ([\d.e-]+) ms at "
-    r"(\d+) x (?:context )?(\d+)(?: tokens)?, (\d+) kv heads"
+    r"(\d+) x (?:context )?(\d+)(?: tokens)?, (\d+) kv heads(?:, (\d+) blocks)?"
 )
 """As `TuningRecord.evidence` says it."""
 
@@ -125,7 +126,7 @@ def _share(workload: Workload, provenance: str) -> str:
     if workload.pass_ == "decode":
         sizes = Sizes((tokens - 1,) * rows, heads, capacity=tokens)
     else:
-        sizes = Sizes((tokens,) * rows, heads)
+        sizes = Sizes((tokens,) * rows, heads, topk=int(found[6] or TOPK))
     cost = cases_of(workload).make_case(workload, sizes, "meta").cost
     return f"{_floor_ms(gpu, cost.flops, cost.bytes) / float(found[2]):.0%}"
 

@@ -77,6 +77,16 @@ class Spec:
         found = {w for shape in self.shapes for w in shape.workloads(self.passes, self.branches)}
         return tuple(sorted(found))
 
+    def topk_of(self, workload: Workload) -> int:
+        """The most blocks that a shape selects whose calls need a workload; 0 if none does."""
+        kinds = self.passes, self.branches
+        having = (
+            shape.topk
+            for shape in self.shapes
+            if workload in (*shape.workloads(*kinds), *shape.forced_once(*kinds))
+        )
+        return max(having, default=0)
+
     def forced_once(self) -> tuple[tuple[Workload, ...], ...]:
         """Workloads that are built together, for targets that cover all of them; see
         `AttentionShape.forced_once`."""

@@ -171,7 +171,7 @@ class CompilePool:
         if key not in self._last:
             from nsagen.cases.sizes import sizes_for
 
-            sizes = (sizes_for(task.workload), task.checked)
+            sizes = (sizes_for(task.workload, task.timed.topk), task.checked)
             self._last[key] = self._submit(task, schedule, sizes)
 
     def last_done(self, task: Task, schedule: Schedule) -> bool:

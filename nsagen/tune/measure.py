@@ -105,7 +105,7 @@ class _Opened:
 
     @cached_property
     def ragged(self) -> _Inputs:
-        return self._inputs(sizes_for(self.task.workload), 1)
+        return self._inputs(sizes_for(self.task.workload, self.task.timed.topk), 1)
 
     def _inputs(self, sizes: Sizes, seed: int) -> _Inputs:
         workload = self.task.workload

@@ -61,7 +61,9 @@ class Selection:
         # An index has a head for each key/value head, so it says how many there are.
         index_heads = {shape.index_heads for spec in specs for shape in spec.shapes}
         known = index_heads.pop() if len(index_heads) == 1 else 0
-        return tasks_of(found, self.seqlens, self.batches, self.kv_heads or known or None)
+        topk = {w: max(spec.topk_of(w) for spec in specs) for w in found}
+        heads = self.kv_heads or known or None
+        return tasks_of(found, self.seqlens, self.batches, heads, topk)
 
 
 _NONE = "none"

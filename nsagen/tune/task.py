@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from nsagen.cases.sizes import Sizes
+from nsagen.cases.sizes import TOPK, Sizes, takes_lists
 from nsagen.codegen.template import kernel_fingerprint
 from nsagen.core.bucket import Bucket, Range
 from nsagen.core.errors import NsagenError
@@ -50,7 +50,8 @@ class Task:
         rows, first = len(self.timed.seqlens), self.timed.seqlens[0]
         if self.workload.pass_ == "decode":
             return f"{rows} x context {first + 1}, {self.timed.kv_heads} kv heads"
-        return f"{rows} x {first} tokens, {self.timed.kv_heads} kv heads"
+        listed = f", {self.timed.topk} blocks" if self.timed.topk != TOPK else ""
+        return f"{rows} x {first} tokens, {self.timed.kv_heads} kv heads{listed}"
 
 
 def tasks_of(
@@ -58,6 +59,7 @@ def tasks_of(
     seqlens: Sequence[int] = (),
     batches: Sequence[int] = (),
     kv_heads: int | None = None,
+    topk: Mapping[Workload, int] | None = None,
 ) -> tuple[Task, ...]:
     """The tasks of workloads: one per workload and bucket.
 
@@ -69,6 +71,7 @@ def tasks_of(
         batches: sequences, or rows of a decoding step; the defaults if empty.
         kv_heads: by default as many as 32 query heads have. The heads of a learned index share one
             key head, whatever this says.
+        topk: blocks of a list, for workloads whose calls decide it; `TOPK` for others.
     """
     tasks = []
     for workload in workloads:
@@ -77,26 +80,29 @@ def tasks_of(
         shared = group > 1 and params.get("score_heads") == "each"
         heads = 1 if shared else kv_heads or max(1, _QUERY_HEADS // group)
         decode = workload.pass_ == "decode"
-        make = _decode_tasks if decode else _forward_tasks
         lengths = tuple(sorted(set(seqlens))) or (CONTEXTS if decode else SEQLENS)
         rows = tuple(sorted(set(batches))) or (BATCHES if decode else (1,))
-        tasks += make(workload, lengths, rows, heads)
+        if decode:
+            tasks += _decode_tasks(workload, lengths, rows, heads)
+            continue
+        listed = (topk or {}).get(workload, TOPK) if takes_lists(workload) else TOPK
+        tasks += _forward_tasks(workload, lengths, rows, heads, listed)
     return tuple(tasks)
 
 
 def _forward_tasks(
-    workload: Workload, lengths: tuple[int, ...], rows: tuple[int, ...], heads: int
+    workload: Workload, lengths: tuple[int, ...], rows: tuple[int, ...], heads: int, topk: int
 ) -> list[Task]:
     calls = sorted((batch * length, batch, length) for batch in rows for length in lengths)
     calls = [next(group) for _, group in itertools.groupby(calls, key=lambda call: call[0])]
     ranges = ranges_between([tokens for tokens, _, _ in calls])
-    few = (_few_tokens(workload),)
+    few = (_few_tokens(workload, topk),)
     return [
         Task(
             workload,
             Bucket(tokens=limits),
-            Sizes((length,) * batch, heads),
-            Sizes(few * batch, heads),
+            Sizes((length,) * batch, heads, topk=topk),
+            Sizes(few * batch, heads, topk=topk),
         )
         for limits, (_, batch, length) in zip(ranges, calls, strict=True)
     ]
@@ -124,7 +130,7 @@ def ranges_between(sizes: Sequence[int]) -> list[Range]:
     return list(zip([None, *(end + 1 for end in ends)], [*ends, None], strict=True))
 
 
-def _few_tokens(workload: Workload) -> int:
+def _few_tokens(workload: Workload, topk: int = TOPK) -> int:
     """Tokens that reach past topk blocks and the window; divisible as the timed sizes are."""
     params = dict(workload.params)
 
@@ -132,7 +138,9 @@ def _few_tokens(workload: Workload) -> int:
         return int(params.get(name, default))
 
     block, window, kernel = number("block_size", 16), number("window_size", 16), 4
-    least = max(block * (number("topk", 16) + 2), window + block, kernel * number("kernel_size", 8))
+    least = max(
+        block * (number("topk", topk) + 2), window + block, kernel * number("kernel_size", 8)
+    )
     unit = 16 * number("kernel_stride", 1)
     return -(-least // unit) * unit
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from family import GOALS, checked, draw, goals, run_all
+from family import GOALS, checked, draw, goals, run_all, updated
 from family_attention import choose
 from family_run import FULL, SM90, TINY, Run
 
@@ -56,3 +57,19 @@ def test_every_kernel_that_is_checked_can_be_made(tmp_path: Path) -> None:
     for w, algorithm in checked(FULL).values():
         chosen = algorithm or default_schedule(w, SM90).algorithm
         assert callable(run.kernel(w, chosen))
+
+
+def test_rows_that_a_run_did_not_measure_are_kept_with_the_run_that_did() -> None:
+    def run(torch: str, *whats: str) -> dict[str, Any]:
+        rows = [{"what": what, "how": "gathered", "tokens": 8192, "ms": 3.0} for what in whats]
+        facts = {"device": "an H200", "torch": torch, "triton": "3.6.0"}
+        return {**facts, "rows": rows, "published": {}, "goals": []}
+
+    index, attention = "M3 index and top-k", "M3 attention forward"
+    second = updated(run("2.11", index, attention), run("2.12", index))
+    of = {row["what"]: row.get("run") for row in second["rows"]}
+    assert of == {index: None, attention: 0}
+    assert [r["torch"] for r in second["runs"]] == ["2.11"]
+    third = updated(second, run("2.13", "M3 attention backward"))
+    of = {row["what"]: third["runs"][row["run"]]["torch"] for row in third["rows"] if "run" in row}
+    assert of == {index: "2.12", attention: "2.11"}

@@ -86,6 +86,14 @@ def test_heads_follow_from_the_spec() -> None:
     assert one.shape.topk == 12
 
 
+def test_the_least_work_counts_all_selected_blocks() -> None:
+    """Of MiniCPM's 96 blocks the own one is half seen on average; the first tokens have fewer."""
+    member = shape_of("minicpm4")
+    tokens, per_pair = 65536, 2 * 32 * (128 + 128)
+    pairs = prefill.cost_of(member, "selected_attention", "forward", tokens).flops / per_pair
+    assert pairs == pytest.approx(tokens * 95.5 * 64, rel=0.05)
+
+
 @pytest.mark.usefixtures("_without_a_gpu")
 def test_a_row_for_each_op_forward_the_whole_and_dense(
     member: Member, request: pytest.FixtureRequest

@@ -43,3 +43,16 @@ def test_a_measured_time_has_its_share_of_the_roofline() -> None:
     share = float(gallery._share(workload, said).rstrip("%")) / 100
     assert share == pytest.approx(q_and_y_ms / 0.5, abs=0.01)
     assert gallery._share(workload, "the architecture's default; not measured") == ""
+
+
+def test_a_share_counts_the_blocks_of_a_list() -> None:
+    (workload,) = {
+        w
+        for w in load_spec("minicpm4").workloads()
+        if (w.op, w.pass_) == ("selected_attention", "forward")
+    }
+    said = "tuned on nvidia-h200: 10 ms at 1 x 32768 tokens, 2 kv heads"
+    few, many = (
+        float(gallery._share(workload, said + more).rstrip("%")) for more in ("", ", 96 blocks")
+    )
+    assert many / few == pytest.approx(6, rel=0.15)

@@ -64,3 +64,13 @@ def test_a_parameter_tells_forced_blocks_once_from_whole_lists() -> None:
     assert selected(without, "cuda:90") == {"d128_g16_b64"}
     with pytest.raises(InvalidInputError, match="cuda:80 must run one of the workloads; got sel"):
         selected(only, "cuda:80")
+
+
+def test_lists_are_as_long_as_the_specs() -> None:
+    """MiniCPM's calls gather 96 blocks a token, or those that its local band leaves of them."""
+    tasks = Selection(["selected_attention"], ["forward"]).tasks([load_spec("minicpm4")])
+    assert {task.timed.topk for task in tasks} == {task.checked.topk for task in tasks} == {96}
+    assert "1 x 2048 tokens, 2 kv heads, 96 blocks" in {task.sizes_text for task in tasks}
+    of_nsa = Selection(["selected_attention"], ["forward"]).tasks([load_spec("llama8b")])
+    assert {task.timed.topk for task in of_nsa} == {16}
+    assert "1 x 2048 tokens, 8 kv heads" in {task.sizes_text for task in of_nsa}
