@@ -174,6 +174,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
         parameter.grad = part.view_as(parameter)
 
 
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
     """Scale gradients so that all together have a norm of at most `limit`.
 

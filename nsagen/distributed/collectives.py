@@ -29,6 +29,11 @@ def start_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     return _named(group, gather, x.contiguous(), group.size(), group.group_name)
 
 
+def start_sum(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Begin to sum x over the ranks, for each of them. See `finish`."""
+    return _named(group, _OPS.all_reduce.default, x.contiguous(), "sum", group.group_name)
+
+
 def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     """Begin to sum x over the ranks; each gets its part of dimension 0. See `finish`."""
     scatter = _OPS.reduce_scatter_tensor.default
