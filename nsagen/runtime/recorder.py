@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,13 @@ class Recorder:
         self._inputs = list(inputs)
         self._slots: list[Tensor | None] = list(inputs)  # keeps ids and addresses from being reused
         self._of_id = {id(tensor): slot for slot, tensor in enumerate(inputs)}
-        self._of_storage: dict[int, int] = {}
+        storages = Counter(tensor.untyped_storage().data_ptr() for tensor in inputs)
+        # A view is a place in a tensor. Where inputs share memory, it could be one in either.
+        self._of_storage = {
+            storage: slot
+            for slot, tensor in enumerate(inputs)
+            if storages[storage := tensor.untyped_storage().data_ptr()] == 1 and storage
+        }
         self._steps: list[Step] = []
         self._aligned: dict[int, None] = {}
         # With a tensor passed twice, a later use of it could mean either input.
