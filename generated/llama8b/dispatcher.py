@@ -855,10 +855,10 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__35e67adc"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g16_b64__04d16785"),),
         "cuda:90": (
-            (Bucket(), "selected_attention_backward__bf16_d128_g16_b64__edb8b66d"),
-            (Bucket(), "selected_attention_backward__bf16_d128_g16_b64__35e67adc"),
+            (Bucket(), "selected_attention_backward__bf16_d128_g16_b64__0072437e"),
+            (Bucket(), "selected_attention_backward__bf16_d128_g16_b64__04d16785"),
         ),
     },
     Workload(
@@ -872,8 +872,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__bc47841b"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__b1d34fb9"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__0509f1b0"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__bf16_d128_g4_b64__51cec5aa"),),
     },
     Workload(
         op="selected_attention",
@@ -918,8 +918,8 @@ TABLE = {
             ("block_size", 64),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__e1367397"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__e1367397"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__366a80b6"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g4_b64__366a80b6"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1022,7 +1022,7 @@ TRITON = {
     "compressed_attention_backward__bf16_d128_g16_l32_s16__ab97c3b9": Releases((3, 6), (3, 9)),
     "compressed_attention_forward__bf16_d128_g16_l32_s16__54f81bf4": Releases((3, 6), (3, 9)),
     "compressed_attention_forward__bf16_d128_g4_l32_s16__f8e30162": Releases((3, 6), (3, 9)),
-    "selected_attention_backward__bf16_d128_g16_b64__edb8b66d": Releases((3, 6), (3, 9)),
+    "selected_attention_backward__bf16_d128_g16_b64__0072437e": Releases((3, 6), (3, 9)),
     "selected_attention_forward__bf16_d128_g16_b64_i1_c2__254f7db6": Releases((3, 6), (3, 9)),
     "sliding_window_attention_backward__bf16_d128_g16_w512__bf504d89": Releases((3, 6), (3, 9)),
     "sliding_window_attention_forward__bf16_d128_g16_w512__cc264aaf": Releases((3, 6), (3, 9)),

@@ -1300,8 +1300,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__bd5dcb99"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__bd5dcb99"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__431e9d72"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__431e9d72"),),
     },
     Workload(
         op="selected_attention",
@@ -1314,8 +1314,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__fb860389"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__fb860389"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__9e981a45"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__9e981a45"),),
     },
     Workload(
         op="selected_attention",
@@ -1328,8 +1328,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__5050b0e5"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__5050b0e5"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__4e94a25c"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__4e94a25c"),),
     },
     Workload(
         op="selected_attention",
@@ -1342,8 +1342,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__632bfa95"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__632bfa95"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__06d0c8cf"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g1_b16__06d0c8cf"),),
     },
     Workload(
         op="selected_attention",
@@ -1356,8 +1356,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__b10920bd"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__b10920bd"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__37d151cd"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g2_b16__37d151cd"),),
     },
     Workload(
         op="selected_attention",
@@ -1370,8 +1370,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__d1913e34"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__d1913e34"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__68ffc648"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f32_d32_g4_b16__68ffc648"),),
     },
     Workload(
         op="selected_attention",
@@ -1384,8 +1384,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__08b461fe"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__08b461fe"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__c2bceac0"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g1_b16__c2bceac0"),),
     },
     Workload(
         op="selected_attention",
@@ -1398,8 +1398,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__e5a384ec"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__e5a384ec"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__ef92fe2a"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g2_b16__ef92fe2a"),),
     },
     Workload(
         op="selected_attention",
@@ -1412,8 +1412,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__831a38af"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__831a38af"),),
+        "cuda:80": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__bd5286f3"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__f16_d32_g4_b16__bd5286f3"),),
     },
     Workload(
         op="selected_attention",

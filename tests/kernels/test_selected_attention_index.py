@@ -1,5 +1,9 @@
 """The inverted index that selected attention's key-block-major kernels walk."""
 
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -16,6 +20,14 @@ WORKLOAD = Workload.of(
     gqa_ratio=1,
     block_size=16,
 )
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Let PyTorch fill memory that it hands out with large numbers."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def lists_of(topk_idx, seqlens):
@@ -37,7 +49,7 @@ def lists_of(topk_idx, seqlens):
 
 @pytest.mark.parametrize(
     ("seqlens", "topk"),
-    [((0, 3, 50, 1, 0, 17, 16), 3), ((700,), 4), ((5,), 1), ((1,) * 40, 2), ((0, 90), 70)],
+    [((0, 3, 50, 1, 0, 17, 16), 3), ((1000,), 4), ((5,), 1), ((1,) * 40, 2), ((0, 90), 70)],
 )
 def test_lists_hold_each_valid_entry_in_order(seqlens, topk):
     tokens = sum(seqlens)
@@ -58,18 +70,28 @@ def test_lists_hold_each_valid_entry_in_order(seqlens, topk):
 
 
 @pytest.mark.parametrize("part_tokens", [1, 7, 64])
-def test_each_list_has_its_parts(part_tokens):
+@pytest.mark.parametrize("range_chunks", [None, 20, 7])
+def test_each_list_has_its_parts(part_tokens, range_chunks):
+    """All places are written, in memory that held something else, for each range of chunks."""
     seqlens = (30, 0, 61)
     random = torch.Generator().manual_seed(1)
     topk_idx = torch.randint(-1, 6, (3, 91, 4), generator=random, dtype=torch.int32)
     topk_idx = topk_idx.to(kernel_device())
     module = load_kernel(WORKLOAD)
     index = module.build_index(topk_idx, cu_seqlens_of(seqlens, kernel_device()), sum(seqlens))
-    parts = module.parts_of(index, 3, part_tokens)
+    step = index.chunks if range_chunks is None else range_chunks
+    parts = module.parts_of(index, 3, part_tokens, range_chunks)
     lists = lists_of(topk_idx, seqlens)
-    for head in range(3):
-        found = parts[head][parts[head] >= 0].tolist()
-        wanted = {block: len(entries) for (h, block), entries in lists.items() if h == head}
-        assert {b: found.count(b) for b in found} == {
-            block: -(-length // part_tokens) for block, length in wanted.items()
+    assert parts.shape[0] == -(-index.chunks // step)
+    for number, head in itertools.product(range(parts.shape[0]), range(3)):
+        first_token = number * step * index.chunk_tokens
+        tokens = range(first_token, first_token + step * index.chunk_tokens)
+        wanted = {
+            block: -(-sum(entry // 4 in tokens for entry in entries) // part_tokens)
+            for (h, block), entries in lists.items()
+            if h == head
         }
+        found = Counter(parts[number, head].tolist())
+        idle = found.pop(-1, 0)
+        assert found == +Counter(wanted)
+        assert idle == parts.shape[2] - sum(found.values())

@@ -2,10 +2,10 @@
 # Regenerate: nsagen build tiny
 # Spec:       tiny
 # Template:   templates/selected_attention/forward_key_major.py.j2
-# Source:     fingerprint e218479aa2f575ae
+# Source:     fingerprint 40e4f06efef514e2
 # Workload:   selected_attention forward
-#             dtype=float16, head_dim=32, v_head_dim=32, gqa_ratio=2, block_size=16
-# Schedule:   key_major(block_m=64, num_stages=3, num_warps=4, part_tokens=256)
+#             dtype=float16, head_dim=32, v_head_dim=32, gqa_ratio=4, block_size=16
+# Schedule:   key_major(block_m=64, num_stages=3, num_warps=4, part_tokens=128)
 # Targets:    cuda:80, cuda:90
 # Provenance: the architecture's default; not measured
 """Selected attention, key-block-major: query t attends to the tokens u <= t of the blocks chosen for it.
@@ -14,7 +14,7 @@ o[t, h] = sum_u softmax_u(softmax_scale q[t, h] . k[u, h // G]) v[u, h // G], an
 over the tokens u <= t whose block u // 16 is in topk_idx[h // G, t].
 
 q [N, HQ, 32], k [T, HK, 32], v [T, HK, 32], topk_idx [HK, N, topk]
--> o [N, HQ, 32] and lse [N, HQ], with G = HQ / HK = 2 query heads a key/value head.
+-> o [N, HQ, 32] and lse [N, HQ], with G = HQ / HK = 4 query heads a key/value head.
 """
 
 from typing import NamedTuple
@@ -25,15 +25,15 @@ import triton.language as tl
 
 HEAD_DIM = tl.constexpr(32)  # D
 V_HEAD_DIM = tl.constexpr(32)  # Dv
-GROUP = tl.constexpr(2)  # G: query heads of one key/value head
+GROUP = tl.constexpr(4)  # G: query heads of one key/value head
 BLOCK_SIZE = tl.constexpr(16)  # B: tokens of a block
 
 BLOCK_D = tl.constexpr(32)
 BLOCK_DV = tl.constexpr(32)
 BLOCK_B = tl.constexpr(16)
 BLOCK_M = tl.constexpr(64)  # rows a step:
-TILE_TOKENS = tl.constexpr(32)  # this many groups
-PART_TOKENS = tl.constexpr(256)  # tokens of a list that one program takes
+TILE_TOKENS = tl.constexpr(16)  # this many groups
+PART_TOKENS = tl.constexpr(128)  # tokens of a list that one program takes
 PARTIALS_BYTES = 1 << 30  # of the partial results that are kept at once
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -67,6 +67,7 @@ CHUNKS = 256  # of the tokens, at most; more are placed faster, and take more co
 PLACED = 32  # entries that are placed at once, each compared with each: fewer compare less
 COUNTED = 256  # entries that are counted at once
 LOCATED = 256  # tokens that are located at once
+CLEARED = 8192  # counters that are set to 0 by a program
 
 
 class Index(NamedTuple):
@@ -96,12 +97,19 @@ def locate_tokens(
     base,
     own,
     last_key,
+    counts,
     tokens,
     batch,
+    counters,
     STEPS: tl.constexpr,
     TILE: tl.constexpr,
+    CLEARED: tl.constexpr,
 ):
-    """Write each token's own block, the number of its sequence's first block, and its last key."""
+    """Write each token's own block, the number of its sequence's first block, and its last key; and
+    set the counters to 0."""
+    for i in tl.static_range(CLEARED // 1024):
+        counter = tl.program_id(0).to(tl.int64) * CLEARED + i * 1024 + tl.arange(0, 1024)
+        tl.store(counts + counter, tl.zeros([1024], tl.int32), mask=counter < counters)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     seq = tl.zeros([TILE], tl.int32)  # the last one that begins at or before the token
     for i in tl.static_range(STEPS):
@@ -205,23 +213,35 @@ def plan_parts(
     parts,
     blocks,
     chunks,
-    first_chunk,
-    end_chunk,
+    range_chunks,
     part_tokens,
     max_parts,
     TILE: tl.constexpr,
 ):
-    """Write which block each part of a head's lists belongs to, for the tokens of some chunks."""
+    """Write which block each part of a head's lists belongs to, for the tokens of a range of chunks.
+
+    Places between a block's parts and the next block's get -1.
+    """
     head = tl.program_id(1).to(tl.int64)
+    first_chunk = tl.program_id(2) * range_chunks
+    end_chunk = tl.minimum(first_chunk + range_chunks, chunks)
+    parts += (tl.program_id(2) * tl.num_programs(1) + head) * max_parts
     block = tl.program_id(0) * TILE + tl.arange(0, TILE)
     there = block < blocks
     run = (head * blocks + block) * chunks
+    entries = tl.load(starts + head * blocks * chunks)
     begin = tl.load(starts + run + first_chunk, mask=there, other=0)
     end = tl.load(starts + run + end_chunk, mask=there, other=0)
-    first = (begin - tl.load(starts + head * blocks * chunks)) // part_tokens + block
-    count = tl.where(there, (end - begin + part_tokens - 1) // part_tokens, 0)
-    for i in range(0, tl.max(count, 0)):
-        tl.store(parts + head * max_parts + first + i, block, mask=i < count)
+    first = (begin - entries) // part_tokens + block
+    count = (end - begin + part_tokens - 1) // part_tokens
+    more = block + 1 < blocks
+    next_begin = tl.load(starts + run + chunks + first_chunk, mask=more, other=0)
+    until = tl.where(more, (next_begin - entries) // part_tokens + block + 1, max_parts)
+    before = tl.where(block == 0, first, 0)  # places of no block
+    for i in range(0, tl.max(tl.where(there, until - first + before, 0), 0)):
+        place = first - before + i
+        value = tl.where((i >= before) & (i - before < count), block, -1)
+        tl.store(parts + place, value, mask=there & (place < until))
 
 
 @triton.jit
@@ -274,22 +294,25 @@ def build_index(topk_idx, cu_seqlens, keys, cu_seqlens_k=None, q_start=None):
     def empty(size):
         return torch.empty(size, dtype=torch.int32, device=topk_idx.device)
 
-    base, own = empty(tokens), empty(tokens)
+    base, own, counts = empty(tokens), empty(tokens), empty(heads * blocks * chunks + 1)
     last_key = None if cu_seqlens_k is None and q_start is None else empty(tokens)
-    locate_tokens[(triton.cdiv(tokens, LOCATED),)](
+    counters = counts.shape[0]
+    locate_tokens[(max(triton.cdiv(tokens, LOCATED), triton.cdiv(counters, CLEARED)),)](
         cu_seqlens,
         cu_seqlens_k,
         q_start,
         base,
         own,
         last_key,
+        counts,
         tokens,
         batch,
+        counters,
         STEPS=batch.bit_length(),
         TILE=LOCATED,
+        CLEARED=CLEARED,
         num_warps=4,
     )
-    counts = torch.zeros(heads * blocks * chunks + 1, dtype=torch.int32, device=topk_idx.device)
     shape = (tokens, topk, blocks, chunk_tokens, chunks)
     chosen = torch.empty_like(topk_idx)
     counted = max(1, COUNTED // topk_pad)
@@ -304,17 +327,22 @@ def build_index(topk_idx, cu_seqlens, keys, cu_seqlens_k=None, q_start=None):
     return Index(base, chosen, last_key, starts, entries, blocks, chunks, chunk_tokens)
 
 
-def parts_of(index, heads, part_tokens, first_chunk=0, end_chunk=None):
-    """int32 [HK, parts]: the block that each part of each head's lists belongs to, or -1."""
+def parts_of(index, heads, part_tokens, range_chunks=None):
+    """int32 [ranges, HK, parts]: the block that each part of each head's lists belongs to, or -1.
+
+    A range is so many chunks of tokens; by default one has them all.
+    """
     max_parts = index.entries.shape[0] // heads // part_tokens + index.blocks
-    parts = index.entries.new_full((heads, max_parts), -1)
-    plan_parts[(triton.cdiv(index.blocks, 128), heads)](
+    max_parts = triton.cdiv(max_parts, 4) * 4  # all ranges begin at 16 bytes
+    range_chunks = index.chunks if range_chunks is None else range_chunks
+    ranges = triton.cdiv(index.chunks, range_chunks)
+    parts = index.entries.new_empty((ranges, heads, max_parts))
+    plan_parts[(triton.cdiv(index.blocks, 128), heads, ranges)](
         index.starts,
         parts,
         index.blocks,
         index.chunks,
-        first_chunk,
-        index.chunks if end_chunk is None else end_chunk,
+        range_chunks,
         part_tokens,
         max_parts,
         TILE=128,
@@ -341,7 +369,7 @@ def whole_softmax(peak, norm, AXIS: tl.constexpr, scale=1.0):
 
 
 @triton.jit
-def selected_attention_forward__f16_d32_g2_b16__e5a384ec(
+def selected_attention_forward__f16_d32_g4_b16__bd5286f3(
     q,
     k,
     v,
@@ -511,10 +539,10 @@ def weigh_blocks(
 def check(q, k, v, topk_idx, cu_seqlens, o, lse, softmax_scale, cu_seqlens_k, q_start):
     """Raise ValueError unless the tensors are what this kernel is for."""
     tokens, query_heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
-    if q.shape[2] != 32 or v.shape[2] != 32 or query_heads != 2 * kv_heads:
+    if q.shape[2] != 32 or v.shape[2] != 32 or query_heads != 4 * kv_heads:
         raise ValueError(
             "selected_attention: this kernel needs head_dim 32, v_head_dim 32 "
-            f"and gqa_ratio 2; got q {tuple(q.shape)}, k {tuple(k.shape)} and "
+            f"and gqa_ratio 4; got q {tuple(q.shape)}, k {tuple(k.shape)} and "
             f"v {tuple(v.shape)}; build a kernel for these"
         )
     if q.stride(2) != 1 or k.stride(2) != 1 or v.stride(2) != 1:
@@ -577,21 +605,21 @@ def launch(q, k, v, topk_idx, cu_seqlens, o, lse, softmax_scale, cu_seqlens_k=No
     kept = heads * min(tokens, step * index.chunk_tokens) * topk * GROUP.value
     partial_o = q.new_empty(kept * V_HEAD_DIM.value)
     partial_peak, partial_norm = torch.empty((2, kept), dtype=torch.float32, device=q.device)
+    parts = parts_of(index, kv_heads, PART_TOKENS.value, step)
     for first_chunk in range(0, index.chunks, step):
         end_chunk = min(first_chunk + step, index.chunks)
         first_token = first_chunk * index.chunk_tokens
         end_token = min(end_chunk * index.chunk_tokens, tokens)
-        parts = parts_of(index, kv_heads, PART_TOKENS.value, first_chunk, end_chunk)
         for first_head in range(0, kv_heads, heads):
             launched = min(heads, kv_heads - first_head)
-            selected_attention_forward__f16_d32_g2_b16__e5a384ec[(parts.shape[1], launched)](
+            selected_attention_forward__f16_d32_g4_b16__bd5286f3[(parts.shape[2], launched)](
                 q,
                 k,
                 v,
                 cu_seqlens if cu_seqlens_k is None else cu_seqlens_k,
                 index.starts,
                 index.entries,
-                parts,
+                parts[first_chunk // step],
                 index.last_key,
                 partial_o,
                 partial_peak,
@@ -609,7 +637,7 @@ def launch(q, k, v, topk_idx, cu_seqlens, o, lse, softmax_scale, cu_seqlens_k=No
                 index.chunks,
                 first_chunk,
                 end_chunk,
-                parts.shape[1],
+                parts.shape[2],
                 num_warps=4,
                 num_stages=3,
             )

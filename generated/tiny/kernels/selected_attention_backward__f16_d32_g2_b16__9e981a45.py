@@ -2,11 +2,11 @@
 # Regenerate: nsagen build tiny
 # Spec:       tiny
 # Template:   templates/selected_attention/backward_key_major.py.j2
-# Source:     fingerprint 11861442020fbad6
+# Source:     fingerprint a349c399f29ec8e4
 # Workload:   selected_attention backward
-#             dtype=float32, head_dim=32, v_head_dim=32, gqa_ratio=4, block_size=16
-# Schedule:   key_major(block_m=16, key_orientation=keys, key_stages=1, key_warps=8,
-#             part_tokens=512)
+#             dtype=float16, head_dim=32, v_head_dim=32, gqa_ratio=2, block_size=16
+# Schedule:   key_major(block_m=32, key_orientation=keys, key_stages=2, key_warps=4,
+#             part_tokens=1024)
 # Targets:    cuda:80, cuda:90
 # Provenance: the architecture's default; not measured
 """Selected attention, backward: key-block-major, each score computed once.
@@ -15,7 +15,7 @@ dv[u] = sum p[t, h, u] do[t, h]; ds = p (do . v - sum_d do o); dq = softmax_scal
 dk = softmax_scale ds q, where p[t, h, u] is the probability that query t of head h gives to token u.
 
 do [N, HQ, 32], q [N, HQ, 32], k [R, HK, 32], v [R, HK, 32], topk_idx [HK, N, topk],
-o and lse of the forward pass -> dq, dk, dv, with 4 query heads a key/value head.
+o and lse of the forward pass -> dq, dk, dv, with 2 query heads a key/value head.
 """
 
 from typing import NamedTuple
@@ -26,15 +26,15 @@ import triton.language as tl
 
 HEAD_DIM = tl.constexpr(32)  # D
 V_HEAD_DIM = tl.constexpr(32)  # Dv
-GROUP = tl.constexpr(4)  # G: query heads of one key/value head
+GROUP = tl.constexpr(2)  # G: query heads of one key/value head
 BLOCK_SIZE = tl.constexpr(16)  # B: tokens of a block
 
 BLOCK_D = tl.constexpr(32)
 BLOCK_DV = tl.constexpr(32)
 BLOCK_B = tl.constexpr(16)
-BLOCK_M = tl.constexpr(16)  # rows a step:
-TILE_TOKENS = tl.constexpr(4)  # this many groups
-PART_TOKENS = tl.constexpr(512)  # tokens of a list that one program takes
+BLOCK_M = tl.constexpr(32)  # rows a step:
+TILE_TOKENS = tl.constexpr(16)  # this many groups
+PART_TOKENS = tl.constexpr(1024)  # tokens of a list that one program takes
 SHARES_BYTES = 1 << 30  # of the shares of dq that are kept at once
 SHARE_DTYPE = torch.float32
 
@@ -68,6 +68,7 @@ CHUNKS = 256  # of the tokens, at most; more are placed faster, and take more co
 PLACED = 32  # entries that are placed at once, each compared with each: fewer compare less
 COUNTED = 256  # entries that are counted at once
 LOCATED = 256  # tokens that are located at once
+CLEARED = 8192  # counters that are set to 0 by a program
 
 
 class Index(NamedTuple):
@@ -97,12 +98,19 @@ def locate_tokens(
     base,
     own,
     last_key,
+    counts,
     tokens,
     batch,
+    counters,
     STEPS: tl.constexpr,
     TILE: tl.constexpr,
+    CLEARED: tl.constexpr,
 ):
-    """Write each token's own block, the number of its sequence's first block, and its last key."""
+    """Write each token's own block, the number of its sequence's first block, and its last key; and
+    set the counters to 0."""
+    for i in tl.static_range(CLEARED // 1024):
+        counter = tl.program_id(0).to(tl.int64) * CLEARED + i * 1024 + tl.arange(0, 1024)
+        tl.store(counts + counter, tl.zeros([1024], tl.int32), mask=counter < counters)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     seq = tl.zeros([TILE], tl.int32)  # the last one that begins at or before the token
     for i in tl.static_range(STEPS):
@@ -206,23 +214,35 @@ def plan_parts(
     parts,
     blocks,
     chunks,
-    first_chunk,
-    end_chunk,
+    range_chunks,
     part_tokens,
     max_parts,
     TILE: tl.constexpr,
 ):
-    """Write which block each part of a head's lists belongs to, for the tokens of some chunks."""
+    """Write which block each part of a head's lists belongs to, for the tokens of a range of chunks.
+
+    Places between a block's parts and the next block's get -1.
+    """
     head = tl.program_id(1).to(tl.int64)
+    first_chunk = tl.program_id(2) * range_chunks
+    end_chunk = tl.minimum(first_chunk + range_chunks, chunks)
+    parts += (tl.program_id(2) * tl.num_programs(1) + head) * max_parts
     block = tl.program_id(0) * TILE + tl.arange(0, TILE)
     there = block < blocks
     run = (head * blocks + block) * chunks
+    entries = tl.load(starts + head * blocks * chunks)
     begin = tl.load(starts + run + first_chunk, mask=there, other=0)
     end = tl.load(starts + run + end_chunk, mask=there, other=0)
-    first = (begin - tl.load(starts + head * blocks * chunks)) // part_tokens + block
-    count = tl.where(there, (end - begin + part_tokens - 1) // part_tokens, 0)
-    for i in range(0, tl.max(count, 0)):
-        tl.store(parts + head * max_parts + first + i, block, mask=i < count)
+    first = (begin - entries) // part_tokens + block
+    count = (end - begin + part_tokens - 1) // part_tokens
+    more = block + 1 < blocks
+    next_begin = tl.load(starts + run + chunks + first_chunk, mask=more, other=0)
+    until = tl.where(more, (next_begin - entries) // part_tokens + block + 1, max_parts)
+    before = tl.where(block == 0, first, 0)  # places of no block
+    for i in range(0, tl.max(tl.where(there, until - first + before, 0), 0)):
+        place = first - before + i
+        value = tl.where((i >= before) & (i - before < count), block, -1)
+        tl.store(parts + place, value, mask=there & (place < until))
 
 
 @triton.jit
@@ -275,22 +295,25 @@ def build_index(topk_idx, cu_seqlens, keys, cu_seqlens_k=None, q_start=None):
     def empty(size):
         return torch.empty(size, dtype=torch.int32, device=topk_idx.device)
 
-    base, own = empty(tokens), empty(tokens)
+    base, own, counts = empty(tokens), empty(tokens), empty(heads * blocks * chunks + 1)
     last_key = None if cu_seqlens_k is None and q_start is None else empty(tokens)
-    locate_tokens[(triton.cdiv(tokens, LOCATED),)](
+    counters = counts.shape[0]
+    locate_tokens[(max(triton.cdiv(tokens, LOCATED), triton.cdiv(counters, CLEARED)),)](
         cu_seqlens,
         cu_seqlens_k,
         q_start,
         base,
         own,
         last_key,
+        counts,
         tokens,
         batch,
+        counters,
         STEPS=batch.bit_length(),
         TILE=LOCATED,
+        CLEARED=CLEARED,
         num_warps=4,
     )
-    counts = torch.zeros(heads * blocks * chunks + 1, dtype=torch.int32, device=topk_idx.device)
     shape = (tokens, topk, blocks, chunk_tokens, chunks)
     chosen = torch.empty_like(topk_idx)
     counted = max(1, COUNTED // topk_pad)
@@ -305,17 +328,22 @@ def build_index(topk_idx, cu_seqlens, keys, cu_seqlens_k=None, q_start=None):
     return Index(base, chosen, last_key, starts, entries, blocks, chunks, chunk_tokens)
 
 
-def parts_of(index, heads, part_tokens, first_chunk=0, end_chunk=None):
-    """int32 [HK, parts]: the block that each part of each head's lists belongs to, or -1."""
+def parts_of(index, heads, part_tokens, range_chunks=None):
+    """int32 [ranges, HK, parts]: the block that each part of each head's lists belongs to, or -1.
+
+    A range is so many chunks of tokens; by default one has them all.
+    """
     max_parts = index.entries.shape[0] // heads // part_tokens + index.blocks
-    parts = index.entries.new_full((heads, max_parts), -1)
-    plan_parts[(triton.cdiv(index.blocks, 128), heads)](
+    max_parts = triton.cdiv(max_parts, 4) * 4  # all ranges begin at 16 bytes
+    range_chunks = index.chunks if range_chunks is None else range_chunks
+    ranges = triton.cdiv(index.chunks, range_chunks)
+    parts = index.entries.new_empty((ranges, heads, max_parts))
+    plan_parts[(triton.cdiv(index.blocks, 128), heads, ranges)](
         index.starts,
         parts,
         index.blocks,
         index.chunks,
-        first_chunk,
-        index.chunks if end_chunk is None else end_chunk,
+        range_chunks,
         part_tokens,
         max_parts,
         TILE=128,
@@ -338,7 +366,7 @@ def row_deltas(do, o, delta, stride_do, stride_doh, rows, query_heads, ROWS: tl.
 
 
 @triton.jit
-def selected_attention_backward__f32_d32_g4_b16__d1913e34(
+def selected_attention_backward__f16_d32_g2_b16__9e981a45(
     do,
     q,
     k,
@@ -429,7 +457,7 @@ def selected_attention_backward__f32_d32_g4_b16__d1913e34(
         do_tile = tl.load(
             do + (token_row * stride_do + in_group * stride_doh)[:, None] + dim_v[None, :],
         )  # [BLOCK_M, BLOCK_DV]
-        lse_row = tl.load(lse + token_row * query_heads + in_group) * LOG2_E
+        lse_row = tl.load(lse + token_row * query_heads + in_group) / softmax_scale
         lse_row = tl.where(
             lse_row == float("-inf"), float("inf"), lse_row
         )  # a row of no key: p = 0
@@ -437,18 +465,16 @@ def selected_attention_backward__f32_d32_g4_b16__d1913e34(
         if gate is not None:
             gate_row = tl.load(gate + token_row * query_heads + in_group)
 
-        s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # [BLOCK_B, BLOCK_M]
+        s = tl.dot(k_tile, tl.trans(q_tile))  # [BLOCK_B, BLOCK_M]
         visible = (key[:, None] <= seen[None, :]) & live[None, :]
-        p = tl.where(visible, tl.exp2(tl.minimum(s * scale - lse_row[None, :], 0.0)), 0.0)
+        p = tl.where(visible, tl.exp2(tl.minimum((s - lse_row[None, :]) * scale, 0.0)), 0.0)
         if gate is not None:
             p *= gate_row[None, :]
-        dv_tile = tl.dot(p.to(do_tile.dtype), do_tile, dv_tile, input_precision="ieee")
-        dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
+        dv_tile = tl.dot(p.to(do_tile.dtype), do_tile, dv_tile)
+        dp = tl.dot(v_tile, tl.trans(do_tile))
         ds = (p * (dp - delta_row[None, :])).to(q_tile.dtype)
-        dk_tile = tl.dot(ds, q_tile, dk_tile, input_precision="ieee")
-        share = tl.dot(
-            tl.trans(ds), k_tile, input_precision="ieee"
-        )  # [BLOCK_M, BLOCK_D], before the scale
+        dk_tile = tl.dot(ds, q_tile, dk_tile)
+        share = tl.dot(tl.trans(ds), k_tile)  # [BLOCK_M, BLOCK_D], before the scale
         place = tl.program_id(1).to(tl.int64) * tokens * topk + entry
         tl.store(
             partial_dq + ((place * GROUP + in_group) * HEAD_DIM)[:, None] + dim[None, :],
@@ -568,10 +594,10 @@ def sum_shares(
 def check(do, q, k, v, topk_idx, o, lse, delta, gate, dq, dk, dv, softmax_scale):
     """Raise ValueError unless the tensors are what this kernel is for."""
     tokens, query_heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
-    if q.shape[2] != 32 or v.shape[2] != 32 or query_heads != 4 * kv_heads:
+    if q.shape[2] != 32 or v.shape[2] != 32 or query_heads != 2 * kv_heads:
         raise ValueError(
             "selected_attention: this kernel needs head_dim 32, v_head_dim 32 "
-            f"and gqa_ratio 4; got q {tuple(q.shape)}, k {tuple(k.shape)} and "
+            f"and gqa_ratio 2; got q {tuple(q.shape)}, k {tuple(k.shape)} and "
             f"v {tuple(v.shape)}; build a kernel for these"
         )
     if q.stride(2) != 1 or k.stride(2) != 1 or v.stride(2) != 1:
@@ -666,7 +692,7 @@ def launch(
     partial_dq = torch.empty(heads * shares, dtype=SHARE_DTYPE, device=q.device)
     for first_head in range(0, kv_heads, heads):
         launched = min(heads, kv_heads - first_head)
-        selected_attention_backward__f32_d32_g4_b16__d1913e34[(parts.shape[1], launched)](
+        selected_attention_backward__f16_d32_g2_b16__9e981a45[(parts.shape[2], launched)](
             do,
             q,
             k,
@@ -694,10 +720,10 @@ def launch(
             batch,
             index.blocks,
             index.chunks,
-            parts.shape[1],
+            parts.shape[2],
             max_sums,
-            num_warps=8,
-            num_stages=1,
+            num_warps=4,
+            num_stages=2,
         )
         sum_shares[(triton.cdiv(tokens * GROUP.value, 16), launched)](
             index.chosen,

@@ -2,12 +2,12 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/selected_attention/backward_key_major.py.j2
-# Source:     fingerprint f23d5671ff057034
+# Source:     fingerprint 33a9b742dcd37d3c
 # Workload:   selected_attention backward
 #             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=4, block_size=64
-# Schedule:   key_major(block_m=32, key_orientation=keys, key_stages=2, key_warps=8,
+# Schedule:   key_major(block_m=128, key_orientation=queries, key_stages=2, key_warps=8,
 #             part_tokens=512)
-# Targets:    cuda:80
+# Targets:    cuda:90
 # Provenance: the architecture's default; not measured
 """Selected attention, backward: key-block-major, each score computed once.
 
@@ -32,8 +32,8 @@ BLOCK_SIZE = tl.constexpr(64)  # B: tokens of a block
 BLOCK_D = tl.constexpr(128)
 BLOCK_DV = tl.constexpr(128)
 BLOCK_B = tl.constexpr(64)
-BLOCK_M = tl.constexpr(32)  # rows a step:
-TILE_TOKENS = tl.constexpr(8)  # this many groups
+BLOCK_M = tl.constexpr(128)  # rows a step:
+TILE_TOKENS = tl.constexpr(32)  # this many groups
 PART_TOKENS = tl.constexpr(512)  # tokens of a list that one program takes
 SHARES_BYTES = 1 << 30  # of the shares of dq that are kept at once
 SHARE_DTYPE = torch.bfloat16
@@ -68,6 +68,7 @@ CHUNKS = 256  # of the tokens, at most; more are placed faster, and take more co
 PLACED = 32  # entries that are placed at once, each compared with each: fewer compare less
 COUNTED = 256  # entries that are counted at once
 LOCATED = 256  # tokens that are located at once
+CLEARED = 8192  # counters that are set to 0 by a program
 
 
 class Index(NamedTuple):
@@ -97,12 +98,19 @@ def locate_tokens(
     base,
     own,
     last_key,
+    counts,
     tokens,
     batch,
+    counters,
     STEPS: tl.constexpr,
     TILE: tl.constexpr,
+    CLEARED: tl.constexpr,
 ):
-    """Write each token's own block, the number of its sequence's first block, and its last key."""
+    """Write each token's own block, the number of its sequence's first block, and its last key; and
+    set the counters to 0."""
+    for i in tl.static_range(CLEARED // 1024):
+        counter = tl.program_id(0).to(tl.int64) * CLEARED + i * 1024 + tl.arange(0, 1024)
+        tl.store(counts + counter, tl.zeros([1024], tl.int32), mask=counter < counters)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     seq = tl.zeros([TILE], tl.int32)  # the last one that begins at or before the token
     for i in tl.static_range(STEPS):
@@ -206,23 +214,35 @@ def plan_parts(
     parts,
     blocks,
     chunks,
-    first_chunk,
-    end_chunk,
+    range_chunks,
     part_tokens,
     max_parts,
     TILE: tl.constexpr,
 ):
-    """Write which block each part of a head's lists belongs to, for the tokens of some chunks."""
+    """Write which block each part of a head's lists belongs to, for the tokens of a range of chunks.
+
+    Places between a block's parts and the next block's get -1.
+    """
     head = tl.program_id(1).to(tl.int64)
+    first_chunk = tl.program_id(2) * range_chunks
+    end_chunk = tl.minimum(first_chunk + range_chunks, chunks)
+    parts += (tl.program_id(2) * tl.num_programs(1) + head) * max_parts
     block = tl.program_id(0) * TILE + tl.arange(0, TILE)
     there = block < blocks
     run = (head * blocks + block) * chunks
+    entries = tl.load(starts + head * blocks * chunks)
     begin = tl.load(starts + run + first_chunk, mask=there, other=0)
     end = tl.load(starts + run + end_chunk, mask=there, other=0)
-    first = (begin - tl.load(starts + head * blocks * chunks)) // part_tokens + block
-    count = tl.where(there, (end - begin + part_tokens - 1) // part_tokens, 0)
-    for i in range(0, tl.max(count, 0)):
-        tl.store(parts + head * max_parts + first + i, block, mask=i < count)
+    first = (begin - entries) // part_tokens + block
+    count = (end - begin + part_tokens - 1) // part_tokens
+    more = block + 1 < blocks
+    next_begin = tl.load(starts + run + chunks + first_chunk, mask=more, other=0)
+    until = tl.where(more, (next_begin - entries) // part_tokens + block + 1, max_parts)
+    before = tl.where(block == 0, first, 0)  # places of no block
+    for i in range(0, tl.max(tl.where(there, until - first + before, 0), 0)):
+        place = first - before + i
+        value = tl.where((i >= before) & (i - before < count), block, -1)
+        tl.store(parts + place, value, mask=there & (place < until))
 
 
 @triton.jit
@@ -275,22 +295,25 @@ def build_index(topk_idx, cu_seqlens, keys, cu_seqlens_k=None, q_start=None):
     def empty(size):
         return torch.empty(size, dtype=torch.int32, device=topk_idx.device)
 
-    base, own = empty(tokens), empty(tokens)
+    base, own, counts = empty(tokens), empty(tokens), empty(heads * blocks * chunks + 1)
     last_key = None if cu_seqlens_k is None and q_start is None else empty(tokens)
-    locate_tokens[(triton.cdiv(tokens, LOCATED),)](
+    counters = counts.shape[0]
+    locate_tokens[(max(triton.cdiv(tokens, LOCATED), triton.cdiv(counters, CLEARED)),)](
         cu_seqlens,
         cu_seqlens_k,
         q_start,
         base,
         own,
         last_key,
+        counts,
         tokens,
         batch,
+        counters,
         STEPS=batch.bit_length(),
         TILE=LOCATED,
+        CLEARED=CLEARED,
         num_warps=4,
     )
-    counts = torch.zeros(heads * blocks * chunks + 1, dtype=torch.int32, device=topk_idx.device)
     shape = (tokens, topk, blocks, chunk_tokens, chunks)
     chosen = torch.empty_like(topk_idx)
     counted = max(1, COUNTED // topk_pad)
@@ -305,17 +328,22 @@ def build_index(topk_idx, cu_seqlens, keys, cu_seqlens_k=None, q_start=None):
     return Index(base, chosen, last_key, starts, entries, blocks, chunks, chunk_tokens)
 
 
-def parts_of(index, heads, part_tokens, first_chunk=0, end_chunk=None):
-    """int32 [HK, parts]: the block that each part of each head's lists belongs to, or -1."""
+def parts_of(index, heads, part_tokens, range_chunks=None):
+    """int32 [ranges, HK, parts]: the block that each part of each head's lists belongs to, or -1.
+
+    A range is so many chunks of tokens; by default one has them all.
+    """
     max_parts = index.entries.shape[0] // heads // part_tokens + index.blocks
-    parts = index.entries.new_full((heads, max_parts), -1)
-    plan_parts[(triton.cdiv(index.blocks, 128), heads)](
+    max_parts = triton.cdiv(max_parts, 4) * 4  # all ranges begin at 16 bytes
+    range_chunks = index.chunks if range_chunks is None else range_chunks
+    ranges = triton.cdiv(index.chunks, range_chunks)
+    parts = index.entries.new_empty((ranges, heads, max_parts))
+    plan_parts[(triton.cdiv(index.blocks, 128), heads, ranges)](
         index.starts,
         parts,
         index.blocks,
         index.chunks,
-        first_chunk,
-        index.chunks if end_chunk is None else end_chunk,
+        range_chunks,
         part_tokens,
         max_parts,
         TILE=128,
@@ -338,7 +366,7 @@ def row_deltas(do, o, delta, stride_do, stride_doh, rows, query_heads, ROWS: tl.
 
 
 @triton.jit
-def selected_attention_backward__bf16_d128_g4_b64__bc47841b(
+def selected_attention_backward__bf16_d128_g4_b64__51cec5aa(
     do,
     q,
     k,
@@ -437,16 +465,16 @@ def selected_attention_backward__bf16_d128_g4_b64__bc47841b(
         if gate is not None:
             gate_row = tl.load(gate + token_row * query_heads + in_group)
 
-        s = tl.dot(k_tile, tl.trans(q_tile))  # [BLOCK_B, BLOCK_M]
-        visible = (key[:, None] <= seen[None, :]) & live[None, :]
-        p = tl.where(visible, tl.exp2(tl.minimum(s * scale - lse_row[None, :], 0.0)), 0.0)
+        s = tl.dot(q_tile, tl.trans(k_tile))  # [BLOCK_M, BLOCK_B]
+        visible = (key[None, :] <= seen[:, None]) & live[:, None]
+        p = tl.where(visible, tl.exp2(tl.minimum(s * scale - lse_row[:, None], 0.0)), 0.0)
         if gate is not None:
-            p *= gate_row[None, :]
-        dv_tile = tl.dot(p.to(do_tile.dtype), do_tile, dv_tile)
-        dp = tl.dot(v_tile, tl.trans(do_tile))
-        ds = (p * (dp - delta_row[None, :])).to(q_tile.dtype)
-        dk_tile = tl.dot(ds, q_tile, dk_tile)
-        share = tl.dot(tl.trans(ds), k_tile)  # [BLOCK_M, BLOCK_D], before the scale
+            p *= gate_row[:, None]
+        dv_tile = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_tile)
+        dp = tl.dot(do_tile, tl.trans(v_tile))
+        ds = (p * (dp - delta_row[:, None])).to(q_tile.dtype)
+        dk_tile = tl.dot(tl.trans(ds), q_tile, dk_tile)
+        share = tl.dot(ds, k_tile)  # [BLOCK_M, BLOCK_D], before the scale
         place = tl.program_id(1).to(tl.int64) * tokens * topk + entry
         tl.store(
             partial_dq + ((place * GROUP + in_group) * HEAD_DIM)[:, None] + dim[None, :],
@@ -664,7 +692,7 @@ def launch(
     partial_dq = torch.empty(heads * shares, dtype=SHARE_DTYPE, device=q.device)
     for first_head in range(0, kv_heads, heads):
         launched = min(heads, kv_heads - first_head)
-        selected_attention_backward__bf16_d128_g4_b64__bc47841b[(parts.shape[1], launched)](
+        selected_attention_backward__bf16_d128_g4_b64__51cec5aa[(parts.shape[2], launched)](
             do,
             q,
             k,
@@ -692,7 +720,7 @@ def launch(
             batch,
             index.blocks,
             index.chunks,
-            parts.shape[1],
+            parts.shape[2],
             max_sums,
             num_warps=8,
             num_stages=2,

@@ -2,7 +2,7 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/selected_attention/backward_warp_specialized.py.j2
-# Source:     fingerprint 1d0f695605f25254
+# Source:     fingerprint f9f92af8dabd779b
 # Workload:   selected_attention backward
 #             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, block_size=64
 # Schedule:   warp_specialized(part_tokens=1024, row_stages=4, shares=1024)
@@ -81,6 +81,7 @@ CHUNKS = 256  # of the tokens, at most; more are placed faster, and take more co
 PLACED = 32  # entries that are placed at once, each compared with each: fewer compare less
 COUNTED = 256  # entries that are counted at once
 LOCATED = 256  # tokens that are located at once
+CLEARED = 8192  # counters that are set to 0 by a program
 
 
 class Index(NamedTuple):
@@ -110,12 +111,19 @@ def locate_tokens(
     base,
     own,
     last_key,
+    counts,
     tokens,
     batch,
+    counters,
     STEPS: tl.constexpr,
     TILE: tl.constexpr,
+    CLEARED: tl.constexpr,
 ):
-    """Write each token's own block, the number of its sequence's first block, and its last key."""
+    """Write each token's own block, the number of its sequence's first block, and its last key; and
+    set the counters to 0."""
+    for i in tl.static_range(CLEARED // 1024):
+        counter = tl.program_id(0).to(tl.int64) * CLEARED + i * 1024 + tl.arange(0, 1024)
+        tl.store(counts + counter, tl.zeros([1024], tl.int32), mask=counter < counters)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     seq = tl.zeros([TILE], tl.int32)  # the last one that begins at or before the token
     for i in tl.static_range(STEPS):
@@ -219,23 +227,35 @@ def plan_parts(
     parts,
     blocks,
     chunks,
-    first_chunk,
-    end_chunk,
+    range_chunks,
     part_tokens,
     max_parts,
     TILE: tl.constexpr,
 ):
-    """Write which block each part of a head's lists belongs to, for the tokens of some chunks."""
+    """Write which block each part of a head's lists belongs to, for the tokens of a range of chunks.
+
+    Places between a block's parts and the next block's get -1.
+    """
     head = tl.program_id(1).to(tl.int64)
+    first_chunk = tl.program_id(2) * range_chunks
+    end_chunk = tl.minimum(first_chunk + range_chunks, chunks)
+    parts += (tl.program_id(2) * tl.num_programs(1) + head) * max_parts
     block = tl.program_id(0) * TILE + tl.arange(0, TILE)
     there = block < blocks
     run = (head * blocks + block) * chunks
+    entries = tl.load(starts + head * blocks * chunks)
     begin = tl.load(starts + run + first_chunk, mask=there, other=0)
     end = tl.load(starts + run + end_chunk, mask=there, other=0)
-    first = (begin - tl.load(starts + head * blocks * chunks)) // part_tokens + block
-    count = tl.where(there, (end - begin + part_tokens - 1) // part_tokens, 0)
-    for i in range(0, tl.max(count, 0)):
-        tl.store(parts + head * max_parts + first + i, block, mask=i < count)
+    first = (begin - entries) // part_tokens + block
+    count = (end - begin + part_tokens - 1) // part_tokens
+    more = block + 1 < blocks
+    next_begin = tl.load(starts + run + chunks + first_chunk, mask=more, other=0)
+    until = tl.where(more, (next_begin - entries) // part_tokens + block + 1, max_parts)
+    before = tl.where(block == 0, first, 0)  # places of no block
+    for i in range(0, tl.max(tl.where(there, until - first + before, 0), 0)):
+        place = first - before + i
+        value = tl.where((i >= before) & (i - before < count), block, -1)
+        tl.store(parts + place, value, mask=there & (place < until))
 
 
 @triton.jit
@@ -288,22 +308,25 @@ def build_index(topk_idx, cu_seqlens, keys, cu_seqlens_k=None, q_start=None):
     def empty(size):
         return torch.empty(size, dtype=torch.int32, device=topk_idx.device)
 
-    base, own = empty(tokens), empty(tokens)
+    base, own, counts = empty(tokens), empty(tokens), empty(heads * blocks * chunks + 1)
     last_key = None if cu_seqlens_k is None and q_start is None else empty(tokens)
-    locate_tokens[(triton.cdiv(tokens, LOCATED),)](
+    counters = counts.shape[0]
+    locate_tokens[(max(triton.cdiv(tokens, LOCATED), triton.cdiv(counters, CLEARED)),)](
         cu_seqlens,
         cu_seqlens_k,
         q_start,
         base,
         own,
         last_key,
+        counts,
         tokens,
         batch,
+        counters,
         STEPS=batch.bit_length(),
         TILE=LOCATED,
+        CLEARED=CLEARED,
         num_warps=4,
     )
-    counts = torch.zeros(heads * blocks * chunks + 1, dtype=torch.int32, device=topk_idx.device)
     shape = (tokens, topk, blocks, chunk_tokens, chunks)
     chosen = torch.empty_like(topk_idx)
     counted = max(1, COUNTED // topk_pad)
@@ -318,17 +341,22 @@ def build_index(topk_idx, cu_seqlens, keys, cu_seqlens_k=None, q_start=None):
     return Index(base, chosen, last_key, starts, entries, blocks, chunks, chunk_tokens)
 
 
-def parts_of(index, heads, part_tokens, first_chunk=0, end_chunk=None):
-    """int32 [HK, parts]: the block that each part of each head's lists belongs to, or -1."""
+def parts_of(index, heads, part_tokens, range_chunks=None):
+    """int32 [ranges, HK, parts]: the block that each part of each head's lists belongs to, or -1.
+
+    A range is so many chunks of tokens; by default one has them all.
+    """
     max_parts = index.entries.shape[0] // heads // part_tokens + index.blocks
-    parts = index.entries.new_full((heads, max_parts), -1)
-    plan_parts[(triton.cdiv(index.blocks, 128), heads)](
+    max_parts = triton.cdiv(max_parts, 4) * 4  # all ranges begin at 16 bytes
+    range_chunks = index.chunks if range_chunks is None else range_chunks
+    ranges = triton.cdiv(index.chunks, range_chunks)
+    parts = index.entries.new_empty((ranges, heads, max_parts))
+    plan_parts[(triton.cdiv(index.blocks, 128), heads, ranges)](
         index.starts,
         parts,
         index.blocks,
         index.chunks,
-        first_chunk,
-        index.chunks if end_chunk is None else end_chunk,
+        range_chunks,
         part_tokens,
         max_parts,
         TILE=128,
@@ -782,7 +810,7 @@ def run_key_block(q, do, k, v, entries, statistics, shares, places, walk, output
 
 
 @gluon.jit
-def selected_attention_backward__bf16_d128_g16_b64__edb8b66d(
+def selected_attention_backward__bf16_d128_g16_b64__0072437e(
     q,
     do,
     k,
@@ -1063,6 +1091,7 @@ def launch(
         describe(k, 64),
         describe(v, 64),
     )
+    parts = parts_of(index, kv_heads, PART_TOKENS.value, range_chunks)
     for first_head in range(0, kv_heads, heads):
         at_work = min(heads, kv_heads - first_head)
         for first_chunk in range(0, index.chunks, range_chunks):
@@ -1070,14 +1099,13 @@ def launch(
             first_token = first_chunk * index.chunk_tokens
             end_token = min(end_chunk * index.chunk_tokens, tokens)
             walked = (first_head, first_chunk, end_chunk)
-            parts = parts_of(index, kv_heads, PART_TOKENS.value, first_chunk, end_chunk)
-            selected_attention_backward__bf16_d128_g16_b64__edb8b66d[(parts.shape[1], at_work)](
+            selected_attention_backward__bf16_d128_g16_b64__0072437e[(parts.shape[2], at_work)](
                 *descriptors,
                 of_keys,
                 index.last_key,
                 index.starts,
                 index.entries,
-                parts,
+                parts[first_chunk // range_chunks],
                 lse_rows,
                 delta_rows,
                 gate_rows,
@@ -1094,7 +1122,7 @@ def launch(
                 batch,
                 index.blocks,
                 index.chunks,
-                parts.shape[1],
+                parts.shape[2],
                 max_sums,
                 (end_token - first_token) * topk,
                 num_warps=4,
