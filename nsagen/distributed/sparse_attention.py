@@ -27,7 +27,7 @@ from nsagen.ops.compressed_attention import (
     compressed_attention_backward,
     compressed_attention_forward,
 )
-from nsagen.ops.gated_attention import branch_columns, sum_branches
+from nsagen.ops.gated_attention import branch_columns
 from nsagen.ops.gated_sum import gated_sum_forward
 from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
 from nsagen.ops.sliding_window_attention import (
@@ -67,9 +67,7 @@ def attend_sparsely(
     call = _Call(module, shard, of_tokens, of_windows, gated)
     found = _Branches.apply(call, q, gate if gated else None, *tensors)
     if gated:
-        o_compressed, lse_compressed, o_selected, lse_selected, o_sliding, lse_sliding = found
-        compressed, selected = (o_compressed, lse_compressed), (o_selected, lse_selected)
-        return sum_branches(*compressed, *selected, o_sliding, lse_sliding, gate, key).flatten(1)
+        return found[0].flatten(1)
     outputs = dict(zip(s.on, found[::2], strict=True))
     some = found[0]  # read, without weight, in place of one that is off
     o_compressed, o_selected, o_sliding = (outputs.get(name, some) for name in BRANCHES)
@@ -139,11 +137,10 @@ class _Call:
 
 
 class _Branches(torch.autograd.Function):
-    """Output and lse of each branch that is on.
+    """Output and lse of each branch that is on; with gates their gated sum.
 
     `tensors` are this rank's keys and values of the selected branch, those of the sliding one if
-    it has its own, and windows if a branch needs them. With gates, the gradients of outputs and lse
-    are what `sum_branches` hands on: the sum's gradient, and delta.
+    it has its own, and windows if a branch needs them.
     """
 
     @staticmethod
@@ -177,12 +174,12 @@ class _Branches(torch.autograd.Function):
                 q, *sliding, call.ends, s.window_size, *last, starts, q_start
             )
         outputs, lses = zip(*(made[name] for name in call.on), strict=True)
-        kept = (None for _ in outputs) if call.gated else outputs  # free once the sum has deltas
         ctx.call = call
         ctx.set_materialize_grads(False)
-        if not call.gated:
-            ctx.mark_non_differentiable(*lses)
-        ctx.save_for_backward(q, gate, topk_idx, *lses, *kept, *joined)
+        ctx.save_for_backward(q, gate, topk_idx, *lses, *outputs, *joined)
+        if call.gated:
+            return (gated_sum_forward(*outputs, gate, last[1]),)
+        ctx.mark_non_differentiable(*lses)
         return tuple(x for pair in zip(outputs, lses, strict=True) for x in pair)
 
     @staticmethod
@@ -194,9 +191,12 @@ class _Branches(torch.autograd.Function):
         call.start(joined)
         dgate, dos, columns, deltas = None, gradients[::2], [None] * many, [None] * many
         if call.gated:
-            dos = [gradients[0]] * many
-            made, dgate = branch_columns(gate, *gradients[1::2])
+            (do,), (o_compressed, o_selected, o_sliding) = gradients, outputs
+            made, dgate = branch_columns(do, o_compressed, o_selected, o_sliding, gate)
+            del o_compressed, o_selected, o_sliding
             columns, deltas = (parts := made.unbind(0))[:many], parts[many:]
+            dos, outputs, kept = [do] * many, [None] * many, None
+            ctx.maybe_clear_saved_tensors()  # outputs are free, unless the graph is kept
         each = zip(dos, outputs, lses, deltas, columns, strict=True)
         found = _Gradients(call, q, topk_idx, dict(zip(call.on, each, strict=True)))
         tokens, windows = call.parted(ctx.needs_input_grad[3:])

@@ -85,7 +85,9 @@ class Gradients:
         adds: gradients that another op, <name>_backward_add, does not return, but adds to in
             place; `launch` has True there where it has False.
         body: in place of a launch, a function of `call` on other ops.
-        takes: gradients and outputs that body takes.
+        takes: gradients and outputs that body takes, and outputs of `first`.
+        first: an op that is called before, on gradients, parameters and outputs. What only this
+            one takes is free when it returns. Its outputs named `d` + parameter are gradients.
         omit: parameters that body does not take.
         like: by parameter, what its gradient looks like instead.
     """
@@ -98,6 +100,7 @@ class Gradients:
     adds: str = ""
     body: Callable[..., Any] | None = None
     takes: str = ""
+    first: Callable[..., Any] | None = None
     omit: str = ""
     like: Mapping[str, str] = field(default_factory=dict)
 
@@ -107,7 +110,8 @@ class Gradients:
         own = [name for name in op.names if name not in self.omit.split()]
         leading = next((i for i, n in enumerate(own) if not takes_tensor(op.hints[n])), len(own))
         named = dict.fromkeys(f"{self.takes} {self.launch}".split())
-        grads = [f"d{n}" for n in op.returns if f"d{n}" in named]
+        made = () if self.first is None else vars(self.first)["op"].returns
+        grads = [n for n in (*(f"d{n}" for n in op.returns), *made) if n in named]
         outputs = [n for n in named if n in op.returns]
         hints = op.hints | dict.fromkeys(outputs, Tensor | None if more else Tensor)
         hints |= dict.fromkeys(more, Tensor | None)
@@ -133,6 +137,7 @@ class Gradients:
         looks = {n: self.like.get(n, n) for n in of}
         how["allocate"] = _taking(_like, grads[0], *looks.values())
         backward = _define(name, run, types, of, defaults, how)
+        vars(backward)["first"] = self.first
         if adds:
             kept = [n for n in of if f"d{n}" not in adds]
             how |= {"mutates": self.adds, "launch": self.launch.replace("False", "True")}

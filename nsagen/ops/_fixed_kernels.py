@@ -4,6 +4,8 @@ narrow caches."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,6 +15,7 @@ from nsagen.core.workload import CACHE_DTYPES
 TILE = 512  # tokens a program
 CHUNK = 1024  # sequences that a program looks at in one go
 STORED_ROWS = 8  # heads of tokens a program
+TURNED, SUMMED = 16, 8  # the same, of a rotation and of sums over branches
 
 
 @triton.jit
@@ -110,103 +113,364 @@ def launch_lengths(
 
 
 @triton.jit
-def branch_columns(gate, delta, at, columns, dgate, branch, row, rows):
+def branch_columns(do_rows, o_rows, gate, row, inside, columns, dgate, branch, size):
     """One branch's gates and deltas as columns, and the deltas as its gates' gradients."""
-    inside, size = row < rows, rows.to(tl.int64)
+    delta = tl.sum(do_rows * o_rows, 1)
     weight = tl.load(gate + branch, mask=inside).to(tl.float32)
-    value = tl.load(delta + at, mask=inside).to(tl.float32)
     tl.store(columns + branch * size + row, weight, mask=inside)
-    tl.store(columns + (branch + 3) * size + row, value, mask=inside)
-    at_gate = row.to(tl.int64) * 3 + branch
-    tl.store(dgate + at_gate, value.to(dgate.dtype.element_ty), mask=inside)
+    tl.store(columns + (branch + 3) * size + row, delta, mask=inside)
+    tl.store(dgate + row * 3 + branch, delta.to(dgate.dtype.element_ty), mask=inside)
 
 
-# Columns of one tensor [N, HQ, 3] lie 4 bytes apart.
-@triton.jit(
-    do_not_specialize=["rows"],
-    do_not_specialize_on_alignment=["compressed", "selected", "sliding"],
-)
+@triton.jit(do_not_specialize=["rows"])
 def columns_kernel(
+    do,
+    o_compressed,
+    o_selected,
+    o_sliding,
     gate,
-    compressed,
-    selected,
-    sliding,
     columns,
     dgate,
     rows,
     heads,
+    stride_do,
+    stride_doh,
     stride_g,
     stride_gh,
-    stride_c,
-    stride_ch,
-    stride_s,
-    stride_sh,
-    stride_w,
-    stride_wh,
-    TILE: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    token, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    dim, inside = tl.arange(0, BLOCK_DV), row < rows
+    there = inside[:, None] & (dim < V_HEAD_DIM)[None, :]
+    token, head = row // heads, row % heads
+    do += (token * stride_do + head * stride_doh)[:, None] + dim[None, :]
     gate += token * stride_g + head * stride_gh
-    at_c, at_s = token * stride_c + head * stride_ch, token * stride_s + head * stride_sh
-    at_w = token * stride_w + head * stride_wh
-    branch_columns(gate, compressed, at_c, columns, dgate, 0, row, rows)
-    branch_columns(gate, selected, at_s, columns, dgate, 1, row, rows)
-    branch_columns(gate, sliding, at_w, columns, dgate, 2, row, rows)
+    at = row[:, None] * V_HEAD_DIM + dim[None, :]
+    # All loads before the first store, so that they are in flight together.
+    do_rows = tl.load(do, mask=there, other=0.0).to(tl.float32)
+    compressed = tl.load(o_compressed + at, mask=there, other=0.0).to(tl.float32)
+    selected = tl.load(o_selected + at, mask=there, other=0.0).to(tl.float32)
+    sliding = tl.load(o_sliding + at, mask=there, other=0.0).to(tl.float32)
+    size = rows.to(tl.int64)
+    branch_columns(do_rows, compressed, gate, row, inside, columns, dgate, 0, size)
+    branch_columns(do_rows, selected, gate, row, inside, columns, dgate, 1, size)
+    branch_columns(do_rows, sliding, gate, row, inside, columns, dgate, 2, size)
 
 
 def launch_columns(
+    do: Tensor,
+    o_compressed: Tensor,
+    o_selected: Tensor,
+    o_sliding: Tensor,
     gate: Tensor,
-    compressed: Tensor,
-    selected: Tensor,
-    sliding: Tensor,
     columns: Tensor,
     dgate: Tensor,
 ) -> None:
     """Write gates and deltas as columns, and the gates' gradient.
 
     Args:
-        gate: [N, HQ, 3], the last dimension contiguous; compressed, selected, sliding: [N, HQ],
-            any strides.
-        columns: float32 [6, N, HQ], contiguous: the gates' columns, then the other three.
+        do: [N, HQ, Dv]; gate: [N, HQ, 3]; the last dimension contiguous.
+        o_compressed, o_selected, o_sliding: [N, HQ, Dv], contiguous.
+        columns: float32 [6, N, HQ], contiguous: the gates' columns, then do . o of each branch.
         dgate: [N, HQ, 3], contiguous: the other three in any dtype.
     """
-    rows, heads = columns.shape[1] * columns.shape[2], columns.shape[2]
-    columns_kernel[(triton.cdiv(rows, TILE),)](
-        *(gate, compressed, selected, sliding, columns, dgate, rows, heads),
-        *(*gate.stride()[:2], *compressed.stride(), *selected.stride(), *sliding.stride()),
-        TILE=TILE,
+    tokens, heads, dim = do.shape
+    columns_kernel[(triton.cdiv(tokens * heads, SUMMED),)](
+        *(do, o_compressed, o_selected, o_sliding, gate, columns, dgate, tokens * heads, heads),
+        *(*do.stride()[:2], *gate.stride()[:2]),
+        V_HEAD_DIM=dim,
+        BLOCK_DV=triton.next_power_of_2(dim),
+        ROWS=SUMMED,
         num_warps=4,  # pyright: ignore
     )
 
 
 @triton.jit
-def add_tile(x, more, at, size):
-    total = tl.load(x + at, mask=at < size).to(tl.float32)
-    total += tl.load(more + at, mask=at < size).to(tl.float32)
-    tl.store(x + at, total.to(x.dtype.element_ty), mask=at < size)
+def turn_rows(
+    x,
+    y,
+    more,
+    cos,
+    sin,
+    positions,
+    tile,
+    rows,
+    heads,
+    stride_x,
+    stride_xh,
+    BACK: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Rotate rows of x, or rotate them back, and add those of `more`, if any; y may be x."""
+    row = tile * ROWS + tl.arange(0, ROWS)
+    dim = tl.arange(0, BLOCK_HALF)
+    inside = (row < rows)[:, None] & (dim < HALF)[None, :]
+    token, head = row // heads, row % heads
+    first = (token.to(tl.int64) * stride_x + head.to(tl.int64) * stride_xh)[:, None] + dim[None, :]
+    a = tl.load(x + first, mask=inside).to(tl.float32)
+    b = tl.load(x + first + HALF, mask=inside).to(tl.float32)
+    place = tl.load(positions + token, mask=row < rows, other=0).to(tl.int64)
+    angle = (place * HALF)[:, None] + dim[None, :]
+    cosine = tl.load(cos + angle, mask=inside)
+    sine = tl.load(sin + angle, mask=inside)
+    if BACK:  # the transpose of a rotation is the rotation back
+        sine = -sine
+    left = (a * cosine - b * sine).to(y.dtype.element_ty)
+    right = (b * cosine + a * sine).to(y.dtype.element_ty)
+    at = row.to(tl.int64)[:, None] * (2 * HALF) + dim[None, :]
+    if more is not None:
+        left = left.to(tl.float32) + tl.load(more + at, mask=inside).to(tl.float32)
+        right = right.to(tl.float32) + tl.load(more + at + HALF, mask=inside).to(tl.float32)
+    tl.store(y + at, left.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + at + HALF, right.to(y.dtype.element_ty), mask=inside)
+
+
+def _turned(x: Tensor, *others: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """Tiles of rows of tensors [N, H, D], and sizes that their kernels take."""
+    half = x.shape[2] // 2
+    sizes: dict[str, Any] = {"HALF": half, "BLOCK_HALF": triton.next_power_of_2(half)}
+    tiles = (triton.cdiv(one.shape[0] * one.shape[1], TURNED) for one in (x, *others))
+    return tuple(tiles), {**sizes, "ROWS": TURNED, "num_warps": 4}
 
 
 @triton.jit
-def add_kernel(x, more_x, y, more_y, size_x, size_y, TILE: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    if tl.program_id(1) == 0:
-        add_tile(x, more_x, at, size_x)
+def turn_kernel(
+    q,
+    k,
+    ck,
+    q_turned,
+    k_turned,
+    ck_turned,
+    cos,
+    sin,
+    positions,
+    window_positions,
+    rows_q,
+    rows_k,
+    rows_ck,
+    heads_q,
+    heads_k,
+    stride_q,
+    stride_qh,
+    stride_k,
+    stride_kh,
+    stride_ck,
+    stride_ckh,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    tiles_q, tiles_k = tl.cdiv(rows_q, ROWS), tl.cdiv(rows_k, ROWS)
+    if tile < tiles_q:
+        turn_rows(
+            q,
+            q_turned,
+            None,
+            cos,
+            sin,
+            positions,
+            tile,
+            rows_q,
+            heads_q,
+            stride_q,
+            stride_qh,
+            False,  # pyright: ignore
+            HALF,
+            BLOCK_HALF,
+            ROWS,
+        )
+    elif tile < tiles_q + tiles_k:
+        turn_rows(
+            k,
+            k_turned,
+            None,
+            cos,
+            sin,
+            positions,
+            tile - tiles_q,
+            rows_k,
+            heads_k,
+            stride_k,
+            stride_kh,
+            False,  # pyright: ignore
+            HALF,
+            BLOCK_HALF,
+            ROWS,
+        )
     else:
-        add_tile(y, more_y, at, size_y)
+        turn_rows(
+            ck,
+            ck_turned,
+            None,
+            cos,
+            sin,
+            window_positions,
+            tile - tiles_q - tiles_k,
+            rows_ck,
+            heads_k,
+            stride_ck,
+            stride_ckh,
+            False,  # pyright: ignore
+            HALF,
+            BLOCK_HALF,
+            ROWS,
+        )
 
 
-def launch_add(x: Tensor, more_x: Tensor, y: Tensor, more_y: Tensor) -> None:
-    """x += more_x and y += more_y, of a shape each, contiguous, rounded once from float32."""
-    sizes = (x.numel(), y.numel())
-    add_kernel[(triton.cdiv(max(sizes), 4 * TILE), 2)](
+def launch_turn(
+    q: Tensor,
+    k: Tensor,
+    ck: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    window_positions: Tensor,
+    q_turned: Tensor,
+    k_turned: Tensor,
+    ck_turned: Tensor,
+) -> None:
+    """Rotate q [N, HQ, D], k [N, HK, D] and ck [M, HK, D] by float32 tables [P, D // 2].
+
+    Of what is read any token and head strides; what is written is contiguous.
+    """
+    tiles, sizes = _turned(q, k, ck)
+    turn_kernel[(sum(tiles),)](  # pyright: ignore
+        *(q, k, ck, q_turned, k_turned, ck_turned, cos, sin, positions, window_positions),
+        *(q.shape[0] * q.shape[1], k.shape[0] * k.shape[1], ck.shape[0] * ck.shape[1]),
+        *(q.shape[1], k.shape[1], *q.stride()[:2], *k.stride()[:2], *ck.stride()[:2]),
+        **sizes,
+    )
+
+
+@triton.jit
+def turn_back_kernel(
+    x,
+    cos,
+    sin,
+    positions,
+    rows,
+    heads,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    turn_rows(
         x,
-        more_x,
-        y,
-        more_y,
-        *sizes,
-        TILE=4 * TILE,
-        num_warps=4,  # pyright: ignore
+        x,
+        None,
+        cos,
+        sin,
+        positions,
+        tl.program_id(0),
+        rows,
+        heads,
+        heads * 2 * HALF,
+        2 * HALF,
+        True,  # pyright: ignore
+        HALF,
+        BLOCK_HALF,
+        ROWS,
+    )
+
+
+def launch_turn_back(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    """x [N, H, D], contiguous, rotated back in place by float32 tables [P, D // 2]."""
+    tiles, sizes = _turned(x)
+    rows, heads = x.shape[0] * x.shape[1], x.shape[1]
+    turn_back_kernel[tiles](x, cos, sin, positions, rows, heads, **sizes)
+
+
+@triton.jit
+def finish_kernel(
+    dq,
+    dk,
+    of_k,
+    dv,
+    of_v,
+    cos,
+    sin,
+    positions,
+    rows_q,
+    rows_k,
+    size_v,
+    heads_q,
+    heads_k,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    tiles_q, tiles_k = tl.cdiv(rows_q, ROWS), tl.cdiv(rows_k, ROWS)
+    if tile < tiles_q:
+        turn_rows(
+            dq,
+            dq,
+            None,
+            cos,
+            sin,
+            positions,
+            tile,
+            rows_q,
+            heads_q,
+            heads_q * 2 * HALF,
+            2 * HALF,
+            True,  # pyright: ignore
+            HALF,
+            BLOCK_HALF,
+            ROWS,
+        )
+    elif tile < tiles_q + tiles_k:
+        turn_rows(
+            dk,
+            dk,
+            of_k,
+            cos,
+            sin,
+            positions,
+            tile - tiles_q,
+            rows_k,
+            heads_k,
+            heads_k * 2 * HALF,
+            2 * HALF,
+            True,  # pyright: ignore
+            HALF,
+            BLOCK_HALF,
+            ROWS,
+        )
+    else:
+        at = (tile - tiles_q - tiles_k).to(tl.int64) * TILE + tl.arange(0, TILE)
+        total = tl.load(dv + at, mask=at < size_v).to(tl.float32)
+        total += tl.load(of_v + at, mask=at < size_v).to(tl.float32)
+        tl.store(dv + at, total.to(dv.dtype.element_ty), mask=at < size_v)
+
+
+def launch_finish(
+    dq: Tensor,
+    dk: Tensor,
+    of_k: Tensor,
+    dv: Tensor,
+    of_v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+) -> None:
+    """Rotate dq and dk back, then add of_k to dk and of_v to dv, all contiguous and in place.
+
+    Sums are rounded once from float32, as rotations are.
+    """
+    tiles, sizes = _turned(dq, dk)
+    finish_kernel[(sum(tiles) + triton.cdiv(dv.numel(), 4 * TILE),)](
+        *(dq, dk, of_k, dv, of_v, cos, sin, positions),
+        *(dq.shape[0] * dq.shape[1], dk.shape[0] * dk.shape[1], dv.numel()),
+        *(dq.shape[1], dk.shape[1]),
+        **sizes,
+        TILE=4 * TILE,  # pyright: ignore
     )
 
 

@@ -594,7 +594,9 @@ class _Backward:
 
     def __init__(self, op: Op, gradients: Callable[..., Any]) -> None:
         other: Op | None = vars(gradients).get("op")
-        wanted = tuple(inspect.signature(gradients).parameters)
+        first = vars(gradients).get("first")
+        takes = tuple(inspect.signature(gradients).parameters)
+        wanted = takes if first is None else {*takes, *vars(first)["op"].names}
         is_tensor = (*op.is_tensor, *(True for _ in op.returns))
         of_value = dict(zip(op.values, is_tensor, strict=True))
         grads = [f"d{name}" for name in op.returns]
@@ -606,11 +608,19 @@ class _Backward:
         self._taken = picker([i for i, name in enumerate(grads) if name in wanted])
         self._without = picker([i for i, name in enumerate(grads) if name not in wanted])
         names = (*(name for name in grads if name in wanted), *kept, *statics)
+        self._first = None if first is None else _Op(first, names)
+        if first is not None:
+            rest = [name for name in names if name in takes]
+            self._rest = picker([names.index(name) for name in rest])
+            made = vars(first)["op"].returns
+            names = (*rest, *made)
+            self._given = [(n[1:], names.index(n)) for n in made if n[1:] in self._names]
         if other is None:
             self._compute = self._on_kernels = by_name(gradients, names)
         else:
-            self._compute = _by_op(lambda args: gradients(*args), other, names)
-            self._on_kernels = _by_op(vars(gradients)["calls"].run, other, names)
+            backward = _Op(gradients, names)
+            self._compute = backward.gradients
+            self._on_kernels = functools.partial(backward.gradients, direct=True)
 
     def setup_context(self, ctx: Any, inputs: Args, output: Any) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
@@ -628,7 +638,13 @@ class _Backward:
             return (None,) * len(self._op.names)
         values = (*taken, *ctx.saved_tensors, *ctx.statics)
         direct = on_kernels(taken[0]) and unobserved() and not torch.is_grad_enabled()
+        if self._first is not None:
+            values = (*self._rest(values), *self._first.outputs(values, direct))
+            if direct:
+                ctx.maybe_clear_saved_tensors()  # unless the graph is kept
         found = (self._on_kernels if direct else self._compute)(values)
+        if self._first is not None:
+            found |= {name: values[place] for name, place in self._given}
         assert found.keys() <= self._names, f"{self._op.name}: gradients of {[*found]}"
         # The dispatcher drops defaults at the end: there may be fewer inputs than names.
         names, needs = self._op.names, enumerate(ctx.needs_input_grad)
@@ -652,18 +668,26 @@ class _Backward:
         return type(f"BackwardOf_{NAMESPACE}_{name}", (torch.autograd.Function,), parts)
 
 
-def _by_op(
-    call: Callable[[Args], Any], op: Op, names: Sequence[str]
-) -> Callable[[Args], dict[str, Tensor]]:
-    """Gradients by name from an op that returns them as `d` + name.
+class _Op:
+    """An op that a backward pass calls on values with these names; it has defaults for others."""
 
-    It gets those of the values, named `names`, that it has parameters for, and defaults for others.
-    """
-    places = [names.index(n) if n in names else len(names) + i for i, n in enumerate(op.names)]
-    pick, of = picker(places), [name.removeprefix("d") for name in op.returns]
+    def __init__(self, call: Callable[..., Any], names: Sequence[str]) -> None:
+        op: Op = vars(call)["op"]
+        places = [names.index(n) if n in names else len(names) + i for i, n in enumerate(op.names)]
+        self._pick, self._defaults = picker(places), op.defaults
+        self._of = [name.removeprefix("d") for name in op.returns]
+        self._call, self._run = call, vars(call)["calls"].run
 
-    def compute(values: Args) -> dict[str, Tensor]:
-        found = call(pick((*values, *op.defaults)))
-        return dict(zip(of, (found,) if len(of) == 1 else found, strict=True))
+    def outputs(self, values: Args, direct: bool) -> tuple[Tensor, ...]:
+        """What the op returns, as a tuple.
 
-    return compute
+        Args:
+            direct: on kernels, without anything that has to see the call.
+        """
+        args = self._pick((*values, *self._defaults))
+        found = self._run(args) if direct else self._call(*args)
+        return (found,) if len(self._of) == 1 else found
+
+    def gradients(self, values: Args, direct: bool = False) -> dict[str, Tensor]:
+        """The gradients that the op returns as `d` + name, by name."""
+        return dict(zip(self._of, self.outputs(values, direct), strict=True))

@@ -13,7 +13,7 @@ from nsagen.ops._launch import key_of, on_kernels
 from nsagen.ops._op import define_op
 from nsagen.ops.block_selection import select_blocks
 from nsagen.ops.compressed_attention import compressed_attention_forward
-from nsagen.ops.gated_attention import branches_forward, sum_branches
+from nsagen.ops.gated_attention import branches_forward
 from nsagen.ops.gated_sum import gated_sum_forward
 from nsagen.ops.selected_attention import selected_attention_forward
 from nsagen.ops.sliding_window_attention import sliding_window_attention_forward
@@ -74,8 +74,8 @@ def attend_branches(
     if trains and len(branches) == len(BRANCHES) and k_window is None and on_kernels(q):
         assert ck is not None
         assert cv is not None
-        found = branches_forward(q, k, v, ck, cv, gate, *ends, *statics, key, cu_seqlens_k, q_start)
-        return sum_branches(*found[:6], gate, key)
+        more = (key, cu_seqlens_k, q_start)
+        return branches_forward(q, k, v, ck, cv, gate, *ends, *statics, *more)[0]
     more = (gate, *ends, q_start, cu_seqlens_k, *statics, " ".join(branches), key)
     return attend(q, ck, cv, k, v, k_window, v_window, *more)
 

@@ -4,9 +4,9 @@ With o = sum_i g_i o_i, a branch's gradient do_i = g_i do is never made. For P_i
 
     dv = P_i^T do,  ds = p_i (do_i . v - do_i . o_i) = P_i (do . v - delta_i),  delta_i = do . o_i,
 
-so a branch's backward pass takes do itself, g_i, and delta_i, which is the gate's gradient too. Two
-nodes of the graph do that: the sum's reads the branches' outputs once, for delta, after which they
-are free, and hands do and delta on to the attention's, in the places of their gradients.
+so a branch's backward pass takes do itself, g_i, and delta_i, which is the gate's gradient too. One
+node of the graph does that: it first reads the branches' outputs, for delta, after which they are
+free.
 """
 
 from __future__ import annotations
@@ -18,29 +18,32 @@ import torch
 from torch import Tensor
 
 from nsagen.core.branches import BRANCHES
-from nsagen.ops import forced_blocks, reference
+from nsagen.ops import forced_blocks
 from nsagen.ops._derive import Gradients, backward_of
 from nsagen.ops._launch import attention_outputs, fixed_kernel, with_contiguous_rows
 from nsagen.ops._op import define_op
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.compressed_attention import add_compressed_gradient, compressed_attention_forward
+from nsagen.ops.gated_sum import gated_sum_forward
 from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
 from nsagen.ops.sliding_window_attention import (
     add_sliding_window_gradients,
     sliding_window_attention_forward,
 )
 
-TAKEN = (
-    "do_compressed dlse_compressed dlse_selected dlse_sliding"
-    " lse_compressed lse_selected lse_sliding topk_idx"
+BRANCH_OUTPUTS = (
+    "o o_compressed lse_compressed o_selected lse_selected o_sliding lse_sliding topk_idx"
 )
-"""What the attention's gradients take: do and delta of each branch, from the sum, and outputs."""
+"""What a forward pass returns: the gated sum, and what its gradients need."""
+
+TAKEN = "do columns lse_compressed lse_selected lse_sliding topk_idx"
+"""What the attention's gradients take of these, after `branch_columns`."""
 
 
 def allocate_branches(q: Tensor, k: Tensor, v: Tensor, topk: int) -> tuple[Tensor, ...]:
     topk_idx = q.new_empty((k.shape[1], q.shape[0], topk), dtype=torch.int32)
     branches = (attention_outputs(q, v) for _ in BRANCHES)
-    return *itertools.chain(*branches), topk_idx
+    return attention_outputs(q, v)[0], *itertools.chain(*branches), topk_idx
 
 
 def _allocate_columns(gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,31 +54,29 @@ def _allocate_columns(gate: Tensor) -> tuple[Tensor, Tensor]:
 @define_op(
     returns="columns dgate",
     allocate=_allocate_columns,
-    kernel=lambda gate: fixed_kernel("launch_columns", gate),
-    launch="gate delta_compressed delta_selected delta_sliding columns dgate",
+    kernel=lambda do: fixed_kernel("launch_columns", do),
+    launch="do o_compressed o_selected o_sliding gate columns dgate",
+    prepare={"do": lambda do: with_contiguous_rows(do)},
 )
 def branch_columns(
-    gate: Tensor, delta_compressed: Tensor, delta_selected: Tensor, delta_sliding: Tensor
+    do: Tensor, o_compressed: Tensor, o_selected: Tensor, o_sliding: Tensor, gate: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """float32 [6, N, HQ] of gate [N, HQ, 3] and three [N, HQ], which need not be contiguous; and
-    the gradient of gate, which these three are."""
-    deltas = (delta_compressed, delta_selected, delta_sliding)
-    columns = torch.stack([x.float() for x in (*gate.unbind(-1), *deltas)])
+    """float32 [6, N, HQ]: gate's columns, then do . o of each branch, which is delta; and the
+    gradient of gate, which these three are."""
+    branches = (o_compressed, o_selected, o_sliding)
+    deltas = [(do.float() * o).sum(-1) for o in branches]
+    columns = torch.stack([*gate.float().unbind(-1), *deltas])
     return columns, torch.stack(deltas, -1).to(gate.dtype)
 
 
 def _gradients(call: Any) -> tuple[Tensor, ...]:
-    """(dq, dk, dv, dck, dcv, dgate) from the gradient of the gated sum and delta of each branch.
+    """(dq, dk, dv, dck, dcv) from the gradient of the gated sum and `branch_columns`.
 
-    `sum_branches` passes these on in the places of the gradients of o_compressed and of each lse.
     One branch after the other; the second and the third add theirs to what the first one wrote.
     """
-    columns, dgate = branch_columns(
-        call.gate, call.dlse_compressed, call.dlse_selected, call.dlse_sliding
-    )
-    of_compressed, of_selected, of_sliding, *deltas = columns
+    of_compressed, of_selected, of_sliding, *deltas = call.columns
     delta_compressed, delta_selected, delta_sliding = deltas
-    do, q, k, v, ends = call.do_compressed, call.q, call.k, call.v, call.cu_seqlens
+    do, q, k, v, ends = call.do, call.q, call.k, call.v, call.cu_seqlens
     last, chunk = (call.softmax_scale, call.dispatcher), (call.cu_seqlens_k, call.q_start)
     dq, dk, dv = selected_attention_backward(
         *(do, q, k, v, call.topk_idx, ends, None, call.lse_selected, call.block_size),
@@ -90,13 +91,13 @@ def _gradients(call: Any) -> tuple[Tensor, ...]:
         *(call.kernel_size, call.kernel_stride, *last, call.q_start),
         *(delta_compressed, of_compressed),
     )
-    return dq, dk, dv, dck, dcv, dgate
+    return dq, dk, dv, dck, dcv
 
 
 @define_op(
-    returns="o_compressed lse_compressed o_selected lse_selected o_sliding lse_sliding topk_idx",
+    returns=BRANCH_OUTPUTS,
     allocate=allocate_branches,
-    gradients=Gradients("q k v ck cv gate", body=_gradients, takes=TAKEN),
+    gradients=Gradients("q k v ck cv", body=_gradients, takes=TAKEN, first=branch_columns),
 )
 def branches_forward(
     q: Tensor,
@@ -118,11 +119,8 @@ def branches_forward(
     dispatcher: str = "",
     cu_seqlens_k: Tensor | None = None,
     q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, lse of the compressed branch, of the selected one, of the sliding one, topk_idx).
-
-    gate has no part in them, but in their gradients: see `_gradients`.
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, then (o, lse) of the compressed branch, the selected one and the sliding one, topk_idx."""
     windows = (cu_seqlens, window_cu_seqlens, kernel_size, kernel_stride)
     last, chunk = (softmax_scale, dispatcher), (cu_seqlens_k, q_start)
     o_compressed, lse_compressed = compressed_attention_forward(q, ck, cv, *windows, *last, q_start)
@@ -144,67 +142,9 @@ def branches_forward(
         o_sliding, lse_sliding = sliding_window_attention_forward(
             q, k, v, cu_seqlens, window_size, *last, *chunk
         )
+    o = gated_sum_forward(o_compressed, o_selected, o_sliding, gate, dispatcher)
     selected, sliding = (o_selected, lse_selected), (o_sliding, lse_sliding)
-    return o_compressed, lse_compressed, *selected, *sliding, topk_idx
+    return o, o_compressed, lse_compressed, *selected, *sliding, topk_idx
 
 
 branches_backward = backward_of(branches_forward)
-
-
-@define_op(
-    returns="deltas",
-    allocate=lambda gate: gate.new_empty(gate.shape, dtype=torch.float32),
-    kernel="gated_sum backward",
-    sizes=lambda do: {"v_head_dim": do.shape[2]},
-    launch="do o_compressed o_selected o_sliding gate None None None deltas",
-    prepare={"do": lambda do: with_contiguous_rows(do)},
-)
-def branch_deltas(
-    do: Tensor,
-    o_compressed: Tensor,
-    o_selected: Tensor,
-    o_sliding: Tensor,
-    gate: Tensor,
-    dispatcher: str = "",
-) -> Tensor:
-    """do . o of each branch, [N, HQ, 3] float32."""
-    branches = (o_compressed, o_selected, o_sliding)
-    return torch.stack([(do.float() * o).sum(-1) for o in branches], -1)
-
-
-def _gradients_of_sum(
-    do: Tensor,
-    o_compressed: Tensor,
-    o_selected: Tensor,
-    o_sliding: Tensor,
-    gate: Tensor,
-    dispatcher: str,
-) -> dict[str, Tensor]:
-    deltas = branch_deltas(do, o_compressed, o_selected, o_sliding, gate, dispatcher)
-    # Views: copies would be made while the branches' outputs are still held, which is the peak.
-    compressed, selected, sliding = deltas.unbind(-1)
-    branches = {"o_compressed": do, "o_selected": do, "o_sliding": do}
-    lses = {"lse_compressed": compressed, "lse_selected": selected, "lse_sliding": sliding}
-    return {**branches, **lses}  # gate's gradient comes from the attention, in the same launch
-
-
-@define_op(
-    returns="o",
-    allocate=lambda o_compressed: o_compressed.new_empty(o_compressed.shape),
-    kernel="gated_sum forward",
-    sizes=lambda o_compressed: {"v_head_dim": o_compressed.shape[2]},
-    launch="o_compressed o_selected o_sliding gate o",
-    gradients=_gradients_of_sum,
-)
-def sum_branches(
-    o_compressed: Tensor,
-    lse_compressed: Tensor,
-    o_selected: Tensor,
-    lse_selected: Tensor,
-    o_sliding: Tensor,
-    lse_sliding: Tensor,
-    gate: Tensor,
-    dispatcher: str = "",
-) -> Tensor:
-    """The gated sum of what `branches_forward` gives; the lse are there for their gradients."""
-    return reference.gated_sum(o_compressed, o_selected, o_sliding, gate)

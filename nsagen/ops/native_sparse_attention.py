@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nsagen.core.branches import BRANCHES, branches_on
+from nsagen.ops import reference
 from nsagen.ops._checks import check_attention, fail
 from nsagen.ops._derive import Gradients, op_like
 from nsagen.ops._launch import fixed_kernel, key_of, on_kernels, scale_of
@@ -16,16 +17,17 @@ from nsagen.ops._op import apply, define_op
 from nsagen.ops.branch_attention import attend
 from nsagen.ops.compress import compress_backward, compress_windows
 from nsagen.ops.gated_attention import (
+    BRANCH_OUTPUTS,
     TAKEN,
     allocate_branches,
+    branch_columns,
     branches_backward,
     branches_forward,
-    sum_branches,
 )
 from nsagen.ops.gated_sum import gate_of
 from nsagen.ops.lengths import Lengths, lengths_of
 from nsagen.ops.reference.compress import Weight, tensors_of, weight_of
-from nsagen.ops.rope import rope_forward
+from nsagen.ops.rope import check_rope, rope_forward
 from nsagen.runtime import Dispatcher
 
 _OP = "native_sparse_attention"
@@ -94,10 +96,8 @@ def native_sparse_attention(
     if (cos is None) != (sin is None):
         came = "cos" if sin is None else "sin"
         fail(_OP, "cos and sin must come together", came, "pass both")
-    positions = ends = window_positions = None
     if lengths is not None:
         lengths_of(_OP, cu_seqlens, (kernel_size, kernel_stride), lengths, q=q)
-        positions, ends, window_positions = lengths.tensors
     first_k, second_k, *_ = (*tensors_of(w_k), None, None)
     first_v, second_v, *_ = (*tensors_of(w_v), None, None)
     weights = (first_k, first_v, pe, pe_v)
@@ -110,26 +110,15 @@ def native_sparse_attention(
     trains = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, gate, *weights)
     )
-    inputs = (q, k, v, gate, cu_seqlens, positions, ends, window_positions, *weights)
-    if plain and trains and cos is not None and sin is not None and on_kernels(q):
-        found = attention_with_gradients(*inputs, cos, sin, *statics, key)
-        summed: Any = (*found[:6], gate, key)
-        return sum_branches(*summed)
+    fused = plain and trains and cos is not None and sin is not None and on_kernels(q)
+    if lengths is None and fused:  # both passes read them
+        lengths = lengths_of(_OP, cu_seqlens, (kernel_size, kernel_stride), None, q=q)
+    made: tuple[Any, Any, Any] = (None, None, None) if lengths is None else lengths.tensors
+    inputs = (q, k, v, gate, cu_seqlens, *made, *weights)
+    if fused:
+        return attention_with_gradients(*inputs, cos, sin, *statics, key)[0]
     tables = (cos, sin, second_k, second_v)
     return attention_without_gradients(*inputs, *tables, *statics, " ".join(on), key)
-
-
-_Made = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def _offsets(
-    q: Tensor, cu_seqlens: Tensor, sizes: tuple[int, int], made: _Made
-) -> tuple[Tensor, Tensor, Tensor]:
-    """positions, window_cu_seqlens and window_positions: those that were passed, or new ones."""
-    positions, ends, window_positions = made
-    if positions is None or ends is None or window_positions is None:
-        return lengths_of(_OP, cu_seqlens, sizes, None, q=q).tensors
-    return positions, ends, window_positions
 
 
 @define_op(returns="o", allocate=lambda q, v: q.new_empty((*q.shape[:2], v.shape[2])))
@@ -175,8 +164,10 @@ def attention_without_gradients(
     needs_windows = "compressed" in on or "selected" in on  # it ranks their scores
     ends, ck, cv = cu_seqlens, None, None
     if needs_windows or cos is not None:
-        made = (positions, window_cu_seqlens, window_positions)
-        positions, ends, window_positions = _offsets(q, cu_seqlens, sizes, made)
+        if positions is None or window_cu_seqlens is None or window_positions is None:
+            lengths = lengths_of(_OP, cu_seqlens, sizes, None, q=q)
+            positions, window_cu_seqlens, window_positions = lengths.tensors
+        ends = window_cu_seqlens
     if needs_windows:
         if "compressed" not in on:  # nothing reads the values: the cheapest will do
             v_compress_type, w_v, w_v2, pe_v = "avgpool", None, None, None
@@ -197,15 +188,65 @@ def attention_without_gradients(
     return attend(q, ck, cv, k, v, None, None, gate, cu_seqlens, ends, *more)
 
 
+def _check_turn(call: Any) -> None:
+    check_rope(call.q, call.cos, call.sin, call.positions)
+    check_rope(call.k, call.cos, call.sin, call.positions)
+    check_rope(call.ck, call.cos, call.sin, call.window_positions)
+
+
+@define_op(
+    returns="q_turned k_turned ck_turned",
+    allocate=lambda q, k, ck: (q.new_empty(q.shape), k.new_empty(k.shape), ck.new_empty(ck.shape)),
+    check=_check_turn,
+    kernel=lambda q: fixed_kernel("launch_turn", q),
+    launch="q k ck cos sin positions window_positions q_turned k_turned ck_turned",
+)
+def turn(
+    q: Tensor,
+    k: Tensor,
+    ck: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    window_positions: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rope` of q, k and compressed keys in one launch."""
+    q, k = (reference.rope(x, cos, sin, positions) for x in (q, k))
+    return q, k, reference.rope(ck, cos, sin, window_positions)
+
+
 @define_op(
     returns="",
     allocate=lambda: None,
-    kernel=lambda dk: fixed_kernel("launch_add", dk),
-    launch="dk of_k dv of_v",
-    mutates="dk dv",
+    kernel=lambda x: fixed_kernel("launch_turn_back", x),
+    launch="x cos sin positions",
+    mutates="x",
 )
-def add_gradients(dk: Tensor, of_k: Tensor, dv: Tensor, of_v: Tensor) -> None:
-    """dk += of_k and dv += of_v, all contiguous."""
+def turn_back(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    """The gradient of `rope`, in place: x [N, H, D], contiguous, rotated back."""
+    x.copy_(reference.rope(x, cos, -sin, positions))
+
+
+@define_op(
+    returns="",
+    allocate=lambda: None,
+    kernel=lambda dq: fixed_kernel("launch_finish", dq),
+    launch="dq dk of_k dv of_v cos sin positions",
+    mutates="dq dk dv",
+)
+def finish_gradients(
+    dq: Tensor,
+    dk: Tensor,
+    of_k: Tensor,
+    dv: Tensor,
+    of_v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+) -> None:
+    """Rotate dq and dk back, then dk += of_k and dv += of_v; all contiguous."""
+    for x in (dq, dk):
+        x.copy_(reference.rope(x, cos, -sin, positions))
     dk += of_k
     dv += of_v
 
@@ -216,22 +257,15 @@ def _selection(call: Any) -> tuple[Any, ...]:
 
 
 def _gradients(call: Any) -> tuple[Tensor, ...]:
-    """Gradients from what `sum_branches` passes on, see `gated_attention`; only by kernels."""
-    k, v, cu_seqlens = call.k, call.v, call.cu_seqlens
-    sizes = (call.kernel_size, call.kernel_stride)
-    made = (call.positions, call.window_cu_seqlens, call.window_positions)
-    positions, ends, window_positions = _offsets(k, cu_seqlens, sizes, made)
-    dq, dk, dv, dck, dcv, dgate = branches_backward(
-        *(call.do_compressed, call.dlse_compressed, call.dlse_selected, call.dlse_sliding),
-        *(call.q_turned, call.k_turned, v, call.ck, call.cv, call.gate, cu_seqlens, ends),
-        *(call.lse_compressed, call.lse_selected, call.lse_sliding, call.topk_idx),
-        *(*sizes, *_selection(call), call.dispatcher),
+    """Gradients from that of the gated sum; only by kernels."""
+    k, v, cu_seqlens, ends = call.k, call.v, call.cu_seqlens, call.window_cu_seqlens
+    sizes, tables = (call.kernel_size, call.kernel_stride), (call.cos, call.sin)
+    dq, dk, dv, dck, dcv = branches_backward(
+        *(call.do, call.columns, call.q_turned, call.k_turned, v, call.ck, call.cv, call.gate),
+        *(cu_seqlens, ends, call.lse_compressed, call.lse_selected, call.lse_sliding),
+        *(call.topk_idx, *sizes, *_selection(call), call.dispatcher),
     )
-    # The transpose of a rotation is the rotation back.
-    tables = (call.cos, apply(torch.neg, call.sin))
-    dq = rope_forward(dq, *tables, positions, call.dispatcher)
-    dk = rope_forward(dk, *tables, positions, call.dispatcher)
-    dck = rope_forward(dck, *tables, window_positions, call.dispatcher)
+    turn_back(dck, *tables, call.window_positions)
     last = (*sizes, call.dispatcher)
     of_k, dw_k, dpe = compress_backward(
         dck, k, call.w_k, call.pe, cu_seqlens, ends, call.compress_type, *last
@@ -239,8 +273,8 @@ def _gradients(call: Any) -> tuple[Tensor, ...]:
     of_v, dw_v, dpe_v = compress_backward(
         dcv, v, call.w_v, call.pe_v, cu_seqlens, ends, call.v_compress_type, *last
     )
-    add_gradients(dk, of_k, dv, of_v)
-    return dq, dk, dv, dgate, dw_k, dw_v, dpe, dpe_v
+    finish_gradients(dq, dk, of_k, dv, of_v, *tables, call.positions)
+    return dq, dk, dv, dw_k, dw_v, dpe, dpe_v
 
 
 def _allocate(q: Tensor, k: Tensor, v: Tensor, topk: int, kernel_stride: int) -> tuple[Tensor, ...]:
@@ -254,14 +288,10 @@ def _attend(call: Any) -> tuple[Tensor, ...]:
     q, k, v, cos, sin = call.q, call.k, call.v, call.cos, call.sin
     check_attention(_OP, q, k, v)
     sizes = (call.kernel_size, call.kernel_stride)
-    made = (call.positions, call.window_cu_seqlens, call.window_positions)
-    positions, ends, window_positions = _offsets(q, call.cu_seqlens, sizes, made)
-    offsets, last = (call.cu_seqlens, ends), (*sizes, call.dispatcher)
+    offsets, last = (call.cu_seqlens, call.window_cu_seqlens), (*sizes, call.dispatcher)
     ck = compress_windows(k, call.w_k, call.pe, *offsets, call.compress_type, *last)
     cv = compress_windows(v, call.w_v, call.pe_v, *offsets, call.v_compress_type, *last)
-    q = rope_forward(q, cos, sin, positions, call.dispatcher)
-    k = rope_forward(k, cos, sin, positions, call.dispatcher)
-    ck = rope_forward(ck, cos, sin, window_positions, call.dispatcher)
+    q, k, ck = turn(q, k, ck, cos, sin, call.positions, call.window_positions)
     args: Any = (call.gate, *offsets, *sizes, *_selection(call), call.dispatcher)
     return *branches_forward(q, k, v, ck, cv, *args), q, k, ck, cv
 
@@ -271,13 +301,13 @@ attention_with_gradients = op_like(
     attention_without_gradients,
     _attend,
     omit="w_k2 w_v2 branches",
-    returns="o_compressed lse_compressed o_selected lse_selected o_sliding lse_sliding topk_idx"
-    " q_turned k_turned ck cv",
+    returns=f"{BRANCH_OUTPUTS} q_turned k_turned ck cv",
     allocate=_allocate,
     gradients=Gradients(
-        "q k v gate w_k w_v pe pe_v",
+        "q k v w_k w_v pe pe_v",
         body=_gradients,
         takes=f"{TAKEN} q_turned k_turned ck cv",
+        first=branch_columns,
         omit="q",
         like={"q": "q_turned"},
     ),

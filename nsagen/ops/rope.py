@@ -56,7 +56,7 @@ def check_tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
             fail(op, rule, f"{table.device} and {x.device}", f"move {name}")
 
 
-def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+def check_rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
     check_rows(_OP, x=x)
     check_tables(_OP, x, cos, sin)
     check_indices(_OP, x, (x.shape[0],), positions=positions)
@@ -76,7 +76,7 @@ rope_forward = op_of(
     reference.rope,
     returns="y",
     allocate=lambda x: x.new_empty(x.shape),
-    check=_check,
+    check=check_rope,
     kernel="rope forward",
     sizes=lambda x: {"head_dim": x.shape[2]},
     launch="x cos sin positions y",

@@ -20,7 +20,13 @@ from nsagen.ops.gated_attention import branch_columns
 from nsagen.ops.gated_sum import gated_sum_backward, gated_sum_forward
 from nsagen.ops.index_loss import index_loss_forward
 from nsagen.ops.layout import compressed_cu_seqlens
-from nsagen.ops.native_sparse_attention import add_gradients, attention_without_gradients
+from nsagen.ops.lengths import Lengths
+from nsagen.ops.native_sparse_attention import (
+    attention_without_gradients,
+    finish_gradients,
+    turn,
+    turn_back,
+)
 from nsagen.ops.reference.compress import tensors_of
 from nsagen.ops.rope import rope_forward
 from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
@@ -146,9 +152,13 @@ def test_backward_ops(name: str) -> None:
 
 def test_small_ops_of_the_backward_pass() -> None:
     x = Packed()
-    deltas = x.randn(60, 6, 3).unbind(-1)
-    check(branch_columns, (x.gate, *deltas))
-    check(add_gradients, (x.k, x.randn(*x.k.shape), x.v, x.randn(*x.v.shape)))
+    check(branch_columns, (*(x.randn(60, 6, 24) for _ in range(4)), x.gate))
+    positions, _, window_positions = Lengths.of(x.cu_seqlens, 60, 8, 4).tensors
+    tables = (x.cos, x.sin)
+    check(turn, (x.q, x.k, x.randn(15, 2, 16), *tables, positions, window_positions))
+    check(turn_back, (x.randn(15, 2, 16), *tables, window_positions))
+    grads = (x.q, x.k, x.randn(*x.k.shape), x.v, x.randn(*x.v.shape))
+    check(finish_gradients, (*grads, *tables, positions))
 
 
 def test_the_whole_block_as_one_op() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +17,9 @@ from nsagen.core.branches import BRANCHES
 from nsagen.ops import gated_attention, native_sparse_attention, reference
 from nsagen.ops.branch_attention import attend_branches
 from nsagen.ops.layout import compressed_cu_seqlens
-from nsagen.ops.native_sparse_attention import add_gradients
+from nsagen.ops.native_sparse_attention import finish_gradients, turn_back
 
+from .fixed_kernels import compile_fixed
 from .inputs import STATICS, Packed
 
 
@@ -116,7 +119,7 @@ def test_where_it_is_taken() -> None:
             softmax_scale=0.25,
             **{**pairs, "branches": BRANCHES, **keywords, **changes},
         )
-        return "sum_branches" in str(o.grad_fn)
+        return "branches_forward" in str(o.grad_fn)
 
     args, keywords = inputs(torch.float32)
     assert is_taken(args, keywords)
@@ -145,55 +148,96 @@ def test_a_second_derivative_is_refused() -> None:
         dq.sum().backward()
 
 
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How many outputs of branches were in memory when the attention's gradients began."""
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    summed = gated_attention.gated_sum_forward
+    gradients = gated_attention.selected_attention_backward
+    alive: list[int] = []
+
+    def watched_sum(*args: Any) -> torch.Tensor:
+        outputs.extend(weakref.ref(x) for x in args[:3])
+        return summed(*args)
+
+    def watched_gradients(*args: Any, **named: Any) -> tuple[torch.Tensor, ...]:
+        alive.append(sum(output() is not None for output in outputs))
+        return gradients(*args, **named)
+
+    monkeypatch.setattr(gated_attention, "gated_sum_forward", watched_sum)
+    monkeypatch.setattr(gated_attention, "selected_attention_backward", watched_gradients)
+    return alive.pop
+
+
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("cache")
-def test_no_branch_is_kept_for_the_attention() -> None:
-    """Of the branches' outputs only the sum keeps any: they are free when its gradient is done."""
+def test_branches_are_free_while_the_attentions_gradients_are_computed(
+    held: Callable[[], int],
+) -> None:
+    """Only delta is left of them, unless the graph is kept for another pass."""
     args, keywords = inputs(torch.float32)
     o = by_ops(args, keywords)
-    node: Any = o.grad_fn
-    (attention,) = {n for n, _ in node.next_functions if "branches_forward" in str(n)}
-    saved = [x for x in attention.saved_tensors if x is not None]
-    assert not any(x.ndim == 3 and x.shape == o.shape for x in saved)
-    q_like = [x for x in saved if x.data_ptr() == args[0].data_ptr()]
-    assert len(q_like) == 1
-
-
-@pytest.mark.interpreter
-@pytest.mark.usefixtures("cache")
-def test_a_branchs_delta_is_not_copied_while_outputs_are_held(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The outputs are freed after the sum's gradient; a copy before that would raise the peak."""
-    columns, handed = gated_attention.branch_columns, list[torch.Tensor]()
-
-    def watched(gate: torch.Tensor, *deltas: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        handed.extend(deltas)
-        return columns(gate, *deltas)
-
-    monkeypatch.setattr(gated_attention, "branch_columns", watched)
-    args, keywords = inputs(torch.float32)
-    by_ops(args, keywords).sum().backward()
-    assert len(handed) == 3
-    assert len({delta.untyped_storage().data_ptr() for delta in handed}) == 1
+    (dq,) = torch.autograd.grad(o.sum(), args[0], retain_graph=True)
+    assert held() == 3
+    (again,) = torch.autograd.grad(o.sum(), args[0])
+    assert held() == 0
+    assert torch.equal(dq, again)
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 700])
 def test_small_kernels_give_pytorchs_bits(dtype: torch.dtype, tokens: int) -> None:
-    """Columns that lie 4 bytes apart, a gate that lies in another order, sums of two sizes."""
-    gate = torch.randn(1, tokens, 3, dtype=dtype).transpose(0, 1)
-    deltas = torch.randn(tokens, 1, 3).unbind(-1)
-    columns, dgate = gated_attention.branch_columns(gate, *deltas)
-    assert torch.equal(columns, torch.stack([x.float() for x in (*gate.unbind(-1), *deltas)]))
+    """A gate that lies in another order; heads of 24, and sums of products that are exact."""
+    gate = torch.randn(2, tokens, 3, dtype=dtype).transpose(0, 1)
+    do, *branches = torch.randint(-4, 5, (4, tokens, 2, 24)).to(dtype)
+    columns, dgate = gated_attention.branch_columns(do, *branches, gate)
+    deltas = [(do.float() * o).sum(-1) for o in branches]
+    assert torch.equal(columns, torch.stack((*gate.float().unbind(-1), *deltas)))
     assert torch.equal(dgate, torch.stack(deltas, -1).to(dtype))
-    dk, of_k = torch.randn(2, tokens, 2, 16, dtype=dtype)
-    dv, of_v = torch.randn(2, tokens, 2, 24, dtype=dtype)
-    expected = (dk + of_k, dv + of_v)
-    add_gradients(dk, of_k, dv, of_v)
-    assert torch.equal(dk, expected[0])
-    assert torch.equal(dv, expected[1])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 16), (90, 24)])
+def test_gradients_are_finished_with_the_bits_of_single_steps(
+    dtype: torch.dtype, tokens: int, head_dim: int
+) -> None:
+    """Rotated back as a rotation by the opposite angle, rounded, then added and rounded again."""
+    dq, dck = (torch.randn(tokens, heads, head_dim, dtype=dtype) for heads in (6, 2))
+    dk, of_k = torch.randn(2, tokens, 2, head_dim, dtype=dtype)
+    dv, of_v = torch.randn(2, tokens, 2, 40, dtype=dtype)
+    angles = torch.rand(100, head_dim // 2)
+    cos, sin, positions = angles.cos(), angles.sin(), torch.randint(100, (tokens,)).int()
+    back = [reference.rope(x, cos, -sin, positions) for x in (dq, dk, dck)]
+    expected = (back[0], back[1] + of_k, dv + of_v)
+    finish_gradients(dq, dk, of_k, dv, of_v, cos, sin, positions)
+    turn_back(dck, cos, sin, positions)
+    for x, wanted in zip((dq, dk, dv, dck), (*expected, back[2]), strict=True):
+        assert torch.equal(x, wanted)
+
+
+TURNS = {"HALF": 40, "BLOCK_HALF": 64, "ROWS": 16}
+FIXED_KERNELS: dict[str, tuple[str, dict[str, int]]] = {
+    "columns_kernel": (
+        "do o_compressed o_selected o_sliding gate dgate",
+        {"V_HEAD_DIM": 80, "BLOCK_DV": 128, "ROWS": 8},
+    ),
+    "turn_kernel": ("q k ck q_turned k_turned ck_turned", TURNS),
+    "turn_back_kernel": ("x", TURNS),
+    "finish_kernel": ("dq dk of_k dv of_v", TURNS | {"TILE": 2048}),
+}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled there")
+@pytest.mark.parametrize(("backend", "arch"), [("cuda", 80), ("cuda", 100), ("hip", "gfx942")])
+@pytest.mark.parametrize("name", FIXED_KERNELS)
+def test_small_kernels_compile(name: str, backend: str, arch: Any) -> None:
+    tensors, constants = FIXED_KERNELS[name]
+    types = dict.fromkeys(tensors.split(), "*bf16")
+    types |= dict.fromkeys(("cos", "sin", "columns"), "*fp32")
+    types |= dict.fromkeys(("positions", "window_positions"), "*i32")
+    assert compile_fixed(name, types, constants, backend, arch).asm
 
 
 @pytest.mark.gpu

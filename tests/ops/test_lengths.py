@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from typing import Any
 
@@ -14,6 +13,7 @@ from nsagen import ops
 from nsagen.core.errors import InvalidInputError
 from nsagen.ops.layout import compressed_cu_seqlens, positions_in_sequence
 
+from .fixed_kernels import compile_fixed
 from .inputs import Packed
 
 BATCHES = {
@@ -100,17 +100,8 @@ def test_wrong_lengths_are_refused(cu_seqlens: Tensor, sizes: tuple[int, int], t
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled there")
 @pytest.mark.parametrize(("backend", "arch"), [("cuda", 80), ("cuda", 100), ("hip", "gfx942")])
 def test_its_kernel_compiles(backend: str, arch: Any) -> None:
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-
-    from nsagen.ops import _fixed_kernels
-
-    kernel = importlib.reload(_fixed_kernels).lengths_kernel
     constants = {"STEPS": 3, "TILE": 512, "CHUNK": 8}
-    names = [name for name in kernel.arg_names if name not in constants]
-    signature = {n: "*i32" if n.endswith(("seqlens", "positions")) else "i32" for n in names}
-    signature |= dict.fromkeys(constants, "constexpr")
-    source = triton.compiler.ASTSource(kernel, signature, constants)
-    warp = 64 if backend == "hip" else 32
-    compiled = triton.compile(source, target=GPUTarget(backend, arch, warp))
-    assert compiled.asm
+    places = ("cu_seqlens", "positions", "window_cu_seqlens", "window_positions")
+    assert compile_fixed(
+        "lengths_kernel", dict.fromkeys(places, "*i32"), constants, backend, arch
+    ).asm

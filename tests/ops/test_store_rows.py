@@ -15,6 +15,8 @@ from nsagen.core.workload import CACHE_DTYPES
 from nsagen.ops.reference import dequantize, quantize
 from tests.float8_interpreter import round_to_float8
 
+from .fixed_kernels import compile_fixed
+
 NARROW = [getattr(torch, name) for name in CACHE_DTYPES]
 
 
@@ -72,21 +74,11 @@ def test_a_row_is_what_quantize_makes_of_it(dtype: torch.dtype) -> None:
     [("cuda", 80, "i8"), ("cuda", 90, "fp8e4nv"), ("hip", "gfx942", "i8")],
 )
 def test_its_kernel_compiles(backend: str, arch: Any, narrow: str) -> None:
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-
-    from nsagen.ops import _fixed_kernels
-
-    kernel = importlib.reload(_fixed_kernels).store_rows_kernel
     constants: dict[str, Any] = {"HEAD_DIM": 128, "BLOCK_D": 128, "TILE": 8, "PAGE_SIZE": 64}
     constants |= {"LIMIT": 127 if narrow == "i8" else 448, "INTEGERS": narrow == "i8"}
     types = {"x": "*bf16", "cache": f"*{narrow}", "scale": "*fp32"}
     types |= dict.fromkeys(("positions", "slots", "block_table"), "*i32")
-    names = [name for name in kernel.arg_names if name not in constants]
-    signature = {n: types.get(n, "i32") for n in names} | dict.fromkeys(constants, "constexpr")
-    source = triton.compiler.ASTSource(kernel, signature, constants)
-    warp = 64 if backend == "hip" else 32
-    assert triton.compile(source, target=GPUTarget(backend, arch, warp)).asm
+    assert compile_fixed("store_rows_kernel", types, constants, backend, arch).asm
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled there")
