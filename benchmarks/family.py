@@ -5,7 +5,9 @@
 
 Kernels are first compiled and compared with the float64 references, in processes of their own;
 then they are timed one after another. What fails is in `failed`, what there was no time for in
-`skipped`. Exits 1 if a result is wrong or a part failed. With --plot, draws the JSON.
+`skipped`. Exits 1 if a result is wrong or a part failed. With --plot, draws the JSON:
+
+    python benchmarks/family.py --plot docs/images/family.png
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from family_attention import (
     narrow_decode,
 )
 from family_models import m3_in_transformers, small_models
+from family_plot import draw
 from family_run import FULL, INDEX, SM90, TINY, WARM, Run, Sizes, attention_workload
 
 from nsagen.cases.base import cases_of
@@ -67,6 +70,8 @@ PUBLISHED = {
     "vLLM 0.33, Triton, H200, another run": {
         "M3 attention forward": {8192: 3.81, 32768: 16.8, 131072: 73.8},
         "M3 index and top-k": {8192: 0.22, 32768: 1.8, 131072: 27.2},
+        "M3 decode, batch 1": {131072: 0.037},
+        "M3 decode, batch 32": {32768: 0.133, 131072: 0.318},
     },
     "InfLLM-V2's kernels, H100, published": {
         "MiniCPM 64 blocks forward": {262144: 158.0},
@@ -270,47 +275,6 @@ def _triton() -> str:
     import triton
 
     return triton.__version__
-
-
-def draw(content: dict[str, Any], out: Path) -> None:
-    """Time over length: dense and others (dashed where measured elsewhere) beside ours."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    from nsagen.bench.plot import NSA, STYLE
-
-    whats = ["M3 attention forward", "M3 index and top-k", "M3 attention backward"]
-    whats += ["MiniCPM attention forward", "MiniCPM 64 blocks forward"]
-    rows = [r for r in content["rows"] if "ms" in r and "alone" not in r["how"]]
-    with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(whats), figsize=(4.2 * len(whats), 4.2))
-        for axis, what in zip(axes, whats, strict=True):
-            ours = [r for r in rows if r["what"] == what]
-            for i, how in enumerate(dict.fromkeys(r["how"] for r in ours)):
-                of = [r for r in ours if r["how"] == how]
-                style = {"color": NSA, "alpha": max(0.3, 1 - 0.2 * i), "marker": "os^vD"[i % 5]}
-                xs, ys = [r["tokens"] for r in of], [r["ms"] for r in of]
-                axis.plot(xs, ys, label=f"nsagen, {how}", **style)
-            dense_rows = [r for r in rows if r["what"] == "dense attention forward"]
-            if what == "M3 attention forward" and dense_rows:
-                xs, ys = [r["tokens"] for r in dense_rows], [r["ms"] for r in dense_rows]
-                axis.plot(xs, ys, "-", color="#1c2430", marker=".", label="dense cuDNN")
-            for i, (peer, of_peer) in enumerate(content["published"].items()):
-                points = {int(n): ms for n, ms in of_peer.get(what, {}).items()}
-                if points:
-                    style = {"linestyle": "--", "marker": "x", "color": f"C{i + 1}"}
-                    axis.plot(*zip(*points.items(), strict=True), label=peer, **style)
-            axis.set(title=what, xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
-            axis.set_xscale("log", base=2)
-            axis.grid(linewidth=0.6)
-            if axis.lines:
-                axis.legend(fontsize=7, frameon=False)
-        figure.suptitle(f"{content['device']}, bfloat16; dashed: measured or published elsewhere")
-        figure.tight_layout()
-        figure.savefig(out, dpi=130)
-        plt.close(figure)
 
 
 def main() -> int:
