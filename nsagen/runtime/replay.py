@@ -310,24 +310,37 @@ _APART = 512
 
 
 def share_workspaces(program: Program) -> Program:
-    """The program with one allocation for all small tensors that only its kernels use."""
+    """The program with fewer allocations for tensors that only its kernels use.
+
+    Small ones share one. Large ones share one where they are made and freed together.
+    """
     tensors = {*program.outputs}
     for step in program.steps:
         if isinstance(step, Apply):
             tensors |= {place.slot for place in map(place_of, step.args) if place is not None}
-    shared = program.inputs
-    places = {slot: Place(slot) for slot in range(shared)}
-    slot, made, size, steps = shared, shared + 1, 0, list[Step]()
-    for step in filter(makes_slot, program.steps):
-        places[slot] = Place(made)
-        if isinstance(step, Allocate) and slot not in tensors and _bytes(step.meta) <= _SMALL:
-            places[slot] = Place(shared, size)
-            size += -(-_bytes(step.meta) // _APART) * _APART
-        else:
-            made += 1
-        slot += 1
-    if size == 0:
-        return program
+    freed = {slot: at for at, slots in enumerate(_last_uses(program)) for slot in slots}
+    groups: dict[object, list[int]] = {}
+    sizes: dict[int, int] = {}
+    slot, kernels = program.inputs, 0
+    for step in program.steps:
+        if isinstance(step, Allocate) and slot not in tensors:
+            sizes[slot] = _bytes(step.meta)
+            small = sizes[slot] <= _SMALL
+            groups.setdefault(small or (kernels, freed.get(slot)), []).append(slot)
+        kernels += not isinstance(step, Allocate)
+        slot += makes_slot(step)
+
+    steps, places = list[Step](), {slot: Place(slot) for slot in range(program.inputs)}
+    made = program.inputs
+
+    def allocate(slots: Sequence[int]) -> None:
+        nonlocal made
+        size = 0
+        for slot in slots:
+            places[slot] = Place(made, size)
+            size += -(-sizes[slot] // _APART) * _APART
+        steps.append(Allocate(((size,), (1,), torch.uint8)))
+        made += 1
 
     def moved(arg: Any) -> Any:
         if isinstance(arg, Descriptor):
@@ -336,15 +349,23 @@ def share_workspaces(program: Program) -> Program:
             return arg
         return Place(places[arg.slot].slot, places[arg.slot].offset + arg.offset)
 
-    slot = shared
+    if any(sizes[slot] for slot in groups.get(True, ())):
+        allocate(groups[True])
+    shared = {slot: slots for slots in groups.values() if len(slots) > 1 for slot in slots}
+    slot = program.inputs
     for step in program.steps:
         if not isinstance(step, Allocate):
             steps.append(replace(step, args=tuple(map(moved, step.args))))
-        elif places[slot].slot != shared:
+        elif slot in shared and slot not in places:
+            allocate(shared[slot])
+        elif slot not in places:
             steps.append(step)
-        slot += makes_slot(step)
+        if makes_slot(step):
+            if slot not in places:
+                places[slot] = Place(made)
+                made += 1
+            slot += 1
     outputs = tuple(places[slot].slot for slot in program.outputs)
-    steps.insert(0, Allocate(((size,), (1,), torch.uint8)))
     return replace(program, steps=tuple(steps), outputs=outputs)
 
 

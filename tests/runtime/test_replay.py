@@ -378,3 +378,28 @@ def test_small_workspaces_share_an_allocation(fake: Driver) -> None:
     assert program.outputs == (2,)
     (output,) = program.run(inputs) or []
     assert output.shape == (3,)
+
+
+def test_large_workspaces_share_an_allocation_where_they_live_together(fake: Driver) -> None:
+    """So the peak of memory stays what it was."""
+    recorder = Recorder([torch.zeros(8)])
+    compiled = SimpleNamespace(run=lambda *args: None, function=object(), packed_metadata=())
+    large = (2 << 20) + 1
+    first, second, longer, later = (torch.empty(large, dtype=torch.int8) for _ in range(4))
+    for tensor in (first, second, longer):
+        recorder.allocated(tensor)
+    recorder.launched(compiled, (1,), (first, second[1:], longer), [False] * 3)
+    recorder.allocated(later)
+    recorder.launched(compiled, (1,), (longer, later), [False] * 2)
+    program = recorder.program(())
+    assert program is not None
+    allocated = [step.meta[0] for step in program.steps if isinstance(step, Allocate)]
+    assert allocated == [((4 << 20) + 2 * 512,), (large,), (large,)]
+    one, other = (step for step in program.steps if isinstance(step, Run))
+    assert [(place.slot, place.offset) for place in one.args] == [
+        (1, 0),
+        (1, (2 << 20) + 513),
+        (2, 0),
+    ]
+    assert [(place.slot, place.offset) for place in other.args] == [(2, 0), (3, 0)]
+    assert program.run([torch.zeros(8)]) == []
