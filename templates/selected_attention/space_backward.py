@@ -126,7 +126,12 @@ def key_pass_memory(workload: Workload, schedule: Schedule, *, shares: bool = Fa
 
 
 def key_pass_scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
-    """Bytes of p and ds, in float32, on Blackwell, whose products take them from shared memory."""
+    """Bytes of p and ds, in float32, on Blackwell, whose products take them from shared memory.
+
+    On AMD's GPUs plain products keep in registers what a program keeps.
+    """
+    if target.backend == "hip" and workload.dtype == "float32":
+        return plain_memory_on_hip(workload, schedule) - two_pass_memory(workload, schedule)
     turned = 2 * 4 * key_tile(workload, schedule) * int(schedule.block_m)
     return turned + SCRATCH if target.arch == "100" else 0
 
@@ -148,6 +153,16 @@ def two_pass_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes needed by the pass that uses more."""
     first = query_pass_memory(workload, int(schedule.block_n), int(schedule.num_stages))
     return max(first, key_pass_memory(workload, schedule))
+
+
+def plain_memory_on_hip(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of a step's rows or of a key tile's keys, and of its scores. Found by compiling."""
+    sizes, block_n, block_m = padded_heads(workload), int(schedule.block_n), int(schedule.block_m)
+    keys, (heads, _) = key_tile(workload, schedule), group_tile(workload)
+    both, widest = sizes["block_d"] + sizes["block_dv"], max(sizes["block_d"], sizes["block_dv"])
+    queries = block_n * max(1, int(schedule.num_stages) - 1) * both + heads * block_n
+    tiles = max(block_m * int(schedule.key_stages) * both, keys * widest) + keys * block_m
+    return 4 * max(queries, tiles) + SCRATCH
 
 
 def default_part_tokens(workload: Workload) -> int:
@@ -191,7 +206,9 @@ def default_keys(
     Steps have whole groups; with `tile`, the key tile's knob, parts of them where those do not fit.
     """
     if workload.dtype == "float32":  # no matrix instruction is exact: plain FMA
-        wanted = (("keys", 16, 8, 1),)
+        # On AMD's GPUs, whose warps have twice the threads, wide heads spill in eight.
+        eight = not wide_heads(workload) or target.backend == "cuda"
+        wanted = (("keys", 16, 8 if eight else 4, 1),)
     group = next_power_of_2(int(workload.gqa_ratio))
     if tile and wide_heads(workload) and group > 32:  # steps of as many rows spill
         group = LEAST_TILE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nsagen.cases.base import Case, Cost, Sizes, cases_of, relative_error
-from nsagen.cases.sizes import takes_lists
+from nsagen.cases.sizes import sizes_for, takes_lists
 from nsagen.cases.verify import calls_interpreted, calls_on_gpu, launch_strided
 from nsagen.core.workload import Workload
 from nsagen.ops import reference
@@ -141,3 +141,23 @@ def test_the_last_queries_select_as_in_whole_sequences() -> None:
     torch.testing.assert_close(lse, whole[ROWS])
     wanted = reference.block_selection(among_all(q), k, whole, ends, cu_windows, **rule)
     assert torch.equal(case.expected()["topk_idx"], wanted[:, ROWS])
+
+
+def test_lengths_and_lists_are_drawn_from_the_whole_contract() -> None:
+    """Empty and short sequences; lists with repeats, numbers that name no block, in any order."""
+    sizes = {"head_dim": 16, "v_head_dim": 16, "gqa_ratio": 2, "block_size": 16}
+    for pass_ in ("forward", "backward"):
+        w = Workload.of("selected_attention", pass_, dtype="float32", **sizes)
+        drawn = sizes_for(w)
+        assert {0, 1} < set(drawn.seqlens)
+        assert any(n % 16 for n in drawn.seqlens)
+        args = cases_of(w).make_case(w, drawn, "cpu").args
+        (lists,) = (
+            x for x in args if isinstance(x, Tensor) and x.dtype == torch.int32 if x.ndim == 3
+        )
+        names_a_block = (lists >= 0) & (lists < 2**20)
+        assert (lists[..., 0] == -1).any()
+        assert ((lists < -1) | (lists > 2**20)).any()
+        assert ((lists.diff(dim=-1) < 0) & names_a_block[..., 1:]).any()
+        ordered = torch.where(names_a_block, lists, -1).sort(-1).values
+        assert ((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)).any()

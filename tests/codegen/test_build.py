@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from nsagen.codegen.build import build, check
+from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.core.packages import read_manifest
+from nsagen.core.target import KNOWN_TARGETS
 from nsagen.spec import load_spec
 from tests.bad.support import contents
 
@@ -45,3 +48,18 @@ def test_rendering_llama8b_takes_less_than_three_seconds(tmp_path: Path) -> None
     assert time.process_time() - started < 3
     assert len(result.variants) > 50
     assert check(load_spec("llama8b"), tmp_path) == []
+
+
+def test_what_cannot_launch_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the memory formula of its space: the workload, the bytes, the target and what it has."""
+    small = dataclasses.replace(KNOWN_TARGETS["cuda:80"], shared_memory=2048)
+    monkeypatch.setitem(KNOWN_TARGETS, "cuda:80", small)
+    said = (
+        r"block_selection forward f16_d32_g1_\w+, cuda:80: .*"
+        r"needs about \d+ bytes of shared memory, cuda:80 has 2048"
+    )
+    with pytest.raises(UnsupportedWorkloadError, match=said):
+        build(load_spec("tiny"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
