@@ -2,8 +2,9 @@
 
 In order: the windows that start in this rank's pieces; gathers of all windows, then of all keys and
 values; meanwhile compressed attention and block selection, which need windows alone; then the other
-branches. The backward pass gathers both again and computes the gradients of windows while keys and
-values move.
+branches. The backward pass gathers both again. With gates, deltas are computed meanwhile, and
+windows come last: their gradients while those of keys and values are summed over the ranks, and
+added to the queries', of which there is one tensor at a time. Without, windows come first.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from nsagen.model.rope import Tables
 from nsagen.ops._launch import key_of, on_kernels
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.compressed_attention import (
+    add_compressed_gradient,
     compressed_attention_backward,
     compressed_attention_forward,
 )
@@ -199,18 +201,13 @@ class _Branches(torch.autograd.Function):
             ctx.maybe_clear_saved_tensors()  # outputs are free, unless the graph is kept
         each = zip(dos, outputs, lses, deltas, columns, strict=True)
         found = _Gradients(call, q, topk_idx, dict(zip(call.on, each, strict=True)))
-        tokens, windows = call.parted(ctx.needs_input_grad[3:])
-        of_windows: list[Tensor | None] = [None for _ in windows]
-        if call.of_windows is not None:
-            seen = call.of_windows.wait()
-            if "compressed" in call.on:
-                of_windows = call.of_windows.sum_gradients(found.of_windows(*seen), windows)
-            del seen
-        seen = call.of_tokens.wait()
-        of_tokens = found.of_tokens(seen)
-        del seen
-        of_tokens = call.of_tokens.sum_gradients(of_tokens, tokens)
-        return None, found.dq, dgate, *of_tokens, *of_windows
+        needed = dict(
+            zip(("tokens", "windows"), call.parted(ctx.needs_input_grad[3:]), strict=True)
+        )
+        sums = {"tokens": found.sum_tokens, "windows": found.sum_windows}
+        order = ("tokens", "windows") if call.gated else ("windows", "tokens")
+        summed = {what: sums[what](needed[what]) for what in order}
+        return None, found.dq, dgate, *summed["tokens"], *summed["windows"]
 
 
 @dataclass
@@ -229,18 +226,35 @@ class _Gradients:
     branches: dict[str, tuple[Any, ...]]
     dq: Tensor | None = None
 
-    def of_windows(self, ck: Tensor, cv: Tensor) -> list[Tensor]:
-        """Gradients of the windows' keys and values."""
+    def sum_tokens(self, needed: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of the tokens' keys and values, whose sums over the ranks begin."""
+        seen = self.call.of_tokens.wait()
+        found = self._of_tokens(seen)
+        del seen
+        return self.call.of_tokens.sum_gradients(found, needed)
+
+    def sum_windows(self, needed: Sequence[bool]) -> list[Tensor | None]:
+        """Those of the windows', if there are any."""
+        of_windows, on = self.call.of_windows, self.call.on
+        if of_windows is None:
+            return []
+        seen = of_windows.wait()
+        if "compressed" not in on:
+            return [None for _ in needed]
+        return of_windows.sum_gradients(self._of_windows(*seen), needed)
+
+    def _of_windows(self, ck: Tensor, cv: Tensor) -> list[Tensor]:
         call, s = self.call, self.call.module.sparsity
         do, o, lse, *gates = self.branches["compressed"]
-        self.dq, *found = compressed_attention_backward(
-            *(do, self.q, ck, cv, *call.windows, o, lse, s.kernel_size, s.kernel_stride),
-            *(*call.last, call.keys[1], *gates),
-        )
+        inputs = (do, self.q, ck, cv, *call.windows, o, lse)
+        more = (s.kernel_size, s.kernel_stride, *call.last, call.keys[1])
+        if call.gated:
+            return [*add_compressed_gradient(*inputs, self.dq, *more, *gates)]
+        dq, *found = compressed_attention_backward(*inputs, *more)
+        self._add(dq)
         return found
 
-    def of_tokens(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of the tokens' keys and values, in their order."""
+    def _of_tokens(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         call, s = self.call, self.call.module.sparsity
         selected, sliding = pairs_of(tokens)
         found: list[Tensor] = []

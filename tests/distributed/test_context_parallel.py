@@ -381,12 +381,8 @@ def test_keys_and_values_travel_while_windows_are_attended_to() -> None:
         *("start tokens", "compressed_attention_forward", "block_selection_forward"),
         *("wait tokens", "selected_attention_forward"),
         *("start tokens", "compressed_attention_backward"),
-        *(
-            "wait tokens",
-            "selected_attention_backward",
-            "sum_gradients tokens",
-            "wait_for_sums tokens",
-        ),
+        *("wait tokens", "selected_attention_backward", "sum_gradients tokens"),
+        "wait_for_sums tokens",
     ]
 
 
