@@ -211,6 +211,13 @@ class Language:
         self.scheduler, self.program, self.grid = scheduler, program, grid
         self.barriers: dict[tuple[int, int], Barrier] = {}
 
+    def names(self) -> dict[str, Any]:
+        """What a file's functions call."""
+        gl = self.namespace()
+        jit = types.SimpleNamespace(jit=lambda f: f)
+        names = {"gl": gl, "tl": gl, "gluon": jit, "triton": jit}
+        return {**names, "torch": torch, "range": counted}
+
     def namespace(self) -> types.SimpleNamespace:
         def number(x: Any) -> Tensor:
             return x if isinstance(x, Tensor) else torch.tensor(x)
@@ -224,8 +231,8 @@ class Language:
             mask = mask.broadcast_to(torch.broadcast_shapes(at.shape, mask.shape))
             return torch.where(mask, pointer.memory[torch.where(mask, at, 0)], other)
 
-        def store(pointer: Pointer, x: Tensor, mask: Tensor) -> None:
-            at, mask = torch.broadcast_tensors(pointer.at, mask)
+        def store(pointer: Pointer, x: Tensor, mask: Any = True) -> None:
+            at, mask = torch.broadcast_tensors(pointer.at, number(mask))
             pointer.memory[at[mask]] = x[mask].to(pointer.memory.dtype)
 
         return types.SimpleNamespace(
@@ -243,6 +250,7 @@ class Language:
             where=lambda mask, x, y: torch.where(number(mask), x, y),
             minimum=lambda x, y: torch.minimum(number(x), number(y).to(number(x).dtype)),
             maximum=lambda x, y: torch.maximum(number(x), number(y).to(number(x).dtype)),
+            reshape=lambda x, shape: x.reshape(shape),
             sum=lambda x, dim: x.sum(dim),
             max=lambda x, dim: x.amax(dim),
             cdiv=lambda x, y: (x + y - 1) // y,
@@ -381,13 +389,29 @@ class Box:
             view[0].copy_(x.reshape(self.box)[tuple(slice(n) for n in view[1])])
 
 
-class Unshared(ast.NodeTransformer):
-    """x = x + y for x += y, which changes a tensor that another name may have, unlike in Gluon."""
+class OnTensors(ast.NodeTransformer):
+    """What PyTorch's tensors do otherwise than Gluon's.
+
+    x = x + y for x += y, which changes a tensor that another name may have; nothing for
+    x.type.layout.
+    """
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        of_type = isinstance(node.value, ast.Attribute) and node.value.attr == "type"
+        return ast.Constant(None) if of_type and node.attr == "layout" else node
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.Assign:
         assert isinstance(node.target, ast.Name)
+        self.generic_visit(node)
         read = ast.Name(node.target.id, ast.Load())
         return ast.Assign([node.target], ast.BinOp(read, node.op, node.value))
+
+
+def on_tensors(text: str, path: Path) -> types.CodeType:
+    """The code of Gluon functions, to be executed with a `Language`'s names."""
+    tree = OnTensors().visit(ast.parse(text))
+    return compile(ast.fix_missing_locations(tree), str(path), "exec")
 
 
 class Pipeline:
@@ -404,8 +428,7 @@ class Pipeline:
             assert without in text
             text = text.replace(without, "pass")
         start = text.index("\nbulk_load =")  # the imports end
-        tree = Unshared().visit(ast.parse("\n" * text[:start].count("\n") + text[start:]))
-        self.code = compile(ast.fix_missing_locations(tree), str(path), "exec")
+        self.code = on_tensors("\n" * text[:start].count("\n") + text[start:], path)
         self.grid: tuple[int, ...] = ()
 
     def __getitem__(self, grid: tuple[int, ...]) -> Pipeline:
@@ -415,17 +438,7 @@ class Pipeline:
     def __call__(self, *args: Any, num_warps: int) -> None:
         for number, program in enumerate(itertools.product(*(range(n) for n in self.grid))):
             language = Language(Scheduler(self.seed + number), program, self.grid)
-            gl = language.namespace()
-            jit = types.SimpleNamespace(jit=lambda f: f)
-            names = {
-                "gl": gl,
-                "tl": gl,
-                "gluon": jit,
-                "triton": jit,
-                "torch": torch,
-                "range": counted,
-                **language.hopper(),
-            }
+            names = {**language.names(), **language.hopper()}
             names |= {"NamedTuple": NamedTuple, "TensorDescriptor": None}
             exec(self.code, names)
             names[self.name](*(argument(x) for x in args))

@@ -24,7 +24,7 @@ TABLE = {
             (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__62918239"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__1da3fb87"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__8ec277cb"),
             (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__11ce8255"),
         ),
     },
@@ -47,7 +47,7 @@ TABLE = {
             (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__bbdf6f33"),
         ),
         "cuda:90": (
-            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__05bf2b67"),
+            (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__6e3ac889"),
             (Bucket(), "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__0b03a26f"),
         ),
     },
@@ -566,7 +566,7 @@ TABLE = {
     ): {
         "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__69c46ed8"),),
         "cuda:90": (
-            (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__ab97c3b9"),
+            (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__fd1c386d"),
             (Bucket(), "compressed_attention_backward__bf16_d128_g16_l32_s16__b08b75c5"),
         ),
     },
@@ -934,7 +934,7 @@ TABLE = {
     ): {
         "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__f7fd36d9"),),
         "cuda:90": (
-            (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__bf504d89"),
+            (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__71967e27"),
             (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__fa946f41"),
         ),
     },
@@ -1007,10 +1007,10 @@ TABLE = {
 }
 
 TRITON = {
-    "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__1da3fb87": Releases(
+    "block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__8ec277cb": Releases(
         (3, 6), (3, 9)
     ),
-    "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__05bf2b67": Releases(
+    "block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__6e3ac889": Releases(
         (3, 6), (3, 9)
     ),
     "block_selection_forward__bf16_d128_g4_l32_s16_b64_k16_i1_c2__27cf4438": Releases(
@@ -1019,12 +1019,12 @@ TRITON = {
     "block_selection_forward__bf16_d128_g4_l32_s16_b64_k8_i1_c2__c0e5b6f2": Releases(
         (3, 6), (3, 9)
     ),
-    "compressed_attention_backward__bf16_d128_g16_l32_s16__ab97c3b9": Releases((3, 6), (3, 9)),
+    "compressed_attention_backward__bf16_d128_g16_l32_s16__fd1c386d": Releases((3, 6), (3, 9)),
     "compressed_attention_forward__bf16_d128_g16_l32_s16__54f81bf4": Releases((3, 6), (3, 9)),
     "compressed_attention_forward__bf16_d128_g4_l32_s16__f8e30162": Releases((3, 6), (3, 9)),
     "selected_attention_backward__bf16_d128_g16_b64__0072437e": Releases((3, 6), (3, 9)),
     "selected_attention_forward__bf16_d128_g16_b64_i1_c2__254f7db6": Releases((3, 6), (3, 9)),
-    "sliding_window_attention_backward__bf16_d128_g16_w512__bf504d89": Releases((3, 6), (3, 9)),
+    "sliding_window_attention_backward__bf16_d128_g16_w512__71967e27": Releases((3, 6), (3, 9)),
     "sliding_window_attention_forward__bf16_d128_g16_w512__cc264aaf": Releases((3, 6), (3, 9)),
     "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__3e61a9bc": Releases(
         (3, 6), (3, 9)

@@ -32,6 +32,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "tile_tokens": COLUMNS // int(workload.gqa_ratio),
         "step": step(workload),
         "overlap": int(workload.gqa_ratio) >= 16,
+        "pairs": int(workload.gqa_ratio) == 16 and int(workload.head_dim) == 128,
         "width": width,
         # The last window of a block starts at unit step - 1 and covers `width` units.
         "spill": (step(workload) + width - 2) // step(workload),

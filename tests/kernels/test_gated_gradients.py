@@ -9,7 +9,7 @@ import torch
 from nsagen.cases.base import THRESHOLDS, Sizes, cases_of, relative_error
 from nsagen.codegen.template import spaces_of
 from nsagen.core.target import KNOWN_TARGETS
-from nsagen.core.workload import Schedule, Workload
+from nsagen.core.workload import Param, Schedule, Workload
 from tests.support import is_hopper, kernel_device, kernel_dtypes, load_kernel
 
 SM90 = KNOWN_TARGETS["cuda:90"]
@@ -28,21 +28,21 @@ ADDED = {
 """What a backward kernel can add to; no other branch has compressed keys."""
 
 
-def variant(op: str, algorithm: str, dtype: str, dim: int = 64) -> tuple[Workload, ModuleType]:
+def variant(
+    op: str, algorithm: str, dtype: str, dim: int = 64, **knobs: Param
+) -> tuple[Workload, ModuleType]:
     """A workload and its kernel; skips what this process cannot run."""
     shape = {"head_dim": dim, "v_head_dim": dim, "gqa_ratio": 8}
     workload = Workload.of(op, "backward", dtype=dtype, **shape, **STATICS[op])
     (space,) = (s for s in spaces_of(op, "backward") if s.algorithm == algorithm)
     if not space.general and (not is_hopper() or not space.supports(workload)):
         pytest.skip(f"{algorithm} is for 16-bit dtypes and Hopper, and some head sizes")
-    return workload, load_kernel(workload, Schedule.of(algorithm, space.default(workload, SM90)))
+    schedule = Schedule.of(algorithm, space.default(workload, SM90), **knobs)
+    return workload, load_kernel(workload, schedule)
 
 
-@pytest.mark.parametrize("dtype", kernel_dtypes())
-@pytest.mark.parametrize(("op", "algorithm"), ALGORITHMS)
-def test_gates_of_any_sign(op: str, algorithm: str, dtype: str) -> None:
-    """As if do had been multiplied by the gate before, and o were there for delta."""
-    workload, kernel = variant(op, algorithm, dtype)
+def check_gates(workload: Workload, kernel: ModuleType) -> None:
+    """Compare the gradients of rows with gates of any sign with the reference's."""
     case = cases_of(workload).make_case(workload, Sizes((90, 0, 3), 2), kernel_device(), seed=1)
     do, *middle, o, lse, dq, dk, dv, scale = case.args
     assert isinstance(do, torch.Tensor)
@@ -55,6 +55,19 @@ def test_gates_of_any_sign(op: str, algorithm: str, dtype: str) -> None:
     do *= gate[..., None]
     for name, expected in case.expected().items():
         assert relative_error(case.outputs[name], expected) <= THRESHOLDS[do.dtype], name
+
+
+@pytest.mark.parametrize("dtype", kernel_dtypes())
+@pytest.mark.parametrize(("op", "algorithm"), ALGORITHMS)
+def test_gates_of_any_sign(op: str, algorithm: str, dtype: str) -> None:
+    """As if do had been multiplied by the gate before, and o were there for delta."""
+    check_gates(*variant(op, algorithm, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("op", ADDED)
+def test_gates_of_any_sign_where_scores_are_hidden(op: str, dtype: str) -> None:
+    check_gates(*variant(op, "warp_specialized", dtype, hide="scores"))
 
 
 @pytest.mark.parametrize("dim", [64, 80])

@@ -1,4 +1,4 @@
-"""The backward pipelines on the CPU, their warps in random order.
+"""The pipelines on the CPU, their warps in random order.
 
 On a GPU a missing barrier shows by chance alone, and without one Gluon only compiles.
 """
@@ -16,10 +16,11 @@ import torch
 from triton.experimental.gluon._runtime import GluonJITFunction
 
 from nsagen.cases.base import Sizes, cases_of
-from nsagen.codegen.template import spaces_of
+from nsagen.codegen.template import space_for, spaces_of
 from nsagen.core.target import KNOWN_TARGETS
-from nsagen.core.workload import Schedule, Workload
+from nsagen.core.workload import Param, Schedule, Workload
 from tests.gluon_on_cpu import Pipeline
+from tests.kernels.test_gated_gradients import check_gates
 from tests.support import check_case, load_kernel
 
 pytestmark = pytest.mark.skipif(
@@ -37,6 +38,12 @@ def pipeline(
     (space,) = (s for s in spaces_of(op, w.pass_) if s.algorithm == "warp_specialized")
     default: dict[str, Any] = dict(space.default(w, KNOWN_TARGETS["cuda:90"]))
     return w, load_kernel(w, Schedule.of(space.algorithm, {**default, **knobs}))
+
+
+def variant(w: Workload, **knobs: Param) -> ModuleType:
+    """A workload's pipeline with some knobs changed."""
+    default = space_for(w, "warp_specialized").default_schedule(w, KNOWN_TARGETS["cuda:90"])
+    return load_kernel(w, Schedule.of("warp_specialized", dict(default.knobs), **knobs))
 
 
 def on_cpu(monkeypatch: pytest.MonkeyPatch, module: ModuleType, without: str = "") -> None:
@@ -62,6 +69,36 @@ def test_two_passes(
     w, module = pipeline(op, sizes, {}, **statics)
     on_cpu(monkeypatch, module)
     check_case(module, cases_of(w).make_case(w, Sizes((70, 0, 3), 1), "cpu", 1))
+
+
+WINDOWS = {"kernel_size": 8, "kernel_stride": 4}
+
+
+@pytest.mark.parametrize(("group", "dim"), [(16, 128), (4, 64)])
+def test_selection(group: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of up to three steps of 128 windows, two a turn of the loop for groups of 16."""
+    statics = {"block_size": 16, "topk": 6, "init_blocks": 1, "local_blocks": 2}
+    statics |= {"kernel_size": 2, "kernel_stride": 1, "head_dim": dim, "gqa_ratio": group}
+    w = Workload.of("block_selection", "forward", dtype="bfloat16", **statics)
+    module = variant(w, num_stages=2)
+    on_cpu(monkeypatch, module)
+    check_case(module, cases_of(w).make_case(w, Sizes((300, 0, 5), 1), "cpu", 1))
+
+
+@pytest.mark.parametrize("hide", ["gradients", "scores"])
+@pytest.mark.parametrize(
+    ("op", "statics"),
+    [("compressed_attention", WINDOWS), ("sliding_window_attention", {"window_size": 40})],
+)
+def test_gates_of_any_sign(
+    op: str, statics: dict[str, int], hide: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask by the sign of p took rows of negative gates out of dk: p is multiplied by them."""
+    heads = {"head_dim": 64, "v_head_dim": 64, "gqa_ratio": 8}
+    w = Workload.of(op, "backward", dtype="float16", **heads, **statics)
+    module = variant(w, hide=hide)
+    on_cpu(monkeypatch, module)
+    check_gates(w, module)
 
 
 @pytest.mark.parametrize("seed", [10, 15])

@@ -65,6 +65,14 @@ def test_head_sizes_and_schedules(op: str, knobs: dict[str, int], dim: int, v_di
     check_case(load_kernel(w, schedule_of(w, **knobs)), case_of(w))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("group", [4, 8, 16])
+@each_pipeline
+def test_scores_that_are_hidden_before_their_exponents(op: str, group: int, dtype: str) -> None:
+    w = workload(op, dtype, group=group)
+    check_case(load_kernel(w, schedule_of(w, hide="scores")), case_of(w))
+
+
 @pytest.mark.parametrize("knobs", [{"row_stages": 2}, {"part_tokens": 16, "shares": 64}], ids=str)
 @pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (128, 128), (64, 128), (128, 64)])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -67,7 +67,7 @@ def space(
     """
 
     def default(workload: Workload, target: Target) -> dict[str, Param]:
-        return defaults
+        return {"hide": "gradients", **defaults}
 
     return ScheduleSpace(
         op=op,
@@ -78,6 +78,7 @@ def space(
             Knob("num_stages", (2, 3, 4), "dq: copies in flight against shared memory"),
             PowerOfTwo("row_step", 64, 64, "dk, dv: fewer steps against registers"),
             Knob("row_stages", (2, 3, 4), "dk, dv: copies in flight against shared memory"),
+            Knob("hide", ("gradients", "scores"), "dk, dv: what masks change; registers"),
             *knobs,
         ),
         rules=(

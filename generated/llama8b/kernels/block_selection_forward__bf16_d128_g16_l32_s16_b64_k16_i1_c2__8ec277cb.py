@@ -2,18 +2,18 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/block_selection/forward_warp_specialized.py.j2
-# Source:     fingerprint fab4e38dc70c44c3
+# Source:     fingerprint 8870f774bda36c78
 # Workload:   block_selection forward
 #             dtype=bfloat16, head_dim=128, gqa_ratio=16, kernel_size=32, kernel_stride=16,
-#             block_size=64, topk=8, init_blocks=1, local_blocks=2
+#             block_size=64, topk=16, init_blocks=1, local_blocks=2
 # Schedule:   warp_specialized(num_stages=4, workspace=256)
 # Targets:    cuda:90
 # Provenance: the architecture's default; not measured
-"""Block selection: the 8 blocks of 64 tokens that matter most to each query, per key/value head.
+"""Block selection: the 16 blocks of 64 tokens that matter most to each query, per key/value head.
 
 score[t, j] = sum over the group's heads h and windows i of p[h, t, i] overlap(i, j) / 16, with
 p = exp(softmax_scale q k - lse) and windows of 32 tokens. The first 1 and last 2 blocks are taken
-whatever they score. q [N, HQ, 128], k [sum M, HK, 128] -> topk_idx [HK, N, 8]; HQ = 16 HK.
+whatever they score. q [N, HQ, 128], k [sum M, HK, 128] -> topk_idx [HK, N, 16]; HQ = 16 HK.
 """
 
 import torch
@@ -41,7 +41,7 @@ GROUP = gl.constexpr(16)  # G: query heads of one key/value head
 KERNEL_SIZE = gl.constexpr(32)  # l: tokens of a window
 KERNEL_STRIDE = gl.constexpr(16)  # s: tokens between the starts of two windows
 BLOCK_SIZE = gl.constexpr(64)  # B: tokens of a block
-TOPK = gl.constexpr(8)
+TOPK = gl.constexpr(16)
 INIT_BLOCKS = gl.constexpr(1)
 LOCAL_BLOCKS = gl.constexpr(2)
 
@@ -180,7 +180,7 @@ def consume(
             _, steps, position = steps_of(cu_seqlens_k, q_start, seq, first, length)
             token = begin.to(gl.int64) + gl.minimum(first + column % TILE_TOKENS, length - 1)
             head = kv_head * GROUP + column // TILE_TOKENS
-            lse_tile = gl.load(lse + token * (kv_heads * GROUP) + head) * LOG2_E
+            lse_tile = gl.load(lse + token * (kv_heads * GROUP) + head)
             out = scores + flat.to(gl.int64) * TILE_TOKENS * (PLANES * pitch)
             place = turn & 1
             q = q_tiles.index(place).reshape([COLUMNS, HEAD_DIM]).permute((1, 0))
@@ -188,7 +188,20 @@ def consume(
             if steps > 0:
                 s = warpgroup_mma_wait(0, deps=[multiply(HALF, q, k_tiles, k_full, used)])
                 mbarrier.arrive(k_free.index(used % STAGES), count=1)
-                for step in range(1, steps):
+                lse_tile *= LOG2_E  # loaded while the first step's keys came and were multiplied
+                for pair in range(steps // 2 - 1 + steps % 2):  # two sets of registers take turns
+                    step = 2 * pair + 1
+                    s_next = multiply(HALF, q, k_tiles, k_full, used + step)
+                    window = (step - 1) * (2 * ROWS) + HALF * ROWS
+                    store_scores(s, lse_tile, window, position, out, pitch, scale)
+                    s_next = warpgroup_mma_wait(0, deps=[s_next])
+                    mbarrier.arrive(k_free.index((used + step) % STAGES), count=1)
+                    s = multiply(HALF, q, k_tiles, k_full, used + step + 1)
+                    store_scores(s_next, lse_tile, window + 2 * ROWS, position, out, pitch, scale)
+                    s = warpgroup_mma_wait(0, deps=[s])
+                    mbarrier.arrive(k_free.index((used + step + 1) % STAGES), count=1)
+                if steps % 2 == 0:
+                    step = steps - 1
                     s_next = multiply(HALF, q, k_tiles, k_full, used + step)
                     window = (step - 1) * (2 * ROWS) + HALF * ROWS
                     store_scores(s, lse_tile, window, position, out, pitch, scale)
@@ -334,7 +347,7 @@ def produce(
 
 
 @gluon.jit
-def block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__05bf2b67(
+def block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__8ec277cb(
     q,
     k,
     lse,
@@ -642,9 +655,9 @@ def launch(q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale, q_sta
             "block_selection: this kernel is for head_dim 128 and gqa_ratio 16; "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}; build one for them"
         )
-    if topk_idx.shape != (kv_heads, tokens, 8):
+    if topk_idx.shape != (kv_heads, tokens, 16):
         raise ValueError(
-            f"block_selection: topk_idx must be {(kv_heads, tokens, 8)}; "
+            f"block_selection: topk_idx must be {(kv_heads, tokens, 16)}; "
             f"got {tuple(topk_idx.shape)}; allocate it so"
         )
     if not (lse.is_contiguous() and topk_idx.is_contiguous()):
@@ -667,7 +680,7 @@ def launch(q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale, q_sta
     rivals = triton.cdiv(longest, 64) - 3
     for first_tile in range(0, all_tiles, tiles):
         count = min(tiles, all_tiles - first_tile)
-        block_selection_forward__bf16_d128_g16_l32_s16_b64_k8_i1_c2__05bf2b67[
+        block_selection_forward__bf16_d128_g16_l32_s16_b64_k16_i1_c2__8ec277cb[
             (min(processors(q), count * kv_heads),)
         ](
             describe_queries(q),
@@ -698,6 +711,6 @@ def launch(q, k, lse, cu_seqlens_q, cu_seqlens_k, topk_idx, softmax_scale, q_sta
             pitch,
             BLOCKS=min(2048, triton.next_power_of_2(max(32, rivals))),
             ALL=rivals <= 2048,
-            TOPK_PAD=triton.next_power_of_2(8),
+            TOPK_PAD=triton.next_power_of_2(16),
             num_warps=1,
         )
