@@ -29,7 +29,7 @@ from nsagen.ops.compressed_attention import (
     compressed_attention_backward,
     compressed_attention_forward,
 )
-from nsagen.ops.gated_attention import branch_columns
+from nsagen.ops.gated_attention import branch_columns, branch_deltas
 from nsagen.ops.gated_sum import gated_sum_forward
 from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
 from nsagen.ops.sliding_window_attention import (
@@ -194,11 +194,12 @@ class _Branches(torch.autograd.Function):
         dgate, dos, columns, deltas = None, gradients[::2], [None] * many, [None] * many
         if call.gated:
             (do,), (o_compressed, o_selected, o_sliding) = gradients, outputs
-            made, dgate = branch_columns(do, o_compressed, o_selected, o_sliding, gate)
+            of_sum = branch_deltas(do, o_compressed, o_selected, o_sliding, gate, call.last[1])
             del o_compressed, o_selected, o_sliding
-            columns, deltas = (parts := made.unbind(0))[:many], parts[many:]
             dos, outputs, kept = [do] * many, [None] * many, None
             ctx.maybe_clear_saved_tensors()  # outputs are free, unless the graph is kept
+            made, dgate = branch_columns(gate, of_sum)
+            columns, deltas = (parts := made.unbind(0))[:many], parts[many:]
         each = zip(dos, outputs, lses, deltas, columns, strict=True)
         found = _Gradients(call, q, topk_idx, dict(zip(call.on, each, strict=True)))
         needed = dict(

@@ -87,7 +87,7 @@ class Gradients:
         body: in place of a launch, a function of `call` on other ops.
         takes: gradients and outputs that body takes, and outputs of `first`.
         first: an op that is called before, on gradients, parameters and outputs. What only this
-            one takes is free when it returns. Its outputs named `d` + parameter are gradients.
+            one takes is free when it returns.
         omit: parameters that body does not take.
         like: by parameter, what its gradient looks like instead.
     """

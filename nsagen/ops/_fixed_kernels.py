@@ -15,7 +15,7 @@ from nsagen.core.workload import CACHE_DTYPES
 TILE = 512  # tokens a program
 CHUNK = 1024  # sequences that a program looks at in one go
 STORED_ROWS = 8  # heads of tokens a program
-TURNED, SUMMED = 16, 8  # the same, of a rotation and of sums over branches
+TURNED = 16  # heads of tokens a program
 
 
 @triton.jit
@@ -112,77 +112,34 @@ def launch_lengths(
     )
 
 
-@triton.jit
-def branch_columns(do_rows, o_rows, gate, row, inside, columns, dgate, branch, size):
-    """One branch's gates and deltas as columns, and the deltas as its gates' gradients."""
-    delta = tl.sum(do_rows * o_rows, 1)
-    weight = tl.load(gate + branch, mask=inside).to(tl.float32)
-    tl.store(columns + branch * size + row, weight, mask=inside)
-    tl.store(columns + (branch + 3) * size + row, delta, mask=inside)
-    tl.store(dgate + row * 3 + branch, delta.to(dgate.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=["rows"])
 def columns_kernel(
-    do,
-    o_compressed,
-    o_selected,
-    o_sliding,
-    gate,
-    columns,
-    dgate,
-    rows,
-    heads,
-    stride_do,
-    stride_doh,
-    stride_g,
-    stride_gh,
-    V_HEAD_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    ROWS: tl.constexpr,
+    gate, deltas, columns, dgate, rows, heads, stride_g, stride_gh, TILE: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    dim, inside = tl.arange(0, BLOCK_DV), row < rows
-    there = inside[:, None] & (dim < V_HEAD_DIM)[None, :]
-    token, head = row // heads, row % heads
-    do += (token * stride_do + head * stride_doh)[:, None] + dim[None, :]
-    gate += token * stride_g + head * stride_gh
-    at = row[:, None] * V_HEAD_DIM + dim[None, :]
-    # All loads before the first store, so that they are in flight together.
-    do_rows = tl.load(do, mask=there, other=0.0).to(tl.float32)
-    compressed = tl.load(o_compressed + at, mask=there, other=0.0).to(tl.float32)
-    selected = tl.load(o_selected + at, mask=there, other=0.0).to(tl.float32)
-    sliding = tl.load(o_sliding + at, mask=there, other=0.0).to(tl.float32)
-    size = rows.to(tl.int64)
-    branch_columns(do_rows, compressed, gate, row, inside, columns, dgate, 0, size)
-    branch_columns(do_rows, selected, gate, row, inside, columns, dgate, 1, size)
-    branch_columns(do_rows, sliding, gate, row, inside, columns, dgate, 2, size)
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside, size = row < rows, rows.to(tl.int64)
+    gate += row // heads * stride_g + row % heads * stride_gh
+    for branch in tl.static_range(3):  # pyright: ignore
+        weight = tl.load(gate + branch, mask=inside).to(tl.float32)
+        delta = tl.load(deltas + row * 3 + branch, mask=inside)
+        tl.store(columns + branch * size + row, weight, mask=inside)
+        tl.store(columns + (branch + 3) * size + row, delta, mask=inside)
+        tl.store(dgate + row * 3 + branch, delta.to(dgate.dtype.element_ty), mask=inside)
 
 
-def launch_columns(
-    do: Tensor,
-    o_compressed: Tensor,
-    o_selected: Tensor,
-    o_sliding: Tensor,
-    gate: Tensor,
-    columns: Tensor,
-    dgate: Tensor,
-) -> None:
+def launch_columns(gate: Tensor, deltas: Tensor, columns: Tensor, dgate: Tensor) -> None:
     """Write gates and deltas as columns, and the gates' gradient.
 
     Args:
-        do: [N, HQ, Dv]; gate: [N, HQ, 3]; the last dimension contiguous.
-        o_compressed, o_selected, o_sliding: [N, HQ, Dv], contiguous.
-        columns: float32 [6, N, HQ], contiguous: the gates' columns, then do . o of each branch.
-        dgate: [N, HQ, 3], contiguous: the other three in any dtype.
+        gate: [N, HQ, 3], the last dimension contiguous.
+        deltas: float32 [N, HQ, 3], contiguous.
+        columns: float32 [6, N, HQ], contiguous: the gates' columns, then those of deltas.
+        dgate: [N, HQ, 3], contiguous: deltas in any dtype.
     """
-    tokens, heads, dim = do.shape
-    columns_kernel[(triton.cdiv(tokens * heads, SUMMED),)](
-        *(do, o_compressed, o_selected, o_sliding, gate, columns, dgate, tokens * heads, heads),
-        *(*do.stride()[:2], *gate.stride()[:2]),
-        V_HEAD_DIM=dim,
-        BLOCK_DV=triton.next_power_of_2(dim),
-        ROWS=SUMMED,
+    rows, heads = columns.shape[1] * columns.shape[2], columns.shape[2]
+    columns_kernel[(triton.cdiv(rows, TILE),)](
+        *(gate, deltas, columns, dgate, rows, heads, *gate.stride()[:2]),
+        TILE=TILE,
         num_warps=4,  # pyright: ignore
     )
 

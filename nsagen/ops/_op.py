@@ -612,9 +612,7 @@ class _Backward:
         if first is not None:
             rest = [name for name in names if name in takes]
             self._rest = picker([names.index(name) for name in rest])
-            made = vars(first)["op"].returns
-            names = (*rest, *made)
-            self._given = [(n[1:], names.index(n)) for n in made if n[1:] in self._names]
+            names = (*rest, *vars(first)["op"].returns)
         if other is None:
             self._compute = self._on_kernels = by_name(gradients, names)
         else:
@@ -643,8 +641,6 @@ class _Backward:
             if direct:
                 ctx.maybe_clear_saved_tensors()  # unless the graph is kept
         found = (self._on_kernels if direct else self._compute)(values)
-        if self._first is not None:
-            found |= {name: values[place] for name, place in self._given}
         assert found.keys() <= self._names, f"{self._op.name}: gradients of {[*found]}"
         # The dispatcher drops defaults at the end: there may be fewer inputs than names.
         names, needs = self._op.names, enumerate(ctx.needs_input_grad)

@@ -36,8 +36,8 @@ BRANCH_OUTPUTS = (
 )
 """What a forward pass returns: the gated sum, and what its gradients need."""
 
-TAKEN = "do columns lse_compressed lse_selected lse_sliding topk_idx"
-"""What the attention's gradients take of these, after `branch_columns`."""
+TAKEN = "do deltas lse_compressed lse_selected lse_sliding topk_idx"
+"""What the attention's gradients take of these, after `branch_deltas`."""
 
 
 def allocate_branches(q: Tensor, k: Tensor, v: Tensor, topk: int) -> tuple[Tensor, ...]:
@@ -52,29 +52,47 @@ def _allocate_columns(gate: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @define_op(
-    returns="columns dgate",
-    allocate=_allocate_columns,
-    kernel=lambda do: fixed_kernel("launch_columns", do),
-    launch="do o_compressed o_selected o_sliding gate columns dgate",
+    returns="deltas",
+    allocate=lambda gate: gate.new_empty(gate.shape, dtype=torch.float32),
+    kernel="gated_sum backward",
+    sizes=lambda do: {"v_head_dim": do.shape[2]},
+    launch="do o_compressed o_selected o_sliding gate None None None deltas",
     prepare={"do": lambda do: with_contiguous_rows(do)},
 )
-def branch_columns(
-    do: Tensor, o_compressed: Tensor, o_selected: Tensor, o_sliding: Tensor, gate: Tensor
-) -> tuple[Tensor, Tensor]:
-    """float32 [6, N, HQ]: gate's columns, then do . o of each branch, which is delta; and the
-    gradient of gate, which these three are."""
+def branch_deltas(
+    do: Tensor,
+    o_compressed: Tensor,
+    o_selected: Tensor,
+    o_sliding: Tensor,
+    gate: Tensor,
+    dispatcher: str = "",
+) -> Tensor:
+    """do . o of each branch, [N, HQ, 3] float32. All that is made while branches are held, which is
+    the peak of memory."""
     branches = (o_compressed, o_selected, o_sliding)
-    deltas = [(do.float() * o).sum(-1) for o in branches]
-    columns = torch.stack([*gate.float().unbind(-1), *deltas])
-    return columns, torch.stack(deltas, -1).to(gate.dtype)
+    return torch.stack([(do.float() * o).sum(-1) for o in branches], -1)
+
+
+@define_op(
+    returns="columns dgate",
+    allocate=_allocate_columns,
+    kernel=lambda gate: fixed_kernel("launch_columns", gate),
+    launch="gate deltas columns dgate",
+)
+def branch_columns(gate: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [6, N, HQ] of gate and deltas, [N, HQ, 3] each; and the gradient of gate, which
+    deltas are."""
+    columns = [x.float() for x in (*gate.unbind(-1), *deltas.unbind(-1))]
+    return torch.stack(columns), deltas.to(gate.dtype, copy=True)
 
 
 def _gradients(call: Any) -> tuple[Tensor, ...]:
-    """(dq, dk, dv, dck, dcv) from the gradient of the gated sum and `branch_columns`.
+    """(dq, dk, dv, dck, dcv, dgate) from the gradient of the gated sum and delta of each branch.
 
     One branch after the other; the second and the third add theirs to what the first one wrote.
     """
-    of_compressed, of_selected, of_sliding, *deltas = call.columns
+    columns, dgate = branch_columns(call.gate, call.deltas)
+    of_compressed, of_selected, of_sliding, *deltas = columns
     delta_compressed, delta_selected, delta_sliding = deltas
     do, q, k, v, ends = call.do, call.q, call.k, call.v, call.cu_seqlens
     last, chunk = (call.softmax_scale, call.dispatcher), (call.cu_seqlens_k, call.q_start)
@@ -91,13 +109,13 @@ def _gradients(call: Any) -> tuple[Tensor, ...]:
         *(call.kernel_size, call.kernel_stride, *last, call.q_start),
         *(delta_compressed, of_compressed),
     )
-    return dq, dk, dv, dck, dcv
+    return dq, dk, dv, dck, dcv, dgate
 
 
 @define_op(
     returns=BRANCH_OUTPUTS,
     allocate=allocate_branches,
-    gradients=Gradients("q k v ck cv", body=_gradients, takes=TAKEN, first=branch_columns),
+    gradients=Gradients("q k v ck cv gate", body=_gradients, takes=TAKEN, first=branch_deltas),
 )
 def branches_forward(
     q: Tensor,

@@ -20,7 +20,7 @@ from nsagen.ops.gated_attention import (
     BRANCH_OUTPUTS,
     TAKEN,
     allocate_branches,
-    branch_columns,
+    branch_deltas,
     branches_backward,
     branches_forward,
 )
@@ -260,8 +260,8 @@ def _gradients(call: Any) -> tuple[Tensor, ...]:
     """Gradients from that of the gated sum; only by kernels."""
     k, v, cu_seqlens, ends = call.k, call.v, call.cu_seqlens, call.window_cu_seqlens
     sizes, tables = (call.kernel_size, call.kernel_stride), (call.cos, call.sin)
-    dq, dk, dv, dck, dcv = branches_backward(
-        *(call.do, call.columns, call.q_turned, call.k_turned, v, call.ck, call.cv, call.gate),
+    dq, dk, dv, dck, dcv, dgate = branches_backward(
+        *(call.do, call.deltas, call.q_turned, call.k_turned, v, call.ck, call.cv, call.gate),
         *(cu_seqlens, ends, call.lse_compressed, call.lse_selected, call.lse_sliding),
         *(call.topk_idx, *sizes, *_selection(call), call.dispatcher),
     )
@@ -274,7 +274,7 @@ def _gradients(call: Any) -> tuple[Tensor, ...]:
         dcv, v, call.w_v, call.pe_v, cu_seqlens, ends, call.v_compress_type, *last
     )
     finish_gradients(dq, dk, of_k, dv, of_v, *tables, call.positions)
-    return dq, dk, dv, dw_k, dw_v, dpe, dpe_v
+    return dq, dk, dv, dgate, dw_k, dw_v, dpe, dpe_v
 
 
 def _allocate(q: Tensor, k: Tensor, v: Tensor, topk: int, kernel_stride: int) -> tuple[Tensor, ...]:
@@ -304,10 +304,10 @@ attention_with_gradients = op_like(
     returns=f"{BRANCH_OUTPUTS} q_turned k_turned ck cv",
     allocate=_allocate,
     gradients=Gradients(
-        "q k v w_k w_v pe pe_v",
+        "q k v gate w_k w_v pe pe_v",
         body=_gradients,
         takes=f"{TAKEN} q_turned k_turned ck cv",
-        first=branch_columns,
+        first=branch_deltas,
         omit="q",
         like={"q": "q_turned"},
     ),

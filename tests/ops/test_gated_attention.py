@@ -188,13 +188,12 @@ def test_branches_are_free_while_the_attentions_gradients_are_computed(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 700])
 def test_small_kernels_give_pytorchs_bits(dtype: torch.dtype, tokens: int) -> None:
-    """A gate that lies in another order; heads of 24, and sums of products that are exact."""
+    """A gate that lies in another order."""
     gate = torch.randn(2, tokens, 3, dtype=dtype).transpose(0, 1)
-    do, *branches = torch.randint(-4, 5, (4, tokens, 2, 24)).to(dtype)
-    columns, dgate = gated_attention.branch_columns(do, *branches, gate)
-    deltas = [(do.float() * o).sum(-1) for o in branches]
-    assert torch.equal(columns, torch.stack((*gate.float().unbind(-1), *deltas)))
-    assert torch.equal(dgate, torch.stack(deltas, -1).to(dtype))
+    deltas = torch.randn(tokens, 2, 3)
+    columns, dgate = gated_attention.branch_columns(gate, deltas)
+    assert torch.equal(columns, torch.stack((*gate.float().unbind(-1), *deltas.unbind(-1))))
+    assert torch.equal(dgate, deltas.to(dtype))
 
 
 @pytest.mark.interpreter
@@ -219,10 +218,7 @@ def test_gradients_are_finished_with_the_bits_of_single_steps(
 
 TURNS = {"HALF": 40, "BLOCK_HALF": 64, "ROWS": 16}
 FIXED_KERNELS: dict[str, tuple[str, dict[str, int]]] = {
-    "columns_kernel": (
-        "do o_compressed o_selected o_sliding gate dgate",
-        {"V_HEAD_DIM": 80, "BLOCK_DV": 128, "ROWS": 8},
-    ),
+    "columns_kernel": ("gate dgate", {"TILE": 512}),
     "turn_kernel": ("q k ck q_turned k_turned ck_turned", TURNS),
     "turn_back_kernel": ("x", TURNS),
     "finish_kernel": ("dq dk of_k dv of_v", TURNS | {"TILE": 2048}),
@@ -235,7 +231,7 @@ FIXED_KERNELS: dict[str, tuple[str, dict[str, int]]] = {
 def test_small_kernels_compile(name: str, backend: str, arch: Any) -> None:
     tensors, constants = FIXED_KERNELS[name]
     types = dict.fromkeys(tensors.split(), "*bf16")
-    types |= dict.fromkeys(("cos", "sin", "columns"), "*fp32")
+    types |= dict.fromkeys(("cos", "sin", "deltas", "columns"), "*fp32")
     types |= dict.fromkeys(("positions", "window_positions"), "*i32")
     assert compile_fixed(name, types, constants, backend, arch).asm
 
