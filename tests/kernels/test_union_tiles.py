@@ -177,11 +177,13 @@ def _reference(args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("every", [False, True])
-@pytest.mark.parametrize(("init_blocks", "local_blocks"), [(1, 2), (0, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("group", "init_blocks", "local_blocks"), [(16, 1, 2), (8, 1, 2), (16, 0, 1), (16, 2, 3)]
+)
 def test_starting_from_the_forced_blocks(
-    init_blocks: int, local_blocks: int, every: bool, monkeypatch: pytest.MonkeyPatch
+    group: int, init_blocks: int, local_blocks: int, every: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    w = workload(group=16, init_blocks=init_blocks, local_blocks=local_blocks)
+    w = workload(group=group, init_blocks=init_blocks, local_blocks=local_blocks)
     check(monkeypatch, w, (200, 0, 9), every=every, choice="tile")
 
 
