@@ -6,7 +6,12 @@ from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_power_of_2
 from nsagen.codegen.spaces import split_kv
-from nsagen.codegen.spaces.padding import LEAST_TILE, element_bytes
+from nsagen.codegen.spaces.padding import (
+    LEAST_TILE,
+    element_bytes,
+    few_bytes,
+    multiplies_from_shared_memory,
+)
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -73,6 +78,13 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
     return row * (steps * block_n + group) + 4 * group * block_n
 
 
+def scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
+    """The current keys, where products take them from shared memory."""
+    row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
+    current = row * int(schedule.block_n) if multiplies_from_shared_memory(target) else 0
+    return current + few_bytes(workload, schedule, target)
+
+
 def default(workload: Workload, target: Target) -> dict[str, Param]:
     """About 16 KiB a step, and enough of them in flight to hide the memory's latency."""
     row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
@@ -110,6 +122,7 @@ SPACES = (
         ),
         derive=derive,
         shared_memory=shared_memory,
+        scratch=scratch,
         default=default,
     ),
 )

@@ -144,6 +144,8 @@ def matmul_shared_memory(workload: Workload, schedule: Schedule) -> int:
     width = element_bytes(workload)
     wide = next_power_of_2(max(int(workload.head_dim), int(workload.v_head_dim)))
     step = wide * (int(schedule.block_rows) + int(schedule.columns))
+    if int(workload.kernel_size) <= 2:  # so short a loop is unrolled: keys' steps beside values'
+        step *= 2
     sums = pool_shared_memory(workload, schedule)  # of a side that pools
     return max(width * int(schedule.num_stages) * step, sums) + SCRATCH
 

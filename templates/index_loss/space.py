@@ -53,15 +53,26 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
     return int(schedule.num_stages) * step_bytes(workload, int(schedule.block_n)) + queries
 
 
+def query_bytes(workload: Workload, schedule: Schedule) -> int:
+    """Bytes of the queries of a step of the second pass."""
+    rows = LEAST_TOKENS * int(schedule.row_heads)
+    return element_bytes(workload) * rows * next_power_of_2(int(workload.head_dim))
+
+
 def shared_memory_backward(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the larger pass: the second keeps keys and a step's queries, and reshapes scores."""
-    rows = LEAST_TOKENS * int(schedule.row_heads)
-    queries = element_bytes(workload) * rows * next_power_of_2(int(workload.head_dim))
-    keys = int(schedule.key_tile)
+    queries, keys = query_bytes(workload, schedule), int(schedule.key_tile)
     if workload.dtype != "float32":  # a copy in the layout of a matrix instruction
         queries *= 2
-    second = step_bytes(workload, keys) + queries + 4 * rows * keys
+    scores = 4 * LEAST_TOKENS * int(schedule.row_heads) * keys
+    second = step_bytes(workload, keys) + queries + scores
     return max(shared_memory(workload, schedule), second)
+
+
+def scratch_backward(workload: Workload, schedule: Schedule, target: Target) -> int:
+    """A copy of the queries for the other plain product, which AMD's GPUs keep in registers."""
+    plain = workload.dtype == "float32" and target.backend == "cuda"
+    return SCRATCH + (query_bytes(workload, schedule) if plain else 0)
 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
@@ -75,7 +86,8 @@ def default_backward(workload: Workload, target: Target) -> dict[str, Param]:
     """Key tiles that leave registers for the products of many rows."""
     wide = max(int(workload.head_dim), int(workload.index_head_dim)) > 128
     small = wide or workload.dtype == "float32" or target.shared_memory < 128 * 1024
-    rows = min(next_power_of_2(int(workload.gqa_ratio)), 4 if small else 16)
+    both_wide = min(int(workload.head_dim), int(workload.index_head_dim)) > 128
+    rows = min(next_power_of_2(int(workload.gqa_ratio)), 2 if both_wide else 4 if small else 16)
     knobs: dict[str, Param] = {"key_tile": 16 if small else 32, "key_warps": 8, "row_heads": rows}
     if wide:  # four warps spill
         knobs["num_warps"] = 8
@@ -126,7 +138,7 @@ SPACES = (
         ),
         derive=derive_backward,
         shared_memory=shared_memory_backward,
-        scratch=lambda workload, schedule, target: SCRATCH,
+        scratch=scratch_backward,
         default=default_backward,
     ),
 )

@@ -198,7 +198,10 @@ def default_key_major(workload: Workload, target: Target) -> dict[str, Param]:
     sizes = padded_heads(workload)
     exact = workload.dtype == "float32"  # no matrix instruction is exact: plain FMA
     wide = max(sizes["block_d"], sizes["block_dv"]) > 128  # 64 rows spill in eight warps
-    for block_m, stages in ((32 if exact or wide else 64, 1 if exact else 3), (16, 1)):
+    most = (
+        2 if target.arch == "100" and whole_block(workload) == LEAST_TILE else 3
+    )  # a third spills
+    for block_m, stages in ((32 if exact or wide else 64, 1 if exact else most), (16, 1)):
         knobs: dict[str, Param] = {
             "block_m": max(block_m, next_power_of_2(group)),
             "num_warps": 8 if wide else 4,

@@ -213,18 +213,21 @@ def default_keys(
     if tile and wide_heads(workload) and group > 32:  # steps of as many rows spill
         group = LEAST_TILE
     fallbacks = (*wanted, ("keys", 32, 4, 2), ("keys", 16, 4, 1))
-    for least in (group, LEAST_TILE) if tile else (group,):
-        for orientation, block_m, warps, stages in fallbacks:
-            knobs: dict[str, Param] = {
-                "key_orientation": orientation,
-                "block_m": max(block_m, least),
-                "key_warps": warps,
-                "key_stages": stages,
-                "part_tokens": default_part_tokens(workload),
-                **(tile or {}),
-            }
-            if memory(workload, Schedule.of("", knobs)) <= target.shared_memory:
-                return knobs
+    rows = (group, LEAST_TILE) if tile else (group,)
+    tried = [(least, other) for least in rows for other in fallbacks]
+    if wide_heads(workload):  # the others spill: rather parts of groups
+        tried = [(least, other) for other in fallbacks for least in rows]
+    for least, (orientation, block_m, warps, stages) in tried:
+        knobs: dict[str, Param] = {
+            "key_orientation": orientation,
+            "block_m": max(block_m, least),
+            "key_warps": warps,
+            "key_stages": stages,
+            "part_tokens": default_part_tokens(workload),
+            **(tile or {}),
+        }
+        if memory(workload, Schedule.of("", knobs)) <= target.shared_memory:
+            return knobs
     return knobs
 
 

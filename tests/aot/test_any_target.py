@@ -126,8 +126,10 @@ def check(
 
 
 MANY_BLOCKS: dict[str, Param] = {"kernel_size": 1, "kernel_stride": 1, "topk": 64}
-MSA: dict[str, Param] = {**PRODUCTS, "kernel_size": 1, "kernel_stride": 1}
 LINEAR: dict[str, Param] = {"compress_type": "linear", "v_compress_type": "linear"}
+SHORT_WINDOWS: dict[str, Param] = {**LINEAR, "kernel_size": 2, "kernel_stride": 1}
+APART: dict[str, Param] = {"score_heads": "each", "score_pool": "max", "kernel_stride": 4}
+MSA: dict[str, Param] = {**PRODUCTS, "kernel_size": 1, "kernel_stride": 1}
 CORNERS = (
     (("selected_attention", "forward", "float32", (72, 248), 1, 48), "cuda:120"),
     (("selected_attention", "forward", "float32", (128, 128), 20, 512), "cuda:90"),
@@ -155,7 +157,13 @@ CORNERS = (
     (("compressed_lse", "forward", "float32", (72, 72), 48, 64), "cuda:86"),
     (("block_selection", "forward", "bfloat16", (72, 72), 13, 329, MANY_BLOCKS), "cuda:120"),
     (("cache_append", "decode", "float32", (72, 248), 1, 64, LINEAR), "cuda:86"),
+    (("cache_append", "decode", "bfloat16", (128, 128), 16, 64, SHORT_WINDOWS), "cuda:80"),
     (("index_loss", "backward", "bfloat16", (120, 200), 4, 16), "cuda:89"),
+    (("index_loss", "backward", "float32", (152, 208), 64, 22), "cuda:90"),
+    (("selected_attention", "backward", "bfloat16", (176, 96), 18, 999), "cuda:120"),
+    (("selected_attention", "forward", "bfloat16", (64, 64), 1, 16), "cuda:100"),
+    (("sliding_window_attention", "backward", "bfloat16", (208, 88), 51, 64), "cuda:100"),
+    (("block_selection", "decode", "bfloat16", (240, 240), 64, 560, APART), "cuda:100"),
 )
 """Shapes whose defaults did not fit, or used the stack in a loop."""
 
