@@ -50,7 +50,7 @@ from nsagen.distributed.gathering import Gathering
 from nsagen.estimate.efficiency import Efficiency, Points
 from nsagen.estimate.model import GPUS, Gpu
 from nsagen.estimate.model import Split as Ranks
-from nsagen.estimate.training import Step, step_of
+from nsagen.estimate.training import AROUND_SECONDS, Step, step_of
 from nsagen.model import NativeSparseAttention, RopeConfig, ToyNSALlamaConfig
 
 Row = dict[str, Any]
@@ -290,8 +290,7 @@ def measure(
             of_one[case.tokens] = row
         elif gpu and of_one:
             shares = [(n, share_of_roofline(sizes, gpu, r)) for n, r in sorted(of_one.items())]
-            step = estimate(sizes, gpu, case, ranks, tuple(shares))
-            row["predicted_ms"] = 1e3 * (step.busy if case.graph else step.seconds)
+            row["predicted_ms"] = predicted(sizes, gpu, case, ranks, tuple(shares))
             row["of_predicted"] = row["ms"] / row["predicted_ms"]
         if one := of_one.get(case.tokens):
             row["of_alone"] = row["ms"] / one["ms"]
@@ -410,7 +409,8 @@ def step(sizes: Sizes, case: Case, world: World, meter: Meter) -> Row:
         losses.append(trainer.step(0))
 
     row: Row = {"recompute": config.activation_checkpointing, "ms": meter.milliseconds(run)}
-    row |= {"peak_bytes": meter.peak_bytes(), "loss": float(losses[0])}
+    # A graph holds memory of its own.
+    row |= {"peak_bytes": None if case.graph else meter.peak_bytes(), "loss": float(losses[0])}
     if case.split == "alone" or case.graph:
         return row
     dtype = torch.bfloat16 if config.amp else torch.float32
@@ -473,12 +473,25 @@ def sums_of(x: Tensor, count: int) -> Callable[[], None]:
 
 def share_of_roofline(sizes: Sizes, gpu: Gpu, alone: Row) -> float:
     """Attention's share of the roofline with which the estimate for one GPU is what one took."""
-    case = Case(alone["what"], alone["tokens"], "alone")
+    case = Case(alone["what"], alone["tokens"], "alone", alone["graph"])
     roofline, others = (
         1e3 * estimate(sizes, gpu, case, 1, ((case.tokens, share),)).busy
         for share in (1.0, math.inf)
     )
-    return min(1.0, (roofline - others) / max(alone["ms"] - others, roofline - others))
+    took = alone["ms"] - 1e3 * around(case)
+    return min(1.0, (roofline - others) / max(took - others, roofline - others))
+
+
+def around(case: Case) -> float:
+    """Seconds of a case that are around its passes."""
+    return AROUND_SECONDS if case.what != "attention" else 0.0
+
+
+def predicted(sizes: Sizes, gpu: Gpu, case: Case, ranks: int, shares: Points) -> float:
+    """Milliseconds of a case by the model of `nsagen plan`."""
+    step = estimate(sizes, gpu, case, ranks, shares)
+    passes = step.busy if case.graph else max(step.busy, step.host)
+    return 1e3 * (passes + around(case))
 
 
 def estimate(sizes: Sizes, gpu: Gpu, case: Case, ranks: int, shares: Points) -> Step:

@@ -30,12 +30,18 @@ STATE_BYTES = 16
 the two moments of Adam."""
 
 
-EXCHANGE_SECONDS = 3e-4
-"""What an exchange of a shared sequence takes besides moving bytes: launches, waits, and rows put
-in order. Of two H200s of one host; see `tests/distributed/test_benchmark.py`."""
+# Fitted to two H200s of one host; see tests/distributed/test_benchmark.py.
+EXCHANGE_SECONDS = 4e-5
+"""What an exchange of a shared sequence or of heads takes on the GPU besides moving bytes."""
 
-HOST_SECONDS = 2.5e-3
-"""A layer's forward or backward pass on the host, which starts operations one by one."""
+AROUND_SECONDS = 12e-3
+"""What every process does for itself around a step's passes: it prepares the batch, clips, and
+starts the optimizer's update."""
+
+HOST_SECONDS = 2.4e-3
+HOST_EXCHANGE_SECONDS = 7e-4
+"""A layer's forward or backward pass on the host, which starts operations one by one, and an
+exchange of a shared sequence with what surrounds it."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,10 @@ class Step:
     Attributes:
         recompute: whether each layer's activations are computed again in the backward pass.
         state, activations: bytes; state is weights, gradients and the optimizer's.
-        seconds: of the step, the longer of the next two.
+        seconds: of the step, which the longer of the next two takes, and what is around its passes.
         busy: seconds in which the GPU computes or waits for data; exchange: how many of them only
             exchange data.
-        host: seconds in which the host starts the step's operations.
+        host: seconds in which the host starts the passes' operations, unless it launches a graph.
         moving: seconds in which data move, also while the GPU computes.
         tokens_per_second: of each GPU.
         fits: whether both fit into the GPU.
@@ -134,10 +140,12 @@ def step_of(
     weights = _data_seconds(config, gpu, split, passes + 1)
     hidden = window_passes * passes
     exchange = heads + max(0.0, sequences - hidden) + max(0.0, weights - compute)
-    exchange += EXCHANGE_SECONDS * _context_exchanges(config, split, passes)
-    host = HOST_SECONDS * config.num_hidden_layers * passes
+    exchanges = _context_exchanges(config, split, passes)
+    sums = 2 * passes * config.num_hidden_layers if split.tensor > 1 else 0
+    exchange += EXCHANGE_SECONDS * (exchanges + sums)
+    host = HOST_SECONDS * config.num_hidden_layers * passes + HOST_EXCHANGE_SECONDS * exchanges
     busy = compute + exchange
-    seconds = max(busy, host)
+    seconds = max(busy, host) + AROUND_SECONDS
     return Step(
         split,
         recompute,
