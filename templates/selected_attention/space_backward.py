@@ -210,7 +210,8 @@ def default_keys(
         eight = not wide_heads(workload) or target.backend == "cuda"
         wanted = (("keys", 16, 8 if eight else 4, 1),)
     group = next_power_of_2(int(workload.gqa_ratio))
-    if tile and wide_heads(workload) and group > 32:  # steps of as many rows spill
+    most = LEAST_TILE if workload.dtype == "float32" else 32
+    if tile and wide_heads(workload) and group > most:  # steps of as many rows spill
         group = LEAST_TILE
     fallbacks = (*wanted, ("keys", 32, 4, 2), ("keys", 16, 4, 1))
     rows = (group, LEAST_TILE) if tile else (group,)
