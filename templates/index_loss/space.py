@@ -85,9 +85,10 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
 def default_backward(workload: Workload, target: Target) -> dict[str, Param]:
     """Key tiles that leave registers for the products of many rows."""
     wide = max(int(workload.head_dim), int(workload.index_head_dim)) > 128
-    small = wide or workload.dtype == "float32" or target.shared_memory < 128 * 1024
-    both_wide = min(int(workload.head_dim), int(workload.index_head_dim)) > 128
-    rows = min(next_power_of_2(int(workload.gqa_ratio)), 2 if both_wide else 4 if small else 16)
+    exact = workload.dtype == "float32"  # no matrix instruction is exact: plain FMA
+    small = wide or exact or target.shared_memory < 128 * 1024
+    widest = wide and (min(workload.head_dim, workload.index_head_dim) > 128 or exact)
+    rows = min(next_power_of_2(int(workload.gqa_ratio)), 2 if widest else 4 if small else 16)
     knobs: dict[str, Param] = {"key_tile": 16 if small else 32, "key_warps": 8, "row_heads": rows}
     if wide:  # four warps spill
         knobs["num_warps"] = 8

@@ -160,6 +160,7 @@ CORNERS = (
     (("cache_append", "decode", "bfloat16", (128, 128), 16, 64, SHORT_WINDOWS), "cuda:80"),
     (("index_loss", "backward", "bfloat16", (120, 200), 4, 16), "cuda:89"),
     (("index_loss", "backward", "float32", (152, 208), 64, 22), "cuda:90"),
+    (("index_loss", "backward", "float32", (56, 192), 4, 512), "cuda:90"),
     (("selected_attention", "backward", "bfloat16", (176, 96), 18, 999), "cuda:120"),
     (("selected_attention", "backward", "float32", (208, 200), 25, 538), "cuda:100"),
     (("selected_attention", "forward", "bfloat16", (64, 64), 1, 16), "cuda:100"),
