@@ -44,16 +44,22 @@ STATICS: dict[str, dict[str, int]] = {
 }
 HEADS = {"head_dim": 128, "v_head_dim": 128, "gqa_ratio": 16}
 
-# (block_n, num_warps, num_stages, programs), beside the defaults.
-NARROW_STEPS = (
-    *((64, 2, 3, 528), (32, 2, 3, 792), (32, 2, 4, 792), (32, 2, 4, 528), (32, 1, 3, 1056)),
-    *((32, 1, 4, 1056), (16, 1, 4, 1056), (32, 4, 4, 528), (64, 4, 3, 396), (64, 4, 3, 528)),
-)
-WIDE_STEPS = ((64, 4, 3, 264), (64, 4, 3, 396), (32, 4, 4, 528), (32, 2, 4, 528))
-BRANCH_STEPS = (
-    *((64, 2, 3, 528), (64, 2, 3, 1056), (32, 2, 4, 528), (32, 2, 4, 1056), (32, 1, 4, 1056)),
-    *((32, 4, 4, 528), (64, 4, 3, 528), (64, 4, 3, 1056), (64, 4, 2, 396)),
-)
+# (block_n, num_warps, num_stages, programs) and registers, beside the defaults.
+EVERYWHERE = {"": [((64, 4, 3, 264), 0)], "float8_e4m3fn": [((32, 1, 3, 1056), 0)]}
+STEPS: dict[str, list[tuple[tuple[int, int, int, int], int]]] = {
+    "": [((64, 4, 2, 264), 0), ((128, 4, 2, 264), 0)],
+    "float8_e4m3fn": [
+        *(((32, 1, 3, 1320), 200), ((32, 1, 2, 1584), 168), ((32, 1, 2, 1056), 0)),
+        *(((16, 1, 3, 1584), 168), ((16, 1, 4, 1584), 168), ((32, 1, 2, 1320), 200)),
+    ],
+}
+BRANCH_STEPS = {
+    "": [((64, 4, 2, 264), 0), ((64, 4, 2, 396), 0)],
+    "float8_e4m3fn": [
+        *(((64, 2, 2, 264), 0), ((64, 2, 4, 264), 0), ((32, 1, 3, 264), 0)),
+        *(((32, 1, 3, 396), 0), ((64, 1, 3, 264), 0), ((32, 2, 3, 264), 0)),
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,13 @@ class Kernel:
     algorithm: str = ""
     steps: tuple[int, int, int, int] | None = None
     knobs: dict[str, Param] = field(default_factory=dict, hash=False)
+    registers: int = 0  # of a thread of the first kernel, at most; 0: any
 
     @property
     def name(self) -> str:
         steps = "default" if self.steps is None else "n{} w{} s{} p{}".format(*self.steps)
         more = "".join(f" {name} {value}" for name, value in self.knobs.items())
-        return f"{self.algorithm} {steps}{more}"
+        return f"{self.algorithm} {steps}{more}" + f" r{self.registers}" * bool(self.registers)
 
     @property
     def workload(self) -> Workload:
@@ -91,11 +98,15 @@ class Kernel:
             knobs |= dict(zip(names, self.steps, strict=False))
             programs = self.steps[3]
         schedule = Schedule.of(self.algorithm, knobs)
-        path = folder / f"{kernel_name(work, schedule)}_{programs}.py"
+        path = folder / f"{kernel_name(work, schedule)}_{programs}_{self.registers}.py"
         if not path.exists():
             text = render(work, schedule, header=f"# {work}: {schedule}")
             old = f"PROGRAMS = {knobs['programs']}\n"
-            path.write_text(text.replace(old, f"PROGRAMS = {programs}\n"))
+            text = text.replace(old, f"PROGRAMS = {programs}\n")
+            if self.registers:
+                stages = f"        num_stages={knobs['num_stages']},\n"
+                text = text.replace(stages, stages + f"        maxnreg={self.registers},\n")
+            path.write_text(text)
         return path
 
 
@@ -196,15 +207,13 @@ class Bench:
 
 
 def kernels_of(cache_dtype: str, every: bool) -> list[Kernel]:
-    """What is timed: the defaults and the new form, and with `every` more schedules."""
-    form = partial(Kernel, COMPRESSED, cache_dtype)
+    """What is timed: the defaults and a schedule, and with `every` more of them."""
+    form = partial(Kernel, COMPRESSED, cache_dtype, "split_kv")
     branches = partial(Kernel, BRANCHES, cache_dtype, "split_kv")
-    found = [form("split_kv"), form("split_tiles"), branches()]
+    found = [form(), *(form(s, registers=r) for s, r in EVERYWHERE[cache_dtype]), branches()]
     if every:
-        found += [form("split_tiles", knobs={"combine_warps": n}) for n in (2, 8)]
-        found += [form("split_tiles", s) for s in (NARROW_STEPS if cache_dtype else WIDE_STEPS)]
-        found += [branches(s) for s in BRANCH_STEPS]
-        found += [branches(knobs={"combine_warps": n}) for n in (1, 2)]
+        found += [form(s, registers=r) for s, r in STEPS[cache_dtype]]
+        found += [branches(s, registers=r) for s, r in BRANCH_STEPS[cache_dtype]]
     return found
 
 

@@ -10,8 +10,8 @@ from nsagen.codegen.spaces.padding import padded_heads
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
-_SCORES_A_THREAD = 8
-"""For a head and block: few, which keeps the code short; it runs once and must be fetched."""
+_MASSES_A_THREAD = 32
+"""Of the second kernel: a head's of a block each, loaded together."""
 
 
 def _step_pad(workload: Workload) -> int:
@@ -24,7 +24,6 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     step = workload.block_size // workload.kernel_stride
     width = workload.kernel_size // workload.kernel_stride
     heads_pad = next_power_of_2(workload.gqa_ratio)
-    scores_at_once = 32 * schedule.combine_warps * _SCORES_A_THREAD
     group_pad, head_tiles = split_kv.heads_of_program(workload)
     step_pad = min(_step_pad(workload), schedule.block_n)
     return {
@@ -39,9 +38,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "width": width,
         # The last window of a block starts at unit step - 1 and covers `width` units.
         "spill": (step + width - 2) // step,
-        "scored": max(16, scores_at_once // heads_pad),
-        "scores_at_once": scores_at_once,
-        "summed": 4 * scores_at_once,
+        "summed": 32 * schedule.combine_warps * _MASSES_A_THREAD,
     }
 
 
@@ -63,14 +60,4 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     }
 
 
-SPACES = (
-    split_kv.space("compressed_attention", derive, default),
-    # Not timed on a GPU yet.
-    split_kv.space(
-        "compressed_attention",
-        derive,
-        default,
-        algorithm="split_tiles",
-        preferred=lambda workload, target: False,
-    ),
-)
+SPACES = (split_kv.space("compressed_attention", derive, default),)

@@ -9,7 +9,7 @@ import torch
 
 from nsagen.cases.base import Case, Sizes
 from nsagen.cases.compressed_attention_decode import make_case
-from nsagen.codegen.template import render, space_for
+from nsagen.codegen.template import default_schedule, render
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import CACHE_DTYPES, Param, Schedule, Workload
 from tests.support import (
@@ -38,19 +38,10 @@ def workload(dtype: str = "float32", **params: Param) -> Workload:
     return Workload.of("compressed_attention", "decode", dtype=dtype, **{**usual, **params})
 
 
-@pytest.fixture(params=["split_kv", "split_tiles"], autouse=True)
-def algorithm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs both algorithms."""
-    monkeypatch.setitem(globals(), "ALGORITHM", request.param)
-
-
-ALGORITHM = "split_kv"
-
-
 def schedule(work: Workload, **knobs: Param) -> Schedule:
-    """The algorithm's default schedule but for some knobs."""
-    usual = space_for(work, ALGORITHM).default_schedule(work, KNOWN_TARGETS["cuda:90"])
-    return Schedule.of(ALGORITHM, dict(usual.knobs) | knobs)
+    """The default schedule but for some knobs."""
+    usual = default_schedule(work, KNOWN_TARGETS["cuda:90"])
+    return Schedule.of(usual.algorithm, dict(usual.knobs) | knobs)
 
 
 def check(
@@ -153,7 +144,7 @@ def test_pages_and_contiguous_caches_agree_to_the_bit() -> None:
     for page_size in (None, 32):
         sizes = Sizes((319, 77, 0), capacity=320, page_size=page_size)
         case = make_case(work, sizes, kernel_device())
-        load_kernel(work, schedule(work)).launch(*case.args)
+        load_kernel(work).launch(*case.args)
         outs.append(case.outputs)
     assert all(torch.equal(outs[0][name], outs[1][name]) for name in outs[0])
 
@@ -200,7 +191,7 @@ def test_large_scores_neither_overflow_nor_vanish(seed: int) -> None:
 def test_a_block_in_the_place_of_a_better_one_is_told() -> None:
     work = workload("float16")
     case = make_case(work, Sizes((319, 100), capacity=320), kernel_device())
-    load_kernel(work, schedule(work)).launch(*case.args)
+    load_kernel(work).launch(*case.args)
     chosen = case.outputs["topk_idx"]
     assert torch.equal(case.expected()["topk_idx"].cpu(), chosen.cpu())
     rival = chosen[0, 0, 1].item()
@@ -216,7 +207,7 @@ def test_strided_views() -> None:
     q = torch.stack((q, q.new_full(q.shape, float("nan"))), 1).flatten(0, 1)[::2]
     ck_cache = ck_cache.transpose(1, 2).contiguous().transpose(1, 2)
     cv_cache = torch.cat((cv_cache, cv_cache), -1)[..., :16]
-    check_case(load_kernel(work, schedule(work)), _with(case, q, ck_cache, cv_cache, *rest))
+    check_case(load_kernel(work), _with(case, q, ck_cache, cv_cache, *rest))
 
 
 def test_last_dimension_must_be_contiguous() -> None:
@@ -225,7 +216,7 @@ def test_last_dimension_must_be_contiguous() -> None:
     q, *rest = case.args
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ValueError, match=r"q: the last dimension must be contiguous, got \("):
-        load_kernel(work, schedule(work)).launch(q, *rest)
+        load_kernel(work).launch(q, *rest)
 
 
 def _with(case: Case, *args: object) -> Case:
@@ -244,4 +235,4 @@ def test_quantized_caches(page_size: int | None, cache_dtype: str) -> None:
 def test_quantized_caches_of_any_size(cache_dtype: str) -> None:
     work = workload(dtype="bfloat16", cache_dtype=cache_dtype)
     case = make_case(work, Sizes((63, 200), capacity=256), kernel_device())
-    check_case(load_kernel(work, schedule(work)), stretch_narrow(case))
+    check_case(load_kernel(work), stretch_narrow(case))

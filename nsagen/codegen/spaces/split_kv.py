@@ -145,14 +145,12 @@ def space(
     op: str,
     derive: Callable[[Workload, Schedule], dict[str, Any]],
     default: Callable[[Workload, Target], dict[str, Param]] = default,
-    algorithm: str = "split_kv",
-    preferred: Callable[[Workload, Target], bool] = lambda workload, target: True,
 ) -> ScheduleSpace:
     """The space of an op's decode pass."""
     return ScheduleSpace(
         op=op,
         pass_="decode",
-        algorithm=algorithm,
+        algorithm="split_kv",
         knobs=(
             PowerOfTwo("block_n", 16, 256, "latency hidden against registers"),
             *KNOBS,
@@ -161,5 +159,4 @@ def space(
         derive=derive,
         shared_memory=shared_memory,
         default=default,
-        preferred=preferred,
     )

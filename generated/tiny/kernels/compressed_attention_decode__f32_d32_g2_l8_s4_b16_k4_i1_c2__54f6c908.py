@@ -2,12 +2,12 @@
 # Regenerate: nsagen build tiny
 # Spec:       tiny
 # Template:   templates/compressed_attention/decode_split_kv.py.j2
-# Source:     fingerprint 73e9c7f0413b91e1
+# Source:     fingerprint 6f275cae72ed545d
 # Workload:   compressed_attention decode
-#             dtype=float16, head_dim=32, v_head_dim=32, gqa_ratio=1, kernel_size=8,
+#             dtype=float32, head_dim=32, v_head_dim=32, gqa_ratio=2, kernel_size=8,
 #             kernel_stride=4, block_size=16, topk=4, init_blocks=1, local_blocks=2
-# Schedule:   split_kv(block_n=64, combine_warps=4, num_stages=4, num_warps=4, programs=264)
-# Targets:    cuda:90
+# Schedule:   split_kv(block_n=64, combine_warps=4, num_stages=4, num_warps=8, programs=216)
+# Targets:    cuda:80
 # Provenance: the architecture's default; not measured
 """Compressed attention and block selection of one new token a row, split over the windows.
 
@@ -18,7 +18,7 @@
     topk_idx    = the first 1, the last 2 and the best others, 4 in all
 
 q [R, HQ, 32], ck_cache [slots, windows, HK, 32], cv_cache [slots, windows, HK, 32]
--> o [R, HQ, 32], topk_idx int32 [HK, R, 4]; HQ = 1 HK
+-> o [R, HQ, 32], topk_idx int32 [HK, R, 4]; HQ = 2 HK
 """
 
 import torch
@@ -29,8 +29,9 @@ HEAD_DIM = tl.constexpr(32)  # D
 BLOCK_D = tl.constexpr(32)
 V_HEAD_DIM = tl.constexpr(32)  # Dv
 BLOCK_DV = tl.constexpr(32)
-GROUP = tl.constexpr(1)  # G, query heads of a key/value head
+GROUP = tl.constexpr(2)  # G, query heads of a key/value head
 GROUP_PAD = tl.constexpr(16)
+HEADS_PAD = tl.constexpr(2)
 KERNEL_SIZE = tl.constexpr(8)  # l, tokens of a window
 KERNEL_STRIDE = tl.constexpr(4)  # s, tokens from a window to the next
 BLOCK_SIZE = tl.constexpr(16)  # B, tokens of a block
@@ -45,7 +46,7 @@ STEP = tl.constexpr(4)
 STEP_PAD = tl.constexpr(4)
 SPILL = tl.constexpr(1)
 TILE_BLOCKS = tl.constexpr(16)  # blocks whose windows a step loads
-PROGRAMS = 264
+PROGRAMS = 216
 
 
 @triton.jit
@@ -75,22 +76,21 @@ def share_of_row(position, max_windows, num_splits):
 
 
 @triton.jit
-def window_of(tile, column):
-    """The window of each column of a tile."""
-    return tile * TILE_BLOCKS * STEP + column
+def first_window(tile):
+    """The first window of a tile."""
+    return tile * (TILE_BLOCKS * STEP)
 
 
 @triton.jit
-def pages_of(table, tile, column, windows, PAGE_WINDOWS: tl.constexpr):
-    """The page of each window of a tile."""
-    window = window_of(tile, column)
+def pages_of(table, window, windows, PAGE_WINDOWS: tl.constexpr):
+    """The page of each window."""
     page_ptrs = table + window // PAGE_WINDOWS
     return tl.load(page_ptrs, mask=window < windows, other=0).to(tl.int64)
 
 
 # Counts that differ from call to call: specialized, they would make a kernel for each kind.
 @triton.jit(do_not_specialize=["max_windows", "max_tiles", "max_pages", "num_splits"])
-def compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__f4df8274(
+def compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__54f6c908(
     q,
     ck_cache,
     cv_cache,
@@ -100,8 +100,8 @@ def compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__f4df8274(
     partial_o,  # float32 [R, HQ, splits, Dv], each split's sum of 2 ** (score - peak) values
     partial_peak,  # float32 [R, HQ, splits], its largest score
     partial_norm,  # float32 [R, HQ, splits], its sum of 2 ** (score - peak)
-    masses,  # float32 [R, HQ, 1 + SPILL, tiles * TILE_BLOCKS]
-    tile_max,  # float32 [R, HQ, tiles], the exponent that masses are relative to
+    masses,  # float32 [R, HK, tiles, 1 + SPILL, TILE_BLOCKS, G]
+    tile_max,  # float32 [R, HK, tiles, G], the exponent that masses are relative to
     finished,  # int32 [R, HK], scorers of the second kernel that are done: none yet
     scale,  # softmax_scale * log2(e)
     stride_q_row,
@@ -136,6 +136,8 @@ def compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__f4df8274(
     head = tl.arange(0, GROUP_PAD)
     in_group = head < GROUP
     column = tl.arange(0, TILE_BLOCKS * STEP_PAD)
+    # A tile's windows, from its first one on.
+    ahead = column
     dim = tl.arange(0, BLOCK_D)
     v_dim = tl.arange(0, BLOCK_DV)
     tile_block = tl.arange(0, TILE_BLOCKS)
@@ -146,32 +148,35 @@ def compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__f4df8274(
     k_ptr = ck_cache + kv_head.to(tl.int64) * stride_k_head
     v_ptr = cv_cache + kv_head.to(tl.int64) * stride_v_head
     if block_table is None:
-        k_ptr += slot * stride_k_slot
-        v_ptr += slot * stride_v_slot
+        # Rows of the first tile: a tile is a number of elements further, the same for all rows.
+        k_ptr += slot * stride_k_slot + ahead.to(tl.int64)[:, None] * stride_k_window
+        v_ptr += slot * stride_v_slot + ahead.to(tl.int64)[:, None] * stride_v_window
     else:
         table = block_table + slot * max_pages
-        pages = pages_of(table, first, column, windows, PAGE_WINDOWS)
-    row_head = (row * kv_heads + kv_head).to(tl.int64) * GROUP + head  # of R * HQ
+        pages = pages_of(table, first_window(first) + ahead, windows, PAGE_WINDOWS)
+    group = (row * kv_heads + kv_head).to(tl.int64)  # of R * HK
+    row_head = group * GROUP + head  # of R * HQ
 
     q_ptrs = q_ptr + head[:, None] * stride_q_head + dim[None, :]
     q_tile = tl.load(q_ptrs, mask=in_group[:, None], other=0.0)  # [GROUP_PAD, D]
     row_max = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    row_sum = tl.zeros([GROUP_PAD], tl.float32)
+    given = tl.zeros([GROUP_PAD, TILE_BLOCKS], tl.float32)  # the sum of all masses
     acc = tl.zeros([GROUP_PAD, BLOCK_DV], tl.float32)
     for tile in range(first, last):
-        window = window_of(tile, column)
+        start = first_window(tile)
+        window = start + ahead
         visible = window < windows
         if block_table is None:
-            k_row = window.to(tl.int64) * stride_k_window
-            v_row = window.to(tl.int64) * stride_v_window
+            k_row = start.to(tl.int64) * stride_k_window
+            v_row = start.to(tl.int64) * stride_v_window
         else:
-            k_row = pages * stride_k_slot + (window % PAGE_WINDOWS).to(tl.int64) * stride_k_window
-            v_row = pages * stride_v_slot + (window % PAGE_WINDOWS).to(tl.int64) * stride_v_window
+            of_page = (window % PAGE_WINDOWS).to(tl.int64)
+            k_row = (pages * stride_k_slot + of_page * stride_k_window)[:, None]
+            v_row = (pages * stride_v_slot + of_page * stride_v_window)[:, None]
             # A step ahead: addresses that waited for a load would keep steps from overlapping.
-            pages = pages_of(table, tile + 1, column, windows, PAGE_WINDOWS)
-        k_ptrs = k_ptr + k_row[:, None] + dim[None, :]
-        k = tl.load(k_ptrs, mask=visible[:, None], other=0.0)  # [columns, D]
-        scores = tl.dot(q_tile, tl.trans(k))
+            pages = pages_of(table, first_window(tile + 1) + ahead, windows, PAGE_WINDOWS)
+        k = tl.load(k_ptr + k_row + dim[None, :], mask=visible[:, None], other=0.0)
+        scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
         scores = tl.where(visible[None, :], scores, float("-inf"))
 
         # The first window of a tile is visible, so row_max is finite from the first step on. Scaled
@@ -180,30 +185,32 @@ def compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__f4df8274(
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         p = tl.exp2((scores - new_max[:, None]) * scale)  # [GROUP_PAD, columns]
         rescale = tl.exp2((row_max - new_max) * scale)
-        row_sum = row_sum * rescale + tl.sum(p, 1)
         row_max = new_max
 
-        v_ptrs = v_ptr + v_row[:, None] + v_dim[None, :]
-        v = tl.load(v_ptrs, mask=visible[:, None], other=0.0)  # [columns, Dv]
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])
+        v = tl.load(v_ptr + v_row + v_dim[None, :], mask=visible[:, None], other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
 
         # Plane `beyond` of masses: what the windows that start in a block give to the block
         # that many further on. An overlap is in units of s tokens, and 0 where there is none.
         of_block = tl.reshape(p, [GROUP_PAD, TILE_BLOCKS, STEP_PAD])
+        given *= rescale[:, None]
+        plane = (group * max_tiles + tile) * ((1 + SPILL) * TILE_BLOCKS * GROUP)
         for beyond in tl.static_range(SPILL + 1):
             shared_end = tl.minimum(unit + WIDTH, (beyond + 1) * STEP)
             overlap = tl.maximum(shared_end - tl.maximum(unit, beyond * STEP), 0)
             mass = tl.sum(of_block * overlap.to(tl.float32)[None, None, :], 2)
-            plane = (row_head * (SPILL + 1) + beyond) * max_tiles + tile
-            mass_ptrs = masses + plane[:, None] * TILE_BLOCKS + tile_block[None, :]
-            tl.store(mass_ptrs, mass, mask=in_group[:, None])
-        tl.store(tile_max + row_head * max_tiles + tile, row_max * scale, mask=in_group)
+            given += mass
+            mass_ptrs = masses + plane + (beyond * TILE_BLOCKS + tile_block[None, :]) * GROUP
+            tl.store(mass_ptrs + head[:, None], mass, mask=in_group[:, None])
+        max_ptrs = tile_max + (group * max_tiles + tile) * GROUP + head
+        tl.store(max_ptrs, row_max * scale, mask=in_group)
 
     part = row_head * num_splits + split
     o_ptrs = partial_o + part[:, None] * V_HEAD_DIM + v_dim[None, :]
     tl.store(o_ptrs, acc, mask=in_group[:, None])
     tl.store(partial_peak + part, row_max * scale, mask=in_group)
-    tl.store(partial_norm + part, row_sum, mask=in_group)
+    # Each window gives WIDTH units of its probability to blocks.
+    tl.store(partial_norm + part, tl.sum(given, 1) * (1.0 / WIDTH), mask=in_group)
 
 
 @triton.jit
@@ -251,44 +258,127 @@ def weigh_parts(
 
 
 @triton.jit
+def rival_keys(scores, first, local, summed, pitch, BLOCKS: tl.constexpr):
+    """The scores of BLOCKS blocks as ints that order alike; -1 where a block is no rival."""
+    block = first + tl.arange(0, BLOCKS)
+    score = tl.zeros([BLOCKS], tl.float32)
+    for beyond in tl.static_range(SPILL + 1):
+        source = block - beyond  # where the windows start
+        there = (source >= 0) & (source < summed) & (block < local)
+        plane = scores + beyond * pitch + source
+        score += tl.load(plane, mask=there, other=0.0, cache_modifier=".cg")  # just written
+    key = tl.minimum(
+        score.to(tl.int32, bitcast=True), 0x7F800000
+    )  # never negative; NaN is infinite
+    return block, tl.where(block < local, key, -1)
+
+
+@triton.jit
+def count(
+    keys, least, scores, first, local, summed, pitch, BLOCKS: tl.constexpr, ALL: tl.constexpr
+):
+    """How many rivals from `first` on have a key of at least `least`; `keys` are the first BLOCKS."""
+    reached = tl.sum((keys >= least).to(tl.int32), 0)
+    if not ALL:
+        for offset in range(first + BLOCKS, local, BLOCKS):
+            _, more = rival_keys(scores, offset, local, summed, pitch, BLOCKS)
+            reached += tl.sum((more >= least).to(tl.int32), 0)
+    return reached
+
+
+@triton.jit
+def take_best(
+    scores, out, first, local, places, summed, pitch, BLOCKS: tl.constexpr, ALL: tl.constexpr
+):
+    """Store the best `places` of the blocks first .. local - 1 in ascending order.
+
+    Args:
+        ALL: whether these are at most BLOCKS, so that none has to be read twice.
+    """
+    block, keys = rival_keys(scores, first, local, summed, pitch, BLOCKS)
+    lane_max = tl.max(tl.reshape(keys, [BLOCKS // 32, 32]), 0)
+    high = tl.max(lane_max, 0) + 1
+    low = tl.where(places <= 32, tl.maximum(tl.min(lane_max, 0), 0), 0)  # 32 keys reach this
+    if not ALL:
+        for offset in range(first + BLOCKS, local, BLOCKS):
+            _, more = rival_keys(scores, offset, local, summed, pitch, BLOCKS)
+            high = tl.maximum(high, tl.max(more, 0) + 1)
+
+    # `places` keys or more are at least `low`, fewer are at least `high`.
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        reached = count(keys, middle, scores, first, local, summed, pitch, BLOCKS, ALL)
+        high = tl.where(reached < places, middle, tl.where(reached == places, middle + 1, high))
+        low = tl.where(reached < places, low, middle)
+
+    # All above `low` are taken, and of those on it the first ones, as far as there are places.
+    room = places - count(keys, low + 1, scores, first, local, summed, pitch, BLOCKS, ALL)
+    on_low = (keys == low).to(tl.int32)
+    taken = (keys > low) | ((keys == low) & (tl.cumsum(on_low, 0) <= room))
+    tl.store(out + tl.cumsum(taken.to(tl.int32), 0) - 1, block, mask=taken)
+    if not ALL:
+        for offset in range(first + BLOCKS, local, BLOCKS):
+            out += tl.sum(taken.to(tl.int32), 0)
+            room -= tl.sum(on_low, 0)
+            block, keys = rival_keys(scores, offset, local, summed, pitch, BLOCKS)
+            on_low = (keys == low).to(tl.int32)
+            taken = (keys > low) | ((keys == low) & (tl.cumsum(on_low, 0) <= room))
+            tl.store(out + tl.cumsum(taken.to(tl.int32), 0) - 1, block, mask=taken)
+
+
+@triton.jit
+def sum_heads(masses, tile_max, peak, share, head, tile, walked, before, beyond: tl.constexpr):
+    """What the windows of some tiles' blocks give to those `beyond`: [tiles, TILE_BLOCKS]."""
+    known = (tile < walked)[:, None] & (head < GROUP)[None, :]
+    of_tile = before + tile
+    plane = (of_tile * (SPILL + 1) + beyond)[:, None] * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)[
+        None, :
+    ]
+    mass_ptrs = masses + plane[:, :, None] * GROUP + head[None, None, :]
+    mass = tl.load(mass_ptrs, mask=known[:, None, :], other=0.0)
+    max_ptrs = tile_max + of_tile[:, None] * GROUP + head[None, :]
+    exponent = tl.load(max_ptrs, mask=known, other=float("-inf"))
+    weight = tl.exp2(exponent - peak[None, :]) * share[None, :]
+    # Not fused, as in whole_softmax.
+    return tl.sum(tl.where(known[:, None, :], mass * weight[:, None, :], 0.0), 2)
+
+
+@triton.jit
 def score_blocks(
-    block,
+    scores,
     partial_peak,
     partial_norm,
     masses,
     tile_max,
     group,
-    windows,
+    first_block,
+    walked,
     used,
     num_splits,
     max_tiles,
-    HEADS: tl.constexpr,
+    SCORED: tl.constexpr,
+    RIVALS_PAD: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
 ):
-    """The scores of some blocks: probability mass, summed over the group's heads."""
-    score = tl.zeros_like(block).to(tl.float32)
+    """Sum the probability that the windows of some blocks give over the group's heads."""
+    head = tl.arange(0, HEADS_PAD)
     split = tl.arange(0, SPLITS_PAD)
-    walked = tl.cdiv(windows, TILE_BLOCKS * STEP) * TILE_BLOCKS  # blocks that have masses
-    for first in range(0, GROUP, HEADS):
-        head = first + tl.arange(0, HEADS)
-        row_head = group * GROUP + tl.minimum(head, GROUP - 1)
-        row_part = (row_head * num_splits)[:, None] + split[None, :]
-        used_part = split[None, :] < used
-        peaks = tl.load(partial_peak + row_part, mask=used_part, other=float("-inf"))
-        norms = tl.load(partial_norm + row_part, mask=used_part, other=0.0)
-        peak, norm = whole_softmax(peaks, norms, 1)
-        share = 1.0 / norm
-        for beyond in tl.static_range(SPILL + 1):
-            source = block - beyond  # where the windows start
-            there = (source >= 0) & (source < walked)
-            mask = (head < GROUP)[:, None] & there[None, :]
-            plane = (row_head * (SPILL + 1) + beyond) * max_tiles * TILE_BLOCKS
-            mass = tl.load(masses + plane[:, None] + source[None, :], mask=mask, other=0.0)
-            max_ptrs = tile_max + (row_head * max_tiles)[:, None] + (source // TILE_BLOCKS)[None, :]
-            exponent = tl.load(max_ptrs, mask=mask, other=float("-inf"))
-            mass *= tl.exp2(exponent - peak[:, None]) * share[:, None]
-            score += tl.sum(tl.where(mask, mass, 0.0), 0)  # not fused, as in whole_softmax
-    return score
+    row_part = (group * GROUP + head)[:, None] * num_splits + split[None, :]
+    there = (head < GROUP)[:, None] & (split < used)[None, :]
+    peaks = tl.load(partial_peak + row_part, mask=there, other=float("-inf"))
+    norms = tl.load(partial_norm + row_part, mask=there, other=0.0)
+    peak, norm = whole_softmax(peaks, norms, 1)
+    share = 1.0 / norm
+
+    TILES: tl.constexpr = SCORED // TILE_BLOCKS
+    tile_block = tl.arange(0, TILE_BLOCKS)
+    for beyond in tl.static_range(SPILL + 1):
+        tile = first_block // TILE_BLOCKS + tl.arange(0, TILES)
+        score = sum_heads(
+            masses, tile_max, peak, share, head, tile, walked, group * max_tiles, beyond
+        )
+        block = first_block + tl.arange(0, TILES)[:, None] * TILE_BLOCKS + tile_block[None, :]
+        tl.store(scores + beyond * RIVALS_PAD + block, score)
 
 
 @triton.jit(do_not_specialize=["num_splits", "max_windows", "max_tiles", "rows"])
@@ -298,7 +388,7 @@ def combine_splits(
     partial_norm,
     masses,
     tile_max,
-    scores,  # float32 [R, HK, RIVALS_PAD], unless one program scores them all
+    scores,  # float32 [R, HK, 1 + SPILL, RIVALS_PAD], by the block in which the windows start
     finished,
     positions,
     o,
@@ -308,10 +398,9 @@ def combine_splits(
     max_tiles,
     kv_heads,
     rows,
-    HEADS: tl.constexpr,  # heads whose masses are read at once
     WEIGH_HEADS: tl.constexpr,  # heads whose outputs are made at once
     SCORED: tl.constexpr,  # blocks that a program scores
-    RIVALS_PAD: tl.constexpr,  # blocks that can compete for a place, at most
+    RIVALS_PAD: tl.constexpr,  # blocks up to the last that can compete for a place, at most
     TOPK_PAD: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
 ):
@@ -327,7 +416,8 @@ def combine_splits(
     group = (tl.program_id(0) // tasks).to(tl.int64)  # of R * HK
     position = tl.load(positions + row)
     windows, share = share_of_row(position, max_windows, num_splits)
-    used = tl.cdiv(tl.cdiv(windows, TILE_BLOCKS * STEP), tl.maximum(share, 1))
+    walked = tl.cdiv(windows, TILE_BLOCKS * STEP)
+    used = tl.cdiv(walked, tl.maximum(share, 1))
     if task >= SCORERS:
         weigh_parts(
             partial_o,
@@ -343,46 +433,43 @@ def combine_splits(
         )
         return
 
-    # Blocks 0 .. own: `leading` ones and those from `local` on are forced, the others are rivals.
-    blocks = (position + BLOCK_SIZE) // BLOCK_SIZE  # 0 in an idle row
-    leading = tl.minimum(INIT_BLOCKS, blocks)
-    local = tl.maximum(blocks - LOCAL_BLOCKS, leading)
-    places = tl.minimum(TOPK - leading - (blocks - local), local - leading)
-
-    rival = task * SCORED + tl.arange(0, SCORED)
-    block = leading + rival
-    score = score_blocks(
-        block,
+    scores += group * ((SPILL + 1) * RIVALS_PAD)
+    score_blocks(
+        scores,
         partial_peak,
         partial_norm,
         masses,
         tile_max,
         group,
-        windows,
+        task * SCORED,
+        walked,
         used,
         num_splits,
         max_tiles,
-        HEADS,
+        SCORED,
+        RIVALS_PAD,
         SPLITS_PAD,
     )
-    # Scores are >= 0. -1: no rival; -inf: selected. Of equal scores, argmax takes the lowest index.
-    score = tl.where(block < local, score, -1.0)
     if SCORERS > 1:
-        score_ptr = scores + group * RIVALS_PAD
-        tl.store(score_ptr + rival, score)
         tl.debug_barrier()  # all of the program's scores are there before it counts as finished
         if tl.atomic_add(finished + group, 1) < SCORERS - 1:
             return
-        rival = tl.arange(0, RIVALS_PAD)
-        block = leading + rival
-        score = tl.load(score_ptr + rival, cache_modifier=".cg")  # others wrote them just now
-    for _ in range(places):
-        score = tl.where(rival == tl.argmax(score, 0), float("-inf"), score)
+    else:
+        tl.debug_barrier()  # and before its other threads read them
 
-    # Ascending order needs no sorting: a block's place is the number of blocks taken before it.
-    taken = score == float("-inf")
+    # Blocks 0 .. own: `leading` ones and those from `local` on are forced, the others are rivals.
+    blocks = (position + BLOCK_SIZE) // BLOCK_SIZE  # 0 in an idle row
+    leading = tl.minimum(INIT_BLOCKS, blocks)
+    local = tl.maximum(blocks - LOCAL_BLOCKS, leading)
+    places = tl.minimum(TOPK - leading - (blocks - local), local - leading)
     idx_ptr = topk_idx + (kv_head.to(tl.int64) * rows + row) * TOPK
-    tl.store(idx_ptr + leading + tl.cumsum(taken.to(tl.int32), 0) - 1, block, mask=taken)
+    LOOKED_AT: tl.constexpr = RIVALS_PAD if RIVALS_PAD < 4096 else 4096  # together
+    if places > 0:
+        out = idx_ptr + leading
+        summed = tl.cdiv(windows, STEP)
+        take_best(
+            scores, out, leading, local, places, summed, RIVALS_PAD, LOOKED_AT, RIVALS_PAD <= 4096
+        )
     place = tl.arange(0, TOPK_PAD)
     after = place - leading - places
     forced = tl.where(place < leading, place, tl.where(local + after < blocks, local + after, -1))
@@ -409,15 +496,14 @@ def launch(q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, 
     max_windows = max_pages * page_windows
     max_tiles = -(-max_windows // 64)
     splits = max(1, min(PROGRAMS // max(1, rows * kv_heads), max_tiles))
-    # The last position before one more window would end, and how many blocks can then compete.
+    # The last position before one more window would end, and the blocks up to the last rival.
     last_position = max_windows * 4 + 6
-    rivals = last_position // 16 + -2
-    rivals_pad = next_power_of_2(max(rivals, 16))
+    rivals_pad = next_power_of_2(max(last_position // 16 + -1, 32))
     splits_pad = next_power_of_2(splits)
-    weigh_heads = max(1, min(1, 2048 // (min(splits_pad, 16) * 32)))
-    scored = min(rivals_pad, 1024)
-    # Many programs that read little are slower than two a multiprocessor that read long rows.
-    while rows * kv_heads * (rivals_pad // scored) > 264 and scored < min(rivals_pad, 512):
+    weigh_heads = max(1, min(2, 2048 // (min(splits_pad, 16) * 32)))
+    # Short rows by as many programs as fill the GPU, long ones by about four a multiprocessor.
+    scored = min(rivals_pad, 32)
+    while rows * kv_heads * (rivals_pad // scored) > 528 and scored < min(rivals_pad, 2048):
         scored *= 2
     scorers = rivals_pad // scored
 
@@ -431,7 +517,7 @@ def launch(q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, 
         parts,
         tiles * 32,
         tiles,
-        groups * rivals_pad if scorers > 1 else 0,
+        groups * 2 * rivals_pad,
         groups,
     )
     sizes = [size + -size % 4 for size in sizes]
@@ -440,7 +526,7 @@ def launch(q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, 
         workspace.split_with_sizes(sizes)
     )
     finished = finished.view(torch.int32)
-    compressed_attention_decode__f16_d32_g1_l8_s4_b16_k4_i1_c2__f4df8274[
+    compressed_attention_decode__f32_d32_g2_l8_s4_b16_k4_i1_c2__54f6c908[
         (kv_heads * splits * rows,)
     ](
         q,
@@ -465,10 +551,10 @@ def launch(q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, 
         splits,
         kv_heads,
         PAGE_WINDOWS=0 if block_table is None else page_windows,
-        num_warps=4,
+        num_warps=8,
         num_stages=4,
     )
-    combine_splits[((scorers - -1 // weigh_heads) * groups,)](
+    combine_splits[((scorers - -2 // weigh_heads) * groups,)](
         partial_o,
         partial_peak,
         partial_norm,
@@ -484,7 +570,6 @@ def launch(q, ck_cache, cv_cache, positions, slots, o, topk_idx, softmax_scale, 
         max_tiles,
         kv_heads,
         rows,
-        HEADS=max(1, min(1, 1024 // scored)),
         WEIGH_HEADS=weigh_heads,
         SCORED=scored,
         RIVALS_PAD=rivals_pad,
