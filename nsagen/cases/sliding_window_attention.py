@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from nsagen.cases.base import Case, Cost, Sizes, cu_seqlens_of, poisoned
+from nsagen.cases.base import Case, Chunk, Cost, Sizes, poisoned
 from nsagen.core.workload import Workload
 from nsagen.ops import reference
+from nsagen.ops.reference.selected_attention import forced_blocks
 
 
 def attend(
@@ -14,7 +15,7 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    chunk: Chunk,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference's o and lse of a workload's window."""
@@ -22,14 +23,29 @@ def attend(
     block_size = int(params.get("block_size", 0))
     if block_size and not params.get("local_blocks"):
         blocks = {"block_size": block_size, "init_blocks": 0, "local_blocks": window // block_size}
-        return reference.forced_blocks_attention(q, k, v, cu_seqlens, **blocks, softmax_scale=scale)
+        return _forced(q, k, v, chunk, scale, **blocks)
     return reference.sliding_window_attention_forward(
-        q, k, v, cu_seqlens, window_size=window, softmax_scale=scale
+        *(q, k, v, chunk.cu_seqlens_q), window_size=window, softmax_scale=scale, **chunk.named
     )
 
 
+def _forced(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    chunk: Chunk,
+    scale: float,
+    **blocks: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The reference's o and lse of forced blocks alone."""
+    topk_idx = forced_blocks(chunk.positions, **blocks).expand(k.shape[1], -1, -1)
+    given = (q, k, v, topk_idx, chunk.cu_seqlens_q)
+    size = blocks["block_size"]
+    return reference.selected_attention(*given, block_size=size, softmax_scale=scale, **chunk.named)
+
+
 def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed: int = 0) -> Case:
-    """Random q [N, HQ, D], k [N, HK, D] and v [N, HK, Dv]; o and lse poisoned.
+    """Random q [N, HQ, D], k [T, HK, D] and v [T, HK, Dv]; o and lse poisoned.
 
     A workload with forced blocks has their o and lse, too; one with whole blocks alone sees the
     tokens of these, up to a token's own.
@@ -42,14 +58,14 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     meta = torch.device(device).type == "meta"
     random = None if meta else torch.Generator(device).manual_seed(seed)
 
-    def normal(heads: int, size: int) -> torch.Tensor:
-        shape = (sizes.tokens, heads, size)
-        return torch.randn(shape, dtype=dtype, device=device, generator=random)
+    def normal(tokens: int, heads: int, size: int) -> torch.Tensor:
+        return torch.randn((tokens, heads, size), dtype=dtype, device=device, generator=random)
 
-    q, k, v = normal(query_heads, dim), normal(kv_heads, dim), normal(kv_heads, v_dim)
-    cu_seqlens = cu_seqlens_of(sizes.seqlens, device)
-    o = poisoned((sizes.tokens, query_heads, v_dim), dtype, device)
-    lse = poisoned((sizes.tokens, query_heads), torch.float32, device)
+    chunk, tokens = Chunk.of(sizes, device), sum(sizes.rows)
+    q = normal(tokens, query_heads, dim)
+    k, v = normal(sizes.tokens, kv_heads, dim), normal(sizes.tokens, kv_heads, v_dim)
+    o = poisoned((tokens, query_heads, v_dim), dtype, device)
+    lse = poisoned((tokens, query_heads), torch.float32, device)
     scale = dim**-0.5
     names = ("block_size", "init_blocks", "local_blocks")
     blocks = {name: int(getattr(workload, name)) for name in names if workload.pass_ == "forward"}
@@ -57,25 +73,31 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
     if blocks.get("local_blocks"):
         forced["o_forced"] = poisoned(tuple(o.shape), dtype, device)
         forced["lse_forced"] = poisoned(tuple(lse.shape), torch.float32, device)
-    more = (None, None, *forced.values()) if forced else ()
+    more: tuple[torch.Tensor | None, ...] = tuple(chunk.named.values())
+    if forced:
+        more = (*(more or (None, None)), *forced.values())
 
     def expected() -> dict[str, torch.Tensor]:
-        o, lse = attend(workload, q.double(), k.double(), v.double(), cu_seqlens, scale)
+        wide = (q.double(), k.double(), v.double(), chunk, scale)
+        o, lse = attend(workload, *wide)
         found = {"o": o, "lse": lse}
         if forced:
-            wide = (q.double(), k.double(), v.double(), cu_seqlens)
-            results = reference.forced_blocks_attention(*wide, **blocks, softmax_scale=scale)
-            found |= dict(zip(forced, results, strict=True))
+            found |= dict(zip(forced, _forced(*wide, **blocks), strict=True))
         return found
 
-    widths = [(length, min(length, window)) for length in sizes.seqlens]
-    seen = sum(width * (length - (width - 1) / 2) for length, width in widths)
+    def seen(length: int) -> float:
+        """Pairs of a sequence's first tokens and their keys."""
+        width = min(length, window)
+        return width * (length - (width - 1) / 2)
+
+    ends = zip(sizes.seqlens, sizes.rows, strict=True)
+    pairs = sum(seen(length) - seen(length - rows) for length, rows in ends)
     return Case(
-        args=(q, k, v, cu_seqlens, o, lse, scale, *more),
+        args=(q, k, v, chunk.cu_seqlens_q, o, lse, scale, *more),
         outputs={"o": o, "lse": lse, **forced},
         expected=expected,
         cost=Cost(
-            flops=2 * seen * query_heads * (dim + v_dim),
+            flops=2 * pairs * query_heads * (dim + v_dim),
             bytes=sum(x.nbytes for x in (q, k, v, o, lse)),
         ),
     )

@@ -29,7 +29,7 @@ Row = dict[str, Any]
 """op, pass, workload, variant, output, error, threshold, result (ok, failed, skipped), note."""
 
 
-_OF_CHUNKS = ("selected_attention", "block_selection")
+_OF_CHUNKS = ("selected_attention", "block_selection", "sliding_window_attention")
 """Ops that take the last tokens of sequences as queries, and have a program for a few tokens and a
 head, which the interpreter runs one after another."""
 

@@ -161,3 +161,29 @@ def test_lengths_and_lists_are_drawn_from_the_whole_contract() -> None:
         assert ((lists.diff(dim=-1) < 0) & names_a_block[..., 1:]).any()
         ordered = torch.where(names_a_block, lists, -1).sort(-1).values
         assert ((ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)).any()
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize("band", [{}, {"block_size": 8}])
+def test_the_last_queries_see_the_whole_sequences_window(pass_: str, band: dict[str, int]) -> None:
+    shape = {"head_dim": 16, "v_head_dim": 16, "gqa_ratio": 2, "window_size": 16}
+    w = Workload.of("sliding_window_attention", pass_, dtype="float32", **shape, **band)
+    case = cases_of(w).make_case(w, CHUNK, "cpu")
+    given: list[Any] = list(case.args)
+    do = given.pop(0) if pass_ == "backward" else None
+    q, k, v, *_ = given
+    ends = torch.tensor([0, 0, 45, 48], dtype=torch.int32)
+    leaves = [x.double().requires_grad_() for x in (among_all(q), k, v)]
+    if band:
+        local = {"block_size": 8, "init_blocks": 0, "local_blocks": 2}
+        o, lse = reference.forced_blocks_attention(*leaves, ends, **local)
+    else:
+        o, lse = reference.sliding_window_attention_forward(*leaves, ends, window_size=16)
+    if do is None:
+        wanted = {"o": o[ROWS], "lse": lse[ROWS]}
+    else:
+        dq, dk, dv = torch.autograd.grad(o, leaves, among_all(do).double())
+        wanted = {"dq": dq[ROWS], "dk": dk, "dv": dv}
+    for name, found in case.expected().items():
+        torch.testing.assert_close(found, wanted[name])
+    assert any(isinstance(x, Tensor) and torch.equal(x, ends) for x in given)
