@@ -26,6 +26,7 @@ import torch
 import triton
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from training import graphs
 from training.config import PRESETS, ModelKind, TrainConfig, as_dict, config_of
 from training.data import Task, task_of
 from training.loop import History, Trainer
@@ -94,6 +95,8 @@ def main() -> int:
     try:
         configs = {name: config_of(options.preset, name, changes) for name in options.task}
         with join_world(options.device, options.tp, options.cp) as world:
+            for kind in KINDS[options.model] if options.graph else ():
+                graphs.check(kind, world, options.parallel)
             for name, config in configs.items():
                 run_task(task_of(name, config), config, options, world)
     except ValueError as error:

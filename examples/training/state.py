@@ -23,6 +23,10 @@ from torch.distributed.tensor import DTensor
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
+FUSED = ("cuda",)
+"""Devices on which one launch updates many weights; the host does next to nothing then."""
+
+
 def make_optimizer(
     model: nn.Module, learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
@@ -35,7 +39,8 @@ def make_optimizer(
         group = groups[0 if matrix else 1]
         group["params"].append(parameter)
         group["names"].append(name)
-    return _AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+    fused = next(model.parameters()).device.type in FUSED
+    return _AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=fused or None)
 
 
 class _AdamW(torch.optim.AdamW):

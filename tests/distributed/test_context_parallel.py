@@ -190,6 +190,19 @@ def test_runs_repeat_to_the_bit() -> None:
     assert on_ranks(2, run) == [True, True]
 
 
+def test_anomalies_are_looked_for_in_complete_sums() -> None:
+    """Elsewhere nothing reads a sum before it has been awaited."""
+    expected = passed(attention(), [41, 8])
+
+    def run(rank: int) -> Found:
+        module = attention()
+        with torch.autograd.detect_anomaly():
+            return passed(module, [41, 8], context_parallel(module))
+
+    for found in on_ranks(2, run):
+        assert_equal(found, expected, "anomalies")
+
+
 def test_activation_checkpointing_and_frozen_weights() -> None:
     """Gathers happen again in recomputed layers; what asks for no gradient sums none."""
 

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from examples.training import checkpoint, graphs
+from examples.training import checkpoint, graphs, state
 from examples.training.checkpoint import Checkpoint
 from examples.training.config import PRESETS, ModelKind, TrainConfig, config_of
 from examples.training.data import IGNORED, Corpus, Packed, RecallTask, Split, TextTask
@@ -318,6 +318,30 @@ def test_clipping_exchanges_one_number_and_updates_none(corpus: Corpus) -> None:
             assert torch.allclose(found[name], one, rtol=1e-4, atol=1e-7), name
 
 
+def test_fused_updates_of_spread_weights(
+    corpus: Corpus,
+    unbroken: tuple[History, list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on GPUs: the losses are those of other updates, and go on from a checkpoint."""
+    monkeypatch.setattr(state, "FUSED", ("cpu",))
+    config, task = replace(TINY, steps=4), TextTask(corpus, TINY.seq_len, TINY.seed)
+
+    def run(rank: int) -> list[float]:
+        mesh = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=("dp", "cp", "tp"))
+        world = World(rank, 2, torch.device("cpu"), 2, 1, mesh)
+        trainer = Trainer("nsa", config, task, tmp_path, world)
+        assert trainer.optimizer.defaults["fused"]
+        return trainer.run().losses
+
+    for losses in on_ranks(2, run):
+        assert losses == pytest.approx(unbroken[0].losses[:4], rel=1e-4)
+    shutil.rmtree(tmp_path / "step-00000004")
+    again = Trainer("nsa", config, task, tmp_path, ALONE).run()
+    assert again.losses == pytest.approx(unbroken[0].losses[:4], rel=1e-4)
+
+
 def test_meshes_that_do_not_fit() -> None:
     text = r"multiple of --tp times --cp; got 1 and 2 \* 3"
     with pytest.raises(ValueError, match=text), join_world("cpu", tp=2, cp=3):
@@ -507,6 +531,14 @@ def test_batches_that_a_graph_does_not_fit_run_without_it(
         assert float(loss) == float(weight.grad) == float(ids.sum()) / 2
         assert len(caplog.records) == calls, "it is said once"
     assert "--graph: a batch of other lengths" in caplog.text
+
+
+def test_a_graph_is_refused_before_any_model_trains(tmp_path: Path) -> None:
+    """Also for the second of two models."""
+    errors = tmp_path / "stderr"
+    assert exit_code(started(command(TINY, tmp_path, "--graph", "--model=both"), errors)) == 2
+    assert "train_toy.py: --graph needs a GPU; got cpu; leave it out" in errors.read_text()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
