@@ -80,7 +80,7 @@ def test_few_launches(gpu: StandIn, tokens: int) -> None:
     x, y = Inputs(tokens), Inputs(tokens, requires_grad=True)
     for _ in range(3):
         assert len(gpu.of(x.forward)) == 12
-        assert len(gpu.of(lambda: ops.native_sparse_attention(*y.args, **y.keywords))) == 13
+        assert len(gpu.of(lambda: ops.native_sparse_attention(*y.args, **y.keywords))) == 11
 
 
 @pytest.mark.parametrize("what", ["forward", "training"])
@@ -98,10 +98,10 @@ def test_forced_blocks_are_met_once(gpu: StandIn, what: str) -> None:
 
 
 def test_few_launches_of_both_passes(gpu: StandIn) -> None:
-    """How many depends on the schedules. PyTorch adds fills, a running sum and a sign."""
+    """How many depends on the schedules. PyTorch adds a running sum."""
     x = Inputs(2048, requires_grad=True)
     for _ in range(3):
-        assert len(gpu.of(x.training)) <= 37
+        assert len(gpu.of(x.training)) <= 32
 
 
 def test_a_profiler_sees_the_ops_of_a_repeated_call(gpu: StandIn) -> None:
@@ -111,7 +111,7 @@ def test_a_profiler_sees_the_ops_of_a_repeated_call(gpu: StandIn) -> None:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         gpu.of(x.training)
     names = {event.key for event in profiler.key_averages()}
-    parts = {"free_blocks_attention", "selected_attention_backward", "rope_forward"}
+    parts = {"free_blocks_attention", "selected_attention_backward", "turn"}
     assert {f"nsagen::{name}" for name in parts} <= names
 
 
