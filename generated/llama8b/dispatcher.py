@@ -697,7 +697,7 @@ TABLE = {
     ): {
         "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__c78922e8"),),
         "cuda:90": (
-            (Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__54f81bf4"),
+            (Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__2c8c554e"),
             (Bucket(), "compressed_attention_forward__bf16_d128_g16_l32_s16__a2b446ba"),
         ),
     },
@@ -715,7 +715,7 @@ TABLE = {
     ): {
         "cuda:80": ((Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__9b70be28"),),
         "cuda:90": (
-            (Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__f8e30162"),
+            (Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__37d500ea"),
             (Bucket(), "compressed_attention_forward__bf16_d128_g4_l32_s16__4eb1f2d5"),
         ),
     },
@@ -903,7 +903,7 @@ TABLE = {
         ),
     ): {
         "cuda:90": (
-            (Bucket(), "selected_attention_forward__bf16_d128_g16_b64_i1_c2__254f7db6"),
+            (Bucket(), "selected_attention_forward__bf16_d128_g16_b64_i1_c2__ad66e777"),
             (Bucket(), "selected_attention_forward__bf16_d128_g16_b64_i1_c2__ce0dc6e5"),
         ),
     },
@@ -965,7 +965,7 @@ TABLE = {
     ): {
         "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__397da97e"),),
         "cuda:90": (
-            (Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__cc264aaf"),
+            (Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__d3107fc0"),
             (Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512__964928e6"),
         ),
     },
@@ -984,7 +984,7 @@ TABLE = {
         ),
     ): {
         "cuda:90": (
-            (Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__3e61a9bc"),
+            (Bucket(), "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__e02fd5c4"),
         ),
     },
     Workload(
@@ -1000,7 +1000,7 @@ TABLE = {
     ): {
         "cuda:80": ((Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__fdfd7367"),),
         "cuda:90": (
-            (Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__ae64ed63"),
+            (Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__e2823904"),
             (Bucket(), "sliding_window_attention_forward__bf16_d128_g4_w512__f79c7cce"),
         ),
     },
@@ -1020,16 +1020,16 @@ TRITON = {
         (3, 6), (3, 9)
     ),
     "compressed_attention_backward__bf16_d128_g16_l32_s16__fd1c386d": Releases((3, 6), (3, 9)),
-    "compressed_attention_forward__bf16_d128_g16_l32_s16__54f81bf4": Releases((3, 6), (3, 9)),
-    "compressed_attention_forward__bf16_d128_g4_l32_s16__f8e30162": Releases((3, 6), (3, 9)),
+    "compressed_attention_forward__bf16_d128_g16_l32_s16__2c8c554e": Releases((3, 6), (3, 9)),
+    "compressed_attention_forward__bf16_d128_g4_l32_s16__37d500ea": Releases((3, 6), (3, 9)),
     "selected_attention_backward__bf16_d128_g16_b64__0072437e": Releases((3, 6), (3, 9)),
-    "selected_attention_forward__bf16_d128_g16_b64_i1_c2__254f7db6": Releases((3, 6), (3, 9)),
+    "selected_attention_forward__bf16_d128_g16_b64_i1_c2__ad66e777": Releases((3, 6), (3, 9)),
     "sliding_window_attention_backward__bf16_d128_g16_w512__71967e27": Releases((3, 6), (3, 9)),
-    "sliding_window_attention_forward__bf16_d128_g16_w512__cc264aaf": Releases((3, 6), (3, 9)),
-    "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__3e61a9bc": Releases(
+    "sliding_window_attention_forward__bf16_d128_g16_w512__d3107fc0": Releases((3, 6), (3, 9)),
+    "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__e02fd5c4": Releases(
         (3, 6), (3, 9)
     ),
-    "sliding_window_attention_forward__bf16_d128_g4_w512__ae64ed63": Releases((3, 6), (3, 9)),
+    "sliding_window_attention_forward__bf16_d128_g4_w512__e2823904": Releases((3, 6), (3, 9)),
 }
 
 dispatcher = Dispatcher(

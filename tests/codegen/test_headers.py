@@ -83,7 +83,6 @@ ONE_KERNEL = {
     "native_sparse_attention/decode_split_kv.py.j2": "one loop over selected blocks and window",
     "selected_attention/decode_split_kv.py.j2": "one loop, over pages and narrow caches too",
     "selected_attention/pipeline_key_blocks.py.j2": "warps of one kernel, which share its memory",
-    "selected_attention/pipeline_unions.py.j2": "warps of one kernel, which share its memory",
 }
 """Templates past 300 lines -> why the whole is one kernel. Others move shared parts out."""
 

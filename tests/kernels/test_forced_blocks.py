@@ -126,12 +126,11 @@ def test_what_follows_a_sequence_is_not_read(
 @pytest.mark.parametrize(
     "line",
     [
-        "mbarrier.wait(k_full.index(slot), used // STAGES & 1)",
-        "mbarrier.wait(v_full.index(slot), used // STAGES & 1)",
-        "mbarrier.wait(k_free.index(slot), free)",
-        "mbarrier.wait(q_free.index(half), turn & 1 ^ 1)",
-        "mbarrier.arrive(q_free.index(HALF), count=1, pred=step == steps - 1)",
-        "mbarrier.arrive(v_free.index(used % STAGES), count=1)",
+        "mbarrier.wait(k_ring.full.index(slot), used // STAGES & 1)",
+        "mbarrier.wait(v_ring.full.index(slot), used // STAGES & 1)",
+        "mbarrier.wait(ring.free.index(place), phase)",
+        "mbarrier.arrive(q_ring.free.index(HALF), count=1, pred=step == steps - 1)",
+        "mbarrier.arrive(v_ring.free.index(used % STAGES), count=1)",
     ],
 )
 def test_a_missing_barrier_is_seen(line: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/sliding_window_attention/forward_forced_blocks.py.j2
-# Source:     fingerprint 4f1fc2cbea7dc236
+# Source:     fingerprint 6d5d7ac659dcb01e
 # Workload:   sliding_window_attention forward
 #             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, window_size=512,
 #             block_size=64, init_blocks=1, local_blocks=2
@@ -18,6 +18,8 @@ the last 2 up to t's own.
 q [N, HQ, 128], k [N, HK, 128], v [N, HK, 128] -> o, o_forced [N, HQ, 128] and lse, lse_forced
 [N, HQ], with G = HQ / HK = 16 query heads a key/value head.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -107,6 +109,27 @@ def online_softmax(s, peak, norm, scale):
     p = gl.exp2(s * scale - gl.expand_dims(new_peak, 1))
     alpha = gl.exp2(peak - new_peak)
     return p, new_peak, norm * alpha + gl.sum(p, 1), alpha
+
+
+class Ring(NamedTuple):
+    """Tiles in shared memory, each with a barrier for full and one for free."""
+
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+
+
+@gluon.jit
+def barriers(places: gl.constexpr):
+    return gl.allocate_shared_memory(gl.int64, [places, 1], mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def fill(ring, place, phase, source, at):
+    """Start the copy of a box of source to a place, once it is free."""
+    mbarrier.wait(ring.free.index(place), phase)
+    mbarrier.expect(ring.full.index(place), source.block_type.nbytes)
+    bulk_load(source, at, ring.full.index(place), ring.tiles.index(place))
 
 
 @gluon.jit
@@ -218,45 +241,47 @@ def hide_past(s, start, position, token):
 
 
 @gluon.jit
-def multiply_keys(q, k_tiles, k_full, used):
+def multiply_keys(q, k_ring, used):
     slot = used % STAGES
-    mbarrier.wait(k_full.index(slot), used // STAGES & 1)
+    mbarrier.wait(k_ring.full.index(slot), used // STAGES & 1)
     none = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, layout=S_LAYOUT)
-    return warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
+    return warpgroup_mma(
+        q, k_ring.tiles.index(slot).permute((1, 0)), none, use_acc=False, is_async=True
+    )
 
 
 @gluon.jit
-def multiply_values(p, acc, v_tiles, v_full, used):
+def multiply_values(p, acc, v_ring, used):
     slot = used % STAGES
-    mbarrier.wait(v_full.index(slot), used // STAGES & 1)
-    return warpgroup_mma(p, v_tiles.index(slot), acc, is_async=True)
+    mbarrier.wait(v_ring.full.index(slot), used // STAGES & 1)
+    return warpgroup_mma(p, v_ring.tiles.index(slot), acc, is_async=True)
 
 
 @gluon.jit
-def clear_values(v_tiles, v_full, used, start, keys):
+def clear_values(v_ring, used, start, keys):
     """Zero the values of a range's last step past the sequence's end; those of its other steps are before it."""
     if start + BLOCK_N > keys:
-        mbarrier.wait(v_full.index(used % STAGES), used // STAGES & 1)
-        clear_rows(v_tiles.index(used % STAGES), keys - start, BLOCK_N)
+        mbarrier.wait(v_ring.full.index(used % STAGES), used // STAGES & 1)
+        clear_rows(v_ring.tiles.index(used % STAGES), keys - start, BLOCK_N)
 
 
 @gluon.jit
 def multiply(HALF: gl.constexpr, q, p, acc, rings, used, step, steps):
     """A step's scores, and the values of the one before added to acc, which is still in flight."""
-    k_tiles, v_tiles, q_free, k_full, k_free, v_full = rings
-    s_next = multiply_keys(q, k_tiles, k_full, used + step)
-    acc_next = multiply_values(p, acc, v_tiles, v_full, used + step - 1)
+    q_ring, k_ring, v_ring = rings
+    s_next = multiply_keys(q, k_ring, used + step)
+    acc_next = multiply_values(p, acc, v_ring, used + step - 1)
     s = warpgroup_mma_wait(1, deps=[s_next])
-    mbarrier.arrive(k_free.index((used + step) % STAGES), count=1)
-    mbarrier.arrive(q_free.index(HALF), count=1, pred=step == steps - 1)
+    mbarrier.arrive(k_ring.free.index((used + step) % STAGES), count=1)
+    mbarrier.arrive(q_ring.free.index(HALF), count=1, pred=step == steps - 1)
     return s, acc_next
 
 
 @gluon.jit
-def finish(acc_next, v_free, used):
+def finish(acc_next, v_ring, used):
     """The sums in flight, and the place of their values free."""
     acc = warpgroup_mma_wait(0, deps=[acc_next])
-    mbarrier.arrive(v_free.index(used % STAGES), count=1)
+    mbarrier.arrive(v_ring.free.index(used % STAGES), count=1)
     return acc
 
 
@@ -308,29 +333,13 @@ def store_forced(o, lse, acc, peak, norm, held, held_peak, held_norm, scale, at,
 
 
 @gluon.jit
-def consume(
-    HALF: gl.constexpr,  # which 64 rows of the tile
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    keys_arguments,
-    results,
-    batch,
-    kv_heads,
-    total,
-    scale,
-):
-    """Both results of 64 rows of each tile."""
+def consume(HALF: gl.constexpr, rings, tiles, results, scale):
+    """Both results of 64 rows of each tile: HALF says which."""
+    q_ring, k_ring, v_ring = rings
+    keys_arguments, batch, kv_heads, total = tiles
     o, lse, o_forced, lse_forced = results
-    rings = (k_tiles, v_tiles, q_free, k_full, k_free, v_full)
     row = HALF * ROWS + gl.arange(0, ROWS, layout=S_ROWS)
-    q = q_tiles.index(HALF).reshape([ROWS, HEAD_DIM])
+    q = q_ring.tiles.index(HALF).reshape([ROWS, HEAD_DIM])
     seq, turn, used = 0, 0, 0  # tiles and steps so far
     for flat in range(gl.program_id(0), total, gl.num_programs(0)):
         kv_head = flat % kv_heads
@@ -347,10 +356,10 @@ def consume(
             nothing = gl.full([ROWS], 0.0, gl.float32, layout=S_ROWS)
             zeros = gl.full([ROWS, V_HEAD_DIM], 0.0, gl.float32, layout=O_LAYOUT)
 
-            mbarrier.wait(q_full.index(HALF), turn & 1)
-            s = warpgroup_mma_wait(0, deps=[multiply_keys(q, k_tiles, k_full, used)])
-            mbarrier.arrive(k_free.index(used % STAGES), count=1)
-            mbarrier.arrive(q_free.index(HALF), count=1, pred=steps == 1)
+            mbarrier.wait(q_ring.full.index(HALF), turn & 1)
+            s = warpgroup_mma_wait(0, deps=[multiply_keys(q, k_ring, used)])
+            mbarrier.arrive(k_ring.free.index(used % STAGES), count=1)
+            mbarrier.arrive(q_ring.free.index(HALF), count=1, pred=steps == 1)
             start = start_of(walk, 0)
             s = hide_others(s, init_steps > 0, start, position, token)
             p, held_peak, held_norm, _ = online_softmax(s, least, nothing, scale)
@@ -361,17 +370,17 @@ def consume(
                 start = start_of(walk, step)
                 s = hide_others(s, step < init_steps, start, position, token)
                 p_next, held_peak, held_norm, alpha = online_softmax(s, held_peak, held_norm, scale)
-                acc = finish(acc_next, v_free, used + step - 1)
+                acc = finish(acc_next, v_ring, used + step - 1)
                 acc *= gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
                 p = gl.convert_layout(p_next.to(q.dtype), P_LAYOUT)
 
             # The first common step, with sums of its own.
-            clear_values(v_tiles, v_full, used + common_at - 1, start, keys)
+            clear_values(v_ring, used + common_at - 1, start, keys)
             s, acc_next = multiply(HALF, q, p, acc, rings, used, common_at, steps)
             start = common
             s = hide_common(s, start, position, token, keys)
             p_next, peak, norm, _ = online_softmax(s, least, nothing, scale)
-            held = finish(acc_next, v_free, used + common_at - 1)
+            held = finish(acc_next, v_ring, used + common_at - 1)
             inverse = 1.0 / gl.where(held_norm > 0.0, held_norm, 1.0)
             held = (held * gl.expand_dims(gl.convert_layout(inverse, O_ROWS), 1)).to(q.dtype)
             p = gl.convert_layout(p_next.to(q.dtype), P_LAYOUT)
@@ -381,17 +390,17 @@ def consume(
                 start += BLOCK_N
                 s = hide_common(s, start, position, token, keys)
                 p_next, peak, norm, alpha = online_softmax(s, peak, norm, scale)
-                acc = finish(acc_next, v_free, used + step - 1)
+                acc = finish(acc_next, v_ring, used + step - 1)
                 acc *= gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
                 p = gl.convert_layout(p_next.to(q.dtype), P_LAYOUT)
 
             # The first step past the local blocks; meanwhile common has all its values.
-            clear_values(v_tiles, v_full, used + past_at - 1, start, keys)
+            clear_values(v_ring, used + past_at - 1, start, keys)
             s, acc_next = multiply(HALF, q, p, acc, rings, used, past_at, steps)
             start = past
             s = hide_past(s, start, position, token)
             p_next, new_peak, new_norm, alpha = online_softmax(s, peak, norm, scale)
-            acc = finish(acc_next, v_free, used + past_at - 1)
+            acc = finish(acc_next, v_ring, used + past_at - 1)
             p = gl.convert_layout(p_next.to(q.dtype), P_LAYOUT)
             at, inside = rows_of(row, first_row, left, kv_head, kv_heads)
             store_forced(
@@ -405,119 +414,24 @@ def consume(
                 start += BLOCK_N
                 s = hide_past(s, start, position, token)
                 p_next, peak, norm, alpha = online_softmax(s, peak, norm, scale)
-                acc = finish(acc_next, v_free, used + step - 1)
+                acc = finish(acc_next, v_ring, used + step - 1)
                 acc *= gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
                 p = gl.convert_layout(p_next.to(q.dtype), P_LAYOUT)
 
             used += steps
             turn += 1
-            clear_values(v_tiles, v_full, used - 1, start, keys)
-            acc = multiply_values(p, acc, v_tiles, v_full, used - 1)
-            acc = finish(acc, v_free, used - 1)
+            clear_values(v_ring, used - 1, start, keys)
+            acc = multiply_values(p, acc, v_ring, used - 1)
+            acc = finish(acc, v_ring, used - 1)
             at, inside = rows_of(row, first_row, left, kv_head, kv_heads)
             store_result(o, lse, acc, peak, norm, scale, at, inside)
 
 
 @gluon.jit
-def consume_first(
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    keys_arguments,
-    results,
-    batch,
-    kv_heads,
-    total,
-    scale,
-):
-    HALF: gl.constexpr = 0
-    consume(
-        HALF,
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        q_full,
-        q_free,
-        k_full,
-        k_free,
-        v_full,
-        v_free,
-        keys_arguments,
-        results,
-        batch,
-        kv_heads,
-        total,
-        scale,
-    )
-
-
-@gluon.jit
-def consume_second(
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    keys_arguments,
-    results,
-    batch,
-    kv_heads,
-    total,
-    scale,
-):
-    HALF: gl.constexpr = 1
-    consume(
-        HALF,
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        q_full,
-        q_free,
-        k_full,
-        k_free,
-        v_full,
-        v_free,
-        keys_arguments,
-        results,
-        batch,
-        kv_heads,
-        total,
-        scale,
-    )
-
-
-@gluon.jit
-def produce(
-    q,
-    k,
-    v,
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    keys_arguments,
-    stride_kh,
-    stride_vh,
-    batch,
-    kv_heads,
-    total,
-):
+def produce(q, k, v, rings, tiles, stride_kh, stride_vh):
     """Copy what the consumers will need, as soon as they have freed a place for it."""
+    q_ring, k_ring, v_ring = rings
+    keys_arguments, batch, kv_heads, total = tiles
     seq, turn, used = 0, 0, 0
     for flat in range(gl.program_id(0), total, gl.num_programs(0)):
         kv_head = flat % kv_heads
@@ -529,20 +443,14 @@ def produce(
             begin_keys, _, _, walk = keys_of(keys_arguments, seq, first, length)
             for half in gl.static_range(2):
                 token = begin + first + half * (TILE_TOKENS // 2)
-                mbarrier.wait(q_free.index(half), turn & 1 ^ 1)
-                mbarrier.expect(q_full.index(half), q.block_type.nbytes)
-                bulk_load(q, [token, kv_head * GROUP, 0], q_full.index(half), q_tiles.index(half))
+                fill(q_ring, half, turn & 1 ^ 1, q, [token, kv_head * GROUP, 0])
             turn += 1
             for step in range(walk[3]):
                 slot = used % STAGES
                 free = used // STAGES & 1 ^ 1
                 at = begin_keys + start_of(walk, step)
-                mbarrier.wait(k_free.index(slot), free)
-                mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
-                bulk_load(k, [at, kv_head * stride_kh], k_full.index(slot), k_tiles.index(slot))
-                mbarrier.wait(v_free.index(slot), free)
-                mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
-                bulk_load(v, [at, kv_head * stride_vh], v_full.index(slot), v_tiles.index(slot))
+                fill(k_ring, slot, free, k, [at, kv_head * stride_kh])
+                fill(v_ring, slot, free, v, [at, kv_head * stride_vh])
                 used += 1
 
 
@@ -554,68 +462,35 @@ def run_pipeline(
     q_tiles = gl.allocate_shared_memory(q.dtype, [2, TILE_TOKENS // 2, GROUP, HEAD_DIM], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK_N, HEAD_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, V_HEAD_DIM], v.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_ring = Ring(q_tiles, barriers(2), barriers(2))
+    k_ring = Ring(k_tiles, barriers(STAGES), barriers(STAGES))
+    v_ring = Ring(v_tiles, barriers(STAGES), barriers(STAGES))
     for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_free.index(i), count=1)  # each half is of one consumer
+        mbarrier.init(q_ring.full.index(i), count=1)
+        mbarrier.init(q_ring.free.index(i), count=1)  # each half is of one consumer
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)  # both consumers read all keys and values
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_free.index(i), count=2)
+        mbarrier.init(k_ring.full.index(i), count=1)
+        mbarrier.init(k_ring.free.index(i), count=2)  # both consumers read all keys and values
+        mbarrier.init(v_ring.full.index(i), count=1)
+        mbarrier.init(v_ring.free.index(i), count=2)
     fence_async_shared()
 
-    consumer = (
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        q_full,
-        q_free,
-        k_full,
-        k_free,
-        v_full,
-        v_free,
-        keys_arguments,
-        results,
-        batch,
-        kv_heads,
-        total,
-        softmax_scale * LOG2_E,
-    )
-    producer = (
-        q,
-        k,
-        v,
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        q_full,
-        q_free,
-        k_full,
-        k_free,
-        v_full,
-        v_free,
-        keys_arguments,
-        stride_kh,
-        stride_vh,
-        batch,
-        kv_heads,
-        total,
-    )
+    rings = (q_ring, k_ring, v_ring)
+    tiles = (keys_arguments, batch, kv_heads, total)
+    scale = softmax_scale * LOG2_E
     gl.warp_specialize(
-        [(consume_first, consumer), (consume_second, consumer), (produce, producer)],
+        [
+            (consume, (0, rings, tiles, results, scale)),
+            (consume, (1, rings, tiles, results, scale)),
+            (produce, (q, k, v, rings, tiles, stride_kh, stride_vh)),
+        ],
         [4, 1],  # warps of the workers
         [240, 24],  # and their registers a thread: with 232 and 40 they spill with Triton 3.9
     )
 
 
 @gluon.jit
-def sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__3e61a9bc(
+def sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__e02fd5c4(
     q,
     k,
     v,
@@ -697,7 +572,7 @@ def launch(
     tiles = (
         triton.cdiv(tokens, TILE_TOKENS.value) + batch
     )  # one more a sequence: it may be part empty
-    sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__3e61a9bc[
+    sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__e02fd5c4[
         (min(processors(q), tiles * kv_heads),)
     ](
         describe_queries(q),

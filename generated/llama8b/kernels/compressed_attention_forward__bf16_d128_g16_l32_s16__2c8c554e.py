@@ -2,9 +2,9 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/compressed_attention/forward_warp_specialized.py.j2
-# Source:     fingerprint 42f13d1aeba536d8
+# Source:     fingerprint 225c7f9ed7867620
 # Workload:   compressed_attention forward
-#             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=4, kernel_size=32,
+#             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, kernel_size=32,
 #             kernel_stride=16
 # Schedule:   warp_specialized(block_n=128, num_stages=3)
 # Targets:    cuda:90
@@ -12,9 +12,11 @@
 """Compressed attention: query t attends to the windows of 32 tokens that end at or before it.
 
 o[t, h] = sum_i softmax_i(softmax_scale q[t, h] . k[i, h // G]) v[i, h // G], 16 i + 31 <= t, and
-its log-sum-exp. G = HQ / HK = 4; M windows a sequence; N tokens.
+its log-sum-exp. G = HQ / HK = 16; M windows a sequence; N tokens.
 q [N, HQ, 128], k [sum M, HK, 128], v [sum M, HK, 128] -> o [N, HQ, 128], lse [N, HQ].
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,12 +39,12 @@ bulk_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared 
 
 HEAD_DIM = gl.constexpr(128)  # D
 V_HEAD_DIM = gl.constexpr(128)  # Dv
-GROUP = gl.constexpr(4)  # G: query heads of one key/value head
+GROUP = gl.constexpr(16)  # G: query heads of one key/value head
 KERNEL_SIZE = gl.constexpr(32)  # l: tokens of a window
 KERNEL_STRIDE = gl.constexpr(16)  # s: tokens between the starts of two windows
 
 ROWS = gl.constexpr(64)  # of a consumer; row r of a tile: token r // G, head r % G
-TILE_TOKENS = gl.constexpr(32)
+TILE_TOKENS = gl.constexpr(8)
 BLOCK_N = gl.constexpr(128)  # keys a step
 STAGES = gl.constexpr(3)  # steps whose keys and values are on their way
 
@@ -133,6 +135,27 @@ def online_softmax(s, peak, norm, scale):
     return p, new_peak, norm * alpha + gl.sum(p, 1), alpha
 
 
+class Ring(NamedTuple):
+    """Tiles in shared memory, each with a barrier for full and one for free."""
+
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+
+
+@gluon.jit
+def barriers(places: gl.constexpr):
+    return gl.allocate_shared_memory(gl.int64, [places, 1], mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def fill(ring, place, phase, source, at):
+    """Start the copy of a box of source to a place, once it is free."""
+    mbarrier.wait(ring.free.index(place), phase)
+    mbarrier.expect(ring.full.index(place), source.block_type.nbytes)
+    bulk_load(source, at, ring.full.index(place), ring.tiles.index(place))
+
+
 @gluon.jit
 def hide(s, position, start):
     """-inf for the scores of keys that a row does not see; `start` is the first key's index."""
@@ -153,30 +176,12 @@ def clear_rows(v_tile, start):
 
 
 @gluon.jit
-def consume(
-    HALF: gl.constexpr,  # which 64 rows of the tile
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    keys_arguments,
-    cu_seqlens,
-    o,
-    lse,
-    branches,
-    batch,
-    kv_heads,
-    tiles,
-    scale,
-):
-    """Attention of 64 rows of each tile."""
+def consume(HALF: gl.constexpr, rings, walk, o, lse, branches, scale):
+    """Attention of 64 rows of each tile: HALF says which."""
+    q_ring, k_ring, v_ring = rings
+    keys_arguments, cu_seqlens, batch, kv_heads, tiles = walk
     row = HALF * ROWS + gl.arange(0, ROWS, layout=S_ROWS)
-    q = q_tiles.index(HALF).reshape([ROWS, HEAD_DIM])
+    q = q_ring.tiles.index(HALF).reshape([ROWS, HEAD_DIM])
     no_scores = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, layout=S_LAYOUT)
     seq, turn, used = 0, 0, 0  # tiles and steps so far
     for flat in range(gl.program_id(0), tiles * kv_heads, gl.num_programs(0)):
@@ -194,15 +199,15 @@ def consume(
             norm = gl.full([ROWS], 0.0, gl.float32, layout=S_ROWS)
             acc = gl.full([ROWS, V_HEAD_DIM], 0.0, gl.float32, layout=O_LAYOUT)
 
-            mbarrier.wait(q_full.index(HALF), turn & 1)
+            mbarrier.wait(q_ring.full.index(HALF), turn & 1)
             slot = used % STAGES
-            mbarrier.wait(k_full.index(slot), used // STAGES & 1)
+            mbarrier.wait(k_ring.full.index(slot), used // STAGES & 1)
             s = warpgroup_mma(
-                q, k_tiles.index(slot).permute((1, 0)), no_scores, use_acc=False, is_async=True
+                q, k_ring.tiles.index(slot).permute((1, 0)), no_scores, use_acc=False, is_async=True
             )
             s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(k_free.index(slot), count=1)
-            mbarrier.arrive(q_free.index(HALF), count=1, pred=steps == 1)
+            mbarrier.arrive(k_ring.free.index(slot), count=1)
+            mbarrier.arrive(q_ring.free.index(HALF), count=1, pred=steps == 1)
             if (shared > 0) | (shared_end == 0):
                 s = hide(s, position, start)
             p, peak, norm, alpha = online_softmax(s, peak, norm, scale)
@@ -211,33 +216,37 @@ def consume(
             for step in range(1, steps):
                 last = (used + step - 1) % STAGES
                 slot = (used + step) % STAGES
-                mbarrier.wait(k_full.index(slot), (used + step) // STAGES & 1)
+                mbarrier.wait(k_ring.full.index(slot), (used + step) // STAGES & 1)
                 s_next = warpgroup_mma(
-                    q, k_tiles.index(slot).permute((1, 0)), no_scores, use_acc=False, is_async=True
+                    q,
+                    k_ring.tiles.index(slot).permute((1, 0)),
+                    no_scores,
+                    use_acc=False,
+                    is_async=True,
                 )
-                mbarrier.wait(v_full.index(last), (used + step - 1) // STAGES & 1)
-                acc_next = warpgroup_mma(p, v_tiles.index(last), acc, is_async=True)
+                mbarrier.wait(v_ring.full.index(last), (used + step - 1) // STAGES & 1)
+                acc_next = warpgroup_mma(p, v_ring.tiles.index(last), acc, is_async=True)
                 s = warpgroup_mma_wait(1, deps=[s_next])
-                mbarrier.arrive(k_free.index(slot), count=1)
-                mbarrier.arrive(q_free.index(HALF), count=1, pred=step == steps - 1)
+                mbarrier.arrive(k_ring.free.index(slot), count=1)
+                mbarrier.arrive(q_ring.free.index(HALF), count=1, pred=step == steps - 1)
                 if (step < shared) | (step >= shared_end):
                     s = hide(s, position, start + step * BLOCK_N)
                 p_next, peak, norm, alpha = online_softmax(s, peak, norm, scale)
                 acc = warpgroup_mma_wait(0, deps=[acc_next])
-                mbarrier.arrive(v_free.index(last), count=1)
+                mbarrier.arrive(v_ring.free.index(last), count=1)
                 acc *= gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
                 p = gl.convert_layout(p_next.to(q.dtype), P_LAYOUT)
 
             used += steps
             turn += 1
             last = (used - 1) % STAGES
-            mbarrier.wait(v_full.index(last), (used - 1) // STAGES & 1)
+            mbarrier.wait(v_ring.full.index(last), (used - 1) // STAGES & 1)
             last_start = start + (steps - 1) * BLOCK_N
             if last_start + BLOCK_N > keys:
-                clear_rows(v_tiles.index(last), keys - last_start)
-            acc = warpgroup_mma(p, v_tiles.index(last), acc, is_async=True)
+                clear_rows(v_ring.tiles.index(last), keys - last_start)
+            acc = warpgroup_mma(p, v_ring.tiles.index(last), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(v_free.index(last), count=1)
+            mbarrier.arrive(v_ring.free.index(last), count=1)
 
             seen = norm > 0.0  # the row has seen a key
             norm = gl.where(seen, norm, 1.0)
@@ -255,118 +264,10 @@ def consume(
 
 
 @gluon.jit
-def consume_first(
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    keys_arguments,
-    cu_seqlens,
-    o,
-    lse,
-    branches,
-    batch,
-    kv_heads,
-    tiles,
-    scale,
-):
-    HALF: gl.constexpr = 0
-    consume(
-        HALF,
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        q_full,
-        q_free,
-        k_full,
-        k_free,
-        v_full,
-        v_free,
-        keys_arguments,
-        cu_seqlens,
-        o,
-        lse,
-        branches,
-        batch,
-        kv_heads,
-        tiles,
-        scale,
-    )
-
-
-@gluon.jit
-def consume_second(
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    keys_arguments,
-    cu_seqlens,
-    o,
-    lse,
-    branches,
-    batch,
-    kv_heads,
-    tiles,
-    scale,
-):
-    HALF: gl.constexpr = 1
-    consume(
-        HALF,
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        q_full,
-        q_free,
-        k_full,
-        k_free,
-        v_full,
-        v_free,
-        keys_arguments,
-        cu_seqlens,
-        o,
-        lse,
-        branches,
-        batch,
-        kv_heads,
-        tiles,
-        scale,
-    )
-
-
-@gluon.jit
-def produce(
-    q,
-    k,
-    v,
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    keys_arguments,
-    cu_seqlens,
-    stride_kh,
-    stride_vh,
-    batch,
-    kv_heads,
-    tiles,
-):
+def produce(q, k, v, rings, walk, stride_kh, stride_vh):
     """Copy what the consumers will need, as soon as they have freed a place for it."""
+    q_ring, k_ring, v_ring = rings
+    keys_arguments, cu_seqlens, batch, kv_heads, tiles = walk
     seq, turn, used = 0, 0, 0
     for flat in range(gl.program_id(0), tiles * kv_heads, gl.num_programs(0)):
         kv_head = flat % kv_heads
@@ -378,20 +279,14 @@ def produce(
             row, _, steps, _, _, _, _ = keys_of(keys_arguments, seq, first, length)
             for half in gl.static_range(2):
                 token = begin + first + half * (TILE_TOKENS // 2)
-                mbarrier.wait(q_free.index(half), turn & 1 ^ 1)
-                mbarrier.expect(q_full.index(half), q.block_type.nbytes)
-                bulk_load(q, [token, kv_head * GROUP, 0], q_full.index(half), q_tiles.index(half))
+                fill(q_ring, half, turn & 1 ^ 1, q, [token, kv_head * GROUP, 0])
             turn += 1
             for step in range(steps):
                 slot = used % STAGES
                 free = used // STAGES & 1 ^ 1
                 at = row + step * BLOCK_N
-                mbarrier.wait(k_free.index(slot), free)
-                mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
-                bulk_load(k, [at, kv_head * stride_kh], k_full.index(slot), k_tiles.index(slot))
-                mbarrier.wait(v_free.index(slot), free)
-                mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
-                bulk_load(v, [at, kv_head * stride_vh], v_full.index(slot), v_tiles.index(slot))
+                fill(k_ring, slot, free, k, [at, kv_head * stride_kh])
+                fill(v_ring, slot, free, v, [at, kv_head * stride_vh])
                 used += 1
 
 
@@ -416,65 +311,28 @@ def run_pipeline(
     q_tiles = gl.allocate_shared_memory(q.dtype, [2, TILE_TOKENS // 2, GROUP, HEAD_DIM], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK_N, HEAD_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, V_HEAD_DIM], v.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_ring = Ring(q_tiles, barriers(2), barriers(2))
+    k_ring = Ring(k_tiles, barriers(STAGES), barriers(STAGES))
+    v_ring = Ring(v_tiles, barriers(STAGES), barriers(STAGES))
     for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_free.index(i), count=1)  # each half is of one consumer
+        mbarrier.init(q_ring.full.index(i), count=1)
+        mbarrier.init(q_ring.free.index(i), count=1)  # each half is of one consumer
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)  # both consumers read all keys and values
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_free.index(i), count=2)
+        mbarrier.init(k_ring.full.index(i), count=1)
+        mbarrier.init(k_ring.free.index(i), count=2)  # both consumers read all keys and values
+        mbarrier.init(v_ring.full.index(i), count=1)
+        mbarrier.init(v_ring.free.index(i), count=2)
     fence_async_shared()
 
-    consumer = (
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        q_full,
-        q_free,
-        k_full,
-        k_free,
-        v_full,
-        v_free,
-        keys_arguments,
-        cu_seqlens,
-        o,
-        lse,
-        branches,
-        batch,
-        kv_heads,
-        tiles,
-        softmax_scale * LOG2_E,
-    )
-    producer = (
-        q,
-        k,
-        v,
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        q_full,
-        q_free,
-        k_full,
-        k_free,
-        v_full,
-        v_free,
-        keys_arguments,
-        cu_seqlens,
-        stride_kh,
-        stride_vh,
-        batch,
-        kv_heads,
-        tiles,
-    )
+    rings = (q_ring, k_ring, v_ring)
+    walk = (keys_arguments, cu_seqlens, batch, kv_heads, tiles)
+    scale = softmax_scale * LOG2_E
     gl.warp_specialize(
-        [(consume_first, consumer), (consume_second, consumer), (produce, producer)],
+        [
+            (consume, (0, rings, walk, o, lse, branches, scale)),
+            (consume, (1, rings, walk, o, lse, branches, scale)),
+            (produce, (q, k, v, rings, walk, stride_kh, stride_vh)),
+        ],
         [4, 1],  # warps of the workers
         [232, 40],  # and their registers a thread: products need many, addresses few
     )
@@ -513,9 +371,9 @@ def processors(x):
 
 def check(op, q, k, v, o, lse, softmax_scale):
     """Raise ValueError unless the tensors are what this kernel is for."""
-    if q.shape[2] != 128 or v.shape[2] != 128 or q.shape[1] != 4 * k.shape[1]:
+    if q.shape[2] != 128 or v.shape[2] != 128 or q.shape[1] != 16 * k.shape[1]:
         raise ValueError(
-            f"{op}: this kernel is for head_dim 128, v_head_dim 128 and gqa_ratio 4; "
+            f"{op}: this kernel is for head_dim 128, v_head_dim 128 and gqa_ratio 16; "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; build one for them"
         )
     if not (o.is_contiguous() and lse.is_contiguous()):
@@ -528,7 +386,7 @@ def check(op, q, k, v, o, lse, softmax_scale):
 
 
 @gluon.jit
-def compressed_attention_forward__bf16_d128_g4_l32_s16__f8e30162(
+def compressed_attention_forward__bf16_d128_g16_l32_s16__2c8c554e(
     q,
     k,
     v,
@@ -590,7 +448,7 @@ def launch(q, k, v, cu_seqlens_q, cu_seqlens_k, o, lse, softmax_scale, q_start=N
     tiles = (
         triton.cdiv(tokens, TILE_TOKENS.value) + batch
     )  # one more a sequence: it may be part empty
-    compressed_attention_forward__bf16_d128_g4_l32_s16__f8e30162[
+    compressed_attention_forward__bf16_d128_g16_l32_s16__2c8c554e[
         (min(processors(q), tiles * kv_heads),)
     ](
         describe_queries(q),

@@ -2,7 +2,7 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/selected_attention/forward_union_tiles.py.j2
-# Source:     fingerprint 883950f56e22d369
+# Source:     fingerprint 24365559b125da12
 # Workload:   selected_attention forward
 #             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, block_size=64,
 #             init_blocks=1, local_blocks=2
@@ -17,6 +17,8 @@ over the tokens u <= t whose block u // 64 is in topk_idx[h // G, t].
 q [N, HQ, 128], k [T, HK, 128], v [T, HK, 128], topk_idx [HK, N, topk]
 -> o [N, HQ, 128] and lse [N, HQ], with G = HQ / HK = 16 query heads a key/value head.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -240,6 +242,27 @@ def online_softmax(s, peak, norm, scale):
     return p, new_peak, norm * alpha + gl.sum(p, 1), alpha
 
 
+class Ring(NamedTuple):
+    """Tiles in shared memory, each with a barrier for full and one for free."""
+
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+
+
+@gluon.jit
+def barriers(places: gl.constexpr):
+    return gl.allocate_shared_memory(gl.int64, [places, 1], mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def fill(ring, place, phase, source, at):
+    """Start the copy of a box of source to a place, once it is free."""
+    mbarrier.wait(ring.free.index(place), phase)
+    mbarrier.expect(ring.full.index(place), source.block_type.nbytes)
+    bulk_load(source, at, ring.full.index(place), ring.tiles.index(place))
+
+
 @gluon.jit
 def clear_rows(tile, start, ROWS_OF_TILE: gl.constexpr):
     """Zero a tile's rows from `start` on: what lies there may be NaN, and 0 NaN is NaN."""
@@ -321,48 +344,31 @@ def hide(s, bits, token):
 
 
 @gluon.jit
-def multiply_keys(HALF: gl.constexpr, q, k_tiles, k_full, used):
+def multiply_keys(HALF: gl.constexpr, q, k_ring, used):
     place = HALF * STAGES + used % STAGES
-    mbarrier.wait(k_full.index(place), used // STAGES & 1)
+    mbarrier.wait(k_ring.full.index(place), used // STAGES & 1)
     none = gl.full([ROWS, STEP_KEYS], 0.0, gl.float32, layout=S_LAYOUT)
     return warpgroup_mma(
-        q, k_tiles.index(place).permute((1, 0)), none, use_acc=False, is_async=True
+        q, k_ring.tiles.index(place).permute((1, 0)), none, use_acc=False, is_async=True
     )
 
 
 @gluon.jit
-def multiply_values(HALF: gl.constexpr, p, acc, v_tiles, v_full, used):
+def multiply_values(HALF: gl.constexpr, p, acc, v_ring, used):
     place = HALF * STAGES + used % STAGES
-    mbarrier.wait(v_full.index(place), used // STAGES & 1)
-    return warpgroup_mma(p, v_tiles.index(place), acc, is_async=True)
+    mbarrier.wait(v_ring.full.index(place), used // STAGES & 1)
+    return warpgroup_mma(p, v_ring.tiles.index(place), acc, is_async=True)
 
 
 @gluon.jit
-def consume(
-    HALF: gl.constexpr,  # which of the program's two tiles
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    places,
-    plan,
-    counts,
-    results,
-    tiles,
-    kv_heads,
-    limit,
-    scale,
-):
-    """Attention of the 64 rows of every other tile."""
+def consume(HALF: gl.constexpr, rings, unions, results, scale):
+    """Attention of the 64 rows of every other tile: HALF says which of the program's two."""
+    q_ring, k_ring, v_ring = rings
+    places, plan, counts, tiles, kv_heads, limit = unions
     o, lse, o_forced, lse_forced, branches = results
     row = gl.arange(0, ROWS, layout=S_ROWS)
     token, head = row // GROUP_ROWS, row % GROUP_ROWS
-    q = q_tiles.index(HALF).reshape([ROWS, HEAD_DIM])
+    q = q_ring.tiles.index(HALF).reshape([ROWS, HEAD_DIM])
     all_tiles, stride = tiles * kv_heads, gl.num_programs(0) * 2
     flat_first = gl.program_id(0) * 2 + HALF
     count_, first_, end_, entry_, second_ = tile_at(
@@ -389,11 +395,11 @@ def consume(
             part = gl.load(o_forced + o_at, mask=o_inside, other=0.0)
             norm = gl.full([ROWS], 1.0, gl.float32, layout=S_ROWS)
             if steps > 0:
-                mbarrier.wait(q_full.index(HALF), turn & 1)
+                mbarrier.wait(q_ring.full.index(HALF), turn & 1)
                 turn += 1
-                s = warpgroup_mma_wait(0, deps=[multiply_keys(HALF, q, k_tiles, k_full, used)])
-                mbarrier.arrive(k_free.index(HALF * STAGES + used % STAGES), count=1)
-                mbarrier.arrive(q_free.index(HALF), count=1, pred=steps == 1)
+                s = warpgroup_mma_wait(0, deps=[multiply_keys(HALF, q, k_ring, used)])
+                mbarrier.arrive(k_ring.free.index(HALF * STAGES + used % STAGES), count=1)
+                mbarrier.arrive(q_ring.free.index(HALF), count=1, pred=steps == 1)
                 s = hide(s, entry.to(gl.int32), token)
                 p, peak, norm, alpha = online_softmax(s, peak, norm, scale)
                 p = gl.convert_layout(p.to(o.dtype.element_ty), P_LAYOUT)
@@ -406,22 +412,24 @@ def consume(
                         entries + gl.minimum(step + 1, steps - 1) // STEPS_PER_BLOCK_TILE
                     )
                     last = used + step - 1
-                    s_next = multiply_keys(HALF, q, k_tiles, k_full, used + step)
-                    acc_next = multiply_values(HALF, p, acc, v_tiles, v_full, last)
+                    s_next = multiply_keys(HALF, q, k_ring, used + step)
+                    acc_next = multiply_values(HALF, p, acc, v_ring, last)
                     s = warpgroup_mma_wait(1, deps=[s_next])
-                    mbarrier.arrive(k_free.index(HALF * STAGES + (used + step) % STAGES), count=1)
-                    mbarrier.arrive(q_free.index(HALF), count=1, pred=step == steps - 1)
+                    mbarrier.arrive(
+                        k_ring.free.index(HALF * STAGES + (used + step) % STAGES), count=1
+                    )
+                    mbarrier.arrive(q_ring.free.index(HALF), count=1, pred=step == steps - 1)
                     s = hide(s, entry.to(gl.int32), token)
                     p_next, peak, norm, alpha = online_softmax(s, peak, norm, scale)
                     acc = warpgroup_mma_wait(0, deps=[acc_next])
-                    mbarrier.arrive(v_free.index(HALF * STAGES + last % STAGES), count=1)
+                    mbarrier.arrive(v_ring.free.index(HALF * STAGES + last % STAGES), count=1)
                     acc *= gl.expand_dims(gl.convert_layout(alpha, O_ROWS), 1)
                     p = gl.convert_layout(p_next.to(o.dtype.element_ty), P_LAYOUT)
 
                 used += steps
-                acc = multiply_values(HALF, p, acc, v_tiles, v_full, used - 1)
+                acc = multiply_values(HALF, p, acc, v_ring, used - 1)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(v_free.index(HALF * STAGES + (used - 1) % STAGES), count=1)
+                mbarrier.arrive(v_ring.free.index(HALF * STAGES + (used - 1) % STAGES), count=1)
             else:
                 acc = gl.convert_layout(part, O_LAYOUT).to(gl.float32)
 
@@ -438,116 +446,10 @@ def consume(
 
 
 @gluon.jit
-def consume_first(
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    places,
-    plan,
-    counts,
-    results,
-    tiles,
-    kv_heads,
-    limit,
-    scale,
-):
-    HALF: gl.constexpr = 0
-    consume(
-        HALF,
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        q_full,
-        q_free,
-        k_full,
-        k_free,
-        v_full,
-        v_free,
-        places,
-        plan,
-        counts,
-        results,
-        tiles,
-        kv_heads,
-        limit,
-        scale,
-    )
-
-
-@gluon.jit
-def consume_second(
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    places,
-    plan,
-    counts,
-    results,
-    tiles,
-    kv_heads,
-    limit,
-    scale,
-):
-    HALF: gl.constexpr = 1
-    consume(
-        HALF,
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        q_full,
-        q_free,
-        k_full,
-        k_free,
-        v_full,
-        v_free,
-        places,
-        plan,
-        counts,
-        results,
-        tiles,
-        kv_heads,
-        limit,
-        scale,
-    )
-
-
-@gluon.jit
-def produce(
-    HALF: gl.constexpr,
-    q,
-    k,
-    v,
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    places,
-    plan,
-    counts,
-    stride_kh,
-    stride_vh,
-    tiles,
-    kv_heads,
-    limit,
-):
+def produce(HALF: gl.constexpr, q, k, v, rings, unions, stride_kh, stride_vh):
     """Copy what the consumer will need, as soon as it has freed a place for it."""
+    q_ring, k_ring, v_ring = rings
+    places, plan, counts, tiles, kv_heads, limit = unions
     turn, used = 0, 0
     for flat in range(gl.program_id(0) * 2 + HALF, tiles * kv_heads, gl.num_programs(0) * 2):
         kv_head = flat // tiles
@@ -560,120 +462,16 @@ def produce(
             steps = count * STEPS_PER_BLOCK_TILE
             entries = plan + flat.to(gl.int64) * limit
             block, _ = step_of(entries, 0, steps)
-            mbarrier.wait(q_free.index(HALF), turn & 1 ^ 1)
-            mbarrier.expect(q_full.index(HALF), q.block_type.nbytes)
-            bulk_load(q, [first, kv_head * GROUP, 0], q_full.index(HALF), q_tiles.index(HALF))
+            fill(q_ring, HALF, turn & 1 ^ 1, q, [first, kv_head * GROUP, 0])
             turn += 1
             for step in range(steps):
                 slot = HALF * STAGES + used % STAGES
                 free = used // STAGES & 1 ^ 1
                 at = begin + first_key(block, step)
                 block, _ = step_of(entries, step + 1, steps)
-                mbarrier.wait(k_free.index(slot), free)
-                mbarrier.expect(k_full.index(slot), k.block_type.nbytes)
-                bulk_load(k, [at, kv_head * stride_kh], k_full.index(slot), k_tiles.index(slot))
-                mbarrier.wait(v_free.index(slot), free)
-                mbarrier.expect(v_full.index(slot), v.block_type.nbytes)
-                bulk_load(v, [at, kv_head * stride_vh], v_full.index(slot), v_tiles.index(slot))
+                fill(k_ring, slot, free, k, [at, kv_head * stride_kh])
+                fill(v_ring, slot, free, v, [at, kv_head * stride_vh])
                 used += 1
-
-
-@gluon.jit
-def produce_first(
-    q,
-    k,
-    v,
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    places,
-    plan,
-    counts,
-    stride_kh,
-    stride_vh,
-    tiles,
-    kv_heads,
-    limit,
-):
-    HALF: gl.constexpr = 0
-    produce(
-        HALF,
-        q,
-        k,
-        v,
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        q_full,
-        q_free,
-        k_full,
-        k_free,
-        v_full,
-        v_free,
-        places,
-        plan,
-        counts,
-        stride_kh,
-        stride_vh,
-        tiles,
-        kv_heads,
-        limit,
-    )
-
-
-@gluon.jit
-def produce_second(
-    q,
-    k,
-    v,
-    q_tiles,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
-    places,
-    plan,
-    counts,
-    stride_kh,
-    stride_vh,
-    tiles,
-    kv_heads,
-    limit,
-):
-    HALF: gl.constexpr = 1
-    produce(
-        HALF,
-        q,
-        k,
-        v,
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        q_full,
-        q_free,
-        k_full,
-        k_free,
-        v_full,
-        v_free,
-        places,
-        plan,
-        counts,
-        stride_kh,
-        stride_vh,
-        tiles,
-        kv_heads,
-        limit,
-    )
 
 
 @gluon.jit
@@ -696,69 +494,28 @@ def run_unions(
     q_tiles = gl.allocate_shared_memory(q.dtype, [2, TILE_TOKENS, GROUP_ROWS, HEAD_DIM], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [2 * STAGES, STEP_KEYS, HEAD_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [2 * STAGES, STEP_KEYS, V_HEAD_DIM], v.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], mbarrier.MBarrierLayout())
+    q_ring = Ring(q_tiles, barriers(2), barriers(2))
+    k_ring = Ring(k_tiles, barriers(2 * STAGES), barriers(2 * STAGES))
+    v_ring = Ring(v_tiles, barriers(2 * STAGES), barriers(2 * STAGES))
     for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_free.index(i), count=1)
+        mbarrier.init(q_ring.full.index(i), count=1)
+        mbarrier.init(q_ring.free.index(i), count=1)
     for i in gl.static_range(2 * STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_free.index(i), count=1)
+        mbarrier.init(k_ring.full.index(i), count=1)
+        mbarrier.init(k_ring.free.index(i), count=1)
+        mbarrier.init(v_ring.full.index(i), count=1)
+        mbarrier.init(v_ring.free.index(i), count=1)
     fence_async_shared()
 
-    consumer = (
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        q_full,
-        q_free,
-        k_full,
-        k_free,
-        v_full,
-        v_free,
-        places,
-        plan,
-        counts,
-        results,
-        tiles,
-        kv_heads,
-        limit,
-        softmax_scale * LOG2_E,
-    )
-    producer = (
-        q,
-        k,
-        v,
-        q_tiles,
-        k_tiles,
-        v_tiles,
-        q_full,
-        q_free,
-        k_full,
-        k_free,
-        v_full,
-        v_free,
-        places,
-        plan,
-        counts,
-        stride_kh,
-        stride_vh,
-        tiles,
-        kv_heads,
-        limit,
-    )
+    rings = (q_ring, k_ring, v_ring)
+    unions = (places, plan, counts, tiles, kv_heads, limit)
+    scale = softmax_scale * LOG2_E
     gl.warp_specialize(
         [
-            (consume_first, consumer),
-            (consume_second, consumer),
-            (produce_first, producer),
-            (produce_second, producer),
+            (consume, (0, rings, unions, results, scale)),
+            (consume, (1, rings, unions, results, scale)),
+            (produce, (0, q, k, v, rings, unions, stride_kh, stride_vh)),
+            (produce, (1, q, k, v, rings, unions, stride_kh, stride_vh)),
         ],
         [4, 1, 1],  # warps of the workers
         [232, 40, 40],  # and their registers a thread: products need many, addresses few
@@ -766,7 +523,7 @@ def run_unions(
 
 
 @gluon.jit
-def selected_attention_forward__bf16_d128_g16_b64_i1_c2__254f7db6(
+def selected_attention_forward__bf16_d128_g16_b64_i1_c2__ad66e777(
     q,
     k,
     v,
@@ -1150,7 +907,7 @@ def plan_and_attend(
         CHUNK=min(16, triton.next_power_of_2(topk)),
         num_warps=min(8, max(1, entries // 64)),
     )
-    selected_attention_forward__bf16_d128_g16_b64_i1_c2__254f7db6[
+    selected_attention_forward__bf16_d128_g16_b64_i1_c2__ad66e777[
         (min(processors(q), triton.cdiv(tiles * kv_heads, 2)),)
     ](
         describe_groups(q),
