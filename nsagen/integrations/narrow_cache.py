@@ -19,6 +19,7 @@ from nsagen.integrations.attention_layout import Layout, refuse
 from nsagen.integrations.narrow_rows import NarrowRows
 from nsagen.model.cache import check_narrow_cache
 from nsagen.model.forms import Form, form_of
+from nsagen.model.sparsity import Sparsity
 from nsagen.ops import pool_append, store_rows
 
 GROWTH = 1.125
@@ -261,10 +262,11 @@ def cache_bytes(
 ) -> int:
     """Bytes that the cache of a model of Transformers with nsagen's attention takes.
 
-    Those of tokens that came at once: a layer that grows has room for up to an eighth more.
+    Those of tokens that came at once: a layer that grows has room for up to an eighth more, for a
+    half with NSA.
 
     Args:
-        config: of the text model; a `cache_dtype` is counted.
+        config: of the text model, one that `apply_nsa` swapped or not; a `cache_dtype` is counted.
         tokens: of each of `batch` sequences.
         dtype: the model's.
     """
@@ -275,6 +277,18 @@ def cache_bytes(
     def rows(count: int, size: int) -> int:
         return count * (size + 4 if narrow else size * dtype.itemsize)
 
+    nsa = getattr(config, "nsa", None)
+    if nsa is not None:
+        from nsagen.integrations.transformers_cache import NSALayer, row_bytes
+        from nsagen.integrations.transformers_swap import SLIDING, keeps_sliding_layers
+
+        layer = NSALayer(Sparsity(**nsa), None, settings.get("cache_dtype"))
+        kinds = getattr(config, "layer_types", None) or []
+        dense = kinds.count(SLIDING) if keeps_sliding_layers(config) else 0
+        sparse = row_bytes(layer, tokens, heads, dim, dtype)
+        window = getattr(config, "sliding_window", None) or 1
+        sliding = heads * 2 * min(tokens, window - 1) * dim * dtype.itemsize
+        return batch * ((config.num_hidden_layers - dense) * sparse + dense * sliding)
     windows = form_of("config.nsagen", settings).windows(tokens) if "form" in settings else 0
     layers = config.num_hidden_layers
     total = layers * rows(heads * (2 * tokens + windows), dim)

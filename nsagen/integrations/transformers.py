@@ -20,6 +20,7 @@ import copy
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -44,6 +45,7 @@ from nsagen.integrations.transformers_classes import (
     swapped_config,
     text_model_of,
 )
+from nsagen.integrations.transformers_given import cache_dtype_of
 from nsagen.integrations.transformers_swap import (
     offloaded_attention,
     sparsity_of,
@@ -74,6 +76,7 @@ def apply_nsa(
     *,
     dispatcher: Any = None,
     gates: Gates = INITIAL_GATES,
+    cache_dtype: str | None = None,
 ) -> Model:
     """Replace the attention modules of a model by NSA, in place.
 
@@ -96,14 +99,17 @@ def apply_nsa(
             of a spec. Omitted settings have their defaults.
         dispatcher: generated kernels to use on a GPU; None for nsagen's own choice.
         gates: initial shares of the compressed, selected and sliding branch.
+        cache_dtype: "float8_e4m3fn" or "int8": caches keep keys, values and compressed ones in one
+            byte an element, as `InferenceConfig`'s. It is kept in `config.nsagen`, and may be
+            changed there between caches; None for the model's dtype.
 
     Returns:
         The model, with the class and config of a swapped one. `save_pretrained` saves its settings
         in `config.nsa`, and `AutoModelForCausalLM` reads it back.
 
     Raises:
-        InvalidInputError: an unsupported model, rope or setting; the model already has NSA or
-            adapters, or its attention is offloaded.
+        InvalidInputError: an unsupported model, rope, setting or cache_dtype; the model already has
+            NSA or adapters, or its attention is offloaded.
     """
     require(
         isinstance(model, PreTrainedModel),
@@ -138,13 +144,18 @@ def apply_nsa(
     )
     text = text_model_of(model)
     if text is not None:
-        become_whole(model, apply_nsa(text, attention, dispatcher=dispatcher, gates=gates))
+        more: dict[str, Any] = {"gates": gates, "cache_dtype": cache_dtype}
+        become_whole(model, apply_nsa(text, attention, dispatcher=dispatcher, **more))
         return model
     sparsity = sparsity_of(attention)
     check_config(model.config)
+    narrow = None if cache_dtype is None else {"cache_dtype": cache_dtype}
+    cache_dtype_of(SimpleNamespace(nsagen=narrow), sparsity)
     bases = swap(model, sparsity, dispatcher, gates)
     old = model.config
     config = swapped_config(old, stored_settings(sparsity))
+    if narrow is not None:
+        config.nsagen = narrow
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = config

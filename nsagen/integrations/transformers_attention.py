@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nsagen.integrations.transformers_cache import NSALayer, layer_of
-from nsagen.integrations.transformers_given import check_recording
+from nsagen.integrations.transformers_given import NO_GRADIENTS, check_recording
 from nsagen.integrations.transformers_layout import Call, refuse
 from nsagen.integrations.transformers_models import Facts
 from nsagen.integrations.transformers_rope import Roped, arranged
@@ -190,12 +190,16 @@ class TransformersNSA(NSAOps):
         x, call = hidden_states, nsa_call.to(hidden_states.device)
         cache = cache if cache is not None else past_key_values
         _check_same(call, x, position_embeddings, attention_mask, cache)
-        layer = None if cache is None else layer_of(cache, self.layer_idx, self.sparsity)
+        layer = None
+        if cache is not None:
+            layer = layer_of(cache, self.layer_idx, self.sparsity, call.cache_dtype)
         heads = self.heads(x, call)
         gate = self.gate_columns(call.pack(self.gate(x)).sigmoid()).to(heads.q.dtype)
         recording = _records(heads, gate)
         if recording and not call.recording and layer is not None:
             check_recording(call)
+        if recording and layer is not None and layer.cache_dtype is not None:
+            refuse(*NO_GRADIENTS)
         if layer is not None:
             layer.recorded = recording
         if layer is None:

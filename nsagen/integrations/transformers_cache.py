@@ -32,8 +32,9 @@ from nsagen.integrations.transformers_layout import (
     on_host,
     refuse,
 )
+from nsagen.model.cache import check_narrow_cache
 from nsagen.model.heads import Heads
-from nsagen.model.layer_cache import NSALayerCache, Pair, layer_lengths
+from nsagen.model.layer_cache import QUANTIZED, NSALayerCache, Pair, layer_lengths
 from nsagen.model.sparsity import Sparsity
 
 GROWTH = 1.5
@@ -51,6 +52,8 @@ class NSALayer(CacheLayerMixin):
     Args:
         sparsity: the settings.
         capacity: tokens that a row can hold; None: the layer grows.
+        cache_dtype: of keys, values and compressed ones, one of `CACHE_DTYPES`; None for that of
+            the tokens.
 
     Attributes:
         store: the tensors; None before the first token.
@@ -66,9 +69,11 @@ class NSALayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, sparsity: Sparsity, capacity: int | None = None) -> None:
+    def __init__(
+        self, sparsity: Sparsity, capacity: int | None = None, cache_dtype: str | None = None
+    ) -> None:
         super().__init__()
-        self.sparsity, self.capacity = sparsity, capacity
+        self.sparsity, self.capacity, self.cache_dtype = sparsity, capacity, cache_dtype
         self.reset()
 
     def reset(self) -> None:
@@ -94,8 +99,8 @@ class NSALayer(CacheLayerMixin):
         store, held = self.store, 0
         if store is not None:
             held = store.k.shape[1]
-            if store.k.dtype != k.dtype:
-                rule = f"holds {store.k.dtype}, and tokens added to it must have that dtype"
+            if store.k_raw.dtype != k.dtype:
+                rule = f"holds {store.k_raw.dtype}, and tokens added to it must have that dtype"
                 refuse("cache", rule, str(k.dtype), "use the same autocast for all calls")
             if not torch.compiler.is_compiling() and _stale(store.k):
                 copies = {name: tensor.clone() for name, tensor in store.tensors().items()}
@@ -103,26 +108,42 @@ class NSALayer(CacheLayerMixin):
                 self.recent = [tensor.clone() for tensor in self.recent]
             if call.room <= held:
                 return store
+        if store is None:
+            check_narrow_cache("cache", self.cache_dtype, k.device, k.dtype)
         capacity = self.capacity or -(-max(call.room, int(held * GROWTH)) // ROUND) * ROUND
-        size, stride = self.sparsity.kernel_size, self.sparsity.kernel_stride
-        windows = max(1, (capacity - size) // stride + 1)
-        grown = {
-            name: (v if "v" in name else k).new_zeros(
-                call.batch, entries, *(v if "v" in name else k).shape[-2:]
-            )
-            for name, entries in layer_lengths(self.sparsity, capacity, windows).items()
-        }
+        grown = self.zeros(call.batch, capacity, k, v)
         if store is not None:
             for name, old in store.tensors().items():
                 grown[name][:, : old.shape[1]] = old
         self.store, self.is_initialized = NSALayerCache(**grown), True
         if not self.recent:
-            length = Recent.length(self.sparsity) + 1
-            of = (k, v) if self.store.v_raw is not None else (k,)
-            self.recent = [t.new_zeros(call.batch, length, *t.shape[-2:]) for t in of]
+            self.recent = self.last_tokens(call.batch, k, v)
         if self.capacity is not None:
             _stay([*grown.values(), *self.recent])
         return self.store
+
+    def zeros(self, batch: int, capacity: int, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+        """The store's tensors with room for so many tokens like k and v, [N, HK, dim]."""
+        size, stride = self.sparsity.kernel_size, self.sparsity.kernel_stride
+        windows = max(1, (capacity - size) // stride + 1)
+        narrow, made = self.cache_dtype is not None, {}
+        for name, entries in layer_lengths(self.sparsity, capacity, windows, narrow).items():
+            like = v if "v" in name else k
+            if name.endswith("_scale"):
+                rows = like.new_zeros(batch, like.shape[-2], entries, dtype=torch.float32)
+                made[name] = rows.transpose(1, 2)  # a kernel reads one head's
+            elif narrow and name in QUANTIZED:
+                numbers = like.new_zeros(batch, entries, *like.shape[-2:], dtype=torch.int8)
+                made[name] = numbers.view(getattr(torch, str(self.cache_dtype)))
+            else:
+                made[name] = like.new_zeros(batch, entries, *like.shape[-2:])
+        return made
+
+    def last_tokens(self, batch: int, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Room for the last keys, and values where the store has them, like k and v."""
+        length = Recent.length(self.sparsity) + 1
+        both = self.cache_dtype is not None or self.sparsity.branch_kv == "separate"
+        return [t.new_zeros(batch, length, *t.shape[-2:]) for t in ((k, v) if both else (k,))]
 
     def remember(self, call: Call, raw: Pair) -> None:
         """Store what `crop` may need of the call's tokens.
@@ -141,7 +162,7 @@ class NSALayer(CacheLayerMixin):
             return
         index = index.to(self.state.lengths.device)
         index = torch.where(index < 0, index + len(self.state.lengths), index)
-        kept = {n: tensor.index_select(0, index) for n, tensor in self.store.tensors().items()}
+        kept = {n: _rows_of(tensor, index) for n, tensor in self.store.tensors().items()}
         self.store, self.state = NSALayerCache(**kept), self.state.rows(index)
         self.recent = [tensor.index_select(0, index) for tensor in self.recent]
         if self._written is not None:
@@ -234,6 +255,19 @@ class NSALayer(CacheLayerMixin):
     prefetch = offload
 
 
+def row_bytes(layer: NSALayer, tokens: int, kv_heads: int, dim: int, dtype: torch.dtype) -> int:
+    """Bytes that a new layer takes for a row of so many tokens."""
+    like = torch.empty(1, kv_heads, dim, dtype=dtype, device="meta")
+    held = layer.zeros(1, -(-tokens // ROUND) * ROUND, like, like).values()
+    return sum(t.nbytes for t in (*held, *layer.last_tokens(1, like, like)))
+
+
+def _rows_of(tensor: Tensor, index: Tensor) -> Tensor:
+    """Some rows; PyTorch indexes integers everywhere, numbers of one byte not."""
+    bits = tensor.view(torch.int8) if tensor.element_size() == 1 else tensor
+    return bits.index_select(0, index).view(tensor.dtype)
+
+
 def _stale(tensor: Tensor) -> bool:
     """Whether a tensor was made in inference mode and can't be written to here."""
     return tensor.is_inference() and not torch.is_inference_mode_enabled()
@@ -275,20 +309,25 @@ def capacity_of(layer: Any) -> int | None:
     return layer.max_cache_len if type(layer) is StaticLayer else None
 
 
-def layer_of(cache: Cache, index: int, sparsity: Sparsity) -> NSALayer:
+def layer_of(cache: Cache, index: int, sparsity: Sparsity, cache_dtype: str | None) -> NSALayer:
     """A cache's NSA layer at an index; made if the layer there is empty."""
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[index]
-    if isinstance(layer, NSALayer):
+    if isinstance(layer, NSALayer) and (layer.state or layer.cache_dtype == cache_dtype):
         return layer
     check_replaceable(layer)
-    cache.layers[index] = made = NSALayer(sparsity, capacity_of(layer))
+    cache.layers[index] = made = NSALayer(sparsity, capacity_of(layer), cache_dtype)
     return made
 
 
 def state_of(
-    cache: Any, indices: Sequence[int], sparsity: Sparsity, batch: int, device: torch.device
+    cache: Any,
+    indices: Sequence[int],
+    sparsity: Sparsity,
+    batch: int,
+    device: torch.device,
+    cache_dtype: str | None = None,
 ) -> tuple[State | None, int | None]:
     """What a cache holds for the layers with NSA.
 
@@ -297,7 +336,7 @@ def state_of(
 
     Raises:
         InvalidInputError: an unknown kind of cache; a cache of another model or of other rows; one
-            that a failed call left half written.
+            that a failed call left half written; tokens held in another dtype than cache_dtype.
     """
     offloads = getattr(cache, "offloading", False)
     if type(cache) not in (Cache, DynamicCache, StaticCache) or offloads:
@@ -310,6 +349,9 @@ def state_of(
         if isinstance(layer, NSALayer) and layer.sparsity != sparsity:
             rule = "must be one that a model with the same settings of attention filled"
             refuse("cache", rule, str(layer.sparsity), "start from an empty cache")
+        if isinstance(layer, NSALayer) and layer.state and layer.cache_dtype != cache_dtype:
+            rule = f"must hold tokens that came with cache_dtype {cache_dtype}"
+            refuse("cache", rule, str(layer.cache_dtype), "start from an empty cache")
     capacity = capacity_of(layers[0]) if layers else None
     states = [layer.state if isinstance(layer, NSALayer) else None for layer in layers]
     state = states[0] if states else None

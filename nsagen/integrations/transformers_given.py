@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nsagen.integrations.transformers_cache import state_of
 from nsagen.integrations.transformers_layout import Call, State, refuse, refuse_unless
+from nsagen.model.forms import check_narrow
 from nsagen.model.sparsity import Sparsity
 
 INPUTS = {
@@ -60,6 +61,7 @@ class Given:
         capacity: of its layers; None: they grow.
         caches: whether the call may write to a cache.
         recording: whether autograd records.
+        cache_dtype: of new layers of the cache; None for that of the tokens.
     """
 
     batch: int
@@ -75,6 +77,7 @@ class Given:
     capacity: int | None
     caches: bool
     recording: bool
+    cache_dtype: str | None
 
     @property
     def seen(self) -> int | Tensor:
@@ -118,6 +121,26 @@ def check_settings(model: Any, stored: dict[str, Any]) -> None:
             ", ".join(f"{name}={settings.get(name)!r}" for name in names),
             "save the model, and load it with from_pretrained(folder, nsa={...})",
         )
+
+
+def cache_dtype_of(config: Any, sparsity: Sparsity) -> str | None:
+    """`config.nsagen["cache_dtype"]`: the dtype that new caches of a swapped model have.
+
+    Raises:
+        InvalidInputError: an unknown dtype or another key; branches with keys of their own.
+    """
+    settings = getattr(config, "nsagen", None)
+    if settings is None:
+        return None
+    if not isinstance(settings, Mapping) or set(settings) - {"cache_dtype"}:
+        rule = "of a swapped model takes cache_dtype alone: nsa has the settings of attention"
+        refuse("config.nsagen", rule, repr(settings), "leave the others out")
+    cache_dtype = settings.get("cache_dtype")
+    check_narrow("config.nsagen", cache_dtype)
+    if cache_dtype is not None and sparsity.branch_kv != "shared":
+        rule = "needs branches that share keys and values"
+        refuse("cache_dtype", rule, f"branch_kv={sparsity.branch_kv!r}", "leave cache_dtype out")
+    return cache_dtype
 
 
 CACHES = ("cache", "past_key_values")
@@ -209,16 +232,22 @@ def given_of(
     caches = inputs.get("use_cache")
     caches = bool(model.config.use_cache if caches is None else caches) or cache is not None
     state = capacity = None
+    cache_dtype = cache_dtype_of(model.config, sparsity)
+    if graded and model.training:
+        cache_dtype = None  # nothing that is rounded passes gradients on
     places = [layer.layer_idx for layer in layers]
     if caches:
         check_places(model)
     if cache is not None:
-        state, capacity = state_of(cache, places, sparsity, batch, tokens.device)
+        where = (batch, tokens.device)
+        state, capacity = state_of(cache, places, sparsity, *where, cache_dtype)
     if graded and model.training and _checkpoints(model):
         if state is not None:
             rule = "must be empty under gradient checkpointing, which takes it from layers"
             refuse("cache", rule, f"{state.seen} tokens", "call model.eval(), or use no_grad")
         caches = False
+    if caches and cache_dtype is not None and recording:
+        refuse(*NO_GRADIENTS)
     if state is not None and state.recorded and recording:
         refuse(*_RECORDED)
     step = state is not None and length == 1 and not recording
@@ -238,10 +267,18 @@ def given_of(
         capacity,
         caches,
         recording,
+        cache_dtype,
     )
     _check_cache_position(inputs.get("cache_position"), given)
     return given
 
+
+NO_GRADIENTS = (
+    "a cache",
+    "of one byte an element has no gradients",
+    "keys or values that have",
+    "call the model under torch.no_grad(), or with use_cache=False",
+)
 
 _RECORDED = (
     "cache",

@@ -128,7 +128,8 @@ class Inputs:
         if given.caches and cache is None:
             cache = kwargs[self._cache_name] = DynamicCache(config=model.config)
         kwargs["attention_mask"] = self._masks(model, given, kwargs)
-        call = replace(call, last=given.last, cache=cache if given.caches else None)
+        call = replace(call, last=given.last, cache_dtype=given.cache_dtype)
+        call = replace(call, cache=cache if given.caches else None)
         return (), {**kwargs, CALL: call}
 
     def _check_rope(self, model: Any, given: Given) -> Checked | None:

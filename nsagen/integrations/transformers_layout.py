@@ -110,6 +110,7 @@ class Call:
         positions: int32 [B], in decoding steps: where the row's token goes, -1 at padding.
         recent: where the tokens go in `NSALayer.recent`.
         cache: Transformers' `Cache`; None if the call may not write to one.
+        cache_dtype: of its new layers; None for that of the tokens.
     """
 
     batch: int
@@ -126,6 +127,7 @@ class Call:
     positions: Tensor | None = None
     recent: Recent | None = None
     cache: Any = None
+    cache_dtype: str | None = None
     _elsewhere: dict[torch.device, Call] = field(default_factory=dict, compare=False, repr=False)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Call:

@@ -6,7 +6,6 @@ The oracle gives attention the keys, values and windows that such a cache gives 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from nsagen.integrations.narrow_cache import GrowingRows, NarrowLayer, cache_byt
 from nsagen.ops.reference.quantize import round_trip  # noqa: E402
 from tests.integrations import test_minicpm, test_minimax_m3  # noqa: E402
 from tests.integrations.plain_forms import INFLLM, MOBA, distance, plain  # noqa: E402
-from tests.integrations.tiny import CACHE, dense  # noqa: E402
+from tests.integrations.tiny import CACHE, dense, in_pieces, refused  # noqa: E402
 
 CUTS = ([70], [30, 37, 70], [41, *range(42, 71)])
 """A prompt at once, in chunks, and token by token."""
@@ -71,19 +70,6 @@ def made(kind: str, path: Path, cache_dtype: str) -> Any:
 
 def tokens(*shape: int) -> Tensor:
     return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(2))
-
-
-@torch.no_grad()
-def in_pieces(
-    model: Any, ids: Tensor, cuts: Sequence[int], cache: Any = None, **more: Any
-) -> tuple[Tensor, Any]:
-    """Logits of tokens that come up to each cut, and the cache that they leave."""
-    logits, first = [], 0 if cache is None else cache.get_seq_length()
-    for end in cuts:
-        out = model(ids[:, first:end], **{CACHE: cache}, use_cache=True, **more)
-        cache, first = getattr(out, CACHE), end
-        logits.append(out.logits)
-    return torch.cat(logits, 1), cache
 
 
 def stored(cache: Any) -> list[Tensor]:
@@ -265,11 +251,6 @@ def test_training_keeps_keys_as_they_are(tmp_path: Path) -> None:
         model(ids, labels=ids).loss.backward()
         found.append(model.model.layers[0].self_attn.k_proj.weight.grad)
     assert torch.equal(*found)
-
-
-def refused(text: str, model: Any, *args: Any, **kwargs: Any) -> None:
-    with pytest.raises(InvalidInputError, match=text), torch.no_grad():
-        model(*args, **kwargs)
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from nsagen.core.errors import InvalidInputError
 from nsagen.integrations.transformers import apply_nsa
 from nsagen.integrations.transformers_models import MODELS, Facts
 
@@ -115,3 +117,21 @@ def tokens(*shape: int, seed: int = 2) -> Tensor:
 
 def distance(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
+
+
+@torch.no_grad()
+def in_pieces(
+    model: Any, ids: Tensor, cuts: Sequence[int], cache: Any = None, **more: Any
+) -> tuple[Tensor, Any]:
+    """Logits of tokens that come up to each cut, and the cache that they leave."""
+    logits, first = [], 0 if cache is None else cache.get_seq_length()
+    for end in cuts:
+        out = model(ids[:, first:end], **{CACHE: cache}, use_cache=True, **more)
+        cache, first = getattr(out, CACHE), end
+        logits.append(out.logits)
+    return torch.cat(logits, 1), cache
+
+
+def refused(text: str, model: Any, *args: Any, **kwargs: Any) -> None:
+    with pytest.raises(InvalidInputError, match=text), torch.no_grad():
+        model(*args, **kwargs)
