@@ -124,6 +124,14 @@ def measured() -> dict[Case, dict[str, Any]]:
     }
 
 
+def test_graphs_had_the_same_losses() -> None:
+    """To the bit, those of the first step."""
+    rows = measured()
+    for case, row in rows.items():
+        if case.graph and (same := rows.get(case._replace(graph=False))):
+            assert row["loss"] == same["loss"]
+
+
 @pytest.mark.parametrize(
     "case",
     [case for case in measured() if case.split != "alone"],

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nsagen.distributed import context_parallel, sparse_attention
+from nsagen.distributed.gathering import Gathering
 from nsagen.model import ToyNSALlama
 from nsagen.ops import _checks, _op
 from tests.distributed.ranks import on_ranks
@@ -50,19 +51,30 @@ def test_kernels_of_two_ranks_give_one_process_s_gradients(form: str) -> None:
 
     expected = passed(attention(**EVERY[form]), lengths)  # float64 has no kernels
 
-    def run(rank: int) -> tuple[Found, bool]:
-        mine, taken = attention(**EVERY[form]).float(), list[bool]()
-        takes = sparse_attention.takes_gates
+    def run(rank: int) -> tuple[Found, list[str]]:
+        mine, happened = attention(**EVERY[form]).float(), list[str]()
 
-        def noted(*args: Any) -> bool:
-            taken.append(takes(*args))
-            return taken[-1]
+        def noted(owner: Any, name: str) -> None:
+            function = getattr(owner, name)
 
-        sparse_attention.takes_gates = noted
-        return passed(mine, lengths, context_parallel(mine)), taken == [True]
+            def call(*args: Any) -> Any:
+                happened.append(name)
+                return function(*args)
 
-    for found, shared in on_ranks(2, run):
-        assert shared == (form != "separate")
+            setattr(owner, name, call)
+
+        noted(Gathering, "sum_gradients")
+        noted(sparse_attention, "compressed_attention_backward")
+        noted(sparse_attention, "add_compressed_gradient")
+        return passed(mine, lengths, context_parallel(mine)), happened
+
+    # The tokens' gradients are summed over the ranks while the windows' are computed; where a
+    # branch has its own, these are computed while tokens are gathered.
+    order = ["sum_gradients", "add_compressed_gradient", "sum_gradients"]
+    if form == "separate":
+        order = ["compressed_attention_backward", "sum_gradients", "sum_gradients"]
+    for found, happened in on_ranks(2, run):
+        assert happened == order
         for name, one in expected.items():
             other = found[name]
             if one is not None:
