@@ -44,3 +44,23 @@ def test_workspace_of_a_million_tokens(workload, tmp_path):
     key = (workload.op, workload.pass_)
     limit = CONSTANT.get(key, 0) + BYTES_A_TOKEN.get(key, 0) * MILLION
     assert workspace_bytes(path, workload, sizes) <= limit
+
+
+@pytest.mark.parametrize("name", ["minimax_m3", "minicpm4", "moba"])
+def test_the_family_s_scores_take_no_memory_of_n_squared(name, tmp_path):
+    """A million tokens squared are 4 TiB of float32 a head."""
+    spec = load_spec(name)
+    limits = {
+        "block_selection": 512 * MIB,
+        "compressed_lse": 0,
+        "index_loss": 7600 * MILLION,  # backward: partial gradients of index keys
+    }
+    for workload in spec.workloads():
+        if workload.op not in limits or workload.pass_ == "decode":
+            continue
+        indexed = workload.op == "block_selection" and name == "minimax_m3"
+        sizes = Sizes((MILLION,), kv_heads=1 if indexed else 4, topk=spec.topk_of(workload))
+        schedule = default_schedule(workload, KNOWN_TARGETS["cuda:90"])
+        path = tmp_path / f"{kernel_name(workload, schedule)}.py"
+        path.write_text(render(workload, schedule, "# test"))
+        assert workspace_bytes(path, workload, sizes) <= limits[workload.op], workload
