@@ -1,4 +1,4 @@
-"""Attention of a decode step, float8 caches beside bfloat16: today's default kernels and others.
+"""Attention of a decode step, float8 caches beside bfloat16: default schedules and others.
 
     python benchmarks/narrow_decode.py --out "$OUT"
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import tempfile
 import time
@@ -27,6 +26,7 @@ from torch import Tensor
 from nsagen.bench.decode import ATTENTION
 from nsagen.bench.decode_cases import AttentionCaches
 from nsagen.bench.measure import graphed, milliseconds
+from nsagen.bench.results import check_free, write_results
 from nsagen.cases.base import Sizes, relative_error
 from nsagen.codegen.template import kernel_name, render, space_for
 from nsagen.core.importing import import_file
@@ -122,7 +122,7 @@ def compile_one(kernel: Kernel, folder: Path, batch: int, context: int) -> None:
 class Bench:
     """Kernels on the caches of one size after another."""
 
-    def __init__(self, folder: Path, out: Path, end: float) -> None:
+    def __init__(self, folder: Path, out: Path | None, end: float) -> None:
         self.folder, self.out, self.end = folder, out, end
         self.rows: list[dict[str, Any]] = []
 
@@ -158,7 +158,7 @@ class Bench:
             ms = milliseconds(graphed(lambda steps=steps: [step() for step in steps]))
             whole = Kernel(f"all, {branches}", cache_dtype, compressed)
             self.row(batch, context, whole, ms=ms)
-        self.out.write_text(json.dumps(self.rows, indent=1))
+        write_results("narrow_decode", self.rows, self.out)
 
     def call(
         self, kernel: Kernel, c: AttentionCaches, expected: dict[str, tuple[Tensor, ...]]
@@ -219,10 +219,11 @@ def kernels_of(cache_dtype: str, every: bool) -> list[Kernel]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--out", type=Path, help="a folder; default: benchmarks/results")
     parser.add_argument("--seconds", type=float, default=85, help="begin nothing after these")
     parser.add_argument("--compile-only", action="store_true", help="needs no GPU")
     options = parser.parse_args()
+    check_free("narrow_decode", options.out)
     end = time.monotonic() + options.seconds
     sizes = [(32, 131072), *((b, c) for c in CONTEXTS for b in BATCHES if (b, c) != (32, 131072))]
     with tempfile.TemporaryDirectory() as name:
@@ -241,8 +242,7 @@ def main() -> None:
         print(f"compiled with {end - time.monotonic():.0f} s left", flush=True)
         if options.compile_only:
             return
-        options.out.mkdir(parents=True, exist_ok=True)
-        bench = Bench(folder, options.out / "narrow_decode.json", end)
+        bench = Bench(folder, options.out, end)
         for (batch, context), narrow in itertools.product(sizes, DTYPES):
             every = (batch, context) == sizes[0]
             bench.size(batch, context, narrow, kernels_of(narrow, every))
