@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import operator
 import threading
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +15,8 @@ from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.model.checks import is_integer, require
-from nsagen.model.drafts import Drafter, check_draft, check_drafter
+from nsagen.model.drafts import Drafter, check_drafter
+from nsagen.model.driver import Driver
 from nsagen.model.memory import home_of
 from nsagen.model.requests import (
     Request,
@@ -38,8 +36,6 @@ from nsagen.model.roster import Roster
 from nsagen.model.runner import BatchRunner
 from nsagen.model.sampling import SamplingConfig
 from nsagen.model.sequences import NewToken, RunningSequence
-
-_log = logging.getLogger("nsagen.serving")
 
 
 @dataclass(eq=False)
@@ -80,10 +76,7 @@ class ContinuousBatch:
 
     model: Any
     cuda_graph: bool | None = None
-    retries: bool = field(default=True, init=False, repr=False)
     weights_change: bool = field(default=True, init=False, repr=False)
-    drafted: int = field(default=0, init=False)
-    accepted: int = field(default=0, init=False)
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
     _at_work: bool = field(default=False, init=False, repr=False)
 
@@ -96,6 +89,7 @@ class ContinuousBatch:
         self.cache = self._runner.cache
         self._roster = Roster(self.cache)
         self._results = Results(self._roster)
+        self._driver = Driver(self._runner, self._roster, self._results)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Refuse copies and pickles: they would share or lose the running sequences' cache."""
@@ -103,6 +97,22 @@ class ContinuousBatch:
             "ContinuousBatch: a batch cannot be copied or saved, got copy, deepcopy or pickle of "
             "one; make another with ContinuousBatch(model) and add the prompts to it"
         )
+
+    @property
+    def retries(self) -> bool:
+        return self._driver.retries
+
+    @retries.setter
+    def retries(self, retries: bool) -> None:
+        self._driver.retries = retries
+
+    @property
+    def drafted(self) -> int:
+        return self._driver.drafted
+
+    @property
+    def accepted(self) -> int:
+        return self._driver.accepted
 
     @property
     def waiting(self) -> int:
@@ -359,7 +369,7 @@ class ContinuousBatch:
         results: list[NewToken] = []
         try:
             with self._working():
-                self._advance()
+                self._driver.advance(cuda_graph=bool(self.cuda_graph))
                 results += self._results.ready
                 self._results.ready = nothing
             return results
@@ -384,8 +394,8 @@ class ContinuousBatch:
             if not self._results.ready:
                 with self._working():
                     while prompts_first and self._roster.waiting:
-                        self._prefill()
-                    self._advance()
+                        self._driver.prefill()
+                    self._driver.advance(cuda_graph=bool(self.cuda_graph))
             new = None
             try:
                 with self._lock:
@@ -402,7 +412,7 @@ class ContinuousBatch:
     def prefill(self) -> None:
         """Run one pass over waiting prompts, if there are any; running sequences wait."""
         with self._working():
-            self._prefill()
+            self._driver.prefill()
 
     @contextmanager
     def _working(self) -> Iterator[None]:
@@ -443,130 +453,7 @@ class ContinuousBatch:
         if self.weights_change or not self._roster.unread:
             self._runner.stale = True
 
-    def _advance(self) -> None:
-        """A pass over waiting prompts, a step of running sequences, and what came of them.
-
-        In each, `Roster` says what runs, `BatchRunner` runs it, and `Results` counts its tokens.
-        """
-        roster = self._roster
-        roster.end_complete(list(roster.running))  # those of a step that was interrupted
-        self._prefill()
-        drafts = self._drafts()
-        if roster.running:
-            self._decode(drafts)
-        self._results.receive(in_flight=bool(roster.running) and not drafts)
-
-    def _prefill(self) -> None:
-        """A pass over waiting prompts, if there are any."""
-        roster = self._roster
-        if roster.waiting:
-            roster.sharing.follow(self.model)
-        chosen = roster.next_pass()
-        if not chosen:
-            return
-        sequences = [one for one, _ in chosen]
-        try:
-            readout = self._runner.run_pass(chosen)
-            for one, piece in chosen:
-                one.computed = piece.end
-            if readout is not None:
-                self._results.expect(readout, begun=readout.sequences)
-        except BaseException as error:
-            # The cache may hold a part of the pass: these prompts restart, each by itself.
-            for one in sequences:
-                one.restart()
-                one.alone = True
-            if not isinstance(error, Exception):
-                raise
-            self._blame(sequences, error, "pass over %d prompts")
-            return
-        for one in sequences:
-            roster.record(one)
-        roster.end_complete(() if readout is None else readout.sequences)
-
-    def _drafts(self) -> dict[RunningSequence, list[int]]:
-        """Guesses of what follows the running sequences. The host must know all their tokens, so
-        it waits for those in flight, if any sequence has a drafter."""
-        running = self._roster.running
-        if not any(one.request.drafter for one in running):
-            return {}
-        self._results.receive(in_flight=False)
-        drafts = {}
-        for one in list(self._roster.running):
-            most = min(self._runner.most_drafted, one.request.limit - one.chosen - 1)
-            try:
-                if one.drafter is not None and most > 0:
-                    draft = check_draft(one.drafter(one.text, most), most, vocabulary(self.model))
-                    if draft:
-                        drafts[one] = draft
-            except Exception as error:
-                _free_frames(error)
-                self._results.fail(one, error)
-        return drafts
-
-    def _decode(self, drafts: Mapping[RunningSequence, list[int]]) -> None:
-        """A step of the running sequences."""
-        together = list(self._roster.running)
-        try:
-            self._run_step(together, drafts)
-        except Exception as error:
-            if self._blame(together, error, "step of %d sequences"):
-                return
-            together = [one for one in together if not one.ended]  # a hook may cancel, then fail
-            failed = self._run_apart(together)
-            if together and len(failed) == len(together):
-                raise  # not one sequence's fault, as far as this can tell
-            for one, own in failed.items():
-                self._results.fail(one, own)
-
-    def _run_step(
-        self,
-        sequences: list[RunningSequence],
-        drafts: Mapping[RunningSequence, list[int]] = MappingProxyType({}),
-    ) -> None:
-        """Run a step of these sequences; if it fails, they stay as they were."""
-        running, cuda_graph = self._roster.running, bool(self.cuda_graph)
-        try:
-            readout = self._runner.run_step(sequences, running, drafts, cuda_graph=cuda_graph)
-            self._results.expect(readout)
-        except BaseException:
-            self._runner.take_back()
-            raise
-        self.drafted += sum(map(len, drafts.values()))
-        self.accepted += len(readout.sequences) - len(sequences)
-        self._roster.end_complete(sequences)
-
-    def _run_apart(self, sequences: Sequence[RunningSequence]) -> dict[RunningSequence, Exception]:
-        """Run a step of each sequence separately; returns those that fail, and how."""
-        failed = {}
-        for one in sequences:
-            try:
-                self._run_step([one])
-            except Exception as error:
-                _free_frames(error)
-                failed[one] = error
-        return failed
-
-    def _blame(self, sequences: list[RunningSequence], error: Exception, what: str) -> bool:
-        """End what a failure ends: the only sequence that ran or, without retries, all that there
-        are. Returns False if sequences are to run again, each alone."""
-        _free_frames(error)
-        if not self.retries:
-            for one in (*self._roster.waiting, *self._roster.running):
-                self._results.fail(one, error)
-        elif len(sequences) == 1:
-            self._results.fail(sequences[0], error)
-        else:
-            _log.warning(f"a {what} failed (%r): each runs alone", len(sequences), error)
-            return False
-        return True
-
 
 def _text_of(one: RunningSequence) -> Tensor:
     """Its prompt and its tokens so far, int64 [L] on the host."""
     return torch.tensor(one.text, dtype=torch.int64, device="cpu")
-
-
-def _free_frames(error: Exception) -> None:
-    """Release the tensors of a failed pass, which the error's traceback holds."""
-    traceback.clear_frames(error.__traceback__)

@@ -336,7 +336,9 @@ def test_a_step_that_fails_before_it_computes_takes_nothing_back(
     with monkeypatch.context() as patch:
         patch.setattr(batch._runner, "_host_memory", full)
         with pytest.raises(MemoryError):
-            batch._run_step(batch._roster.running, {batch._roster.running[0]: [1, 2]})
+            batch._driver.run_step(
+                batch._roster.running, {batch._roster.running[0]: [1, 2]}, cuda_graph=False
+            )
     assert all(map(torch.equal, raw, (layer.k_raw for layer in batch.cache)))
     assert tokens + [new.token for new in batch.run()] == answer
 
