@@ -62,11 +62,11 @@ test: $(STAMP)
 	$(MAKE) test-interpreter
 
 # What is in tests/kernels runs in the interpreter or on a GPU.
-test-plain: $(STAMP)
+test-plain: $(STAMP) $(IMPORTED)
 	$(PYTEST) -m "not slow and not interpreter and not gpu" --ignore tests/kernels
 
 # Only files that may have such tests: each worker imports what it collects.
-test-interpreter: $(STAMP)
+test-interpreter: $(STAMP) $(IMPORTED)
 	$(INTERPRETED) $(PYTEST) -m "(kernel or interpreter) and not slow" \
 	  tests/kernels $$(grep -rlE 'mark\.(interpreter|kernel)' tests --include='test_*.py')
 
@@ -91,7 +91,13 @@ test-shapes: $(STAMP)
 
 # At once: many plain tests wait for processes, and leave their core to the interpreter meanwhile.
 check: $(STAMP)
-	$(MAKE) -j 3 test-plain test-interpreter static
+	$(MAKE) -j 3 test-plain test-interpreter static IMPORTED=.venv/.imported
+
+# Workers import the same modules in the same order: each would compile all of a new environment.
+# So one process does, while static has the other core.
+.venv/.imported: $(STAMP)
+	-OMP_NUM_THREADS=1 $(PY) -m pytest -q --collect-only > /dev/null
+	touch $@
 
 static: $(STAMP)
 	$(PY) -m ruff check .

@@ -16,6 +16,10 @@ from pathlib import Path
 
 import pytest
 
+# Imports and tests allocate much and leave few circles: a sixth of collection went into looking
+# for them every 700 objects.
+gc.set_threshold(50_000, 20, 50)
+
 # Parallel workers inherit a terminal's width, which would fold what commands print.
 os.environ.pop("COLUMNS", None)
 
