@@ -44,6 +44,7 @@ from nsagen.core.workload import Param, parameter_names
 from nsagen.ops._calls import (
     Args,
     KnownCalls,
+    TensorGuards,
     all_none,
     functional,
     is_plain,
@@ -144,10 +145,14 @@ def _define(
     function, defaults = op.function, op.defaults
     in_parts = op.kernel is None and backward is None and not mutates
     node: Any = None
+    known_node: Any = None
     if backward is not None:
         node = backward.node(
             op.name, lambda args: dispatched(*args) if profiled() else calls.run(args)
         )
+        base: Any = super(torch.autograd.Function, node)
+        # It does not look for wrappers that outlived a transform: guards know none.
+        known_node = node.apply if TensorGuards is None else base.apply
     if not mutates:
         _register_autograd(op, dispatched, calls, backward)
     in_transform: Any = _functional(op, lambda *args: call(*args), backward)
@@ -173,7 +178,9 @@ def _define(
         if wanted and torch.is_grad_enabled():
             if in_parts:
                 return function(*full)
-            return dispatched(*args) if node is None else node.apply(*full)
+            if node is None:
+                return dispatched(*args)
+            return (node.apply if known is None else known_node)(*full)
         if profiled():
             return function(*full) if in_parts else dispatched(*args)
         return calls.run(full, known)

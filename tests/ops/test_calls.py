@@ -122,6 +122,16 @@ def test_known_calls_tell_what_checks_see(calls: KnownCalls[str]) -> None:
     assert calls.find((x, 1, x.clone(), Y)) is None
 
 
+def test_a_wrapper_that_outlived_a_transform_is_not_known() -> None:
+    """Known calls go by what would unwrap it."""
+    calls, wrappers = known_calls(), list[Tensor]()
+    x = torch.zeros(4, 6)
+    calls.learn((x, 1, None, Y), "known")
+    torch.func.grad(lambda x: (wrappers.append(x), x.sum())[1])(x)
+    assert calls.find((x, 1, None, Y)) == "known"
+    assert calls.find((wrappers[0], 1, None, Y)) is None
+
+
 def test_one_tensor_may_come_twice(calls: KnownCalls[str]) -> None:
     x, y = torch.zeros(4, 6), torch.zeros(4, 6)
     calls.learn((x, 1, x, Y), "known")
