@@ -97,7 +97,7 @@ def sizes_for(draw, shape: AttentionShape, pass_: str) -> Sizes:
 def trials(draw, op: str, pass_: str) -> Reproduction:
     shape = draw(attention_shapes())
     params = {name: of_shape(shape, name) for name in parameter_names(op, pass_)}
-    if op == "sliding_window_attention" and not params.get("local_blocks"):
+    if op == "sliding_window_attention":  # forced blocks beside it are Hopper's pipeline alone
         blocks = draw(st.integers(0, 3))  # of a window that ends with a token's own, or a plain one
         params |= dict.fromkeys(FORCED[op, pass_], 0)
         if blocks:

@@ -20,6 +20,7 @@ from nsagen.codegen.template import space_for, spaces_of
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Param, Schedule, Workload
 from tests.gluon_on_cpu import Pipeline
+from tests.kernels import test_ranges as ranges
 from tests.kernels.test_gated_gradients import check_gates
 from tests.support import check_case, load_kernel
 
@@ -99,6 +100,36 @@ def test_gates_of_any_sign(
     module = variant(w, hide=hide)
     on_cpu(monkeypatch, module)
     check_gates(w, module)
+
+
+@pytest.mark.parametrize(("query", "offset"), [(0.5, 60.0), (4.0, 6e4)], ids=["-7.5", "-6e4"])
+@pytest.mark.parametrize(
+    ("op", "forward"),
+    [
+        ("compressed_attention", "row_tiles"),
+        ("selected_attention", "query_major"),
+        ("sliding_window_attention", "row_tiles"),
+    ],
+)
+def test_float16_gradients_of_a_scaled_loss(
+    op: str, forward: str, query: float, offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As test_ranges.py has it for plain kernels: a loss scale of 2**15, scores down to -6e4."""
+    monkeypatch.setitem(ranges.STATICS, "selected_attention", {"block_size": 64})
+    sizes = {"head_dim": 64, "v_head_dim": 64, "gqa_ratio": 8}
+    on_cpu(monkeypatch, ranges.kernel(op, "backward", "warp_specialized", "float16", **sizes))
+    torch.manual_seed(1)
+    keys = (ranges.TOKENS - 8) // 4 + 1 if op == "compressed_attention" else ranges.TOKENS
+    q, do = torch.randn(2, ranges.TOKENS, 8, 64)
+    k, v = torch.randn(2, keys, 1, 64)
+    q[..., 0], k[..., 0] = query, -offset
+    tensors = tuple(x.half() for x in (q, k, v, do * 2.0**15 / 64))
+    exact = ranges.by_torch(op, torch.float64, *tensors)
+    found = ranges.by_kernels(op, forward, "warp_specialized", *tensors)
+    for x, wanted in zip(found, exact, strict=True):
+        assert x.isfinite().all()
+        ignored = int(wanted is exact[1] and offset == 6e4)  # as there: the rounding of ds is left
+        assert ranges.error(x[..., ignored:], wanted[..., ignored:]) < 1e-2
 
 
 @pytest.mark.parametrize("seed", [10, 15])
