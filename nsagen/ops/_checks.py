@@ -145,6 +145,14 @@ def check_topk_idx(op: str, q: Tensor, kv_heads: int, topk_idx: Tensor) -> None:
     """int32 [kv_heads, rows of q, topk], contiguous; its values may be any."""
     topk = topk_idx.shape[-1] if topk_idx.ndim else 0
     check_indices(op, q, (kv_heads, q.shape[0], topk), topk_idx=topk_idx)
+    if topk < 1:
+        came = f"{tuple(topk_idx.shape)}"
+        fail(
+            op,
+            "topk_idx must have an entry for each row",
+            came,
+            "pass -1 where nothing is selected",
+        )
 
 
 def check_q_start(op: str, cu_seqlens: Tensor, q_start: Tensor | None) -> None:

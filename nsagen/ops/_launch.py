@@ -36,9 +36,9 @@ def scale_of(softmax_scale: float | None, q: Tensor) -> float:
             return q.size(-1) ** -0.5
         except (IndexError, ZeroDivisionError):
             return 1.0  # such a q is refused later
-    if not 0.0 < softmax_scale < math.inf:
+    if isinstance(softmax_scale, Tensor) or not 0.0 < softmax_scale < math.inf:
         raise InvalidInputError(
-            "softmax_scale: must be positive and finite; "
+            "softmax_scale: must be positive and finite, a number; "
             f"got {softmax_scale}; leave it out for 1/sqrt(head_dim)"
         )
     return softmax_scale

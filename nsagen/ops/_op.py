@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from nsagen.core.compiler_cache import cache_error
-from nsagen.core.errors import UnsupportedWorkloadError
+from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
 from nsagen.core.workload import Param, parameter_names
 from nsagen.ops._calls import (
     Args,
@@ -165,6 +166,7 @@ def _define(
         if not compiling and forward_ad._current_level >= 0:
             _refuse_tangents(op.name, args)
         if compiling or transformed() or not on_kernels(args[0]):
+            args = args if compiling else op.exact(args)
             if in_parts and (torch.compiler.is_exporting() or not compiling or _trains(args)):
                 return function(*args)
             if not mutates and not compiling and functional():
@@ -172,6 +174,7 @@ def _define(
             return dispatched(*args)
         full = args + defaults[len(args) :]
         known = calls.known.find(full)
+        full = op.exact(full) if known is None else full
         if known is None and not _is_direct(calls.known.tensors(full)):
             return dispatched(*args)
         wanted = calls.requires_grad(full) if known is None else known.requires_grad
@@ -325,10 +328,23 @@ class Op:
         self.defaults = tuple(p.default for p in parameters.values())
         self.hints = get_type_hints(function)
         self.is_tensor = tuple(takes_tensor(self.hints[name]) for name in self.names)
+        self._whole = [i for i, name in enumerate(self.names) if self.hints[name] is int]
         self.check = None if check is None else by_name(check, self.names)
         self.allocate = by_name(allocate, self.names)
         self.scratch = {name: by_name(make, self.names) for name, make in scratch.items()}
         self.kernel: _Kernel | None = None
+
+    def exact(self, args: Args) -> Args:
+        """The arguments, with Python's own whole numbers where the op takes such.
+
+        Raises:
+            InvalidInputError: one is no whole number, or past `MOST`.
+        """
+        found = list(args)
+        for place in self._whole:
+            if place < len(args) and type(args[place]) is not torch.SymInt:
+                found[place] = _whole_number(self.name, self.names[place], args[place])
+        return tuple(found)
 
     def on_reference(self, args: Args) -> Any:
         if self.check is not None:
@@ -362,6 +378,22 @@ class Op:
             takes = f"{self.name}() takes {', '.join(self.names)}"
             raise TypeError(f"{takes}; got too few" if not named else f"{takes}; got {named}")
         return args
+
+
+MOST = 1 << 30
+"""Of a size: a token's place and a size together fit 32 bits in kernels."""
+
+
+def _whole_number(op: str, name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or abs(number) > MOST:
+        remedy = "pass an int" if number is None else "no sequence is longer"
+        rule = f"{name} must be a whole number of at most {MOST}"
+        raise InvalidInputError(f"{op.removesuffix('_forward')}: {rule}; got {value!r}; {remedy}")
+    return number
 
 
 class _Kernel:

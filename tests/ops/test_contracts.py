@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -427,6 +428,38 @@ def test_scales(scale: float) -> None:
     for name, (function, given) in table().items():
         for word in {"sm_scale", "softmax_scale"} & set(parameters(name)):
             assert "softmax_scale: must be positive" in told(function, {**given, word: scale})
+
+
+def test_a_scale_is_a_number() -> None:
+    function, given = table()["sliding_window_attention"]
+    assert "softmax_scale: must be positive" in told(
+        function, {**given, "softmax_scale": torch.tensor(0.3)}
+    )
+
+
+SIZES = [
+    (name, key) for name in table() for key, value in call(name)[1].items() if type(value) is int
+]
+
+
+@pytest.mark.parametrize(("name", "key"), SIZES)
+def test_sizes_are_whole_numbers_that_kernels_can_add_to_places(name: str, key: str) -> None:
+    """9.0 is not 9, though a table of known calls could take one for the other."""
+    function, given = call(name)
+    for wrong in (float(given[key]), 2**31 - 1, 2**40):
+        assert key in told(function, {**given, key: wrong}), wrong
+    usual, found = (
+        as_tuple(function(**{**given, key: kind(given[key])})) for kind in (int, np.int64)
+    )
+    for x, expected in zip(found, usual, strict=True):
+        assert x is expected or torch.equal(x, expected)
+
+
+def test_a_list_without_entries_is_refused() -> None:
+    for name, (function, given) in table().items():
+        if "topk_idx" in given:
+            none = given["topk_idx"][..., :0].contiguous()
+            assert "topk_idx must have" in told(function, {**given, "topk_idx": none}), name
 
 
 @pytest.mark.parametrize("missing", ["cos", "sin"])
