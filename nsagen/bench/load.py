@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -117,6 +118,37 @@ def planned(load: Load) -> list[Planned]:
         found.append(Planned(at, prompt, draw.randint(*load.new)))
         at += draw.expovariate(load.rate)
     return found
+
+
+class Clock:
+    """Seconds that several servers share: each has its part of what those before it left.
+
+    Args:
+        total: seconds from now on; None: any.
+        servers: how many there are.
+    """
+
+    def __init__(self, total: float | None, servers: int) -> None:
+        self._servers, self._last = servers, time.monotonic()
+        self._end = math.inf if total is None else self._last + total
+        self._until = self._end
+
+    def begin(self) -> None:
+        """Begin the next server's part."""
+        self._last = time.monotonic()
+        self._until = self._last + max(0.0, self._end - self._last) / max(1, self._servers)
+        self._servers -= 1
+
+    def lap(self) -> float:
+        """Seconds since the last call, or since the part began."""
+        before, self._last = self._last, time.monotonic()
+        return self._last - before
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left of the part, 0 for less than one; None: any number."""
+        left = self._until - time.monotonic()
+        return None if left == math.inf else left * (left >= 1)
 
 
 def warm_up(load: Load, slots: int) -> list[Planned]:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nsagen.cli.options import CacheDType, Device, Kernels, check_cache_dtype, sizes_of
-from nsagen.core.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError, NsagenError
 from nsagen.core.installed import require_extra
 
 if TYPE_CHECKING:
@@ -148,6 +149,15 @@ def serve(
             "what is unfinished at the end is cut off and counted.",
         ),
     ] = None,
+    total_seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--total-seconds",
+            min=1,
+            help="Of the command, shared by the servers: their start and warming up count. Rows "
+            "for which no time is left are named; the rest of a row's requests is cut off.",
+        ),
+    ] = None,
     prompt: Annotated[
         str, typer.Option("--prompt", help="Least and greatest tokens of a prompt.")
     ] = "16,512",
@@ -225,6 +235,7 @@ def serve(
     if direct:
         ways["ContinuousBatch"] = partial(_batch, model)
     rows: list[dict[str, Any]] = []
+    clock = loads.Clock(total_seconds, len(ways))
     with progress_bar("bench serve") as progress:
         broken, count, total = False, 0, len(ways) * sum(len(sent) for _, sent in planned)
 
@@ -235,13 +246,27 @@ def serve(
 
         def measure(name: str, way: Callable[[], AbstractContextManager[Run]]) -> None:
             with way() as run:
-                run(loads.warm_up(planned[0][0], max_batch_size), None, lambda: None)
+                started = clock.lap()
+                run(loads.warm_up(planned[0][0], max_batch_size), clock.left, lambda: None)
+                warmed = clock.lap()
+                _log.info("bench serve: %s: start %.0f s, warming up %.0f s", name, started, warmed)
                 for load, sent in planned:
-                    rows.append(loads.row_of(name, load, run(sent, load.limit, done)))
+                    if clock.left == 0:
+                        what = "bench serve: %s at %g requests a second: no time is left of "
+                        what += "--total-seconds, after %.0f s of start and %.0f s of warming up"
+                        _log.warning(what, name, load.rate, started, warmed)
+                        continue
+                    limits = [s for s in (load.limit, clock.left) if s is not None]
+                    answers = run(sent, min(limits, default=None), done)
+                    row = loads.row_of(
+                        name, replace(load, limit=min(limits, default=None)), answers
+                    )
+                    rows.append({**row, "start_s": started, "warm_up_s": warmed})
                     write_results("serve", rows, out)  # also if another does not end
 
         for name, way in ways.items():
             try:
+                clock.begin()
                 measure(name, way)
             except Exception as error:
                 if not rows:
@@ -250,6 +275,11 @@ def serve(
                 _log.error("bench serve: %s ended with %r; its other rows are missing", name, error)
             gc.collect()
             torch.cuda.empty_cache()  # a GPU may not hold two models and their caches
+    if not rows:
+        raise NsagenError(
+            f"bench serve: --total-seconds must leave time for a row; got {total_seconds:g}, which "
+            "start and warming up took; see the lines above, and pass more"
+        )
     _show(write_results("serve", rows, out), rows, loads.COLUMNS, as_json)
     if broken or any(row["failed"] for row in rows):
         raise typer.Exit(1)

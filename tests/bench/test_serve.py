@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +20,13 @@ import torch
 pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
+from nsagen.bench import load as loads
 from nsagen.bench import serve
 from nsagen.bench.load import ARRIVING, FEWEST, Answer, Load, Planned, planned, row_of, warm_up
 from nsagen.bench.plot import plot
 from nsagen.bench.results import write_results
 from nsagen.bench.serve import run_batch, run_http
+from nsagen.cli import bench as commands
 from nsagen.cli.app import main
 from nsagen.cli.models import random_model
 from nsagen.core.errors import InvalidInputError, NsagenError
@@ -229,6 +232,43 @@ def test_the_command_measures_a_server_and_the_batch_itself(
 ) -> None:
     rows = measured("--direct --seconds 60 --kernels tiny", capsys)
     assert [row["over"] for row in rows] == ["nsagen serve", "ContinuousBatch"]
+
+
+def test_servers_share_the_seconds_of_all(
+    here: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow start leaves the first less, and the second has what the first did not take."""
+    now, limits = [100.0], []
+
+    def run(sent: list[Planned], limit: float | None, done: Any) -> list[Answer]:
+        limits.append(limit)
+        now[0] += min(4.0, limit or 4.0)
+        return [Answer(0.0, [1.0, 2.0], 2, ended=True) for _ in sent]
+
+    @contextlib.contextmanager
+    def starting(*given: Any) -> Iterator[Any]:
+        now[0] += 3.0
+        yield run
+
+    monkeypatch.setattr(loads, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(commands, "_server", starting)
+    monkeypatch.setattr(commands, "_batch", starting)
+    words = "bench serve --rates 1,2 --requests 2 --seconds 9 --total-seconds 20 --direct --json"
+    with pytest.raises(SystemExit):
+        main([*words.split(), "--out", "out"])
+    said = capsys.readouterr()
+    rows = json.loads(said.out)["rows"]
+    assert limits == [7.0, 3.0, 7.0, 3.0]  # to warm up, and of a row; then of the second server
+    assert [(row["over"], row["rate"]) for row in rows] == [
+        ("nsagen serve", 1),
+        ("ContinuousBatch", 1),
+    ]
+    assert {(row["start_s"], row["warm_up_s"], row["limit"]) for row in rows} == {(3.0, 4.0, 3.0)}
+    assert said.err.count("at 2 requests a second: no time is left of --total-seconds") == 2
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "serve", "--total-seconds", "2", "--json", "--out", "out"])
+    assert ended.value.code == 1
+    assert "--total-seconds must leave time for a row; got 2" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # it builds Transformers' own server
