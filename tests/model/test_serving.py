@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections import defaultdict
 from contextlib import AbstractContextManager, suppress
@@ -33,14 +34,38 @@ def prompts_of(lengths: list[int], seed: int = 0) -> list[Tensor]:
     return list(packed_batch(lengths, seed=seed)[0].split(lengths))
 
 
+ALONE: dict[str, list[int]] = {}
+
+
+def identity(model: ToyNSALlama | ToyLlama, prompt: Tensor) -> str:
+    """A hash of all that a prompt's tokens depend on."""
+    found = hashlib.sha256(f"{type(model)} {model.config} {prompt.tolist()}".encode())
+    for name, x in model.state_dict().items():
+        found.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        found.update(x.reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
+    return found.hexdigest()
+
+
+def unwatched(model: ToyNSALlama | ToyLlama) -> bool:
+    """Whether no hook is called and no method is replaced where the model computes."""
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
+    )
+
+
 def alone(model: ToyNSALlama | ToyLlama, prompt: Tensor, steps: int) -> list[int]:
-    """The tokens of a prompt by itself in one pass, decoded by forward."""
-    text = prompt
+    """The tokens of a prompt by itself in one pass, decoded by forward.
+
+    Kept for other tests of the same weights, unless hooks see what the model computes.
+    """
+    known = ALONE.setdefault(identity(model, prompt), []) if unwatched(model) else []
+    text = torch.cat([prompt, prompt.new_tensor(known[:steps])])
     with torch.no_grad():
-        for _ in range(steps):
+        for _ in range(steps - len(known)):
             cu_seqlens = torch.tensor([0, text.shape[0]], dtype=torch.int32)
             text = torch.cat([text, model(text, cu_seqlens)[-1:].argmax(-1)])
-    return text[prompt.shape[0] :].tolist()
+            known.append(int(text[-1]))
+    return known[:steps]
 
 
 def collect(batch: ContinuousBatch) -> dict[int, list[int]]:
