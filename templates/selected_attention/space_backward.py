@@ -315,6 +315,8 @@ def prefers_key_major(workload: Workload, target: Target) -> bool:
     Not measured: a token's shares are 2 topk G D elements, its blocks 2 topk B D. A whole block
     must fit the target's shared memory, and its scores the registers.
     """
+    if workload.dtype == "float32" and wide_heads(workload):  # plain products of a block spill
+        return False
     schedule = Schedule.of("key_major", default_key_major(workload, target))
     fits = key_major_memory(workload, schedule) <= target.shared_memory
     return int(workload.gqa_ratio) < 8 and fits and block_b(workload) <= MOST_KEYS

@@ -163,6 +163,7 @@ CORNERS = (
     (("index_loss", "backward", "float32", (56, 192), 4, 512), "cuda:90"),
     (("selected_attention", "backward", "bfloat16", (176, 96), 18, 999), "cuda:120"),
     (("selected_attention", "backward", "float32", (208, 200), 25, 538), "cuda:100"),
+    (("selected_attention", "backward", "float32", (176, 144), 4, 64), "cuda:100"),
     (("selected_attention", "forward", "bfloat16", (64, 64), 1, 16), "cuda:100"),
     (("sliding_window_attention", "backward", "bfloat16", (208, 88), 51, 64), "cuda:100"),
     (("block_selection", "decode", "bfloat16", (240, 240), 64, 560, APART), "cuda:100"),

@@ -200,11 +200,11 @@ def two_passes_default(workload: Workload, target: Target) -> dict[str, Param]:
         dq, dkv, dq_warps, dkv_warps = (64, 32), (32, 32), 4 if target.arch == "100" else 8, 8
         group, sizes = int(workload.gqa_ratio), padded_heads(workload)
         odd, padded = group != next_power_of_2(group), sizes["pad_d"] or sizes["pad_dv"]
+        narrowest = min(sizes["block_d"], sizes["block_dv"])
         if target.arch == "100" and odd:  # rows take many divisions
-            dkv = (32 if padded else 64, 16)
+            dkv = (32 if padded and narrowest > 64 else 64, 16)
         if target.arch == "100" and padded:  # and loads many masks
-            few = odd or min(sizes["block_d"], sizes["block_dv"]) > 128
-            dq = (32 if few else 64, 32)
+            dq = (32 if odd or narrowest > 128 else 64, 32)
     elif widest > 128:
         dq = dkv = (32, 16)
     elif target.has_wgmma:  # the fastest for 2048 and 16384 tokens on an H200
