@@ -60,18 +60,14 @@ def test_verify(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
-def test_verify_names_what_would_take_the_interpreter_hours() -> None:
-    """MoBA's blocks of 4096 tokens; its blocks of 512 are run, as all others are."""
-    spec, found = load_spec("moba"), dict[str, set[tuple[str, int]]]()
-    for variant in plan_variants(spec.workloads(), spec.targets[:1]):
-        params = variant.workload.named()
-        size = int(params.get("block_size") or params["kernel_size"])
-        if note := not_interpreted(variant):
-            found.setdefault(note.split(" take ")[0], set()).add((variant.workload.op, size))
-    assert found == {
-        "blocks of 4096 tokens": {("selected_attention", 4096)},
-        "sequences of 57349 tokens": {("block_selection", 4096)},
-    }
+@pytest.mark.parametrize("name", ["minimax_m3", "minicpm4", "minicpm_sala", "moba"])
+def test_the_interpreter_verifies_all_kernels_but_gluons(name: str) -> None:
+    """MoBA's blocks of 4096 tokens and the kernels of MiniCPM's local band too."""
+    spec = load_spec(name)
+    variants = plan_variants(spec.workloads(), spec.targets, together=spec.forced_once())
+    assert {v.workload.op for v in variants} >= {"block_selection", "selected_attention"}
+    for variant in variants:
+        assert bool(not_interpreted(variant)) == (variant.triton is not None)
 
 
 def test_pictures(spec: str) -> None:
