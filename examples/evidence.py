@@ -28,8 +28,9 @@ from training.config import ModelKind, TrainConfig, as_dict, config_of
 from training.data import Task, task_of
 from training.loop import History, Trainer
 from training.parallel import World, join_world
+from training.plot import plot_rows
 from training.retrieval import KINDS, RetrievalMix, RetrievalTask
-from training.rows import FORMS, LENGTHS, MEASURES, SEEDS, Row, plot, table
+from training.rows import FORMS, LENGTHS, MEASURES, SEEDS, Row, table
 
 from nsagen import __version__
 
@@ -175,7 +176,7 @@ def run_all(options: argparse.Namespace, world: World) -> int:
         print(*run, row["accuracy"], f"{row['seconds']} s", flush=True)
     shown = (rows, options.forms, lengths, MEASURES[options.task])
     if rows:
-        plot(path.with_suffix(".png"), *shown)
+        plot_rows(path.with_suffix(".png"), *shown)
     print(table(*shown))
     there = {(row["form"], row["length"], row["seed"]) for row in rows}
     missing = [run for run in wanted if run not in there]

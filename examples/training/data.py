@@ -6,6 +6,7 @@ would have read, and any number of processes or parts share one batch between th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import sysconfig
@@ -83,6 +84,7 @@ class Corpus:
     sha256: str
 
     @classmethod
+    @functools.cache  # many runs of one process train on it
     def read(cls, limit: int) -> Corpus:
         """Read documents until they have `limit` bytes in all."""
         parts: dict[bool, list[bytes]] = {False: [], True: []}

@@ -1,4 +1,4 @@
-"""A figure of the runs of one task: losses of all steps, and validations."""
+"""Figures of runs: losses and validations of one task; what forms reach at several lengths."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ matplotlib.use("Agg")  # a file, whatever display there is
 import matplotlib.pyplot as plt
 
 from .loop import History
+from .rows import FORMS, Measure, Row, spread_of
 
 STYLES = {"dense": ("tab:orange", 3.0), "nsa": ("tab:blue", 1.2)}
 """Color and width, in the order of drawing: where curves are one, the narrow one is on the wide."""
+
+FORM_COLORS: dict[str, str] = dict(
+    zip(FORMS, ("tab:blue", "tab:orange", "tab:green", "tab:purple"), strict=True)
+)
 
 
 def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -49,5 +54,34 @@ def plot_runs(path: Path, title: str, runs: Mapping[str, History]) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_rows(
+    path: Path,
+    rows: Sequence[Row],
+    forms: Sequence[str],
+    lengths: Sequence[int],
+    measures: Mapping[str, Measure],
+) -> None:
+    """Write a PNG with each measure by length, a line and its spread for each form."""
+    size = (3 * len(measures), 3.6)
+    figure, all_axes = plt.subplots(1, len(measures), figsize=size, layout="constrained")
+    for axes, (name, measure) in zip(all_axes, measures.items(), strict=True):
+        for form in forms:
+            found = [(n, *spread_of(rows, form, n, measure)) for n in sorted(lengths)]
+            measured = [(n, middle, deviation) for n, middle, deviation, seeds in found if seeds]
+            if measured:
+                at, middle, deviation = zip(*measured, strict=True)
+                look = {"color": FORM_COLORS[form], "capsize": 4, "label": form}
+                axes.errorbar(at, middle, deviation, fmt="o-", **look)
+        axes.set(title=name, xlabel="tokens", xscale="log")
+        axes.set_xticks(sorted(lengths), [str(n) for n in sorted(lengths)])
+        if name.endswith("%"):
+            axes.set_ylim(0, 105)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    all_axes[0].legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
