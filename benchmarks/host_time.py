@@ -174,7 +174,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     dispatcher = nsagen.load(options.package)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for tokens in options.seqlens:
         x = Inputs(tokens, dispatcher)
         for what in ("forward", "forward and backward"):
@@ -189,11 +189,17 @@ def main() -> None:
                 rows.append(row)
                 shown = {n: v for n, v in row.items() if n != "kernels"}
                 print(json.dumps(shown), flush=True)
+                if options.out:
+                    write(options.out, rows)
                 gc.collect()
             del right
         del x
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def write(out: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows so far: a run that is cut short keeps what it measured."""
     counters = torch._dynamo.utils.counters
     about = {
         "device": torch.cuda.get_device_name(),
@@ -201,9 +207,7 @@ def main() -> None:
         "python": sys.version.split()[0],
         "dynamic_graphs_and_others": counters["stats"].get("unique_graphs", 0),
     }
-    print(json.dumps(about))
-    if options.out:
-        options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
 def profiled(call: Call) -> None:
