@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -123,46 +123,65 @@ def planned(load: Load) -> list[Planned]:
 class Clock:
     """Seconds that several servers share: each has its part of what those before it left.
 
+    That is what the rows of those after it leave, or its equal share if that is more. The first
+    server may compile kernels for all.
+
     Args:
         total: seconds from now on; None: any.
         servers: how many there are.
+        rows: seconds of a server's rows, at most; None: any.
     """
 
-    def __init__(self, total: float | None, servers: int) -> None:
-        self._servers, self._last = servers, time.monotonic()
+    def __init__(self, total: float | None, servers: int, rows: float | None) -> None:
+        self._servers, self._rows, self._last = servers, rows, time.monotonic()
         self._end = math.inf if total is None else self._last + total
         self._until = self._end
 
     def begin(self) -> None:
         """Begin the next server's part."""
-        self._last = time.monotonic()
-        self._until = self._last + max(0.0, self._end - self._last) / max(1, self._servers)
+        now = self._last = time.monotonic()
+        self._until = now + max(0.0, self._end - now) / max(1, self._servers)
         self._servers -= 1
+        if self._rows is not None:
+            self._until = max(self._until, self._end - self._servers * self._rows)
 
     def lap(self) -> float:
         """Seconds since the last call, or since the part began."""
         before, self._last = self._last, time.monotonic()
         return self._last - before
 
-    @property
-    def left(self) -> float | None:
-        """Seconds that are left of the part, 0 for less than one; None: any number."""
-        left = self._until - time.monotonic()
+    def rows_begin(self) -> float:
+        """When to begin the rows, so that they fit; they have no more than half of what is left."""
+        now = time.monotonic()
+        return max(self._until - (self._rows or 0.0), now + (self._until - now) / 2)
+
+    def until(self, moment: float) -> float | None:
+        """Seconds until then, 0 for less than one; None: any number."""
+        left = moment - time.monotonic()
         return None if left == math.inf else left * (left >= 1)
 
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left of the part, as `until` has them."""
+        return self.until(self._until)
 
-def warm_up(load: Load, slots: int) -> list[Planned]:
-    """Requests to run before a load: they use all slots, down to one, the longest prompt and a few
-    such as the load's.
 
-    What is loaded, compiled or captured at its first use is there afterwards.
+def warm_up(load: Load, sent: Sequence[Planned], slots: int) -> Iterator[list[Planned]]:
+    """Requests to run before a load, and after those more, each by itself.
+
+    The first use all slots, down to one, the longest prompt and a few such as the load's; the
+    others are the prompts that will be `sent`. What is loaded, compiled or captured at its first
+    use is there afterwards, for prompts that share a pass and for those that have their own.
     """
     shortest, longest = load.prompt
     news = [min(2 + 2 * slot, load.length - shortest) for slot in range(slots)]
     requests = [Planned(0.0, [1] * shortest, new) for new in news]
     others = planned(replace(load, requests=4, seed=load.seed + 1, limit=None))
     prompts = [[1] * longest, *(one.prompt for one in others)]
-    return [*requests, *(Planned(0.0, prompt, min(2, load.new[1])) for prompt in prompts)]
+    few = min(2, load.new[1])
+    yield [*requests, *(Planned(0.0, prompt, few) for prompt in prompts)]
+    for one in sent:
+        yield [Planned(0.0, one.prompt, few)]
 
 
 def row_of(over: str, load: Load, answers: Sequence[Answer]) -> dict[str, Any]:

@@ -154,8 +154,9 @@ def serve(
         typer.Option(
             "--total-seconds",
             min=1,
-            help="Of the command, shared by the servers: their start and warming up count. Rows "
-            "for which no time is left are named; the rest of a row's requests is cut off.",
+            help="Of the command, shared by the servers: their start and warming up count. "
+            "It leaves the rows their --seconds, or half of the time. Rows without any time left "
+            "are named; the rest of a row's requests is cut off.",
         ),
     ] = None,
     prompt: Annotated[
@@ -235,7 +236,8 @@ def serve(
     if direct:
         ways["ContinuousBatch"] = partial(_batch, model)
     rows: list[dict[str, Any]] = []
-    clock = loads.Clock(total_seconds, len(ways))
+    rows_s = None if seconds is None else seconds * len(planned)
+    clock = loads.Clock(total_seconds, len(ways), rows_s)
     with progress_bar("bench serve") as progress:
         broken, count, total = False, 0, len(ways) * sum(len(sent) for _, sent in planned)
 
@@ -247,7 +249,11 @@ def serve(
         def measure(name: str, way: Callable[[], AbstractContextManager[Run]]) -> None:
             with way() as run:
                 started = clock.lap()
-                run(loads.warm_up(planned[0][0], max_batch_size), clock.left, lambda: None)
+                most = max((sent for _, sent in planned), key=len)  # begins with the others
+                end = clock.rows_begin()
+                for some in loads.warm_up(planned[0][0], most, max_batch_size):
+                    if (left := clock.until(end)) != 0:
+                        run(some, left, lambda: None)
                 warmed = clock.lap()
                 _log.info("bench serve: %s: start %.0f s, warming up %.0f s", name, started, warmed)
                 for load, sent in planned:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import socket
@@ -103,12 +104,25 @@ def test_requests_arrive_early_in_a_limit() -> None:
 
 
 def test_warming_up_uses_each_number_of_slots_and_the_longest_prompt() -> None:
-    requests = warm_up(LOAD, 4)
+    requests, *_ = warm_up(LOAD, [], 4)
     assert [one.new for one in requests] == [2, 4, 6, 8] + [2] * 5
     assert [len(one.prompt) for one in requests[:5]] == [16] * 4 + [512]
     assert len({len(one.prompt) for one in requests[5:]}) == 4
-    short = warm_up(Load(1, 1.0, (4, 9), (1, 2)), 16)
+    (short,) = warm_up(Load(1, 1.0, (4, 9), (1, 2)), [], 16)
     assert max(len(one.prompt) + one.new for one in short) == 11
+
+
+def test_warming_up_ends_with_each_prompt_of_the_load_by_itself() -> None:
+    """A pass over one prompt has other shapes than one over several."""
+    sent = planned(LOAD)
+    _, *later = warm_up(LOAD, sent, 4)
+    assert later == [[Planned(0.0, one.prompt, 2)] for one in sent]
+
+
+def test_loads_of_one_seed_begin_with_the_same_requests() -> None:
+    """So the prompts of the longest are those of all."""
+    slow, fast = (planned(dataclasses.replace(LOAD, rate=rate, limit=9.0)) for rate in (1, 4))
+    assert [one.prompt for one in slow] == [one.prompt for one in fast][: len(slow)]
 
 
 class Clock:
@@ -237,7 +251,10 @@ def test_the_command_measures_a_server_and_the_batch_itself(
 def test_servers_share_the_seconds_of_all(
     here: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slow start leaves the first less, and the second has what the first did not take."""
+    """A slow start leaves the first less, and the second has what the first did not take.
+
+    Warming up leaves the rows half.
+    """
     now, limits = [100.0], []
 
     def run(sent: list[Planned], limit: float | None, done: Any) -> list[Answer]:
@@ -258,17 +275,36 @@ def test_servers_share_the_seconds_of_all(
         main([*words.split(), "--out", "out"])
     said = capsys.readouterr()
     rows = json.loads(said.out)["rows"]
-    assert limits == [7.0, 3.0, 7.0, 3.0]  # to warm up, and of a row; then of the second server
+    # To warm up, and of a row; then of the second server.
+    assert limits == [3.5, 3.5, 3.5, 3.5]
     assert [(row["over"], row["rate"]) for row in rows] == [
         ("nsagen serve", 1),
         ("ContinuousBatch", 1),
     ]
-    assert {(row["start_s"], row["warm_up_s"], row["limit"]) for row in rows} == {(3.0, 4.0, 3.0)}
+    assert {(row["start_s"], row["warm_up_s"], row["limit"]) for row in rows} == {(3.0, 3.5, 3.5)}
     assert said.err.count("at 2 requests a second: no time is left of --total-seconds") == 2
     with pytest.raises(SystemExit) as ended:
         main(["bench", "serve", "--total-seconds", "2", "--json", "--out", "out"])
     assert ended.value.code == 1
     assert "--total-seconds must leave time for a row; got 2" in capsys.readouterr().err
+
+
+def test_the_first_server_may_compile_while_the_rows_of_all_still_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(loads, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    clock = loads.Clock(195.0, servers=3, rows=24.0)
+    clock.begin()
+    assert clock.left == 195 - 2 * 24
+    now[0] = 67.0  # it started and warmed up
+    assert (clock.left, clock.until(clock.rows_begin())) == (80, 80 - 24)
+    now[0] = 91.0
+    clock.begin()
+    assert clock.left == 195 - 24 - 91
+    now[0] = 150.0
+    clock.begin()
+    assert (clock.left, clock.until(clock.rows_begin())) == (45, 22.5)  # half at least
 
 
 @pytest.mark.slow  # it builds Transformers' own server
