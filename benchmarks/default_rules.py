@@ -162,6 +162,7 @@ def main() -> int:
     parser.add_argument("--ops", nargs="+", default=[], help="only these, e.g. compress")
     parser.add_argument("--group", type=int, help="query heads of a group, instead of the spec's")
     parser.add_argument("--jobs", type=int, help="processes that compile; default: every core")
+    parser.add_argument("--compile", action="store_true", help="fill Triton's cache, time nothing")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop measuring after these")
     parser.add_argument("--out", type=Path, default=Path("default_rules.json"))
     args = parser.parse_args()
@@ -175,6 +176,10 @@ def main() -> int:
             if covers(task.workload, schedule)
         }
         print(f"{len(jobs)} candidates", flush=True)
+        if args.compile:
+            failed = sum(job.exception() is not None for job in jobs.values())
+            print(f"compiled, {failed} failed")
+            return bool(failed)
         rows = list(measured(Path(name), jobs, 60 * args.minutes))
         pool.shutdown(cancel_futures=True)
     gpu = GpuMeasurer().identify()

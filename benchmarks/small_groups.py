@@ -41,6 +41,7 @@ PASSES = (
     ("compressed_attention", 4),
     ("sliding_window_attention", 4),
 )
+HIDES = ("gradients", "scores")
 RAGGED = (700, 0, 31, 1, 1033, 7)
 LIMIT = THRESHOLDS[torch.bfloat16]
 
@@ -49,8 +50,8 @@ def shape_of(group: int) -> Shape:
     return dataclasses.replace(Shape(), gqa_ratio=group, kv_heads=64 // group)
 
 
-def variants(op: str, group: int) -> dict[str, Variant]:
-    """The forward pass, two_passes, and the pipeline with its masks of either kind."""
+def variants(op: str, group: int, hides: Sequence[str]) -> dict[str, Variant]:
+    """The forward pass, two_passes, and the pipeline with its masks of each kind."""
     forward, w = (shape_of(group).workload(op, pass_) for pass_ in ("forward", "backward"))
     pipeline = dict(space_for(w, "warp_specialized").default_schedule(w, SM90).knobs)
     return {
@@ -61,7 +62,7 @@ def variants(op: str, group: int) -> dict[str, Variant]:
         "two_passes": (w, space_for(w, "two_passes").default_schedule(w, SM90)),
         **{
             f"pipeline, hide {hide}": (w, Schedule.of("warp_specialized", pipeline, hide=hide))
-            for hide in ("gradients", "scores")
+            for hide in hides
         },
     }
 
@@ -142,51 +143,57 @@ def measure(
     return {"op": op, "group": group, "tokens": tokens, "ms": ms, "errors": errors}
 
 
-def run(folder: Path, seqlens: Sequence[int], rounds: int) -> dict[str, Any]:
-    """What the JSON file holds: versions, rows, wrong results and resources."""
-    every = {of: variants(*of) for of in PASSES}
+def run(
+    folder: Path, seqlens: Sequence[int], rounds: int, hides: Sequence[str], out: Path
+) -> dict[str, Any]:
+    """What the JSON file holds, which is written after each row: versions, rows, wrong results and
+    resources."""
+    every = {of: variants(*of, hides) for of in PASSES}
     paths = {of: {n: write(folder, n, v) for n, v in found.items()} for of, found in every.items()}
-    jobs = {
-        f"{op}, group {group}, {name}": (paths[op, group][name], variant[0])
-        for (op, group), found in every.items()
-        for name, variant in found.items()
-    }
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        resources = dict(zip(jobs, pool.map(compiled, jobs.values()), strict=True))
-    errors, rows = {}, []
-    for (op, group), found in every.items():
-        launches = {name: import_file(path).launch for name, path in paths[op, group].items()}
-        small = small_errors(launches, found)
-        errors |= {f"{op}, group {group}, {name}": error for name, error in small.items()}
-        for tokens in seqlens:
-            row = measure(launches, op, group, tokens, rounds)
-            of_row = row["errors"].items()
-            errors |= {f"{op}, group {group}, {tokens}, {name}": x for name, x in of_row}
-            rows.append(row)
-            torch.cuda.empty_cache()
-    return {
+    content: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "rows": rows,
-        "wrong": {name: error for name, error in errors.items() if not error <= 1.0},
-        "errors": errors,
-        "resources": resources,
+        **{"rows": [], "wrong": {}, "errors": {}, "resources": {}},
     }
+
+    def add(name: str, errors: Mapping[str, float]) -> None:
+        content["errors"] |= {f"{name}, {key}": error for key, error in errors.items()}
+        content["wrong"] = {n: e for n, e in content["errors"].items() if not e <= 1.0}
+        out.write_text(json.dumps(content, indent=1) + "\n")
+
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(12, spawn) as pool:
+        jobs = {
+            of: {name: pool.submit(compiled, (paths[of][name], v[0])) for name, v in found.items()}
+            for of, found in every.items()
+        }
+        for (op, group), found in every.items():
+            label = f"{op}, group {group}"
+            made = {name: job.result() for name, job in jobs[op, group].items()}
+            content["resources"] |= {f"{label}, {name}": x for name, x in made.items()}
+            print(f"{label}: compiled", flush=True)
+            launches = {name: import_file(path).launch for name, path in paths[op, group].items()}
+            add(label, small_errors(launches, found))
+            for tokens in seqlens:
+                row = measure(launches, op, group, tokens, rounds)
+                content["rows"].append(row)
+                add(f"{label}, {tokens}", row["errors"])
+                times = ", ".join(f"{name} {ms:.3f}" for name, ms in row["ms"].items())
+                print(f"{op}, groups of {group}, {tokens} tokens, ms: {times}", flush=True)
+                torch.cuda.empty_cache()
+    return content
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seqlens", type=int, nargs="+", default=SEQLENS)
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--hides", nargs="+", choices=HIDES, default=HIDES, help="masks")
     parser.add_argument("--out", type=Path, default=Path("small_groups.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:  # Triton reads a kernel's file when it compiles
-        content = run(Path(folder), args.seqlens, args.rounds)
-    args.out.write_text(json.dumps(content, indent=1) + "\n")
-    for row in content["rows"]:
-        times = ", ".join(f"{name} {ms:.3f}" for name, ms in row["ms"].items())
-        print(f"{row['op']}, groups of {row['group']}, {row['tokens']} tokens, ms: {times}")
+        content = run(Path(folder), args.seqlens, args.rounds, args.hides, args.out)
     print(f"over their threshold: {content['wrong'] or 'none'}")
     return bool(content["wrong"])
 

@@ -1,6 +1,10 @@
-"""Dense causal attention through PyTorch: what sparse attention must beat."""
+"""Dense causal attention by PyTorch and by FlashAttention-4: what sparse attention must beat."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,16 +13,32 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nsagen.bench.member import Member
 from nsagen.bench.shape import Shape
+from nsagen.bench.tables import FLASH_4
 from nsagen.cases.base import Cost
 
 BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention-2": SDPBackend.FLASH_ATTENTION}
+
+
+@functools.cache
+def flash_attention_4() -> Callable[..., Any] | None:
+    """The package flash-attn-4's function of [batch, N, heads, D], if it is installed."""
+    try:
+        from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    return flash_attn_func
+
+
+def backends() -> tuple[str, ...]:
+    """The dense attentions that benchmarks measure here."""
+    return ("cuDNN", FLASH_4) if flash_attention_4() else ("cuDNN",)
 
 
 class DenseAttention:
     """Causal attention of one sequence on the heads of a shape.
 
     Args:
-        backend: a key of `BACKENDS`.
+        backend: a key of `BACKENDS`, or `FLASH_4` where it is installed.
     """
 
     def __init__(
@@ -29,12 +49,13 @@ class DenseAttention:
         *,
         requires_grad: bool = False,
     ) -> None:
-        self.backend = BACKENDS[backend]
+        self.backend = backend
         self.shape, self.tokens = shape, tokens
         dtype = getattr(torch, shape.dtype)
 
         def normal(heads: int, dim: int) -> Tensor:
-            x = torch.randn(1, heads, tokens, dim, device="cuda", dtype=dtype)
+            size = (tokens, heads) if backend == FLASH_4 else (heads, tokens)
+            x = torch.randn(1, *size, dim, device="cuda", dtype=dtype)
             return x.requires_grad_(requires_grad)
 
         self.q = normal(shape.query_heads, shape.head_dim)
@@ -42,8 +63,11 @@ class DenseAttention:
         self.v = normal(shape.kv_heads, shape.v_head_dim)
 
     def forward(self) -> Tensor:
-        """o [1, HQ, N, Dv]."""
-        with sdpa_kernel(self.backend):
+        """o [1, HQ, N, Dv]; of FlashAttention-4, in its own layout, [1, N, HQ, Dv]."""
+        call = flash_attention_4() if self.backend == FLASH_4 else None
+        if call:
+            return call(self.q, self.k, self.v, causal=True)[0]
+        with sdpa_kernel(BACKENDS[self.backend]):
             return scaled_dot_product_attention(
                 self.q, self.k, self.v, is_causal=True, enable_gqa=True
             )

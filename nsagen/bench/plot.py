@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nsagen.bench.tables import FLASH_4
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.files import check_own, replacing
 from nsagen.core.version import __version__
@@ -132,7 +133,7 @@ def _draw(axis: Any, rows: list[dict[str, Any]], key: str) -> None:
             marker="o",
             markersize=4 if whole else 2,
             linewidth=2.2 if whole else 0.9,
-            linestyle="-" if whole else "--",
+            linestyle=":" if FLASH_4 in name else "-" if whole else "--",
             color=(NSA if name == "attention" else DENSE) if whole else next(hues, QUIET),
             label=label,
         )

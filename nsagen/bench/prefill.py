@@ -6,7 +6,7 @@ nsagen bench prefill --seqlens 8192,32768,65536
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nsagen import ops
-from nsagen.bench.dense import DenseAttention
+from nsagen.bench.dense import DenseAttention, backends
 from nsagen.bench.measure import (
     HOST_COLUMNS,
     Ceilings,
@@ -64,25 +64,28 @@ def run(
     progress: Callable[[str, int, int], None] | None = None,
     selection: str = "random",
     keep: Keep | None = None,
+    only: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """One row per op and length.
 
     Args:
         keep: takes the rows so far after each length.
+        only: measure these rows alone, beside dense attention; by default all.
         selection: which blocks selected attention reads; see `nsagen.bench.selections`. Public
             implementations choose by themselves, and have rows with "random" only.
 
     Returns:
         rows with `what`, `tokens`, `ms`, `floor_ms` (see `Ceilings.floor_ms`), `of_floor` (the
-        floor's share of the time), `tflops`, `of_dense` (time over dense cuDNN's), and what an
-        eager call costs the host: `host_ms`, `launches`, and `bound`, "host" where that is longer.
+        floor's share of the time), `tflops`, `of_dense` (time over the fastest dense attention's),
+        and what an eager call costs the host: `host_ms`, `launches`, and `bound`, "host" where that
+        is longer.
     """
     ceilings = measure_ceilings()
     rows: list[dict[str, Any]] = []
     for done, tokens in enumerate(seqlens):
         if progress:
             progress(f"{tokens} tokens", done, len(seqlens))
-        rows += _rows_of_length(shape, tokens, dispatcher, ceilings, selection)
+        rows += _rows_of_length(shape, tokens, dispatcher, ceilings, selection, only)
         if keep:
             keep(rows)
         gc.collect()
@@ -97,32 +100,37 @@ def _rows_of_length(
     dispatcher: Dispatcher | None,
     ceilings: Ceilings,
     selection: str,
+    only: Collection[str],
 ) -> list[dict[str, Any]]:
-    dense = DenseAttention(shape, tokens)
-    dense_ms = milliseconds(dense.forward)
+    rows: list[dict[str, Any]] = []
 
-    def row(what: str, call: Callable[[], object], cost: Cost) -> dict[str, Any]:
+    def row(what: str, call: Callable[[], object], cost: Cost) -> None:
+        if only and what not in only and not what.startswith("dense"):
+            return
         ms, floor = milliseconds(call), ceilings.floor_ms(cost)
-        return {
+        found = {
             "what": what,
             "tokens": tokens,
             "ms": ms,
             "floor_ms": floor,
             "of_floor": floor / ms,
             "tflops": cost.flops / ms / 1e9,
-            "of_dense": ms / dense_ms,
-            **host_cost(call).columns(ms),
+            **host_cost(call, ms).columns(ms),
         }
+        rows.append(found)
 
-    rows = [row("dense attention (cuDNN)", dense.forward, dense.cost)]
-    del dense
+    for backend in backends():
+        dense = DenseAttention(shape, tokens, backend)
+        row(f"dense attention ({backend})", dense.forward, dense.cost)
+        del dense
     if isinstance(shape, Member):
         member, total = MemberInputs.random(shape, tokens, dispatcher), Cost(0, 0)
         for op, call in member.forward_calls():
             cost = cost_of(shape, op, "forward", tokens)
             total = Cost(total.flops + cost.flops, total.bytes + cost.bytes)
-            rows.append(row(op, call, cost))
-        return [*rows, row("attention", member.attention, total)]
+            row(op, call, cost)
+        row("attention", member.attention, total)
+        return beside_dense(rows, "ms")
     inputs = Inputs.random(shape, tokens, dispatcher)
     total, topk_idx = Cost(0, 0), None
     if selection == "learned":
@@ -131,14 +139,20 @@ def _rows_of_length(
         cost = cost_of(shape, op, "forward", tokens)
         if op in PARTS:
             total = Cost(total.flops + cost.flops, total.bytes + cost.bytes)
-        rows.append(row(op, call, cost))
+        row(op, call, cost)
     if topk_idx is not None:
-        rows.append(row("attention", partial(inputs.attention_over, topk_idx), total))
-        return rows
-    rows.append(row("attention", inputs.attention, total))
+        row("attention", partial(inputs.attention_over, topk_idx), total)
+        return beside_dense(rows, "ms")
+    row("attention", inputs.attention, total)
     for name, call in public_calls(inputs):
-        rows.append(row(name, call, total))
-    return rows
+        row(name, call, total)
+    return beside_dense(rows, "ms")
+
+
+def beside_dense(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The rows with `of_dense`: a time over the fastest dense attention's of the same name."""
+    fastest = min(row[name] for row in rows if row["what"].startswith("dense"))
+    return [{**row, "of_dense": row[name] / fastest} for row in rows]
 
 
 def cost_of(shape: Shape | Member, op: str, pass_: str, tokens: int) -> Cost:

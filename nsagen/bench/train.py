@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nsagen import ops
-from nsagen.bench.dense import DenseAttention
+from nsagen.bench.dense import DenseAttention, backends
 from nsagen.bench.measure import (
     HOST_COLUMNS,
     Ceilings,
@@ -23,7 +23,7 @@ from nsagen.bench.measure import (
     milliseconds,
 )
 from nsagen.bench.member import Member, MemberInputs
-from nsagen.bench.prefill import PARTS, cost_of
+from nsagen.bench.prefill import PARTS, beside_dense, cost_of
 from nsagen.bench.results import Keep
 from nsagen.bench.shape import Inputs, Shape
 from nsagen.cases.base import Cost
@@ -58,9 +58,9 @@ def run(
 
     Returns:
         rows with `what`, `tokens`, `forward_ms`, `backward_ms`, `floor_ms` and `tflops` (of the
-        backward pass, whose products are 2.5 times the forward's), `of_dense` (backward over dense
-        cuDNN's) and, for the whole attention, `peak_gib`: the most memory held besides inputs,
-        outputs and gradients.
+        backward pass, whose products are 2.5 times the forward's), `of_dense` (backward over the
+        fastest dense attention's) and, for the whole attention, `peak_gib`: the most memory held
+        besides inputs, outputs and gradients.
     """
     ceilings = measure_ceilings()
     rows: list[dict[str, Any]] = []
@@ -78,13 +78,6 @@ def run(
 def _rows_of_length(
     shape: Shape | Member, tokens: int, dispatcher: Dispatcher | None, ceilings: Ceilings
 ) -> list[dict[str, Any]]:
-    dense = DenseAttention(shape, tokens, requires_grad=True)
-    leaves = (dense.q, dense.k, dense.v)
-    dense_times = forward_and_backward(dense.forward, leaves)
-    dense_host = host_of_training(dense.forward, leaves)
-    cost = dense.cost
-    del dense, leaves
-
     def row(what: str, times: tuple[float, float], host: HostCost, cost: Cost) -> dict[str, Any]:
         backward = Cost(2.5 * cost.flops, 2 * cost.bytes)
         return {
@@ -94,11 +87,17 @@ def _rows_of_length(
             "backward_ms": times[1],
             "floor_ms": ceilings.floor_ms(backward),
             "tflops": backward.flops / times[1] / 1e9,
-            "of_dense": times[1] / dense_times[1],
             **host.columns(sum(times)),
         }
 
-    rows = [row("dense attention (cuDNN)", dense_times, dense_host, cost)]
+    rows: list[dict[str, Any]] = []
+    for backend in backends():
+        dense = DenseAttention(shape, tokens, backend, requires_grad=True)
+        leaves = (dense.q, dense.k, dense.v)
+        times = forward_and_backward(dense.forward, leaves)
+        host = host_of_training(dense.forward, leaves, sum(times))
+        rows.append(row(f"dense attention ({backend})", times, host, dense.cost))
+        del dense, leaves
     calls: Mapping[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]]
     inputs: Inputs | MemberInputs
     if isinstance(shape, Member):
@@ -111,12 +110,12 @@ def _rows_of_length(
     for op, (call, leaves) in calls.items():
         times = forward_and_backward(call, leaves)
         cost = costs.get(op) or cost_of(shape, op, "forward", tokens)
-        rows.append(row(op, times, host_of_training(call, leaves), cost))
+        rows.append(row(op, times, host_of_training(call, leaves, sum(times)), cost))
     whole = Cost(sum(c.flops for c in costs.values()), sum(c.bytes for c in costs.values()))
     times = forward_and_backward(inputs.attention, inputs.leaves)
-    host = host_of_training(inputs.attention, inputs.leaves)
+    host = host_of_training(inputs.attention, inputs.leaves, sum(times))
     rows.append({**row("attention", times, host, whole), "peak_gib": peak_memory(inputs)})
-    return rows
+    return beside_dense(rows, "backward_ms")
 
 
 def _branch_calls(
@@ -168,10 +167,13 @@ def forward_and_backward(
     return forward, backward
 
 
-def host_of_training(call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> HostCost:
-    """What an eager call and the gradients of its output cost on the host."""
+def host_of_training(
+    call: Callable[[], Tensor], leaves: Sequence[Tensor], gpu_ms: float
+) -> HostCost:
+    """What an eager call and the gradients of its output cost on the host; they take the GPU
+    `gpu_ms`."""
     gradient = torch.randn_like(call())
-    return host_cost(lambda: torch.autograd.grad(call(), leaves, gradient))
+    return host_cost(lambda: torch.autograd.grad(call(), leaves, gradient), gpu_ms)
 
 
 def peak_memory(inputs: Inputs | MemberInputs) -> float:

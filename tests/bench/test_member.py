@@ -60,7 +60,7 @@ def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             return 2 * (self.q + self.k + self.v)
 
     for module in (prefill, train):
-        monkeypatch.setattr(module, "host_cost", lambda call: measure.HostCost(once(call), 7))
+        monkeypatch.setattr(module, "host_cost", lambda call, ms: measure.HostCost(once(call), 7))
         monkeypatch.setattr(module, "DenseAttention", Dense)
     for module in (prefill, train, decode):
         monkeypatch.setattr(module, "milliseconds", once)

@@ -77,7 +77,9 @@ def _without_a_gpu(monkeypatch):
 
     for module in (prefill, train):
         monkeypatch.setattr(module, "milliseconds", once)
-        monkeypatch.setattr(module, "host_cost", lambda call: measure.HostCost(once(call) / 2, 7))
+        monkeypatch.setattr(
+            module, "host_cost", lambda call, ms: measure.HostCost(once(call) / 2, 7)
+        )
         monkeypatch.setattr(module, "measure_ceilings", lambda: measure.Ceilings(1e12, 1e12))
         monkeypatch.setattr(module, "DenseAttention", Dense)
     monkeypatch.setattr(Inputs, "random", classmethod(on_cpu))
@@ -116,7 +118,7 @@ def test_a_learned_selection_is_what_selected_attention_reads(monkeypatch):
         prefill, "milliseconds", lambda call: found.update({len(found): call()}) or 1.0
     )
     names = [row["what"] for row in prefill.run(TINY, (64,), selection="learned")]
-    results = dict(zip(names, list(found.values())[1:], strict=True))  # dense comes twice
+    results = dict(zip(names, found.values(), strict=True))
     assert names[-1] == "attention"  # public implementations choose by themselves
     assert len(made) == 1
     assert (results["selected_attention"] == 0).all()
@@ -126,6 +128,24 @@ def test_the_attention_over_given_blocks_is_the_attention():
     inputs = Inputs.random(TINY, 100, device="cpu")
     given = inputs.attention_over(inputs.compressed()[1])
     torch.testing.assert_close(given, inputs.attention())
+
+
+@pytest.mark.usefixtures("_without_a_gpu")
+def test_few_rows_beside_every_dense_attention(monkeypatch):
+    monkeypatch.setattr(prefill, "backends", lambda: ("cuDNN", "FlashAttention-4"))
+    times = iter((3.0, 2.0, 1.0))
+    monkeypatch.setattr(prefill, "milliseconds", lambda call: next(times))
+    rows = prefill.run(TINY, (64,), only={"attention"})
+    assert [row["what"].rpartition(" ")[2] for row in rows] == [
+        *("(cuDNN)", "(FlashAttention-4)", "attention")
+    ]
+    assert [row["of_dense"] for row in rows] == [1.5, 1.0, 0.5]  # of the fastest
+
+
+def test_a_long_call_is_repeated_three_times(monkeypatch):
+    waited = iter((5000.0, 300.0, 500.0, 400.0))  # the first one compiles
+    monkeypatch.setattr(measure, "_waited_ms", lambda call: next(waited))
+    assert measure.milliseconds(lambda: None) == 400.0
 
 
 @pytest.mark.usefixtures("_without_a_gpu")
