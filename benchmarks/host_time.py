@@ -154,7 +154,7 @@ def measure(
         row["same"] = same(found, right)
         del found
         row["ms"] = gpu_ms(call)
-        row |= host_cost(call).columns(0.9 * row["ms"])
+        row |= host_cost(call, row["ms"]).columns(0.9 * row["ms"])
         row["kernels"] = launched(call)
         if profile:
             profiled(call)

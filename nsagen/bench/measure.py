@@ -113,8 +113,8 @@ class HostCost:
 _QUEUE = 500
 """Launches that surely fit in the GPU's queue before the host has to wait."""
 
-_ROUND_MS = 50
-"""Of GPU time, how much the calls of one round start, if one call takes less."""
+_ROUND_MS, _COST_MS = 50, 300
+"""GPU time that the calls of one round start, and those of all rounds; or one call."""
 
 HOST_COLUMNS = {"host_ms": ".3f", "launches": "", "bound": ""}
 
@@ -123,10 +123,9 @@ def host_cost(call: Callable[[], object], gpu_ms: float) -> HostCost:
     """Measure what a call costs on the host; it has been called a few times before, and takes the
     GPU `gpu_ms`."""
     launches = sum(launched(call).values())
-    fit = int(_ROUND_MS / gpu_ms)
-    calls = max(1, min(50, _QUEUE // max(1, launches), fit))
+    calls = max(1, min(50, _QUEUE // max(1, launches), int(_ROUND_MS / gpu_ms)))
     times = []
-    for _ in range(3 if fit else 1):
+    for _ in range(max(1, min(max(3, 100 // calls), int(_COST_MS / (calls * gpu_ms))))):
         torch.cuda.synchronize()
         for _ in range(calls):
             start = time.perf_counter()
