@@ -80,22 +80,17 @@ def verify(
 def _verify_implementation(
     text: str, ops: list[str], sizes: list[str], seed: int, as_json: bool
 ) -> None:
-    from nsagen.cases.implementation import (
-        default_device,
-        load_implementation,
-        setting_of,
-        verify_implementation,
-    )
+    from nsagen.cases.implementation.apart import verify_apart
+    from nsagen.cases.implementation.setting import setting_of
 
-    function = load_implementation(text)
     name = text.rpartition(":")[2].rpartition(".")[2]
     op = ops[0] if len(ops) == 1 else "" if ops else name
-    setting, device = setting_of(sizes, seed), default_device()
-    rows = list(verify_implementation(function, op, setting, device))
+    setting = setting_of(sizes, seed)
+    rows = list(verify_apart(text, op, setting))
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
-        print_implementation(text, setting, device, rows)
+        print_implementation(text, setting, rows)
     if not {row["result"] for row in rows} <= {"ok", "skipped"}:
         raise typer.Exit(1)
 
@@ -112,16 +107,17 @@ def print_verification(rows: list[dict[str, Any]]) -> None:
     )
 
 
-def print_implementation(name: str, setting: Any, device: Any, rows: list[dict[str, Any]]) -> None:
+def print_implementation(name: str, setting: Any, rows: list[dict[str, Any]]) -> None:
     """One line an output of each case that an implementation was put through."""
+    from nsagen.cases.implementation.verify import default_device
+    from nsagen.cli.console import console
+
     sizes = ", ".join(f"{key} {value}" for key, value in vars(setting).items())
     _print_errors(
-        f"{name} on {device}: {sizes}",
+        f"{name} on {default_device()}: {sizes}",
         ["case", "output"],
         [((row["case"], row["output"]), row) for row in rows],
     )
-    from nsagen.cli.console import console
-
     counts = Counter(row["result"] for row in rows)
     console().print(", ".join(f"{count} {result}" for result, count in sorted(counts.items())))
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from nsagen import ops
-from nsagen.cases.implementation import Setting, setting_of, verify_implementation
+from nsagen.cases.implementation.apart import verify_apart
+from nsagen.cases.implementation.setting import Setting, setting_of
+from nsagen.cases.implementation.verify import verify_implementation
 from nsagen.cli.app import main
 from nsagen.core.errors import InvalidInputError
 
@@ -194,63 +196,99 @@ PARALLEL = """
 import torch
 from nsagen.ops import topk_sparse_attention
 
-def parallel_nsa(q, k, v, g_cmp, g_slc, g_swa, block_indices=None, block_counts=16, block_size=64,
-                 window_size=0, scale=None, cu_seqlens=None, head_first=False):
+def parallel_nsa(q, k, v, g_cmp=None, g_slc=None, g_swa=None, block_indices=None, block_counts=16,
+                 block_size=64, window_size=0, scale=None, cu_seqlens=None):
     assert q.shape[0] == 1 and q.shape[2] % (k.shape[2] * 16) == 0
     assert block_indices.shape == (*k.shape[:3], block_counts)
-    assert block_indices.dtype == cu_seqlens.dtype == torch.int64
-    assert g_cmp is None and g_slc.shape == q.shape[:3] and window_size == 0 and not head_first
-    blocks = block_indices[0].transpose(0, 1).int()
-    o = topk_sparse_attention(q[0], k[0], v[0], blocks, block_size, cu_seqlens.int(), scale)
-    return o[None] * g_slc.unsqueeze(-1)
-"""
-"""fla-org/native-sparse-attention's function: its parameters, and what it checks of them."""
+    assert g_cmp is g_slc is g_swa is None and window_size == 0
+    blocks = block_indices[0].transpose(0, 1)
+    return topk_sparse_attention(q[0], k[0], v[0], blocks, block_size, cu_seqlens, scale)[None]
 
-TRITON = """
+def parallel_nsa_topk(): ...
+def parallel_nsa_compression(): ...
+def naive_nsa_selection(): ...
+"""
+"""fla-core's functions: the parameters of the first, and what it checks of them."""
+
+
+def test_the_documented_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An example's adapter, with a stub of the package's parameters over our ops."""
+    folder = tmp_path / "fla" / "ops" / "nsa"
+    folder.mkdir(parents=True)
+    for name in ("parallel", "compression", "naive"):
+        (folder / f"{name}.py").write_text(PARALLEL)
+    examples = Path(__file__).parents[2] / "examples" / "implementations"
+    text = (Path(__file__).parents[2] / "docs" / "verify.md").read_text("utf-8")
+    named = re.findall(r"--implementation (\w+):(\w+) ", text)
+    assert {(module, op) for module, op in named if (examples / f"{module}.py").exists()} >= {
+        ("fla_core", "topk_sparse_attention"),
+        ("fla_core", "compressed_attention"),
+        ("nsa_pytorch", "topk_sparse_attention"),
+        ("nsa_pytorch", "sliding_window_attention"),
+    }
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(examples)
+    for loaded in [x for x in sys.modules if x.partition(".")[0] in ("fla", "fla_core")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    wide = dataclasses.replace(SMALL, gqa_ratio=16, kv_heads=1)
+    function = importlib.import_module("fla_core").topk_sparse_attention
+    assert wrong(function, "topk_sparse_attention", wide) == []
+
+
+CRASHES = """
+import os
 from nsagen import ops
 
-def compressed_attention(q, k, v, kernel_size, kernel_stride, block_size, topk, cu_seqlens_q,
-                         cu_seqlens_k, max_seqlen_q, max_seqlen_k, sm_scale=None, init_blocks=1,
-                         local_blocks=2, parallel_topk_compute="auto"):
-    return ops.compressed_attention(q, k, v, kernel_size, kernel_stride, block_size, topk,
-                                    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                                    sm_scale, init_blocks, local_blocks)
-
-def topk_sparse_attention(q, k, v, topk_idx, block_size, cu_seqlens, softmax_scale=None):
-    return ops.topk_sparse_attention(q, k, v, topk_idx, block_size, cu_seqlens, softmax_scale)
+def sliding_window_attention(q, k, v, window_size, cu_seqlens, softmax_scale):
+    if 0 in cu_seqlens.diff():
+        os.abort()
+    return ops.sliding_window_attention(q, k, v, window_size, cu_seqlens, softmax_scale)
 """
-"""native-sparse-attention-triton's functions: their parameters."""
 
 
-@pytest.mark.parametrize(
-    ("module", "source", "op"),
-    [
-        ("native_sparse_attention.ops.parallel", PARALLEL, "topk_sparse_attention"),
-        ("native_sparse_attention.ops", TRITON, "topk_sparse_attention"),
-        ("native_sparse_attention.ops", TRITON, "compressed_attention"),
-    ],
-)
-def test_the_documented_packages(
-    module: str, source: str, op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_crash_fails_its_case_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As docs/verify.md says, with a stub of the package's parameters over our ops."""
-    path = tmp_path / (module.replace(".", "/") + ("/__init__.py" if source == TRITON else ".py"))
-    path.parent.mkdir(parents=True)
-    path.write_text(source)
-    text = (Path(__file__).parents[2] / "docs" / "verify.md").read_text("utf-8")
-    name = module
-    if source == PARALLEL:
-        name = "adapter"
-        adapter = re.search(r'```python title="adapter.py"\n(.*?)```', text, re.DOTALL)
-        assert adapter
-        (tmp_path / "adapter.py").write_text(adapter[1])
-    assert f"--implementation {name}:{op}" in text
+    (tmp_path / "crashes.py").write_text(CRASHES)
     monkeypatch.syspath_prepend(tmp_path)
-    for loaded in ("native_sparse_attention", "native_sparse_attention.ops", module, "adapter"):
-        monkeypatch.delitem(sys.modules, loaded, raising=False)
-    wide = dataclasses.replace(SMALL, gqa_ratio=16, kv_heads=1)
-    function = getattr(importlib.import_module(name), op)
-    assert wrong(function, op, wide) == []
+    op = "sliding_window_attention"
+    cases = ("empty sequences", "one sequence")
+    aborted, *rest = verify_apart(f"crashes:{op}", op, SMALL, cases)
+    assert (aborted["case"], aborted["result"]) == ("empty sequences", "failed")
+    assert "SIGABRT" in aborted["note"]
+    assert [row["result"] for row in rest] == ["ok"] * 4
+
+
+ILLEGAL = """
+import torch
+import triton
+import triton.language as tl
+from nsagen import ops
+
+@triton.jit
+def write_far(x):
+    tl.store(x + (1 << 40), 1.0)
+
+def sliding_window_attention(q, k, v, window_size, cu_seqlens, softmax_scale):
+    if len(cu_seqlens) == 6:
+        write_far[(1,)](torch.zeros(1, device="cuda"))
+    return ops.sliding_window_attention(q, k, v, window_size, cu_seqlens, softmax_scale)
+"""
+
+
+@pytest.mark.gpu
+def test_an_illegal_access_fails_its_case_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "illegal.py").write_text(ILLEGAL)
+    monkeypatch.syspath_prepend(tmp_path)
+    op = "sliding_window_attention"
+    setting = dataclasses.replace(SMALL, dtype="bfloat16")
+    cases = ("short tails", "one sequence")
+    illegal, *rest = verify_apart(f"illegal:{op}", op, setting, cases)
+    assert (illegal["case"], illegal["result"]) == ("short tails", "failed")
+    assert "illegal memory access" in illegal["note"]
+    assert [row["result"] for row in rest] == ["ok"] * 4
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
