@@ -13,7 +13,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from examples.training.rows import FORMS, LENGTHS, MEASURES, table  # noqa: E402
+from examples.training.rows import FORMS, HARDER, LENGTHS, MEASURES, Measure, table  # noqa: E402
 from nsagen.bench.tables import markdown  # noqa: E402
 from nsagen.model import InferenceConfig, ToyLlamaConfig, ToyNSALlamaConfig  # noqa: E402
 from nsagen.reports import support_page, target_support  # noqa: E402
@@ -190,16 +190,44 @@ def measured(name: str) -> Callable[[], str]:
     return lambda: markdown(path) if path.is_file() else "Not measured on a GPU yet."
 
 
-def evidence(task: str, forms: Sequence[str], lengths: Sequence[int]) -> Callable[[], str]:
+EVIDENCE = ROOT / "benchmarks/results/nvidia-h200/evidence"
+RETRIEVAL = (MEASURES["retrieval"], "retrieval", "What each form of attention reaches, by length")
+LONGER = (HARDER, "retrieval-longer", "Models asked at lengths that they were not trained for")
+TEXT = (MEASURES["text"], "text", "Loss and accuracy on text, by length")
+
+
+def evidence(
+    task: str,
+    forms: Sequence[str],
+    lengths: Sequence[int],
+    measures: Mapping[str, Measure],
+    plot: str,
+    caption: str,
+) -> Callable[[], str]:
     """What `examples/evidence.py` measured on the H200, and its plot once there is one."""
 
     def text() -> str:
-        path = ROOT / "benchmarks/results/nvidia-h200/evidence" / f"{task}.json"
+        path = EVIDENCE / f"{task}.json"
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-        plot = f"\n\n![What each form of attention reaches, by length](images/{task}.png)"
-        return table(rows, forms, lengths, MEASURES[task]) + (plot if rows else "")
+        shown = table(rows, forms, lengths, measures)
+        there = (EVIDENCE / f"{plot}.png").is_file()
+        return f"{shown}\n\n![{caption}](images/{plot}.png)" if there else shown
 
     return text
+
+
+def continued() -> str:
+    """What `examples/continue_training.py` came to on the H200 at 16384 tokens."""
+    path = EVIDENCE / "continue.json"
+    if not path.is_file():
+        return "Not measured yet."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = ["|  | steps | loss, nats a byte | distance |", "| --- | ---: | ---: | ---: |"]
+    for name, one in found["measured"].items():
+        dense = one["dense_loss"]
+        rows.append(f"| {name} | {one['step']} | {one['loss']:.3f} | {one['distance']:.3f} |")
+    rows.append(f"| the dense model | | {dense:.3f} | |")
+    return "\n".join(rows)
 
 
 LLAMA: dict[str, Any] = {
@@ -286,8 +314,10 @@ PARTS = {
     ("docs/serving.md", "members"): cache_of_members,
     ("docs/serving.md", "pages"): cache_of_pages,
     ("docs/serving.md", "servers"): measured("serve"),
-    ("docs/evidence.md", "retrieval"): evidence("retrieval", FORMS, LENGTHS),
-    ("docs/evidence.md", "text"): evidence("text", ("nsa", "dense"), (4096, 16384)),
+    ("docs/evidence.md", "retrieval"): evidence("retrieval", FORMS, LENGTHS, *RETRIEVAL),
+    ("docs/evidence.md", "harder"): evidence("retrieval", FORMS, LENGTHS, *LONGER),
+    ("docs/evidence.md", "text"): evidence("text", ("nsa", "dense"), (4096, 16384), *TEXT),
+    ("docs/evidence.md", "continued"): continued,
     ("docs/integrate.md", "the difference of the toy models"): toy_difference,
     ("README.md", "forward"): measured("prefill"),
     ("README.md", "backward"): measured("train"),

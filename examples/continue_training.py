@@ -24,24 +24,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import transformers
 import triton
 from torch import Tensor, nn
 from training.config import PRESETS, TrainConfig, as_dict, config_of
 from training.data import Corpus, TextTask
+from training.figures import figures
 from training.loop import Trainer, learning_rate
 from training.parallel import join_world
-from training.plot import smoothed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nsagen import __version__
+from nsagen.core.files import replace_file
 from nsagen.integrations.transformers import apply_nsa
-
-matplotlib.use("Agg")  # a file, whatever display there is
-
-import matplotlib.pyplot as plt
 
 STAGES = ("new", "all")
 
@@ -56,7 +52,7 @@ class Measured:
     distance: float
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,7 +71,7 @@ def parse() -> argparse.Namespace:
     add("--batch-tokens", type=int, help="tokens of a step (default: the preset's)")
     add("--corpus-mib", type=int, help="mebibytes of text (default: the preset's)")
     add("--threads", type=int, help="CPU threads")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main() -> int:
@@ -124,23 +120,8 @@ def run(folder: Path, config: TrainConfig, options: argparse.Namespace, device: 
     apply_nsa(model, config.nsa_config())
     own = {name for name, _ in dense.named_parameters()}
     new = [parameter for name, parameter in model.named_parameters() if name not in own]
-    measured = {"before": measure(model, dense, task, config, device, 0)}
     losses: list[float] = []
-    for stage, steps, rate in zip(
-        STAGES,
-        (options.new_steps, options.all_steps),
-        (options.new_rate, options.all_rate),
-        strict=True,
-    ):
-        model.requires_grad_(stage == "all")
-        for parameter in new:
-            parameter.requires_grad_(True)
-        plan = replace(config, steps=steps, learning_rate=rate, warmup_steps=min(10, steps))
-        train(model, task, plan, device, losses, stage)
-        after = "between" if stage == "new" else "after"
-        measured[after] = measure(model, dense, task, config, device, len(losses))
-    model.save_pretrained(options.out / "nsa")
-    results = {
+    results: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
@@ -159,13 +140,36 @@ def run(folder: Path, config: TrainConfig, options: argparse.Namespace, device: 
             "dense": sum(p.numel() for p in dense.parameters()),
             "new": sum(p.numel() for p in new),
         },
-        "measured": {name: rounded(one) for name, one in measured.items()},
-        "losses": [round(loss, 5) for loss in losses],
+        "measured": {},
+        "losses": [],
     }
-    (options.out / "continue.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(options.out / "continue.png", losses, measured, options.new_steps)
-    for name, one in results["measured"].items():
-        print(f"{name}: {one}")
+
+    def look(name: str) -> None:
+        """Measure, and write what there is so far."""
+        one = rounded(measure(model, dense, task, config, device, len(losses)))
+        results["measured"][name] = one
+        results["losses"] = [round(loss, 5) for loss in losses]
+        text = json.dumps(results, indent=1) + "\n"
+        replace_file(options.out / "continue.json", text)
+        print(f"{name}: {one}", flush=True)
+
+    look("before")
+    for stage, steps, rate in zip(
+        STAGES,
+        (options.new_steps, options.all_steps),
+        (options.new_rate, options.all_rate),
+        strict=True,
+    ):
+        model.requires_grad_(stage == "all")
+        for parameter in new:
+            parameter.requires_grad_(True)
+        plan = replace(config, steps=steps, learning_rate=rate, warmup_steps=min(10, steps))
+        train(model, task, plan, device, losses, stage)
+        look("between" if stage == "new" else "after")
+    model.save_pretrained(options.out / "nsa")
+    if plot := figures():
+        shown = (results["losses"], [*results["measured"].values()], options.new_steps)
+        plot.plot_continued(options.out / "continue.png", *shown)
 
 
 def train(
@@ -227,28 +231,6 @@ def progress(stage: str, done: int, steps: int, losses: list[float]) -> None:
     """A line every ten steps."""
     if losses and (done % 10 == 0 or done == steps):
         print(f"{time.strftime('%H:%M:%S')} {stage}: {done} of {steps}, loss {losses[-1]:.3f}")
-
-
-def plot(path: Path, losses: list[float], measured: dict[str, Measured], border: int) -> None:
-    """The losses of both stages, the dense model's as a line, and the distance."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    steps, at = range(1, len(losses) + 1), [one.step for one in measured.values()]
-    left.plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.7)
-    left.plot(steps, smoothed(losses), color="tab:blue", label="NSA, training")
-    validation = [one.loss for one in measured.values()]
-    left.plot(at, validation, "o--", color="tab:blue", label="NSA, validation")
-    dense = next(iter(measured.values())).dense_loss
-    left.axhline(dense, color="tab:orange", label="the dense model, validation")
-    left.set(title="new parameters, then all", xlabel="step", ylabel="cross entropy (nats)")
-    right.plot(at, [one.distance for one in measured.values()], "o-", color="tab:blue")
-    right.set(title="logits, relative to the dense model's", xlabel="step", ylabel="distance")
-    right.set_ylim(bottom=0)
-    for axes in (left, right):
-        axes.axvline(border, color="gray", linewidth=0.7)
-        axes.grid(alpha=0.3)
-    left.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from training import graphs
 from training.config import PRESETS, ModelKind, TrainConfig, as_dict, config_of
 from training.data import Task, task_of
+from training.figures import figures
 from training.loop import History, Trainer
 from training.parallel import World, join_world
-from training.plot import plot_runs
 
 from nsagen import __version__
 
@@ -132,7 +132,8 @@ def run_task(task: Task, config: TrainConfig, options: argparse.Namespace, world
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"{task.name}.json").write_text(json.dumps(results, indent=1) + "\n")
         title = f"{task.name}, {config.seq_len} tokens a sequence"
-        plot_runs(options.out / f"{task.name}.png", title, runs)
+        if plot := figures():
+            plot.plot_runs(options.out / f"{task.name}.png", title, runs)
         for kind, summary in results["summary"].items():
             console.print(f"{task.name}, {kind}: {summary}")
 

@@ -130,7 +130,8 @@ class Trainer:
                 "msa trains whole sequences with all heads, for its index loss; got "
                 f"--cp {world.cp} and --tp {world.tp}; leave both out"
             )
-        self.kind, self.config, self.task = kind, config, task
+        self.kind: ModelKind = kind
+        self.config, self.task = config, task
         self.folder, self.world = folder, world
         self.plain = build_model(kind, config, world.device)
         self.parameters = sum(p.numel() for p in self.plain.parameters())

@@ -1,4 +1,4 @@
-"""Retrieval in the manner of RULER, made from a seed: five tasks that one model learns at once.
+"""Retrieval in the manner of RULER, made from a seed: six tasks that one model learns at once.
 
 Needles lie in filler, and the last quarter of a sequence asks for them, as in `RecallTask`:
 
@@ -9,10 +9,15 @@ Needles lie in filler, and the last quarter of a sequence asks for them, as in `
   a key; the answer is the other one, which is nowhere near.
 - variables: four have values, and four others are set to one of these. Questions ask for the
   latter: first find what a variable was set to, then that one's value.
+- longer chains: two of those four are set to one that has a value, and the other two to these.
+  Questions ask for the last two: there are two links to follow.
+
+One more is asked and never trained: several keys with twelve needles of each other key.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,9 +30,6 @@ from .data import RecallTask, Split
 KEYS, VALUES = RecallTask.classes, RecallTask.values
 FIRST_QUESTION = KEYS * VALUES
 FIRST_LINK = FIRST_QUESTION + KEYS
-
-SHORTEST = 4096
-"""Tokens of the first steps' sequences, where the full length is larger."""
 
 
 def _any_order(random: Generator, rows: int) -> Tensor:
@@ -48,9 +50,9 @@ def _each(random: Generator, rows: int) -> Tensor:
     return _values(random, _any_order(random, rows))
 
 
-def _among_others(random: Generator, rows: int) -> Tensor:
+def _among_others(random: Generator, rows: int, of_each: int) -> Tensor:
     keys = _any_order(random, rows)
-    return _values(random, torch.cat([keys[:, :1], keys[:, 1:].repeat(1, 4)], 1))
+    return _values(random, torch.cat([keys[:, :1], keys[:, 1:].repeat(1, of_each)], 1))
 
 
 def _two_of_each(random: Generator, rows: int) -> Tensor:
@@ -68,6 +70,13 @@ def _chains(random: Generator, rows: int) -> Tensor:
     return torch.cat([_values(random, keys[:, :half]), links], 1)
 
 
+def _longer_chains(random: Generator, rows: int) -> Tensor:
+    """[rows, KEYS]: half the keys' values, two links to these, and two links to the latter."""
+    keys, half = _any_order(random, rows), KEYS // 2
+    links = FIRST_LINK + keys[:, half:] * KEYS + keys[:, [0, 1, half, half + 1]]
+    return torch.cat([_values(random, keys[:, :half]), links], 1)
+
+
 def _by_key(needles: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
     answers = needles.gather(1, asked)
     return FIRST_QUESTION + answers // VALUES, answers
@@ -77,8 +86,8 @@ def _by_first_value(needles: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
     return needles.gather(1, asked), needles.gather(1, asked + KEYS)
 
 
-def _by_link(needles: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-    links = needles.gather(1, asked + KEYS // 2)
+def _by_link(needles: Tensor, asked: Tensor, first: int = KEYS // 2) -> tuple[Tensor, Tensor]:
+    links = needles.gather(1, asked + first)
     return FIRST_QUESTION + (links - FIRST_LINK) // KEYS, needles.gather(1, asked)
 
 
@@ -99,17 +108,26 @@ class Kind:
     ask: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def _several_keys(of_each: int) -> Kind:
+    draw = functools.partial(_among_others, of_each=of_each)
+    return Kind(1 + of_each * (KEYS - 1), 1, draw, _by_key)
+
+
 KINDS = {
     "single": Kind(1, 1, _one, _by_key),
     "several needles": Kind(KEYS, KEYS, _each, _by_key),
-    "several keys": Kind(1 + 4 * (KEYS - 1), 1, _among_others, _by_key),
+    "several keys": _several_keys(4),
     "several values": Kind(2 * KEYS, KEYS, _two_of_each, _by_first_value),
     "variables": Kind(KEYS, KEYS // 2, _chains, _by_link),
+    "longer chains": Kind(KEYS, 2, _longer_chains, functools.partial(_by_link, first=KEYS - 2)),
 }
+CROWD = "12 of each other key"
+UNSEEN = {CROWD: _several_keys(12)}
+"""Not trained on."""
 
 
 class RetrievalTask(RecallTask):
-    """One of `KINDS`; needles have at most 4 tokens, whatever the length.
+    """One of `KINDS` or `UNSEEN`; needles have at most 4 tokens, whatever the length.
 
     Args:
         kind: its name.
@@ -119,7 +137,7 @@ class RetrievalTask(RecallTask):
     first_filler = FIRST_LINK + KEYS * KEYS
 
     def __init__(self, kind: str, seq_len: int, seed: int, easier_steps: int = 0) -> None:
-        self.name, self.kind = kind, KINDS[kind]
+        self.name, self.kind = kind, (KINDS | UNSEEN)[kind]
         self.needles = self.kind.needles
         super().__init__(seq_len, seed, easier_steps)
 
@@ -137,38 +155,24 @@ class RetrievalTask(RecallTask):
 class RetrievalMix:
     """All kinds in turn, a sequence each.
 
-    The first 60% of the steps have copies of needles and sequences of at most `SHORTEST` tokens.
-    The rest go up to the full length in equal parts, four times as long each. Validation is always
-    of the full length.
+    Args:
+        config: of the run.
+        easier: whether the first 60% of the steps have copies of needles.
     """
 
     name = "retrieval"
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config, self.easier_steps = config, config.steps * 6 // 10
-        self.lengths = [config.seq_len]
-        while self.lengths[0] > SHORTEST and self.lengths[0] % 4 == 0:
-            self.lengths.insert(0, self.lengths[0] // 4)
-        self.tasks = {length: self._tasks(length) for length in self.lengths}
-
-    def _tasks(self, length: int) -> list[RetrievalTask]:
-        return [RetrievalTask(k, length, self.config.seed, self.easier_steps) for k in KINDS]
-
-    def length_of(self, split: Split, index: int) -> int:
-        """Tokens of a step's sequences."""
-        if split == "validation":
-            return self.config.seq_len
-        harder, steps = index - self.easier_steps, self.config.steps - self.easier_steps
-        return self.lengths[max(0, harder * len(self.lengths) // steps)]
+    def __init__(self, config: TrainConfig, easier: bool = True) -> None:
+        self.easier_steps = config.steps * 6 // 10 if easier else 0
+        sizes = (config.seq_len, config.seed, self.easier_steps)
+        self.tasks = [RetrievalTask(kind, *sizes) for kind in KINDS]
 
     def batch(self, split: Split, index: int, rows: int) -> tuple[Tensor, Tensor]:
-        length = self.length_of(split, index)
-        rows *= self.config.seq_len // length
-        tasks = self.tasks[length]
-        counts = [0] * len(tasks)
+        counts = [0] * len(self.tasks)
         for row in range(rows):
-            counts[(index * rows + row) % len(tasks)] += 1
-        parts = [task.batch(split, index, n) for task, n in zip(tasks, counts, strict=True) if n]
+            counts[(index * rows + row) % len(self.tasks)] += 1
+        shares = zip(self.tasks, counts, strict=True)
+        parts = [task.batch(split, index, count) for task, count in shares if count]
         ids, targets = (torch.cat(x) for x in zip(*parts, strict=True))
         return ids, targets
 
@@ -176,6 +180,5 @@ class RetrievalMix:
         return {
             "source": "random needles",
             "kinds": list(KINDS),
-            "lengths": self.lengths,
             "easier_steps": self.easier_steps,
         }

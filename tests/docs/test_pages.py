@@ -20,7 +20,7 @@ from nsagen.codegen import template
 from tests.docs.blocks import DOCS, ROOT, blocks_of, follow
 
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-OF_TRANSFORMERS = {"any-model.md", "export.md", "minicpm.md", "minimax-m3.md"}
+OF_TRANSFORMERS = {"any-model.md", "evidence.md", "export.md", "minicpm.md", "minimax-m3.md"}
 
 
 @pytest.fixture(autouse=True)

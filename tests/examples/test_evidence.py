@@ -9,16 +9,19 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from examples.training.config import PRESETS, ModelKind, config_of
+from examples.training.config import PRESETS, ModelKind, config_of, continued
 from examples.training.data import IGNORED, Packed
 from examples.training.forms import attend, index_losses
 from examples.training.loop import Trainer, build_model
 from examples.training.parallel import World
 from examples.training.retrieval import (
+    CROWD,
     FIRST_LINK,
     FIRST_QUESTION,
     KINDS,
@@ -26,7 +29,7 @@ from examples.training.retrieval import (
     RetrievalMix,
     RetrievalTask,
 )
-from examples.training.rows import MEASURES, table
+from examples.training.rows import HARDER, MEASURES, table
 from nsagen.model.self_attention import attend_causally
 from tests.support import one_thread
 
@@ -34,7 +37,7 @@ __all__ = ["one_thread"]  # a fixture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).parents[2] / "examples" / "evidence.py"
 CPU = torch.device("cpu")
 
 
@@ -45,16 +48,20 @@ def answer_of(kind: str, question: int, needles: list[int]) -> int:
         (other,) = {n for n in needles if n // VALUES == question // VALUES} - {question}
         return other
     key = question - FIRST_QUESTION
-    if kind == "variables":
+    if kind in ("variables", "longer chains"):
         links = dict(divmod(n - FIRST_LINK, 8) for n in needles if n >= FIRST_LINK)
-        return values[links[key]]
-    if kind == "several keys":
+        followed = 0
+        while key not in values:
+            key, followed = links[key], followed + 1
+        assert followed == (1 if kind == "variables" else 2)
+        return values[key]
+    if kind in ("several keys", CROWD):
         assert sum(needle // VALUES == key for needle in needles) == 1
         return next(needle for needle in needles if needle // VALUES == key)
     return values[key]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, CROWD])
 @pytest.mark.parametrize("index", [0, 1])
 def test_every_answer_follows_from_needles_far_back(kind: str, index: int) -> None:
     task = RetrievalTask(kind, 2048, seed=0, easier_steps=1)
@@ -81,14 +88,12 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
         assert not torch.equal(other.batch("train", index, 16)[0], ids)
 
 
-def test_sequences_grow_and_a_step_has_as_many_tokens() -> None:
-    config = config_of("gpu", "retrieval", {"seq_len": 65536, "steps": 10})
-    mix = RetrievalMix(config)
-    steps = (0, 5, 7, 8, 9)
-    found = [mix.batch("train", index, config.rows)[0].shape for index in steps]
-    assert [shape[1] for shape in found] == [4096, 4096, 4096, 16384, 65536]
-    assert {shape.numel() for shape in found} == {config.batch_tokens}
-    assert mix.batch("validation", 0, 1)[0].shape == (1, 65536)
+def test_only_a_run_that_starts_from_scratch_has_copies_at_first() -> None:
+    config = config_of("gpu", "retrieval", {"seq_len": 16384, "steps": 10})
+    assert [RetrievalMix(config, easier).easier_steps for easier in (True, False)] == [6, 0]
+    further = continued(config)
+    assert (further.steps, further.warmup_steps) == (2, 2)
+    assert further.learning_rate == pytest.approx(0.3 * config.learning_rate)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -160,11 +165,14 @@ def test_msa_is_refused_where_sequences_or_heads_are_shared_out() -> None:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *more: str) -> int:
-    script = ROOT / "examples" / "evidence.py"
-    command = [str(script), "--tiny", "--device", "cpu", "--out", str(out), *more]
+    command = [str(SCRIPT), "--tiny", "--device", "cpu", "--out", str(out), *more]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.syspath_prepend(str(script.parent))
-    return runpy.run_path(str(script))["main"]()
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return runpy.run_path(str(SCRIPT))["main"]()
+
+
+def rows_of(out: Path) -> list[dict[str, Any]]:
+    return json.loads((out / "retrieval.json").read_text())["rows"]
 
 
 def test_a_call_goes_on_where_the_last_one_stopped(
@@ -172,25 +180,75 @@ def test_a_call_goes_on_where_the_last_one_stopped(
 ) -> None:
     assert run(monkeypatch, tmp_path, "--seconds", "0") == 0
     assert "0 of 24 runs are there" in capsys.readouterr().out
-    assert run(monkeypatch, tmp_path, "--seeds", "0", "--lengths", "256") == 0
-    first = json.loads((tmp_path / "retrieval.json").read_text())["rows"]
-    assert len(first) == 4
-    assert all(row["accuracy"].keys() == KINDS.keys() for row in first)
+    one = ("--forms", "dense", "--seeds", "0", "--lengths", "512")
+    assert run(monkeypatch, tmp_path, *one) == 0
+    (first,) = rows_of(tmp_path)
+    assert first["accuracy"].keys() == KINDS.keys()
     assert (tmp_path / "retrieval.png").stat().st_size > 10_000
     assert not list((tmp_path / "checkpoints").iterdir())
-    more = ("--forms", "dense", "--seeds", "0", "1", "--lengths", "256")
+    more = ("--forms", "dense", "--seeds", "0", "1", "--lengths", "512")
     assert run(monkeypatch, tmp_path, *more) == 0
-    rows = json.loads((tmp_path / "retrieval.json").read_text())["rows"]
-    assert rows[:4] == first
-    assert [(row["form"], row["length"], row["seed"]) for row in rows[4:]] == [("dense", 256, 1)]
+    rows = rows_of(tmp_path)
+    assert rows[0] == first
+    assert [(row["form"], row["length"], row["seed"]) for row in rows[1:]] == [("dense", 512, 1)]
     assert run(monkeypatch, tmp_path, *more, "--steps", "3") == 2
     assert "of other settings; choose another --out" in capsys.readouterr().err
+
+
+def test_a_longer_length_goes_on_from_the_weights_of_the_shorter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = ("--forms", "dense", "--seeds", "0", "--lengths")
+    loaded: list[dict[str, torch.Tensor]] = []
+
+    def note(trainer: Trainer, tensors: dict[str, torch.Tensor]) -> int:
+        loaded.append({name: x.clone() for name, x in tensors.items()})
+        return 0
+
+    monkeypatch.setattr(
+        "training.loop.Trainer._resume", lambda self: note(self, self.plain.state_dict())
+    )
+    assert run(monkeypatch, tmp_path, *one, "512", "1024") == 0
+    short, long = rows_of(tmp_path)
+    assert [short["goes_on_from"], long["goes_on_from"]] == [None, 512]
+    weights = load_file(tmp_path / "weights" / "retrieval-dense-512-0.safetensors")
+    assert all(torch.equal(loaded[1][name], weight) for name, weight in weights.items())
+    assert not all(torch.equal(loaded[0][name], weight) for name, weight in weights.items())
+
+    (tmp_path / "weights" / "retrieval-dense-512-0.safetensors").unlink()
+    (tmp_path / "retrieval.json").write_text(json.dumps({"rows": [short]}))
+    assert run(monkeypatch, tmp_path, *one, "512", "1024") == 2
+    assert "goes on from the weights of ('dense', 512, 0)" in capsys.readouterr().err
+    assert run(monkeypatch, tmp_path / "new", *one, "1024") == 2
+    assert "add 512 to --lengths" in capsys.readouterr().err
+
+
+def test_a_model_is_asked_for_more_than_it_was_trained_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = ("--forms", "dense", "infllm_v2", "--seeds", "0", "--lengths", "512")
+    assert run(monkeypatch, tmp_path, *one) == 0
+    dense, sparse = (row["harder"] for row in rows_of(tmp_path))
+    assert dense.keys() == {"1024 tokens", CROWD}
+    assert sparse.keys() == {*dense, "topk 8", "topk 4"}
+    for found in (dense, sparse):
+        assert found.pop(CROWD).keys() == {CROWD}
+        assert all(accuracies.keys() == KINDS.keys() for accuracies in found.values())
+
+
+def test_processes_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that another process wrote during a run stays."""
+    add = runpy.run_path(str(SCRIPT))["add_row"]
+    world = World(0, 1, CPU)
+    for seed in range(3):
+        add(tmp_path / "retrieval.json", {"seed": seed}, world)
+    assert [row["seed"] for row in rows_of(tmp_path)] == [0, 1, 2]
 
 
 def test_a_run_that_is_stopped_goes_on_from_its_last_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = ("--forms", "dense", "--seeds", "0", "--lengths", "256", "--steps", "4")
+    one = ("--forms", "dense", "--seeds", "0", "--lengths", "512", "--steps", "4")
     with monkeypatch.context() as slow:  # a second passes from each look at the clock to the next
         slow.setattr(time, "monotonic", itertools.count().__next__)
         assert run(slow, tmp_path / "stopped", *one, "--seconds", "3") == 0
@@ -199,11 +257,35 @@ def test_a_run_that_is_stopped_goes_on_from_its_last_step(
     assert [path.name for path in folder.iterdir()] == ["step-00000002"]
     for out in ("stopped", "unbroken"):
         assert run(monkeypatch, tmp_path / out, *one) == 0
-    stopped, unbroken = (
-        json.loads((tmp_path / out / "retrieval.json").read_text())["rows"][0]
-        for out in ("stopped", "unbroken")
-    )
+    stopped, unbroken = (rows_of(tmp_path / out)[0] for out in ("stopped", "unbroken"))
     assert stopped | {"seconds": 0} == unbroken | {"seconds": 0}
+
+
+def test_a_run_that_would_take_too_long_is_left_out_and_so_is_what_goes_on_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(time, "monotonic", itertools.count().__next__)
+    one = ("--task", "retrieval", "--forms", "dense", "--seeds", "0", "--lengths", "512", "1024")
+    assert run(monkeypatch, tmp_path, *one, "--steps", "20", "--run-seconds", "19") == 0
+    out = capsys.readouterr().out
+    assert "dense 512 0 about 20 s for 20 steps" in out
+    assert "dense 512 0 left out: more than --run-seconds 19" in out
+    assert "dense 1024 0" not in out
+    assert "0 of 2 runs are there" in out
+
+
+def test_without_matplotlib_a_run_has_no_figure_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "training.plot", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delattr("training.plot", raising=False)
+    one = ("--forms", "dense", "--seeds", "0", "--lengths", "512")
+    assert run(monkeypatch, tmp_path, *one) == 0
+    assert "no figure: matplotlib is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "retrieval.png").exists()
 
 
 def test_an_unknown_form_is_refused(
@@ -217,7 +299,7 @@ def test_an_unknown_form_is_refused(
 def test_a_length_without_room_is_refused_before_any_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, tmp_path, "--lengths", "256", "128") == 2
+    assert run(monkeypatch, tmp_path, "--lengths", "512", "128") == 2
     assert "several keys needs room for 29 values" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -244,3 +326,24 @@ def test_the_table_says_what_is_missing() -> None:
     assert "| single, % | 4096 | not measured yet | 90.0 ± 10.0 (3) |" in shown
     assert "| single, % | 4096 | 80.0 (1) |" in table(rows[:1], ["dense"], [4096], measures)
     assert "| variables, % | 16384 | not measured yet | not measured yet |" in shown
+
+
+def test_no_line_without_a_number_where_a_form_was_measured() -> None:
+    row = {"form": "dense", "length": 65536, "seed": 0, "accuracy": {"single": 1.0}}
+    shown = table([row], ["nsa", "dense"], [65536], MEASURES["retrieval"]).splitlines()[2:]
+    assert shown == ["| single, % | 65536 | not measured yet | 100.0 (1) |"]
+
+
+def test_harder_questions_have_a_line_where_a_form_was_asked() -> None:
+    accuracy = dict.fromkeys(KINDS, 0.9)
+    harder = {"65536 tokens": {**accuracy, "single": 0.3}, CROWD: {CROWD: 0.5}}
+    dense = {"form": "dense", "length": 16384, "seed": 0, "accuracy": accuracy, "harder": harder}
+    lists = {"topk 8": dict.fromkeys(KINDS, 0.7)}
+    nsa = {**dense, "form": "nsa", "harder": {**harder, **lists}}
+    shown = table([dense, nsa], ["nsa", "dense"], [16384], HARDER).splitlines()[2:]
+    assert shown == [
+        "| as trained, % | 16384 | 90.0 (1) | 90.0 (1) |",
+        "| 65536 tokens, % | 16384 | 80.0 (1) | 80.0 (1) |",
+        "| topk 8, % | 16384 | 70.0 (1) | – |",
+        f"| {CROWD}, % | 16384 | 50.0 (1) | 50.0 (1) |",
+    ]

@@ -54,9 +54,9 @@ def test_the_documentation_shows_the_committed_plots(task: str, device: str) -> 
     assert shown.read_bytes() == (RESULTS / device / "train_toy" / f"{task}.png").read_bytes()
 
 
-def test_the_page_of_evidence_shows_the_committed_plots() -> None:
-    for task in MEASURES:
-        shown = RESULTS.parents[1] / "docs" / "images" / f"{task}.png"
-        plot = RESULTS / "nvidia-h200" / "evidence" / f"{task}.png"
-        assert shown.exists() == plot.exists()
-        assert not plot.exists() or shown.read_bytes() == plot.read_bytes()
+@pytest.mark.parametrize("name", [*MEASURES, "retrieval-longer", "continue"])
+def test_the_page_of_evidence_shows_the_committed_plots(name: str) -> None:
+    shown = RESULTS.parents[1] / "docs" / "images" / f"{name}.png"
+    plot = RESULTS / "nvidia-h200" / "evidence" / f"{name}.png"
+    assert shown.exists() == plot.exists()
+    assert not plot.exists() or shown.read_bytes() == plot.read_bytes()
