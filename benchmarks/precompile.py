@@ -19,11 +19,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import side_by_side
-import torch
-import training_table
-import triton
-from training_table import LAYERS, STEPS, Case
+# What takes seconds to import is imported by the processes, side by side.
+LAYERS = ("Llama 3.1 8B", "the guide")
 
 DEVICE = "cuda"
 
@@ -35,6 +32,8 @@ def compiling(index: int, processes: int) -> Iterator[dict[tuple[str, str], bool
     Yields:
         of each kernel so far, whether this process compiles it.
     """
+    import triton
+
     run, mine = triton.JITFunction.run, {}
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **more: Any) -> Any:
@@ -52,6 +51,11 @@ def compiling(index: int, processes: int) -> Iterator[dict[tuple[str, str], bool
 
 def sparse_calls() -> dict[str, Callable[[], object]]:
     """Short calls of all kernels of this project that are measured."""
+    import side_by_side
+    import torch
+    import training_table
+    from training_table import STEPS, Case
+
     calls = side_by_side.short_calls(replace(side_by_side.Run(), device=DEVICE))
     for name, config in STEPS.items():
         STEPS[name] = replace(config, batch_tokens=config.seq_len)  # a single sequence
@@ -81,16 +85,24 @@ def compile_share(index: int, processes: int) -> None:
 
 def compile_dense(name: str | None) -> None:
     """FlashAttention-4's kernels of the shape, or of a layer."""
+    import side_by_side
+
     if name is None:
         side_by_side.dense_call(side_by_side.Run(), "FlashAttention-4")
     else:
-        case = Case("layer", name, "dense", "eager", 4096)
-        training_table.measure(case, torch.device(DEVICE), 1, training_table.once)
+        measure_once("layer", name, "dense", "eager", 4096)
 
 
 def compile_model(kind: Any) -> None:
-    case = Case("step", "4096", kind, "compiled", 4096)
-    training_table.measure(case, torch.device(DEVICE), 1, training_table.once)
+    measure_once("step", "4096", kind, "compiled", 4096)
+
+
+def measure_once(*case: Any) -> None:
+    import torch
+    import training_table
+
+    found = training_table.Case(*case)
+    training_table.measure(found, torch.device(DEVICE), 1, training_table.once)
 
 
 def timed(what: str, call: Callable[..., None], *args: Any) -> None:
@@ -116,7 +128,7 @@ def main() -> None:
     jobs += [(f"FlashAttention-4, {n or 'the table'}", compile_dense, n) for n in (None, *LAYERS)]
     jobs += [(f"step, {kind}, compiled", compile_model, kind) for kind in ("nsa", "dense")]
     spawn = multiprocessing.get_context("spawn")
-    found = [spawn.Process(target=timed, args=job, name=job[0]) for job in jobs]
+    found = [spawn.Process(target=timed, args=job, name=job[0], daemon=True) for job in jobs]
     for process in found:
         process.start()
     for process in found:
