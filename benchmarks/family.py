@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -95,9 +95,9 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "m3_index": m3_index,
     "minicpm_64_blocks": minicpm_64_blocks,
     "m3_decode": m3_decode,
-    "narrow_decode": narrow_decode,
     "m3_in_transformers": m3_in_transformers,
     "m3_index_loss": m3_index_loss,
+    "narrow_decode": narrow_decode,
     "m3_shared": m3_shared,
     "small_models": small_models,
     "dense": dense,
@@ -223,8 +223,8 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def run_all(
     sizes: Sizes, seconds: float, parts: list[str], kernels: list[str] | None = None
-) -> dict[str, Any]:
-    """What the JSON file holds.
+) -> Iterator[dict[str, Any]]:
+    """What the JSON file holds, after each part.
 
     Args:
         seconds: after which nothing is begun.
@@ -232,6 +232,8 @@ def run_all(
     """
     start = time.monotonic()
     failed: dict[str, str] = {}
+    versions = {"torch": torch.__version__, "triton": _triton()}
+    device = torch.cuda.get_device_name() if sizes.device != "cpu" else "cpu"
     with tempfile.TemporaryDirectory() as name:  # Triton reads a kernel's file when it compiles
         run = Run(sizes, Path(name), end=start + seconds)
         if sizes.device != "cpu":
@@ -247,13 +249,11 @@ def run_all(
             gc.collect()
             if sizes.device != "cpu":
                 torch.cuda.empty_cache()
-    versions = {"torch": torch.__version__, "triton": _triton()}
-    device = torch.cuda.get_device_name() if sizes.device != "cpu" else "cpu"
-    return {
-        **{"device": device, **versions, "seconds": time.monotonic() - start},
-        **{"rows": run.rows, "goals": goals(run.rows), "published": PUBLISHED},
-        **{"wrong": run.wrong, "failed": failed, "skipped": run.skipped},
-    }
+            yield {
+                **{"device": device, **versions, "seconds": time.monotonic() - start},
+                **{"rows": run.rows, "goals": goals(run.rows), "published": PUBLISHED},
+                **{"wrong": run.wrong, "failed": failed, "skipped": run.skipped},
+            }
 
 
 def updated(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -297,10 +297,11 @@ def main() -> int:
     seconds = math.inf if args.dry else args.seconds
     torch.set_num_threads(min(8, os.cpu_count() or 1))  # small models run on the CPU too
     kernels = [] if args.no_checks else None
-    content = run_all(TINY if args.dry else FULL, seconds, args.parts, kernels)
-    if args.update:
-        content = updated(json.loads(args.update.read_text()), content)
-    args.out.write_text(json.dumps(content, indent=1) + "\n")
+    before = json.loads(args.update.read_text()) if args.update else None
+    content: dict[str, Any] = {}
+    for found in run_all(TINY if args.dry else FULL, seconds, args.parts, kernels):
+        content = updated(before, found) if before else found
+        args.out.write_text(json.dumps(content, indent=1) + "\n")  # a stopped run keeps its rows
     for row in content["goals"]:
         print(json.dumps(row))
     for key in ("wrong", "failed", "skipped"):

@@ -32,7 +32,8 @@ def test_choices_are_as_selection_writes_them(share: int) -> None:
 
 
 def test_parts_run_with_tiny_sizes(tmp_path: Path) -> None:
-    content = run_all(TINY, math.inf, ["m3_attention", "minicpm_forward", "m3_decode"])
+    *earlier, content = run_all(TINY, math.inf, ["m3_attention", "minicpm_forward", "m3_decode"])
+    assert len(earlier) == 2  # each part's rows are there when it ends, should the run be stopped
     assert not content["wrong"]
     assert not content["failed"]
     assert {row["what"] for row in content["rows"]} >= {"M3 attention forward", "M3 decode index"}
