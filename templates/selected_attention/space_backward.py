@@ -166,8 +166,12 @@ def plain_memory_on_hip(workload: Workload, schedule: Schedule) -> int:
 
 
 def default_part_tokens(workload: Workload) -> int:
-    """About 16 thousand rows per part, in 1024 to 4096 tokens."""
-    return min(4096, max(1024, next_power_of_2(16384 // int(workload.gqa_ratio))))
+    """About 16 thousand rows per part, in 1024 to 4096 tokens.
+
+    Programs share long blocks as it is: longer parts leave fewer sums, each of a whole block.
+    """
+    tokens = min(4096, max(1024, next_power_of_2(16384 // int(workload.gqa_ratio))))
+    return max(tokens, min(8192, 4 * block_b(workload)))
 
 
 def default_key_tile(workload: Workload) -> int:

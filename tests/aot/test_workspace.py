@@ -64,3 +64,20 @@ def test_the_family_s_scores_take_no_memory_of_n_squared(name, tmp_path):
         path = tmp_path / f"{kernel_name(workload, schedule)}.py"
         path.write_text(render(workload, schedule, "# test"))
         assert workspace_bytes(path, workload, sizes) <= limits[workload.op], workload
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "cuda:80"])
+@pytest.mark.parametrize(
+    ("name", "kv_heads", "limit"),
+    [("minimax_m3", 4, 2200), ("minicpm4", 2, 3300), ("minicpm_sala", 2, 3300), ("moba", 32, 2000)],
+)
+def test_the_family_s_gradients_take_a_few_gib(name, kv_heads, limit, target, tmp_path):
+    """MiB at 131072 tokens with all heads; q, k, v, o and their gradients are 2 to 8 GiB."""
+    spec = load_spec(name)
+    works = [w for w in spec.workloads() if (w.op, w.pass_) == ("selected_attention", "backward")]
+    for workload in works:
+        sizes = Sizes((1 << 17,), kv_heads, topk=spec.topk_of(workload))
+        schedule = default_schedule(workload, KNOWN_TARGETS[target])
+        path = tmp_path / f"{kernel_name(workload, schedule)}.py"
+        path.write_text(render(workload, schedule, "# test"))
+        assert workspace_bytes(path, workload, sizes) <= limit * MIB, workload

@@ -11,6 +11,7 @@ import torch
 from family import GOALS, checked, draw, goals, run_all, updated
 from family_attention import choose
 from family_run import FULL, SM90, TINY, Run
+from family_schedules import calls, launch_of
 
 from nsagen.codegen.template import default_schedule
 from nsagen.ops import reference
@@ -58,6 +59,14 @@ def test_every_kernel_that_is_checked_can_be_made(tmp_path: Path) -> None:
     for w, algorithm in checked(FULL).values():
         chosen = algorithm or default_schedule(w, SM90).algorithm
         assert callable(run.kernel(w, chosen))
+
+
+def test_every_schedule_that_is_compared_can_be_made(tmp_path: Path) -> None:
+    names = [call.name for call in calls()]
+    assert len(set(names)) == len(names)
+    for call in calls():
+        for knobs in call.schedules:
+            assert callable(launch_of(call, knobs, tmp_path))
 
 
 def test_rows_that_a_run_did_not_measure_are_kept_with_the_run_that_did() -> None:

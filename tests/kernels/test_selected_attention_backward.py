@@ -121,6 +121,20 @@ def test_shares_of_some_heads_at_once(monkeypatch):
         check_case(module, case)
 
 
+def test_sums_of_some_heads_at_once(monkeypatch):
+    """The sums of long blocks' lists, in memory for all heads, for two of three, and for none."""
+    w = workload("float16", group=1, block_size=64)
+    module = load_kernel(w, schedule_of(w, "two_pass", key_tile=32))
+    found = []
+    for limit in (1 << 30, 2 * 8 * 64 * (2 * 32) * 4, 1):  # of two heads: 8 parts each
+        monkeypatch.setattr(module, "SUMS_BYTES", limit)
+        case = make_case(w, Sizes((34, 0, 2), kv_heads=3, topk=2), kernel_device(), seed=1)
+        module.launch(*case.args)
+        found.append(case.outputs)
+    check_case(module, case)
+    assert all(torch.equal(found[0][name], other[name]) for other in found for name in other)
+
+
 @pytest.mark.parametrize("topk", [1, 3, 8])
 @each_algorithm
 def test_any_order_padding_and_entries_out_of_range(topk, algorithm):
