@@ -130,7 +130,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         "values_are_read": lambda x: False,
     }
     for name, module in list(sys.modules.items()):
-        if name.startswith("nsagen.ops"):
+        if name.startswith("nsagen."):
             for attribute in here.keys() & vars(module).keys():
                 monkeypatch.setattr(module, attribute, here[attribute])
     monkeypatch.setattr(_fixed_kernels, "runs_on", lambda x: True)

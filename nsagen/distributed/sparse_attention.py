@@ -2,9 +2,10 @@
 
 In order: the windows that start in this rank's pieces; gathers of all windows, then of all keys and
 values; meanwhile compressed attention and block selection, which need windows alone; then the other
-branches. The backward pass gathers both again. With gates, deltas are computed meanwhile, and
-windows come last: their gradients while those of keys and values are summed over the ranks, and
-added to the queries', of which there is one tensor at a time. Without, windows come first.
+branches, which meet forced blocks once where those of whole sequences do. The backward pass gathers
+both again. With gates, deltas are computed meanwhile, and windows come last: their gradients while
+those of keys and values are summed over the ranks, and added to the queries', of which there is one
+tensor at a time. Without, windows come first.
 """
 
 from __future__ import annotations
@@ -23,17 +24,21 @@ from nsagen.model.heads import KV, Heads
 from nsagen.model.nsa_ops import NSAOps
 from nsagen.model.rope import Tables
 from nsagen.ops._launch import key_of, on_kernels
-from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.compressed_attention import (
-    add_compressed_gradient,
     compressed_attention_backward,
     compressed_attention_forward,
 )
-from nsagen.ops.gated_attention import branch_columns, branch_deltas
+from nsagen.ops.forced_blocks import selected_and_window
+from nsagen.ops.gated_attention import (
+    add_windows_gradient,
+    branch_columns,
+    branch_deltas,
+    tokens_backward,
+    windows_forward,
+)
 from nsagen.ops.gated_sum import gated_sum_forward
 from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
 from nsagen.ops.sliding_window_attention import (
-    add_sliding_window_gradients,
     sliding_window_attention_backward,
     sliding_window_attention_forward,
 )
@@ -149,32 +154,40 @@ class _Branches(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, q: Tensor, gate: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        s, last, (starts, q_start) = call.module.sparsity, call.last, call.keys
+        s, last, q_start = call.module.sparsity, call.last, call.keys[1]
+        forced = (s.init_blocks, s.local_blocks)
         tokens, windows = call.parted(tensors)
         joined = [call.of_tokens.join(*tokens)]
         if call.of_windows is not None:
             joined.append(call.of_windows.join(*windows))
         call.start(joined)
-        made: dict[str, tuple[Tensor, Tensor]] = {}
+        made: dict[str, Sequence[Tensor]] = {}
         topk_idx = None
         if call.of_windows is not None:
             ck, cv = call.of_windows.wait()
             sizes = (*call.windows, s.kernel_size, s.kernel_stride)
-            made["compressed"] = compressed_attention_forward(q, ck, cv, *sizes, *last, q_start)
             if "selected" in call.on:
-                _, lse = made["compressed"]
-                blocks = (s.block_size, s.topk, s.init_blocks, s.local_blocks)
-                topk_idx = block_selection_forward(q, ck, lse, *sizes, *blocks, *last, q_start)
+                selection = (s.block_size, s.topk, *forced)
+                *found, topk_idx = windows_forward(q, ck, cv, *sizes, *selection, *last, q_start)
+            else:
+                found = compressed_attention_forward(q, ck, cv, *sizes, *last, q_start)
+            made["compressed"] = found
             del ck, cv
         selected, sliding = pairs_of(call.of_tokens.wait())
-        if topk_idx is not None:
-            made["selected"] = selected_attention_forward(
-                q, *selected, topk_idx, call.ends, s.block_size, *last, starts, q_start
-            )
-        if "sliding" in call.on:
-            made["sliding"] = sliding_window_attention_forward(
-                q, *sliding, call.ends, s.window_size, *last, starts, q_start
-            )
+        more = (*last, *call.keys)
+        if topk_idx is not None and "sliding" in call.on and len(tokens) == 2:
+            sizes = (s.window_size, s.block_size, *forced)
+            found = selected_and_window(q, *selected, topk_idx, call.ends, *sizes, *more)
+            made["selected"], made["sliding"] = found[:2], found[2:]
+        else:
+            if topk_idx is not None:
+                made["selected"] = selected_attention_forward(
+                    q, *selected, topk_idx, call.ends, s.block_size, *more
+                )
+            if "sliding" in call.on:
+                made["sliding"] = sliding_window_attention_forward(
+                    q, *sliding, call.ends, s.window_size, *more
+                )
         outputs, lses = zip(*(made[name] for name in call.on), strict=True)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -191,89 +204,118 @@ class _Branches(torch.autograd.Function):
         many = len(call.on)
         lses, outputs, joined = kept[:many], kept[many : 2 * many], kept[2 * many :]
         call.start(joined)
-        dgate, dos, columns, deltas = None, gradients[::2], [None] * many, [None] * many
+        found: _Gradients
         if call.gated:
-            (do,), (o_compressed, o_selected, o_sliding) = gradients, outputs
-            of_sum = branch_deltas(do, o_compressed, o_selected, o_sliding, gate, call.last[1])
-            del o_compressed, o_selected, o_sliding
-            dos, outputs, kept = [do] * many, [None] * many, None
+            o_compressed, o_selected, o_sliding = outputs
+            of_sum = branch_deltas(
+                gradients[0], o_compressed, o_selected, o_sliding, gate, call.last[1]
+            )
+            del o_compressed, o_selected, o_sliding, outputs, kept
             ctx.maybe_clear_saved_tensors()  # outputs are free, unless the graph is kept
-            made, dgate = branch_columns(gate, of_sum)
-            columns, deltas = (parts := made.unbind(0))[:many], parts[many:]
-        each = zip(dos, outputs, lses, deltas, columns, strict=True)
-        found = _Gradients(call, q, topk_idx, dict(zip(call.on, each, strict=True)))
-        needed = dict(
-            zip(("tokens", "windows"), call.parted(ctx.needs_input_grad[3:]), strict=True)
-        )
-        sums = {"tokens": found.sum_tokens, "windows": found.sum_windows}
-        order = ("tokens", "windows") if call.gated else ("windows", "tokens")
-        summed = {what: sums[what](needed[what]) for what in order}
+            columns, dgate = branch_columns(gate, of_sum)
+            found, order = _OfSum(call, q, topk_idx, gradients[0], lses, columns), _TOKENS_FIRST
+        else:
+            branches = zip(gradients[::2], outputs, lses, strict=True)
+            found = _OfBranches(call, q, topk_idx, dict(zip(call.on, branches, strict=True)))
+            dgate, order = None, reversed(_TOKENS_FIRST)
+        needed = dict(zip(_TOKENS_FIRST, call.parted(ctx.needs_input_grad[3:]), strict=True))
+        summed = {what: found.sums(what, needed[what]) for what in order}
         return None, found.dq, dgate, *summed["tokens"], *summed["windows"]
+
+
+_TOKENS_FIRST = ("tokens", "windows")
 
 
 @dataclass
 class _Gradients:
-    """The backward pass of the branches.
-
-    Attributes:
-        branches: for each that is on, its output's gradient, its output and lse; with gates the
-            sum's gradient, None and lse, then delta and the gate.
-        dq: of the passes so far.
-    """
+    """The backward pass of the branches; dq is that of the passes so far."""
 
     call: _Call
     q: Tensor
     topk_idx: Tensor | None
-    branches: dict[str, tuple[Any, ...]]
-    dq: Tensor | None = None
 
-    def sum_tokens(self, needed: Sequence[bool]) -> list[Tensor | None]:
-        """Gradients of the tokens' keys and values, whose sums over the ranks begin."""
-        seen = self.call.of_tokens.wait()
-        found = self._of_tokens(seen)
-        del seen
-        return self.call.of_tokens.sum_gradients(found, needed)
+    def __post_init__(self) -> None:
+        self.dq: Tensor | None = None
 
-    def sum_windows(self, needed: Sequence[bool]) -> list[Tensor | None]:
-        """Those of the windows', if there are any."""
+    def sums(self, what: str, needed: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of the keys and values of "tokens", or of "windows" if there are any: their
+        sums over the ranks begin."""
         of_windows, on = self.call.of_windows, self.call.on
+        if what == "tokens":
+            return self.call.of_tokens.sum_gradients(self._of_all_tokens(), needed)
         if of_windows is None:
             return []
         seen = of_windows.wait()
         if "compressed" not in on:
             return [None for _ in needed]
-        return of_windows.sum_gradients(self._of_windows(*seen), needed)
+        return of_windows.sum_gradients(self.of_windows(*seen), needed)
 
-    def _of_windows(self, ck: Tensor, cv: Tensor) -> list[Tensor]:
+    def _of_all_tokens(self) -> Sequence[Tensor]:
+        return self.of_tokens(self.call.of_tokens.wait())
+
+    def of_tokens(self, tokens: Sequence[Tensor]) -> Sequence[Tensor]:
+        """From the gathered keys and values."""
+        raise NotImplementedError
+
+    def of_windows(self, ck: Tensor, cv: Tensor) -> Sequence[Tensor]:
+        raise NotImplementedError
+
+
+@dataclass
+class _OfSum(_Gradients):
+    """From the gradient of the gated sum, of which `columns` has each branch's part."""
+
+    do: Tensor
+    lses: Sequence[Tensor]
+    columns: Tensor
+
+    def of_tokens(self, tokens: Sequence[Tensor]) -> Sequence[Tensor]:
+        call, s, (k, v) = self.call, self.call.module.sparsity, tokens
+        assert self.topk_idx is not None
+        _, lse_selected, lse_sliding = self.lses
+        inputs = (self.do, self.q, k, v, self.topk_idx, call.ends, lse_selected, lse_sliding)
+        more = (self.columns, s.block_size, s.window_size, *call.last, *call.keys)
+        self.dq, *found = tokens_backward(*inputs, *more)
+        return found
+
+    def of_windows(self, ck: Tensor, cv: Tensor) -> Sequence[Tensor]:
         call, s = self.call, self.call.module.sparsity
-        do, o, lse, *gates = self.branches["compressed"]
-        inputs = (do, self.q, ck, cv, *call.windows, o, lse)
-        more = (s.kernel_size, s.kernel_stride, *call.last, call.keys[1])
-        if call.gated:
-            return [*add_compressed_gradient(*inputs, self.dq, *more, *gates)]
-        dq, *found = compressed_attention_backward(*inputs, *more)
+        assert self.dq is not None
+        inputs = (self.do, self.q, ck, cv, *call.windows, self.lses[0], self.dq, self.columns)
+        sizes = (s.kernel_size, s.kernel_stride)
+        return add_windows_gradient(*inputs, *sizes, *call.last, call.keys[1])
+
+
+@dataclass
+class _OfBranches(_Gradients):
+    """From the gradient of each branch's output, with that output and lse."""
+
+    branches: dict[str, tuple[Tensor, Tensor, Tensor]]
+
+    def of_windows(self, ck: Tensor, cv: Tensor) -> Sequence[Tensor]:
+        call, s, (do, *made) = self.call, self.call.module.sparsity, self.branches["compressed"]
+        sizes = (s.kernel_size, s.kernel_stride)
+        dq, *found = compressed_attention_backward(
+            do, self.q, ck, cv, *call.windows, *made, *sizes, *call.last, call.keys[1]
+        )
         self._add(dq)
         return found
 
-    def _of_tokens(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        call, s = self.call, self.call.module.sparsity
+    def of_tokens(self, tokens: Sequence[Tensor]) -> Sequence[Tensor]:
+        call, s, more = self.call, self.call.module.sparsity, (*self.call.last, *self.call.keys)
         selected, sliding = pairs_of(tokens)
         found: list[Tensor] = []
         if "selected" in call.on:
-            do, o, lse, *gates = self.branches["selected"]
+            do, *made = self.branches["selected"]
             dq, *found = selected_attention_backward(
-                *(do, self.q, *selected, self.topk_idx, call.ends, o, lse, s.block_size),
-                *(*call.last, *call.keys, *gates),
+                do, self.q, *selected, self.topk_idx, call.ends, *made, s.block_size, *more
             )
             self._add(dq)
         if "sliding" in call.on:
-            do, o, lse, *gates = self.branches["sliding"]
-            inputs, more = (do, self.q, *sliding, call.ends, o, lse), (*call.last, *call.keys)
-            if call.gated:
-                window = (self.dq, *found, s.window_size)
-                add_sliding_window_gradients(*inputs, *window, *more, *gates)
-                return found
-            dq, *near = sliding_window_attention_backward(*inputs, s.window_size, *more)
+            do, *made = self.branches["sliding"]
+            dq, *near = sliding_window_attention_backward(
+                do, self.q, *sliding, call.ends, *made, s.window_size, *more
+            )
             self._add(dq)
             if len(tokens) > 2:
                 return [*(found or map(torch.zeros_like, tokens[:2])), *near]

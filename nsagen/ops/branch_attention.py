@@ -120,8 +120,9 @@ def attend(
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     sums = len(on) == len(BRANCHES) and not trains  # in the last branch's kernel
     forced = (block_size, init_blocks, local_blocks)
-    whole = k_window is None and q_start is None and cu_seqlens_k is None
-    once = sums and whole and forced_blocks.applies(q, k, v, window_size, *forced, dispatcher)
+    shared = k_window is None
+    once = sums and shared and forced_blocks.applies(q, k, v, window_size, *forced, dispatcher)
+    chunk = (cu_seqlens_k, q_start)
     outputs: dict[str, Tensor] = {}
     if ck is not None and cv is not None:
         windows = (cu_seqlens, window_cu_seqlens, kernel_size, kernel_stride)
@@ -133,22 +134,22 @@ def attend(
             topk_idx = select_blocks(q, ck, lse, *windows, *selection, *last, q_start)
             if once:
                 o_window, _, o_forced, lse_forced = forced_blocks.window_and_forced_blocks(
-                    q, k, v, cu_seqlens, window_size, *forced, *last
+                    q, k, v, cu_seqlens, window_size, *forced, *last, *chunk
                 )
                 others = (o_forced, lse_forced, o, o_window, gate)
                 return forced_blocks.free_blocks_gated_sum(
-                    q, k, v, topk_idx, cu_seqlens, *others, *forced, *last
+                    q, k, v, topk_idx, cu_seqlens, *others, *forced, *last, *chunk
                 )
             outputs["selected"], _ = selected_attention_forward(
-                q, k, v, topk_idx, cu_seqlens, block_size, *last, cu_seqlens_k, q_start
+                q, k, v, topk_idx, cu_seqlens, block_size, *last, *chunk
             )
     window = (q, k if k_window is None else k_window, v if v_window is None else v_window)
-    chunk = (window_size, *last, cu_seqlens_k, q_start)
+    more = (window_size, *last, *chunk)
     if sums:
         others = (outputs["compressed"], outputs["selected"])
-        return sliding_window_gated_sum(*window, cu_seqlens, *others, gate, *chunk)
+        return sliding_window_gated_sum(*window, cu_seqlens, *others, gate, *more)
     if "sliding" in on:
-        outputs["sliding"], _ = sliding_window_attention_forward(*window, cu_seqlens, *chunk)
+        outputs["sliding"], _ = sliding_window_attention_forward(*window, cu_seqlens, *more)
     some = next(iter(outputs.values()))  # read, without weight, in place of one that is off
     compressed, of_blocks, of_window = (outputs.get(name, some) for name in BRANCHES)
     return gated_sum_forward(compressed, of_blocks, of_window, gate, dispatcher)

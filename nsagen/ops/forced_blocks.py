@@ -2,8 +2,8 @@
 
 A token always selects its first and its local blocks, and its window reaches most of the local
 ones. So one pass over the window's keys gives two results, and selected attention is left with the
-blocks that scores chose. This takes whole sequences whose branches share keys and values, and
-kernels for both steps, which Hopper has for heads of 64 and 128 in 16 bits.
+blocks that scores chose. This takes branches that share keys and values, and kernels for both
+steps, which Hopper has for heads of 64 and 128 in 16 bits.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from torch import Tensor
 
 from nsagen.core.workload import FORCED_ONCE
 from nsagen.ops import reference
-from nsagen.ops._checks import check_attention, check_cu_seqlens, check_like, check_topk_idx, fail
+from nsagen.ops._checks import check_like, fail
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import attention_outputs, attention_sizes, has_kernel
 from nsagen.ops._op import define_op
 from nsagen.ops.gated_sum import check_gate
-from nsagen.ops.sliding_window_attention import check_sliding_window
+from nsagen.ops.selected_attention import check_selected, selected_attention_forward
+from nsagen.ops.sliding_window_attention import (
+    check_sliding_window,
+    sliding_window_attention_forward,
+)
 
 _OP = "forced_blocks"
 
@@ -34,8 +38,8 @@ def applies(
     local_blocks: int,
     dispatcher: str,
 ) -> bool:
-    """Whether a call on whole sequences, whose branches all read k and v, meets its forced blocks
-    once: each token has a local block, and the dispatcher has kernels for both steps."""
+    """Whether a call whose branches all read k and v meets its forced blocks once: each token has a
+    local block, and the dispatcher has kernels for both steps."""
     if local_blocks < 1:
         return False
     blocks = {"block_size": block_size, "init_blocks": init_blocks, "local_blocks": local_blocks}
@@ -54,20 +58,14 @@ def _check_blocks(call: Any) -> None:
 
 def _check_window(call: Any) -> None:
     tensors = (call.q, call.k, call.v, call.cu_seqlens)
-    check_sliding_window(*tensors, call.window_size, None, None)
+    check_sliding_window(*tensors, call.window_size, call.cu_seqlens_k, call.q_start)
     _check_blocks(call)
 
 
 def _check_free(call: Any) -> None:
-    q, k = call.q, call.k
-    check_attention(_OP, q, k, call.v)
-    check_cu_seqlens(_OP, "cu_seqlens", call.cu_seqlens, q)
-    if q.shape[0] != k.shape[0]:
-        came = f"{q.shape[0]} and {k.shape[0]}"
-        fail(_OP, "q and k must have the same tokens", came, "chunks use selected_attention")
-    check_topk_idx(_OP, q, k.shape[1], call.topk_idx)
+    check_selected(call)
     _check_blocks(call)
-    o, lse = attention_outputs(q.to("meta"), call.v.to("meta"))
+    o, lse = attention_outputs(call.q.to("meta"), call.v.to("meta"))
     check_like(_OP, ("o", o), o_forced=call.o_forced)
     check_like(_OP, ("lse", lse), lse_forced=call.lse_forced)
 
@@ -85,7 +83,7 @@ def _check_free_sum(call: Any) -> None:
     check=_check_window,
     kernel="sliding_window_attention forward",
     sizes=attention_sizes,
-    launch="q k v cu_seqlens o lse softmax_scale None None o_forced lse_forced",
+    launch="q k v cu_seqlens o lse softmax_scale cu_seqlens_k q_start o_forced lse_forced",
 )
 def window_and_forced_blocks(
     q: Tensor,
@@ -98,6 +96,8 @@ def window_and_forced_blocks(
     local_blocks: int,
     softmax_scale: float,
     dispatcher: str = "",
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(o, lse) of the sliding window, and (o, lse) of the forced blocks alone; no gradient.
 
@@ -105,10 +105,12 @@ def window_and_forced_blocks(
         q: [N, HQ, D]; k: [N, HK, D]; v: [N, HK, Dv], after rope.
         block_size: tokens of a block; init_blocks: forced ones at the start of a sequence;
             local_blocks: those up to a token's own, itself among them.
+        cu_seqlens_k, q_start: as in `selected_attention`.
     """
     tensors, scale = (q, k, v, cu_seqlens), softmax_scale
+    chunk = {"cu_seqlens_k": cu_seqlens_k, "q_start": q_start}
     o, lse = reference.sliding_window_attention_forward(
-        *tensors, window_size=window_size, softmax_scale=scale
+        *tensors, window_size=window_size, softmax_scale=scale, **chunk
     )
     o_forced, lse_forced = reference.forced_blocks_attention(
         *tensors,
@@ -116,6 +118,7 @@ def window_and_forced_blocks(
         init_blocks=init_blocks,
         local_blocks=local_blocks,
         softmax_scale=scale,
+        **chunk,
     )
     return o, lse, o_forced, lse_forced
 
@@ -128,7 +131,7 @@ free_blocks_attention = op_of(
     check=_check_free,
     kernel="selected_attention forward",
     sizes=attention_sizes,
-    launch="q k v topk_idx cu_seqlens o lse softmax_scale None None o_forced lse_forced",
+    launch="q k v topk_idx cu_seqlens o lse softmax_scale cu_seqlens_k q_start o_forced lse_forced",
 )
 """(o [N, HQ, Dv], lse [N, HQ]) of selected attention, from the forced blocks' part of it as
 `window_and_forced_blocks` gives it; no gradient. topk_idx is as block selection writes it:
@@ -142,7 +145,7 @@ ascending, each block once, the forced ones among them, then -1."""
     check=_check_free_sum,
     kernel="selected_attention forward",
     sizes=attention_sizes,
-    launch="q k v topk_idx cu_seqlens o lse softmax_scale None None o_forced lse_forced "
+    launch="q k v topk_idx cu_seqlens o lse softmax_scale cu_seqlens_k q_start o_forced lse_forced "
     "o_compressed o_sliding gate",
     prepare={
         "o_compressed": lambda o_compressed: o_compressed.contiguous(),
@@ -166,6 +169,8 @@ def free_blocks_gated_sum(
     local_blocks: int,
     softmax_scale: float,
     dispatcher: str = "",
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> Tensor:
     """o [N, HQ, Dv]: the gated sum of `free_blocks_attention` and the other branches; no gradient.
 
@@ -180,5 +185,45 @@ def free_blocks_gated_sum(
         init_blocks=init_blocks,
         local_blocks=local_blocks,
         softmax_scale=softmax_scale,
+        cu_seqlens_k=cu_seqlens_k,
+        q_start=q_start,
     )
     return reference.gated_sum(o_compressed, o, o_sliding, gate)
+
+
+@define_op(
+    returns="o_selected lse_selected o_sliding lse_sliding",
+    allocate=lambda q, v: (*attention_outputs(q, v), *attention_outputs(q, v)),
+)
+def selected_and_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    cu_seqlens: Tensor,
+    window_size: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, lse) of selected attention and of the sliding window, which share k and v; their forced
+    blocks are met once where that `applies`. No gradient.
+
+    Args:
+        topk_idx: as block selection writes it.
+        others: as in `window_and_forced_blocks`.
+    """
+    blocks = (block_size, init_blocks, local_blocks)
+    more = (softmax_scale, dispatcher, cu_seqlens_k, q_start)
+    if applies(q, k, v, window_size, *blocks, dispatcher):
+        o_sliding, lse_sliding, *forced = window_and_forced_blocks(
+            q, k, v, cu_seqlens, window_size, *blocks, *more
+        )
+        selected = free_blocks_attention(q, k, v, topk_idx, cu_seqlens, *forced, *blocks, *more)
+        return *selected, o_sliding, lse_sliding
+    selected = selected_attention_forward(q, k, v, topk_idx, cu_seqlens, block_size, *more)
+    return *selected, *sliding_window_attention_forward(q, k, v, cu_seqlens, window_size, *more)

@@ -18,18 +18,15 @@ import torch
 from torch import Tensor
 
 from nsagen.core.branches import BRANCHES
-from nsagen.ops import forced_blocks
 from nsagen.ops._derive import Gradients, backward_of
 from nsagen.ops._launch import attention_outputs, fixed_kernel, with_contiguous_rows
 from nsagen.ops._op import define_op
 from nsagen.ops.block_selection import block_selection_forward
 from nsagen.ops.compressed_attention import add_compressed_gradient, compressed_attention_forward
+from nsagen.ops.forced_blocks import selected_and_window
 from nsagen.ops.gated_sum import gated_sum_forward
-from nsagen.ops.selected_attention import selected_attention_backward, selected_attention_forward
-from nsagen.ops.sliding_window_attention import (
-    add_sliding_window_gradients,
-    sliding_window_attention_forward,
-)
+from nsagen.ops.selected_attention import selected_attention_backward
+from nsagen.ops.sliding_window_attention import add_sliding_window_gradients
 
 BRANCH_OUTPUTS = (
     "o o_compressed lse_compressed o_selected lse_selected o_sliding lse_sliding topk_idx"
@@ -41,9 +38,13 @@ TAKEN = "do deltas lse_compressed lse_selected lse_sliding topk_idx"
 
 
 def allocate_branches(q: Tensor, k: Tensor, v: Tensor, topk: int) -> tuple[Tensor, ...]:
-    topk_idx = q.new_empty((k.shape[1], q.shape[0], topk), dtype=torch.int32)
     branches = (attention_outputs(q, v) for _ in BRANCHES)
-    return attention_outputs(q, v)[0], *itertools.chain(*branches), topk_idx
+    blocks = _allocate_blocks(q, k, topk)
+    return attention_outputs(q, v)[0], *itertools.chain(*branches), blocks
+
+
+def _allocate_blocks(q: Tensor, k: Tensor, topk: int) -> Tensor:
+    return q.new_empty((k.shape[1], q.shape[0], topk), dtype=torch.int32)
 
 
 def _allocate_columns(gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,28 +87,107 @@ def branch_columns(gate: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(columns), deltas.to(gate.dtype, copy=True)
 
 
-def _gradients(call: Any) -> tuple[Tensor, ...]:
-    """(dq, dk, dv, dck, dcv, dgate) from the gradient of the gated sum and delta of each branch.
+@define_op(
+    returns="o_compressed lse_compressed topk_idx",
+    allocate=lambda q, ck, cv, topk: (*attention_outputs(q, cv), _allocate_blocks(q, ck, topk)),
+)
+def windows_forward(
+    q: Tensor,
+    ck: Tensor,
+    cv: Tensor,
+    cu_seqlens: Tensor,
+    window_cu_seqlens: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+    q_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, lse) of the compressed branch, and the blocks that its scores choose."""
+    windows = (cu_seqlens, window_cu_seqlens, kernel_size, kernel_stride)
+    last, blocks = (softmax_scale, dispatcher), (block_size, topk, init_blocks, local_blocks)
+    o, lse = compressed_attention_forward(q, ck, cv, *windows, *last, q_start)
+    return o, lse, block_selection_forward(q, ck, lse, *windows, *blocks, *last, q_start)
 
-    One branch after the other; the second and the third add theirs to what the first one wrote.
+
+@define_op(
+    returns="dq dk dv",
+    allocate=lambda q, k, v: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)
+def tokens_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    cu_seqlens: Tensor,
+    lse_selected: Tensor,
+    lse_sliding: Tensor,
+    columns: Tensor,
+    block_size: int,
+    window_size: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by the selected branch and the sliding one, which adds its own to the other's.
+
+    Args:
+        do: gradient of the gated sum.
+        columns: as `branch_columns` gives them.
     """
-    columns, dgate = branch_columns(call.gate, call.deltas)
-    of_compressed, of_selected, of_sliding, *deltas = columns
-    delta_compressed, delta_selected, delta_sliding = deltas
-    do, q, k, v, ends = call.do, call.q, call.k, call.v, call.cu_seqlens
-    last, chunk = (call.softmax_scale, call.dispatcher), (call.cu_seqlens_k, call.q_start)
+    _, of_selected, of_sliding, _, delta_selected, delta_sliding = columns
+    more = (softmax_scale, dispatcher, cu_seqlens_k, q_start)
     dq, dk, dv = selected_attention_backward(
-        *(do, q, k, v, call.topk_idx, ends, None, call.lse_selected, call.block_size),
-        *(*last, *chunk, delta_selected, of_selected),
+        *(do, q, k, v, topk_idx, cu_seqlens, None, lse_selected, block_size),
+        *(*more, delta_selected, of_selected),
     )
     add_sliding_window_gradients(
-        *(do, q, k, v, ends, None, call.lse_sliding, dq, dk, dv, call.window_size),
-        *(*last, *chunk, delta_sliding, of_sliding),
+        *(do, q, k, v, cu_seqlens, None, lse_sliding, dq, dk, dv, window_size),
+        *(*more, delta_sliding, of_sliding),
     )
-    dck, dcv = add_compressed_gradient(
-        *(do, q, call.ck, call.cv, ends, call.window_cu_seqlens, None, call.lse_compressed, dq),
-        *(call.kernel_size, call.kernel_stride, *last, call.q_start),
-        *(delta_compressed, of_compressed),
+    return dq, dk, dv
+
+
+def add_windows_gradient(
+    do: Tensor,
+    q: Tensor,
+    ck: Tensor,
+    cv: Tensor,
+    cu_seqlens: Tensor,
+    window_cu_seqlens: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    columns: Tensor,
+    *more: Any,
+) -> tuple[Tensor, Tensor]:
+    """(dck, dcv) by the compressed branch, which adds to dq what is its queries' own.
+
+    Args:
+        more: kernel_size, kernel_stride, softmax_scale, dispatcher and q_start.
+        others: as in `tokens_backward`.
+    """
+    gate, _, _, delta, _, _ = columns
+    tensors = (do, q, ck, cv, cu_seqlens, window_cu_seqlens, None, lse, dq)
+    return add_compressed_gradient(*tensors, *more, delta, gate)
+
+
+def _gradients(call: Any) -> tuple[Tensor, ...]:
+    """(dq, dk, dv, dck, dcv, dgate) from the gradient of the gated sum and delta of each branch."""
+    columns, dgate = branch_columns(call.gate, call.deltas)
+    do, q, ends, last = call.do, call.q, call.cu_seqlens, (call.softmax_scale, call.dispatcher)
+    dq, dk, dv = tokens_backward(
+        *(do, q, call.k, call.v, call.topk_idx, ends, call.lse_selected, call.lse_sliding),
+        *(columns, call.block_size, call.window_size, *last, call.cu_seqlens_k, call.q_start),
+    )
+    dck, dcv = add_windows_gradient(
+        *(do, q, call.ck, call.cv, ends, call.window_cu_seqlens, call.lse_compressed, dq),
+        *(columns, call.kernel_size, call.kernel_stride, *last, call.q_start),
     )
     return dq, dk, dv, dck, dcv, dgate
 
@@ -139,27 +219,15 @@ def branches_forward(
     q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, then (o, lse) of the compressed branch, the selected one and the sliding one, topk_idx."""
-    windows = (cu_seqlens, window_cu_seqlens, kernel_size, kernel_stride)
-    last, chunk = (softmax_scale, dispatcher), (cu_seqlens_k, q_start)
-    o_compressed, lse_compressed = compressed_attention_forward(q, ck, cv, *windows, *last, q_start)
-    selection = (block_size, topk, init_blocks, local_blocks)
-    topk_idx = block_selection_forward(q, ck, lse_compressed, *windows, *selection, *last, q_start)
-    forced = (block_size, init_blocks, local_blocks)
-    whole = q_start is None and cu_seqlens_k is None
-    if whole and forced_blocks.applies(q, k, v, window_size, *forced, dispatcher):
-        o_sliding, lse_sliding, o_forced, lse_forced = forced_blocks.window_and_forced_blocks(
-            q, k, v, cu_seqlens, window_size, *forced, *last
-        )
-        o_selected, lse_selected = forced_blocks.free_blocks_attention(
-            q, k, v, topk_idx, cu_seqlens, o_forced, lse_forced, *forced, *last
-        )
-    else:
-        o_selected, lse_selected = selected_attention_forward(
-            q, k, v, topk_idx, cu_seqlens, block_size, *last, *chunk
-        )
-        o_sliding, lse_sliding = sliding_window_attention_forward(
-            q, k, v, cu_seqlens, window_size, *last, *chunk
-        )
+    last = (softmax_scale, dispatcher)
+    o_compressed, lse_compressed, topk_idx = windows_forward(
+        *(q, ck, cv, cu_seqlens, window_cu_seqlens, kernel_size, kernel_stride),
+        *(block_size, topk, init_blocks, local_blocks, *last, q_start),
+    )
+    o_selected, lse_selected, o_sliding, lse_sliding = selected_and_window(
+        *(q, k, v, topk_idx, cu_seqlens, window_size, block_size, init_blocks, local_blocks),
+        *(*last, cu_seqlens_k, q_start),
+    )
     o = gated_sum_forward(o_compressed, o_selected, o_sliding, gate, dispatcher)
     selected, sliding = (o_selected, lse_selected), (o_sliding, lse_sliding)
     return o, o_compressed, lse_compressed, *selected, *sliding, topk_idx

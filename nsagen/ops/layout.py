@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def positions_in_sequence(cu_seqlens: Tensor, total: int) -> Tensor:
+def positions_in_sequence(cu_seqlens: Tensor, total: int, q_start: Tensor | None = None) -> Tensor:
     """Position of each packed token in its own sequence.
 
     Args:
         cu_seqlens: int32 [batch + 1].
         total: tokens of the packed tensor; more than `cu_seqlens[-1]` are allowed.
+        q_start: int32 [batch], the position of each sequence's first packed token; None: 0.
 
     Returns:
         int32 [total]; 0 for the rows past `cu_seqlens[-1]`.
@@ -26,6 +27,8 @@ def positions_in_sequence(cu_seqlens: Tensor, total: int) -> Tensor:
     # right=True steps over empty sequences: the last sequence that begins at or before the token.
     sequence = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
     positions = tokens - cu_seqlens[sequence]
+    if q_start is not None:
+        positions = positions + functional.pad(q_start, (0, 1))[sequence]
     return positions.masked_fill(tokens >= cu_seqlens[-1], 0).to(torch.int32)
 
 

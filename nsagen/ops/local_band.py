@@ -122,9 +122,12 @@ def _band(
     block_size: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    blocks = {"init_blocks": 0, "local_blocks": window_size // block_size}
     return reference.forced_blocks_attention(
-        q, k, v, cu_seqlens, block_size=block_size, **blocks, softmax_scale=softmax_scale
+        *(q, k, v, cu_seqlens),
+        block_size=block_size,
+        init_blocks=0,
+        local_blocks=window_size // block_size,
+        softmax_scale=softmax_scale,
     )
 
 

@@ -72,7 +72,8 @@ def topk_sparse_attention(
     )[0]
 
 
-def _check(call: Any) -> None:
+def check_selected(call: Any) -> None:
+    """The contract of `topk_sparse_attention`."""
     q, k, cu_seqlens = call.q, call.k, call.cu_seqlens
     check_attention(_OP, q, k, call.v)
     check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, q)
@@ -93,7 +94,7 @@ selected_attention_forward = op_of(
     reference.selected_attention,
     returns="o lse",
     allocate=attention_outputs,
-    check=_check,
+    check=check_selected,
     kernel="selected_attention forward",
     sizes=attention_sizes,
     launch="q k v topk_idx cu_seqlens o lse softmax_scale",

@@ -361,7 +361,7 @@ def test_keys_and_values_travel_while_windows_are_attended_to() -> None:
     the sums of their gradients, before anything waits for them."""
     tokens = 32
     ops = [
-        *("compressed_attention_forward", "block_selection_forward", "selected_attention_forward"),
+        *("windows_forward", "selected_and_window"),
         *("compressed_attention_backward", "selected_attention_backward"),
     ]
 
@@ -391,8 +391,7 @@ def test_keys_and_values_travel_while_windows_are_attended_to() -> None:
         return [name for name, _ in groupby(happened)]
 
     assert on_ranks(2, run)[0] == [
-        *("start tokens", "compressed_attention_forward", "block_selection_forward"),
-        *("wait tokens", "selected_attention_forward"),
+        *("start tokens", "windows_forward", "wait tokens", "selected_and_window"),
         *("start tokens", "compressed_attention_backward"),
         *("wait tokens", "selected_attention_backward", "sum_gradients tokens"),
         "wait_for_sums tokens",

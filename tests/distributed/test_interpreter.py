@@ -65,12 +65,12 @@ def test_kernels_of_two_ranks_give_one_process_s_gradients(form: str) -> None:
 
         noted(Gathering, "sum_gradients")
         noted(sparse_attention, "compressed_attention_backward")
-        noted(sparse_attention, "add_compressed_gradient")
+        noted(sparse_attention, "add_windows_gradient")
         return passed(mine, lengths, context_parallel(mine)), happened
 
     # The tokens' gradients are summed over the ranks while the windows' are computed; where a
     # branch has its own, these are computed while tokens are gathered.
-    order = ["sum_gradients", "add_compressed_gradient", "sum_gradients"]
+    order = ["sum_gradients", "add_windows_gradient", "sum_gradients"]
     if form == "separate":
         order = ["compressed_attention_backward", "sum_gradients", "sum_gradients"]
     for found, happened in on_ranks(2, run):

@@ -52,15 +52,17 @@ def check(
     w: Workload,
     seqlens: tuple[int, ...],
     *,
+    queries: int | None = None,
     without: str = "",
     **knobs: int,
 ) -> None:
-    """Compare both results with the reference's; few programs take all tiles."""
+    """Compare both results with the reference's, for all tokens or the last `queries` of each
+    sequence; few programs take all tiles."""
     default: Any = space_for(w, "forced_blocks").default(w, SM90)
     module = load_kernel(w, Schedule.of("forced_blocks", {**default, **knobs}))
     monkeypatch.setattr(module, "processors", lambda x: 2)
     on_cpu(monkeypatch, module, without)
-    check_case(module, cases_of(w).make_case(w, Sizes(seqlens, 1), "cpu", 1))
+    check_case(module, cases_of(w).make_case(w, Sizes(seqlens, 1, queries=queries), "cpu", 1))
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,14 @@ def test_head_sizes(dim: int, v_dim: int, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("knobs", [{"block_n": 128}, {"num_stages": 2}], ids=str)
 def test_steps_and_stages(knobs: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     check(monkeypatch, workload(200), (300,), **knobs)
+
+
+@pytest.mark.parametrize(
+    "blocks", [(128, 32, 1, 2), (50, 32, 1, 2), (33, 32, 1, 2), (20, 32, 0, 2), (1000, 24, 2, 3)]
+)
+def test_pieces(blocks: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries that begin anywhere in their sequences, whose keys are all those up to their end."""
+    check(monkeypatch, workload(*blocks), (190, 0, 9, 77), queries=37)
 
 
 @pytest.mark.parametrize("tokens", [9, 40, 90])
@@ -150,13 +160,16 @@ def test_a_missing_barrier_is_seen(line: str, monkeypatch: pytest.MonkeyPatch) -
 def test_query_major_from_the_forced_blocks(
     orientation: str, dtype: str, group: int, block_size: int, init_blocks: int, local_blocks: int
 ) -> None:
+    """Of whole sequences, and of their last tokens."""
     sizes = {"head_dim": 24, "v_head_dim": 16, "gqa_ratio": group, "block_size": block_size}
     forced = {"init_blocks": init_blocks, "local_blocks": local_blocks}
     w = Workload.of("selected_attention", "forward", dtype=dtype, **sizes, **forced)
     default: Any = space_for(w, "query_major").default(w, SM90)
     knobs = {**default, "orientation": orientation}
     module = load_kernel(w, Schedule.of("query_major", knobs))
-    check_case(module, cases_of(w).make_case(w, Sizes((75, 0, 3), 1), "cpu", 1))
+    for queries in (None, 20):
+        sizes = Sizes((75, 0, 3), 1, queries=queries)
+        check_case(module, cases_of(w).make_case(w, sizes, "cpu", 1))
 
 
 def test_the_gated_sum_with_other_branches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +199,15 @@ def test_the_gated_sum_with_other_branches(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 # Of different sizes: a second call that looks like the first would repeat its launches.
-@pytest.mark.parametrize(("algorithm", "tokens"), [("query_major", 70), ("union_tiles", 90)])
-def test_through_the_ops(algorithm: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """native_sparse_attention's branches, with both kernels in the dispatcher's place."""
+@pytest.mark.parametrize(
+    ("algorithm", "tokens", "before"),
+    [("query_major", 70, 0), ("union_tiles", 90, 0), ("union_tiles", 60, 45)],
+)
+def test_through_the_ops(
+    algorithm: str, tokens: int, before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """native_sparse_attention's branches, with both kernels in the dispatcher's place; in a chunk,
+    after so many tokens of the last sequence, too."""
     usual, loaded = _op.find_kernel, []
 
     def find(dispatcher: str, op: str, pass_: str, params: Any, *more: Any) -> Any:
@@ -202,8 +221,19 @@ def test_through_the_ops(algorithm: str, tokens: int, monkeypatch: pytest.Monkey
         return module.launch
 
     x = Packed(
-        torch.float16, (0, 5, tokens), query_heads=32, kv_heads=2, head_dim=64, v_head_dim=64
+        torch.float16,
+        (0, 5, before + tokens),
+        query_heads=32,
+        kv_heads=2,
+        head_dim=64,
+        v_head_dim=64,
     )
+    chunk: dict[str, Any] = {}
+    cu_seqlens, rows = x.cu_seqlens, torch.arange(x.q.shape[0])
+    if before:
+        rows = rows[(rows < 5) | (rows >= 5 + before)]
+        chunk = {"cu_seqlens_k": cu_seqlens, "q_start": torch.tensor([0, 0, before]).int()}
+        cu_seqlens = torch.tensor([0, 0, 5, 5 + tokens]).int()
     statics = {**STATICS, "block_size": 32, "topk": 3, "local_blocks": 1, "window_size": 40}
     offsets = compressed_cu_seqlens(x.cu_seqlens, 8, 4)
     ck, cv = (x.randn(int(offsets[-1]), 2, 64) for _ in range(2))
@@ -212,14 +242,15 @@ def test_through_the_ops(algorithm: str, tokens: int, monkeypatch: pytest.Monkey
         q, k, v, ck, cv, gate = tensors
         return attend_branches(
             *(q, (ck, cv), (k, v), (k, v), gate),
-            cu_seqlens=x.cu_seqlens,
+            cu_seqlens=cu_seqlens,
             window_cu_seqlens=offsets,
             branches=BRANCHES,
             softmax_scale=0.125,
             **statics,
+            **chunk,
         )
 
-    tensors = (x.q, x.k, x.v, ck, cv, x.gate)
+    tensors = (x.q[rows], x.k, x.v, ck, cv, x.gate[rows])
     expected = attend(*(t.double() for t in tensors))
     monkeypatch.setattr(forced_blocks, "has_kernel", lambda *args: True)
     monkeypatch.setattr(_op, "find_kernel", find)

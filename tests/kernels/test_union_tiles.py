@@ -50,6 +50,7 @@ def check(
     *,
     without: str = "",
     any_order: bool = False,
+    queries: int | None = None,
     every: bool = True,
     **knobs: Any,
 ) -> None:
@@ -61,7 +62,7 @@ def check(
     monkeypatch.setattr(module, "unions_pay", lambda *args: every)
     monkeypatch.setattr(module, "processors", lambda x: 2)
     on_cpu(monkeypatch, module, without)
-    sizes = Sizes(seqlens, 1, any_order=any_order)
+    sizes = Sizes(seqlens, 1, any_order=any_order, queries=queries)
     check_case(module, make_case(w, sizes, "cpu", 1, topk_idx))
 
 
@@ -183,8 +184,10 @@ def _reference(args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 def test_starting_from_the_forced_blocks(
     group: int, init_blocks: int, local_blocks: int, every: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of whole sequences, and of their last tokens."""
     w = workload(group=group, init_blocks=init_blocks, local_blocks=local_blocks)
     check(monkeypatch, w, (200, 0, 9), every=every, choice="tile")
+    check(monkeypatch, w, (150, 9), queries=29, every=every, choice="tile")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nsagen.core.branches import BRANCHES
 from nsagen.core.errors import InvalidInputError
@@ -14,6 +16,8 @@ from nsagen.ops.branch_attention import attend_branches
 from nsagen.ops.gated_attention import branches_forward
 from nsagen.ops.layout import compressed_cu_seqlens
 
+from .chunks import cut, cuts
+from .dense import PROPERTY
 from .inputs import STATICS, Packed
 
 BLOCKS = {name: STATICS[name] for name in ("block_size", "init_blocks", "local_blocks")}
@@ -77,12 +81,52 @@ def test_what_training_keeps_is_the_same(once: list[str]) -> None:
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@PROPERTY
+@given(cuts(40), *(st.integers(low, high) for low, high in ((1, 40), (1, 9), (0, 3), (1, 3))))
+def test_pieces_give_what_whole_sequences_do(
+    batch: list[list[int]], window: int, block_size: int, init_blocks: int, local_blocks: int
+) -> None:
+    """In both branches, and by either way."""
+    rule = {"block_size": block_size, "init_blocks": init_blocks, "local_blocks": local_blocks}
+    x = Packed(torch.float64, tuple(sequence[-1] for sequence in batch))
+    positions = reference.positions_in_sequence(x.cu_seqlens, x.q.shape[0])
+    own, most = positions[:, None] // block_size, 1 << 20
+    forced = reference.forced_blocks(positions, **rule).expand(x.kv_heads, -1, -1)
+    free = torch.rand(x.kv_heads, x.q.shape[0], 1 + 40 // block_size).argsort(-1)[..., :2]
+    known = (free < init_blocks) | (free > own - local_blocks)
+    blocks = torch.cat([forced, free.masked_fill(known, -1)], -1)
+    blocks = blocks.masked_fill(blocks < 0, most).sort(-1).values  # as block selection writes it
+    blocks = blocks.masked_fill(blocks == most, -1).to(torch.int32)
+
+    sizes = (window, *rule.values(), 0.2, "")
+    whole = forced_blocks.selected_and_window(x.q, x.k, x.v, blocks, x.cu_seqlens, *sizes)
+    for piece in cut(batch):
+        of_piece = (x.q[piece.rows], x.k, x.v, blocks[:, piece.rows].contiguous(), piece.cu_seqlens)
+        for once in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(forced_blocks, "has_kernel", lambda *args, once=once: once)
+                more = (*sizes, x.cu_seqlens, piece.q_start)
+                found = forced_blocks.selected_and_window(*of_piece, *more)
+            for a, b in zip(found, whole, strict=True):
+                torch.testing.assert_close(a, b[piece.rows], rtol=1e-10, atol=1e-12)
+
+
+def test_pieces_of_all_branches_meet_them_once(once: list[str]) -> None:
+    """Inference adds the branches in the kernel; training keeps each one's output."""
+    args = inputs()
+    starts = torch.zeros(args[6].shape[0] - 1, dtype=torch.int32)
+    expected = attend(args)
+    torch.testing.assert_close(attend(args, q_start=starts, cu_seqlens_k=args[6]), expected)
+    found = branches_forward(*args, *STATICS.values(), 9, 0.2, "", args[6], starts)
+    torch.testing.assert_close(found[0], expected)
+    summed = ["window_and_forced_blocks", "free_blocks_gated_sum"]
+    assert once == [*summed, *summed, "window_and_forced_blocks", "free_blocks_attention"]
+
+
 def test_calls_that_go_the_usual_way(once: list[str]) -> None:
-    """Chunks, branches with keys of their own, and a branch that is off."""
+    """Branches with keys of their own, and a branch that is off."""
     args = inputs()
     q, k, v = args[:3]
-    start = torch.zeros(args[6].shape[0] - 1, dtype=torch.int32)
-    attend(args, q_start=start)
     attend(args, sliding=(k.clone(), v.clone()))
     attend(args, branches=("compressed", "selected"))
     attend(args, local_blocks=0)

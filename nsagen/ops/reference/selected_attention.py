@@ -116,13 +116,19 @@ def forced_blocks_attention(
     init_blocks: int,
     local_blocks: int,
     softmax_scale: float | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`selected_attention` to the forced blocks alone, of whole sequences: (o, lse)."""
-    tokens = positions_in_sequence(cu_seqlens, q.shape[0])
+    """`selected_attention` to the forced blocks alone: (o, lse)."""
+    tokens = positions_in_sequence(cu_seqlens, q.shape[0], q_start)
     blocks = {"block_size": block_size, "init_blocks": init_blocks, "local_blocks": local_blocks}
     topk_idx = forced_blocks(tokens, **blocks).expand(k.shape[1], -1, -1)
     return selected_attention(
-        *(q, k, v, topk_idx, cu_seqlens), block_size=block_size, softmax_scale=softmax_scale
+        *(q, k, v, topk_idx, cu_seqlens),
+        block_size=block_size,
+        softmax_scale=softmax_scale,
+        cu_seqlens_k=cu_seqlens_k,
+        q_start=q_start,
     )
 
 
@@ -139,6 +145,8 @@ def free_blocks_attention(
     init_blocks: int,
     local_blocks: int,
     softmax_scale: float | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`selected_attention`, from what attention to the forced blocks gave: (o, lse).
 
@@ -146,11 +154,15 @@ def free_blocks_attention(
         topk_idx: int32 [HK, N, topk], with the forced blocks among them.
         o_forced [N, HQ, Dv], lse_forced [N, HQ]: of the forced blocks alone.
     """
-    own = (positions_in_sequence(cu_seqlens, q.shape[0]) // block_size).unsqueeze(-1)
+    own = (positions_in_sequence(cu_seqlens, q.shape[0], q_start) // block_size).unsqueeze(-1)
     forced = (topk_idx < init_blocks) | (topk_idx > own - local_blocks)
     free, (q_wide, k, v) = topk_idx.masked_fill(forced, -1), upcast(q, k, v)
     o, lse = selected_attention(
-        *(q_wide, k, v, free, cu_seqlens), block_size=block_size, softmax_scale=softmax_scale
+        *(q_wide, k, v, free, cu_seqlens),
+        block_size=block_size,
+        softmax_scale=softmax_scale,
+        cu_seqlens_k=cu_seqlens_k,
+        q_start=q_start,
     )
     total = torch.logaddexp(lse, lse_forced.to(lse.dtype))
     free_part, forced_part = (torch.exp(x - total).unsqueeze(-1) for x in (lse, lse_forced))
