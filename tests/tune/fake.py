@@ -2,7 +2,8 @@
 
 The environment variable FAKE names a JSON file {key: behaviour}; a schedule whose text contains
 the key behaves so when it is measured, or compiled or certified if the key begins with
-`compile@` or `certify@`. All others take a time that follows from their knobs.
+`compile@` or `certify@`. The key `#3` stands for the third schedule that gets there, whichever it
+is, and each time it does. All others take a time that follows from their knobs.
 """
 
 from __future__ import annotations
@@ -44,11 +45,23 @@ def fake_ms(text: str) -> float:
     return ms
 
 
+def _nth(text: str, stage: str) -> str:
+    """Which schedule of a stage this is, in the order of their first time there: `#1`, `#2`, ..."""
+    path = Path(f"{os.environ['FAKE']}.{stage or 'measure'}")
+    seen = path.read_text().splitlines() if path.exists() else []
+    if text not in seen:
+        seen.append(text)
+        path.write_text("\n".join(seen))
+    return f"#{seen.index(text) + 1}"
+
+
 def _misbehave(text: str, stage: str = "") -> None:
     behaviours = json.loads(Path(os.environ["FAKE"]).read_text()) if "FAKE" in os.environ else {}
     for key, behaviour in behaviours.items():
         of, _, rest = key.rpartition("@")
-        if of != stage or rest not in text:
+        if of != stage:
+            continue
+        if rest != _nth(text, stage) if rest.startswith("#") else rest not in text:
             continue
         if behaviour == "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
