@@ -123,16 +123,18 @@ def scores(batch: int, context: int) -> tuple[Any, ...]:
 
 def calls() -> Iterator[Call]:
     """What is compared, what matters most first."""
-    of_window = partial(attention_workload, CPM, "sliding_window_attention", "backward")
-    band = of_window(window_size=CPM.local * CPM.block, block_size=CPM.block)
-    windows = {
-        "MiniCPM's band, backward": band,
-        "a window of 512, backward": of_window(window_size=512),
-    }
-    for name, work in windows.items():
+    narrow = replace(CPM, dim=64)
+    band = {"window_size": CPM.local * CPM.block, "block_size": CPM.block}
+    windows = (
+        ("MiniCPM's band", CPM, band),
+        ("a window of 512", CPM, {"window_size": 512}),
+        ("a window of 512, heads of 64", narrow, {"window_size": 512}),
+    )
+    for name, layer, params in windows:
+        work = attention_workload(layer, "sliding_window_attention", "backward", **params)
+        made = partial(window_gradients, layer)
         for tokens in (32768, 131072):
-            made = partial(window_gradients, CPM)
-            yield Call(f"{name}, {tokens}", work, STAGES, made, tokens, (7, 8, 9))
+            yield Call(f"{name}, backward, {tokens}", work, STAGES, made, tokens, (7, 8, 9))
     one = attention_workload(M3, "selected_attention", "decode", block_size=M3.block, topk=M3.topk)
     index: Any = {"head_dim": M3.dim, "gqa_ratio": M3.kv_heads, **INDEX, **M3.blocks}
     choice = Workload.of("block_selection", "decode", dtype="bfloat16", **index)

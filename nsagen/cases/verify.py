@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nsagen.cases.base import THRESHOLDS, Case, cases_of, relative_error
-from nsagen.cases.sizes import TOPK, Sizes, sizes_for
+from nsagen.cases.sizes import Sizes, sizes_for, takes_lists
 from nsagen.codegen.build import build
 from nsagen.codegen.plan import Variant
 from nsagen.codegen.template import kernel_name, render, space_for
@@ -21,21 +21,31 @@ from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
 from nsagen.core.files import scratch_folder
 from nsagen.core.importing import import_file
 from nsagen.core.releases import installed_release
-from nsagen.core.workload import Workload
+from nsagen.core.workload import Schedule, Workload
 from nsagen.runtime.device import interpreting, target_of
 from nsagen.spec import Spec
 
 Row = dict[str, Any]
 """op, pass, workload, variant, output, error, threshold, result (ok, failed, skipped), note."""
 
+Ran = dict[tuple[str, int], list[Row]]
+"""The rows of what the interpreter has run, by its code and its lists' topk."""
+
 
 _OF_CHUNKS = ("selected_attention", "block_selection", "sliding_window_attention")
 """Ops that take the last tokens of sequences as queries, and have a program for a few tokens and a
 head, which the interpreter runs one after another."""
 
-MOST_TOKENS, FEW_TOKENS, FEW_QUERIES = 200, 12, 4
+MOST_TOKENS, FEW_TOKENS, FEW_QUERIES = 200, 12, 2
 """In the interpreter: tokens up to which a call is whole; beyond, tokens of a short sequence, and
 the last ones of a long one that are queries."""
+
+FEW_BLOCKS, MOST_KEYS = 4, 8192
+"""In the interpreter: blocks of short sequences' lists, and the keys of a long list up to which
+two key/value heads read one."""
+
+MOST_PROGRAMS = 32
+"""In the interpreter: of a kernel that has as many programs as fill a GPU."""
 
 Calls = tuple[tuple[bool, Sizes], ...]
 """Whether the rows of inputs lie apart, and a call's sizes."""
@@ -69,6 +79,7 @@ def verify(
             )
     device, target = _device(spec)
     rows: list[Row] = []
+    ran: Ran = {}
     with scratch_folder("verify") as folder:
         result = build(spec, folder)
         chosen = [
@@ -78,7 +89,7 @@ def verify(
         ]
         for done, variant in enumerate(chosen, 1):
             path = result.folder / "kernels" / f"{variant.name}.py"
-            rows += _verified(variant, path, device, spec.topk_of(variant.workload), seed)
+            rows += _verified(variant, path, device, spec.topk_of(variant.workload), seed, ran)
             if progress:
                 progress(str(variant.workload), done, len(chosen))
     return rows
@@ -104,7 +115,7 @@ def _device(spec: Spec) -> tuple[torch.device, str | None]:
 
 
 def _verified(
-    variant: Variant, path: Path, device: torch.device, topk: int, seed: int
+    variant: Variant, path: Path, device: torch.device, topk: int, seed: int, ran: Ran
 ) -> Iterator[Row]:
     workload = variant.workload
     row: Row = {
@@ -128,10 +139,18 @@ def _verified(
         }
         return
     rows: dict[str, Row] = {}
+    key: tuple[str, int] | None = None
     try:
-        if interpreted and workload.dtype == "bfloat16":
-            workload, path = _in_float16(variant, path.parent)
-            row["note"] = "in float16, as the interpreter computes bfloat16 wrongly"
+        if interpreted:
+            if workload.dtype == "bfloat16":
+                row["note"] = "in float16, as the interpreter computes bfloat16 wrongly"
+            workload, path, code = _for_interpreter(variant, path.parent)
+            key = (code, topk)
+            if same := ran.get(key):
+                row["note"] += f"{'; ' if row['note'] else ''}ran as {same[0]['variant']}"
+                kept = ("output", "error", "threshold", "result")
+                yield from (row | {name: one[name] for name in kept} for one in same)
+                return
         launch = import_file(path).launch
         calls = calls_interpreted if interpreted else calls_on_gpu
         for apart, sizes in calls(workload, topk):
@@ -150,6 +169,8 @@ def _verified(
             "note": f"{type(error).__name__}: {text.splitlines()[-1]}",
         }
         return
+    if key:
+        ran[key] = list(rows.values())
     yield from rows.values()
 
 
@@ -214,12 +235,24 @@ def not_interpreted(variant: Variant) -> str:
     return ""
 
 
-def _in_float16(variant: Variant, folder: Path) -> tuple[Workload, Path]:
-    """The same kernel for float16: the other dtype of two bytes, by the same schedule."""
-    workload = replace(variant.workload, dtype="float16")
-    path = folder / f"{kernel_name(workload, variant.schedule)}.py"
-    path.write_text(render(workload, variant.schedule, header="# in float16"), encoding="utf-8")
-    return workload, path
+def _for_interpreter(variant: Variant, folder: Path) -> tuple[Workload, Path, str]:
+    """What the interpreter runs of a variant: workload, file, and code by which to know it.
+
+    bfloat16 becomes float16, the other dtype of two bytes. Programs are few, because they run one
+    after another. Kernels that then differ in warps and stages alone have the same code.
+    """
+    workload, knobs = variant.workload, dict(variant.schedule.knobs)
+    if workload.dtype == "bfloat16":
+        workload = replace(workload, dtype="float16")
+    if "programs" in knobs:
+        knobs["programs"] = min(int(knobs["programs"]), MOST_PROGRAMS)
+    schedule = Schedule.of(variant.schedule.algorithm, knobs)
+    name = kernel_name(workload, schedule)
+    source = render(workload, schedule, header="# for Triton's interpreter")
+    path = folder / f"{name}_interpreted.py"
+    path.write_text(source, encoding="utf-8")
+    code = re.sub(r"\b(num_warps|num_stages)=\d+", r"\1", source.replace(name, "kernel"))
+    return workload, path, code
 
 
 def calls_on_gpu(workload: Workload, topk: int) -> Calls:
@@ -235,7 +268,8 @@ def calls_on_gpu(workload: Workload, topk: int) -> Calls:
 def calls_interpreted(workload: Workload, topk: int) -> Calls:
     """The same edges in fewer programs: short sequences whole, and of the long one the last tokens.
 
-    These lie in two blocks, see more blocks than they select, and read lists of topk blocks.
+    These lie in two blocks, see more blocks than they select, and read lists of topk blocks; by
+    one key/value head where these have very many keys.
     """
     sizes = sizes_for(workload, topk)
     by_token = workload.pass_ != "decode" and workload.op in (*_OF_CHUNKS, "index_loss")
@@ -245,9 +279,12 @@ def calls_interpreted(workload: Workload, topk: int) -> Calls:
         sizes = replace(sizes, kv_heads=1)  # the heads of an index share one key head
     few = max(FEW_TOKENS, min(int(workload.named().get("kernel_size", 0)) + 4, 3 * FEW_TOKENS))
     lengths = tuple(dict.fromkeys(min(length, few) for length in sizes.seqlens))
-    short = replace(sizes, seqlens=lengths, topk=min(sizes.topk, TOPK))
+    short = replace(sizes, seqlens=lengths)
     if workload.op in _OF_CHUNKS:
-        long = (0, max(sizes.seqlens) - 3, 1)  # the last block has two tokens
+        short = replace(short, topk=min(sizes.topk, FEW_BLOCKS))
+        long = (0, max(sizes.seqlens) - 4, 1)  # the last block has one token
+        if takes_lists(workload) and topk * int(workload.block_size) > MOST_KEYS:
+            sizes = replace(sizes, kv_heads=1)
         return (False, short), (True, replace(sizes, seqlens=long, queries=FEW_QUERIES))
     # The index loss takes whole sequences: a list of one block chooses among two.
     two = (*lengths, int(workload.block_size) + 3)
