@@ -7,14 +7,18 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import triton
 
+from nsagen.aot.compile import recording
+from nsagen.cases.base import cases_of
 from nsagen.codegen.template import spaces_of
 from nsagen.core.workload import CACHE_DTYPES, STATIC_PARAMS
 from tests import sanitize as sanitizers
-from tests.kernels.test_each_algorithm import calls
+from tests.kernels.test_each_algorithm import calls, module_of, simplify, sizes_of
 
 ROOT = Path(__file__).parents[1]
 FAKE = """\
@@ -227,6 +231,28 @@ def test_every_line_of_the_lists_is_there(name: str, monkeypatch: pytest.MonkeyP
     lines = sanitizers.LIST.with_name(name).read_text("utf-8").splitlines()
     names = [re.sub(r" \d+$", "", line) for line in lines]
     assert pytest.main([*quiet, *names]) == pytest.ExitCode.OK
+
+
+def test_every_kernel_is_launched_under_the_sanitizer() -> None:
+    """Whatever a launch chooses by lengths, heads or gates, some call of the list reaches it."""
+    launched: dict[tuple[str, str, str], set[str]] = {}
+    could: dict[tuple[str, str, str], set[str]] = {}
+    for call in (call for general in (True, False) for call in calls(general)):
+        key, module = (call.work.op, call.work.pass_, call.algorithm), module_of(call)
+        assert module.__file__
+        source, own = Path(module.__file__).read_text("utf-8"), r"^\w+__\w{8}"
+        kernels = {name for name, x in vars(module).items() if isinstance(x, triton.JITFunction)}
+        kernels = {name for name in kernels if re.search(rf"\b{name}\[.*\]\(", source)}
+        could.setdefault(key, set()).update(re.sub(own, "", name) for name in kernels)
+        case = cases_of(call.work).make_case(
+            call.work, replace(sizes_of(call), any_order=False), "meta"
+        )
+        with recording(module) as made, pytest.MonkeyPatch.context() as patch:
+            simplify(module, call, patch)
+            module.launch(*case.args)
+        names = {re.sub(own, "", launch.kernel.__name__) for launch in made}
+        launched.setdefault(key, set()).update(names)
+    assert launched == could
 
 
 def test_every_algorithm_is_sanitized() -> None:

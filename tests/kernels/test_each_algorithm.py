@@ -101,6 +101,8 @@ def variants(op: str, pass_: str) -> list[dict[str, Param]]:
 def workloads(op: str, pass_: str, shape: dict[str, Param]) -> list[Workload]:
     if shape is FOR_HOPPER and (op, pass_) == ("selected_attention", "backward"):
         shape = {**shape, "block_size": 64}
+    if (op, pass_) == ("selected_attention", "decode"):
+        shape = {**shape, "block_size": 64}  # a list of several tiles, which programs share
     names = STATIC_PARAMS[op, pass_]
     forced = FORCED.get((op, pass_), ())
     asked = [(), *({name for name in forced if name == "block_size"}, forced)]
@@ -158,18 +160,30 @@ def launch(module: ModuleType, case: Case) -> None:
         x.copy_(copies[id(x)])
 
 
-def check(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = call.work
-    space = space_for(work, call.algorithm)
-    module = load_kernel(work, space.default_schedule(work, SM90))
-    # One program takes all tiles of a pipeline, so that its rings of buffers wrap around.
+def module_of(call: Call) -> ModuleType:
+    """The kernel of a call, of the default schedule of its algorithm."""
+    space = space_for(call.work, call.algorithm)
+    return load_kernel(call.work, space.default_schedule(call.work, SM90))
+
+
+def sizes_of(call: Call) -> Sizes:
+    work, general = call.work, space_for(call.work, call.algorithm).general
+    if work.pass_ == "decode":
+        return Sizes(POSITIONS, 2, capacity=96, page_size=call.page_size, any_order=True)
+    with_windows = not general and "kernel_size" in dict(work.params)
+    return Sizes(WITH_WINDOWS if with_windows else SEQLENS, 1, any_order=True)
+
+
+def simplify(module: ModuleType, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program takes all tiles of a pipeline, so that its rings of buffers wrap around."""
     monkeypatch.setattr(module, "processors", lambda x: 1, raising=False)
     monkeypatch.setattr(module, "unions_pay", lambda *args: call.unions, raising=False)
-    with_windows = not space.general and "kernel_size" in dict(work.params)
-    sizes = Sizes(WITH_WINDOWS if with_windows else SEQLENS, 1, any_order=True)
-    if work.pass_ == "decode":
-        sizes = Sizes(POSITIONS, 2, capacity=96, page_size=call.page_size, any_order=True)
-    case = cases_of(work).make_case(work, sizes, "cpu")
+
+
+def check(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, module = call.work, module_of(call)
+    simplify(module, call, monkeypatch)
+    case = cases_of(work).make_case(work, sizes_of(call), "cpu")
     if call.gated:
         case = with_gates(case, place=2 if work.op == "sliding_window_attention" else 1)
     launch(module, case)
