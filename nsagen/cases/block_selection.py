@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -64,8 +66,7 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
         if not meta:
             lse.copy_(lse_of(workload, q, k, *offsets, scale, chunk.q_start))
     more = () if chunk.q_start is None else (chunk.q_start,)
-    ends = zip(sizes.seqlens, sizes.rows, strict=True)
-    pairs = sum(visible_pairs(workload, n) - visible_pairs(workload, n - r) for n, r in ends)
+    pairs = sizes.over_queries(partial(visible_pairs, workload))
     return Case(
         args=(q, k, lse, *offsets, topk_idx, scale, *more),
         outputs={"topk_idx": topk_idx},

@@ -206,5 +206,4 @@ def pairs_of(sizes: Sizes, block_size: int) -> int:
             seen += tokens * whole + tokens * (tokens + 1) // 2
         return seen
 
-    ends = zip(sizes.seqlens, sizes.rows, strict=True)
-    return sum(up_to(length) - up_to(length - rows) for length, rows in ends)
+    return sizes.over_queries(up_to)

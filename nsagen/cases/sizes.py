@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from nsagen.core.workload import Workload
+
+T = TypeVar("T", int, float)
 
 TOPK = 16
 """Blocks of a list in NSA's paper (arXiv 2502.11089, section 4.1)."""
@@ -43,6 +47,11 @@ class Sizes:
         """Queries of each sequence."""
         most = self.queries
         return self.seqlens if most is None else tuple(min(n, most) for n in self.seqlens)
+
+    def over_queries(self, up_to: Callable[[int], T]) -> T | int:
+        """The sum over all queries, where a sequence's first n tokens have up_to(n) together."""
+        ends = zip(self.seqlens, self.rows, strict=True)
+        return sum(up_to(length) - up_to(length - rows) for length, rows in ends)
 
 
 def takes_lists(workload: Workload) -> bool:

@@ -90,8 +90,7 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
         width = min(length, window)
         return width * (length - (width - 1) / 2)
 
-    ends = zip(sizes.seqlens, sizes.rows, strict=True)
-    pairs = sum(seen(length) - seen(length - rows) for length, rows in ends)
+    pairs = sizes.over_queries(seen)
     return Case(
         args=(q, k, v, chunk.cu_seqlens_q, o, lse, scale, *more),
         outputs={"o": o, "lse": lse, **forced},

@@ -99,6 +99,10 @@ ROWS = [*range(40, 45), *range(45, 48)]
 CHUNK = Sizes((0, 45, 3), topk=4, queries=5)
 
 
+def test_only_queries_count() -> None:
+    assert CHUNK.over_queries(lambda n: n * (n + 1) // 2) == 41 + 42 + 43 + 44 + 45 + 1 + 2 + 3
+
+
 def among_all(x: Tensor, dim: int = 0, fill: float = 0.0) -> Tensor:
     """The chunk's rows where they lie among all 48 tokens."""
     shape = [*x.shape]

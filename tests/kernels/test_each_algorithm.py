@@ -126,7 +126,8 @@ def calls(general: bool) -> list[Call]:
                 paged = pass_ == "decode" and op != "linear"
                 narrow = "cache_dtype" in dict(work.params)
                 found += [Call(work, space.algorithm)] * (not narrow)
-                found += [Call(work, space.algorithm, page_size=16)] * paged
+                page_size = int(dict(work.params).get("block_size", 16))
+                found += [Call(work, space.algorithm, page_size=page_size)] * paged
                 apart = space.algorithm == "union_tiles"
                 found += [Call(work, space.algorithm, unions=False)] * apart
                 gated = GATED.get((op, pass_)) == ("local_blocks" in dict(work.params))
