@@ -74,9 +74,6 @@ def variants(shape: Shape) -> dict[str, Variant]:
             selected, "union_tiles", shape, forced=True, choice=choice
         )
     found["selected, union"] = variant(selected, "union_tiles", shape, forced=False)
-    for tokens in (2, 4):
-        name = f"selected, shared blocks of {tokens}"
-        found[name] = variant(selected, "shared_blocks", shape, forced=False, share_tokens=tokens)
     return found
 
 

@@ -4,9 +4,10 @@
     python benchmarks/side_by_side.py --out OUT
 
 Writes prefill.json, prefill_learned.json, train.json and decode.json as `nsagen bench` does, and
-side_by_side.json: calls with compression included, small groups, and MiniMax-M3's layer, whose
-tokens share half of their blocks with their neighbours. 64 query heads of 128 over 4 in bfloat16,
-kernel 32, stride 16, block 64, topk 16, window 512; default schedules; medians, cold L2 cache.
+side_by_side.json: calls with compression included, small groups, MiniMax-M3's layer, whose
+tokens share half of their blocks with their neighbours, and two step sizes of query_major.
+64 query heads of 128 over 4 in bfloat16, kernel 32, stride 16, block 64, topk 16, window 512;
+default schedules; medians, cold L2 cache.
 Dense attention is cuDNN's and, where flash-attn-4 is installed, FlashAttention-4's. Parts run in
 the order above, and rows are written as they come, so a run that is stopped keeps what it has.
 """
@@ -18,6 +19,7 @@ import functools
 import gc
 import math
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forced_and_union import write
 from torch import Tensor
 
 from nsagen import ops
@@ -36,6 +39,10 @@ from nsagen.bench.results import write_results
 from nsagen.bench.selections import learned_selection
 from nsagen.bench.shape import Inputs, Shape
 from nsagen.bench.tables import FLASH_4
+from nsagen.codegen.template import space_for
+from nsagen.core.importing import import_file
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import Schedule
 
 SEQLENS = (8192, 32768, 65536, 131072)
 EAGER = 2048
@@ -204,6 +211,25 @@ def m3(run: Run) -> None:
         tidy()
 
 
+def steps(run: Run) -> None:
+    """Selected attention's query_major on whole lists by steps of 16 and of 32 keys."""
+    w = run.shape.workload("selected_attention", "forward")
+    default = space_for(w, "query_major").default_schedule(w, KNOWN_TARGETS["cuda:90"])
+    with tempfile.TemporaryDirectory() as folder:
+        for tokens in run.seqlens[:3:2]:
+            x = run.inputs(run.shape, tokens)
+            topk_idx = learned_selection(run.shape.kv_heads, tokens, run.device)
+            o, lse = torch.empty_like(x.q), torch.empty(x.q.shape[:2], device=run.device)
+            args = (x.q, x.k, x.v, topk_idx, x.cu_seqlens, o, lse, run.shape.head_dim**-0.5)
+            for keys in (16, 32):
+                schedule = Schedule.of("query_major", dict(default.knobs), block_n=keys)
+                launch = import_file(write(Path(folder), f"steps of {keys}", (w, schedule))).launch
+                call = functools.partial(launch, *args)
+                run.row("query_major, learned selections", tokens, call, block_n=keys)
+            del x, topk_idx, o, lse, args
+            tidy()
+
+
 def tidy() -> None:
     gc.collect()
     if torch.cuda.is_available():
@@ -231,6 +257,7 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "whole": whole,
     "groups": groups,
     "m3": m3,
+    "steps": steps,
     "prefill": forward,
     "train": backward,
     "decode": decoding,

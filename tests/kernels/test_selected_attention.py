@@ -49,12 +49,9 @@ def schedule_of(w: Workload, algorithm: str, **knobs) -> Schedule:
 
 
 def each_algorithm(function):
-    """Each algorithm in plain Triton, as Gluon has no interpreter; shared_blocks, whose plan takes
-    the interpreter long, with the slow tests."""
+    """Each algorithm in plain Triton, as Gluon has no interpreter."""
     names = [space.algorithm for space in SPACES if space.general]
-    slow = {"shared_blocks": pytest.mark.slow}
-    params = [pytest.param(name, marks=slow.get(name, ())) for name in names]
-    return pytest.mark.parametrize("algorithm", params)(function)
+    return pytest.mark.parametrize("algorithm", names)(function)
 
 
 @pytest.mark.parametrize("dtype", kernel_dtypes())
@@ -86,67 +83,6 @@ def test_blocks_and_steps(orientation, block_size, block_n):
     schedule = schedule_of(w, "query_major", orientation=orientation, block_n=block_n)
     case = case_of(w, (10, block_size + 5), kv_heads=1)
     check_case(load_kernel(w, schedule), case)
-
-
-@pytest.mark.parametrize(
-    ("share_tokens", "sharers", "group", "dtype"),
-    [(2, 2, 16, "float32"), (4, 2, 3, "float16"), (8, 3, 1, "float32"), (4, 4, 20, "float16")],
-)
-def test_blocks_that_neighbours_share(share_tokens, sharers, group, dtype):
-    """Lists in any order with some blocks in common; tiles that end with their sequence."""
-    w = workload(dtype, dim=16, group=group)
-    knobs = {"share_tokens": share_tokens, "sharers": sharers, "num_warps": 8}
-    case = case_of(w, (0, 3, 50, 1, 17), topk_idx=blocks_of(2, 71, 3))
-    check_case(load_kernel(w, schedule_of(w, "shared_blocks", **knobs)), case)
-
-
-@pytest.mark.parametrize(
-    ("block_size", "block_n"), [(24, 32), (32, 16), (64, 16), (80, 128), (80, 16), (96, 32)]
-)
-def test_shared_blocks_and_steps(block_size, block_n):
-    """Steps over common blocks that tile them or cover them; keys that end within either."""
-    w = workload("float16", dim=16, group=2, block_size=block_size)
-    schedule = schedule_of(w, "shared_blocks", share_tokens=4, block_n=block_n)
-    check_case(load_kernel(w, schedule), case_of(w, (10, 2 * block_size + 5), kv_heads=1))
-
-
-@pytest.mark.parametrize("common", [False, True])
-def test_all_blocks_or_none_in_common(common):
-    """A loop of no step before the other, and after it."""
-    w = workload("float16", dim=16, group=8)
-    topk_idx = torch.arange(4).repeat(1, 64, 1)  # the same ones for all tokens
-    if not common:  # of each token of a tile, another one
-        topk_idx = (torch.arange(64) % 4).view(1, 64, 1)
-    schedule = schedule_of(w, "shared_blocks", share_tokens=4)
-    check_case(load_kernel(w, schedule), case_of(w, (64,), kv_heads=1, topk_idx=topk_idx))
-
-
-def test_neighbours_share_what_they_should():
-    """The plan itself: common blocks with their tokens' bits, and what is left of each list."""
-    w = workload("float16", dim=16, group=1)
-    module = load_kernel(w, schedule_of(w, "shared_blocks", share_tokens=2))
-    tokens, topk = 71, 3
-    topk_idx = blocks_of(1, tokens, topk).to(kernel_device(), torch.int32)
-    cu_seqlens = torch.tensor([0, 0, 54, 71], dtype=torch.int32).to(kernel_device())
-    tiles = -(-tokens // 2) + 3
-    shared, counts = topk_idx.new_full((tiles, topk, 2), -7), topk_idx.new_full((tiles, 2), -7)
-    rest = torch.full_like(topk_idx, -7)
-    module.plan_sharing[(tiles, 1)](
-        *(topk_idx, cu_seqlens, None, None, shared, counts, rest, tokens, topk, 3),
-        TOPK_PAD=4,
-    )
-    for seq, (begin, end) in enumerate(((0, 54), (54, 71)), 1):
-        for tile, first in enumerate(range(begin, end, 2), begin // 2 + seq):  # its number
-            seen = [
-                [b for b in topk_idx[0, t].tolist() if b <= (t - begin) // 16]
-                for t in range(first, min(first + 2, end))
-            ]
-            common = [b for b in seen[0] if b in seen[-1]] if len(seen) > 1 else []
-            left = [[b for b in blocks if b not in common] for blocks in seen]
-            assert counts[tile].tolist() == [len(common), max(map(len, left))]
-            assert shared[tile, : len(common)].tolist() == [[b, 3] for b in common]
-            for t, blocks in enumerate(left, first):
-                assert rest[0, t].tolist() == blocks + [-1] * (topk - len(blocks))
 
 
 @pytest.mark.parametrize("group", [1, 3])
