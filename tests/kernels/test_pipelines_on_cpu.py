@@ -86,6 +86,49 @@ def test_selection(group: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> Non
     check_case(module, cases_of(w).make_case(w, Sizes((300, 0, 5), 1), "cpu", 1))
 
 
+@pytest.mark.parametrize("ranges", [1, 3])
+def test_stored_ds(ranges: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dq from what the pass of dk and dv stored of one range of tokens after the other."""
+    module = stored_ds(monkeypatch, 16)
+    w = module.workload
+    case = cases_of(w).make_case(w, Sizes((300, 0, 5, 75), 2), "cpu", 1)
+    if ranges > 1:
+        monkeypatch.setattr(module, "WORKSPACE", 2 * 2 * 16 * 128 * (128 + 8))
+    check_case(module, case)
+
+
+def test_stored_ds_of_one_sequence_takes_the_windows_that_are_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = stored_ds(monkeypatch, 16)
+    w = module.workload
+    budget = 16 * 128 * (256 + 8)
+    made = list(module.ranges_of(1200, budget, 384, causal=True))
+    assert [first for first, _, _ in made] == [0, *(end for _, end, _ in made[:-1])]
+    assert 0 <= made[-1][1] - 1200 < 16 * 8
+    for first, end, windows in made:
+        assert min(end // 4, 384) <= windows <= 384
+        assert (end - first + 8) * 16 * windows <= budget or end - first == 128
+    monkeypatch.setattr(module, "WORKSPACE", 2 * 2 * 16 * 128 * (256 + 8))
+    check_case(module, cases_of(w).make_case(w, Sizes((600,), 2), "cpu", 1))
+
+
+def test_stored_ds_of_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = stored_ds(monkeypatch, 8)
+    check_gates(module.workload, module)
+
+
+def stored_ds(monkeypatch: pytest.MonkeyPatch, group: int) -> Any:
+    """float16, because the product of plain Triton runs in the interpreter."""
+    heads = {"head_dim": 64, "v_head_dim": 64, "gqa_ratio": group}
+    w = Workload.of("compressed_attention", "backward", dtype="float16", **heads, **WINDOWS)
+    schedule = space_for(w, "stored_ds").default_schedule(w, KNOWN_TARGETS["cuda:90"])
+    module = load_kernel(w, schedule)
+    on_cpu(monkeypatch, module)
+    monkeypatch.setattr(module, "workload", w, raising=False)
+    return module
+
+
 @pytest.mark.parametrize("hide", ["gradients", "scores"])
 @pytest.mark.parametrize(
     ("op", "statics"),

@@ -24,6 +24,16 @@ COPY_BYTES = 16
 """A bulk copy's start along a tensor's last dimension is a multiple of this."""
 
 
+ROW_KNOBS = (
+    PowerOfTwo("row_step", 64, 64, "dk, dv: fewer steps against registers"),
+    Knob("row_stages", (2, 3, 4), "dk, dv: copies in flight against shared memory"),
+    Knob("hide", ("gradients", "scores"), "dk, dv: what masks change; registers"),
+)
+RULES = (
+    Rule("a step holds the heads of a group", lambda w, s, t: int(s.row_step) >= int(w.gqa_ratio)),
+)
+
+
 def supports_gradients(workload: Workload) -> bool:
     """As in the forward pass, but only groups whose statistics start where a bulk copy may.
 
@@ -76,17 +86,10 @@ def space(
         knobs=(
             PowerOfTwo("block_n", 64, 128, "dq: fewer steps against registers"),
             Knob("num_stages", (2, 3, 4), "dq: copies in flight against shared memory"),
-            PowerOfTwo("row_step", 64, 64, "dk, dv: fewer steps against registers"),
-            Knob("row_stages", (2, 3, 4), "dk, dv: copies in flight against shared memory"),
-            Knob("hide", ("gradients", "scores"), "dk, dv: what masks change; registers"),
+            *ROW_KNOBS,
             *knobs,
         ),
-        rules=(
-            Rule(
-                "a step holds the heads of a group",
-                lambda w, s, t: int(s.row_step) >= int(w.gqa_ratio),
-            ),
-        ),
+        rules=RULES,
         derive=derive,
         shared_memory=shared_memory,
         default=default,
