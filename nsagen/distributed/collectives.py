@@ -5,6 +5,7 @@ Each is started by one call and awaited by another, so that a GPU computes while
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,13 @@ def start_sum(x: Tensor, group: ProcessGroup) -> Tensor:
     return _named(group, _OPS.all_reduce.default, x.contiguous(), "sum", group.group_name)
 
 
+def start_sum_in_place(x: Tensor, group: ProcessGroup) -> Callable[[], None]:
+    """As `start_sum`, without another tensor; what is returned waits for it."""
+    start = functools.partial(dist.all_reduce, group=group, async_op=True)
+    work = _named(group, start, x)
+    return lambda: _named(group, work.wait)
+
+
 def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     """Begin to sum x over the ranks; each gets its part of dimension 0. See `finish`."""
     scatter = _OPS.reduce_scatter_tensor.default
@@ -53,7 +61,7 @@ def finish(x: Tensor, group: ProcessGroup) -> Tensor:
     return _named(group, _OPS.wait_tensor.default, x)
 
 
-def _named(group: ProcessGroup, exchange: Callable[..., Tensor], *args: Any) -> Tensor:
+def _named(group: ProcessGroup, exchange: Callable[..., Any], *args: Any) -> Any:
     """An exchange within `naming_lost_ranks`, which costs the host more until there is an error."""
     try:
         return exchange(*args)

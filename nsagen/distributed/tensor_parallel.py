@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, pa
 from torch.distributed.tensor.placement_types import Placement
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.distributed.collectives import finish, start_sum
+from nsagen.distributed.collectives import finish, start_sum, start_sum_in_place
 from nsagen.model import NativeSparseAttention, ToyLlama, ToyNSALlama
 from nsagen.model.checks import require
 from nsagen.model.compression import Holder, local_of
@@ -268,7 +268,7 @@ class HeadParallel(_Shared):
 class _Sum(torch.autograd.Function):
     """The sum of the ranks' parts of a tensor, whose gradient every rank has.
 
-    This and the next two do what a DTensor's redistribution and `to_local` do, in a fraction of
+    This and the others do what a DTensor's redistribution and `to_local` do, in a fraction of
     the host's time.
     """
 
@@ -279,6 +279,44 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return gradients[0], None
+
+
+LARGE_BYTES = 1 << 26
+"""Of a product over which its sum takes longer than another exchange costs."""
+
+
+class _SummedProduct(torch.autograd.Function):
+    """x [..., in] times weight [out, in], summed over the ranks in place: half of the rows while
+    the others are computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.dtypes, kind = (x.dtype, weight.dtype), x.device.type
+        if torch.is_autocast_enabled(kind):
+            x, weight = (t.to(torch.get_autocast_dtype(kind)) for t in (x, weight))
+        ctx.save_for_backward(x, weight)
+        y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        halves = zip(x.flatten(0, -2).chunk(2), y.flatten(0, -2).chunk(2), strict=True)
+        waits = []
+        for rows, out in halves:
+            with torch.autocast(kind, enabled=False):
+                torch.mm(rows, weight.t(), out=out)
+            waits.append(start_sum_in_place(out, group))
+        for wait in waits:
+            wait()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), dy, (wants_x, wants_weight, _) = (
+            ctx.saved_tensors,
+            gradients[0],
+            ctx.needs_input_grad,
+        )
+        dx = dy.matmul(weight).to(ctx.dtypes[0]) if wants_x else None
+        if not wants_weight:
+            return dx, None, None
+        return dx, dy.flatten(0, -2).t().mm(x.flatten(0, -2)).to(ctx.dtypes[1]), None
 
 
 class _GradientSum(torch.autograd.Function):
@@ -325,8 +363,15 @@ class _Rows(nn.Linear):
     placements: ClassVar[dict[str, Placement]] = {"weight": Shard(1), "bias": Replicate()}
 
     def forward(self, x: Tensor) -> Tensor:
-        part = F.linear(x, _Local.apply(self.weight))
-        y = _Sum.apply(part, cast(DTensor, self.weight).device_mesh.get_group())
+        weight, group = (
+            _Local.apply(self.weight),
+            cast(DTensor, self.weight).device_mesh.get_group(),
+        )
+        large = 2 * x.numel() // x.shape[-1] * weight.shape[0] >= LARGE_BYTES
+        if large and not torch.compiler.is_compiling():
+            y = _SummedProduct.apply(x, weight, group)
+        else:
+            y = _Sum.apply(F.linear(x, weight), group)
         return y if self.bias is None else y + local_of(self.bias)
 
 

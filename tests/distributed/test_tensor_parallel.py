@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ __all__ = ["one_thread"]  # a fixture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+MODULE: Any = sys.modules["nsagen.distributed.tensor_parallel"]  # whose name is its function's
 IDS = torch.randint(512, (142,), generator=torch.Generator().manual_seed(0))
 ENDS = offsets_of([9, 0, 130, 3])
 
@@ -88,6 +90,32 @@ def test_outputs_and_gradients_are_one_process_s() -> None:
     for found in on_ranks(2, run):
         for name, one in expected.items():
             assert_equal(found[name], one, name)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_large_products_are_summed_in_halves(amp: bool) -> None:
+    """The first half while the other one is computed; results are those of one sum."""
+
+    def run(rank: int) -> tuple[list[Tensor], list[Tensor], int, int]:
+        mesh, found = init_device_mesh("cpu", (2,)), []
+        for least in (MODULE.LARGE_BYTES, 0):
+            MODULE.LARGE_BYTES = least
+            model = tensor_parallel(
+                model_of("nsa").to(torch.float32 if amp else torch.float64), mesh
+            )
+            with CommDebugMode() as sums, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                y = model(IDS, ENDS)
+            y.square().sum().backward()
+            found.append(
+                [y.detach(), *(x for x in whole_gradients(model).values() if x is not None)]
+            )
+            found.append(sums.get_total_counts())
+        return found[0], found[2], found[1], found[3]
+
+    for one, other, sums, parts in on_ranks(2, run):
+        assert parts == sums + 2 * nsa_config().num_hidden_layers
+        for a, b in zip(one, other, strict=True):
+            assert float((a - b).norm()) <= (2e-2 if amp else 1e-12) * float(a.norm())
 
 
 @pytest.mark.parametrize(("kind", "changes"), [("nsa", {}), ("nsa", PAPER), ("dense", {})])
