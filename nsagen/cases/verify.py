@@ -144,7 +144,7 @@ def _verified(
         if interpreted:
             if workload.dtype == "bfloat16":
                 row["note"] = "in float16, as the interpreter computes bfloat16 wrongly"
-            workload, path, code = _for_interpreter(variant, path.parent)
+            workload, path, code = for_interpreter(variant, path.parent)
             key = (code, topk)
             if same := ran.get(key):
                 row["note"] += f"{'; ' if row['note'] else ''}ran as {same[0]['variant']}"
@@ -235,7 +235,7 @@ def not_interpreted(variant: Variant) -> str:
     return ""
 
 
-def _for_interpreter(variant: Variant, folder: Path) -> tuple[Workload, Path, str]:
+def for_interpreter(variant: Variant, folder: Path) -> tuple[Workload, Path, str]:
     """What the interpreter runs of a variant: workload, file, and code by which to know it.
 
     bfloat16 becomes float16, the other dtype of two bytes. Programs are few, because they run one

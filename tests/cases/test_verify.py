@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,15 @@ from torch import Tensor
 
 from nsagen.cases.base import Case, Cost, Sizes, cases_of, relative_error
 from nsagen.cases.sizes import sizes_for, takes_lists
-from nsagen.cases.verify import calls_interpreted, calls_on_gpu, launch_strided
-from nsagen.core.workload import Workload
+from nsagen.cases.verify import (
+    calls_interpreted,
+    calls_on_gpu,
+    for_interpreter,
+    launch_strided,
+)
+from nsagen.codegen.plan import Variant
+from nsagen.codegen.template import kernel_name
+from nsagen.core.workload import Schedule, Workload
 from nsagen.ops import reference
 from nsagen.spec import load_spec
 
@@ -45,6 +53,8 @@ def test_strides_that_a_kernel_takes_and_those_that_it_refuses_by_name() -> None
 def test_strides_that_a_kernel_overlooks() -> None:
     assert run(careless) == (["x"], float("inf"))
 
+
+STEP = {"head_dim": 32, "v_head_dim": 32, "gqa_ratio": 2, "block_size": 64, "topk": 4}
 
 FAMILY = ("minimax_m3", "minicpm4", "minicpm_sala", "moba")
 
@@ -86,6 +96,24 @@ def test_the_interpreter_gets_few_queries(name: str) -> None:
             assert sum(sizes.rows) <= 200
             if max(sizes.rows) < max(sizes.seqlens) and takes_lists(workload):
                 assert sizes.kv_heads * max(sizes.rows) * topk * int(workload.block_size) < 100_000
+
+
+def test_the_interpreter_runs_what_differs_in_warps_stages_and_programs_once(
+    tmp_path: Path,
+) -> None:
+    w = Workload.of("selected_attention", "decode", dtype="bfloat16", **STEP)
+    base = {"block_n": 64, "combine_warps": 4, "num_stages": 3, "num_warps": 4, "programs": 396}
+
+    def code(**changes: int) -> str:
+        schedule = Schedule.of("split_kv", base | changes)
+        variant = Variant(kernel_name(w, schedule), w, schedule, uses=())
+        workload, path, code = for_interpreter(variant, tmp_path)
+        assert workload.dtype == "float16"
+        assert "PROGRAMS = 32\n" in path.read_text()
+        return code
+
+    assert code() == code(num_warps=8, num_stages=2, combine_warps=1, programs=132)
+    assert code() != code(block_n=32)
 
 
 def test_both_layouts_are_verified() -> None:
