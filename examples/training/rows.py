@@ -13,7 +13,7 @@ FORMS = ("nsa", "dense", "infllm_v2", "msa")
 LENGTHS = (4096, 16384, 65536)
 SEEDS = (0, 1, 2)
 
-MISSING = "not measured yet"
+MISSING = "not run"
 
 Row = dict[str, Any]
 """What a run came to: form, length, seed, loss, the accuracy of each kind of question, and that of

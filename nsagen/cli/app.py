@@ -31,7 +31,7 @@ from nsagen.cli import verify as verifying
 from nsagen.cli.bench import app as bench_app
 from nsagen.cli.options import Json, OutDir, SpecNames
 from nsagen.core.errors import InvalidInputError, NsagenError, SpecError
-from nsagen.core.text import printable
+from nsagen.core.text import counted, printable
 from nsagen.core.version import __version__
 
 if TYPE_CHECKING:
@@ -277,8 +277,10 @@ def build(
             print(f"nsagen: build: {printable(note)}", file=sys.stderr)
         rows.append(row)
         if not as_json:
-            changed = f"{len(result.written)} files written, {len(result.removed)} removed"
-            print_line(f"{spec.name}: {row['variants']} kernels in {row['folder']}; {changed}")
+            changed = f"{counted(len(result.written), 'file')} written"
+            kernels = counted(row["variants"], "kernel")
+            removed = len(result.removed)
+            print_line(f"{spec.name}: {kernels} in {row['folder']}; {changed}, {removed} removed")
             for path in result.removed:
                 print_line(f"removed: {result.folder / path}")
     if as_json:

@@ -14,7 +14,7 @@ from nsagen.core.errors import NsagenError
 from nsagen.core.files import check_writable
 from nsagen.core.installed import driver_version, triton_version, version_of
 from nsagen.core.paths import cache_dir, visible
-from nsagen.core.text import shell_text
+from nsagen.core.text import counted, shell_text
 from nsagen.core.version import __version__
 from nsagen.runtime.device import interpreting
 from nsagen.runtime.user_cache import cache_folder
@@ -104,10 +104,10 @@ def _cache_use(notes: list[str], problems: list[str]) -> str:
     if old:
         remedy = shell_text(["rm", "-r", *(os.path.abspath(path) for path in old)])
         notes.append(
-            f"{sum(counts[path] for path in old)} kernels of other versions of nsagen or its "
-            f"templates are in the user cache; to free the room: {remedy}"
+            f"the user cache has {counted(sum(counts[path] for path in old), 'kernel')} of other "
+            f"versions of nsagen or its templates; to free the room: {remedy}"
         )
-    return f"{counts.get(root / current, 0)} kernels of this version"
+    return f"{counted(counts.get(root / current, 0), 'kernel')} of this version"
 
 
 def _is_of_kernels(folder: Path) -> bool:

@@ -11,7 +11,7 @@ import typer
 
 from nsagen.cli.options import Json, SpecName
 from nsagen.core.packages import as_argument
-from nsagen.core.text import printable, shell_text
+from nsagen.core.text import counted, printable, shell_text
 
 EXAMPLE = "Example: nsagen export tiny --out exported"
 
@@ -73,8 +73,9 @@ def export(
         }
         print(json.dumps(row, indent=1))
         return
-    changed = f"{len(result.written)} files written, {len(result.removed)} removed"
-    print_line(f"{result.package}: {result.kernels} kernels in {result.folder}; {changed}")
+    changed = f"{counted(len(result.written), 'file')} written, {len(result.removed)} removed"
+    kernels = counted(result.kernels, "kernel")
+    print_line(f"{result.package}: {kernels} in {result.folder}; {changed}")
     if layout == "package":
         wheel = shell_text(["pip", "wheel", "--no-deps", as_argument(str(result.folder))])
         print_line(f"for a wheel, run: {wheel}")

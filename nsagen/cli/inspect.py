@@ -10,6 +10,7 @@ import typer
 
 from nsagen.cli.options import Json, OptionalSpecName
 from nsagen.core.errors import BuildError, InvalidInputError, UnsupportedWorkloadError
+from nsagen.core.text import counted
 
 if TYPE_CHECKING:
     from nsagen.core.workload import Workload
@@ -101,8 +102,9 @@ def print_inspection(content: dict[str, Any]) -> None:
 
     workloads = content["workloads"]
     title = (
-        f"{content['spec']}: {len(workloads)} workloads of "
-        f"{content['attention_shapes']} attention shapes, with each target's default schedule"
+        f"{content['spec']}: {counted(len(workloads), 'workload')} of "
+        f"{counted(content['attention_shapes'], 'attention shape')}, with each target's default "
+        "schedule"
     )
     targets = content["targets"]
     print_table(

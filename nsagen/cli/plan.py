@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -12,6 +12,7 @@ import typer
 
 from nsagen.cli.options import CacheDType, Json, SpecName, check_cache_dtype
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.text import counted
 
 if TYPE_CHECKING:
     from nsagen.estimate.efficiency import Efficiency
@@ -128,7 +129,7 @@ def plan(
         Row(label, found, needs(config, device, load), efficiency.source)
         for label, config, efficiency, found in rows
     ]
-    _print(shown, device, load, model)
+    _print(shown, device, load, model, _heads(config for _, config, *_ in rows))
     steps = [(label, best_step(config, device, context, batch, gpus)) for label, config, *_ in rows]
     _print_training(steps, device, load)
 
@@ -233,13 +234,26 @@ class Row(NamedTuple):
     time: str
 
 
-def _print(rows: list[Row], gpu: Gpu, load: Any, model: Path | None) -> None:
+def _heads(configs: Iterable[ToyLlamaConfig]) -> str:
+    """A line that says which heads the models have."""
+    found = dict.fromkeys(
+        (c.num_attention_heads, c.num_key_value_heads, c.head_dim) for c in configs
+    )
+    each = [
+        f"gqa_ratio {heads // kv_heads}: {counted(heads, 'query head')} of {size} over {kv_heads} "
+        "for keys and values"
+        for heads, kv_heads, size in found
+    ]
+    return "; ".join(each) + "."
+
+
+def _print(rows: list[Row], gpu: Gpu, load: Any, model: Path | None, heads: str) -> None:
     from nsagen.cli.console import console
     from nsagen.cli.table import print_table
     from nsagen.estimate.model import USABLE
 
     title = (
-        f"{load.gpus} x {gpu.name}, {load.batch} sequences of {load.context:,} tokens; "
+        f"{load.gpus} x {gpu.name}, {counted(load.batch, 'sequence')} of {load.context:,} tokens; "
         f"{model or 'a model of Llama 3.1 8B size'}, 16-bit"
         f"{f', sparse caches of {load.cache_dtype}' if load.cache_dtype else ''}"
     )
@@ -261,6 +275,7 @@ def _print(rows: list[Row], gpu: Gpu, load: Any, model: Path | None) -> None:
     )
     out = console()
     for line in (
+        heads,
         f"Bytes are per GPU; {USABLE:.0%} of its {_bytes(gpu.memory)} may be used. Split: GPUs "
         "that share the heads x groups that share the batch.",
         "Prefill and decode step are lower bounds, by the roofline: at "
@@ -282,7 +297,8 @@ def _print_training(rows: list[tuple[str, Step]], gpu: Gpu, load: Any) -> None:
     from nsagen.estimate.training import STATE_BYTES
 
     print_table(
-        f"Training: {load.batch} sequences of {load.context:,} tokens a step, by the roofline",
+        f"Training: {counted(load.batch, 'sequence')} of {load.context:,} tokens a step, "
+        "by the roofline",
         ["attention", "tensor x context x data", *STEP_HEADINGS],
         [
             (

@@ -20,6 +20,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things, by a noun that takes an s where there is not exactly one."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def shown_keys(keys: Iterable[object]) -> str:
     """Some keys of a file as text for a line of a log: the first few, sorted."""
     names = sorted(printable(str(key))[:_KEY] for key in keys)

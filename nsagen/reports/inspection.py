@@ -10,6 +10,7 @@ from nsagen.codegen.build import build
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.packages import read_manifest
 from nsagen.core.target import parse_target
+from nsagen.core.text import counted
 from nsagen.reports import dispatch, patterns
 from nsagen.reports.page import page
 from nsagen.runtime.package import import_folder
@@ -38,7 +39,8 @@ def inspection_page(spec: Spec, target: str | None = None) -> str:
         manifest = read_manifest(built)
         assert manifest is not None
         table = dispatch.section(import_folder(built).dispatcher, manifest, target)
-    counts = f"{len(spec.workloads())} workloads of {len(spec.shapes)} attention shapes"
+    shapes = counted(len(spec.shapes), "attention shape")
+    counts = f"{counted(len(spec.workloads()), 'workload')} of {shapes}"
     parameters = ", ".join(f"{name} {value}" for name, value in shape.said().items())
     intro = (
         f"<p>{escape(spec.description or 'An nsagen spec')}: {counts}.</p>"

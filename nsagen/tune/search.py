@@ -17,7 +17,7 @@ from optuna.pruners import NopPruner
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from nsagen.core.text import shown_keys
+from nsagen.core.text import counted, shown_keys
 from nsagen.core.workload import Param, Schedule
 from nsagen.tune.encoding import Encoding
 from nsagen.tune.outcome import Outcome, unknown_keys
@@ -235,7 +235,7 @@ class Search:
             since = 0 if improved or best == math.inf else since + 1
             best = min(best, math.inf if value is None else value)
         if since >= budget.patience:
-            return f"nothing better in {since} schedules"
+            return f"nothing better in {counted(since, 'schedule')}"
         return ""
 
     def _name(self, storage: BaseStorage, studies: Collection[str], stem: str) -> str:

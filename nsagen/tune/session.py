@@ -16,6 +16,7 @@ from nsagen.core.errors import InvalidInputError, TuneError
 from nsagen.core.files import check_replaceable, check_writable, scratch_folder
 from nsagen.core.paths import cache_dir, prepare_compiler_cache
 from nsagen.core.target import parse_target
+from nsagen.core.text import counted
 from nsagen.core.worker import Worker, compile_workers
 from nsagen.core.workload import Schedule
 from nsagen.records.files import load_records, save_records
@@ -235,7 +236,7 @@ def record(
             seconds=settings.seconds,
             on_step=step,
         )
-        result.notes.append(f"{count} schedules of {tasks[0]} are in {path}")
+        result.notes.append(f"{path} has {counted(count, 'schedule')} of {tasks[0]}")
     return result
 
 

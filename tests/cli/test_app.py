@@ -373,7 +373,7 @@ def test_doctor_knows_the_kernels_of_other_versions(
         (folder / "cuda-90").mkdir(parents=True)
         (folder / "cuda-90" / "kernel.py").touch()
     diagnosis = json.loads(Ran(capsys, "doctor", "--out", str(tmp_path), "--json").out)
-    assert diagnosis["facts"]["user cache"] == f"{tmp_path} (1 kernels of this version)"
+    assert diagnosis["facts"]["user cache"] == f"{tmp_path} (1 kernel of this version)"
     (note,) = [text for text in diagnosis["notes"] if "other versions" in text]
     assert note.endswith(f"rm -r {tmp_path / '0.0.1-01234567'}")
 
@@ -447,3 +447,9 @@ def test_an_empty_path_is_not_the_working_folder(
         main(arguments)
     option = next(text for text in arguments if text.startswith("--")).removesuffix("=")
     assert f"nsagen: {option} must be a path; got an empty text" in capsys.readouterr().err
+
+
+def test_plan_says_which_heads_a_model_has(capsys: pytest.CaptureFixture[str]) -> None:
+    said = " ".join(Ran(capsys, "plan", "llama8b", "--batch", "1").out.split())
+    assert "gqa_ratio 4: 32 query heads of 128 over 8 for keys and values; gqa_ratio 16: " in said
+    assert "1 x h200, 1 sequence of 131,072 tokens" in said

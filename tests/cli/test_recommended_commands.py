@@ -451,7 +451,7 @@ def test_doctor_recommends_to_remove_kernels_only(
         path.touch()
     (root / "0.0.4-deadbeef").symlink_to(root / "my-research")
     notes: list[str] = []
-    assert doctor._cache_use(notes, []) == "1 kernels of this version"
+    assert doctor._cache_use(notes, []) == "1 kernel of this version"
     (note,) = notes
     told = shlex.split(note.partition("free the room: ")[2])
     assert told == ["rm", "-r", str(old.parents[1]), str(newer)]

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from nsagen.core.text import printable, shell_text
+from nsagen.core.text import counted, printable, shell_text
 
 ODD = ["a b", "it's", "a\tb", "a\nb", "\x1b[2J", "$(id)`id`", "\\'\t", "", "\u202eabc", "\udcff\t"]
 
@@ -21,3 +21,7 @@ def test_a_shell_reads_the_word(word: str) -> None:
 
 def test_nothing_controls_a_terminal() -> None:
     assert printable("a\x1b[2J\tb \u00e9") == "a\\x1b[2J\\tb \u00e9"
+
+
+def test_one_thing_has_no_s() -> None:
+    assert [counted(n, "file") for n in (0, 1, 2000)] == ["0 files", "1 file", "2,000 files"]

@@ -323,15 +323,15 @@ def test_the_table_says_what_is_missing() -> None:
     ]
     measures = MEASURES["retrieval"]
     shown = table(rows, ["nsa", "dense"], [4096, 16384], measures).splitlines()
-    assert "| single, % | 4096 | not measured yet | 90.0 ± 10.0 (3) |" in shown
+    assert "| single, % | 4096 | not run | 90.0 ± 10.0 (3) |" in shown
     assert "| single, % | 4096 | 80.0 (1) |" in table(rows[:1], ["dense"], [4096], measures)
-    assert "| variables, % | 16384 | not measured yet | not measured yet |" in shown
+    assert "| variables, % | 16384 | not run | not run |" in shown
 
 
 def test_no_line_without_a_number_where_a_form_was_measured() -> None:
     row = {"form": "dense", "length": 65536, "seed": 0, "accuracy": {"single": 1.0}}
     shown = table([row], ["nsa", "dense"], [65536], MEASURES["retrieval"]).splitlines()[2:]
-    assert shown == ["| single, % | 65536 | not measured yet | 100.0 (1) |"]
+    assert shown == ["| single, % | 65536 | not run | 100.0 (1) |"]
 
 
 def test_harder_questions_have_a_line_where_a_form_was_asked() -> None:
