@@ -1,4 +1,4 @@
-"""The contract of appending to the caches."""
+"""The contracts of ops on caches, with pages or without."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from nsagen.ops._checks import (
     check_attention,
     check_compress_weights,
     check_indices,
+    check_keys,
     check_like,
+    check_range,
     check_rows,
     fail,
+    shapes,
+    values_are_read,
 )
-from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
 from nsagen.ops.reference._checks import check_windows
+from nsagen.ops.reference._pages import capacity_of
 from nsagen.ops.reference.compress import Weight, weight_of
 from nsagen.ops.rope import check_tables
 from nsagen.ops.separate import SeparateKV
@@ -25,11 +29,6 @@ from nsagen.ops.separate import SeparateKV
 _OP = "cache_append"
 CACHES = ("k_cache", "v_cache", "ck_cache", "cv_cache", "k_raw")
 SCALES = ("k_scale", "v_scale", "ck_scale", "cv_scale")
-
-
-def cache_dtype_of(cache: Tensor, scale: Tensor | None) -> str:
-    """The static parameter `cache_dtype`: "" for a cache of the workload's dtype."""
-    return "" if scale is None else str(cache.dtype).removeprefix("torch.")
 
 
 def check_scales(op: str, x: Tensor | None, **caches: tuple[Tensor, Tensor | None]) -> None:
@@ -77,6 +76,124 @@ def check_scales(op: str, x: Tensor | None, **caches: tuple[Tensor, Tensor | Non
             fail(op, f"{names} must have one layout", came, "make both new")
 
 
+def check_cached(
+    op: str,
+    q: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    block_table: Tensor | None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    ck_cache: Tensor | None = None,
+    cv_cache: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    ck_scale: Tensor | None = None,
+    cv_scale: Tensor | None = None,
+) -> None:
+    """q [R, HQ, D], caches [slots or pages, length, HK, D | Dv] of its dtype or with scales, int32
+    indices. Which caches there are depends on the op: keys, and values or none."""
+    pairs = {"k_cache": (k_cache, k_scale), "v_cache": (v_cache, v_scale)}
+    pairs |= {"ck_cache": (ck_cache, ck_scale), "cv_cache": (cv_cache, cv_scale)}
+    caches = {name: cache for name, (cache, _) in pairs.items() if cache is not None}
+    quantized = any(pairs[name][1] is not None for name in caches)
+    check_rows(op, q=q)
+    if quantized:
+        check_scales(op, q, **{name: (cache, pairs[name][1]) for name, cache in caches.items()})
+    else:
+        check_rows(op, 4, **caches)
+    keys, *values = caches.values()
+    check_keys(op, q, keys)
+    if values and keys.shape[:3] != values[0].shape[:3]:
+        came = shapes({"keys": keys, "values": values[0]})
+        fail(op, "caches must agree in slots, length and heads", came, "allocate an NSACache")
+    if not quantized and (q.dtype != keys.dtype or q.device != keys.device):
+        rule = f"{' and '.join(caches)} must be {q.dtype} on {q.device}, as q is"
+        fail(op, rule, f"{keys.dtype} on {keys.device}", "allocate them so")
+    check_rows_of_slots(op, q, positions, slots, block_table)
+
+
+def check_rows_of_slots(
+    op: str,
+    x: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    block_table: Tensor | None,
+    rows: int | None = None,
+) -> None:
+    """int32 [rows], those of x by default, and [slots, max_pages], contiguous, on x's device."""
+    rows = x.shape[0] if rows is None else rows
+    check_indices(op, x, (rows,), positions=positions, slots=slots)
+    if block_table is None:
+        return
+    if block_table.ndim != 2:
+        rule = "block_table must have shape [slots, max_pages]"
+        fail(op, rule, tuple(block_table.shape), "give each slot a row of page numbers")
+    check_indices(op, x, tuple(block_table.shape), block_table=block_table)
+
+
+def check_places(
+    op: str,
+    positions: Tensor,
+    slots: Tensor,
+    block_table: Tensor | None,
+    k_cache: Tensor,
+    block_size: int = 1,
+) -> None:
+    """Pages hold whole blocks. If values are read: a row's position and slot are in the cache."""
+    if block_table is not None:
+        check_page_size(op, k_cache.shape[1], "block_size", block_size)
+    _check_places(op, positions, slots, capacity_of(k_cache, block_table), k_cache, block_table)
+
+
+def check_places_of_windows(
+    op: str,
+    positions: Tensor,
+    slots: Tensor,
+    block_table: Tensor | None,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    ck_cache: Tensor | None = None,
+    k_cache: Tensor | None = None,
+) -> None:
+    """The same of a cache of compressed keys: the last token may be past the last window."""
+    cache = k_cache if ck_cache is None else ck_cache
+    assert cache is not None
+    if block_table is not None:
+        check_page_size(op, cache.shape[1] * kernel_stride, "block_size", block_size)
+    tokens = capacity_of(cache, block_table) * kernel_stride + kernel_size - 1
+    _check_places(op, positions, slots, tokens, cache, block_table)
+
+
+def check_page_size(op: str, page_size: int, multiple_of: str, unit: int) -> None:
+    """A page holds a whole number of units: no unit spans two pages."""
+    if page_size < 1 or page_size % unit:
+        rule = f"the page size must be a positive multiple of {multiple_of}"
+        came = f"{page_size} tokens and {multiple_of} {unit}"
+        fail(
+            op, rule, came, f"allocate pages of e.g. {max(1, -(-page_size // unit)) * unit} tokens"
+        )
+
+
+def _check_places(
+    op: str,
+    positions: Tensor,
+    slots: Tensor,
+    tokens: int,
+    cache: Tensor,
+    block_table: Tensor | None,
+) -> None:
+    """If values are read: a row's position is -1 or less than `tokens`, and its slot exists.
+
+    Elsewhere a row that breaks this reads and writes what is not its own.
+    """
+    check_range(op, "positions", positions, -1, tokens)
+    if values_are_read(positions):
+        places = cache if block_table is None else block_table
+        check_range(op, "slots", slots[positions >= 0], 0, places.shape[0])
+
+
 def hidden_size(w_k: Weight, w_v: Weight) -> int:
     """The hidden size of the mlps among two weights; 0 where there is none."""
     sizes = [w[0].shape[-1] for w in (w_k, w_v) if isinstance(w, tuple)]
@@ -101,16 +218,14 @@ def check_append(call: Any) -> None:
     v_type = call.v_compress_type or call.compress_type
     check_compress_weights(_OP, v, w_v, call.pe_v, v_type, size)
     hidden_size(w_k, w_v)
-    check_indices(_OP, q, (q.shape[0],), positions=call.positions, slots=call.slots)
-    if table is not None:
-        check_table(_OP, q, table)
+    check_rows_of_slots(_OP, q, call.positions, call.slots, table)
     caches = {name: getattr(call, name) for name in CACHES}
     scales = [getattr(call, name) for name in SCALES]
     pairs = zip([caches[name] for name in CACHES[:4]], scales, strict=True)
     check_scales(_OP, k, **dict(zip(CACHES[:4], pairs, strict=True)))
     _check_caches(k, v, caches, size, stride, table, scales[0] is not None)
     tokens = min(capacity_of(call.k_cache, table), call.cos.shape[0])
-    check_places(_OP, call.positions, call.slots, tokens, call.k_cache, table)
+    _check_places(_OP, call.positions, call.slots, tokens, call.k_cache, table)
     needed = (call.k_raw.shape[0], size, *v.shape[1:])
     if scales[0] is not None:
         _check_values_ring(call.v_raw, v, needed)

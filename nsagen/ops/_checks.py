@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.ops.reference._checks import check_windows
 from nsagen.ops.reference.compress import Weight, check_weights, tensors_of
 
 MOST_HEADS = 65535
@@ -65,6 +66,12 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if k.shape[:2] != v.shape[:2]:
         came = shapes({"k": k, "v": v})
         fail(op, "k and v must agree in tokens and heads", came, "pass k [T, HK, D], v [T, HK, Dv]")
+
+
+def check_scores(op: str, q: Tensor, k: Tensor) -> None:
+    """q [N, HQ, D] and k [T, HK, D] of one call, HQ a multiple of HK."""
+    check_rows(op, q=q, k=k)
+    check_keys(op, q, k)
 
 
 def check_keys(op: str, q: Tensor, k: Tensor) -> None:
@@ -124,12 +131,41 @@ def check_cu_seqlens(
         fail(op, rule, came, "pass the running sum of the sequence lengths, 0 first")
 
 
-def check_windowed(op: str, call: Any) -> None:
+def check_windowed(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    q_start: Tensor | None,
+    kernel_size: int,
+    kernel_stride: int,
+) -> None:
     """The offsets of queries and of the windows that they see, and where chunks start."""
-    check_cu_seqlens(op, "cu_seqlens_q", call.cu_seqlens_q, call.q)
-    check_cu_seqlens(op, "cu_seqlens_k", call.cu_seqlens_k, call.k, spare=True)
-    check_like(op, ("cu_seqlens_q", call.cu_seqlens_q), cu_seqlens_k=call.cu_seqlens_k)
-    check_q_start(op, call.cu_seqlens_q, call.q_start)
+    check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q)
+    check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k, spare=True)
+    check_like(op, ("cu_seqlens_q", cu_seqlens_q), cu_seqlens_k=cu_seqlens_k)
+    check_q_start(op, cu_seqlens_q, q_start)
+    check_windows(op, kernel_size, kernel_stride)
+
+
+def check_packed(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
+) -> None:
+    """The offsets of queries and of their keys, and where chunks start."""
+    check_cu_seqlens(op, "cu_seqlens", cu_seqlens, q)
+    if cu_seqlens_k is not None:
+        check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k)
+        check_like(op, ("cu_seqlens", cu_seqlens), cu_seqlens_k=cu_seqlens_k)
+    elif q.shape[0] != k.shape[0]:
+        came = f"{q.shape[0]} and {k.shape[0]}"
+        fail(op, "q and k must have the same tokens", came, "pack one, or pass cu_seqlens_k")
+    check_chunk(op, cu_seqlens, cu_seqlens_k, q_start)
 
 
 def check_offsets(op: str, name: str, cu_seqlens: Tensor) -> None:
@@ -141,18 +177,28 @@ def check_offsets(op: str, name: str, cu_seqlens: Tensor) -> None:
         fail(op, f"{name} must be int32", cu_seqlens.dtype, f"pass {name}.to(torch.int32)")
 
 
-def check_topk_idx(op: str, q: Tensor, kv_heads: int, topk_idx: Tensor) -> None:
-    """int32 [kv_heads, rows of q, topk], contiguous; its values may be any."""
-    topk = topk_idx.shape[-1] if topk_idx.ndim else 0
-    check_indices(op, q, (kv_heads, q.shape[0], topk), topk_idx=topk_idx)
+def check_topk_idx(
+    op: str,
+    q: Tensor,
+    topk_idx: Tensor,
+    block_size: int,
+    k: Tensor | None = None,
+    k_cache: Tensor | None = None,
+) -> None:
+    """int32 [key heads, rows of q, topk], contiguous; its values may be any. And block_size."""
+    keys, topk = k if k_cache is None else k_cache, topk_idx.shape[-1] if topk_idx.ndim else 0
+    assert keys is not None
+    check_indices(op, q, (keys.shape[-2], q.shape[0], topk), topk_idx=topk_idx)
     if topk < 1:
-        came = f"{tuple(topk_idx.shape)}"
-        fail(
-            op,
-            "topk_idx must have an entry for each row",
-            came,
-            "pass -1 where nothing is selected",
-        )
+        rule, remedy = "topk_idx must have an entry for each row", "pass -1 for nothing selected"
+        fail(op, rule, tuple(topk_idx.shape), remedy)
+    if block_size < 1:
+        fail(op, "block_size must be positive", block_size, "64 or 128 are usual")
+
+
+def check_window(op: str, window_size: int) -> None:
+    if window_size < 1:
+        fail(op, "window_size must be positive", window_size, "1 is the token itself")
 
 
 def check_q_start(op: str, cu_seqlens: Tensor, q_start: Tensor | None) -> None:

@@ -100,14 +100,10 @@ def fixed_kernel(name: str, x: Tensor) -> Launch | None:
     return registry.one_at_a_time(getattr(_fixed_kernels, name))
 
 
-def score_sizes(q: Tensor, k: Tensor) -> dict[str, int]:
-    """The static parameters that all scores have, of q [N, HQ, D] and k [..., HK, D]."""
-    return {"head_dim": q.shape[2], "gqa_ratio": q.shape[1] // k.shape[-2]}
-
-
 def attention_sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
     """The static parameters that all attention has, of q [N, HQ, D] and k, v [R, HK, D | Dv]."""
-    return {**score_sizes(q, k), "v_head_dim": v.shape[2]}
+    sizes = {"head_dim": q.shape[2], "v_head_dim": v.shape[2]}
+    return {**sizes, "gqa_ratio": q.shape[1] // k.shape[1]}
 
 
 def attention_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,7 @@ from nsagen.ops._calls import (
 from nsagen.ops._checks import values_are_read
 from nsagen.ops._launch import find_kernel, on_kernels
 from nsagen.ops._namespace import NAMESPACE
+from nsagen.ops._sizes import reader, tokens_of
 from nsagen.runtime.recorder import Recorder
 from nsagen.runtime.replay import Launch, Meta, Program, allocator, meta_of
 
@@ -73,7 +74,7 @@ def define_op(
     *,
     returns: str,
     allocate: Callable[..., Outputs | None],
-    check: Callable[..., None] | None = None,
+    check: Callable[..., object] | Sequence[Callable[..., object]] = (),
     kernel: str | Callable[..., Launch | None] = "",
     sizes: Callable[..., Mapping[str, Param]] | None = None,
     context: Callable[..., int] | None = None,
@@ -95,15 +96,17 @@ def define_op(
         returns: the outputs, in order.
         allocate: makes the outputs, uninitialized and contiguous; it is the op's fake too. Returns
             None for an op that only writes to parameters.
-        check: raises the errors of the op's contract.
+        check: raises the errors of the op's contract; several are called in order. They may take
+            the op's name for its errors as `op`.
         kernel: op and pass of the workload that serves a call; or a function that gives the
             `launch`, or None where the reference has to serve. Without a kernel the function calls
             other ops, and PyTorch only through `apply`. Its launches, and those of its gradients,
             are repeated as a whole. If it has no `gradients` either, those ops are called
             individually on the reference, where gradients are wanted, in exported graphs, and under
             a mode, a transform or a profiler.
-        sizes: static parameters of the workload, besides those that the op has by the same name.
-        context: for decoding, the tokens that a cache slot holds at most.
+        sizes: static parameters of the workload, besides those that `sizes.reader` finds.
+        context: for decoding, the tokens that a cache slot holds at most, where that is not the
+            length of `k_cache`.
         launch: arguments of the kernel's `launch`, in order. The rows of the first are the call's
             tokens; where it has none, nothing is launched and the outputs are zeros.
         optional: more arguments of `launch`, omitted if all are None.
@@ -302,12 +305,18 @@ def _refuse(op: str, ctx: Any, *grads: Tensor) -> Any:
 
 def by_name(function: Callable[..., Any], names: Sequence[str]) -> Callable[[Args], Any]:
     """`function` on a tuple of values with these names: it gets those that it has parameters for,
-    or all of them as attributes of its parameter `call`."""
-    wanted = tuple(inspect.signature(function).parameters)
-    if wanted == ("call",):
+    or all of them as attributes of its parameter `call`. Others of its parameters have defaults."""
+    wanted = inspect.signature(function).parameters
+    if tuple(wanted) == ("call",):
         return lambda values: function(SimpleNamespace(**dict(zip(names, values, strict=True))))
-    pick = picker([names.index(name) for name in wanted])
-    return lambda values: function(*pick(values))
+    others = {name: p.default for name, p in wanted.items() if name not in names}
+    if inspect.Parameter.empty in others.values():
+        raise TypeError(
+            f"{function.__name__}: takes {', '.join(others)}, not of {', '.join(names)}"
+        )
+    every, defaults = (*names, *others), tuple(others.values())
+    pick = picker([every.index(name) for name in wanted])
+    return lambda values: function(*pick((*values, *defaults)))
 
 
 class Op:
@@ -317,7 +326,7 @@ class Op:
         self,
         function: Callable[..., Any],
         returns: Sequence[str],
-        check: Callable[..., None] | None,
+        check: Callable[..., object] | Sequence[Callable[..., object]],
         allocate: Callable[..., Outputs | None],
         scratch: Mapping[str, Callable[..., Tensor]],
     ) -> None:
@@ -329,7 +338,9 @@ class Op:
         self.hints = get_type_hints(function)
         self.is_tensor = tuple(takes_tensor(self.hints[name]) for name in self.names)
         self._whole = [i for i, name in enumerate(self.names) if self.hints[name] is int]
-        self.check = None if check is None else by_name(check, self.names)
+        self.where = self.name.removesuffix("_forward").replace("_decode", " decode")
+        checks = [check] if callable(check) else check
+        self._checks = [by_name(check, (*self.names, "op")) for check in checks]
         self.allocate = by_name(allocate, self.names)
         self.scratch = {name: by_name(make, self.names) for name, make in scratch.items()}
         self.kernel: _Kernel | None = None
@@ -343,12 +354,16 @@ class Op:
         found = list(args)
         for place in self._whole:
             if place < len(args) and type(args[place]) is not torch.SymInt:
-                found[place] = _whole_number(self.name, self.names[place], args[place])
+                found[place] = _whole_number(self.where, self.names[place], args[place])
         return tuple(found)
 
+    def check(self, args: Args) -> None:
+        """Raise the errors of the op's contract."""
+        for check in self._checks:
+            check((*args, self.where))
+
     def on_reference(self, args: Args) -> Any:
-        if self.check is not None:
-            self.check(args)
+        self.check(args)
         return self.function(*args)
 
     def computer(self, launched: _LaunchArguments, args: Args) -> Callable[[Args], Any]:
@@ -392,7 +407,7 @@ def _whole_number(op: str, name: str, value: Any) -> int:
     if number is None or abs(number) > MOST:
         remedy = "pass an int" if number is None else "no sequence is longer"
         rule = f"{name} must be a whole number of at most {MOST}"
-        raise InvalidInputError(f"{op.removesuffix('_forward')}: {rule}; got {value!r}; {remedy}")
+        raise InvalidInputError(f"{op}: {rule}; got {value!r}; {remedy}")
     return number
 
 
@@ -409,18 +424,18 @@ class _Kernel:
         self._launch = None if isinstance(kernel, str) else by_name(kernel, op.names)
         self._workload = kernel.split() if isinstance(kernel, str) else ["", ""]
         known = parameter_names(*self._workload) if isinstance(kernel, str) else ()
-        self._statics = {name: op.names.index(name) for name in known if name in op.names}
-        self._sizes = by_name(sizes or (lambda: {}), op.names)
-        self._context = by_name(context or (lambda: None), op.names)
+        own = by_name(sizes or (lambda: {}), op.names)
+        read = {name: reader(name, op.names) for name in known}
+        self._sizes = lambda args: {n: f(args) for n, f in read.items() if f} | own(args)
+        without = tokens_of if "k_cache" in op.names else lambda: None
+        self._context = by_name(context or without, op.names)
         self._dispatcher = op.names.index("dispatcher") if self._launch is None else 0
 
     def find(self, args: Args, main: Tensor) -> Launch | None:
         """The `launch` of a call's kernel, if there is one; main is the first of its arguments."""
         if self._launch is not None:
             return self._launch(args)
-        op, pass_ = self._workload
-        params = {name: args[place] for name, place in self._statics.items()}
-        params |= self._sizes(args)
+        (op, pass_), params = self._workload, self._sizes(args)
         return find_kernel(args[self._dispatcher], op, pass_, params, main, self._context(args))
 
 
@@ -474,7 +489,7 @@ class _Calls:
         self,
         is_tensor: Sequence[bool],
         prepare: Callable[[Args], Callable[[Args], Any]],
-        check: Callable[[Args], None] | None = None,
+        check: Callable[[Args], None],
     ) -> None:
         self.known: KnownCalls[_Known] = KnownCalls(is_tensor)
         self._prepare, self._check = prepare, check
@@ -485,8 +500,7 @@ class _Calls:
         if known is None:
             return self._learned(args)
         if values_are_read(args[0]):
-            if self._check is not None:
-                self._check(args)
+            self._check(args)
             return known.compute(args)
         return known.run(args)
 
@@ -494,8 +508,7 @@ class _Calls:
         return any(tensor.requires_grad for tensor in self.known.tensors(args))
 
     def _learned(self, args: Args) -> Any:
-        if self._check is not None:
-            self._check(args)
+        self._check(args)
         compute, tensors = self._prepare(args), self.known.tensors(args)
         if is_plain(tensors):
             known = _Known(compute, self.known, self.requires_grad(args), replays(args[0]))

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_keys, check_rows, check_windowed, fail
+from nsagen.ops._checks import check_scores, check_windowed, fail
 from nsagen.ops._derive import op_of
-from nsagen.ops._launch import key_of, lse_dtype, scale_of, score_sizes
+from nsagen.ops._launch import key_of, lse_dtype, scale_of
 from nsagen.ops.reference.block_selection import BlockRule, Scoring, check_lse
 from nsagen.runtime import Dispatcher
-
-_OP = "block_selection"
 
 
 def block_selection(
@@ -80,23 +78,16 @@ def block_selection(
     return select_blocks(q, k, lse, *windows, *blocks, *more, *scoring)
 
 
-def _check(call: Any) -> None:
-    check_rows(_OP, q=call.q, k=call.k)
-    check_keys(_OP, call.q, call.k)
-    check_windowed(_OP, call)
-    BlockRule(**{name: getattr(call, name) for name in BlockRule.__annotations__})
-    check_lse(_OP, call.lse, call.score_norm)
-    if call.lse is not None:
-        _check_lse(call.q, call.lse)
-
-
-def _check_lse(q: Tensor, lse: Tensor) -> None:
+def _check_lse(op: str, q: Tensor, lse: Tensor | None, score_norm: str) -> None:
+    check_lse(op, lse, score_norm)
+    if lse is None:
+        return
     shape, dtype = q.shape[:2], lse_dtype(q)
     if lse.shape != shape or lse.dtype != dtype or not lse.is_contiguous():
         needs = f"lse must be contiguous {dtype} {tuple(shape)}"
-        fail(_OP, needs, f"{lse.dtype} {tuple(lse.shape)}", "pass compressed attention's own")
+        fail(op, needs, f"{lse.dtype} {tuple(lse.shape)}", "pass compressed attention's own")
     if lse.device != q.device:
-        fail(_OP, "lse must be on q's device", f"{lse.device} and {q.device}", "move lse")
+        fail(op, "lse must be on q's device", f"{lse.device} and {q.device}", "move lse")
 
 
 def allocate_blocks(q: Tensor, k: Tensor, topk: int, score_heads: str) -> Tensor:
@@ -110,9 +101,8 @@ block_selection_forward = op_of(
     reference.block_selection,
     returns="topk_idx",
     allocate=allocate_blocks,
-    check=_check,
+    check=(check_scores, check_windowed, BlockRule, _check_lse),
     kernel="block_selection forward",
-    sizes=score_sizes,
     launch="q k lse cu_seqlens_q cu_seqlens_k topk_idx softmax_scale",
     optional="q_start",
 )

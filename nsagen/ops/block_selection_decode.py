@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import cache_dtype_of, check_scales
-from nsagen.ops._checks import check_indices, check_keys, check_rows, fail
+from nsagen.ops._cache_checks import check_cached, check_places_of_windows
 from nsagen.ops._derive import op_of
-from nsagen.ops._launch import key_of, scale_of, score_sizes
-from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
+from nsagen.ops._launch import key_of, scale_of
+from nsagen.ops._sizes import tokens_of_windows
 from nsagen.ops.block_selection import allocate_blocks
 from nsagen.ops.reference.block_selection import BlockRule, Scoring
 from nsagen.runtime import Dispatcher
-
-_OP = "block_selection decode"
 
 
 def block_selection_decode(
@@ -77,45 +72,14 @@ def block_selection_decode(
     )
 
 
-def _check(call: Any) -> None:
-    q, cache, table = call.q, call.k_cache, call.block_table
-    check_rows(_OP, q=q)
-    if call.k_scale is not None:
-        check_scales(_OP, q, k_cache=(cache, call.k_scale))
-    else:
-        check_rows(_OP, 4, k_cache=cache)
-    check_keys(_OP, q, cache)
-    if call.k_scale is None and (q.dtype != cache.dtype or q.device != cache.device):
-        came = f"{cache.dtype} on {cache.device}"
-        fail(_OP, f"k_cache must be {q.dtype} on {q.device}, as q is", came, "allocate it so")
-    check_indices(_OP, q, (q.shape[0],), positions=call.positions, slots=call.slots)
-    BlockRule(**{name: getattr(call, name) for name in BlockRule.__annotations__})
-    if table is not None:
-        check_table(_OP, q, table)
-        check_page_size(_OP, cache.shape[1] * call.kernel_stride, "block_size", call.block_size)
-    tokens = capacity_of(cache, table) * call.kernel_stride + call.kernel_size - 1
-    check_places(_OP, call.positions, call.slots, tokens, cache, table)
-
-
-def _context(
-    k_cache: Tensor, kernel_size: int, kernel_stride: int, block_table: Tensor | None
-) -> int:
-    context = capacity_of(k_cache, block_table) * kernel_stride
-    return context + (0 if block_table is not None else kernel_size - kernel_stride)
-
-
 _block_selection_decode = op_of(
     "block_selection_decode",
     reference.block_selection_decode,
     returns="topk_idx",
     allocate=lambda q, k_cache, topk, score_heads: allocate_blocks(q, k_cache, topk, score_heads),
-    check=_check,
+    check=(check_cached, BlockRule, check_places_of_windows),
     kernel="block_selection decode",
-    sizes=lambda q, k_cache, k_scale: {
-        **score_sizes(q, k_cache),
-        "cache_dtype": cache_dtype_of(k_cache, k_scale),
-    },
-    context=_context,
+    context=tokens_of_windows,
     launch="q k_cache positions slots topk_idx softmax_scale block_table",
     optional="k_scale",
 )

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from nsagen.core.workload import BRANCH_KV
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import cache_dtype_of, check_append, hidden_size
+from nsagen.ops._cache_checks import check_append, hidden_size
 from nsagen.ops._checks import fail
-from nsagen.ops._launch import attention_sizes, key_of
+from nsagen.ops._launch import key_of
 from nsagen.ops._op import define_op
-from nsagen.ops._pages import capacity_of
 from nsagen.ops.reference.compress import Weight, tensors_of, weight_of
 from nsagen.ops.scales import CacheScales
 from nsagen.ops.separate import SeparateKV
@@ -102,13 +101,9 @@ def cache_append(
 
 def _sizes(call: Any) -> dict[str, Any]:
     return {
-        **attention_sizes(call.q, call.k, call.v),
-        "with_pe": call.pe is not None,
         "v_compress_type": call.v_compress_type or call.compress_type,
         "mlp_hidden": hidden_size(weight_of(call.w_k, call.w_k2), weight_of(call.w_v, call.w_v2)),
-        "v_with_pe": call.pe_v is not None,
         "branch_kv": BRANCH_KV[call.k_window is not None],
-        "cache_dtype": cache_dtype_of(call.k_cache, call.k_scale),
     }
 
 
@@ -118,7 +113,6 @@ def _sizes(call: Any) -> dict[str, Any]:
     check=check_append,
     kernel="cache_append decode",
     sizes=_sizes,
-    context=lambda k_cache, block_table: capacity_of(k_cache, block_table),
     launch="q k v cos sin w_k w_v pe positions slots k_cache v_cache ck_cache cv_cache k_raw"
     " q_turned block_table",
     optional="w_k2 w_v2 pe_v k_compress v_compress k_window v_window v_raw k_window_cache"

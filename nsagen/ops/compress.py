@@ -101,19 +101,13 @@ def _second_layer(before: Tensor, w2: Tensor) -> Tensor:
 
 
 def _check(call: Any) -> None:
-    check_rows(_OP, x=call.x)
-    check_cu_seqlens(_OP, "cu_seqlens", call.cu_seqlens, call.x)
-    check_indices(_OP, call.x, tuple(call.cu_seqlens.shape), y_cu_seqlens=call.y_cu_seqlens)
-    check_windows(_OP, call.kernel_size, call.kernel_stride)
+    op, x, windows = call.op, call.x, call.y_cu_seqlens
+    check_rows(op, x=x)
+    check_cu_seqlens(op, "cu_seqlens", call.cu_seqlens, x)
+    check_indices(op, x, tuple(call.cu_seqlens.shape), y_cu_seqlens=windows)
+    check_windows(op, call.kernel_size, call.kernel_stride)
     if call.compress_type != "mlp":  # its two weights were checked together
-        check_compress_weights(
-            *(_OP, call.x, call.w, call.pe, call.compress_type, call.kernel_size)
-        )
-
-
-def _sizes(x: Tensor, w: Tensor | None, pe: Tensor | None, compress_type: str) -> dict[str, Any]:
-    hidden = _columns(x, w, compress_type) if compress_type == "mlp" else 0
-    return {"head_dim": x.shape[2], "with_pe": pe is not None, "mlp_hidden": hidden}
+        check_compress_weights(op, x, call.w, call.pe, call.compress_type, call.kernel_size)
 
 
 def _columns(x: Tensor, w: Tensor | None, compress_type: str) -> int:
@@ -131,7 +125,9 @@ def _allocate(x: Tensor, w: Tensor | None, compress_type: str, kernel_stride: in
     allocate=_allocate,
     check=_check,
     kernel="compress forward",
-    sizes=_sizes,
+    sizes=lambda x, w, compress_type: {
+        "mlp_hidden": _columns(x, w, compress_type) if compress_type == "mlp" else 0
+    },
     launch="x w pe cu_seqlens y_cu_seqlens y",
     gradients=Gradients("x w pe", "dy x w pe cu_seqlens y_cu_seqlens dx dw dpe"),
 )

@@ -5,19 +5,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_attention, check_windowed
 from nsagen.ops._derive import Gradients, backward_of, op_of
-from nsagen.ops._launch import attention_outputs, attention_sizes, key_of, scale_of
+from nsagen.ops._launch import attention_outputs, key_of, scale_of
 from nsagen.ops.block_selection import select_blocks
-from nsagen.ops.reference._checks import check_windows
 from nsagen.runtime import Dispatcher
-
-_OP = "compressed_attention"
 
 
 def compressed_attention(
@@ -72,20 +67,13 @@ def compressed_attention(
     return o, topk_idx
 
 
-def _check(call: Any) -> None:
-    check_attention(_OP, call.q, call.k, call.v)
-    check_windowed(_OP, call)
-    check_windows(_OP, call.kernel_size, call.kernel_stride)
-
-
 compressed_attention_forward = op_of(
     "compressed_attention_forward",
     reference.compressed_attention_forward,
     returns="o lse",
     allocate=attention_outputs,
-    check=_check,
+    check=(check_attention, check_windowed),
     kernel="compressed_attention forward",
-    sizes=attention_sizes,
     launch="q k v cu_seqlens_q cu_seqlens_k o lse softmax_scale",
     optional="q_start",
     gradients=Gradients(

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import cache_dtype_of, check_scales
-from nsagen.ops._checks import (
-    check_indices,
-    check_keys,
-    check_rows,
-    fail,
-    shapes,
-)
+from nsagen.ops._cache_checks import check_cached, check_places_of_windows
 from nsagen.ops._derive import op_of
-from nsagen.ops._launch import attention_sizes, key_of, scale_of
-from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
+from nsagen.ops._launch import key_of, scale_of
+from nsagen.ops._sizes import tokens_of_windows
 from nsagen.ops.reference.block_selection import BlockRule
 from nsagen.runtime import Dispatcher
-
-_OP = "compressed_attention decode"
 
 
 def compressed_attention_decode(
@@ -75,72 +64,9 @@ def compressed_attention_decode(
     )
 
 
-def check_cached(
-    op: str,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    block_table: Tensor | None = None,
-    kind: str = "",
-    scales: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> None:
-    """q [R, HQ, D], caches [slots or pages, length, HK, D | Dv] of its dtype, int32 indices.
-
-    Args:
-        kind: before the caches' names: "c" for compressed ones.
-        scales: of keys and values, if these are quantized.
-    """
-    check_rows(op, q=q)
-    caches = {f"{kind}k_cache": k_cache, f"{kind}v_cache": v_cache}
-    quantized = scales != (None, None)
-    if quantized:
-        pairs = zip(caches.values(), scales, strict=True)
-        check_scales(op, q, **dict(zip(caches, pairs, strict=True)))
-    else:
-        check_rows(op, 4, **caches)
-    check_keys(op, q, k_cache)
-    if k_cache.shape[:3] != v_cache.shape[:3]:
-        came = shapes({"keys": k_cache, "values": v_cache})
-        fail(op, "caches must agree in slots, length and heads", came, "allocate an NSACache")
-    if not quantized and (q.dtype != k_cache.dtype or q.device != k_cache.device):
-        came = f"{k_cache.dtype} on {k_cache.device}"
-        fail(op, f"caches must be {q.dtype} on {q.device}, as q is", came, "allocate them so")
-    check_indices(op, q, (q.shape[0],), positions=positions, slots=slots)
-    if block_table is not None:
-        check_table(op, q, block_table)
-
-
-def _check(call: Any) -> None:
-    table = call.block_table
-    check_cached(
-        *(_OP, call.q, call.ck_cache, call.cv_cache, call.positions, call.slots, table, "c"),
-        scales=(call.ck_scale, call.cv_scale),
-    )
-    BlockRule(**{name: getattr(call, name) for name in BlockRule.__annotations__})
-    if table is not None:
-        page_size = call.ck_cache.shape[1] * call.kernel_stride
-        check_page_size(_OP, page_size, "block_size", call.block_size)
-    tokens = capacity_of(call.ck_cache, table) * call.kernel_stride + call.kernel_size - 1
-    check_places(_OP, call.positions, call.slots, tokens, call.ck_cache, table)
-
-
-def _context(
-    ck_cache: Tensor, kernel_size: int, kernel_stride: int, block_table: Tensor | None
-) -> int:
-    context = capacity_of(ck_cache, block_table) * kernel_stride
-    return context + (0 if block_table is not None else kernel_size - kernel_stride)
-
-
 def _allocate(q: Tensor, cv_cache: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     o = q.new_empty((q.shape[0], q.shape[1], cv_cache.shape[3]))
     return o, q.new_empty((cv_cache.shape[2], q.shape[0], topk), dtype=torch.int32)
-
-
-def _sizes(q: Tensor, ck_cache: Tensor, cv_cache: Tensor, ck_scale: Tensor | None) -> Any:
-    sizes = attention_sizes(q, ck_cache[0], cv_cache[0])
-    return {**sizes, "cache_dtype": cache_dtype_of(ck_cache, ck_scale)}
 
 
 _compressed_attention_decode = op_of(
@@ -148,10 +74,9 @@ _compressed_attention_decode = op_of(
     reference.compressed_attention_decode,
     returns="o topk_idx",
     allocate=_allocate,
-    check=_check,
+    check=(check_cached, BlockRule, check_places_of_windows),
     kernel="compressed_attention decode",
-    sizes=_sizes,
-    context=_context,
+    context=tokens_of_windows,
     launch="q ck_cache cv_cache positions slots o topk_idx softmax_scale block_table",
     optional="ck_scale cv_scale",
 )

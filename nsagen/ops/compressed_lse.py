@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_keys, check_rows, check_windowed
+from nsagen.ops._checks import check_scores, check_windowed
 from nsagen.ops._derive import op_of
-from nsagen.ops._launch import key_of, lse_dtype, scale_of, score_sizes
-from nsagen.ops.reference._checks import check_windows
+from nsagen.ops._launch import key_of, lse_dtype, scale_of
 from nsagen.runtime import Dispatcher
-
-_OP = "compressed_lse"
 
 
 def compressed_lse(
@@ -57,21 +52,13 @@ def compressed_lse(
     return compressed_lse_forward(q, k, *windows, scale, key, q_start)
 
 
-def _check(call: Any) -> None:
-    check_rows(_OP, q=call.q, k=call.k)
-    check_keys(_OP, call.q, call.k)
-    check_windowed(_OP, call)
-    check_windows(_OP, call.kernel_size, call.kernel_stride)
-
-
 compressed_lse_forward = op_of(
     "compressed_lse_forward",
     reference.compressed_lse,
     returns="lse",
     allocate=lambda q: q.new_empty(q.shape[:2], dtype=lse_dtype(q)),
-    check=_check,
+    check=(check_scores, check_windowed),
     kernel="compressed_lse forward",
-    sizes=score_sizes,
     launch="q k cu_seqlens_q cu_seqlens_k lse softmax_scale",
     optional="q_start",
 )

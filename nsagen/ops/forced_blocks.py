@@ -8,24 +8,24 @@ steps, which Hopper has for heads of 64 and 128 in 16 bits.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from nsagen.core.workload import FORCED_ONCE
 from nsagen.ops import reference
-from nsagen.ops._checks import check_like, fail
+from nsagen.ops._checks import (
+    check_attention,
+    check_like,
+    check_packed,
+    check_topk_idx,
+    check_window,
+    fail,
+)
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import attention_outputs, attention_sizes, has_kernel
 from nsagen.ops._op import define_op
 from nsagen.ops.gated_sum import check_gate
-from nsagen.ops.selected_attention import check_selected, selected_attention_forward
-from nsagen.ops.sliding_window_attention import (
-    check_sliding_window,
-    sliding_window_attention_forward,
-)
-
-_OP = "forced_blocks"
+from nsagen.ops.selected_attention import selected_attention_forward
+from nsagen.ops.sliding_window_attention import sliding_window_attention_forward
 
 
 def applies(
@@ -49,40 +49,31 @@ def applies(
     return all(has_kernel(dispatcher, op, pass_, sizes[op], q) for op, pass_ in FORCED_ONCE)
 
 
-def _check_blocks(call: Any) -> None:
-    if call.block_size < 1 or call.init_blocks < 0 or call.local_blocks < 1:
-        came = f"{call.block_size}, {call.init_blocks}, {call.local_blocks}"
+def _check_blocks(op: str, block_size: int, init_blocks: int, local_blocks: int) -> None:
+    if block_size < 1 or init_blocks < 0 or local_blocks < 1:
+        came = f"{block_size}, {init_blocks}, {local_blocks}"
         rule = "block_size and local_blocks must be at least 1, and init_blocks at least 0"
-        fail(_OP, rule, came, "without local blocks, use selected_attention")
+        fail(op, rule, came, "without local blocks, use selected_attention")
 
 
-def _check_window(call: Any) -> None:
-    tensors = (call.q, call.k, call.v, call.cu_seqlens)
-    check_sliding_window(*tensors, call.window_size, call.cu_seqlens_k, call.q_start)
-    _check_blocks(call)
+def _check_forced(op: str, q: Tensor, v: Tensor, o_forced: Tensor, lse_forced: Tensor) -> None:
+    o, lse = attention_outputs(q.to("meta"), v.to("meta"))
+    check_like(op, ("o", o), o_forced=o_forced)
+    check_like(op, ("lse", lse), lse_forced=lse_forced)
 
 
-def _check_free(call: Any) -> None:
-    check_selected(call)
-    _check_blocks(call)
-    o, lse = attention_outputs(call.q.to("meta"), call.v.to("meta"))
-    check_like(_OP, ("o", o), o_forced=call.o_forced)
-    check_like(_OP, ("lse", lse), lse_forced=call.lse_forced)
+def _check_branches(op: str, o_forced: Tensor, o_compressed: Tensor, o_sliding: Tensor) -> None:
+    check_like(op, ("o_forced", o_forced), o_compressed=o_compressed, o_sliding=o_sliding)
 
 
-def _check_free_sum(call: Any) -> None:
-    _check_free(call)
-    branches = {"o_compressed": call.o_compressed, "o_sliding": call.o_sliding}
-    check_like(_OP, ("o_forced", call.o_forced), **branches)
-    check_gate(_OP, call.gate, call.o_compressed)
+_CHECKS = (check_attention, check_packed, check_topk_idx, _check_blocks, _check_forced)
 
 
 @define_op(
     returns="o lse o_forced lse_forced",
     allocate=lambda q, v: (*attention_outputs(q, v), *attention_outputs(q, v)),
-    check=_check_window,
+    check=(check_attention, check_packed, check_window, _check_blocks),
     kernel="sliding_window_attention forward",
-    sizes=attention_sizes,
     launch="q k v cu_seqlens o lse softmax_scale cu_seqlens_k q_start o_forced lse_forced",
 )
 def window_and_forced_blocks(
@@ -128,9 +119,8 @@ free_blocks_attention = op_of(
     reference.free_blocks_attention,
     returns="o lse",
     allocate=attention_outputs,
-    check=_check_free,
+    check=_CHECKS,
     kernel="selected_attention forward",
-    sizes=attention_sizes,
     launch="q k v topk_idx cu_seqlens o lse softmax_scale cu_seqlens_k q_start o_forced lse_forced",
 )
 """(o [N, HQ, Dv], lse [N, HQ]) of selected attention, from the forced blocks' part of it as
@@ -142,9 +132,8 @@ ascending, each block once, the forced ones among them, then -1."""
     returns="o",
     allocate=lambda q, v: attention_outputs(q, v)[0],
     scratch={"lse": lambda q, v: attention_outputs(q, v)[1]},
-    check=_check_free_sum,
+    check=(*_CHECKS, _check_branches, check_gate),
     kernel="selected_attention forward",
-    sizes=attention_sizes,
     launch="q k v topk_idx cu_seqlens o lse softmax_scale cu_seqlens_k q_start o_forced lse_forced "
     "o_compressed o_sliding gate",
     prepare={

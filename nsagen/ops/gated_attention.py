@@ -56,7 +56,6 @@ def _allocate_columns(gate: Tensor) -> tuple[Tensor, Tensor]:
     returns="deltas",
     allocate=lambda gate: gate.new_empty(gate.shape, dtype=torch.float32),
     kernel="gated_sum backward",
-    sizes=lambda do: {"v_head_dim": do.shape[2]},
     launch="do o_compressed o_selected o_sliding gate None None None deltas",
     prepare={"do": lambda do: with_contiguous_rows(do)},
 )

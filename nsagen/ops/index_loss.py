@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from nsagen.ops import reference
@@ -16,7 +14,7 @@ from nsagen.ops._checks import (
     shapes,
 )
 from nsagen.ops._derive import Gradients, op_of
-from nsagen.ops._launch import key_of, lse_dtype, scale_of, score_sizes
+from nsagen.ops._launch import key_of, lse_dtype, scale_of
 from nsagen.ops.reference.index_loss import index_loss_forward as on_reference
 from nsagen.runtime import Dispatcher
 
@@ -63,7 +61,7 @@ def index_loss(
     """
     scales = scale_of(softmax_scale, q), scale_of(index_scale, index_q)
     if topk_idx is None:
-        _check_rows(q, k, index_q, index_k, cu_seqlens, block_size)
+        _check(_OP, q, k, index_q, index_k, cu_seqlens, block_size)
         return reference.index_loss(
             *(q, k, index_q, index_k, None, cu_seqlens),
             block_size=block_size,
@@ -75,27 +73,28 @@ def index_loss(
     return index_loss_forward(*args)[0]
 
 
-def _check_rows(
-    q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, cu_seqlens: Tensor, block_size: int
+def _check(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
 ) -> None:
-    check_rows(_OP, q=q, k=k, index_q=index_q, index_k=index_k)
-    check_keys(_OP, q, k)
-    check_keys(_OP, index_q, index_k)
+    check_rows(op, q=q, k=k, index_q=index_q, index_k=index_k)
+    check_keys(op, q, k)
+    check_keys(op, index_q, index_k)
     if q.shape[0] != k.shape[0]:
         rule = "q and k must have the same tokens: a chunk (q_start, cu_seqlens_k) has no loss"
-        fail(_OP, rule, shapes({"q": q, "k": k}), "pass whole sequences")
+        fail(op, rule, shapes({"q": q, "k": k}), "pass whole sequences")
     if index_q.shape[:2] != k.shape[:2] or index_k.shape[:2] != (k.shape[0], 1):
         came = shapes({"k": k, "index_q": index_q, "index_k": index_k})
         rule = "index_q must be [N, HK, Di] and index_k [N, 1, Di], of k [N, HK, D]"
-        fail(_OP, rule, came, "pass one index head per key/value head")
-    check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, q)
+        fail(op, rule, came, "pass one index head per key/value head")
+    check_cu_seqlens(op, "cu_seqlens", cu_seqlens, q)
     if block_size < 1:
-        fail(_OP, "block_size must be positive", block_size, "pass block selection's")
-
-
-def _check(call: Any) -> None:
-    _check_rows(call.q, call.k, call.index_q, call.index_k, call.cu_seqlens, call.block_size)
-    check_topk_idx(_OP, call.q, call.k.shape[1], call.topk_idx)
+        fail(op, "block_size must be positive", block_size, "pass block selection's")
 
 
 def _outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,9 +109,8 @@ index_loss_forward = op_of(
     on_reference,
     returns="loss lse lse_index",
     allocate=_outputs,
-    check=_check,
+    check=(_check, check_topk_idx),
     kernel="index_loss forward",
-    sizes=lambda q, k, index_q: {**score_sizes(q, k), "index_head_dim": index_q.shape[2]},
     launch="q k index_q index_k topk_idx cu_seqlens loss lse lse_index softmax_scale index_scale",
     gradients=Gradients(
         "index_q index_k",

@@ -17,8 +17,6 @@ from nsagen.ops.layout import compressed_cu_seqlens, positions_in_sequence
 from nsagen.ops.reference._checks import check_windows
 from nsagen.runtime.device import interpreting
 
-_OP = "lengths"
-
 
 @dataclass(frozen=True)
 class Lengths:
@@ -89,10 +87,9 @@ def lengths_of(
     return Lengths.of(cu_seqlens, x.shape[0], *sizes)
 
 
-def _check(cu_seqlens: Tensor, kernel_size: int, kernel_stride: int) -> None:
-    check_windows(_OP, kernel_size, kernel_stride)
-    check_offsets(_OP, "cu_seqlens", cu_seqlens)
-    check_indices(_OP, cu_seqlens, tuple(cu_seqlens.shape), cu_seqlens=cu_seqlens)
+def _check(op: str, cu_seqlens: Tensor) -> None:
+    check_offsets(op, "cu_seqlens", cu_seqlens)
+    check_indices(op, cu_seqlens, tuple(cu_seqlens.shape), cu_seqlens=cu_seqlens)
 
 
 def _allocate(cu_seqlens: Tensor, tokens: int, kernel_stride: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +105,7 @@ def _kernel(cu_seqlens: Tensor) -> Launch | None:
 @define_op(
     returns="positions window_cu_seqlens window_positions",
     allocate=_allocate,
-    check=_check,
+    check=(check_windows, _check),
     kernel=_kernel,
     launch="cu_seqlens positions window_cu_seqlens window_positions"
     " tokens kernel_size kernel_stride",

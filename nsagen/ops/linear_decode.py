@@ -10,14 +10,11 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from nsagen.core.errors import InvalidInputError
 from nsagen.ops import reference
 from nsagen.ops._checks import check_rows, fail
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of, on_kernels
 from nsagen.runtime import Dispatcher
-
-_OP = "linear decode"
 
 LINEAR_DECODE_ROWS = 64
 """The most rows that the kernel takes. It reads the weights once for all of them."""
@@ -57,30 +54,34 @@ def linear_decode(
 
 
 def _check(
-    x: Tensor, weight: Tensor, norm_weight: Tensor | None, residual: Tensor | None, swiglu: bool
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    residual: Tensor | None,
+    swiglu: bool,
 ) -> None:
-    check_rows(_OP, 2, x=x, weight=weight, residual=residual)
+    check_rows(op, 2, x=x, weight=weight, residual=residual)
     if weight.shape[1] != x.shape[1] or not weight.is_contiguous():
         came = f"{tuple(weight.shape)}, strides {tuple(weight.stride())}"
-        fail(_OP, f"weight must be contiguous [N, {x.shape[1]}]", came, "pass nn.Linear's weight")
-    if swiglu and weight.shape[0] % 2:
-        raise InvalidInputError(
-            f"{_OP}: swiglu needs as many gates as other outputs; got {weight.shape[0]} in all; "
-            "put the gates' weights first, then the others'"
-        )
-    wanted = (x.shape[0], weight.shape[0] // (2 if swiglu else 1))
+        fail(op, f"weight must be contiguous [N, {x.shape[1]}]", came, "pass nn.Linear's weight")
+    outputs = weight.shape[0]
+    if swiglu and outputs % 2:
+        remedy = "put the gates' weights first, then the others'"
+        fail(op, "swiglu needs as many gates as other outputs", f"{outputs} in all", remedy)
+    wanted = (x.shape[0], outputs // (2 if swiglu else 1))
     if residual is not None and tuple(residual.shape) != wanted:
-        fail(_OP, f"residual must be {wanted}", tuple(residual.shape), "pass the layer's input")
+        fail(op, f"residual must be {wanted}", tuple(residual.shape), "pass the layer's input")
     if on_kernels(x) and x.shape[0] > LINEAR_DECODE_ROWS:
         rule = f"a kernel takes at most {LINEAR_DECODE_ROWS} rows"
-        fail(_OP, rule, x.shape[0], "use torch.nn.functional.linear, which is made for more")
+        fail(op, rule, x.shape[0], "use torch.nn.functional.linear, which is made for more")
     if norm_weight is None:
         return
     right = tuple(norm_weight.shape) == (x.shape[1],) and norm_weight.is_contiguous()
     if not right or norm_weight.dtype != x.dtype or norm_weight.device != x.device:
         came = f"{norm_weight.dtype} {tuple(norm_weight.shape)} on {norm_weight.device}"
         rule = f"norm_weight must be {x.dtype} ({x.shape[1]},) on {x.device}"
-        fail(_OP, rule, came, "pass the norm's weight")
+        fail(op, rule, came, "pass the norm's weight")
 
 
 def _normed(x: Tensor, norm_weight: Tensor | None, eps: float) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nsagen.core.workload import wide_band
 from nsagen.ops import reference
-from nsagen.ops._checks import check_attention, check_cu_seqlens, check_topk_idx, fail
+from nsagen.ops._checks import check_attention, check_packed, check_topk_idx, fail
 from nsagen.ops._derive import Gradients, backward_of, op_of
 from nsagen.ops._launch import (
     attention_outputs,
@@ -36,9 +36,6 @@ from nsagen.ops.selected_attention import (
 )
 from nsagen.runtime import Dispatcher
 from nsagen.runtime.device import target_of
-
-_OP = "local_band"
-
 
 ASKED = os.environ.get("NSAGEN_LOCAL_BAND", "")
 """Read once: calls are repeated as recorded."""
@@ -96,21 +93,10 @@ def in_rows(
     return all(has_kernel(dispatcher, op, pass_, params, q) for op, params in wanted)
 
 
-def _check(call: Any) -> None:
-    q, k = call.q, call.k
-    check_attention(_OP, q, k, call.v)
-    check_cu_seqlens(_OP, "cu_seqlens", call.cu_seqlens, q)
-    if q.shape[0] != k.shape[0]:
-        came = f"{q.shape[0]} and {k.shape[0]}"
-        fail(_OP, "q and k must have the same tokens", came, "chunks use selected_attention")
-    if call.block_size < 1 or call.window_size < 1 or call.window_size % call.block_size:
-        rule = "the window must be one or more whole blocks"
-        fail(_OP, rule, f"{call.window_size} and {call.block_size}", "pass a multiple of the block")
-
-
-def _check_banded(call: Any) -> None:
-    _check(call)
-    check_topk_idx(_OP, call.q, call.k.shape[1], call.topk_idx)
+def _check_band(op: str, window_size: int, block_size: int) -> None:
+    if block_size < 1 or window_size < 1 or window_size % block_size:
+        came = f"{window_size} and {block_size}"
+        fail(op, "the window must be one or more whole blocks", came, "pass a multiple of blocks")
 
 
 def _band(
@@ -136,9 +122,8 @@ band_attention_forward = op_of(
     _band,
     returns="o lse",
     allocate=attention_outputs,
-    check=_check,
+    check=(check_attention, check_packed, _check_band),
     kernel="sliding_window_attention forward",
-    sizes=attention_sizes,
     launch="q k v cu_seqlens o lse softmax_scale",
     gradients=Gradients(
         "q k v",
@@ -183,7 +168,7 @@ def _gradients(call: Any) -> tuple[Tensor, Tensor, Tensor]:
 @define_op(
     returns="o lse",
     allocate=attention_outputs,
-    check=_check_banded,
+    check=(check_attention, check_packed, _check_band, check_topk_idx),
     gradients=Gradients("q k v", body=_gradients, takes="do o lse"),
 )
 def banded_attention(

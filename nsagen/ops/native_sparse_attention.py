@@ -189,9 +189,9 @@ def attention_without_gradients(
 
 
 def _check_turn(call: Any) -> None:
-    check_rope(call.q, call.cos, call.sin, call.positions)
-    check_rope(call.k, call.cos, call.sin, call.positions)
-    check_rope(call.ck, call.cos, call.sin, call.window_positions)
+    for x in (call.q, call.k):
+        check_rope("rope", x, call.cos, call.sin, call.positions)
+    check_rope("rope", call.ck, call.cos, call.sin, call.window_positions)
 
 
 @define_op(

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
 from nsagen.core.branches import BRANCHES, branches_on
-from nsagen.core.workload import Param
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import cache_dtype_of
-from nsagen.ops._checks import check_like, check_rows, check_topk_idx, fail
+from nsagen.ops._cache_checks import check_cached, check_places
+from nsagen.ops._checks import check_like, check_rows, check_topk_idx, check_window, fail
 from nsagen.ops._derive import op_of
-from nsagen.ops._launch import attention_sizes, key_of, scale_of
-from nsagen.ops._pages import capacity_of, check_page_size, check_places
-from nsagen.ops.compressed_attention_decode import check_cached
+from nsagen.ops._launch import key_of, scale_of
 from nsagen.ops.gated_sum import check_gate, gate_of
 from nsagen.runtime import Dispatcher
 
@@ -92,50 +88,35 @@ def native_sparse_attention_decode(
     )
 
 
-def _check(call: Any) -> None:
-    q, k_cache, o, table = call.q, call.k_cache, call.o_compressed, call.block_table
-    scales = (call.k_scale, call.v_scale)
-    inputs = (q, k_cache, call.v_cache, call.positions, call.slots, table)
-    check_cached(_OP, *inputs, scales=scales)
-    check_topk_idx(_OP, q, k_cache.shape[2], call.topk_idx)
-    check_rows(_OP, q=q, o_compressed=o)
-    check_gate(_OP, call.gate, o)
-    wanted = (*q.shape[:2], call.v_cache.shape[3])
-    if o.shape != wanted:
-        rule = f"o_compressed must be {wanted}"
-        fail(_OP, rule, tuple(o.shape), "take it from compressed_attention_decode")
-    if min(call.block_size, call.window_size) < 1:
-        rule = "block_size and window_size must be positive"
-        fail(_OP, rule, f"{call.block_size} and {call.window_size}", "64 and 512 are usual")
-    if table is not None:
-        check_page_size(_OP, k_cache.shape[1], "block_size", call.block_size)
-    check_places(_OP, call.positions, call.slots, capacity_of(k_cache, table), k_cache, table)
-    if call.k_window_cache is not None or call.v_window_cache is not None:
-        if scales != (None, None):
-            rule = "quantized caches are for branches that share keys and values"
-            fail(_OP, rule, "scales and caches of the window", "leave one out")
-        _check_window(k_cache, call.v_cache, call.k_window_cache, call.v_window_cache)
+def _check_compressed(op: str, q: Tensor, v_cache: Tensor, o_compressed: Tensor) -> None:
+    check_rows(op, q=q, o_compressed=o_compressed)
+    wanted = (*q.shape[:2], v_cache.shape[3])
+    if o_compressed.shape != wanted:
+        came = tuple(o_compressed.shape)
+        fail(op, f"o_compressed must be {wanted}", came, "take it from compressed_attention_decode")
 
 
-def _check_window(
-    k_cache: Tensor, v_cache: Tensor, k_window_cache: Tensor | None, v_window_cache: Tensor | None
+def _check_own_window(
+    op: str,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_window_cache: Tensor | None,
+    v_window_cache: Tensor | None,
+    k_scale: Tensor | None,
 ) -> None:
-    """The sliding branch's caches: both are given, and like those of the selected branch."""
+    """The sliding branch's caches: none, or both, like those of the selected branch."""
+    if k_window_cache is None and v_window_cache is None:
+        return
+    if k_scale is not None:
+        rule = "quantized caches are for branches that share keys and values"
+        fail(op, rule, "scales and caches of the window", "leave one out")
     if k_window_cache is None or v_window_cache is None:
         came = "v_window_cache" if k_window_cache is None else "k_window_cache"
-        fail(_OP, "k_window_cache and v_window_cache must come together", came, "pass both")
-    check_rows(_OP, 4, k_cache=k_cache, k_window_cache=k_window_cache)
-    check_rows(_OP, 4, v_cache=v_cache, v_window_cache=v_window_cache)
-    check_like(_OP, ("k_cache", k_cache), k_window_cache=k_window_cache)
-    check_like(_OP, ("v_cache", v_cache), v_window_cache=v_window_cache)
-
-
-def _sizes(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, topk_idx: Tensor, k_scale: Tensor | None
-) -> dict[str, Param]:
-    sizes = attention_sizes(q, k_cache[0], v_cache[0])
-    cache_dtype = cache_dtype_of(k_cache, k_scale)
-    return {**sizes, "topk": topk_idx.shape[-1], "cache_dtype": cache_dtype}
+        fail(op, "k_window_cache and v_window_cache must come together", came, "pass both")
+    check_rows(op, 4, k_cache=k_cache, k_window_cache=k_window_cache)
+    check_rows(op, 4, v_cache=v_cache, v_window_cache=v_window_cache)
+    check_like(op, ("k_cache", k_cache), k_window_cache=k_window_cache)
+    check_like(op, ("v_cache", v_cache), v_window_cache=v_window_cache)
 
 
 _native_sparse_attention_decode = op_of(
@@ -144,10 +125,11 @@ _native_sparse_attention_decode = op_of(
     omit="branches",
     returns="o",
     allocate=lambda o_compressed: o_compressed.new_empty(o_compressed.shape),
-    check=_check,
+    check=(
+        *(check_cached, check_topk_idx, _check_compressed, check_gate),
+        *(check_window, check_places, _check_own_window),
+    ),
     kernel="native_sparse_attention decode",
-    sizes=_sizes,
-    context=lambda k_cache, block_table: capacity_of(k_cache, block_table),
     launch="q k_cache v_cache topk_idx positions slots o_compressed gate o softmax_scale"
     " block_table",
     optional="k_window_cache v_window_cache",

@@ -7,15 +7,18 @@ from typing import Any
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import cache_dtype_of, check_scales
-from nsagen.ops._checks import check_indices, check_rows, fail, shapes
+from nsagen.ops._cache_checks import (
+    check_page_size,
+    check_places,
+    check_rows_of_slots,
+    check_scales,
+)
+from nsagen.ops._checks import check_rows, fail, shapes
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import find_kernel, key_of
-from nsagen.ops._pages import capacity_of, check_page_size, check_places, check_table
+from nsagen.ops._sizes import cache_dtype_of, tokens_of
 from nsagen.ops.reference._checks import check_windows
 from nsagen.runtime import Dispatcher
-
-_OP = "pool_append"
 
 
 def pool_append(
@@ -64,44 +67,36 @@ def pool_append(
 
 
 def _check(call: Any) -> None:
-    k_cache, ck_cache, table = call.k_cache, call.ck_cache, call.block_table
-    scales = (call.k_scale, call.ck_scale)
+    op, k_cache, ck_cache, table = call.op, call.k_cache, call.ck_cache, call.block_table
+    scales, size, stride = (call.k_scale, call.ck_scale), call.kernel_size, call.kernel_stride
     if scales == (None, None):
-        check_rows(_OP, 4, k_cache=k_cache, ck_cache=ck_cache)
+        check_rows(op, 4, k_cache=k_cache, ck_cache=ck_cache)
     else:
-        pairs = zip((k_cache, ck_cache), scales, strict=True)
-        check_scales(_OP, None, **dict(zip(("k_cache", "ck_cache"), pairs, strict=True)))
-    size, stride = call.kernel_size, call.kernel_stride
-    check_windows(_OP, size, stride)
+        check_scales(op, None, k_cache=(k_cache, scales[0]), ck_cache=(ck_cache, scales[1]))
+    check_windows(op, size, stride)
     if call.new_tokens < 1:
-        fail(_OP, "new_tokens must be positive", call.new_tokens, "pass 1 for one new token")
-    check_indices(
-        _OP, k_cache, (call.positions.numel(),), positions=call.positions, slots=call.slots
-    )
+        fail(op, "new_tokens must be positive", call.new_tokens, "pass 1 for one new token")
+    rows = call.positions.numel()
+    check_rows_of_slots(op, k_cache, call.positions, call.slots, table, rows)
     if k_cache.shape[2:] != ck_cache.shape[2:] or k_cache.shape[0] != ck_cache.shape[0]:
         came = shapes({"k_cache": k_cache, "ck_cache": ck_cache})
-        fail(_OP, "the caches must agree in all but their lengths", came, "allocate them alike")
+        fail(op, "the caches must agree in all but their lengths", came, "allocate them alike")
     if table is not None:
-        check_table(_OP, k_cache, table)
-        check_page_size(_OP, k_cache.shape[1], "kernel_stride", stride)
+        check_page_size(op, k_cache.shape[1], "kernel_stride", stride)
         if ck_cache.shape[1] * stride != k_cache.shape[1]:
             came = shapes({"k_cache": k_cache, "ck_cache": ck_cache})
-            fail(_OP, f"a page must hold a window every {stride} tokens", came, "allocate them so")
-    tokens = capacity_of(k_cache, table)
-    check_places(_OP, call.positions, call.slots, tokens, k_cache, table)
+            fail(op, f"a page must hold a window every {stride} tokens", came, "allocate them so")
+    check_places(op, call.positions, call.slots, table, k_cache)
 
 
 def _launch(call: Any) -> Any:
     """The kernel's `launch`. Of a narrow cache nothing but its scales has a dtype to compute in."""
     x = call.k_cache if call.k_scale is None else call.k_scale
-    sizes = {
-        "head_dim": call.k_cache.shape[3],
-        "kernel_size": call.kernel_size,
-        "kernel_stride": call.kernel_stride,
-        "cache_dtype": cache_dtype_of(call.k_cache, call.k_scale),
-    }
-    context = capacity_of(call.k_cache, call.block_table)
-    return find_kernel(call.dispatcher, _OP, "decode", sizes, x, context)
+    sizes = {name: getattr(call, name) for name in ("kernel_size", "kernel_stride")}
+    sizes["head_dim"] = call.k_cache.shape[3]
+    sizes["cache_dtype"] = cache_dtype_of(call.k_cache, call.k_scale)
+    context = tokens_of(call.k_cache, call.block_table)
+    return find_kernel(call.dispatcher, "pool_append", "decode", sizes, x, context)
 
 
 _pool_append = op_of(

@@ -12,8 +12,6 @@ from nsagen.ops._launch import key_of
 from nsagen.ops._op import apply
 from nsagen.runtime import Dispatcher
 
-_OP = "rope"
-
 
 def rope(
     x: Tensor,
@@ -56,11 +54,11 @@ def check_tables(op: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
             fail(op, rule, f"{table.device} and {x.device}", f"move {name}")
 
 
-def check_rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-    check_rows(_OP, x=x)
-    check_tables(_OP, x, cos, sin)
-    check_indices(_OP, x, (x.shape[0],), positions=positions)
-    check_range(_OP, "positions", positions, 0, cos.shape[0])
+def check_rope(op: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
+    check_rows(op, x=x)
+    check_tables(op, x, cos, sin)
+    check_indices(op, x, (x.shape[0],), positions=positions)
+    check_range(op, "positions", positions, 0, cos.shape[0])
 
 
 def _gradients(
@@ -78,7 +76,6 @@ rope_forward = op_of(
     allocate=lambda x: x.new_empty(x.shape),
     check=check_rope,
     kernel="rope forward",
-    sizes=lambda x: {"head_dim": x.shape[2]},
     launch="x cos sin positions y",
     gradients=_gradients,
 )

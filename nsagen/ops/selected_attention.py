@@ -5,24 +5,13 @@ Per key/value head, `topk_idx` names the blocks; the heads of a group share them
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import (
-    check_attention,
-    check_chunk,
-    check_cu_seqlens,
-    check_like,
-    check_topk_idx,
-    fail,
-)
+from nsagen.ops._checks import check_attention, check_packed, check_topk_idx
 from nsagen.ops._derive import Gradients, backward_of, op_of
-from nsagen.ops._launch import attention_outputs, attention_sizes, key_of, scale_of
+from nsagen.ops._launch import attention_outputs, key_of, scale_of
 from nsagen.runtime import Dispatcher
-
-_OP = "selected_attention"
 
 
 def topk_sparse_attention(
@@ -72,31 +61,13 @@ def topk_sparse_attention(
     )[0]
 
 
-def check_selected(call: Any) -> None:
-    """The contract of `topk_sparse_attention`."""
-    q, k, cu_seqlens = call.q, call.k, call.cu_seqlens
-    check_attention(_OP, q, k, call.v)
-    check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, q)
-    if call.cu_seqlens_k is not None:
-        check_cu_seqlens(_OP, "cu_seqlens_k", call.cu_seqlens_k, k)
-        check_like(_OP, ("cu_seqlens", cu_seqlens), cu_seqlens_k=call.cu_seqlens_k)
-    elif q.shape[0] != k.shape[0]:
-        came = f"{q.shape[0]} and {k.shape[0]}"
-        fail(_OP, "q and k must have the same tokens", came, "pack one, or pass cu_seqlens_k")
-    check_chunk(_OP, cu_seqlens, call.cu_seqlens_k, call.q_start)
-    check_topk_idx(_OP, q, k.shape[1], call.topk_idx)
-    if call.block_size < 1:
-        fail(_OP, "block_size must be positive", call.block_size, "64 or 128 are usual")
-
-
 selected_attention_forward = op_of(
     "selected_attention_forward",
     reference.selected_attention,
     returns="o lse",
     allocate=attention_outputs,
-    check=check_selected,
+    check=(check_attention, check_packed, check_topk_idx),
     kernel="selected_attention forward",
-    sizes=attention_sizes,
     launch="q k v topk_idx cu_seqlens o lse softmax_scale",
     optional="cu_seqlens_k q_start",
     gradients=Gradients(

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import cache_dtype_of
-from nsagen.ops._checks import check_topk_idx, fail
+from nsagen.ops._cache_checks import check_cached, check_places
+from nsagen.ops._checks import check_topk_idx
 from nsagen.ops._derive import op_of
-from nsagen.ops._launch import attention_sizes, key_of, scale_of
-from nsagen.ops._pages import capacity_of, check_page_size, check_places
-from nsagen.ops.compressed_attention_decode import check_cached
+from nsagen.ops._launch import key_of, scale_of
 from nsagen.runtime import Dispatcher
-
-_OP = "selected_attention decode"
 
 
 def selected_attention_decode(
@@ -68,31 +62,13 @@ def selected_attention_decode(
     return _selected_attention_decode(*inputs, *more)
 
 
-def _check(call: Any) -> None:
-    q, k_cache, table = call.q, call.k_cache, call.block_table
-    inputs = (q, k_cache, call.v_cache, call.positions, call.slots, table)
-    check_cached(_OP, *inputs, scales=(call.k_scale, call.v_scale))
-    check_topk_idx(_OP, q, k_cache.shape[2], call.topk_idx)
-    if call.block_size < 1:
-        fail(_OP, "block_size must be positive", call.block_size, "64 and 128 are usual")
-    if table is not None:
-        check_page_size(_OP, k_cache.shape[1], "block_size", call.block_size)
-    check_places(_OP, call.positions, call.slots, capacity_of(k_cache, table), k_cache, table)
-
-
 _selected_attention_decode = op_of(
     "selected_attention_decode",
     reference.selected_attention_decode,
     returns="o",
     allocate=lambda q, v_cache: q.new_empty(*q.shape[:2], v_cache.shape[-1]),
-    check=_check,
+    check=(check_cached, check_topk_idx, check_places),
     kernel="selected_attention decode",
-    sizes=lambda q, k_cache, v_cache, topk_idx, k_scale: {
-        **attention_sizes(q, k_cache[0], v_cache[0]),
-        "topk": topk_idx.shape[-1],
-        "cache_dtype": cache_dtype_of(k_cache, k_scale),
-    },
-    context=lambda k_cache, block_table: capacity_of(k_cache, block_table),
     launch="q k_cache v_cache topk_idx positions slots o softmax_scale block_table",
     optional="k_scale v_scale",
 )

@@ -5,12 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_attention, check_chunk, check_cu_seqlens, check_indices, fail
+from nsagen.ops._checks import check_attention, check_packed, check_window
 from nsagen.ops._derive import Gradients, backward_of, op_of
-from nsagen.ops._launch import attention_outputs, attention_sizes, key_of, scale_of
+from nsagen.ops._launch import attention_outputs, key_of, scale_of
 from nsagen.runtime import Dispatcher
-
-_OP = "sliding_window_attention"
 
 
 def sliding_window_attention(
@@ -56,37 +54,13 @@ def sliding_window_attention(
     return o
 
 
-def check_sliding_window(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    window_size: int,
-    cu_seqlens_k: Tensor | None,
-    q_start: Tensor | None,
-) -> None:
-    """The contract of `sliding_window_attention`."""
-    check_attention(_OP, q, k, v)
-    if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
-        came = f"{q.shape[0]} and {k.shape[0]}"
-        fail(_OP, "q and k must have the same tokens", came, "pack one, or pass cu_seqlens_k")
-    check_cu_seqlens(_OP, "cu_seqlens", cu_seqlens, q)
-    if cu_seqlens_k is not None:
-        check_indices(_OP, q, tuple(cu_seqlens.shape), cu_seqlens_k=cu_seqlens_k)
-        check_cu_seqlens(_OP, "cu_seqlens_k", cu_seqlens_k, k)
-    check_chunk(_OP, cu_seqlens, cu_seqlens_k, q_start)
-    if window_size < 1:
-        fail(_OP, "window_size must be positive", window_size, "1 is the token itself")
-
-
 sliding_window_attention_forward = op_of(
     "sliding_window_attention_forward",
     reference.sliding_window_attention_forward,
     returns="o lse",
     allocate=attention_outputs,
-    check=check_sliding_window,
+    check=(check_attention, check_packed, check_window),
     kernel="sliding_window_attention forward",
-    sizes=attention_sizes,
     launch="q k v cu_seqlens o lse softmax_scale",
     optional="cu_seqlens_k q_start",
     gradients=Gradients(

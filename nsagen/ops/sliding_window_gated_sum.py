@@ -6,41 +6,33 @@ neither written nor read again. A backward pass would need that output, and take
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from nsagen.ops._checks import check_like, check_rows
-from nsagen.ops._launch import attention_outputs, attention_sizes
+from nsagen.ops._checks import (
+    check_attention,
+    check_like,
+    check_packed,
+    check_rows,
+    check_window,
+)
+from nsagen.ops._launch import attention_outputs
 from nsagen.ops._op import define_op
 from nsagen.ops.gated_sum import check_gate, gated_sum_forward
-from nsagen.ops.sliding_window_attention import (
-    check_sliding_window,
-    sliding_window_attention_forward,
-)
-
-_OP = "sliding_window_attention"
+from nsagen.ops.sliding_window_attention import sliding_window_attention_forward
 
 
-def _check(call: Any) -> None:
-    q, v = call.q, call.v
-    check_sliding_window(
-        *(q, call.k, v, call.cu_seqlens, call.window_size, call.cu_seqlens_k, call.q_start)
-    )
-    branches = {"o_compressed": call.o_compressed, "o_selected": call.o_selected}
-    check_rows(_OP, v=v, **branches)
-    o = q.new_empty((q.shape[0], q.shape[1], v.shape[2]), device="meta")
-    check_like(_OP, ("o", o), **branches)
-    check_gate(_OP, call.gate, call.o_compressed)
+def _check(op: str, q: Tensor, v: Tensor, o_compressed: Tensor, o_selected: Tensor) -> None:
+    check_rows(op, v=v, o_compressed=o_compressed, o_selected=o_selected)
+    o, _ = attention_outputs(q.to("meta"), v.to("meta"))
+    check_like(op, ("o", o), o_compressed=o_compressed, o_selected=o_selected)
 
 
 @define_op(
     returns="o",
     allocate=lambda q, v: attention_outputs(q, v)[0],
     scratch={"lse": lambda q, v: attention_outputs(q, v)[1]},
-    check=_check,
+    check=(check_attention, check_packed, check_window, _check, check_gate),
     kernel="sliding_window_attention forward",
-    sizes=attention_sizes,
     launch="q k v cu_seqlens o lse softmax_scale cu_seqlens_k q_start o_compressed o_selected gate",
     prepare={
         "o_compressed": lambda o_compressed: o_compressed.contiguous(),

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import check_scales
-from nsagen.ops._checks import check_indices, check_rows, fail, shapes
+from nsagen.ops._cache_checks import check_places, check_rows_of_slots, check_scales
+from nsagen.ops._checks import check_rows, fail, shapes
 from nsagen.ops._derive import op_of
-from nsagen.ops._launch import fixed_kernel, key_of
-from nsagen.ops._pages import capacity_of, check_places, check_table
+from nsagen.ops._launch import Launch, fixed_kernel, key_of
 from nsagen.runtime import Dispatcher
 from nsagen.runtime.device import target_of
-
-_OP = "store_rows"
 
 
 def store_rows(
@@ -54,20 +49,25 @@ def store_rows(
     _store_rows(x, cache, scale, positions, slots, block_table, key_of(dispatcher))
 
 
-def _check(call: Any) -> None:
-    x, cache, table = call.x, call.cache, call.block_table
-    check_rows(_OP, x=x)
-    check_scales(_OP, x, cache=(cache, call.scale))
+def _check(
+    op: str,
+    x: Tensor,
+    cache: Tensor,
+    scale: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    block_table: Tensor | None,
+) -> None:
+    check_rows(op, x=x)
+    check_scales(op, x, cache=(cache, scale))
     if cache.shape[2:] != x.shape[1:]:
         came = shapes({"x": x, "cache": cache})
-        fail(_OP, "cache must have x's heads and their size", came, "allocate it so")
-    check_indices(_OP, x, (x.shape[0],), positions=call.positions, slots=call.slots)
-    if table is not None:
-        check_table(_OP, x, table)
-    check_places(_OP, call.positions, call.slots, capacity_of(cache, table), cache, table)
+        fail(op, "cache must have x's heads and their size", came, "allocate it so")
+    check_rows_of_slots(op, x, positions, slots, block_table)
+    check_places(op, positions, slots, block_table, cache)
 
 
-def _launch(x: Tensor, cache: Tensor) -> Any:
+def _launch(x: Tensor, cache: Tensor) -> Launch | None:
     """The kernel's `launch`; None for a GPU whose kernels cannot convert to the cache's dtype."""
     known = KNOWN_TARGETS.get(target_of(x.device)) if x.is_cuda else None
     if known is not None and not known.holds(str(cache.dtype).removeprefix("torch.")):

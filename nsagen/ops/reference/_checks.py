@@ -10,11 +10,11 @@ from torch import Tensor
 from nsagen.core.errors import InvalidInputError
 
 
-def check_windows(where: str, kernel_size: int, kernel_stride: int) -> None:
+def check_windows(op: str, kernel_size: int, kernel_stride: int) -> None:
     """kernel_size must be a positive multiple of kernel_stride."""
     if kernel_size < 1 or kernel_stride < 1 or kernel_size % kernel_stride:
         raise InvalidInputError(
-            f"{where}: kernel_size must be a positive multiple of kernel_stride; got "
+            f"{op}: kernel_size must be a positive multiple of kernel_stride; got "
             f"kernel_size={kernel_size}, kernel_stride={kernel_stride}; the stride divides the "
             f"size, not the other way round, e.g. kernel_size=32, kernel_stride=16"
         )
