@@ -145,24 +145,16 @@ def launch_columns(gate: Tensor, deltas: Tensor, columns: Tensor, dgate: Tensor)
 
 
 @triton.jit
-def turn_rows(
-    x,
-    y,
-    more,
-    cos,
-    sin,
-    positions,
-    tile,
-    rows,
-    heads,
-    stride_x,
-    stride_xh,
-    BACK: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Rotate rows of x, or rotate them back, and add those of `more`, if any; y may be x."""
+def turn_rows(x, y, more, cos, sin, positions, layout, sizes):
+    """Rotate rows of x, or rotate them back, and add those of `more`, if any; y may be x.
+
+    layout: a tile of x, and x's rows, heads and strides. sizes: whether back, and of a head.
+    """
+    tile, rows, heads, stride_x, stride_xh = layout
+    BACK: tl.constexpr = sizes[0]
+    HALF: tl.constexpr = sizes[1]
+    BLOCK_HALF: tl.constexpr = sizes[2]
+    ROWS: tl.constexpr = sizes[3]
     row = tile * ROWS + tl.arange(0, ROWS)
     dim = tl.arange(0, BLOCK_HALF)
     inside = (row < rows)[:, None] & (dim < HALF)[None, :]
@@ -186,12 +178,16 @@ def turn_rows(
     tl.store(y + at + HALF, right.to(y.dtype.element_ty), mask=inside)
 
 
-def _turned(x: Tensor, *others: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """Tiles of rows of tensors [N, H, D], and sizes that their kernels take."""
+def _tiles(*tensors: Tensor) -> int:
+    """Programs that turn these tensors [N, H, D]."""
+    return sum(triton.cdiv(x.shape[0] * x.shape[1], TURNED) for x in tensors)
+
+
+def _half(x: Tensor) -> dict[str, Any]:
+    """The sizes that the kernels take of the heads of x [N, H, D]."""
     half = x.shape[2] // 2
     sizes: dict[str, Any] = {"HALF": half, "BLOCK_HALF": triton.next_power_of_2(half)}
-    tiles = (triton.cdiv(one.shape[0] * one.shape[1], TURNED) for one in (x, *others))
-    return tuple(tiles), {**sizes, "ROWS": TURNED, "num_warps": 4}
+    return sizes | {"ROWS": TURNED, "num_warps": 4}
 
 
 @triton.jit
@@ -223,60 +219,16 @@ def turn_kernel(
 ):
     tile = tl.program_id(0)
     tiles_q, tiles_k = tl.cdiv(rows_q, ROWS), tl.cdiv(rows_k, ROWS)
+    sizes: tl.constexpr = (False, HALF, BLOCK_HALF, ROWS)
     if tile < tiles_q:
-        turn_rows(
-            q,
-            q_turned,
-            None,
-            cos,
-            sin,
-            positions,
-            tile,
-            rows_q,
-            heads_q,
-            stride_q,
-            stride_qh,
-            False,  # pyright: ignore
-            HALF,
-            BLOCK_HALF,
-            ROWS,
-        )
+        of_q = (tile, rows_q, heads_q, stride_q, stride_qh)
+        turn_rows(q, q_turned, None, cos, sin, positions, of_q, sizes)
     elif tile < tiles_q + tiles_k:
-        turn_rows(
-            k,
-            k_turned,
-            None,
-            cos,
-            sin,
-            positions,
-            tile - tiles_q,
-            rows_k,
-            heads_k,
-            stride_k,
-            stride_kh,
-            False,  # pyright: ignore
-            HALF,
-            BLOCK_HALF,
-            ROWS,
-        )
+        of_k = (tile - tiles_q, rows_k, heads_k, stride_k, stride_kh)
+        turn_rows(k, k_turned, None, cos, sin, positions, of_k, sizes)
     else:
-        turn_rows(
-            ck,
-            ck_turned,
-            None,
-            cos,
-            sin,
-            window_positions,
-            tile - tiles_q - tiles_k,
-            rows_ck,
-            heads_k,
-            stride_ck,
-            stride_ckh,
-            False,  # pyright: ignore
-            HALF,
-            BLOCK_HALF,
-            ROWS,
-        )
+        of_ck = (tile - tiles_q - tiles_k, rows_ck, heads_k, stride_ck, stride_ckh)
+        turn_rows(ck, ck_turned, None, cos, sin, window_positions, of_ck, sizes)
 
 
 def launch_turn(
@@ -295,12 +247,11 @@ def launch_turn(
 
     Of what is read any token and head strides; what is written is contiguous.
     """
-    tiles, sizes = _turned(q, k, ck)
-    turn_kernel[(sum(tiles),)](  # pyright: ignore
+    turn_kernel[(_tiles(q, k, ck),)](
         *(q, k, ck, q_turned, k_turned, ck_turned, cos, sin, positions, window_positions),
         *(q.shape[0] * q.shape[1], k.shape[0] * k.shape[1], ck.shape[0] * ck.shape[1]),
         *(q.shape[1], k.shape[1], *q.stride()[:2], *k.stride()[:2], *ck.stride()[:2]),
-        **sizes,
+        **_half(q),
     )
 
 
@@ -316,30 +267,14 @@ def turn_back_kernel(
     BLOCK_HALF: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    turn_rows(
-        x,
-        x,
-        None,
-        cos,
-        sin,
-        positions,
-        tl.program_id(0),
-        rows,
-        heads,
-        heads * 2 * HALF,
-        2 * HALF,
-        True,  # pyright: ignore
-        HALF,
-        BLOCK_HALF,
-        ROWS,
-    )
+    layout = (tl.program_id(0), rows, heads, heads * 2 * HALF, 2 * HALF)
+    turn_rows(x, x, None, cos, sin, positions, layout, (True, HALF, BLOCK_HALF, ROWS))
 
 
 def launch_turn_back(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
     """x [N, H, D], contiguous, rotated back in place by float32 tables [P, D // 2]."""
-    tiles, sizes = _turned(x)
     rows, heads = x.shape[0] * x.shape[1], x.shape[1]
-    turn_back_kernel[tiles](x, cos, sin, positions, rows, heads, **sizes)
+    turn_back_kernel[(_tiles(x),)](x, cos, sin, positions, rows, heads, **_half(x))
 
 
 @triton.jit
@@ -364,42 +299,13 @@ def finish_kernel(
 ):
     tile = tl.program_id(0)
     tiles_q, tiles_k = tl.cdiv(rows_q, ROWS), tl.cdiv(rows_k, ROWS)
+    sizes: tl.constexpr = (True, HALF, BLOCK_HALF, ROWS)
     if tile < tiles_q:
-        turn_rows(
-            dq,
-            dq,
-            None,
-            cos,
-            sin,
-            positions,
-            tile,
-            rows_q,
-            heads_q,
-            heads_q * 2 * HALF,
-            2 * HALF,
-            True,  # pyright: ignore
-            HALF,
-            BLOCK_HALF,
-            ROWS,
-        )
+        layout_q = (tile, rows_q, heads_q, heads_q * 2 * HALF, 2 * HALF)
+        turn_rows(dq, dq, None, cos, sin, positions, layout_q, sizes)
     elif tile < tiles_q + tiles_k:
-        turn_rows(
-            dk,
-            dk,
-            of_k,
-            cos,
-            sin,
-            positions,
-            tile - tiles_q,
-            rows_k,
-            heads_k,
-            heads_k * 2 * HALF,
-            2 * HALF,
-            True,  # pyright: ignore
-            HALF,
-            BLOCK_HALF,
-            ROWS,
-        )
+        layout_k = (tile - tiles_q, rows_k, heads_k, heads_k * 2 * HALF, 2 * HALF)
+        turn_rows(dk, dk, of_k, cos, sin, positions, layout_k, sizes)
     else:
         at = (tile - tiles_q - tiles_k).to(tl.int64) * TILE + tl.arange(0, TILE)
         total = tl.load(dv + at, mask=at < size_v).to(tl.float32)
@@ -421,12 +327,11 @@ def launch_finish(
 
     Sums are rounded once from float32, as rotations are.
     """
-    tiles, sizes = _turned(dq, dk)
-    finish_kernel[(sum(tiles) + triton.cdiv(dv.numel(), 4 * TILE),)](
+    finish_kernel[(_tiles(dq, dk) + triton.cdiv(dv.numel(), 4 * TILE),)](
         *(dq, dk, of_k, dv, of_v, cos, sin, positions),
         *(dq.shape[0] * dq.shape[1], dk.shape[0] * dk.shape[1], dv.numel()),
         *(dq.shape[1], dk.shape[1]),
-        **sizes,
+        **_half(dq),
         TILE=4 * TILE,  # pyright: ignore
     )
 
