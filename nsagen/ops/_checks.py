@@ -158,13 +158,13 @@ def check_packed(
     q_start: Tensor | None = None,
 ) -> None:
     """The offsets of queries and of their keys, and where chunks start."""
+    if cu_seqlens_k is None and q.shape[0] != k.shape[0]:
+        came = f"{q.shape[0]} and {k.shape[0]}"
+        fail(op, "q and k must have the same tokens", came, "pack one, or pass cu_seqlens_k")
     check_cu_seqlens(op, "cu_seqlens", cu_seqlens, q)
     if cu_seqlens_k is not None:
         check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k)
         check_like(op, ("cu_seqlens", cu_seqlens), cu_seqlens_k=cu_seqlens_k)
-    elif q.shape[0] != k.shape[0]:
-        came = f"{q.shape[0]} and {k.shape[0]}"
-        fail(op, "q and k must have the same tokens", came, "pack one, or pass cu_seqlens_k")
     check_chunk(op, cu_seqlens, cu_seqlens_k, q_start)
 
 
