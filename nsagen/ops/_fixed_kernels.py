@@ -219,16 +219,17 @@ def turn_kernel(
 ):
     tile = tl.program_id(0)
     tiles_q, tiles_k = tl.cdiv(rows_q, ROWS), tl.cdiv(rows_k, ROWS)
-    sizes: tl.constexpr = (False, HALF, BLOCK_HALF, ROWS)
     if tile < tiles_q:
         of_q = (tile, rows_q, heads_q, stride_q, stride_qh)
-        turn_rows(q, q_turned, None, cos, sin, positions, of_q, sizes)
+        turn_rows(q, q_turned, None, cos, sin, positions, of_q, (False, HALF, BLOCK_HALF, ROWS))
     elif tile < tiles_q + tiles_k:
         of_k = (tile - tiles_q, rows_k, heads_k, stride_k, stride_kh)
-        turn_rows(k, k_turned, None, cos, sin, positions, of_k, sizes)
+        turn_rows(k, k_turned, None, cos, sin, positions, of_k, (False, HALF, BLOCK_HALF, ROWS))
     else:
         of_ck = (tile - tiles_q - tiles_k, rows_ck, heads_k, stride_ck, stride_ckh)
-        turn_rows(ck, ck_turned, None, cos, sin, window_positions, of_ck, sizes)
+        turn_rows(
+            ck, ck_turned, None, cos, sin, window_positions, of_ck, (False, HALF, BLOCK_HALF, ROWS)
+        )
 
 
 def launch_turn(
@@ -247,7 +248,7 @@ def launch_turn(
 
     Of what is read any token and head strides; what is written is contiguous.
     """
-    turn_kernel[(_tiles(q, k, ck),)](
+    turn_kernel[(_tiles(q, k, ck),)](  # pyright: ignore
         *(q, k, ck, q_turned, k_turned, ck_turned, cos, sin, positions, window_positions),
         *(q.shape[0] * q.shape[1], k.shape[0] * k.shape[1], ck.shape[0] * ck.shape[1]),
         *(q.shape[1], k.shape[1], *q.stride()[:2], *k.stride()[:2], *ck.stride()[:2]),
@@ -299,13 +300,12 @@ def finish_kernel(
 ):
     tile = tl.program_id(0)
     tiles_q, tiles_k = tl.cdiv(rows_q, ROWS), tl.cdiv(rows_k, ROWS)
-    sizes: tl.constexpr = (True, HALF, BLOCK_HALF, ROWS)
     if tile < tiles_q:
         layout_q = (tile, rows_q, heads_q, heads_q * 2 * HALF, 2 * HALF)
-        turn_rows(dq, dq, None, cos, sin, positions, layout_q, sizes)
+        turn_rows(dq, dq, None, cos, sin, positions, layout_q, (True, HALF, BLOCK_HALF, ROWS))
     elif tile < tiles_q + tiles_k:
         layout_k = (tile - tiles_q, rows_k, heads_k, heads_k * 2 * HALF, 2 * HALF)
-        turn_rows(dk, dk, of_k, cos, sin, positions, layout_k, sizes)
+        turn_rows(dk, dk, of_k, cos, sin, positions, layout_k, (True, HALF, BLOCK_HALF, ROWS))
     else:
         at = (tile - tiles_q - tiles_k).to(tl.int64) * TILE + tl.arange(0, TILE)
         total = tl.load(dv + at, mask=at < size_v).to(tl.float32)
