@@ -17,10 +17,13 @@ import pytest
 import torch
 
 from nsagen.codegen import template
-from tests.docs.blocks import DOCS, ROOT, blocks_of, follow
+from tests.docs.blocks import DOCS, ROOT, Reader, blocks_of, follow
 
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-OF_TRANSFORMERS = {"any-model.md", "evidence.md", "export.md", "minicpm.md", "minimax-m3.md"}
+WALK = ("walk.md", "minimax-m3.md")
+"""What a newcomer reads after the README: the pages of an own spec and model, and of M3."""
+
+OF_TRANSFORMERS = {"any-model.md", "evidence.md", "export.md", "minicpm.md"}
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +56,7 @@ def own_templates(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     template.forget()
 
 
-@pytest.mark.parametrize("page", sorted({*PAGES} - {"templates.md", "transformers.md"}))
+@pytest.mark.parametrize("page", sorted({*PAGES} - {"templates.md", "transformers.md", *WALK}))
 def test_every_block_runs(page: str, folder: Path) -> None:
     if page in OF_TRANSFORMERS:
         pytest.importorskip("transformers")
@@ -62,9 +65,31 @@ def test_every_block_runs(page: str, folder: Path) -> None:
     assert follow(page, folder).ran > 0
 
 
-def test_the_readme(folder: Path) -> None:
+def test_the_walk_of_a_newcomer(folder: Path) -> None:
+    """In one folder: all of the README, its own spec, then the two ways that it leads to."""
     pytest.importorskip("transformers")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert follow("../README.md", folder).ran > 0
+    (spec,) = (block for block in blocks_of(ROOT / "README.md") if block.language == "yaml")
+    (folder / "specs").mkdir(exist_ok=True)
+    (folder / "specs" / "mine.yaml").write_text(spec.text, encoding="utf-8")
+    Reader(folder, interpreting=False).shell("nsagen inspect mine", "README.md, its spec")
+    ways = readme.partition("## Three ways in\n")[2].partition("\n## ")[0]
+    for page in WALK:
+        assert f"(docs/{page})" in ways, f"the README has to lead to {page}"
+        assert follow(page, folder).ran > 0
+
+
+def test_the_readme_begins_with_a_fresh_machine() -> None:
+    """Two commands, and CI runs what the second one runs."""
+    first = next(block for block in blocks_of(ROOT / "README.md") if block.language == "sh")
+    made = re.findall(r"^make (\S+)", first.text, re.M)
+    assert made == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    tests = re.findall(r"^\t\$\(MAKE\) (test-\S+)$", makefile.partition("\ntest: ")[2], re.M)[:2]
+    (checked,) = re.findall(r"^check: .*\n\t(.*)$", makefile, re.M)
+    assert {*tests} <= {*checked.split()}
+    assert "\nmake check\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def test_transformers_page(folder: Path) -> None:
