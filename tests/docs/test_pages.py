@@ -20,6 +20,7 @@ from nsagen.codegen import template
 from tests.docs.blocks import DOCS, ROOT, Reader, blocks_of, follow
 
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 WALK = ("walk.md", "minimax-m3.md")
 """What a newcomer reads after the README: the pages of an own spec and model, and of M3."""
 
@@ -68,13 +69,12 @@ def test_every_block_runs(page: str, folder: Path) -> None:
 def test_the_walk_of_a_newcomer(folder: Path) -> None:
     """In one folder: all of the README, its own spec, then the two ways that it leads to."""
     pytest.importorskip("transformers")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert follow("../README.md", folder).ran > 0
     (spec,) = (block for block in blocks_of(ROOT / "README.md") if block.language == "yaml")
     (folder / "specs").mkdir(exist_ok=True)
     (folder / "specs" / "mine.yaml").write_text(spec.text, encoding="utf-8")
     Reader(folder, interpreting=False).shell("nsagen inspect mine", "README.md, its spec")
-    ways = readme.partition("## Three ways in\n")[2].partition("\n## ")[0]
+    ways = README.partition("## Three ways in\n")[2].partition("\n## ")[0]
     for page in WALK:
         assert f"(docs/{page})" in ways, f"the README has to lead to {page}"
         assert follow(page, folder).ran > 0
@@ -138,9 +138,23 @@ def test_the_reference_has_every_public_name(package: str) -> None:
     assert public == shown
 
 
-def test_the_readme_points_into_the_documentation() -> None:
-    linked = re.findall(r"\(docs/([\w-]+\.md)\)", (ROOT / "README.md").read_text())
-    assert set(linked) <= set(PAGES)
+def test_what_the_readme_links_to_is_there() -> None:
+    linked = re.findall(r"\]\(([^)#]+)\)", README)
+    assert len(linked) > 20
+    for target in linked:
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_every_measured_figure_of_the_readme_says_where_it_is_from() -> None:
+    """By a link, or by the command that measures it. Tables end with theirs."""
+    prose = re.sub(r"```.*?```|<!-- generated.*?<!-- end -->", "", README, flags=re.DOTALL)
+    measured = [p for p in prose.split("\n\n") if re.search(r"\d (ms|GiB|tokens/s)\b|loss is", p)]
+    assert measured
+    for paragraph in measured:
+        evidence = re.search(
+            r"\]\((benchmarks|docs)/|`(python benchmarks/|nsagen bench)", paragraph
+        )
+        assert evidence, paragraph
 
 
 def _texts() -> set[str]:
