@@ -29,7 +29,7 @@ def default_stored(workload: Workload, target: Target) -> dict[str, Param]:
     wide = int(workload.head_dim) + int(workload.v_head_dim) == 256
     return {
         **{"block_n": 64, "num_stages": 3, "dq_warps": 8 if wide else 4},
-        **{"row_step": 64, "row_stages": 4, "hide": "gradients"},
+        **{"row_step": 64, "row_stages": 4, "hide": "scores"},
         **{"programs": 2048, "workspace": 2048},
     }
 
