@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m benchmarks.distributed --out distributed.json
     torchrun --nproc-per-node 2 -m benchmarks.distributed --tiny --out distributed.json   # on a CPU
 
-Time, peak memory, share of exchange, and what `nsagen plan` predicts. The attention layer has 64
+Time, how long the host takes to start the work, peak memory, share of exchange, what a step does
+around its passes, and what `nsagen plan` predicts. The attention layer has 64
 query heads over 4 of 128 in bfloat16; the step is that of the example's larger model; one sequence.
 Each rank runs a case alone, then the ranks share its sequence, then its heads; the longest step
 only with a shared sequence. `--what` chooses; "graph" is the step with its gradients in a CUDA
@@ -20,239 +21,33 @@ import itertools
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.profiler import ProfilerActivity, profile
 
-from examples.training.config import PRESETS, TrainConfig
+from benchmarks.distributed_cases import SPLITS, TINY, USUAL, WHAT, Case, Sizes
+from benchmarks.distributed_meter import LONG_MS, Meter, Row, watched
+from benchmarks.distributed_plan import predicted, share_of_roofline
 from examples.training.data import Split
 from examples.training.loop import Trainer
-from examples.training.parallel import World
+from examples.training.parallel import World, clip_gradients
 from nsagen.bench.results import provenance
 from nsagen.core.files import replace_file
 from nsagen.distributed import Shard, context_parallel, naming_lost_ranks, tensor_parallel
 from nsagen.distributed.gathering import Gathering
-from nsagen.estimate.efficiency import Efficiency, Points
 from nsagen.estimate.model import GPUS, Gpu
-from nsagen.estimate.model import Split as Ranks
-from nsagen.estimate.training import AROUND_SECONDS, Step, step_of
 from nsagen.model import NativeSparseAttention, RopeConfig, ToyNSALlamaConfig
-
-Row = dict[str, Any]
-Spans = list[tuple[float, float]]
-
-SPLITS = ("alone", "context", "tensor")
-LONG_MS = 2000
-"""A call that takes longer is measured once."""
-
-
-WHAT = ("attention", "step", "longest", "graph")
-
-
-class Case(NamedTuple):
-    """One row: "attention" or "training step", its tokens, what the ranks share, and whether the
-    step's gradients are a CUDA graph."""
-
-    what: str
-    tokens: int
-    split: str
-    graph: bool = False
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What to measure.
-
-    Attributes:
-        tokens: of the sequences that are run in each way, most interesting first.
-        longest: of the step that ranks only run together, which recomputes its activations.
-        heads, kv_heads, head_dim, hidden_size, sparsity: of the attention layer.
-        step: the training step's configuration, but for its tokens.
-        calls: measured calls of a case at most; as few as take a second, but three.
-    """
-
-    tokens: tuple[int, ...]
-    longest: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden_size: int
-    sparsity: dict[str, Any]
-    step: TrainConfig
-    dtype: torch.dtype
-    calls: int
-
-    def cases(self, what: Sequence[str] = WHAT) -> list[Case]:
-        """By worth: the attention layer, then the step; and heads last."""
-        step = "training step"
-        kinds = {"attention": ("attention", False), "step": (step, False), "graph": (step, True)}
-        cases = [
-            Case(kinds[kind][0], n, split, kinds[kind][1])
-            for kind in kinds
-            if kind in what
-            for splits in (SPLITS[:2], SPLITS[2:])
-            for n in self.tokens
-            for split in splits
-        ]
-        return [*cases, Case(step, self.longest, "context")] if "longest" in what else cases
-
-    def layer(self, tokens: int) -> ToyNSALlamaConfig:
-        """A model that is the attention layer and next to nothing else, for the estimate."""
-        return ToyNSALlamaConfig(
-            **{**self.sparsity, "vocab_size": 1, "intermediate_size": 1, "num_hidden_layers": 1},
-            hidden_size=self.hidden_size,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            rope_scaling=None,
-            max_position_embeddings=tokens,
-        )
-
-    def training(self, tokens: int) -> TrainConfig:
-        recompute = tokens == self.longest
-        return replace(
-            self.step, seq_len=tokens, batch_tokens=tokens, activation_checkpointing=recompute
-        )
-
-    def model(self, case: Case) -> ToyNSALlamaConfig:
-        """What the estimate takes for a case."""
-        if case.what == "attention":
-            return self.layer(case.tokens)
-        return self.training(case.tokens).nsa_config()
-
-
-SPARSITY: dict[str, Any] = {
-    **{"compress_type": "avgpool", "kernel_size": 32, "kernel_stride": 16, "block_size": 64},
-    **{"topk": 16, "init_blocks": 1, "local_blocks": 2, "window_size": 512},
-}
-USUAL = Sizes(
-    tokens=(131072, 16384),
-    longest=524288,
-    heads=64,
-    kv_heads=4,
-    head_dim=128,
-    hidden_size=4096,
-    sparsity=SPARSITY,
-    step=PRESETS["gpu"]["text"],
-    dtype=torch.bfloat16,
-    calls=9,
-)
-TINY = Sizes(
-    tokens=(64,),
-    longest=128,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    hidden_size=32,
-    sparsity={
-        **SPARSITY,
-        **{"kernel_size": 8, "kernel_stride": 4, "block_size": 8, "topk": 4, "window_size": 12},
-    },
-    step=replace(PRESETS["cpu"]["text"], layers=1, hidden_size=32, intermediate_size=48),
-    dtype=torch.float32,
-    calls=1,
-)
-
-
-@dataclass
-class Meter:
-    """Times and memory of this rank's device, and how much time is left, in all and for a row."""
-
-    device: torch.device
-    calls: int
-    seconds: float = math.inf
-    row_seconds: float = math.inf
-    began: float = field(default_factory=time.perf_counter)
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.began
-
-    def is_over(self) -> bool:
-        """Whether the time is up, by the first rank's clock."""
-        over = torch.tensor([self.elapsed > self.seconds], dtype=torch.int32, device=self.device)
-        dist.broadcast(over, 0)
-        return bool(over)
-
-    def milliseconds(self, call: Callable[[], object]) -> float:
-        """The median time of some calls that all ranks begin together, on the slowest rank."""
-        call()  # loads kernels, and finds its place in memory
-        self.wait()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        once = self._largest(self._time(call))
-        if once > LONG_MS or self.calls == 1:
-            return once
-        count = min(self.calls, max(3, int(1000 / once)))
-        return self._largest(statistics.median(self._time(call) for _ in range(count)))
-
-    def peak_bytes(self) -> int | None:
-        """The most memory that a call took since `milliseconds` began; None on a CPU, which does
-        not count it."""
-        if self.device.type != "cuda":
-            return None
-        return int(self._largest(torch.cuda.max_memory_allocated(self.device)))
-
-    def moving(self, call: Callable[[], object]) -> Row:
-        """Milliseconds in which NCCL's kernels run during a call, waits for the other ranks among
-        them; and those of them in which no other kernel runs."""
-        if self.device.type != "cuda":
-            call()
-            return {}
-        dist.barrier()
-        self.wait()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            call()
-            self.wait()
-        spans: list[Spans] = [[], []]
-        for event in profiler.events() or ():
-            if "CUDA" in str(event.device_type):
-                span = event.time_range  # in microseconds
-                spans["nccl" in event.name.lower()].append((span.start, span.end))
-        others, exchanges = spans
-        alone = covered([*others, *exchanges]) - covered(others)
-        return {"nccl_ms": 1e-3 * covered(exchanges), "nccl_alone_ms": 1e-3 * alone}
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _time(self, call: Callable[[], object]) -> float:
-        dist.barrier()
-        self.wait()
-        start = time.perf_counter()
-        call()
-        self.wait()
-        return 1e3 * (time.perf_counter() - start)
-
-    def _largest(self, value: float) -> float:
-        over = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.all_reduce(over, dist.ReduceOp.MAX)
-        return float(over)
-
-
-def covered(spans: Spans) -> float:
-    """The length of the union of some (start, end)."""
-    total, until = 0.0, -math.inf
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return total
 
 
 def measure(
@@ -305,26 +100,6 @@ def measure(
     return rows
 
 
-@contextmanager
-def watched(seconds: float, rows: list[Row], keep: Callable[[list[Row]], object]) -> Iterator[None]:
-    """End this process if the last row is not done in time: a rank that waits for another's
-    exchange waits forever."""
-
-    def end() -> None:
-        rows[-1]["error"] = f"no end within {seconds:.0f} s"
-        keep(rows)
-        os._exit(1)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    if seconds < math.inf:
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
 def worlds_of(device: torch.device) -> dict[str, World]:
     """The example's worlds: this process by itself, and all as they share sequences or heads."""
     size, rank, names = dist.get_world_size(), dist.get_rank(), ("dp", "cp", "tp")
@@ -374,14 +149,15 @@ def attention(sizes: Sizes, case: Case, world: World, meter: Meter) -> Row:
     with torch.no_grad():
         forward_ms = meter.milliseconds(forward)
     row: Row = {"forward_ms": forward_ms, "ms": meter.milliseconds(both)}
-    row["peak_bytes"] = meter.peak_bytes()
+    row |= {"peak_bytes": meter.peak_bytes(), "host_ms": meter.host_milliseconds(both)}
     if case.split == "alone":
         return row
     if case.split == "context":
         call = context_exchange(layout, sizes.layer(case.tokens), sizes.dtype)
     else:
         call = sums_of(gradient, 2)
-    return row | {"exchange_ms": meter.milliseconds(call), **meter.moving(both)}
+    row |= {"exchange_ms": meter.milliseconds(call)}
+    return row | {"exchange_host_ms": meter.host_milliseconds(call), **meter.moving(both)}
 
 
 @dataclass
@@ -411,6 +187,10 @@ def step(sizes: Sizes, case: Case, world: World, meter: Meter) -> Row:
     row: Row = {"recompute": config.activation_checkpointing, "ms": meter.milliseconds(run)}
     # A graph holds memory of its own.
     row |= {"peak_bytes": None if case.graph else meter.peak_bytes(), "loss": float(losses[0])}
+    if row["ms"] <= LONG_MS:
+        row["host_ms"] = meter.host_milliseconds(run)
+        row["around_ms"] = meter.milliseconds(around_passes(trainer))
+        trainer.optimizer.zero_grad()
     if case.split == "alone" or case.graph:
         return row
     dtype = torch.bfloat16 if config.amp else torch.float32
@@ -422,7 +202,22 @@ def step(sizes: Sizes, case: Case, world: World, meter: Meter) -> Row:
         x = torch.zeros(case.tokens, config.hidden_size, dtype=dtype, device=meter.device)
         call = sums_of(x, 4 * config.layers)
     row["exchange_ms"] = meter.milliseconds(call)
+    row["exchange_host_ms"] = meter.host_milliseconds(call)
     return row if row["ms"] > LONG_MS else row | meter.moving(run)
+
+
+def around_passes(trainer: Trainer) -> Callable[[], None]:
+    """What a step does but for its passes: the batch, clipping and the update."""
+    parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def call() -> None:
+        trainer._parts("train", 0)  # pyright: ignore[reportPrivateUsage]
+        clip_gradients(parameters, trainer.config.clip_norm)
+        trainer.optimizer.step()
+
+    return call
 
 
 def trainer_of(sizes: Sizes, tokens: int, world: World, graph: bool = False) -> Trainer:
@@ -469,42 +264,6 @@ def sums_of(x: Tensor, count: int) -> Callable[[], None]:
             dist.all_reduce(x)
 
     return call
-
-
-def share_of_roofline(sizes: Sizes, gpu: Gpu, alone: Row) -> float:
-    """Attention's share of the roofline with which the estimate for one GPU is what one took."""
-    case = Case(alone["what"], alone["tokens"], "alone", alone["graph"])
-    roofline, others = (
-        1e3 * estimate(sizes, gpu, case, 1, ((case.tokens, share),)).busy
-        for share in (1.0, math.inf)
-    )
-    took = alone["ms"] - 1e3 * around(case)
-    return min(1.0, (roofline - others) / max(took - others, roofline - others))
-
-
-def around(case: Case) -> float:
-    """Seconds of a case that are around its passes."""
-    return AROUND_SECONDS if case.what != "attention" else 0.0
-
-
-def predicted(sizes: Sizes, gpu: Gpu, case: Case, ranks: int, shares: Points) -> float:
-    """Milliseconds of a case by the model of `nsagen plan`."""
-    step = estimate(sizes, gpu, case, ranks, shares)
-    passes = step.busy if case.graph else max(step.busy, step.host)
-    return 1e3 * (passes + around(case))
-
-
-def estimate(sizes: Sizes, gpu: Gpu, case: Case, ranks: int, shares: Points) -> Step:
-    """What the model of `nsagen plan` says, with these shares at some numbers of tokens."""
-    split = {
-        "alone": Ranks(1, 1),
-        "context": Ranks(1, 1, ranks),
-        "tensor": Ranks(ranks, 1),
-    }[case.split]
-    efficiency = Efficiency("this run", shares, (), shares)
-    recompute = case.what != "attention" and sizes.training(case.tokens).activation_checkpointing
-    config = sizes.model(case)
-    return step_of(config, gpu, case.tokens, 1, split, recompute, efficiency)
 
 
 def compile_first() -> None:

@@ -12,20 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.distributed import (
-    RUNS,
-    SPLITS,
-    TINY,
-    USUAL,
-    Case,
-    Meter,
-    covered,
-    measure,
-    predicted,
-    run_alone,
-    share_of_roofline,
-    watched,
-)
+from benchmarks import distributed_plan
+from benchmarks.distributed import RUNS, measure, run_alone
+from benchmarks.distributed_cases import SPLITS, TINY, USUAL, Case
+from benchmarks.distributed_meter import Meter, covered, watched
+from benchmarks.distributed_plan import predicted, share_of_roofline
+from nsagen.estimate import training
 from nsagen.estimate.model import GPUS
 from tests.distributed.ranks import on_ranks
 from tests.faults.support import exit_code, start_child
@@ -52,7 +44,8 @@ def test_every_case_is_measured_alone_and_together() -> None:
     for rows, counts in on_ranks(2, run):
         assert [tuple(row[name] for name in Case._fields) for row in rows] == TINY.cases(what)
         assert counts == [*range(1, len(rows) + 1)], "each row is kept at once"
-        assert all(row["ms"] > 0 for row in rows)
+        assert all(row["ms"] > 0 and row["host_ms"] > 0 for row in rows)
+        assert all(row["around_ms"] > 0 for row in rows if row["what"] == "training step")
         for row in rows:
             compared = {"of_alone", "of_predicted", "exchange_share"} & row.keys()
             if row["split"] == "alone":
@@ -143,3 +136,17 @@ def test_two_gpus_took_what_is_predicted(case: Case) -> None:
     ones = [rows[case._replace(tokens=n, split="alone")] for n in sorted(USUAL.tokens)]
     shares = tuple((float(row["tokens"]), share_of_roofline(USUAL, gpu, row)) for row in ones)
     assert rows[case]["ms"] == pytest.approx(predicted(USUAL, gpu, case, 2, shares), rel=0.15)
+
+
+LONG = [case for case in measured() if case.split != "alone" and case.tokens == USUAL.tokens[0]]
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda case: " ".join(map(str, case)))
+def test_long_sequences_are_predicted_without_constants_fitted_to_them(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one GPU's rows and the rate of the links alone."""
+    for name in ("EXCHANGE_SECONDS", "AROUND_SECONDS", "HOST_SECONDS", "HOST_EXCHANGE_SECONDS"):
+        for module in (training, distributed_plan):
+            monkeypatch.setattr(module, name, 0.0, raising=False)
+    test_two_gpus_took_what_is_predicted(case)
