@@ -266,8 +266,9 @@ def sums_of(x: Tensor, count: int) -> Callable[[], None]:
     return call
 
 
-def compile_first() -> None:
+def compile_first(what: Sequence[str]) -> None:
     """Fill Triton's cache on disk: a process for each case runs it once, by itself."""
+    kinds = dict.fromkeys(case.what for case in USUAL.cases(what))
     count, gpus = int(os.environ["WORLD_SIZE"]), torch.cuda.device_count()
     command = [sys.executable, "-m", "benchmarks.distributed", "--out", os.devnull, "--compile"]
     running = [
@@ -275,7 +276,7 @@ def compile_first() -> None:
             [*command, str(count), what, split],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": str(index % gpus)},
         )
-        for index, (what, split) in enumerate(itertools.product(RUNS, SPLITS))
+        for index, (what, split) in enumerate(itertools.product(kinds, SPLITS))
     ]
     for one in running:  # what fails is said there, and compiled when it is first called
         one.wait()
@@ -325,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
         dist.destroy_process_group()
         return 0
     if gpus and not (options.tiny or options.compiled) and device.index == 0:
-        compile_first()
+        compile_first(options.what)
     bound: dict[str, Any] = {"device_id": device} if gpus else {}
     dist.init_process_group(backend, **bound)
     about: dict[str, Any] = provenance() if gpus else {"device": "cpu"}

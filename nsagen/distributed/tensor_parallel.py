@@ -337,14 +337,13 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: DTensor) -> Tensor:
-        ctx.where = weight.device_mesh, weight.placements
-        ctx.sizes = {"shape": weight.shape, "stride": weight.stride()}
-        local = weight.to_local()
+        ctx.spec = weight._spec
+        local = weight._local_tensor
         return local.view_as(local)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> DTensor:
-        return DTensor.from_local(gradients[0], *ctx.where, run_check=False, **ctx.sizes)
+        return DTensor(gradients[0], ctx.spec, requires_grad=False)
 
 
 class _Columns(nn.Linear):
