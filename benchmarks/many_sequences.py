@@ -3,9 +3,10 @@
     python benchmarks/many_sequences.py --out many_sequences.json
 
 64 query heads over 4, head_dim 128, windows of 32 by 16, blocks of 64, topk 16, window 512,
-bfloat16; the default algorithm's default schedule, and from 16 sequences on those of others. A
-launch's kernels are timed by the profiler, medians of several launches. Kernels are compiled first,
-in processes of their own. Meant for 40 seconds on an H200.
+bfloat16; the default algorithms' default schedules, then also the others', and one sequence last.
+Kernels are compiled in processes of their own, each as soon as one is free. A launch's kernels are
+timed by the profiler: medians of several launches. The file grows with each batch, so that a run
+that is cut off leaves what it had. Meant for 30 seconds on an H200.
 """
 
 from __future__ import annotations
@@ -15,19 +16,17 @@ import json
 import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from forced_and_union import SM90, Launch, Variant, write
+from forced_and_union import SM90, Variant, write
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from nsagen.aot.compile import compile_variant
-from nsagen.bench.measure import Ceilings, measure_ceilings
+from nsagen.aot.compile import compile_launch, recorded_launches
 from nsagen.bench.results import provenance
 from nsagen.bench.shape import Inputs, Shape
 from nsagen.cases.base import Sizes, cases_of, cu_seqlens_of
@@ -35,10 +34,16 @@ from nsagen.codegen.template import kernel_name, spaces_for
 from nsagen.core.importing import import_file
 from nsagen.core.workload import Workload
 
-TOKENS, BATCHES, LAUNCHES = 65536, (1, 16, 256, 1024, 4096), 5
+TOKENS, BATCHES, LAUNCHES = 65536, (4096, 1024, 256, 16, 1), 5
 SHAPE = Shape()
-LEFT_OUT = {"key_blocks", "key_major"}
-"""Algorithms that lost to the others at every length."""
+LEFT_OUT = {"shared_blocks", "key_blocks", "key_major"}
+"""Algorithms that share blocks among neighbours, or lost to the others at every length."""
+
+FLOPS, BYTES = 7.9e14, 4.27e12
+"""A second on an H200: of a bfloat16 matrix product of 8192, and of a large copy."""
+
+Of = tuple[str, str, str]
+"""An op, its pass and an algorithm."""
 
 OPS = (
     ("compress", "forward"),
@@ -53,10 +58,6 @@ OPS = (
 )
 
 
-def sizes_of(batch: int) -> Sizes:
-    return Sizes((TOKENS // batch,) * batch, SHAPE.kv_heads)
-
-
 def variants(op: str, pass_: str) -> dict[str, Variant]:
     """Each algorithm that covers the shape, the default first."""
     w = SHAPE.workload(op, pass_)
@@ -67,31 +68,68 @@ def variants(op: str, pass_: str) -> dict[str, Variant]:
     }
 
 
-@dataclass(frozen=True)
-class Job:
-    """A file to compile as a batch's sizes specialize it."""
-
-    path: Path
-    workload: Workload
-    batch: int
-
-    def run(self) -> None:
-        compile_variant(self.path, self.workload, SM90, sizes_of(self.batch))
+def compile_one(path: Path, workload: Workload, batch: int, index: int) -> None:
+    """Fill Triton's cache with one kernel of a variant, as a batch's sizes specialize it."""
+    calls = recorded_launches(path, workload, sizes_of(batch))
+    compile_launch(calls[index], SM90, path.stem)
 
 
-def kernel_times(call: Callable[[], None]) -> dict[str, float]:
+def sizes_of(batch: int) -> Sizes:
+    return Sizes((TOKENS // batch,) * batch, SHAPE.kv_heads)
+
+
+class Compiled:
+    """Kernels of all variants, on their way."""
+
+    def __init__(self, folder: Path, pool: ProcessPoolExecutor) -> None:
+        found = {(*of, name): v for of in OPS for name, v in variants(*of).items()}
+        firsts = {(*of, next(iter(variants(*of)))) for of in OPS}
+        self.paths = {of: write(folder, of[2], v) for of, v in found.items()}
+        self.default = [of for of in found if of in firsts]
+        self.others = [of for of in found if of not in firsts]
+        self.jobs: dict[tuple[Of, int], list[Future[None]]] = {}
+        # Sizes of the other batches divide by 16, too; one sequence is specialized.
+        for batch, wanted in ((16, self.default), (16, self.others), (1, self.default)):
+            for of in wanted:
+                w = found[of][0]
+                calls = recorded_launches(self.paths[of], w, sizes_of(batch))
+                given = [(self.paths[of], w, batch, index) for index in range(len(calls))]
+                self.jobs[of, batch] = [pool.submit(compile_one, *job) for job in given]
+
+    def launches(self, wanted: Sequence[Of], batch: int) -> dict[Of, Callable[..., None]]:
+        for of in wanted:
+            for job in self.jobs[of, min(batch, 16)]:
+                job.result()
+        return {of: import_file(self.paths[of]).launch for of in wanted}
+
+
+def kernel_times(calls: Mapping[Of, Callable[[], None]]) -> dict[Of, dict[str, float]]:
     """Median milliseconds of each kernel that a call launches, by name."""
-    call()
+
+    def all_of_them() -> None:
+        for call in calls.values():
+            torch.cuda._sleep(1)  # its kernel marks where a call begins
+            call()
+
+    all_of_them()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(LAUNCHES):
-            call()
+            all_of_them()
         torch.cuda.synchronize()
-    times: dict[str, list[float]] = {}
-    for event in profiler.events() or ():
-        if "CUDA" in str(event.device_type):
-            times.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
-    return {name: statistics.median(found) * len(found) / LAUNCHES for name, found in times.items()}
+    events = [e for e in profiler.events() or () if "CUDA" in str(e.device_type)]
+    times: dict[Of, dict[str, list[float]]] = {of: {} for of in calls}
+    names, place = list(calls), -1
+    for event in sorted(events, key=lambda e: e.time_range.start):
+        if "spin_kernel" in event.name:
+            place += 1
+        elif place >= 0:
+            found = times[names[place % len(names)]].setdefault(event.name, [])
+            found.append(event.time_range.elapsed_us() / 1e3)
+    return {
+        of: {name: statistics.median(x) * len(x) / LAUNCHES for name, x in found.items()}
+        for of, found in times.items()
+    }
 
 
 class Calls:
@@ -140,77 +178,60 @@ class Calls:
         }
 
 
-def rows_of(
-    batch: int, launches: Mapping[tuple[str, str], Mapping[str, Launch]], ceilings: Ceilings
-) -> Iterator[dict[str, Any]]:
+def rows_of(batch: int, launches: Mapping[Of, Callable[..., None]]) -> list[dict[str, Any]]:
     calls, alone = Calls(batch), Sizes((TOKENS // batch,), SHAPE.kv_heads)
-    for (op, pass_), found in launches.items():
-        w, args = SHAPE.workload(op, pass_), calls.args[op, pass_]
-        floor_ms = batch * ceilings.floor_ms(cases_of(w).make_case(w, alone, "meta").cost)
-        for place, (algorithm, launch) in enumerate(found.items()):
-            if place and batch == 1:
-                continue
-            kernels = kernel_times(lambda launch=launch, args=args: launch(*args))
-            yield {
-                "op": op,
-                "pass": pass_,
-                "sequences": batch,
-                "algorithm": algorithm,
-                "default": place == 0,
-                "ms": sum(kernels.values()),
-                "floor_ms": floor_ms,
-                "kernels": kernels,
-            }
+
+    def bound(of: Of) -> Callable[[], None]:
+        return lambda: launches[of](*calls.args[of[:2]])
+
+    rows = []
+    for (op, pass_, algorithm), kernels in kernel_times({of: bound(of) for of in launches}).items():
+        w = SHAPE.workload(op, pass_)
+        cost = cases_of(w).make_case(w, alone, "meta").cost
+        seconds = batch * max(cost.flops / FLOPS, cost.bytes / BYTES)
+        row = {"op": op, "pass": pass_, "algorithm": algorithm, "sequences": batch}
+        ms = sum(kernels.values())
+        rows.append(row | {"ms": ms, "floor_ms": 1e3 * seconds, "kernels": kernels})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("many_sequences.json"))
-    out, rows = parser.parse_args().out, []
-    every = {of: variants(*of) for of in OPS}
-    with tempfile.TemporaryDirectory() as folder:  # Triton reads a kernel's file when it compiles
-        paths = {
-            of: {name: write(Path(folder), name, v) for name, v in found.items()}
-            for of, found in every.items()
-        }
-        jobs = [
-            Job(path, SHAPE.workload(*of), batch)
-            for of, found in paths.items()
-            for place, path in enumerate(found.values())
-            for batch in BATCHES[place > 0 : 2]  # the others' sizes divide by 16, too
-        ]
-        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(Job.run, jobs))
-        launches = {
-            of: {name: import_file(path).launch for name, path in found.items()}
-            for of, found in paths.items()
-        }
-        ceilings = measure_ceilings()
-        for batch in BATCHES:
-            rows += rows_of(batch, launches, ceilings)
+    out = parser.parse_args().out
+    rows: list[dict[str, Any]] = []
+
+    def measure(compiled: Compiled, wanted: Sequence[Of], batches: Sequence[int]) -> None:
+        for batch in batches:
+            found = rows_of(batch, compiled.launches(wanted, batch))
+            print_rows(found)
+            rows.extend(found)
             out.write_text(json.dumps({"provenance": provenance(), "rows": rows}, indent=1) + "\n")
             torch.cuda.empty_cache()
-    print_table(rows)
+
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,  # Triton reads a kernel's file when it compiles
+        ProcessPoolExecutor(mp_context=context) as pool,
+    ):
+        compiled = Compiled(Path(folder), pool)
+        measure(compiled, compiled.default, BATCHES[:-1])
+        measure(compiled, [*compiled.default, *compiled.others], BATCHES[:-1])
+        measure(compiled, compiled.default, BATCHES[-1:])
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Milliseconds by batch, then the default's kernels."""
-    names = dict.fromkeys((row["op"], row["pass"], row["algorithm"]) for row in rows)
-    cells = {(row["op"], row["pass"], row["algorithm"], row["sequences"]): row for row in rows}
-    print(f"{'':62}" + "".join(f"{batch:>9}" for batch in BATCHES))
-    for name in names:
-        found = [cells[*name, batch] for batch in BATCHES if (*name, batch) in cells]
-        blank = " " * (62 + 9 * (len(BATCHES) - len(found)))
-        print(f"{' '.join(name):{len(blank)}}" + "".join(f"{row['ms']:9.3f}" for row in found))
-        if found[0]["default"]:
-            for label in ("floor_ms", *dict.fromkeys(k for row in found for k in row["kernels"])):
-                values = [row.get(label, row["kernels"].get(label, 0.0)) for row in found]
-                own = label.replace(kernel_name(*variants(*name[:2])[name[2]]), "...")
-                print(f"    {own:58.58}" + "".join(f"{ms:9.3f}" for ms in values))
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Milliseconds of each call and of its kernels, and of all default calls of a pass."""
+    print(f"{rows[0]['sequences']} sequences")
+    for row in rows:
+        of = (row["op"], row["pass"])
+        name = kernel_name(*variants(*of)[row["algorithm"]])
+        parts = [f"{k.removeprefix(name)} {ms:.3f}" for k, ms in row["kernels"].items()]
+        label = f"{' '.join(of)} {row['algorithm']}"
+        print(f"  {label:58} {row['ms']:8.3f} {row['floor_ms']:8.3f}  {', '.join(parts)}")
     for pass_ in ("forward", "backward"):
-        own = [row for row in rows if row["default"] and row["pass"] == pass_]
-        total = [sum(row["ms"] for row in own if row["sequences"] == batch) for batch in BATCHES]
-        print(f"{f'all of it, {pass_}':62}" + "".join(f"{ms:9.3f}" for ms in total))
+        first = {row["op"]: row["ms"] for row in reversed(rows) if row["pass"] == pass_}
+        print(f"  {f'all of it, {pass_}':58} {sum(first.values()):8.3f}", flush=True)
 
 
 if __name__ == "__main__":
