@@ -24,7 +24,7 @@ def section(dispatcher: Dispatcher, manifest: Mapping[str, Any], target: str) ->
     parts = [
         f"<h2>Which kernel serves which call on {escape(target)}</h2>",
         "<p>A row is a workload; from left to right, calls of more tokens. Each says "
-        "its schedule and its source; a kernel's name shows where the pointer rests.</p>",
+        "its schedule and its source; hover over it for the kernel's name.</p>",
         legend((hue, name.replace("_", " ")) for name, hue in hues.items()),
     ]
     for (op, pass_), group in groupby(rows, key=lambda row: (row["op"], row["pass"])):

@@ -32,6 +32,8 @@ def test_every_kernel_has_a_page_and_every_link_a_file(
     assert linked == {path.name for path in (one_op / "gallery").iterdir()} - {"index.html"}
     text = html.unescape((one_op / "gallery" / f"{variant.name}.html").read_text())
     assert "o = gate[..., 0] * o_compressed + gate[..., 1] * o_selected" in text
+    (title_style,) = re.findall(r"^h1 \{(.*)\}", text, re.MULTILINE)
+    assert "overflow-wrap: anywhere" in title_style  # a kernel's name is wider than a phone
     for fact in ("40", "8 B, 3 times in loops", "2,048 B", "wgmma", "3.9.0"):
         assert f"<td>{fact}</td>" in text
 
