@@ -1,9 +1,12 @@
-"""Attention of a decode step, float8 caches beside bfloat16: default schedules and others.
+"""Attention of a decode step, float8 caches beside bfloat16: forms and schedules.
 
     python benchmarks/narrow_decode.py --out "$OUT"
 
-One layer of 64 heads of 128 over 4, defaults of NSA. Each call is a replayed graph with a cold L2
-cache; results are compared with the default's. Writes narrow_decode.json after each size.
+One layer of 64 heads of 128 over 4, defaults of NSA. Each kernel is first compared with the float64
+reference, on three short sequences, and on the timed caches with the first kernel. Each call is a
+replayed graph with a cold L2 cache. Writes narrow_decode.json after each size.
+
+float8 is read in pairs of numbers; "bytes" is the form that int8 has, which reads them one by one.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -27,39 +31,56 @@ from nsagen.bench.decode import ATTENTION
 from nsagen.bench.decode_cases import AttentionCaches
 from nsagen.bench.measure import graphed, milliseconds
 from nsagen.bench.results import check_free, write_results
-from nsagen.cases.base import Sizes, relative_error
-from nsagen.codegen.template import kernel_name, render, space_for
+from nsagen.cases.base import THRESHOLDS, Sizes, cases_of, relative_error
+from nsagen.codegen.spaces import split_kv
+from nsagen.codegen.template import kernel_name, render, rendered, space_for
 from nsagen.core.importing import import_file
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Param, Schedule, Workload
 
 TARGET = KNOWN_TARGETS["cuda:90"]
 BATCHES, CONTEXTS = (1, 4, 32), (4096, 32768, 131072)
-DTYPES = ("", "float8_e4m3fn")
+FLOAT8 = "float8_e4m3fn"
+DTYPES = ("", FLOAT8)
 COMPRESSED, BRANCHES = "compressed_attention", "native_sparse_attention"
+SELECTED = "selected_attention"  # of other members: not a part of the whole
 BLOCKS = {"block_size": 64, "topk": 16}
 STATICS: dict[str, dict[str, int]] = {
     COMPRESSED: {"kernel_size": 32, "kernel_stride": 16, "init_blocks": 1, "local_blocks": 2},
     BRANCHES: {"window_size": 512},
+    SELECTED: {},
 }
+CHECKED = Sizes((63, 4095, 2900), kv_heads=4, capacity=4096)
 HEADS = {"head_dim": 128, "v_head_dim": 128, "gqa_ratio": 16}
 
-# (block_n, num_warps, num_stages, programs) and registers, beside the defaults.
-EVERYWHERE = {"": [((64, 4, 3, 264), 0)], "float8_e4m3fn": [((32, 1, 3, 1056), 0)]}
-STEPS: dict[str, list[tuple[tuple[int, int, int, int], int]]] = {
-    "": [((64, 4, 2, 264), 0), ((128, 4, 2, 264), 0)],
-    "float8_e4m3fn": [
-        *(((32, 1, 3, 1320), 200), ((32, 1, 2, 1584), 168), ((32, 1, 2, 1056), 0)),
-        *(((16, 1, 3, 1584), 168), ((16, 1, 4, 1584), 168), ((32, 1, 2, 1320), 200)),
+# (block_n, num_warps, num_stages, programs) and registers, beside the defaults: at all sizes, or at
+# the largest.
+Steps = tuple[tuple[int, int, int, int], int]
+EVERYWHERE: dict[str, list[Steps]] = {
+    "": [],
+    FLOAT8: [((32, 1, 3, 1056), 0), ((32, 1, 3, 528), 0), ((64, 2, 3, 264), 0)],
+}
+STEPS: dict[str, list[Steps]] = {
+    "": [],
+    FLOAT8: [
+        *(((64, 2, 4, 528), 0), ((64, 2, 2, 528), 0), ((64, 4, 3, 264), 0), ((64, 4, 4, 264), 0)),
+        *(((128, 4, 3, 264), 0), ((16, 1, 3, 1584), 168)),
     ],
 }
-BRANCH_STEPS = {
-    "": [((64, 4, 2, 264), 0), ((64, 4, 2, 396), 0)],
-    "float8_e4m3fn": [
-        *(((64, 2, 2, 264), 0), ((64, 2, 4, 264), 0), ((32, 1, 3, 264), 0)),
-        *(((32, 1, 3, 396), 0), ((64, 1, 3, 264), 0), ((32, 2, 3, 264), 0)),
+BRANCHES_EVERYWHERE: dict[str, list[Steps]] = {
+    "": [],
+    FLOAT8: [((32, 1, 3, 896), 0), ((32, 1, 3, 528), 0)],
+}
+BRANCH_STEPS: dict[str, list[Steps]] = {
+    "": [],
+    FLOAT8: [
+        *(((64, 2, 4, 264), 0), ((64, 2, 2, 264), 0), ((64, 2, 3, 528), 0), ((32, 1, 4, 528), 0)),
+        *(((32, 1, 3, 264), 0), ((32, 1, 3, 1056), 0), ((64, 4, 3, 264), 0)),
     ],
 }
+
+
+NONE: dict[str, list[Steps]] = {"": [], FLOAT8: []}
 
 
 @dataclass(frozen=True)
@@ -72,12 +93,16 @@ class Kernel:
     steps: tuple[int, int, int, int] | None = None
     knobs: dict[str, Param] = field(default_factory=dict, hash=False)
     registers: int = 0  # of a thread of the first kernel, at most; 0: any
+    in_pairs: bool = True  # or in bytes, for float8
 
     @property
     def name(self) -> str:
         steps = "default" if self.steps is None else "n{} w{} s{} p{}".format(*self.steps)
         more = "".join(f" {name} {value}" for name, value in self.knobs.items())
-        return f"{self.algorithm} {steps}{more}" + f" r{self.registers}" * bool(self.registers)
+        form = "" if self.in_pairs else " in bytes"
+        return f"{self.algorithm}{form} {steps}{more}" + f" r{self.registers}" * bool(
+            self.registers
+        )
 
     @property
     def workload(self) -> Workload:
@@ -87,6 +112,9 @@ class Kernel:
 
     def launch(self, folder: Path) -> Callable[..., None]:
         return import_file(self.file(folder)).launch
+
+    def reads_pairs(self, workload: Workload) -> bool:
+        return self.in_pairs and bool(workload.cache_dtype)
 
     def file(self, folder: Path) -> Path:
         work = self.workload
@@ -98,9 +126,13 @@ class Kernel:
             knobs |= dict(zip(names, self.steps, strict=False))
             programs = self.steps[3]
         schedule = Schedule.of(self.algorithm, knobs)
-        path = folder / f"{kernel_name(work, schedule)}_{programs}_{self.registers}.py"
+        form = "pairs" if self.in_pairs else "bytes"
+        path = folder / f"{kernel_name(work, schedule)}_{form}_{programs}_{self.registers}.py"
         if not path.exists():
-            text = render(work, schedule, header=f"# {work}: {schedule}")
+            with mock.patch.object(split_kv, "in_pairs", self.reads_pairs):
+                rendered.cache_clear()  # it knows nothing of the patch
+                text = render(work, schedule, header=f"# {work}: {schedule}")
+            rendered.cache_clear()
             old = f"PROGRAMS = {knobs['programs']}\n"
             text = text.replace(old, f"PROGRAMS = {programs}\n")
             if self.registers:
@@ -110,13 +142,26 @@ class Kernel:
         return path
 
 
-def compile_one(kernel: Kernel, folder: Path, batch: int, context: int) -> None:
+def compile_one(kernel: Kernel, folder: Path, sizes: Sizes) -> None:
     """Into Triton's cache, where the launch finds it."""
     from nsagen.aot.compile import compile_launch, recorded_launches
 
-    sizes = Sizes((context - 1,) * batch, kv_heads=4, capacity=context)
     for call in recorded_launches(kernel.file(folder), kernel.workload, sizes):
         compile_launch(call, TARGET, kernel.name)
+
+
+def wrong(kernel: Kernel, folder: Path) -> str:
+    """Where a kernel differs from the float64 reference on three short sequences, or ""."""
+    case = cases_of(kernel.workload).make_case(kernel.workload, CHECKED, "cuda")
+    kernel.launch(folder)(*case.args)
+    found = []
+    for name, expected in case.expected().items():
+        out = case.outputs[name]
+        if not out.dtype.is_floating_point:
+            found += [name] * (not torch.equal(out.cpu(), expected.cpu()))
+        elif (error := relative_error(out, expected)) > THRESHOLDS[out.dtype]:
+            found.append(f"{name} {error:.2g}")
+    return ", ".join(found)
 
 
 class Bench:
@@ -125,6 +170,7 @@ class Bench:
     def __init__(self, folder: Path, out: Path | None, end: float) -> None:
         self.folder, self.out, self.end = folder, out, end
         self.rows: list[dict[str, Any]] = []
+        self.checked: dict[Kernel, str] = {}
 
     def size(self, batch: int, context: int, cache_dtype: str, kernels: Sequence[Kernel]) -> None:
         """Time kernels on caches of one size, and the whole attention by the first of each op."""
@@ -136,20 +182,30 @@ class Bench:
             cache_dtype=cache_dtype or None,
         )
         expected: dict[str, tuple[Tensor, ...]] = {}
-        calls: dict[str, dict[str, Callable[[], object]]] = {COMPRESSED: {}, BRANCHES: {}}
+        calls: dict[str, dict[str, Callable[[], object]]] = {op: {} for op in STATICS}
+        took: dict[str, dict[str, float]] = {op: {} for op in STATICS}
         for kernel in kernels:
             outputs, call = self.call(kernel, c, expected)
             try:
+                if kernel not in self.checked:
+                    self.checked[kernel] = wrong(kernel, self.folder)
                 call()
             except Exception as error:  # a schedule that does not fit is a row, too
-                self.row(batch, context, kernel, error=repr(error)[:200])
+                self.row(batch, context, kernel, failed=repr(error)[:200])
                 continue
             agrees = self.compare(expected.setdefault(kernel.op, outputs), outputs)
-            self.row(batch, context, kernel, ms=milliseconds(graphed(call)), **agrees)
-            calls[kernel.op][kernel.name] = call
-            if len(calls[kernel.op]) <= 2 and batch * context >= 32 * 131072:
+            ms = milliseconds(graphed(call))
+            if self.checked[kernel]:
+                agrees["wrong"] = self.checked[kernel]
+            self.row(batch, context, kernel, ms=ms, **agrees)
+            calls[kernel.op][kernel.name], took[kernel.op][kernel.name] = call, ms
+            if len(calls[kernel.op]) <= 3 and batch * context >= 32 * 131072:
                 self.parts(kernel, call)
-        for compressed, branches in itertools.product(*(list(c)[:2] for c in calls.values())):
+        # The defaults, their other form, and the fastest of each.
+        times_of = (took[COMPRESSED], took[BRANCHES])
+        tried = [[*list(t)[:2], *sorted(t, key=t.__getitem__)[:1]] for t in times_of]
+        pairs = zip(*tried, strict=False)  # a kernel may have failed
+        for compressed, branches in dict.fromkeys(pairs):
             steps = (
                 c.ops()["cache_append"],
                 calls[COMPRESSED][compressed],
@@ -171,12 +227,16 @@ class Bench:
             more = (c.cache.ck_scale, c.cache.cv_scale) if kernel.cache_dtype else ()
             return (o, idx), partial(launch, c.q, *at, o, idx, scale, None, *more)
         of_compressed, idx = expected[COMPRESSED]
+        if kernel.op == SELECTED:
+            more = (None, c.cache.k_scale, c.cache.v_scale) if kernel.cache_dtype else ()
+            at = (c.cache.k, c.cache.v, idx, c.positions, c.slots)
+            return (o,), partial(launch, c.q, *at, o, scale, *more)
         at = (c.cache.k, c.cache.v, idx, c.positions, c.slots, of_compressed, c.gate)
         more = (None, None, c.cache.k_scale, c.cache.v_scale) if kernel.cache_dtype else ()
         return (o,), partial(launch, c.q, *at, o, scale, None, *more)
 
-    def compare(self, expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> dict[str, float]:
-        rows = {"error": relative_error(found[0], expected[0])}
+    def compare(self, expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> dict[str, Any]:
+        rows: dict[str, Any] = {"error": relative_error(found[0], expected[0])}
         if len(found) > 1:
             rows["other_blocks"] = (found[1] != expected[1]).float().mean().item()
         return rows
@@ -207,13 +267,19 @@ class Bench:
 
 
 def kernels_of(cache_dtype: str, every: bool) -> list[Kernel]:
-    """What is timed: the defaults and a schedule, and with `every` more of them."""
-    form = partial(Kernel, COMPRESSED, cache_dtype, "split_kv")
-    branches = partial(Kernel, BRANCHES, cache_dtype, "split_kv")
-    found = [form(), *(form(s, registers=r) for s, r in EVERYWHERE[cache_dtype]), branches()]
-    if every:
-        found += [form(s, registers=r) for s, r in STEPS[cache_dtype]]
-        found += [branches(s, registers=r) for s, r in BRANCH_STEPS[cache_dtype]]
+    """What is timed: the defaults, in bytes too, and other schedules; with `every` more of them."""
+    found = []
+    for op, everywhere, more in (
+        (COMPRESSED, EVERYWHERE, STEPS),
+        (BRANCHES, BRANCHES_EVERYWHERE, BRANCH_STEPS),
+        (SELECTED, NONE, NONE),
+    ):
+        form = partial(Kernel, op, cache_dtype, "split_kv")
+        found.append(form())
+        if cache_dtype:
+            found.append(form(in_pairs=False))
+        steps = everywhere[cache_dtype] + (more[cache_dtype] if every else [])
+        found += [form(s, registers=r) for s, r in steps]
     return found
 
 
@@ -228,8 +294,10 @@ def main() -> None:
     sizes = [(32, 131072), *((b, c) for c in CONTEXTS for b in BATCHES if (b, c) != (32, 131072))]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        work = [
-            (kernel, folder, batch, context)
+        every = kernels_of("", True) + kernels_of(FLOAT8, True)
+        work = [(kernel, folder, CHECKED) for kernel in every]
+        work += [
+            (kernel, folder, Sizes((context - 1,) * batch, kv_heads=4, capacity=context))
             for batch, context in sizes
             for narrow in DTYPES
             for kernel in kernels_of(narrow, (batch, context) == sizes[0])

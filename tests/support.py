@@ -100,6 +100,12 @@ def check_outputs(outputs: dict[str, torch.Tensor], reference: dict[str, torch.T
         assert error <= THRESHOLDS[out.dtype], f"{name}: relative error {error:.2e}"
 
 
+def at_odd_bytes(x: torch.Tensor) -> torch.Tensor:
+    """As large a tensor of bytes that begins at an odd one."""
+    whole = torch.zeros(x.numel() + 1, dtype=x.dtype, device=x.device)
+    return whole[1:].view(x.shape)
+
+
 def stretch_narrow(case: Case) -> Case:
     """A decode case of two rows with queries of 1e-6 and 1e5, and narrow values of 2^-40 to 2^20.
 

@@ -28,6 +28,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     step_pad = min(_step_pad(workload), schedule.block_n)
     return {
         **padded_heads(workload),
+        "in_pairs": split_kv.in_pairs(workload),
         "group_pad": group_pad,
         "head_tiles": head_tiles,
         "heads_pad": heads_pad,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from nsagen.aot.cached import compiled_resources
+from nsagen.aot.compile import compile_launch, recorded_launches
+from nsagen.aot.machine_code import instructions, loops
 from nsagen.aot.resources import Resources
+from nsagen.cases.base import Sizes
 from nsagen.codegen.template import default_schedule, render, space_for
 from nsagen.core.target import KNOWN_TARGETS, Target
 from nsagen.core.workload import Param, Workload, parameter_names
@@ -77,3 +81,30 @@ def test_defaults_fit_and_use_no_stack(
     if name in FIRST:  # of the others, no loop uses it
         assert all(one.spill_bytes == 0 for one in found)
     assert any(one.matrix != "none" for one in found) == (name in MULTIPLY)
+
+
+@pytest.mark.parametrize(
+    "op", ["compressed_attention", "native_sparse_attention", "selected_attention"]
+)
+def test_float8_is_widened_by_few_instructions(op: str, tmp_path: Path) -> None:
+    """Two numbers a conversion, and one byte permutation for two conversions.
+
+    Products take numbers of several rows in one register. Gathering them byte by byte once took
+    five instructions for two numbers, and the kernels waited for instructions, not for memory.
+    """
+    target = KNOWN_TARGETS["cuda:90"]
+    names = parameter_names(op, "decode")
+    params = {n: value for n, value in SHAPE.items() if n in names}
+    work = Workload.of(op, "decode", dtype="bfloat16", cache_dtype="float8_e4m3fn", **params)
+    path = tmp_path / f"{op}.py"
+    path.write_text(render(work, default_schedule(work, target), header="# compiled"))
+    sizes = Sizes((65535,) * 32, kv_heads=4, capacity=65536)
+    first, *_ = recorded_launches(path, work, sizes)
+    code, labels = instructions(compile_launch(first, target, op).asm["cubin"])
+    start, end = max(loops(code, labels), key=lambda span: span[1] - span[0])
+    counts = Counter(i.name.split(".")[0] for i in code if start <= i.address <= end)
+    widened = sum("E4M3.UNPACK" in i.name for i in code if start <= i.address <= end)
+    step = 64 * (128 + 128)  # numbers of keys and values
+    assert widened == step // (2 * 64)  # by each thread of two warps
+    assert counts["PRMT"] <= widened // 2 + 8
+    assert counts["LDS"] <= widened // 4  # tiles move by LDSM

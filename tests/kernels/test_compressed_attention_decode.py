@@ -13,6 +13,7 @@ from nsagen.codegen.template import default_schedule, render
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import CACHE_DTYPES, Param, Schedule, Workload
 from tests.support import (
+    at_odd_bytes,
     check_case,
     kernel_device,
     kernel_dtypes,
@@ -21,6 +22,7 @@ from tests.support import (
 )
 
 DTYPES = kernel_dtypes()
+FLOAT8 = {"cache_dtype": "float8_e4m3fn"}
 
 
 def workload(dtype: str = "float32", **params: Param) -> Workload:
@@ -236,3 +238,30 @@ def test_quantized_caches_of_any_size(cache_dtype: str) -> None:
     work = workload(dtype="bfloat16", cache_dtype=cache_dtype)
     case = make_case(work, Sizes((63, 200), capacity=256), kernel_device())
     check_case(load_kernel(work), stretch_narrow(case))
+
+
+@pytest.mark.parametrize("page_size", [None, 32])
+@pytest.mark.parametrize("dims", [(32, 16), (40, 24), (64, 128)], ids=str)
+def test_float8_is_read_in_pairs(dims: tuple[int, int], page_size: int | None) -> None:
+    """Two numbers at once, where a key has 16 pairs or more, padded or not."""
+    work = workload(dtype="bfloat16", **FLOAT8, head_dim=dims[0], v_head_dim=dims[1])
+    assert "widened_pairs(v)" in render(work, schedule(work), "")
+    check(work, (-1, 0, 15, 16, 63, 200), page_size=page_size)
+
+
+def test_float8_pairs_of_any_size() -> None:
+    work = workload(dtype="bfloat16", **FLOAT8, head_dim=32, v_head_dim=32)
+    case = make_case(work, Sizes((63, 200), capacity=256), kernel_device())
+    check_case(load_kernel(work), stretch_narrow(case))
+
+
+@pytest.mark.parametrize("name", ["ck_cache", "cv_cache"])
+def test_float8_rows_at_odd_bytes_are_refused(name: str) -> None:
+    """Instead of being read from the byte before."""
+    work = workload(dtype="bfloat16", **FLOAT8, head_dim=32, v_head_dim=32)
+    case = make_case(work, Sizes((63, 200), capacity=256), kernel_device())
+    args = list(case.args)
+    place = {"ck_cache": 1, "cv_cache": 2}[name]
+    args[place] = at_odd_bytes(args[place])
+    with pytest.raises(ValueError, match=f"{name}: rows must start at even bytes"):
+        load_kernel(work).launch(*args)

@@ -59,6 +59,15 @@ def tile_bytes(workload: Workload, block_n: int) -> int:
     return block_n * (sizes["block_d"] + sizes["block_dv"]) * element
 
 
+def in_pairs(workload: Workload) -> bool:
+    """Whether a step reads two numbers of the cache at once, as an int16.
+
+    Those of float8, which two instructions widen. A product takes 16 pairs of a key at least.
+    """
+    narrow = workload.cache_dtype == "float8_e4m3fn" and workload.dtype != "float32"
+    return narrow and padded_heads(workload)["block_d"] >= 2 * LEAST_TILE
+
+
 def shared_memory(workload: Workload, schedule: Schedule) -> int:
     """The steps in flight, queries and scores.
 
@@ -133,6 +142,7 @@ def blocks_of_steps(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     group_pad, head_tiles = heads_of_program(workload)
     return {
         **padded_heads(workload),
+        "in_pairs": in_pairs(workload),
         "group_pad": group_pad,
         "head_tiles": head_tiles,
         "block_pad": block_pad,
