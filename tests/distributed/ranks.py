@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import os
 import tempfile
 import time
@@ -32,7 +33,8 @@ def on_ranks(
         lost: ranks that are expected to die; their results are None.
 
     Raises:
-        AssertionError: a rank failed, with its traceback, or took too long.
+        AssertionError: a rank failed, with its traceback, was ended by a signal, with the place
+            where it was, or took too long.
     """
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -40,20 +42,26 @@ def on_ranks(
             start_child(lambda rank=rank: _run(rank, count, work, place, timeout)): rank
             for rank in range(count)
         }
-        deadline = time.monotonic() + LIMIT
+        deadline, failed = time.monotonic() + LIMIT, list[str]()
         try:
             while children and time.monotonic() < deadline:
                 for child in [*children]:
-                    if os.waitpid(child, os.WNOHANG)[0]:
-                        del children[child]
+                    ended, status = os.waitpid(child, os.WNOHANG)
+                    if not ended:
+                        continue
+                    rank, code = children.pop(child), os.waitstatus_to_exitcode(status)
+                    if code < 0 and rank not in lost:
+                        fault = place / f"fault-{rank}"
+                        where = fault.read_text() if fault.exists() else "as it began"
+                        failed.append(f"rank {rank} was ended by signal {-code}\n{where}")
                 time.sleep(0.005)
             assert not children, f"rank {', '.join(map(str, children.values()))} hangs"
         finally:
             for child in children:
                 os.kill(child, 9)
                 os.waitpid(child, 0)
-        failed = sorted(place.glob("error-*"))
-        assert not failed, "\n".join(path.read_text() for path in failed)
+        failed += [path.read_text() for path in sorted(place.glob("error-*"))]
+        assert not failed, "\n".join(failed)
         return [
             None if rank in lost else torch.load(place / f"result-{rank}", weights_only=False)
             for rank in range(count)
@@ -61,6 +69,14 @@ def on_ranks(
 
 
 def _run(rank: int, count: int, work: Callable[[int], object], place: Path, timeout: float) -> None:
+    with (place / f"fault-{rank}").open("w") as file:
+        faulthandler.enable(file)
+        _join(rank, count, work, place, timeout)
+
+
+def _join(
+    rank: int, count: int, work: Callable[[int], object], place: Path, timeout: float
+) -> None:
     try:
         dist.init_process_group(
             "gloo",
