@@ -46,17 +46,37 @@ def op_of(
 
 
 def op_like(
-    name: str, other: Callable[..., Any], body: Callable[..., Any], *, omit: str = "", **how: Any
+    name: str,
+    others: Callable[..., Any] | tuple[Callable[..., Any], ...],
+    body: Callable[..., Any],
+    parameters: str = "",
+    *,
+    omit: str = "",
+    **how: Any,
 ) -> Callable[..., Any]:
-    """An op with the parameters of another one, on other ops: body is a function of `call`.
+    """An op with parameters of other ops, whose types and defaults they keep, and more tensors.
 
     Args:
+        body: takes what it needs by name, or all as attributes of `call`.
+        parameters: names in order, those of the first other op by default. One with a ? is a tensor
+            or None.
         omit: parameters of the other op that this one does not have.
         how: as in `define_op`.
     """
-    op: Op = vars(other)["op"]
-    types = {n: op.hints[n] for n in op.names if n not in omit.split()}
-    defaults = dict(zip(op.names, op.defaults, strict=True))
+    every: list[Op] = [
+        vars(one)["op"] for one in (others if isinstance(others, tuple) else (others,))
+    ]
+    hints, defaults = dict[str, Any](), dict[str, Any]()
+    for op in reversed(every):
+        hints |= op.hints
+        defaults |= zip(op.names, op.defaults, strict=True)
+    hints["softmax_scale"] = float  # one for all ops: `scale_of` comes before
+    defaults["softmax_scale"] = _NONE
+    named = parameters.split() or [n for n in every[0].names if n not in omit.split()]
+    types = {
+        n.removesuffix("?"): Tensor | None if n.endswith("?") else hints.get(n, Tensor)
+        for n in named
+    }
     run = _on_tuple(by_name(body, tuple(types)))
     return define_op(**how)(_declared(name, run, types, _tensors(how["returns"]), defaults))
 

@@ -8,6 +8,8 @@ steps, which Hopper has for heads of 64 and 128 in 16 bits.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from nsagen.core.workload import FORCED_ONCE
@@ -20,10 +22,9 @@ from nsagen.ops._checks import (
     check_window,
     fail,
 )
-from nsagen.ops._derive import op_of
+from nsagen.ops._derive import op_like, op_of
 from nsagen.ops._launch import attention_outputs, attention_sizes, has_kernel
-from nsagen.ops._op import define_op
-from nsagen.ops.gated_sum import check_gate
+from nsagen.ops.gated_sum import check_gate, gated_sum_forward
 from nsagen.ops.selected_attention import selected_attention_forward
 from nsagen.ops.sliding_window_attention import sliding_window_attention_forward
 
@@ -69,49 +70,13 @@ def _check_branches(op: str, o_forced: Tensor, o_compressed: Tensor, o_sliding: 
 _CHECKS = (check_attention, check_packed, check_topk_idx, _check_blocks, _check_forced)
 
 
-@define_op(
-    returns="o lse o_forced lse_forced",
-    allocate=lambda q, v: (*attention_outputs(q, v), *attention_outputs(q, v)),
-    check=(check_attention, check_packed, check_window, _check_blocks),
-    kernel="sliding_window_attention forward",
-    launch="q k v cu_seqlens o lse softmax_scale cu_seqlens_k q_start o_forced lse_forced",
-)
-def window_and_forced_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    window_size: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    cu_seqlens_k: Tensor | None = None,
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(o, lse) of the sliding window, and (o, lse) of the forced blocks alone; no gradient.
-
-    Args:
-        q: [N, HQ, D]; k: [N, HK, D]; v: [N, HK, Dv], after rope.
-        block_size: tokens of a block; init_blocks: forced ones at the start of a sequence;
-            local_blocks: those up to a token's own, itself among them.
-        cu_seqlens_k, q_start: as in `selected_attention`.
-    """
-    tensors, scale = (q, k, v, cu_seqlens), softmax_scale
-    chunk = {"cu_seqlens_k": cu_seqlens_k, "q_start": q_start}
-    o, lse = reference.sliding_window_attention_forward(
-        *tensors, window_size=window_size, softmax_scale=scale, **chunk
-    )
-    o_forced, lse_forced = reference.forced_blocks_attention(
-        *tensors,
-        block_size=block_size,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        softmax_scale=scale,
-        **chunk,
-    )
-    return o, lse, o_forced, lse_forced
+def _window_and_forced_blocks(call: Any) -> tuple[Tensor, ...]:
+    tensors = (call.q, call.k, call.v, call.cu_seqlens)
+    more = {name: getattr(call, name) for name in ("softmax_scale", "cu_seqlens_k", "q_start")}
+    blocks = {name: getattr(call, name) for name in ("block_size", "init_blocks", "local_blocks")}
+    window = {"window_size": call.window_size}
+    sliding = reference.sliding_window_attention_forward(*tensors, **window, **more)
+    return *sliding, *reference.forced_blocks_attention(*tensors, **blocks, **more)
 
 
 free_blocks_attention = op_of(
@@ -128,7 +93,34 @@ free_blocks_attention = op_of(
 ascending, each block once, the forced ones among them, then -1."""
 
 
-@define_op(
+window_and_forced_blocks = op_like(
+    "window_and_forced_blocks",
+    (sliding_window_attention_forward, free_blocks_attention),
+    _window_and_forced_blocks,
+    "q k v cu_seqlens window_size block_size init_blocks local_blocks softmax_scale dispatcher"
+    " cu_seqlens_k q_start",
+    returns="o lse o_forced lse_forced",
+    allocate=lambda q, v: (*attention_outputs(q, v), *attention_outputs(q, v)),
+    check=(check_attention, check_packed, check_window, _check_blocks),
+    kernel="sliding_window_attention forward",
+    launch="q k v cu_seqlens o lse softmax_scale cu_seqlens_k q_start o_forced lse_forced",
+)
+"""(o, lse) of the sliding window, and (o, lse) of the forced blocks alone: init_blocks at the start
+of a sequence and local_blocks up to a token's own; no gradient."""
+
+
+def _free_blocks_gated_sum(call: Any) -> Tensor:
+    given = {name: getattr(call, name) for name in vars(free_blocks_attention)["op"].names}
+    o, _ = free_blocks_attention(**given)
+    return reference.gated_sum(call.o_compressed, o, call.o_sliding, call.gate)
+
+
+free_blocks_gated_sum = op_like(
+    "free_blocks_gated_sum",
+    (free_blocks_attention, gated_sum_forward),
+    _free_blocks_gated_sum,
+    "q k v topk_idx cu_seqlens o_forced lse_forced o_compressed o_sliding gate block_size"
+    " init_blocks local_blocks softmax_scale dispatcher cu_seqlens_k q_start",
     returns="o",
     allocate=lambda q, v: attention_outputs(q, v)[0],
     scratch={"lse": lambda q, v: attention_outputs(q, v)[1]},
@@ -142,77 +134,29 @@ ascending, each block once, the forced ones among them, then -1."""
         "gate": lambda gate: gate.contiguous(),
     },
 )
-def free_blocks_gated_sum(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    topk_idx: Tensor,
-    cu_seqlens: Tensor,
-    o_forced: Tensor,
-    lse_forced: Tensor,
-    o_compressed: Tensor,
-    o_sliding: Tensor,
-    gate: Tensor,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    cu_seqlens_k: Tensor | None = None,
-    q_start: Tensor | None = None,
-) -> Tensor:
-    """o [N, HQ, Dv]: the gated sum of `free_blocks_attention` and the other branches; no gradient.
-
-    Args:
-        o_compressed, o_sliding: [N, HQ, Dv], the other branches.
-        gate: [N, HQ, 3], after the sigmoid: compressed, selected, sliding.
-        others: as in `free_blocks_attention`.
-    """
-    o, _ = reference.free_blocks_attention(
-        *(q, k, v, topk_idx, cu_seqlens, o_forced, lse_forced),
-        block_size=block_size,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        softmax_scale=softmax_scale,
-        cu_seqlens_k=cu_seqlens_k,
-        q_start=q_start,
-    )
-    return reference.gated_sum(o_compressed, o, o_sliding, gate)
+"""o [N, HQ, Dv]: the gated sum of `free_blocks_attention` and the other branches; no gradient."""
 
 
-@define_op(
+def _selected_and_window(call: Any) -> tuple[Tensor, ...]:
+    tensors, ends, window = (call.q, call.k, call.v), call.cu_seqlens, call.window_size
+    blocks = (call.block_size, call.init_blocks, call.local_blocks)
+    more = (call.softmax_scale, call.dispatcher, call.cu_seqlens_k, call.q_start)
+    if applies(*tensors, window, *blocks, call.dispatcher):
+        *sliding, o, lse = window_and_forced_blocks(*tensors, ends, window, *blocks, *more)
+        free = (call.topk_idx, ends, o, lse)
+        return *free_blocks_attention(*tensors, *free, *blocks, *more), *sliding
+    selected = selected_attention_forward(*tensors, call.topk_idx, ends, call.block_size, *more)
+    return *selected, *sliding_window_attention_forward(*tensors, ends, window, *more)
+
+
+selected_and_window = op_like(
+    "selected_and_window",
+    (free_blocks_attention, sliding_window_attention_forward),
+    _selected_and_window,
+    "q k v topk_idx cu_seqlens window_size block_size init_blocks local_blocks softmax_scale"
+    " dispatcher cu_seqlens_k q_start",
     returns="o_selected lse_selected o_sliding lse_sliding",
     allocate=lambda q, v: (*attention_outputs(q, v), *attention_outputs(q, v)),
 )
-def selected_and_window(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    topk_idx: Tensor,
-    cu_seqlens: Tensor,
-    window_size: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    cu_seqlens_k: Tensor | None = None,
-    q_start: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(o, lse) of selected attention and of the sliding window, which share k and v; their forced
-    blocks are met once where that `applies`. No gradient.
-
-    Args:
-        topk_idx: as block selection writes it.
-        others: as in `window_and_forced_blocks`.
-    """
-    blocks = (block_size, init_blocks, local_blocks)
-    more = (softmax_scale, dispatcher, cu_seqlens_k, q_start)
-    if applies(q, k, v, window_size, *blocks, dispatcher):
-        o_sliding, lse_sliding, *forced = window_and_forced_blocks(
-            q, k, v, cu_seqlens, window_size, *blocks, *more
-        )
-        selected = free_blocks_attention(q, k, v, topk_idx, cu_seqlens, *forced, *blocks, *more)
-        return *selected, o_sliding, lse_sliding
-    selected = selected_attention_forward(q, k, v, topk_idx, cu_seqlens, block_size, *more)
-    return *selected, *sliding_window_attention_forward(q, k, v, cu_seqlens, window_size, *more)
+"""(o, lse) of selected attention and of the sliding window, which share k and v; their forced
+blocks are met once where that `applies`. topk_idx is as block selection writes it. No gradient."""

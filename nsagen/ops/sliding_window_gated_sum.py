@@ -6,6 +6,8 @@ neither written nor read again. A backward pass would need that output, and take
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from nsagen.ops._checks import (
@@ -15,8 +17,8 @@ from nsagen.ops._checks import (
     check_rows,
     check_window,
 )
+from nsagen.ops._derive import op_like
 from nsagen.ops._launch import attention_outputs
-from nsagen.ops._op import define_op
 from nsagen.ops.gated_sum import check_gate, gated_sum_forward
 from nsagen.ops.sliding_window_attention import sliding_window_attention_forward
 
@@ -27,7 +29,18 @@ def _check(op: str, q: Tensor, v: Tensor, o_compressed: Tensor, o_selected: Tens
     check_like(op, ("o", o), o_compressed=o_compressed, o_selected=o_selected)
 
 
-@define_op(
+def _sliding_window_gated_sum(call: Any) -> Tensor:
+    given = {n: getattr(call, n) for n in vars(sliding_window_attention_forward)["op"].names}
+    branches = (call.o_compressed, call.o_selected, sliding_window_attention_forward(**given)[0])
+    return gated_sum_forward(*branches, call.gate, call.dispatcher)
+
+
+sliding_window_gated_sum = op_like(
+    "sliding_window_gated_sum",
+    (sliding_window_attention_forward, gated_sum_forward),
+    _sliding_window_gated_sum,
+    "q k v cu_seqlens o_compressed o_selected gate window_size softmax_scale dispatcher"
+    " cu_seqlens_k q_start",
     returns="o",
     allocate=lambda q, v: attention_outputs(q, v)[0],
     scratch={"lse": lambda q, v: attention_outputs(q, v)[1]},
@@ -40,27 +53,4 @@ def _check(op: str, q: Tensor, v: Tensor, o_compressed: Tensor, o_selected: Tens
         "gate": lambda gate: gate.contiguous(),
     },
 )
-def sliding_window_gated_sum(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    o_compressed: Tensor,
-    o_selected: Tensor,
-    gate: Tensor,
-    window_size: int,
-    softmax_scale: float,
-    dispatcher: str = "",
-    cu_seqlens_k: Tensor | None = None,
-    q_start: Tensor | None = None,
-) -> Tensor:
-    """o [N, HQ, Dv]: `gated_sum` with what `sliding_window_attention` gives; no gradient.
-
-    Args:
-        o_compressed, o_selected: [N, HQ, Dv], the other branches.
-        gate: [N, HQ, 3], after the sigmoid: compressed, selected, sliding.
-        others: as in `sliding_window_attention`.
-    """
-    statics = (window_size, softmax_scale, dispatcher, cu_seqlens_k, q_start)
-    o_sliding, _ = sliding_window_attention_forward(q, k, v, cu_seqlens, *statics)
-    return gated_sum_forward(o_compressed, o_selected, o_sliding, gate, dispatcher)
+"""o [N, HQ, Dv]: `gated_sum` with what `sliding_window_attention` gives; no gradient."""
