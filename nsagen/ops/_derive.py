@@ -52,6 +52,7 @@ def op_like(
     parameters: str = "",
     *,
     omit: str = "",
+    texts: str = "",
     **how: Any,
 ) -> Callable[..., Any]:
     """An op with parameters of other ops, whose types and defaults they keep, and more tensors.
@@ -61,6 +62,7 @@ def op_like(
         parameters: names in order, those of the first other op by default. One with a ? is a tensor
             or None.
         omit: parameters of the other op that this one does not have.
+        texts: parameters that are texts, empty by default, which no other op has.
         how: as in `define_op`.
     """
     every: list[Op] = [
@@ -70,15 +72,21 @@ def op_like(
     for op in reversed(every):
         hints |= op.hints
         defaults |= zip(op.names, op.defaults, strict=True)
-    hints["softmax_scale"] = float  # one for all ops: `scale_of` comes before
-    defaults["softmax_scale"] = _NONE
-    named = parameters.split() or [n for n in every[0].names if n not in omit.split()]
-    types = {
-        n.removesuffix("?"): Tensor | None if n.endswith("?") else hints.get(n, Tensor)
-        for n in named
-    }
+    hints |= {"softmax_scale": float} | dict.fromkeys(texts.split(), str)
+    defaults |= {"softmax_scale": _NONE} | dict.fromkeys(texts.split(), "")
+    wanted = parameters.split() or [n for n in every[0].names if n not in omit.split()]
+    optional = [n.removesuffix("?") for n in wanted if n.endswith("?")]
+    hints |= dict.fromkeys(optional, Tensor | None)
+    defaults |= dict.fromkeys(optional)
+    types = {n: hints.get(n, Tensor) for n in (n.removesuffix("?") for n in wanted)}
     run = _on_tuple(by_name(body, tuple(types)))
     return define_op(**how)(_declared(name, run, types, _tensors(how["returns"]), defaults))
+
+
+def called(function: Callable[..., Any], call: Any) -> Any:
+    """The function on attributes of a call that have its parameters' names."""
+    names = [name for name in inspect.signature(function).parameters if hasattr(call, name)]
+    return function(**{name: getattr(call, name) for name in names})
 
 
 def backward_of(op: Callable[..., Any], *, adds: bool = False) -> Callable[..., Any]:

@@ -10,9 +10,11 @@ from nsagen.core.workload import BRANCH_KV
 from nsagen.ops import reference
 from nsagen.ops._cache_checks import check_append, hidden_size
 from nsagen.ops._checks import fail
+from nsagen.ops._derive import called, op_like
 from nsagen.ops._launch import key_of
-from nsagen.ops._op import define_op
+from nsagen.ops.compress import compress_forward
 from nsagen.ops.reference.compress import Weight, tensors_of, weight_of
+from nsagen.ops.rope import rope_forward
 from nsagen.ops.scales import CacheScales
 from nsagen.ops.separate import SeparateKV
 from nsagen.runtime import Dispatcher
@@ -107,7 +109,25 @@ def _sizes(call: Any) -> dict[str, Any]:
     }
 
 
-@define_op(
+def _append(call: Any) -> Tensor:
+    call.w_k, call.w_v = weight_of(call.w_k, call.w_k2), weight_of(call.w_v, call.w_v2)
+    call.separate = call.scales = None
+    if call.k_scale is not None:
+        call.scales = called(CacheScales, call)
+    elif call.k_window is not None:
+        call.separate = called(SeparateKV, call)
+    return called(reference.cache_append, call)
+
+
+_cache_append_decode = op_like(
+    "cache_append_decode",
+    (compress_forward, rope_forward),
+    _append,
+    "q k v cos sin w_k? w_v? pe? positions slots k_cache v_cache ck_cache cv_cache k_raw"
+    " compress_type kernel_size kernel_stride dispatcher block_table? v_compress_type w_k2? w_v2?"
+    " pe_v? k_compress? v_compress? k_window? v_window? v_raw? k_window_cache? v_window_cache?"
+    " k_scale? v_scale? ck_scale? cv_scale?",
+    texts="v_compress_type",
     returns="q_turned",
     allocate=lambda q: q.new_empty(q.shape),
     check=check_append,
@@ -121,56 +141,4 @@ def _sizes(call: Any) -> dict[str, Any]:
     mutates="k_cache v_cache ck_cache cv_cache k_raw v_raw k_window_cache v_window_cache"
     " k_scale v_scale ck_scale cv_scale",
 )
-def _cache_append_decode(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    w_k: Tensor | None,
-    w_v: Tensor | None,
-    pe: Tensor | None,
-    positions: Tensor,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    ck_cache: Tensor,
-    cv_cache: Tensor,
-    k_raw: Tensor,
-    compress_type: str,
-    kernel_size: int,
-    kernel_stride: int,
-    dispatcher: str = "",
-    block_table: Tensor | None = None,
-    v_compress_type: str = "",
-    w_k2: Tensor | None = None,
-    w_v2: Tensor | None = None,
-    pe_v: Tensor | None = None,
-    k_compress: Tensor | None = None,
-    v_compress: Tensor | None = None,
-    k_window: Tensor | None = None,
-    v_window: Tensor | None = None,
-    v_raw: Tensor | None = None,
-    k_window_cache: Tensor | None = None,
-    v_window_cache: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    ck_scale: Tensor | None = None,
-    cv_scale: Tensor | None = None,
-) -> Tensor:
-    """q after rope, [R, HQ, D]; see `cache_append`. w_k2, w_v2: second layers of an mlp."""
-    own = (k_compress, v_compress, k_window, v_window, v_raw, k_window_cache, v_window_cache)
-    quantized = (k_scale, v_scale, ck_scale, cv_scale, v_raw)
-    given = [x for x in (own if k_scale is None else quantized) if x is not None]
-    return reference.cache_append(
-        *(q, k, v, cos, sin, weight_of(w_k, w_k2), weight_of(w_v, w_v2), pe, positions, slots),
-        *(k_cache, v_cache, ck_cache, cv_cache, k_raw),
-        compress_type=compress_type,
-        v_compress_type=v_compress_type,
-        kernel_size=kernel_size,
-        kernel_stride=kernel_stride,
-        pe_v=pe_v,
-        block_table=block_table,
-        separate=SeparateKV(*given) if given and k_scale is None else None,
-        scales=None if k_scale is None else CacheScales(*given),
-    )
+"""q after rope, [R, HQ, D]; see `cache_append`. w_k2, w_v2: second layers of an mlp."""

@@ -22,8 +22,9 @@ from nsagen.ops._checks import (
     check_window,
     fail,
 )
-from nsagen.ops._derive import op_like, op_of
+from nsagen.ops._derive import called, op_like, op_of
 from nsagen.ops._launch import attention_outputs, attention_sizes, has_kernel
+from nsagen.ops._op import define_op
 from nsagen.ops.gated_sum import check_gate, gated_sum_forward
 from nsagen.ops.selected_attention import selected_attention_forward
 from nsagen.ops.sliding_window_attention import sliding_window_attention_forward
@@ -71,12 +72,8 @@ _CHECKS = (check_attention, check_packed, check_topk_idx, _check_blocks, _check_
 
 
 def _window_and_forced_blocks(call: Any) -> tuple[Tensor, ...]:
-    tensors = (call.q, call.k, call.v, call.cu_seqlens)
-    more = {name: getattr(call, name) for name in ("softmax_scale", "cu_seqlens_k", "q_start")}
-    blocks = {name: getattr(call, name) for name in ("block_size", "init_blocks", "local_blocks")}
-    window = {"window_size": call.window_size}
-    sliding = reference.sliding_window_attention_forward(*tensors, **window, **more)
-    return *sliding, *reference.forced_blocks_attention(*tensors, **blocks, **more)
+    sliding = called(reference.sliding_window_attention_forward, call)
+    return *sliding, *called(reference.forced_blocks_attention, call)
 
 
 free_blocks_attention = op_of(
@@ -110,8 +107,7 @@ of a sequence and local_blocks up to a token's own; no gradient."""
 
 
 def _free_blocks_gated_sum(call: Any) -> Tensor:
-    given = {name: getattr(call, name) for name in vars(free_blocks_attention)["op"].names}
-    o, _ = free_blocks_attention(**given)
+    o, _ = called(reference.free_blocks_attention, call)
     return reference.gated_sum(call.o_compressed, o, call.o_sliding, call.gate)
 
 
@@ -137,26 +133,39 @@ free_blocks_gated_sum = op_like(
 """o [N, HQ, Dv]: the gated sum of `free_blocks_attention` and the other branches; no gradient."""
 
 
-def _selected_and_window(call: Any) -> tuple[Tensor, ...]:
-    tensors, ends, window = (call.q, call.k, call.v), call.cu_seqlens, call.window_size
-    blocks = (call.block_size, call.init_blocks, call.local_blocks)
-    more = (call.softmax_scale, call.dispatcher, call.cu_seqlens_k, call.q_start)
-    if applies(*tensors, window, *blocks, call.dispatcher):
-        *sliding, o, lse = window_and_forced_blocks(*tensors, ends, window, *blocks, *more)
-        free = (call.topk_idx, ends, o, lse)
-        return *free_blocks_attention(*tensors, *free, *blocks, *more), *sliding
-    selected = selected_attention_forward(*tensors, call.topk_idx, ends, call.block_size, *more)
-    return *selected, *sliding_window_attention_forward(*tensors, ends, window, *more)
-
-
-selected_and_window = op_like(
-    "selected_and_window",
-    (free_blocks_attention, sliding_window_attention_forward),
-    _selected_and_window,
-    "q k v topk_idx cu_seqlens window_size block_size init_blocks local_blocks softmax_scale"
-    " dispatcher cu_seqlens_k q_start",
+@define_op(
     returns="o_selected lse_selected o_sliding lse_sliding",
     allocate=lambda q, v: (*attention_outputs(q, v), *attention_outputs(q, v)),
 )
-"""(o, lse) of selected attention and of the sliding window, which share k and v; their forced
-blocks are met once where that `applies`. topk_idx is as block selection writes it. No gradient."""
+def selected_and_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    cu_seqlens: Tensor,
+    window_size: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(o, lse) of selected attention and of the sliding window, which share k and v; their forced
+    blocks are met once where that `applies`. No gradient.
+
+    Args:
+        topk_idx: as block selection writes it.
+        others: as in `window_and_forced_blocks`.
+    """
+    blocks = (block_size, init_blocks, local_blocks)
+    more = (softmax_scale, dispatcher, cu_seqlens_k, q_start)
+    if applies(q, k, v, window_size, *blocks, dispatcher):
+        o_sliding, lse_sliding, *forced = window_and_forced_blocks(
+            q, k, v, cu_seqlens, window_size, *blocks, *more
+        )
+        selected = free_blocks_attention(q, k, v, topk_idx, cu_seqlens, *forced, *blocks, *more)
+        return *selected, o_sliding, lse_sliding
+    selected = selected_attention_forward(q, k, v, topk_idx, cu_seqlens, block_size, *more)
+    return *selected, *sliding_window_attention_forward(q, k, v, cu_seqlens, window_size, *more)

@@ -86,55 +86,71 @@ def branch_columns(gate: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(columns), deltas.to(gate.dtype, copy=True)
 
 
-def _windows_forward(call: Any) -> tuple[Tensor, ...]:
-    tensors, ends = (call.q, call.ck), (call.cu_seqlens, call.window_cu_seqlens)
-    windows, last = (
-        (*ends, call.kernel_size, call.kernel_stride),
-        (call.softmax_scale, call.dispatcher),
-    )
-    blocks = (call.block_size, call.topk, call.init_blocks, call.local_blocks)
-    o, lse = compressed_attention_forward(*tensors, call.cv, *windows, *last, call.q_start)
-    return o, lse, block_selection_forward(*tensors, lse, *windows, *blocks, *last, call.q_start)
-
-
-windows_forward = op_like(
-    "windows_forward",
-    (block_selection_forward, selected_and_window),
-    _windows_forward,
-    "q ck cv cu_seqlens window_cu_seqlens kernel_size kernel_stride block_size topk init_blocks"
-    " local_blocks softmax_scale dispatcher q_start",
+@define_op(
     returns="o_compressed lse_compressed topk_idx",
     allocate=lambda q, ck, cv, topk: (*attention_outputs(q, cv), _allocate_blocks(q, ck, topk)),
 )
-"""(o, lse) of the compressed branch, and the blocks that its scores choose."""
+def windows_forward(
+    q: Tensor,
+    ck: Tensor,
+    cv: Tensor,
+    cu_seqlens: Tensor,
+    window_cu_seqlens: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+    q_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, lse) of the compressed branch, and the blocks that its scores choose."""
+    windows = (cu_seqlens, window_cu_seqlens, kernel_size, kernel_stride)
+    last, blocks = (softmax_scale, dispatcher), (block_size, topk, init_blocks, local_blocks)
+    o, lse = compressed_attention_forward(q, ck, cv, *windows, *last, q_start)
+    return o, lse, block_selection_forward(q, ck, lse, *windows, *blocks, *last, q_start)
 
 
-def _tokens_backward(call: Any) -> tuple[Tensor, ...]:
-    _, of_selected, of_sliding, _, delta_selected, delta_sliding = call.columns
-    tensors, ends = (call.do, call.q, call.k, call.v), call.cu_seqlens
-    more = (call.softmax_scale, call.dispatcher, call.cu_seqlens_k, call.q_start)
-    dq, dk, dv = selected_attention_backward(
-        *(*tensors, call.topk_idx, ends, None, call.lse_selected, call.block_size),
-        *(*more, delta_selected, of_selected),
-    )
-    add_sliding_window_gradients(
-        *(*tensors, ends, None, call.lse_sliding, dq, dk, dv, call.window_size),
-        *(*more, delta_sliding, of_sliding),
-    )
-    return dq, dk, dv
-
-
-tokens_backward = op_like(
-    "tokens_backward",
-    selected_and_window,
-    _tokens_backward,
-    "do q k v topk_idx cu_seqlens lse_selected lse_sliding columns block_size window_size"
-    " softmax_scale dispatcher cu_seqlens_k q_start",
+@define_op(
     returns="dq dk dv",
     allocate=lambda q, k, v: tuple(x.new_empty(x.shape) for x in (q, k, v)),
 )
-"""Gradients by the selected branch and the sliding one, which adds its own to the other's: from do,
-the gradient of the gated sum, and columns as `branch_columns` gives them."""
+def tokens_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk_idx: Tensor,
+    cu_seqlens: Tensor,
+    lse_selected: Tensor,
+    lse_sliding: Tensor,
+    columns: Tensor,
+    block_size: int,
+    window_size: int,
+    softmax_scale: float,
+    dispatcher: str = "",
+    cu_seqlens_k: Tensor | None = None,
+    q_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by the selected branch and the sliding one, which adds its own to the other's.
+
+    Args:
+        do: gradient of the gated sum.
+        columns: as `branch_columns` gives them.
+    """
+    _, of_selected, of_sliding, _, delta_selected, delta_sliding = columns
+    more = (softmax_scale, dispatcher, cu_seqlens_k, q_start)
+    dq, dk, dv = selected_attention_backward(
+        *(do, q, k, v, topk_idx, cu_seqlens, None, lse_selected, block_size),
+        *(*more, delta_selected, of_selected),
+    )
+    add_sliding_window_gradients(
+        *(do, q, k, v, cu_seqlens, None, lse_sliding, dq, dk, dv, window_size),
+        *(*more, delta_sliding, of_sliding),
+    )
+    return dq, dk, dv
 
 
 def add_windows_gradient(

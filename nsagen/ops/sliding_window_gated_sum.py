@@ -17,7 +17,7 @@ from nsagen.ops._checks import (
     check_rows,
     check_window,
 )
-from nsagen.ops._derive import op_like
+from nsagen.ops._derive import called, op_like
 from nsagen.ops._launch import attention_outputs
 from nsagen.ops.gated_sum import check_gate, gated_sum_forward
 from nsagen.ops.sliding_window_attention import sliding_window_attention_forward
@@ -30,8 +30,8 @@ def _check(op: str, q: Tensor, v: Tensor, o_compressed: Tensor, o_selected: Tens
 
 
 def _sliding_window_gated_sum(call: Any) -> Tensor:
-    given = {n: getattr(call, n) for n in vars(sliding_window_attention_forward)["op"].names}
-    branches = (call.o_compressed, call.o_selected, sliding_window_attention_forward(**given)[0])
+    o_sliding, _ = called(sliding_window_attention_forward, call)
+    branches = (call.o_compressed, call.o_selected, o_sliding)
     return gated_sum_forward(*branches, call.gate, call.dispatcher)
 
 
