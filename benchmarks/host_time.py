@@ -139,6 +139,31 @@ def modes(x: Inputs, what: str) -> Iterator[tuple[str, Callable[[], Call]]]:
     yield "reduce-overhead", lambda: make(REDUCED)
 
 
+class Nothing(torch.autograd.Function):
+    """A node without work: what autograd itself costs on this host."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def empty_calls() -> Iterator[tuple[str, str, Call]]:
+    """What the host needs at least: for a node of autograd's graph, and for a launch by PyTorch."""
+    x = torch.zeros(64, device="cuda", requires_grad=True)
+    gradient, y = torch.ones_like(x), torch.zeros(64, device="cuda")
+
+    def node() -> Any:
+        return torch.autograd.grad(Nothing.apply(x), x, gradient)
+
+    yield "an empty node, both passes", "eager", node
+    yield "an empty node, both passes", ONE_THREAD, in_one_thread(node)
+    yield "a launch of PyTorch's add_", "eager", lambda: y.add_(1)
+
+
 COMPILED = torch.compile(ops.native_sparse_attention, fullgraph=True, dynamic=True)
 REDUCED = torch.compile(ops.native_sparse_attention, fullgraph=True, mode="reduce-overhead")
 
@@ -175,6 +200,11 @@ def main() -> None:
     options = parser.parse_args()
     dispatcher = nsagen.load(options.package)
     rows: list[dict[str, Any]] = []
+    for what, mode, call in empty_calls():
+        for _ in range(50):
+            call()
+        rows.append({"what": what, "mode": mode, "host_ms": host_cost(call).ms})
+        print(json.dumps(rows[-1]), flush=True)
     for tokens in options.seqlens:
         x = Inputs(tokens, dispatcher)
         for what in ("forward", "forward and backward"):
