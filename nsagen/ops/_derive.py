@@ -57,6 +57,9 @@ def op_like(
 ) -> Callable[..., Any]:
     """An op with parameters of other ops, whose types and defaults they keep, and more tensors.
 
+    It needs a kernel or gradients: then PyTorch's compiler calls it as a whole, whose body it could
+    not trace.
+
     Args:
         body: takes what it needs by name, or all as attributes of `call`.
         parameters: names in order, those of the first other op by default. One with a ? is a tensor

@@ -3,14 +3,14 @@
 An op is one annotated function, whose body is the reference: what it computes, in PyTorch. Beside
 it stand the check of its contract, the function that allocates its outputs, which is its fake too,
 the kernel that serves it, and its gradients. Each of these takes what it needs of the op's
-parameters and outputs by their names, as a pytest function takes fixtures.
+parameters and outputs by their names, as a pytest function takes fixtures. A name means the same
+in every op, so checks are shared, and static parameters such as head_dim are read in one place.
 
     @define_op(
         returns="y",
-        check=_check,
+        check=(check_rope,),
         allocate=lambda x: x.new_empty(x.shape),
         kernel="rope forward",
-        sizes=lambda x: {"head_dim": x.shape[2]},
         launch="x cos sin positions y",
         gradients=_gradients,
     )
@@ -104,7 +104,7 @@ def define_op(
             are repeated as a whole. If it has no `gradients` either, those ops are called
             individually on the reference, where gradients are wanted, in exported graphs, and under
             a mode, a transform or a profiler.
-        sizes: static parameters of the workload, besides those that `sizes.reader` finds.
+        sizes: static parameters of the workload, besides those that `_sizes.reader` finds.
         context: for decoding, the tokens that a cache slot holds at most, where that is not the
             length of `k_cache`.
         launch: arguments of the kernel's `launch`, in order. The rows of the first are the call's
@@ -311,9 +311,7 @@ def by_name(function: Callable[..., Any], names: Sequence[str]) -> Callable[[Arg
         return lambda values: function(SimpleNamespace(**dict(zip(names, values, strict=True))))
     others = {name: p.default for name, p in wanted.items() if name not in names}
     if inspect.Parameter.empty in others.values():
-        raise TypeError(
-            f"{function.__name__}: takes {', '.join(others)}, not of {', '.join(names)}"
-        )
+        raise TypeError(f"{function}: takes {[*others]}; there are {[*names]}")
     every, defaults = (*names, *others), tuple(others.values())
     pick = picker([every.index(name) for name in wanted])
     return lambda values: function(*pick((*values, *defaults)))
