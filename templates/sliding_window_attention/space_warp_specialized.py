@@ -10,6 +10,7 @@ SPACES = (
         "sliding_window_attention",
         (),
         {"block_n": 64, "num_stages": 3, "row_step": 64, "row_stages": 3},
-        least_group=8,
+        large_group=8,
+        preferred=lambda workload, target: int(workload.gqa_ratio) >= 8,
     ),
 )

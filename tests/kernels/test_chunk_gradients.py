@@ -26,7 +26,8 @@ STATICS: dict[str, dict[str, Any]] = {
     "sliding_window_attention": {"window_size": 9},
 }
 BACKWARD = [(op, space.algorithm) for op in STATICS for space in spaces_of(op, "backward")]
-PLAIN = [(op, algorithm) for op, algorithm in BACKWARD if algorithm != "warp_specialized"]
+PIPELINES = [(op, name) for op, name in BACKWARD if name in ("warp_specialized", "stored_ds")]
+PLAIN = [one for one in BACKWARD if one not in PIPELINES]
 
 
 def kernel(
@@ -88,10 +89,10 @@ def test_any_cut(
     check_chunks(*kernel(op, algorithm, sizes), bounds, gated)
 
 
-@pytest.mark.parametrize("op", STATICS)
-def test_pipelines(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("op", "algorithm"), PIPELINES)
+def test_pipelines(op: str, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     more = {"block_size": 64} if op == "selected_attention" else {}
-    w, module = kernel(op, "warp_specialized", (8, 64, 64), "float16", **more)
+    w, module = kernel(op, algorithm, (8, 64, 64), "float16", **more)
     if kernel_device() == "cpu":
         on_cpu(monkeypatch, module)
     elif not is_hopper():

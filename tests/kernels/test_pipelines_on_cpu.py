@@ -15,7 +15,7 @@ import pytest
 import torch
 from triton.experimental.gluon._runtime import GluonJITFunction
 
-from nsagen.cases.base import Sizes, cases_of
+from nsagen.cases.base import THRESHOLDS, Sizes, cases_of, relative_error
 from nsagen.codegen.template import space_for, spaces_of
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Param, Schedule, Workload
@@ -111,6 +111,16 @@ def test_stored_ds_of_one_sequence_takes_the_windows_that_are_seen(
         assert (end - first + 8) * 16 * windows <= budget or end - first == 128
     monkeypatch.setattr(module, "WORKSPACE", 2 * 2 * 16 * 128 * (256 + 8))
     check_case(module, cases_of(w).make_case(w, Sizes((600,), 2), "cpu", 1))
+
+
+def test_stored_ds_is_added_to_dq(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = stored_ds(monkeypatch, 8)
+    case = cases_of(module.workload).make_case(module.workload, Sizes((50, 0, 3), 1), "cpu", 1)
+    dq = case.outputs["dq"]
+    before = torch.randn_like(dq)
+    dq.copy_(before)
+    module.launch(*case.args, add=True)
+    assert relative_error(dq, case.expected()["dq"] + before.double()) <= THRESHOLDS[dq.dtype]
 
 
 def test_stored_ds_of_gates(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nsagen.cases.base import THRESHOLDS, Case, Sizes, cases_of, relative_error
-from nsagen.codegen.template import spaces_of
+from nsagen.codegen.template import space_for, spaces_of
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Schedule, Workload
 from nsagen.ops import reference
@@ -63,6 +63,24 @@ def test_group_sizes(op: str, group: int, dtype: str) -> None:
 def test_head_sizes_and_schedules(op: str, knobs: dict[str, int], dim: int, v_dim: int) -> None:
     w = workload(op, dim=dim, v_head_dim=v_dim)
     check_case(load_kernel(w, schedule_of(w, **knobs)), case_of(w))
+
+
+@pytest.mark.parametrize(
+    ("group", "dtype", "dim", "v_dim"),
+    [
+        *((group, "bfloat16", 128, 128) for group in (4, 8, 16, 32, 64)),
+        *((16, "float16", *dims) for dims in ((128, 128), (64, 128), (128, 64), (64, 64))),
+    ],
+)
+@pytest.mark.parametrize("hide", ["gradients", "scores"])
+def test_stored_ds(group: int, dtype: str, dim: int, v_dim: int, hide: str) -> None:
+    """In one range of tokens, and in several."""
+    w = workload("compressed_attention", dtype, dim, group, v_head_dim=v_dim)
+    default = space_for(w, "stored_ds").default_schedule(w, SM90)
+    module = load_kernel(w, Schedule.of("stored_ds", dict(default.knobs), hide=hide))
+    check_case(module, case_of(w))
+    module.WORKSPACE = 1  # as few tokens as there can be
+    check_case(module, case_of(w))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

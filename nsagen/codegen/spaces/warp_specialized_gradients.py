@@ -5,6 +5,7 @@ The pipelines are shared too: templates/shared/pipeline_dq.py.j2 and pipeline_dk
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace
@@ -65,19 +66,26 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
 
 
 def space(
-    op: str, knobs: tuple[Knob, ...], defaults: dict[str, Param], *, least_group: int
+    op: str,
+    knobs: tuple[Knob, ...],
+    defaults: dict[str, Param],
+    *,
+    large_group: int,
+    preferred: Callable[[Workload, Target], bool],
 ) -> ScheduleSpace:
     """The space of an op's backward pass.
 
     Args:
         knobs: in addition to those of the pipelines.
         defaults: values of all knobs when nothing was measured.
-        least_group: query heads per key/value head from which it is the default; with fewer, the
-            masks of more tokens per step spill.
+        large_group: query heads per key/value head from which masks hide gradients. With fewer,
+            those of more tokens per step spill, so they hide scores.
+        preferred: for which workloads it is the default.
     """
 
     def default(workload: Workload, target: Target) -> dict[str, Param]:
-        return {"hide": "gradients", **defaults}
+        hide = "gradients" if int(workload.gqa_ratio) >= large_group else "scores"
+        return {"hide": hide, **defaults}
 
     return ScheduleSpace(
         op=op,
@@ -96,5 +104,5 @@ def space(
         supports=supports_gradients,
         runs_on=runs_on,
         triton=GLUON,
-        preferred=lambda workload, target: int(workload.gqa_ratio) >= least_group,
+        preferred=preferred,
     )
