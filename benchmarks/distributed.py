@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import math
 import os
@@ -268,7 +267,7 @@ def sums_of(x: Tensor, count: int) -> Callable[[], None]:
 
 def compile_first(what: Sequence[str]) -> None:
     """Fill Triton's cache on disk: a process for each case runs it once, by itself."""
-    kinds = dict.fromkeys(case.what for case in USUAL.cases(what))
+    kinds = dict.fromkeys((case.what, case.split) for case in USUAL.cases(what))
     count, gpus = int(os.environ["WORLD_SIZE"]), torch.cuda.device_count()
     command = [sys.executable, "-m", "benchmarks.distributed", "--out", os.devnull, "--compile"]
     running = [
@@ -276,7 +275,7 @@ def compile_first(what: Sequence[str]) -> None:
             [*command, str(count), what, split],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": str(index % gpus)},
         )
-        for index, (what, split) in enumerate(itertools.product(kinds, SPLITS))
+        for index, (what, split) in enumerate(kinds)
     ]
     for one in running:  # what fails is said there, and compiled when it is first called
         one.wait()
@@ -300,6 +299,16 @@ def run_alone(sizes: Sizes, device: torch.device, count: int, what: str, split: 
         trainer.step(0)
 
 
+def kind_or_row(text: str) -> str:
+    """An entry of --what."""
+    kind, *row = text.split("/")
+    named = kind in ("attention", "step", "graph") and len(row) == 2
+    if text in WHAT or (named and row[0].isdecimal() and row[1] in SPLITS):
+        return text
+    rule = f"{', '.join(WHAT)}, or kind/tokens/{'|'.join(SPLITS)}"
+    raise argparse.ArgumentTypeError(f"must be {rule}; got {text!r}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     began = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
@@ -308,7 +317,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no case after these")
     late = "end the run if a row takes longer"
     parser.add_argument("--row-seconds", type=float, default=math.inf, help=late)
-    parser.add_argument("--what", choices=WHAT, nargs="+", default=WHAT, help="default: all")
+    several = f'{", ".join(WHAT)}, or single rows like "step/16384/context"; default: all'
+    parser.add_argument("--what", type=kind_or_row, nargs="+", default=WHAT, help=several)
     parser.add_argument("--compiled", action="store_true", help="kernels are in Triton's cache")
     parser.add_argument("--compile", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -49,7 +49,11 @@ class Sizes:
     calls: int
 
     def cases(self, what: Sequence[str] = WHAT) -> list[Case]:
-        """By worth: the attention layer, then the step; and heads last."""
+        """By worth: the attention layer, then the step; and heads last.
+
+        Args:
+            what: kinds of cases, and single ones by kind, tokens and split: "step/16384/context".
+        """
         step = "training step"
         kinds = {"attention": ("attention", False), "step": (step, False), "graph": (step, True)}
         cases = [
@@ -60,6 +64,8 @@ class Sizes:
             for n in self.tokens
             for split in splits
         ]
+        single = (name.split("/") for name in what if "/" in name)
+        cases += [Case(kinds[kind][0], int(n), split, kinds[kind][1]) for kind, n, split in single]
         return [*cases, Case(step, self.longest, "context")] if "longest" in what else cases
 
     def layer(self, tokens: int) -> ToyNSALlamaConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import distributed_plan
-from benchmarks.distributed import RUNS, measure, run_alone
+from benchmarks.distributed import RUNS, kind_or_row, measure, run_alone
 from benchmarks.distributed_cases import SPLITS, TINY, USUAL, Case
 from benchmarks.distributed_meter import Meter, covered, watched
 from benchmarks.distributed_plan import predicted, share_of_roofline
@@ -68,6 +69,19 @@ def test_what_says_most_comes_first_and_nothing_starts_late() -> None:
     assert second == ("attention", 131072, "context", False)
     assert {case[:3] for case in USUAL.cases()} >= {*itertools.product(RUNS, USUAL.tokens, SPLITS)}
     assert on_ranks(2, lambda rank: measure(TINY, Meter(CPU, 1, seconds=0.0))) == [[], []]
+
+
+def test_single_rows_come_in_their_order() -> None:
+    names = ["graph/16384/context", "attention/131072/alone"]
+    assert USUAL.cases([kind_or_row(name) for name in names]) == [
+        Case("training step", 16384, "context", True),
+        Case("attention", 131072, "alone"),
+    ]
+    for wrong in ("longer", "step/16384", "step/all/context", "longest/1/context", "step/1/heads"):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match=f"must be attention, .* got '{wrong}'"
+        ):
+            kind_or_row(wrong)
 
 
 def test_an_error_is_a_row() -> None:
