@@ -177,8 +177,9 @@ def child(kind: str, name: str, folder: Path) -> dict[str, float]:
 
 
 def failure(error: BaseException) -> str:
-    lines = "".join(traceback.format_exception(error)).strip().splitlines()
-    return "\n".join(lines[-6:])
+    """What the results say of it; where it happened is printed."""
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def compile_and_check(

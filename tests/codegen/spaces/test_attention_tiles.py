@@ -3,7 +3,7 @@
 import pytest
 
 from nsagen.aot.compile import compile_launch, compile_variant, recorded_launches
-from nsagen.codegen.template import kernel_name, render, spaces_of
+from nsagen.codegen.template import default_schedule, kernel_name, render, spaces_of
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Workload
 
@@ -41,3 +41,17 @@ def test_gradients_use_warpgroup_products_and_spill_nothing(op, tmp_path):
         assert resources.matrix == ("none" if resources.kernel.endswith("_add") else "wgmma")
         assert not resources.problems(SM90, measured=True)
         assert resources.loop_spills == 0
+
+
+def test_the_pipelined_gradients_of_a_band_keep_no_stack_in_loops(tmp_path):
+    """MiniCPM4's, by compilation: three stages of rows did with Triton 3.6, whose quotients by a
+    number that is no power of two take registers."""
+    sizes = {"head_dim": 128, "v_head_dim": 128, "gqa_ratio": 16}
+    window = {"window_size": 33 * 64, "block_size": 64}
+    w = Workload.of("sliding_window_attention", "backward", dtype="bfloat16", **sizes, **window)
+    schedule = default_schedule(w, SM90)
+    path = tmp_path / f"{kernel_name(w, schedule)}.py"
+    path.write_text(render(w, schedule, "# test"))
+    assert schedule.algorithm == "warp_specialized"
+    for resources in compile_variant(path, w, SM90):
+        assert not resources.problems(SM90)
