@@ -227,6 +227,9 @@ def continued() -> str:
         dense = one["dense_loss"]
         rows.append(f"| {name} | {one['step']} | {one['loss']:.3f} | {one['distance']:.3f} |")
     rows.append(f"| the dense model | | {dense:.3f} | |")
+    rows.append(
+        "\n![Losses of both stages, and the distance to the dense model](images/continue.png)"
+    )
     return "\n".join(rows)
 
 
