@@ -77,7 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--preset", choices=("cpu", "gpu"), default="gpu", help="sizes (default: gpu)")
     add("--steps", type=int, help="updates of the weights; default: the preset's")
     add("--seconds", type=float, default=float("inf"), help="stop after so many")
-    most = "leave out a run whose steps would take more, by its first ones"
+    most = "leave out a longer length whose steps would take more, by its first ones"
     add("--run-seconds", type=float, default=float("inf"), help=most)
     add("--tiny", action="store_true", help="two steps of one layer, of 512 and 1024 tokens")
     add("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
@@ -141,10 +141,10 @@ def train(options: argparse.Namespace, run: Run, config: TrainConfig, world: Wor
                 trainer.save(done)
             raise OutOfTime
         started.append((now, done))
-        if len(started) == 12:  # the first one compiles
-            seconds = (now - started[1][0]) / 10 * config.steps
+        if len(started) == 7:  # the first step compiles
+            seconds = (now - started[1][0]) / 5 * config.steps
             print(*run, f"about {seconds:.0f} s for {config.steps} steps", flush=True)
-            if seconds > options.run_seconds:
+            if shorter and seconds > options.run_seconds:
                 print(*run, f"left out: more than --run-seconds {options.run_seconds:g}")
                 raise OutOfTime
 
