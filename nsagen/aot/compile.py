@@ -121,18 +121,21 @@ def recorded_launches(
         plausible = (_EXAMPLE_DECODE_SIZES,)
     make_case = cases_of(workload).make_case
     cases = [make_case(workload, s, "meta") for s in ((sizes,) if sizes else plausible)]
-    return first_calls([call for case in cases for call in all_launches(path, case)])
+    return first_calls(all_launches(path, *cases))
 
 
-def all_launches(path: Path, case: Case) -> list[RecordedLaunch]:
-    """Every kernel call that a variant's `launch` makes for a case on meta tensors, in order.
+def all_launches(path: Path, *cases: Case) -> list[RecordedLaunch]:
+    """Every kernel call that a variant's `launch` makes for cases on meta tensors, in order.
+
+    A case may have nothing to do, such as one of sequences that are shorter than a window.
 
     Raises:
-        BuildError: `launch` calls no kernel.
+        BuildError: `launch` calls no kernel for any of them.
     """
     module = import_file(path)
     with recording(module) as calls:
-        module.launch(*case.args)
+        for case in cases:
+            module.launch(*case.args)
     if not calls:
         raise BuildError(f"{path.stem}: launch must call a kernel, but it called none")
     return calls

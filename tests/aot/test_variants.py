@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from nsagen.aot import cached, variants
+from nsagen.aot.compile import recorded_launches
 from nsagen.aot.resources import Resources
 from nsagen.aot.variants import compile_variants
 from nsagen.codegen.build import build
+from nsagen.codegen.template import default_schedule, kernel_name, render
 from nsagen.core.errors import BuildError
+from nsagen.core.target import KNOWN_TARGETS
 from nsagen.spec import load_spec
 
 
@@ -42,3 +45,13 @@ def _here(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], *_: An
     """Stands in for `map_in_workers`, in this process."""
     for arguments in calls:
         yield function(*arguments)
+
+
+@pytest.mark.parametrize("name", ["minimax_m3", "minicpm4", "moba"])
+def test_every_workload_of_the_family_has_a_launch_to_compile(name: str, tmp_path: Path) -> None:
+    """MoBA's windows of 4096 tokens too, of which short example calls have none."""
+    for workload in load_spec(name).workloads():
+        schedule = default_schedule(workload, KNOWN_TARGETS["cuda:80"])
+        path = tmp_path / f"{kernel_name(workload, schedule)}.py"
+        path.write_text(render(workload, schedule, header="# test"))
+        assert recorded_launches(path, workload)
