@@ -79,4 +79,6 @@ def _command() -> str:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is not None and spec.name and spec.name != "nsagen.__main__":
         return shell_text(["python", "-m", spec.name, *given])
+    if sys.argv[0].endswith(".py"):
+        return shell_text(["python", sys.argv[0], *given])
     return shell_text(["nsagen", *given])

@@ -15,6 +15,9 @@ FLASH_4 = "FlashAttention-4"
 HEADS = {
     "prefill": ("N", "dense: cuDNN", "FlashAttention-4", "NSA", "speedup"),
     "train": ("N", "dense: cuDNN", "FlashAttention-4", "NSA", "speedup", "peak memory"),
+    "side_by_side": (
+        *("N", "dense: cuDNN", "FlashAttention-4", "NSA, random", "NSA, learned", "NSA backward"),
+    ),
     "decode": ("batch", "context", "dense attention", "NSA", "speedup"),
     "serve": (
         "",
@@ -36,12 +39,16 @@ def markdown(path: Path) -> str:
     hold for.
 
     Args:
-        path: JSON that `nsagen bench prefill`, `train`, `decode` or `serve` wrote.
+        path: JSON that `nsagen bench prefill`, `train`, `decode` or `serve` wrote, or
+            benchmarks/side_by_side.py.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     rows, about = content["rows"], content["provenance"]
     head = HEADS[path.stem]
-    make = {"prefill": _prefill, "train": _train, "decode": _decode, "serve": _serve}[path.stem]
+    make = {
+        **{"prefill": _prefill, "train": _train, "side_by_side": _side_by_side},
+        **{"decode": _decode, "serve": _serve},
+    }[path.stem]
     lines = [_line(head), _line(["---:"] * len(head)), *map(_line, make(rows))]
     versions = f"torch {about['torch']}, triton {about['triton']}, driver {about['driver']}"
     return "\n".join([*lines, "", f"{about['device']}, {versions}: `{about['command']}`"])
@@ -60,6 +67,20 @@ def _train(rows: Rows) -> Iterator[list[str]]:
     for dense, ours in _beside_dense(rows):
         times = _compared_with(dense, ours, "backward_ms")
         yield [str(ours["tokens"]), *times, f"{ours['peak_gib']:.1f} GiB"]
+
+
+def _side_by_side(rows: Rows) -> Iterator[list[str]]:
+    """Milliseconds by length; what of a length was not measured is left out."""
+    found = {(row["what"], row["tokens"]): row["ms"] for row in rows}
+    for tokens in dict.fromkeys(row["tokens"] for row in rows if row["what"].startswith("forward")):
+        times = [
+            found.get((what, tokens))
+            for what in (
+                *("dense attention (cuDNN)", f"dense attention ({FLASH_4})"),
+                *("forward, random selections", "forward, learned selections", "backward"),
+            )
+        ]
+        yield [str(tokens), *("" if ms is None else f"{ms:.2f} ms" for ms in times)]
 
 
 def _decode(rows: Rows) -> Iterator[list[str]]:

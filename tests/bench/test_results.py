@@ -31,6 +31,12 @@ def test_results_say_where_they_come_from(tmp_path, monkeypatch):
     assert content["provenance"].keys() >= {"device", "driver", "torch", "triton", "command"}
 
 
+def test_a_script_is_named_by_its_path(monkeypatch):
+    monkeypatch.setattr(results.sys, "argv", ["benchmarks/one.py", "--seconds", "3", "--out", "x"])
+    monkeypatch.setattr(results.sys.modules["__main__"], "__spec__", None)
+    assert results.provenance()["command"] == "python benchmarks/one.py --seconds 3"
+
+
 @pytest.mark.parametrize("out", [["--out", "a folder"], ["--out=there"], []])
 def test_where_results_go_is_no_part_of_the_command(out, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["nsagen", "bench", *out, "--set", "kv_heads=2"])

@@ -23,6 +23,13 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"what": "dense attention (FlashAttention-4)", "tokens": 8, "backward_ms": 9.0},
         {"what": "attention", "tokens": 8, "backward_ms": 3.0, "peak_gib": 1.25},
     ],
+    "side_by_side": [
+        {"what": "forward, random selections", "tokens": 8, "ms": 2.0},
+        {"what": "forward, learned selections", "tokens": 8, "ms": 1.5},
+        {"what": "backward", "tokens": 8, "ms": 4.125},
+        {"what": "dense attention (cuDNN)", "tokens": 8, "ms": 1.75},
+        {"what": "M3 attention", "tokens": 9, "ms": 1.0},
+    ],
     "decode": [
         {"what": "attention", "batch": 2, "tokens": 64, "ms": 0.5, "torch_ms": 0.25},
         {"what": "step, replayed", "batch": 2, "tokens": 64, "ms": 3.0},
@@ -39,6 +46,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 EXPECTED = {
     "prefill": ["| 8 | 4.0 ms | not measured | 2.0 ms | 2.0 x |"],
     "train": ["| 8 | 12.0 ms | 9.0 ms | 3.0 ms | 3.0 x | 1.2 GiB |"],
+    "side_by_side": ["| 8 | 1.75 ms |  | 2.00 ms | 1.50 ms | 4.12 ms |"],
     "decode": ["| 2 | 64 | 0.250 ms | 0.500 ms | 0.5 x |"],
     "serve": ["| nsagen serve | 2 | 14 | 1 | 100 | 200 ms | 1000 ms | 12.3 ms |  |"],
 }
