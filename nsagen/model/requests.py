@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import operator
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,8 +213,11 @@ def check_prompt(where: str, prompt: Any) -> Tensor:
     rule = "a prompt must be integers with shape [L], int64 or int32"
     if not isinstance(prompt, Tensor):
         try:
-            if isinstance(prompt, list | tuple) and any(map(is_bool, prompt)):
-                raise TypeError  # PyTorch takes a bool among integers for 0 or 1
+            if isinstance(prompt, list | tuple):
+                if set(map(type, prompt)) == {int}:  # a long one must not hold up running steps
+                    return torch.frombuffer(array("q", prompt), dtype=torch.int64)
+                if any(map(is_bool, prompt)):
+                    raise TypeError  # PyTorch takes a bool among integers for 0 or 1
             prompt = _native(prompt)
             empty = len(prompt) == 0
             prompt = torch.tensor(prompt, dtype=torch.int64 if empty else None, device="cpu")

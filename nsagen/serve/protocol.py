@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    Tag,
+)
 
 from nsagen.core.errors import InvalidInputError
 
@@ -19,6 +29,14 @@ def _only(*values: Any) -> BeforeValidator:
         return value
 
     return BeforeValidator(check)
+
+
+def _kind_of_prompt(prompt: Any) -> str:
+    """The kind of prompt that its first entry says; checking a long one for each takes time."""
+    if not isinstance(prompt, list):
+        return "text"
+    kinds = {str: "texts", list: "lists of tokens"}
+    return kinds.get(type(prompt[0]), "tokens") if prompt else "tokens"
 
 
 class StreamOptions(BaseModel):
@@ -80,12 +98,13 @@ class SamplingFields(BaseModel):
 class CompletionRequest(SamplingFields):
     """`POST /v1/completions`. A prompt is a text or token numbers, or several of either."""
 
-    prompt: (
-        StrictStr
-        | Annotated[list[StrictStr], Field(min_length=1)]
-        | Annotated[list[StrictInt], Field(min_length=1)]
-        | Annotated[list[list[StrictInt]], Field(min_length=1)]
-    )
+    prompt: Annotated[
+        Annotated[StrictStr, Tag("text")]
+        | Annotated[list[StrictStr], Field(min_length=1), Tag("texts")]
+        | Annotated[list[StrictInt], Field(min_length=1), Tag("tokens")]
+        | Annotated[list[list[StrictInt]], Field(min_length=1), Tag("lists of tokens")],
+        Discriminator(_kind_of_prompt),
+    ]
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = 16
     echo: Annotated[Any, _only(None, False)] = None
     logprobs: Annotated[Any, _only(None)] = None

@@ -18,6 +18,7 @@ from nsagen.model import (
     SamplingConfig,
     ToyLlama,
     ToyNSALlama,
+    requests,
 )
 from tests.model.tiny import dense_config, nsa_model, packed_batch
 
@@ -276,6 +277,22 @@ def test_prompts_and_stops_of_every_kind_that_holds_integers(model: ToyNSALlama)
     ):
         batch.add(PROMPT, stop_tokens=stops)
         assert [new.finished for new in batch.run()] == ["stop"]
+
+
+def test_tokens_of_a_long_prompt_are_not_looked_at_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That takes a fifth of a second for 65536, in which no running sequence gets a token."""
+    monkeypatch.setattr(requests, "is_bool", lambda token: pytest.fail("one was"))
+    for prompt in ([5] * 1000, tuple([5] * 1000)):
+        tokens = requests.check_prompt("here", prompt)
+        assert (tokens.dtype, tokens.tolist()) == (torch.int64, list(prompt))
+
+
+@pytest.mark.parametrize("prompt", [[1, True], [1 << 63], [-(1 << 63) - 1], [1, 2.5], [1, None]])
+def test_a_list_of_something_else_is_refused(prompt: list[Any]) -> None:
+    with pytest.raises(InvalidInputError, match="here: a prompt must be integers"):
+        requests.check_prompt("here", prompt)
 
 
 def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_read(model: ToyNSALlama) -> None:
