@@ -81,12 +81,13 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     step, width = int(workload.block_size) // stride, int(workload.kernel_size) // stride
     # The last window of a block starts at unit step - 1 and covers `width` units.
     spill = (step + width - 2) // step
+    pad_d = next_power_of_2(dim) != dim
     return {
         "block_d": next_power_of_2(dim),
-        "pad_d": next_power_of_2(dim) != dim,
+        "pad_d": pad_d,
         "pieces": pieces(group_of(workload), int(schedule.tokens), int(schedule.columns)),
         "reload": reloads(workload, schedule),
-        "free_registers": fills_registers(workload),
+        "free_registers": fills_registers(workload) or pad_d or group_of(workload) > 16,
         "step": step,
         "step_pad": step_rows(workload, schedule),
         "parts": -(-step // step_rows(workload, schedule)),
@@ -125,6 +126,12 @@ def scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
     return max(0, sums, scores) + SCRATCH
 
 
+def splits_group(workload: Workload) -> bool:
+    """Whether a group takes products of several sizes, whose queries leave few registers."""
+    group, padded = group_of(workload), 128 < int(workload.head_dim) < 256
+    return group > (16 if padded else 32) and group != next_power_of_2(group)
+
+
 def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
     """Tokens, and the knobs that fit registers with them: compiled for sm_80 to sm_120, gfx942."""
     group = group_of(workload)
@@ -139,6 +146,7 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
             return {**knobs, "columns": 16, "num_warps": 8, "num_stages": 2}
         return {**knobs, "num_warps": warps}
     wide = int(workload.head_dim) > 128  # twice the addresses of keys in flight
+    padded = wide and int(workload.head_dim) < 256
     # Four warps spill on Blackwell, on parts whose shared memory holds few tokens of a group, and
     # with products of several sizes.
     crowded = target.backend == "cuda" and target.shared_memory < 128 * 1024
@@ -148,8 +156,10 @@ def shape_of(workload: Workload, target: Target) -> dict[str, Param]:
         tokens = 8 if group > 16 or wide or (odd and not crowded) else 16
         small = crowded or (wide and group > 32)
         if odd and group > 16:  # the columns of two products together
-            tokens = min(tokens, (128 if small else 256) // next_power_of_2(group))
-        windows = 32 if wide and odd and group > 32 else 64
+            tokens = min(tokens, (128 if small or padded else 256) // next_power_of_2(group))
+        windows = 64
+        if splits_group(workload):
+            windows = 16 if wide else 32
         if wide and crowded:  # with 32, a heuristic of ptxas spills to fit a second program
             windows = 32 if group > 16 else 16 if target.arch == "120" else 64
         # With products of several sizes, long segments spill on sm_120 beside more than 32 blocks.
@@ -176,12 +186,13 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
 
     While one multiplies, the other computes exponentials, sums or selects.
     """
-    stages = 1 if workload.dtype == "float32" else 3
+    exact, step, wide = workload.dtype == "float32", step_pad(workload), workload.head_dim > 128
+    stages = 1 if exact else 3
     knobs = {"num_warps": 4, "num_stages": stages, "programs": 2 * target.num_sms}
     knobs |= shape_of(workload, target)
-    if workload.dtype != "float32" and step_pad(workload) <= 128:
-        knobs["windows"] = max(int(knobs["windows"]), step_pad(workload))
-    least = int(knobs["num_stages"]) if workload.dtype == "float32" else 1
+    if not exact and step <= 128 and not splits_group(workload):
+        knobs["windows"] = max(int(knobs["windows"]), step)
+    least = int(knobs["num_stages"]) if exact else 1
     budget = target.shared_memory // 2 - 512  # each program takes 1 KiB more than it asks for
     while shared_memory(workload, Schedule.of("resident_scores", knobs)) > budget:
         stages, tokens = int(knobs["num_stages"]), int(knobs["tokens"])
@@ -198,8 +209,8 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
         else:
             break  # one token's heads are too many: the space's own check reports it
     if int(knobs["tokens"]) <= 8 and int(knobs["windows"]) == 128:  # too few tokens for this many
-        windows = max(64, min(128, step_pad(workload)))
-        knobs |= {"windows": windows, "num_warps": 4 if windows < 128 else 8}
+        windows = 64 if wide else max(64, min(128, step))
+        knobs |= {"windows": windows, "num_warps": 8 if wide or windows == 128 else 4}
     compared = 64 * kept_rows(workload) + int(knobs["segment"])
     most = _COMPARED_A_THREAD if kept_rows(workload) < 4 else _COMPARED_A_THREAD // 2
     while int(knobs["tokens"]) * compared > most * 32 * int(knobs["num_warps"]):

@@ -6,7 +6,7 @@ from typing import Any
 
 from nsagen.codegen.space import next_power_of_2
 from nsagen.codegen.spaces import split_kv
-from nsagen.codegen.spaces.padding import padded_heads
+from nsagen.codegen.spaces.padding import LEAST_TILE, padded_heads
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
 
@@ -46,9 +46,15 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 def default(workload: Workload, target: Target) -> dict[str, Param]:
     """About 32 KiB per step; as many in flight as leave room for two programs per processor,
     or four of two warps."""
-    block_n = split_kv.default_step(workload)
-    if workload.dtype != "float32" and _step_pad(workload) <= 2 * block_n:
-        block_n = max(block_n, _step_pad(workload))
+    block_n, sizes = split_kv.default_step(workload), padded_heads(workload)
+    if workload.dtype != "float32":
+        windows, padded = _step_pad(workload), sizes["pad_d"] or sizes["pad_dv"]
+        if windows <= 2 * block_n and not padded:
+            block_n = max(block_n, windows)
+        # A step is in registers: masks of padded heads, and of a block's part, leave less room.
+        parts = windows > block_n and windows * workload.kernel_stride != workload.block_size
+        if (padded or parts) and split_kv.tile_bytes(workload, block_n) > split_kv.STEP_BYTES // 2:
+            block_n = max(LEAST_TILE, block_n // 2)
     warps = split_kv.default_warps(workload, target)
     resident = 4 if warps == 2 else 2
     step = split_kv.tile_bytes(workload, block_n)

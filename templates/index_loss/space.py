@@ -21,14 +21,17 @@ def elements_at_once(workload: Workload) -> int:
 
 
 def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
-    """Sizes padded to powers of two."""
+    """Sizes padded to powers of two, and whether ptxas may take all registers that it wants."""
     block_d, block_c = next_power_of_2(int(workload.head_dim)), elements_at_once(workload)
+    block_di = next_power_of_2(int(workload.index_head_dim))
+    padded = (block_d, block_di) != (workload.head_dim, workload.index_head_dim)
     return {
         "block_d": block_d,
         "block_c": block_c,
         "chunks": block_d // block_c,
-        "block_di": next_power_of_2(int(workload.index_head_dim)),
+        "block_di": block_di,
         "group_pad": max(LEAST_TILE, next_power_of_2(int(workload.gqa_ratio))),
+        "free_registers": workload.dtype == "float32" or padded,
     }
 
 
@@ -77,9 +80,11 @@ def scratch_backward(workload: Workload, schedule: Schedule, target: Target) -> 
 
 def default(workload: Workload, target: Target) -> dict[str, Param]:
     """Short steps: a program has one token's heads."""
-    wide = max(int(workload.head_dim), int(workload.index_head_dim)) > 128
-    block_n = 16 if wide or workload.dtype == "float32" else 32
-    return {"block_n": block_n, "num_warps": 4, "num_stages": 2}
+    widest, exact = max(workload.head_dim, workload.index_head_dim), workload.dtype == "float32"
+    block_n = 16 if widest > 128 or exact else 32
+    # Four warps keep operands of large plain products on the stack.
+    warps = 8 if exact and widest > 64 and workload.gqa_ratio > LEAST_TILE else 4
+    return {"block_n": block_n, "num_warps": warps, "num_stages": 2}
 
 
 def default_backward(workload: Workload, target: Target) -> dict[str, Param]:

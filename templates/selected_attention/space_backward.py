@@ -136,6 +136,26 @@ def key_pass_scratch(workload: Workload, schedule: Schedule, target: Target) -> 
     return turned + SCRATCH if target.arch == "100" else 0
 
 
+def results_scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
+    """Bytes of dk or dv where their rows change their layout to be stored."""
+    if target.backend == "hip":
+        return 0
+    sizes, keys = padded_heads(workload), key_tile(workload, schedule)
+    return 4 * keys * max(sizes["block_d"], sizes["block_dv"])
+
+
+def two_pass_scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
+    """Bytes beside the tiles of two_pass."""
+    results = results_scratch(workload, schedule, target) - two_pass_memory(workload, schedule)
+    return max(results, key_pass_scratch(workload, schedule, target))
+
+
+def key_major_scratch(workload: Workload, schedule: Schedule, target: Target) -> int:
+    """Bytes beside the tiles of key_major."""
+    results = results_scratch(workload, schedule, target) - key_major_memory(workload, schedule)
+    return max(results, few_bytes(workload, schedule, target))
+
+
 def key_major_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of the key blocks' pass when it also makes shares of dq."""
     return key_pass_memory(workload, schedule, shares=True)
@@ -181,11 +201,9 @@ def default_key_tile(workload: Workload) -> int:
     """
     most = 2 * FOUR_WARPS
     if workload.dtype == "float32":
-        most = (
-            FOUR_WARPS
-            if max(padded_heads(workload)[n] for n in ("block_d", "block_dv")) <= 128
-            else FOUR_WARPS // 2
-        )
+        sizes = padded_heads(workload)
+        wide = max(sizes["block_d"], sizes["block_dv"]) > 128
+        most = FOUR_WARPS // 2 if wide or sizes["pad_d"] or sizes["pad_dv"] else FOUR_WARPS
     keys = block_b(workload)
     while keys > MOST_KEYS or (keys > LEAST_TILE and gradient_elements(workload, keys) > most):
         keys //= 2
@@ -249,7 +267,9 @@ def default_queries(workload: Workload, target: Target) -> dict[str, Param]:
     widest = max(sizes["block_d"], sizes["block_dv"])
     if exact:
         keys = plain_keys(rows, keys, widest)
-    if target.arch == "120":  # one warp spills there with twice as many
+    warps = 8 if exact else min(8, max(1, rows * widest // 2048))
+    padded = sizes["pad_d"] or sizes["pad_dv"]
+    if target.arch == "120" or (warps == 1 and padded):  # one warp spills with twice as many
         keys = LEAST_TILE
     block_size = int(workload.block_size)
     steps = [n for n in (64, 32, 16) if n <= min(keys, block_b(workload))]
@@ -261,7 +281,7 @@ def default_queries(workload: Workload, target: Target) -> dict[str, Param]:
     return {
         "orientation": "rows",
         "block_n": block_n,
-        "num_warps": 8 if exact else min(8, max(1, rows * widest // 2048)),
+        "num_warps": warps,
         "num_stages": fitting[0] if fitting else 1,
     }
 
@@ -275,9 +295,12 @@ def default_two_pass(workload: Workload, target: Target) -> dict[str, Param]:
     if wide_heads(workload):  # of what eight warps hold without spills, on every target
         few = not target.has_wgmma or int(workload.gqa_ratio) > 32
         wanted = (("queries", 16 if few else 32, 8, 2),)
+        sizes = padded_heads(workload)
+        if (sizes["pad_d"] or sizes["pad_dv"]) and not target.has_wgmma:  # masks take registers
+            keys = min(keys, 32)
     elif gradient_elements(workload, keys) > FOUR_WARPS:
         wanted = (("keys", 16, 8, 2),)
-    elif target.arch == "120" and keys > 64:
+    elif target.arch in ("100", "120") and keys > 64:
         wanted = (("keys", 32, 8, 3),)
     return {
         **default_queries(workload, target),
@@ -319,11 +342,14 @@ def prefers_key_major(workload: Workload, target: Target) -> bool:
     Not measured: a token's shares are 2 topk G D elements, its blocks 2 topk B D. A whole block
     must fit the target's shared memory, and its scores the registers.
     """
-    if workload.dtype == "float32" and wide_heads(workload):  # plain products of a block spill
+    sizes = padded_heads(workload)
+    crowded = wide_heads(workload) or sizes["pad_d"] or sizes["pad_dv"]
+    if workload.dtype == "float32" and crowded:  # plain products of a block spill
         return False
     schedule = Schedule.of("key_major", default_key_major(workload, target))
     fits = key_major_memory(workload, schedule) <= target.shared_memory
-    return int(workload.gqa_ratio) < 8 and fits and block_b(workload) <= MOST_KEYS
+    held = block_b(workload) <= MOST_KEYS and gradient_elements(workload) <= 2 * FOUR_WARPS
+    return int(workload.gqa_ratio) < 8 and fits and held
 
 
 def supports_pipeline(workload: Workload) -> bool:
@@ -411,7 +437,7 @@ SPACES = (
         rules=(Rule("block_m holds a group of query heads", holds_group),),
         derive=derive_key_major,
         shared_memory=key_major_memory,
-        scratch=few_bytes,
+        scratch=key_major_scratch,
         default=default_key_major,
         preferred=prefers_key_major,
     ),
@@ -445,7 +471,7 @@ SPACES = (
         ),
         derive=derive_two_pass,
         shared_memory=two_pass_memory,
-        scratch=key_pass_scratch,
+        scratch=two_pass_scratch,
         default=default_two_pass,
     ),
     ScheduleSpace(

@@ -129,6 +129,7 @@ MANY_BLOCKS: dict[str, Param] = {"kernel_size": 1, "kernel_stride": 1, "topk": 6
 LINEAR: dict[str, Param] = {"compress_type": "linear", "v_compress_type": "linear"}
 SHORT_WINDOWS: dict[str, Param] = {**LINEAR, "kernel_size": 2, "kernel_stride": 1}
 APART: dict[str, Param] = {"score_heads": "each", "score_pool": "max", "kernel_stride": 4}
+MANY_APART: dict[str, Param] = {**MANY_BLOCKS, "score_heads": "each", "score_pool": "max"}
 MSA: dict[str, Param] = {**PRODUCTS, "kernel_size": 1, "kernel_stride": 1}
 CORNERS = (
     (("selected_attention", "forward", "float32", (72, 248), 1, 48), "cuda:120"),
@@ -167,6 +168,22 @@ CORNERS = (
     (("selected_attention", "forward", "bfloat16", (64, 64), 1, 16), "cuda:100"),
     (("sliding_window_attention", "backward", "bfloat16", (208, 88), 51, 64), "cuda:100"),
     (("block_selection", "decode", "bfloat16", (240, 240), 64, 560, APART), "cuda:100"),
+    (("sliding_window_attention", "forward", "bfloat16", (16, 16), 1, 64), "cuda:100"),
+    (("compressed_attention", "forward", "bfloat16", (16, 16), 1, 64, MANY_BLOCKS), "cuda:100"),
+    (("compressed_attention", "decode", "bfloat16", (64, 104), 4, 64), "cuda:120"),
+    (("compressed_attention", "decode", "bfloat16", (72, 72), 13, 329, MANY_BLOCKS), "cuda:90"),
+    (("index_loss", "forward", "float32", (128, 128), 57, 512), "cuda:89"),
+    (("index_loss", "backward", "bfloat16", (248, 48), 9, 16), "cuda:86"),
+    (("selected_attention", "backward", "float16", (192, 48), 47, 64), "cuda:90"),
+    (("selected_attention", "backward", "float16", (40, 56), 1, 512), "cuda:90"),
+    (("selected_attention", "backward", "float16", (64, 248), 4, 343), "cuda:80"),
+    (("selected_attention", "backward", "float16", (24, 24), 57, 1023), "cuda:100"),
+    (("selected_attention", "backward", "bfloat16", (256, 16), 3, 128), "cuda:90"),
+    (("selected_attention", "backward", "float32", (88, 88), 1, 64), "cuda:90"),
+    (("block_selection", "forward", "bfloat16", (64, 64), 55, 64), "cuda:90"),
+    (("block_selection", "forward", "float16", (192, 192), 3, 97, MANY_BLOCKS), "cuda:90"),
+    (("block_selection", "forward", "bfloat16", (136, 136), 20, 64, MANY_BLOCKS), "cuda:90"),
+    (("block_selection", "forward", "bfloat16", (176, 176), 16, 139, MANY_APART), "cuda:86"),
 )
 """Shapes whose defaults did not fit, or used the stack in a loop."""
 

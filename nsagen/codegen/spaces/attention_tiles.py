@@ -163,6 +163,8 @@ def row_tiles_default(workload: Workload, target: Target) -> dict[str, Param]:
         block_m, block_n, warps, stages = (128, 64, 8, 3)
     else:  # a third stage spills; with heads of 32, long steps also spill
         block_m, block_n, warps, stages = (128, 64 if widest > 32 else 32, 8, 2)
+        if target.arch == "100" and widest <= 32:  # eight warps get 64 registers a thread
+            warps = 4
     return {
         "block_m": block_m,
         "block_n": block_n,
