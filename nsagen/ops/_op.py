@@ -347,7 +347,7 @@ class Op:
         """The arguments, with Python's own whole numbers where the op takes such.
 
         Raises:
-            InvalidInputError: one is no whole number, or past `MOST`.
+            InvalidInputError: one is no whole number, or past `MOST` or `MOST_OF`.
         """
         found = list(args)
         for place in self._whole:
@@ -396,15 +396,20 @@ class Op:
 MOST = 1 << 30
 """Of a size: a token's place and a size together fit 32 bits in kernels."""
 
+MOST_OF = {"block_size": 4096, "kernel_size": 16384, "kernel_stride": 16384}
+"""Of what kernels walk through whole, however short a sequence is: a spec's limits, of which
+`lse_windows` takes four times the window."""
+
 
 def _whole_number(op: str, name: str, value: Any) -> int:
+    most = MOST_OF.get(name, MOST)
     try:
         number = operator.index(value)
     except TypeError:
         number = None
-    if number is None or abs(number) > MOST:
-        remedy = "pass an int" if number is None else "no sequence is longer"
-        rule = f"{name} must be a whole number of at most {MOST}"
+    if number is None or abs(number) > most:
+        remedy = "pass an int" if number is None else "pass less"
+        rule = f"{name} must be a whole number of at most {most}"
         raise InvalidInputError(f"{op}: {rule}; got {value!r}; {remedy}")
     return number
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from nsagen import ops
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.workload import COMPRESS_TYPES
 from nsagen.ops._checks import check_cu_seqlens
+from nsagen.ops._op import MOST_OF
 from nsagen.ops.reference import quantize
 
 from .inputs import STATICS, Cached, Packed
@@ -453,6 +456,21 @@ def test_sizes_are_whole_numbers_that_kernels_can_add_to_places(name: str, key: 
     )
     for x, expected in zip(found, usual, strict=True):
         assert x is expected or torch.equal(x, expected)
+
+
+@pytest.mark.parametrize(("name", "key"), [(n, k) for n, k in SIZES if k in MOST_OF])
+def test_what_kernels_walk_through_whole_is_as_long_as_a_spec_allows(name: str, key: str) -> None:
+    """A block of 2^30 tokens is 2^25 steps for each token, in a sequence of ten too."""
+    function, given = call(name)
+    for wrong in (2 * MOST_OF[key], 2**30):
+        assert f"{key} must be a whole number of at most" in told(function, {**given, key: wrong})
+
+
+def test_a_spec_allows_no_more_than_ops() -> None:
+    schema = json.loads((Path(__file__).parents[2] / "specs" / "spec.schema.json").read_text())
+    for key, most in MOST_OF.items():
+        described = schema["$defs"]["AttentionSection"]["properties"][key]
+        assert described["anyOf"][0]["maximum"] <= most, key
 
 
 def test_a_list_without_entries_is_refused() -> None:
