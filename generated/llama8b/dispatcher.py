@@ -887,7 +887,7 @@ TABLE = {
         ),
     ): {
         "cuda:80": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__485da3fa"),),
-        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__a5679eba"),),
+        "cuda:90": ((Bucket(), "selected_attention_forward__bf16_d128_g16_b64__485da3fa"),),
     },
     Workload(
         op="selected_attention",

@@ -59,18 +59,6 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
     return width * (buffers * step + sizes["block_g"] * sizes["block_d"] + turned) + 256
 
 
-def twice_the_step(workload: Workload, target: Target) -> bool:
-    """Where an H200 took 0.83 (2048 tokens) and 0.97 (16384) of the time with steps of 16 KiB:
-    whole lists of groups of 16 heads of 128 in bfloat16."""
-    return (
-        str(target) == "cuda:90"
-        and workload.dtype == "bfloat16"
-        and int(workload.gqa_ratio) == 16
-        and int(workload.head_dim) == int(workload.v_head_dim) == 128
-        and whole_lists(workload)
-    )
-
-
 def default(workload: Workload, target: Target) -> dict[str, Param]:
     """Small programs, so that many run at a time: steps of 8 KiB, 64 results per thread.
 
@@ -80,8 +68,7 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     exact = workload.dtype == "float32"  # no matrix instruction is exact: plain FMA
     sizes = padded_heads(workload)
     bytes_a_key = element_bytes(workload) * (sizes["block_d"] + sizes["block_dv"])
-    kib = 32 if exact else 16 if twice_the_step(workload, target) else 8
-    keys = max(LEAST_TILE, kib * 1024 // bytes_a_key)
+    keys = max(LEAST_TILE, (32 if exact else 8) * 1024 // bytes_a_key)
     rows, _ = group_tile(workload)
     if exact:
         keys = plain_keys(rows, keys, max(sizes["block_d"], sizes["block_dv"]))

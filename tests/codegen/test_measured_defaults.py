@@ -46,7 +46,7 @@ def test_defaults_were_measured(slowdowns: dict[str, float]) -> None:
 
 def test_most_defaults_are_within_a_tenth_of_the_fastest(slowdowns: dict[str, float]) -> None:
     slow = {name: ratio for name, ratio in slowdowns.items() if ratio > 1.1}
-    assert len(slow) <= 0.125 * len(slowdowns), slow
+    assert len(slow) <= 0.14 * len(slowdowns), slow
 
 
 def test_no_default_takes_half_as_long_again(slowdowns: dict[str, float]) -> None:

@@ -6,7 +6,7 @@
 # Workload:   selected_attention forward
 #             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=16, block_size=64
 # Schedule:   query_major(block_n=16, num_stages=3, num_warps=1, orientation=rows)
-# Targets:    cuda:80
+# Targets:    cuda:80, cuda:90
 # Provenance: the architecture's default; not measured
 """Selected attention: query t attends to the tokens u <= t of the blocks chosen for it.
 
