@@ -934,7 +934,7 @@ TABLE = {
     ): {
         "cuda:80": ((Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__f7fd36d9"),),
         "cuda:90": (
-            (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__da5238f5"),
+            (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__71967e27"),
             (Bucket(), "sliding_window_attention_backward__bf16_d128_g16_w512__fa946f41"),
         ),
     },
@@ -1024,7 +1024,7 @@ TRITON = {
     "compressed_attention_forward__bf16_d128_g4_l32_s16__37d500ea": Releases((3, 6), (3, 9)),
     "selected_attention_backward__bf16_d128_g16_b64__0072437e": Releases((3, 6), (3, 9)),
     "selected_attention_forward__bf16_d128_g16_b64_i1_c2__ad66e777": Releases((3, 6), (3, 9)),
-    "sliding_window_attention_backward__bf16_d128_g16_w512__da5238f5": Releases((3, 6), (3, 9)),
+    "sliding_window_attention_backward__bf16_d128_g16_w512__71967e27": Releases((3, 6), (3, 9)),
     "sliding_window_attention_forward__bf16_d128_g16_w512__d3107fc0": Releases((3, 6), (3, 9)),
     "sliding_window_attention_forward__bf16_d128_g16_w512_b64_i1_c2__e02fd5c4": Releases(
         (3, 6), (3, 9)
