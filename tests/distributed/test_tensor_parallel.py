@@ -94,27 +94,26 @@ def test_outputs_and_gradients_are_one_process_s() -> None:
 
 @pytest.mark.parametrize("amp", [False, True])
 def test_large_products_are_summed_in_halves(amp: bool) -> None:
-    """The first half while the other one is computed; results are those of one sum."""
+    """The first half while the other one is computed; results are those of one sum, and repeat to
+    the bit."""
 
-    def run(rank: int) -> tuple[list[Tensor], list[Tensor], int, int]:
+    def run(rank: int) -> list[tuple[int, list[Tensor]]]:
         mesh, found = init_device_mesh("cpu", (2,)), []
-        for least in (MODULE.LARGE_BYTES, 0):
+        for least in (MODULE.LARGE_BYTES, 0, 0):
             MODULE.LARGE_BYTES = least
-            model = tensor_parallel(
-                model_of("nsa").to(torch.float32 if amp else torch.float64), mesh
-            )
+            model = model_of("nsa").to(torch.float32 if amp else torch.float64)
+            tensor_parallel(model, mesh)
             with CommDebugMode() as sums, torch.autocast("cpu", torch.bfloat16, enabled=amp):
                 y = model(IDS, ENDS)
             y.square().sum().backward()
-            found.append(
-                [y.detach(), *(x for x in whole_gradients(model).values() if x is not None)]
-            )
-            found.append(sums.get_total_counts())
-        return found[0], found[2], found[1], found[3]
+            gradients = [x for x in whole_gradients(model).values() if x is not None]
+            found.append((sums.get_total_counts(), [y.detach(), *gradients]))
+        return found
 
-    for one, other, sums, parts in on_ranks(2, run):
+    for (sums, one), (parts, halves), (_, again) in on_ranks(2, run):
         assert parts == sums + 2 * nsa_config().num_hidden_layers
-        for a, b in zip(one, other, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(halves, again, strict=True))
+        for a, b in zip(one, halves, strict=True):
             assert float((a - b).norm()) <= (2e-2 if amp else 1e-12) * float(a.norm())
 
 
