@@ -278,6 +278,8 @@ def calls_interpreted(workload: Workload, topk: int) -> Calls:
     if workload.named().get("score_heads") == "each" and int(workload.gqa_ratio) > 1:
         sizes = replace(sizes, kv_heads=1)  # the heads of an index share one key head
     few = max(FEW_TOKENS, min(int(workload.named().get("kernel_size", 0)) + 4, 3 * FEW_TOKENS))
+    if takes_lists(workload):  # a step is a part of a block, however few of its tokens are there
+        few = min(few, max(2, MOST_KEYS // int(workload.block_size)))
     lengths = tuple(dict.fromkeys(min(length, few) for length in sizes.seqlens))
     short = replace(sizes, seqlens=lengths)
     if workload.op in _OF_CHUNKS:

@@ -96,6 +96,10 @@ def test_the_interpreter_gets_few_queries(name: str) -> None:
             assert sum(sizes.rows) <= 200
             if max(sizes.rows) < max(sizes.seqlens) and takes_lists(workload):
                 assert sizes.kv_heads * max(sizes.rows) * topk * int(workload.block_size) < 100_000
+            if takes_lists(workload) and workload.op == "selected_attention":
+                visible = min(max(sizes.seqlens) // int(workload.block_size) + 1, sizes.topk)
+                keys = visible * int(workload.block_size)
+                assert sizes.kv_heads * sum(sizes.rows) * keys <= 150_000
 
 
 def test_the_interpreter_runs_what_differs_in_warps_stages_and_programs_once(
