@@ -113,6 +113,16 @@ def check_cached(
     check_rows_of_slots(op, q, positions, slots, block_table)
 
 
+def check_window_caches(
+    op: str, k_cache: Tensor, v_cache: Tensor, k_window_cache: Tensor, v_window_cache: Tensor
+) -> None:
+    """The sliding branch's own caches are like the selected branch's."""
+    check_rows(op, 4, k_cache=k_cache, k_window_cache=k_window_cache)
+    check_rows(op, 4, v_cache=v_cache, v_window_cache=v_window_cache)
+    check_like(op, ("k_cache", k_cache), k_window_cache=k_window_cache)
+    check_like(op, ("v_cache", v_cache), v_window_cache=v_window_cache)
+
+
 def check_rows_of_slots(
     op: str,
     x: Tensor,
@@ -252,10 +262,8 @@ def _check_separate(
     check_rows(_OP, v=v, v_compress=one.v_compress, v_window=one.v_window)
     check_like(_OP, ("k", k), k_compress=one.k_compress, k_window=one.k_window)
     check_like(_OP, ("v", v), v_compress=one.v_compress, v_window=one.v_window)
-    check_rows(_OP, 4, k_cache=k_cache, k_window_cache=one.k_window_cache)
-    check_rows(_OP, 4, v_cache=v_cache, v_window_cache=one.v_window_cache, v_raw=one.v_raw)
-    check_like(_OP, ("k_cache", k_cache), k_window_cache=one.k_window_cache)
-    check_like(_OP, ("v_cache", v_cache), v_window_cache=one.v_window_cache)
+    check_window_caches(_OP, k_cache, v_cache, one.k_window_cache, one.v_window_cache)
+    check_rows(_OP, 4, v_cache=v_cache, v_raw=one.v_raw)
     if one.v_raw.shape != needed:
         rule = f"v_raw must be {needed}"
         fail(_OP, rule, tuple(one.v_raw.shape), "give it k_raw's places and v's heads")

@@ -92,6 +92,11 @@ def called(function: Callable[..., Any], call: Any) -> Any:
     return function(**{name: getattr(call, name) for name in names})
 
 
+def dense(names: str) -> dict[str, Callable[..., Tensor]]:
+    """What `define_op` takes as `prepare` for arguments that a kernel needs contiguous."""
+    return {name: _taking(Tensor.contiguous, name) for name in names.split()}
+
+
 def backward_of(op: Callable[..., Any], *, adds: bool = False) -> Callable[..., Any]:
     """The op that `Gradients` made for another one; or that which adds to gradients."""
     backward = vars(op)["backward"]

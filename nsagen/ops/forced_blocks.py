@@ -22,7 +22,7 @@ from nsagen.ops._checks import (
     check_window,
     fail,
 )
-from nsagen.ops._derive import called, op_like, op_of
+from nsagen.ops._derive import called, dense, op_like, op_of
 from nsagen.ops._launch import attention_outputs, attention_sizes, has_kernel
 from nsagen.ops._op import define_op
 from nsagen.ops.gated_sum import check_gate, gated_sum_forward
@@ -124,11 +124,7 @@ free_blocks_gated_sum = op_like(
     kernel="selected_attention forward",
     launch="q k v topk_idx cu_seqlens o lse softmax_scale cu_seqlens_k q_start o_forced lse_forced "
     "o_compressed o_sliding gate",
-    prepare={
-        "o_compressed": lambda o_compressed: o_compressed.contiguous(),
-        "o_sliding": lambda o_sliding: o_sliding.contiguous(),
-        "gate": lambda gate: gate.contiguous(),
-    },
+    prepare=dense("o_compressed o_sliding gate"),
 )
 """o [N, HQ, Dv]: the gated sum of `free_blocks_attention` and the other branches; no gradient."""
 

@@ -13,7 +13,7 @@ from nsagen.ops._checks import (
     fail,
     shapes,
 )
-from nsagen.ops._derive import Gradients, op_of
+from nsagen.ops._derive import Gradients, dense, op_of
 from nsagen.ops._launch import key_of, lse_dtype, scale_of
 from nsagen.ops.reference.index_loss import index_loss_forward as on_reference
 from nsagen.runtime import Dispatcher
@@ -117,7 +117,7 @@ index_loss_forward = op_of(
         # q first: its dtype is the kernel's, and dloss is float32.
         "q k index_q index_k topk_idx cu_seqlens dloss lse lse_index dindex_q dindex_k"
         " softmax_scale index_scale",
-        prepare={"dloss": lambda dloss: dloss.contiguous()},
+        prepare=dense("dloss"),
     ),
 )
 """(loss [HK, N], lse [N, HQ], lse_index [N, HK]); the last two are not differentiable."""

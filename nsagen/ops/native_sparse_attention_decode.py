@@ -8,8 +8,8 @@ from torch import Tensor
 
 from nsagen.core.branches import BRANCHES, branches_on
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import check_cached, check_places
-from nsagen.ops._checks import check_like, check_rows, check_topk_idx, check_window, fail
+from nsagen.ops._cache_checks import check_cached, check_places, check_window_caches
+from nsagen.ops._checks import check_rows, check_topk_idx, check_window, fail
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of, scale_of
 from nsagen.ops.gated_sum import check_gate, gate_of
@@ -113,10 +113,7 @@ def _check_own_window(
     if k_window_cache is None or v_window_cache is None:
         came = "v_window_cache" if k_window_cache is None else "k_window_cache"
         fail(op, "k_window_cache and v_window_cache must come together", came, "pass both")
-    check_rows(op, 4, k_cache=k_cache, k_window_cache=k_window_cache)
-    check_rows(op, 4, v_cache=v_cache, v_window_cache=v_window_cache)
-    check_like(op, ("k_cache", k_cache), k_window_cache=k_window_cache)
-    check_like(op, ("v_cache", v_cache), v_window_cache=v_window_cache)
+    check_window_caches(op, k_cache, v_cache, k_window_cache, v_window_cache)
 
 
 _native_sparse_attention_decode = op_of(

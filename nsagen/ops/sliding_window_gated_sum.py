@@ -17,7 +17,7 @@ from nsagen.ops._checks import (
     check_rows,
     check_window,
 )
-from nsagen.ops._derive import called, op_like
+from nsagen.ops._derive import called, dense, op_like
 from nsagen.ops._launch import attention_outputs
 from nsagen.ops.gated_sum import check_gate, gated_sum_forward
 from nsagen.ops.sliding_window_attention import sliding_window_attention_forward
@@ -47,10 +47,6 @@ sliding_window_gated_sum = op_like(
     check=(check_attention, check_packed, check_window, _check, check_gate),
     kernel="sliding_window_attention forward",
     launch="q k v cu_seqlens o lse softmax_scale cu_seqlens_k q_start o_compressed o_selected gate",
-    prepare={
-        "o_compressed": lambda o_compressed: o_compressed.contiguous(),
-        "o_selected": lambda o_selected: o_selected.contiguous(),
-        "gate": lambda gate: gate.contiguous(),
-    },
+    prepare=dense("o_compressed o_selected gate"),
 )
 """o [N, HQ, Dv]: `gated_sum` with what `sliding_window_attention` gives; no gradient."""
