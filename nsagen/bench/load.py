@@ -170,8 +170,9 @@ def warm_up(load: Load, sent: Sequence[Planned], slots: int) -> Iterator[list[Pl
     """Requests to run before a load, and after those more, each by itself.
 
     The first use all slots, down to one, the longest prompt and a few such as the load's; the
-    others are the prompts that will be `sent`. What is loaded, compiled or captured at its first
-    use is there afterwards, for prompts that share a pass and for those that have their own.
+    others are prompts that will be `sent`, one for each power of two that lengths lie between. What
+    is loaded, compiled or captured at its first use is there afterwards, for prompts that share a
+    pass and for those that have their own.
     """
     shortest, longest = load.prompt
     news = [min(2 + 2 * slot, load.length - shortest) for slot in range(slots)]
@@ -180,8 +181,8 @@ def warm_up(load: Load, sent: Sequence[Planned], slots: int) -> Iterator[list[Pl
     prompts = [[1] * longest, *(one.prompt for one in others)]
     few = min(2, load.new[1])
     yield [*requests, *(Planned(0.0, prompt, few) for prompt in prompts)]
-    for one in sent:
-        yield [Planned(0.0, one.prompt, few)]
+    for prompt in {len(one.prompt).bit_length(): one.prompt for one in sent}.values():
+        yield [Planned(0.0, prompt, few)]
 
 
 def row_of(over: str, load: Load, answers: Sequence[Answer]) -> dict[str, Any]:
