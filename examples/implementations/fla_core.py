@@ -10,6 +10,7 @@ blocks themselves, and it always takes the first block and the last two.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import torch
 from fla.ops.nsa.compression import parallel_nsa_compression
 from fla.ops.nsa.naive import naive_nsa_selection
 from fla.ops.nsa.parallel import parallel_nsa, parallel_nsa_topk
@@ -87,7 +88,7 @@ def _with_last_blocks(
 ) -> Tensor:
     """Windows [sum(L // B), HK, D] with room for each sequence's last block, which may be short."""
     blocks = (cu_seqlens_q.diff() + block_size - 1) // block_size
-    row = x.new_tensor(range(len(x)), dtype=cu_seqlens_k.dtype)
+    row = torch.arange(len(x), dtype=cu_seqlens_k.dtype, device=x.device)
     sequence = (row[:, None] >= cu_seqlens_k[1:]).sum(-1)
     place = row + (blocks.cumsum(0) - blocks - cu_seqlens_k[:-1])[sequence]
     room = x.new_zeros(len(x) + len(blocks), *x.shape[1:])

@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,18 @@ def test_the_documented_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     wide = dataclasses.replace(SMALL, gqa_ratio=16, kv_heads=1)
     function = importlib.import_module("fla_core").topk_sparse_attention
     assert wrong(function, "topk_sparse_attention", wide) == []
+
+
+def test_the_documented_results() -> None:
+    """docs/verify.md's table counts the rows of the committed run."""
+    root = Path(__file__).parents[2]
+    results = root / "benchmarks" / "results" / "nvidia-h200" / "implementations.json"
+    text = (root / "docs" / "verify.md").read_text("utf-8")
+    for run in json.loads(results.read_text("utf-8"))["runs"]:
+        found = Counter(row["result"] for row in run["rows"])
+        cells = (run["implementation"], run["dtype"])
+        cells += tuple(str(found[result]) for result in ("ok", "failed", "refused"))
+        assert f"| {' | '.join(cells)} |" in text
 
 
 CRASHES = """
