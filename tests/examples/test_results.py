@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from examples.training.rows import MEASURES
+from examples.training.rows import HARDER, LENGTHS, MEASURES, Measure, spread_of
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -60,3 +60,41 @@ def test_the_page_of_evidence_shows_the_committed_plots(name: str) -> None:
     plot = RESULTS / "nvidia-h200" / "evidence" / f"{name}.png"
     assert shown.exists() == plot.exists()
     assert not plot.exists() or shown.read_bytes() == plot.read_bytes()
+
+
+def evidence(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / "nvidia-h200" / "evidence" / f"{name}.json").read_text())
+
+
+def test_the_page_of_evidence_concludes_from_the_committed_rows() -> None:
+    rows = evidence("retrieval")["rows"]
+
+    def reached(form: str, length: int, measure: Measure) -> float:
+        mean, _, seeds = spread_of(rows, form, length, measure)
+        assert seeds
+        return mean
+
+    tasks, forms = MEASURES["retrieval"], ("nsa", "dense", "infllm_v2")
+    for form in forms:
+        for task in ("single, %", "several needles, %", "several keys, %"):
+            assert reached(form, 4096, tasks[task]) > 98
+        for length in LENGTHS:
+            assert reached(form, length, tasks["longer chains, %"]) < 35
+        assert 50 < reached(form, 4096, HARDER["16384 tokens, %"]) < 55
+        assert reached(form, 4096, HARDER["65536 tokens, %"]) < 30
+        assert form == "dense" or reached(form, 65536, HARDER["as trained, %"]) > 60
+    assert reached("dense", 65536, HARDER["as trained, %"]) < 60
+    soonest = [reached(form, 4096, tasks["variables, %"]) for form in ("infllm_v2", "nsa", "dense")]
+    assert soonest == sorted(soonest)
+    earlier = evidence("retrieval-1000-steps")["rows"]
+    assert {row["form"] for row in earlier} == {*forms, "msa"}
+    assert min(value for row in earlier for value in row["accuracy"].values()) > 0.99
+
+
+def test_swapping_a_dense_model_at_16384_tokens_costs_little() -> None:
+    found = evidence("continue")
+    before, between, after = found["measured"].values()
+    assert found["config"]["seq_len"] == 16384
+    assert 0 < before["loss"] - before["dense_loss"] < 0.002
+    assert between["dense_loss"] - between["loss"] > 0.03
+    assert after["loss"] < between["loss"]
