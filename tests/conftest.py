@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,34 @@ def pytest_collection_finish() -> None:
     """Keep garbage collections, in forks too, from visiting what collecting tests has imported."""
     gc.collect()
     gc.freeze()
+
+
+def keeps_tiles_in_constants() -> bool:
+    """Whether this process's interpreter keeps `TOPK - tile` a constant, which tl.minimum refuses.
+
+    So it is in Triton 3.7 and 3.8: tests/kernels/test_constants.py. The compilers of all releases,
+    and the interpreters of 3.6 and 3.9, make it a tile.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    from nsagen.core.releases import installed_release
+
+    return installed_release() in ((3, 7), (3, 8))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """A test that meets `keeps_tiles_in_constants` fails there by Triton's fault, whatever op."""
+    try:
+        return (yield)
+    except Exception as error:
+        said = str(error)  # quotes the cause, whose own quotes come escaped
+        kept = "cannot convert" in said and "triton.language.core.tensor" in said
+        if kept and keeps_tiles_in_constants():
+            pytest.xfail(
+                "Triton 3.7 and 3.8: the interpreter keeps a constant less a tile constant"
+            )
+        raise
 
 
 def seen_by_make(path: Path) -> bool:
