@@ -109,7 +109,9 @@ def test_what_runs_here_needs_the_installed_triton(
     assert one.schedule.algorithm not in {schedule.algorithm for schedule in searched}
     assert compiling.compile_variants(tmp_path, (one,)) == {}
     monkeypatch.setattr(verify, "installed_release", lambda: release)
-    (row,) = verify._verified(one, tmp_path / "none.py", torch.device("cuda"), topk=16, seed=0)
+    (row,) = verify._verified(
+        one, tmp_path / "none.py", torch.device("cuda"), topk=16, seed=0, ran={}
+    )
     assert (row["result"], row["note"].partition(";")[0]) == ("skipped", "needs Triton 3.6 to 3.9")
 
 
