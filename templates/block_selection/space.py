@@ -209,8 +209,10 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
         else:
             break  # one token's heads are too many: the space's own check reports it
     if int(knobs["tokens"]) <= 8 and int(knobs["windows"]) == 128:  # too few tokens for this many
-        windows = 64 if wide else max(64, min(128, step))
-        knobs |= {"windows": windows, "num_warps": 8 if wide or windows == 128 else 4}
+        # Blocks of more than 64 windows take eight warps. Beside wide keys they take half as many
+        # windows at once, and sm_120 eight warps for all blocks.
+        eight = step > 64 or (wide and target.arch == "120")
+        knobs |= {"windows": 64 if wide or step <= 64 else 128, "num_warps": 8 if eight else 4}
     compared = 64 * kept_rows(workload) + int(knobs["segment"])
     most = _COMPARED_A_THREAD if kept_rows(workload) < 4 else _COMPARED_A_THREAD // 2
     while int(knobs["tokens"]) * compared > most * 32 * int(knobs["num_warps"]):
