@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import keyword
 import re
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -122,10 +123,11 @@ def _check(layout: str, package: str, release: int, repo_id: str) -> None:
         )
     if not re.fullmatch(r"[a-z][a-z0-9_]*[a-z0-9]", package) or keyword.iskeyword(package):
         raise InvalidInputError(
-            f"export: --name must be a Python name of lower-case letters, digits and _; "
+            "export: --name must be at least two lower-case letters, digits and _, the first a "
+            "letter, the last no _, and no keyword of Python; "
             f"got {package!r}; such as nsagen_mine"
         )
-    if package in ("nsagen", "torch", "triton"):
+    if package in ("nsagen", "torch", "triton", "numpy") or package in sys.stdlib_module_names:
         raise InvalidInputError(
             f"export: --name must be the package's own; got {package!r}, which is another; "
             "such as nsagen_mine"

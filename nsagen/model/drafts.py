@@ -11,8 +11,8 @@ from nsagen.core.errors import InvalidInputError
 from nsagen.model.checks import is_integer, require
 
 Drafter = Callable[[Sequence[int], int], Sequence[int]]
-"""Guesses what follows a sequence: called with all its tokens so far, which it must not change, and
-how many it may guess. It returns at most that many, or none."""
+"""Guesses what follows a sequence: called with all its tokens so far, and how many it may guess.
+It returns at most that many, or none. If it changes the tokens, it spoils its own guesses only."""
 
 MOST_DRAFTED = 7
 """Tokens of a draft that a step verifies, beside the one that it gets anyway."""

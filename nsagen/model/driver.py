@@ -82,9 +82,7 @@ class Driver:
             most = min(self._runner.most_drafted, one.request.limit - one.chosen - 1)
             try:
                 if one.drafter is not None and most > 0:
-                    draft = check_draft(
-                        one.drafter(one.text, most), most, vocabulary(self._runner.model)
-                    )
+                    draft = check_draft(one.guess(most), most, vocabulary(self._runner.model))
                     if draft:
                         drafts[one] = draft
             except Exception as error:

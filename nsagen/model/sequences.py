@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -127,6 +128,19 @@ class RunningSequence:
     def drafter(self) -> Drafter | None:
         """What guesses its next tokens; None without one."""
         return None if self.request.drafter is None else self.request.drafter()
+
+    def guess(self, most: int) -> Sequence[int]:
+        """At most that many tokens that may come next; needs a drafter.
+
+        The drafter has a list of its own: `text` names pages that others may share.
+        """
+        assert self.drafter is not None
+        self._shown += self.output[max(0, len(self._shown) - self.length) :]
+        return self.drafter(self._shown, most)
+
+    @cached_property
+    def _shown(self) -> list[int]:
+        return list(self.prompt)
 
     def resumed(self, request: Request, start: int) -> RunningSequence:
         """The sequence with a longer prompt, of which the cache holds `start` tokens."""

@@ -117,7 +117,11 @@ class _Server:
         for message in said:
             _check_text("messages", message["content"])
         prompt = self.tokenizer.chat(said)
-        left = max(1, self.engine.batch.limits.max_length - len(prompt))  # so a longer is refused
+        limits = self.engine.batch.limits
+        most = limits.max_length
+        if limits.paged:
+            most = min(most, limits.total_pages * limits.page_size)
+        left = max(1, most - len(prompt))  # so a longer is refused
         return self._checked(body, [prompt], body.limit or left)
 
     def _tokens(self, prompt: str) -> list[int]:
@@ -304,6 +308,10 @@ async def _from_framework(request: Request, error: Any) -> JSONResponse:
     return JSONResponse(_error(error), error.status_code, error.headers)
 
 
+_TOO_LONG = ("must be at most InferenceConfig", "must fit into InferenceConfig")
+"""What `nsagen.model.requests.check_length` says of a prompt that the cache cannot hold."""
+
+
 def _error(error: Exception) -> dict[str, Any]:
     """The body of an error, as OpenAI has it."""
     text, kind, code = str(error), "invalid_request_error", None
@@ -313,7 +321,7 @@ def _error(error: Exception) -> dict[str, Any]:
         text = "; ".join(_problem(one) for one in error.errors())
     elif isinstance(error, NoModel):
         code = "model_not_found"
-    elif isinstance(error, InvalidInputError) and "must be at most InferenceConfig" in text:
+    elif isinstance(error, InvalidInputError) and any(rule in text for rule in _TOO_LONG):
         code = "context_length_exceeded"
     elif isinstance(error, Busy):
         text, kind = "too many requests wait; try again later", "overloaded"
@@ -326,6 +334,8 @@ def _error(error: Exception) -> dict[str, Any]:
 
 def _problem(one: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in one["loc"] if part != "body")
+    if one["type"] == "json_invalid":
+        return f"the body must be JSON, and is not at character {place}"
     if not place:
         return "the body must be a JSON object, sent with Content-Type: application/json"
     if one["type"] == "extra_forbidden":

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from nsagen.core.errors import CapacityError
+from nsagen.core.errors import CapacityError, InvalidInputError
 from nsagen.model.drafts import Drafter
 from nsagen.model.requests import Request
 from nsagen.model.sequences import NewToken
@@ -105,9 +105,16 @@ class Engine:
         """Queue the jobs of a call, all or none.
 
         Raises:
+            InvalidInputError: more jobs than an idle server takes.
             Busy: too many requests wait.
             Stopped: the server ends.
         """
+        most = self._limit + self.batch.limits.max_batch_size
+        if len(jobs) > most:
+            raise InvalidInputError(
+                f"prompt: a call may have at most {most} prompts here; got {len(jobs)}; "
+                "make several calls"
+            )
         with self._changed:
             if self._stopping:
                 raise Stopped

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -234,8 +235,16 @@ def prompts_of(*lengths: int) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize("limits", [LIMITS, PAGED], ids=["contiguous", "in pages"])
-@pytest.mark.parametrize("dense", [False, True], ids=["nsa", "dense"])
+@pytest.mark.parametrize(
+    ("limits", "dense"),
+    [
+        (LIMITS, False),
+        (PAGED, False),
+        (replace(PAGED, cache_dtype="int8", share_prefixes=True), False),
+        (LIMITS, True),
+    ],
+    ids=["contiguous", "in pages", "int8 in shared pages", "dense"],
+)
 @pytest.mark.parametrize("sampling", [GREEDY, WARM], ids=["greedy", "sampled"])
 def test_drafts_change_no_token(
     limits: InferenceConfig, dense: bool, sampling: SamplingConfig
@@ -365,6 +374,26 @@ def test_a_bad_draft_ends_its_own_sequence(draft: Any, text: str) -> None:
     assert failed.sequence == 0
     assert text in str(failed.error)
     assert [new.token for new in news if new.sequence == good] == expected[1]
+
+
+def test_a_drafter_that_changes_its_tokens_spoils_no_other_sequence() -> None:
+    """Pages that sequences share are named by their tokens, which are not the drafter's list."""
+    model = small(replace(PAGED, share_prefixes=True))
+    (prompt,) = prompts_of(33)
+    (answer,) = texts(model, [prompt], max_new_tokens=1)
+    later = [*prompt, *answer, *[3] * 30]
+    (expected,) = texts(model, [later])
+
+    def appends(tokens: Sequence[int], most: int) -> list[int]:
+        assert isinstance(tokens, list)
+        tokens.append(3)
+        return []
+
+    batch = ContinuousBatch(model)
+    batch.add(prompt, max_new_tokens=40, drafter=lambda: appends)
+    list(batch.run())
+    batch.add(later)
+    assert [new.token for new in batch.run()] == expected
 
 
 @pytest.mark.parametrize("drafter", [3, PromptLookup(), lambda tokens, most: []])

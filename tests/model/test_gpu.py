@@ -195,8 +195,8 @@ def test_drafts_of_a_dense_model_in_graphs() -> None:
 
 @torch.no_grad()
 def test_several_tokens_leave_the_keys_of_one_after_another() -> None:
-    """To the bit in the first layer's cache, where products give each row the same in any batch;
-    to float16's rounding otherwise."""
+    """To float16's rounding: products of cuBLAS may differ with the rows of a batch. To the bit:
+    test_several_tokens_of_a_sequence_leave_the_cache_of_one_after_another."""
     model, lengths = small(), [30, 64, 100]
     ids = packed_batch([21], seed=3)[0].view(7, 3).cuda()
     starts = torch.tensor(lengths, dtype=torch.int32, device="cuda")

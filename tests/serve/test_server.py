@@ -430,6 +430,8 @@ def test_other_refusals_have_their_own_status(running: Running) -> None:
         answer = running.client._client.post(url, content=content, headers=headers)
         assert answer.status_code == 400, content
         assert answer.json()["error"]["message"]
+    answer = running.client._client.post(url, content=b'{"model": "tiny",}', headers=headers)
+    assert "the body must be JSON, and is not at character 1" in answer.json()["error"]["message"]
     url = f"{running.client.base_url}completions"
     answer = running.client._client.post(url, content=b'{"model": "tiny", "prompt": "a"}')
     assert answer.status_code == 400
@@ -444,6 +446,21 @@ def test_other_refusals_have_their_own_status(running: Running) -> None:
         headers = {"content-type": "application/json"}
         answer = running.client._client.request(method, url, content=content, headers=headers)
         assert (answer.status_code, set(answer.json())) == (status, {"error"})
+
+
+def test_an_answer_is_as_long_as_the_pages_allow() -> None:
+    one = Running(slots=1, queue=1, paged=True, page_size=64, num_pages=1)
+    try:
+        said = [{"role": "user", "content": "hi"}]
+        answer = one.client.chat.completions.create(messages=said, **GREEDY)
+        assert answer.usage.prompt_tokens + answer.usage.completion_tokens <= 64
+        with pytest.raises(openai.BadRequestError, match="must fit into") as refused:
+            one.complete("x" * 70)
+        assert refused.value.code == "context_length_exceeded"
+        with pytest.raises(openai.BadRequestError, match="at most 2 prompts here; got 3"):
+            one.client.completions.create(prompt=["a"] * 3, **GREEDY)
+    finally:
+        one.stop()
 
 
 def test_too_many_that_wait_are_refused_and_all_end_with_the_server() -> None:
