@@ -12,14 +12,21 @@ from torch import Tensor
 from nsagen.core.errors import InvalidInputError
 
 
-def require(holds: bool, where: str, rule: str, came: str, advice: str) -> None:
+def require(
+    holds: bool,
+    where: str,
+    rule: str,
+    came: str,
+    advice: str,
+    error: type[InvalidInputError] = InvalidInputError,
+) -> None:
     """Raise unless a rule holds.
 
     Raises:
-        InvalidInputError: "<where>: <rule>, got <came>; <advice>".
+        InvalidInputError: "<where>: <rule>, got <came>; <advice>"; of the class `error`.
     """
     if not holds:
-        raise InvalidInputError(f"{where}: {rule}, got {came}; {advice}")
+        raise error(f"{where}: {rule}, got {came}; {advice}")
 
 
 def require_kind(where: str, name: str, value: Any, kind: type, advice: str) -> None:

@@ -187,6 +187,12 @@ class InferenceConfig:
         """Pages of a paged cache."""
         return self.num_pages or self.max_batch_size * self.pages_per_slot
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the cache can hold, if it is alone there."""
+        pages = self.total_pages if self.paged else self.pages_per_slot
+        return min(self.max_length, pages * self.page_size)
+
     def cache_bytes(self, config: ToyLlamaConfig, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes that a model's cache takes, known before anything is allocated.
 

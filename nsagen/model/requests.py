@@ -162,11 +162,15 @@ def _takes(function: Any, arguments: int) -> bool:
     return True
 
 
+class TooLongError(InvalidInputError):
+    """Prompt and new tokens are more than the cache can hold of a sequence."""
+
+
 def check_length(where: str, limits: InferenceConfig, length: int, max_new_tokens: int) -> int:
     """Check a prompt's length and the number of new tokens; returns that number.
 
     Raises:
-        InvalidInputError: names `where` and the limit.
+        InvalidInputError: names `where` and the limit; a `TooLongError` if it is the cache's.
     """
     require(
         is_integer(max_new_tokens) and max_new_tokens >= -1,
@@ -190,6 +194,7 @@ def check_length(where: str, limits: InferenceConfig, length: int, max_new_token
         f"InferenceConfig.max_length={limits.max_length}",
         f"{length} + {steps} = {length + steps}",
         "shorten the prompt, lower max_new_tokens or raise max_length",
+        TooLongError,
     )
     if limits.paged:
         needed = -(-(length + steps) // limits.page_size)
@@ -200,6 +205,7 @@ def check_length(where: str, limits: InferenceConfig, length: int, max_new_token
             f"of {limits.page_size} tokens",
             f"{length} + {steps} tokens, which need {needed}",
             "shorten the prompt, lower max_new_tokens or raise num_pages",
+            TooLongError,
         )
     return steps
 

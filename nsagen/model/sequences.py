@@ -117,12 +117,16 @@ class RunningSequence:
     @property
     def text(self) -> list[int]:
         """Prompt and new tokens: one list, which grows with these."""
-        self._text += self.output[len(self._text) - self.length :]
-        return self._text
+        return self._grown(self._text)
 
     @cached_property
     def _text(self) -> list[int]:
         return list(self.prompt)
+
+    def _grown(self, tokens: list[int]) -> list[int]:
+        """A list that begins with the prompt, with the output that it lacks at its end."""
+        tokens += self.output[max(0, len(tokens) - self.length) :]
+        return tokens
 
     @cached_property
     def drafter(self) -> Drafter | None:
@@ -135,8 +139,7 @@ class RunningSequence:
         The drafter has a list of its own: `text` names pages that others may share.
         """
         assert self.drafter is not None
-        self._shown += self.output[max(0, len(self._shown) - self.length) :]
-        return self.drafter(self._shown, most)
+        return self.drafter(self._grown(self._shown), most)
 
     @cached_property
     def _shown(self) -> list[int]:

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from nsagen.core.errors import InvalidInputError
 from nsagen.model.requests import Request as BatchRequest
+from nsagen.model.requests import TooLongError
 from nsagen.serve.answers import Call, Piece, sampling_of
 from nsagen.serve.engine import Busy, Engine, Failed, Stopped
 from nsagen.serve.protocol import ChatRequest, CompletionRequest, SamplingFields
@@ -117,11 +118,7 @@ class _Server:
         for message in said:
             _check_text("messages", message["content"])
         prompt = self.tokenizer.chat(said)
-        limits = self.engine.batch.limits
-        most = limits.max_length
-        if limits.paged:
-            most = min(most, limits.total_pages * limits.page_size)
-        left = max(1, most - len(prompt))  # so a longer is refused
+        left = max(1, self.engine.batch.limits.longest - len(prompt))  # so a longer is refused
         return self._checked(body, [prompt], body.limit or left)
 
     def _tokens(self, prompt: str) -> list[int]:
@@ -308,10 +305,6 @@ async def _from_framework(request: Request, error: Any) -> JSONResponse:
     return JSONResponse(_error(error), error.status_code, error.headers)
 
 
-_TOO_LONG = ("must be at most InferenceConfig", "must fit into InferenceConfig")
-"""What `nsagen.model.requests.check_length` says of a prompt that the cache cannot hold."""
-
-
 def _error(error: Exception) -> dict[str, Any]:
     """The body of an error, as OpenAI has it."""
     text, kind, code = str(error), "invalid_request_error", None
@@ -321,7 +314,7 @@ def _error(error: Exception) -> dict[str, Any]:
         text = "; ".join(_problem(one) for one in error.errors())
     elif isinstance(error, NoModel):
         code = "model_not_found"
-    elif isinstance(error, InvalidInputError) and any(rule in text for rule in _TOO_LONG):
+    elif isinstance(error, TooLongError):
         code = "context_length_exceeded"
     elif isinstance(error, Busy):
         text, kind = "too many requests wait; try again later", "overloaded"
