@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 # What takes seconds to import is imported by the processes, side by side.
 LAYERS = ("Llama 3.1 8B", "the guide")
@@ -34,6 +35,8 @@ def compiling(index: int, processes: int) -> Iterator[dict[tuple[str, str], bool
     """
     import triton
 
+    from nsagen.ops import _op
+
     run, mine = triton.JITFunction.run, {}
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **more: Any) -> Any:
@@ -42,11 +45,12 @@ def compiling(index: int, processes: int) -> Iterator[dict[tuple[str, str], bool
             return run(self, *args, grid=grid, warmup=True, **more)
         return None
 
-    triton.JITFunction.run = compile_only
-    try:
+    # A repeated call would launch what this process compiled, on what others have not computed.
+    with (
+        mock.patch.object(triton.JITFunction, "run", compile_only),
+        mock.patch.object(_op, "replays", return_value=False),
+    ):
         yield mine
-    finally:
-        triton.JITFunction.run = run
 
 
 def sparse_calls() -> dict[str, Callable[[], object]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import precompile
@@ -17,6 +18,7 @@ from side_by_side import M3, Run, half_shared, once, short_calls
 from nsagen.bench import decode
 from nsagen.bench.shape import Shape
 from nsagen.model import ToyNSALlamaConfig
+from nsagen.ops import _op
 
 SHAPE = Shape(kv_heads=4, gqa_ratio=4, head_dim=16, v_head_dim=16, dtype="float32")
 ATTENTION = ToyNSALlamaConfig(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
@@ -80,10 +82,13 @@ def test_processes_share_kernels_and_launch_none(monkeypatch: pytest.MonkeyPatch
     def other(x):
         pass
 
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+    assert _op.replays(on_gpu)
     monkeypatch.setattr(triton.JITFunction, "run", run)
     for index in (0, 1):
         with precompile.compiling(index, 2):
             found = [kernel[(1,)](None) for kernel in (one, other, one)]
+            assert not _op.replays(on_gpu)  # which launches without `run`
         assert found == (["compiled", None, "compiled"] if index == 0 else [None, "compiled", None])
     assert compiled == [("one", True), ("one", True), ("other", True)]
     assert triton.JITFunction.run is run
