@@ -3,9 +3,10 @@
     python benchmarks/family.py --out family.json          # on an H200: two and a half minutes
     python benchmarks/family.py --dry --out family.json    # tiny sizes on a CPU, by the references
 
-Kernels are first compiled and compared with the float64 references, in processes of their own;
-then they are timed one after another. What fails is in `failed`, what there was no time for in
-`skipped`. Exits 1 if a result is wrong or a part failed. With --plot, draws the JSON:
+Kernels are first compiled, and those of the family's specs verified, in processes of their own:
+verify_family.json beside --out has a row an output. Then they are timed one after another. What
+fails is in `failed`, what there was no time for in `skipped`. Exits 1 if a result is wrong or a
+part failed. With --plot, draws the JSON:
 
     python benchmarks/family.py --plot docs/images/family.png
 """
@@ -23,9 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import replace
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +38,12 @@ from family_attention import (
     m3_shared,
     minicpm_64_blocks,
     minicpm_forward,
+    moba,
     narrow_decode,
 )
 from family_models import m3_in_transformers, small_models
 from family_plot import draw
-from family_run import FULL, INDEX, SM90, TINY, WARM, Run, Sizes, attention_workload
-
-from nsagen.cases.base import cases_of
-from nsagen.cases.sizes import sizes_for
-from nsagen.core.workload import Workload
+from family_run import FULL, TINY, WARM, Run, Sizes
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -91,89 +87,47 @@ PUBLISHED = {
 
 PARTS: dict[str, Callable[[Run], None]] = {
     "m3_attention": m3_attention,
-    "minicpm_forward": minicpm_forward,
     "m3_index": m3_index,
-    "minicpm_64_blocks": minicpm_64_blocks,
     "m3_decode": m3_decode,
+    "minicpm_forward": minicpm_forward,
+    "minicpm_64_blocks": minicpm_64_blocks,
     "m3_in_transformers": m3_in_transformers,
-    "m3_index_loss": m3_index_loss,
-    "narrow_decode": narrow_decode,
     "m3_shared": m3_shared,
-    "small_models": small_models,
+    "m3_index_loss": m3_index_loss,
     "dense": dense,
+    "moba": moba,
+    "small_models": small_models,
+    "narrow_decode": narrow_decode,
 }
 """What is measured, what matters most first."""
 
 
-def checked(s: Sizes = FULL) -> dict[str, tuple[Workload, str]]:
-    """(workload, algorithm) of every kernel that is compared with its float64 reference; "": the
-    default."""
-    found: dict[str, tuple[Workload, str]] = {}
-    index: Any = {"head_dim": s.m3.dim, "gqa_ratio": s.m3.kv_heads, **INDEX, **s.m3.blocks}
-    scores: Any = {"kernel_size": s.window[0], "kernel_stride": s.window[1]}
-    group = {"head_dim": s.minicpm.dim, "gqa_ratio": s.minicpm.heads // s.minicpm.kv_heads}
-    chosen = {**group, **scores, **s.minicpm.blocks, "score_pool": "max"}
-    for pass_ in ("forward", "decode"):
-        for name, params in (("M3", index), ("MiniCPM", chosen)):
-            w = Workload.of("block_selection", pass_, dtype="bfloat16", **params)
-            found[f"{name} selection {pass_}"] = (w, "")
-    lse = Workload.of("compressed_lse", "forward", dtype="bfloat16", **group, **scores)
-    found["MiniCPM lse"] = (lse, "")
-    for pass_ in ("forward", "backward"):
-        sizes = {"head_dim": s.m3.dim, "index_head_dim": s.m3.dim, "block_size": s.m3.block}
-        sizes["gqa_ratio"] = s.m3.heads // s.m3.kv_heads
-        w = Workload.of("index_loss", pass_, dtype="bfloat16", **sizes)
-        found[f"M3 index loss {pass_}"] = (w, "")
-    for name, layer in (("M3", s.m3), ("MiniCPM", s.minicpm)):
-        of = partial(attention_workload, layer)
-        block = {"block_size": layer.block}
-        window = {"window_size": layer.local * layer.block, **block}
-        free = {**block, "init_blocks": 0, "local_blocks": layer.local}
-        for pass_ in ("forward", "backward"):
-            found[f"{name} attention {pass_}"] = (of("selected_attention", pass_, **block), "")
-            w = of("sliding_window_attention", pass_, **window)
-            found[f"{name} band {pass_}"] = (w, "")
-        found[f"{name} the rest"] = (of("selected_attention", "forward", **free), "")
-        w = of("selected_attention", "backward", **block)
-        found[f"{name} pipeline"] = (w, "warp_specialized")
-        step = of("selected_attention", "decode", **block, topk=layer.topk)
-        found[f"{name} decode"] = (step, "")
-    w = attention_workload(s.m3, "selected_attention", "forward", block_size=s.m3.block)
-    found["M3 union tiles"] = (w, "union_tiles")
-    return found
+SPECS = ("moba", "minimax_m3", "minicpm4", "minicpm_sala")
+"""Their kernels are compared with the float64 reference; what takes longest first."""
 
 
-def check(run: Run, name: str) -> None:
-    """Compare one kernel's outputs with the float64 reference."""
-    from nsagen.codegen.template import default_schedule
+def child(kind: str, name: str, folder: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Compile a part's kernels by short calls, or verify a spec.
 
-    w, algorithm = checked()[name]
-    algorithm = algorithm or default_schedule(w, SM90).algorithm
-    launch = run.kernel(w, algorithm)
-    sizes = sizes_for(w, (run.sizes.minicpm if name.startswith("MiniCPM") else run.sizes.m3).topk)
-    if w.named().get("local_blocks"):  # such a kernel takes lists as selection writes them
-        sizes = replace(sizes, any_order=False)
-    case = cases_of(w).make_case(w, sizes, run.sizes.device, seed=1)
-    launch(*case.args)
-    for output, wanted in case.expected().items():
-        out = case.outputs[output]
-        if out.dtype.is_floating_point:
-            run.agree(f"{name}: {output}", out, wanted)
-        elif not torch.equal(out, wanted.to(out.device)):
-            run.wrong[f"{name}: {output}"] = math.inf
-
-
-def child(kind: str, name: str, folder: Path) -> dict[str, float]:
-    """Compile a part's kernels by short calls, or check a kernel; what is wrong."""
-    own = folder / f"{kind}-{name}".replace(" ", "-")  # no process reads what another is writing
-    own.mkdir()
-    run = Run(WARM, own, times=False)
+    Returns:
+        what is wrong, and the rows of `nsagen verify`.
+    """
+    run = Run(WARM, folder / f"{kind}-{name}", times=False)
+    run.folder.mkdir()  # no process reads what another is writing
+    rows: list[dict[str, Any]] = []
     if kind == "part":
         PARTS[name](run)
+        torch.cuda.synchronize()
     else:
-        check(run, name)
-    torch.cuda.synchronize()
-    return run.wrong
+        from nsagen.cases.verify import verify
+        from nsagen.spec import load_spec
+
+        rows = [{"spec": name, **row} for row in verify(load_spec(name))]
+        for row in rows:
+            if row["result"] == "failed":
+                error = row["error"] if row["error"] is not None else math.inf
+                run.wrong[f"{name}: {row['variant']} {row['output']}"] = error
+    return run.wrong, rows
 
 
 def failure(error: BaseException) -> str:
@@ -182,29 +136,28 @@ def failure(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def compile_and_check(
-    folder: Path, seconds: float, parts: list[str], kernels: list[str]
-) -> tuple[dict[str, float], dict[str, str]]:
-    """(wrong, failed) of all children; those that take too long count as failed."""
-    jobs = [("part", name) for name in parts if name != "dense"]
-    jobs += [("check", name) for name in kernels]
+def compile_and_verify(
+    folder: Path, seconds: float, jobs: list[tuple[str, str]]
+) -> tuple[dict[str, float], dict[str, str], list[dict[str, Any]]]:
+    """(wrong, failed, rows of verify) of all children; what takes too long counts as failed."""
     wrong: dict[str, float] = {}
     failed: dict[str, str] = {}
+    rows: list[dict[str, Any]] = []
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(16, os.cpu_count() or 8), mp_context=context)
-    futures: dict[tuple[str, str], Future[dict[str, float]]] = {
-        job: pool.submit(child, *job, folder) for job in jobs
-    }
+    futures = {job: pool.submit(child, *job, folder) for job in jobs}
     end = time.monotonic() + seconds
     for (kind, name), future in futures.items():
         try:
-            wrong |= future.result(max(0.0, end - time.monotonic()))
+            of_child, of_spec = future.result(max(0.0, end - time.monotonic()))
+            wrong |= of_child
+            rows += of_spec
         except Exception as error:
             failed[f"{kind} {name}"] = failure(error)
     for process in list(getattr(pool, "_processes", {}).values()):
         process.terminate()
     pool.shutdown(wait=False, cancel_futures=True)
-    return wrong, failed
+    return wrong, failed, rows
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -223,25 +176,26 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run_all(
-    sizes: Sizes, seconds: float, parts: list[str], kernels: list[str] | None = None
+    sizes: Sizes, seconds: float, parts: list[str], specs: tuple[str, ...] = SPECS
 ) -> Iterator[dict[str, Any]]:
     """What the JSON file holds, after each part.
 
     Args:
         seconds: after which nothing is begun.
-        kernels: names of `checked`; None: all.
+        specs: that are verified, on a GPU.
     """
     start = time.monotonic()
     failed: dict[str, str] = {}
+    verified: list[dict[str, Any]] = []
     versions = {"torch": torch.__version__, "triton": _triton()}
     device = torch.cuda.get_device_name() if sizes.device != "cpu" else "cpu"
     with tempfile.TemporaryDirectory() as name:  # Triton reads a kernel's file when it compiles
         run = Run(sizes, Path(name), end=start + seconds)
         if sizes.device != "cpu":
-            run.wrong, failed = compile_and_check(
-                Path(name), 0.45 * seconds, parts, list(checked()) if kernels is None else kernels
-            )
-            print(f"compiled and checked in {time.monotonic() - start:.0f} s", flush=True)
+            jobs = [("verify", spec) for spec in specs]
+            jobs += [("part", part) for part in parts if part != "dense"]
+            run.wrong, failed, verified = compile_and_verify(Path(name), 0.45 * seconds, jobs)
+            print(f"compiled and verified in {time.monotonic() - start:.0f} s", flush=True)
         for part in parts:
             try:
                 PARTS[part](run)
@@ -254,6 +208,7 @@ def run_all(
                 **{"device": device, **versions, "seconds": time.monotonic() - start},
                 **{"rows": run.rows, "goals": goals(run.rows), "published": PUBLISHED},
                 **{"wrong": run.wrong, "failed": failed, "skipped": run.skipped},
+                "verified": verified,
             }
 
 
@@ -285,7 +240,7 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--seconds", type=float, default=145.0, help="begin nothing after these")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--no-checks", action="store_true", help="compare no kernel by itself")
+    parser.add_argument("--no-verify", action="store_true", help="verify none of the specs")
     parser.add_argument(
         "--update",
         type=Path,
@@ -297,10 +252,14 @@ def main() -> int:
         return 0
     seconds = math.inf if args.dry else args.seconds
     torch.set_num_threads(min(8, os.cpu_count() or 1))  # small models run on the CPU too
-    kernels = [] if args.no_checks else None
+    specs = () if args.no_verify else SPECS
     before = json.loads(args.update.read_text()) if args.update else None
     content: dict[str, Any] = {}
-    for found in run_all(TINY if args.dry else FULL, seconds, args.parts, kernels):
+    for found in run_all(TINY if args.dry else FULL, seconds, args.parts, specs):
+        if verified := found.pop("verified"):
+            args.out.with_name("verify_family.json").write_text(
+                json.dumps(verified, indent=1) + "\n"
+            )
         content = updated(before, found) if before else found
         args.out.write_text(json.dumps(content, indent=1) + "\n")  # a stopped run keeps its rows
     for row in content["goals"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nsagen import ops
 from nsagen.core.workload import CACHE_DTYPES
-from nsagen.ops import local_band
+from nsagen.ops import local_band, reference
 from nsagen.ops.compress import compress
 from nsagen.ops.selected_attention import selected_attention_forward
 
@@ -134,7 +134,7 @@ def m3_attention(run: Run) -> None:
     s = run.sizes
     for tokens in s.lengths:
         a = Attention(run, s.m3, tokens)
-        time_attention(run, "M3 attention", a, backward=tokens <= 32768)
+        time_attention(run, "M3 attention", a, backward=True)
         if tokens <= 32768:
             two_pass_backward(run, a)
 
@@ -200,22 +200,13 @@ def m3_decode(run: Run) -> None:
             rule: Any = {**INDEX, **layer.blocks}
             index = partial(ops.block_selection_decode, index_q, index_k, at, slots, **rule)
             blocks, size = index(), {"block_size": layer.block}
-            args = (q, k, v, blocks, at, slots)
-            attend = partial(ops.selected_attention_decode, *args, **size)
-            branch = partial(
-                ops.native_sparse_attention_decode,
-                *(*args, torch.zeros_like(q), q.new_ones(*q.shape[:2], 3)),
-                **{**size, "window_size": 0, "branches": ("selected",)},
-            )
-            run.agree(f"M3 decode, {batch} x {context}, a gated branch", branch(), attend())
-            calls = {"index": index, "attention": attend, "attention, a gated branch": branch}
-            calls |= _decode_schedules(run, args)
-            for what, call in calls.items():
+            attend = partial(ops.selected_attention_decode, q, k, v, blocks, at, slots, **size)
+            for what, call in {"index": index, "attention": attend}.items():
                 one = graphed(call, s.device)
                 run.time(f"M3 decode {what}", "graph", context, one, batch=batch)
             both = graphed(lambda a=index, b=attend: (a(), b()), s.device)
             run.time(f"M3 decode, batch {batch}", "graph", context, both)
-            del k, v, args, index_k, index, attend, branch, calls, both
+            del k, v, index_k, index, attend, both
 
 
 def narrow_decode(run: Run) -> None:
@@ -247,28 +238,15 @@ def narrow_decode(run: Run) -> None:
                 del keys, k, v, args, select, attend, both
 
 
-def _stored(caches: list[Tensor], cache_dtype: str) -> tuple[list[Tensor], list[Tensor | None]]:
+def _stored(
+    caches: list[Tensor], cache_dtype: str
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
     """Caches in a dtype, and the scales of their rows, which lie with heads before entries."""
     if not cache_dtype:
         return caches, [None] * len(caches)
-    pairs = [ops.reference.quantize(cache, getattr(torch, cache_dtype)) for cache in caches]
+    pairs = [reference.quantize(cache, getattr(torch, cache_dtype)) for cache in caches]
     scales = [scale.transpose(1, 2).contiguous().transpose(1, 2) for _, scale in pairs]
     return [rows for rows, _ in pairs], scales
-
-
-def _decode_schedules(run: Run, args: tuple[Tensor, ...]) -> dict[str, Callable[[], object]]:
-    """The decoding kernel with more and fewer splits, and in other steps."""
-    layer, q = run.sizes.m3, args[0]
-    if run.sizes.device == "cpu":
-        return {}
-    sizes = {"block_size": layer.block, "topk": layer.topk}
-    w, o = attention_workload(layer, "selected_attention", "decode", **sizes), torch.empty_like(q)
-    found: dict[str, Callable[[], object]] = {}
-    for knobs in ({"programs": 132}, {"programs": 264}, {"block_n": 128}, {"combine_warps": 1}):
-        launch = run.kernel(w, "split_kv", **knobs)
-        name = ", ".join(f"{knob} {value}" for knob, value in knobs.items())
-        found[f"attention, {name}"] = partial(launch, *args, o, layer.dim**-0.5)
-    return found
 
 
 def minicpm_forward(run: Run) -> None:
@@ -279,12 +257,12 @@ def minicpm_forward(run: Run) -> None:
         ends, q, k = a.cu_seqlens, a.q.detach(), a.k.detach()
 
         def windows(times: int, k: Tensor = k, ends: Tensor = ends) -> tuple[Tensor, Tensor]:
-            sizes = {"kernel_size": times * size, "kernel_stride": times * stride}
+            sizes: Any = {"kernel_size": times * size, "kernel_stride": times * stride}
             return compress(k, None, None, ends, compress_type="avgpool", **sizes)
 
         def select(times: int, q: Tensor = q, ends: Tensor = ends) -> Tensor:
             (fine, fine_ends), (coarse, coarse_ends) = windows(1), windows(times)
-            sizes = {"kernel_size": times * size, "kernel_stride": times * stride}
+            sizes: Any = {"kernel_size": times * size, "kernel_stride": times * stride}
             lse = ops.compressed_lse(q, coarse, ends, coarse_ends, **sizes)
             rule: Any = {"kernel_size": size, "kernel_stride": stride, "score_pool": "max"}
             rule |= layer.blocks
@@ -310,6 +288,17 @@ def minicpm_64_blocks(run: Run) -> None:
     s, layer = run.sizes, replace(run.sizes.minicpm, topk=run.sizes.minicpm.topk * 2 // 3)
     a = Attention(run, layer, *(s.lengths[-1:] * 2))
     time_attention(run, "MiniCPM 64 blocks", a, backward=True)
+
+
+def moba(run: Run) -> None:
+    """Each query head selects for itself."""
+    s = run.sizes
+    tokens = s.lengths[:2][-1]
+    for layer in s.moba:
+        a, what = Attention(run, layer, tokens), f"MoBA {layer.block} x {layer.topk}"
+        with torch.no_grad():
+            run.time(f"{what} forward", "gathered", tokens, a.gathered)
+        run.time(f"{what} backward", "gathered", tokens, gradients(a.gathered, a.leaves))
 
 
 def dense(run: Run) -> None:

@@ -49,6 +49,10 @@ class Sizes:
     dtype: torch.dtype = torch.bfloat16
     m3: Layer = Layer(64, 4, 128, 128, 16, 0, 1, 6144)
     minicpm: Layer = Layer(32, 2, 128, 64, 96, 1, 33, 4096)
+    moba: tuple[Layer, ...] = (
+        Layer(8, 8, 128, 512, 3, 0, 1, 1024),
+        Layer(8, 8, 128, 4096, 12, 0, 1, 1024),
+    )
     window: tuple[int, int] = (32, 16)
     lengths: tuple[int, ...] = (8192, 32768, 131072)
     batches: tuple[int, ...] = (1, 32)
@@ -60,6 +64,7 @@ TINY = Sizes(
     dtype=torch.float32,
     m3=Layer(4, 2, 16, 16, 4, 0, 1, 32),
     minicpm=Layer(4, 2, 16, 8, 6, 1, 3, 32),
+    moba=(Layer(2, 2, 16, 32, 3, 0, 1, 32),),
     window=(4, 2),
     lengths=(64, 128),
     batches=(1, 2),

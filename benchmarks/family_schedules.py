@@ -46,8 +46,7 @@ from nsagen.codegen.template import default_schedule
 from nsagen.core.workload import Workload
 
 Knobs = dict[str, Any]
-M3, CPM = FULL.m3, FULL.minicpm
-MOBA = Layer(8, 8, 128, 4096, 12, 0, 1, 1024)
+M3, CPM, MOBA = FULL.m3, FULL.minicpm, FULL.moba[-1]
 
 STAGES: tuple[Knobs, ...] = ({}, *({"row_stages": n} for n in (2, 3, 4)))
 PARTS: tuple[Knobs, ...] = ({}, {"part_tokens": 4096})

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from family import GOALS, checked, draw, goals, run_all, updated
+from family import GOALS, compile_and_verify, draw, goals, run_all, updated
 from family_attention import choose
-from family_run import FULL, SM90, TINY, Run
+from family_run import TINY
 from family_schedules import calls, launch_of
 
-from nsagen.codegen.template import default_schedule
 from nsagen.ops import reference
 
 
@@ -33,7 +32,7 @@ def test_choices_are_as_selection_writes_them(share: int) -> None:
 
 
 def test_parts_run_with_tiny_sizes(tmp_path: Path) -> None:
-    *earlier, content = run_all(TINY, math.inf, ["m3_attention", "minicpm_forward", "m3_decode"])
+    *earlier, content = run_all(TINY, math.inf, ["m3_attention", "m3_decode", "moba"])
     assert len(earlier) == 2  # each part's rows are there when it ends, should the run be stopped
     assert not content["wrong"]
     assert not content["failed"]
@@ -41,6 +40,13 @@ def test_parts_run_with_tiny_sizes(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     draw(content, tmp_path / "family.png")
     assert (tmp_path / "family.png").stat().st_size > 10_000
+
+
+def test_a_spec_that_cannot_be_verified_is_a_failure(tmp_path: Path) -> None:
+    wrong, failed, rows = compile_and_verify(tmp_path, 120, [("verify", "nowhere")])
+    assert not wrong
+    assert not rows
+    assert "nowhere" in failed["verify nowhere"]
 
 
 def test_goals_take_the_best_row() -> None:
@@ -52,13 +58,6 @@ def test_goals_take_the_best_row() -> None:
     assert found["M3 attention forward", 8192]["ms"] == 2.7
     assert found["M3 attention forward", 8192]["met"]
     assert len(found) == sum(len(by_tokens) for by_tokens in GOALS.values())
-
-
-def test_every_kernel_that_is_checked_can_be_made(tmp_path: Path) -> None:
-    run = Run(FULL, tmp_path)
-    for w, algorithm in checked(FULL).values():
-        chosen = algorithm or default_schedule(w, SM90).algorithm
-        assert callable(run.kernel(w, chosen))
 
 
 def test_every_schedule_that_is_compared_can_be_made(tmp_path: Path) -> None:
