@@ -327,15 +327,27 @@ app.command(epilog=verifying.EXAMPLE)(verifying.verify)
 
 
 @app.command(epilog="Example: nsagen doctor --json")
-def doctor(out: OutDir = Path("generated"), as_json: Json = False) -> None:
+def doctor(
+    out: OutDir = Path("generated"),
+    prune: Annotated[
+        bool,
+        typer.Option("--prune", help="First remove other versions' kernels from the user cache."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show versions, GPUs and folders, find stale packages, and say what to do."""
-    from nsagen.cli.doctor import examine, print_diagnosis
+    from nsagen.cli import doctor as doctors
+    from nsagen.cli.console import print_line
 
-    diagnosis = examine(out)
+    if prune:
+        removed = doctors.prune()
+        if not as_json:
+            print_line(removed)
+    diagnosis = doctors.examine(out)
     if as_json:
         print(json.dumps(diagnosis, indent=1))
     else:
-        print_diagnosis(diagnosis)
+        doctors.print_diagnosis(diagnosis)
     if diagnosis["problems"]:
         raise typer.Exit(1)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from nsagen.core.errors import NsagenError
 from nsagen.core.files import check_writable
 from nsagen.core.installed import driver_version, triton_version, version_of
 from nsagen.core.paths import cache_dir, visible
-from nsagen.core.text import counted, shell_text
+from nsagen.core.text import counted
 from nsagen.core.version import __version__
 from nsagen.runtime.device import interpreting
 from nsagen.runtime.user_cache import cache_folder
@@ -91,23 +91,43 @@ def _built_for_cpu() -> bool:
     return torch.version.cuda is None and torch.version.hip is None
 
 
+def prune() -> str:
+    """Remove the kernels of other versions from the user cache; returns what was done.
+
+    Raises:
+        OSError: a folder cannot be removed.
+    """
+    old = [path for path in _of_kernels() if path.name != cache_folder().name]
+    count = sum(map(_kernels, old))
+    for path in old:
+        shutil.rmtree(path)
+    return f"removed {counted(count, 'kernel')} of other versions from {cache_dir()}"
+
+
 def _cache_use(notes: list[str], problems: list[str]) -> str:
     """Kernels in the user cache; those of other versions of nsagen become a note."""
-    root, current = cache_dir(), cache_folder().name
+    current = cache_folder()
     try:
-        folders = [path for path in visible(root.glob("*")) if _is_of_kernels(path)]
-        counts = {path: sum(1 for _ in path.rglob("*.py")) for path in folders}
+        counts = {path: _kernels(path) for path in _of_kernels()}
     except OSError as error:
-        problems.append(f"the user cache, {root}, cannot be read: {error.strerror}")
+        problems.append(f"the user cache, {cache_dir()}, cannot be read: {error.strerror}")
         return "unknown"
-    old = [path for path in folders if path.name != current]
-    if old:
-        remedy = shell_text(["rm", "-r", *(os.path.abspath(path) for path in old)])
+    here = counts.pop(current, 0)
+    if counts:
         notes.append(
-            f"the user cache has {counted(sum(counts[path] for path in old), 'kernel')} of other "
-            f"versions of nsagen or its templates; to free the room: {remedy}"
+            f"the user cache has {counted(sum(counts.values()), 'kernel')} of other versions of "
+            "nsagen or its templates; to remove them, run: nsagen doctor --prune"
         )
-    return f"{counted(counts.get(root / current, 0), 'kernel')} of this version"
+    return f"{counted(here, 'kernel')} of this version"
+
+
+def _of_kernels() -> list[Path]:
+    """The user cache's folders of kernels, one for each version of nsagen and its templates."""
+    return [path for path in visible(cache_dir().glob("*")) if _is_of_kernels(path)]
+
+
+def _kernels(folder: Path) -> int:
+    return sum(1 for _ in folder.rglob("*.py"))
 
 
 def _is_of_kernels(folder: Path) -> bool:

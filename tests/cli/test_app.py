@@ -375,7 +375,27 @@ def test_doctor_knows_the_kernels_of_other_versions(
     diagnosis = json.loads(Ran(capsys, "doctor", "--out", str(tmp_path), "--json").out)
     assert diagnosis["facts"]["user cache"] == f"{tmp_path} (1 kernel of this version)"
     (note,) = [text for text in diagnosis["notes"] if "other versions" in text]
-    assert note.endswith(f"rm -r {tmp_path / '0.0.1-01234567'}")
+    assert note.endswith("; to remove them, run: nsagen doctor --prune")
+
+
+def test_doctor_removes_the_kernels_of_other_versions_and_nothing_else(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NSAGEN_CACHE_DIR", str(tmp_path))
+    kept = [cache_folder(), tmp_path / "tune", tmp_path / "0.0.1-01234567-of-mine"]
+    old = [tmp_path / f"0.0.1-{i:08x}" for i in range(40)]
+    for folder in (*kept, *old):
+        (folder / "cuda-90-triton-3.6.0").mkdir(parents=True)
+        (folder / "cuda-90-triton-3.6.0" / "kernel.py").touch()
+    (old[0] / "cuda-90-triton-3.6.0" / "notes.txt").touch()  # somebody's own
+    told = Ran(capsys, "doctor", "--out", str(tmp_path))
+    (line,) = [line for line in told.out.splitlines() if "other versions" in line]
+    assert len(line) < 160
+    assert line.endswith("run: nsagen doctor --prune")
+    pruned = Ran(capsys, "doctor", "--prune", "--out", str(tmp_path)).out
+    assert f"removed 39 kernels of other versions from {tmp_path}" in pruned
+    assert "run: nsagen doctor --prune" not in pruned
+    assert {path for path in tmp_path.iterdir() if path.is_dir()} == {*kept, old[0]}
 
 
 def test_doctor_tells_a_torch_for_cpus_on_a_machine_with_a_gpu(
