@@ -5,7 +5,8 @@
 A default is one rule for many workloads, so a schedule that won for one is timed on its siblings.
 Candidates are the defaults and the records' winners and runners-up. The table says how much slower
 each candidate is than the fastest one: the mean and the worst over workloads and sizes.
-Every candidate is checked against the reference. Runs on a GPU; compiles on all cores.
+Every candidate is checked against the reference. Runs on a GPU; compiles on all cores; rows are
+written as they come.
 With --group, workloads have groups of so many heads instead of their own.
 """
 
@@ -109,9 +110,11 @@ def path_of(folder: Path, task: Task, schedule: Schedule) -> Path:
     return folder / f"{kernel_name(task.workload, schedule)}.py"
 
 
-def measured(folder: Path, jobs: Jobs, seconds: float) -> Iterator[dict[str, Any]]:
+def measured(
+    folder: Path, gpu: GpuMeasurer, jobs: Jobs, seconds: float
+) -> Iterator[dict[str, Any]]:
     """A row for each task and schedule, while time is left."""
-    gpu, start = GpuMeasurer(), time.monotonic()
+    start = time.monotonic()
     for (task, schedule), job in jobs.items():
         if time.monotonic() - start > seconds:
             return
@@ -180,11 +183,13 @@ def main() -> int:
             failed = sum(job.exception() is not None for job in jobs.values())
             print(f"compiled, {failed} failed")
             return bool(failed)
-        rows = list(measured(Path(name), jobs, 60 * args.minutes))
+        gpu, rows = GpuMeasurer(), []
+        about = json.dumps(gpu.identify())
+        for row in measured(Path(name), gpu, jobs, 60 * args.minutes):
+            rows.append(row)
+            lines = ",\n".join(map(json.dumps, rows))
+            args.out.write_text(f'{{"gpu": {about}, "rows": [\n{lines}\n]}}\n')
         pool.shutdown(cancel_futures=True)
-    gpu = GpuMeasurer().identify()
-    lines = ",\n".join(map(json.dumps, rows))
-    args.out.write_text(f'{{"gpu": {json.dumps(gpu)}, "rows": [\n{lines}\n]}}\n')
     print(table(rows))
     wrong = [row for row in rows if "error" in row]
     for row in wrong:

@@ -40,6 +40,7 @@ from nsagen.core.workload import Param, Schedule, Workload
 
 TARGET = KNOWN_TARGETS["cuda:90"]
 BATCHES, CONTEXTS = (1, 4, 32), (4096, 32768, 131072)
+LARGEST = (32, 131072)
 FLOAT8 = "float8_e4m3fn"
 DTYPES = ("", FLOAT8)
 COMPRESSED, BRANCHES = "compressed_attention", "native_sparse_attention"
@@ -283,15 +284,22 @@ def kernels_of(cache_dtype: str, every: bool) -> list[Kernel]:
     return found
 
 
+def size_of(text: str) -> tuple[int, int]:
+    batch, context = map(int, text.split("x"))
+    return batch, context
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="a folder; default: benchmarks/results")
     parser.add_argument("--seconds", type=float, default=85, help="begin nothing after these")
     parser.add_argument("--compile-only", action="store_true", help="needs no GPU")
+    every = [LARGEST, *(s for c in CONTEXTS for b in BATCHES if (s := (b, c)) != LARGEST)]
+    parser.add_argument("--sizes", nargs="+", type=size_of, default=every, help="1x4096 and such")
     options = parser.parse_args()
     check_free("narrow_decode", options.out)
     end = time.monotonic() + options.seconds
-    sizes = [(32, 131072), *((b, c) for c in CONTEXTS for b in BATCHES if (b, c) != (32, 131072))]
+    sizes = options.sizes
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         every = kernels_of("", True) + kernels_of(FLOAT8, True)
@@ -300,7 +308,7 @@ def main() -> None:
             (kernel, folder, Sizes((context - 1,) * batch, kv_heads=4, capacity=context))
             for batch, context in sizes
             for narrow in DTYPES
-            for kernel in kernels_of(narrow, (batch, context) == sizes[0])
+            for kernel in kernels_of(narrow, (batch, context) == LARGEST)
         ]
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(16, multiprocessing.cpu_count()), spawn) as pool:
@@ -312,8 +320,8 @@ def main() -> None:
             return
         bench = Bench(folder, options.out, end)
         for (batch, context), narrow in itertools.product(sizes, DTYPES):
-            every = (batch, context) == sizes[0]
-            bench.size(batch, context, narrow, kernels_of(narrow, every))
+            kernels = kernels_of(narrow, (batch, context) == LARGEST)
+            bench.size(batch, context, narrow, kernels)
 
 
 if __name__ == "__main__":

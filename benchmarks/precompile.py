@@ -3,8 +3,8 @@
     python benchmarks/precompile.py --seconds 60
 
 Each process makes all short calls, but compiles only its share of their kernels, and launches none.
-Others compile FlashAttention-4 and the example's models. Processes that have not ended by then are
-ended; what is missing is compiled while it is measured.
+Others compile FlashAttention-4 and the example's models, by steps on the GPU. Processes that have
+not ended by then are ended; what is missing is compiled while it is measured.
 """
 
 from __future__ import annotations
@@ -97,8 +97,13 @@ def compile_dense(name: str | None) -> None:
         measure_once("layer", name, "dense", "eager", 4096)
 
 
-def compile_model(kind: Any) -> None:
-    measure_once("step", "4096", kind, "compiled", 4096)
+def compile_model(kind: Any, place: int = 0) -> None:
+    """Every second model of a kind, from `place` on: what is compiled depends on its sequences."""
+    import training_table
+
+    for name, config in list(training_table.STEPS.items())[place::2]:
+        measure_once("step", name, kind, "compiled", config.seq_len)
+        training_table.tidy()
 
 
 def measure_once(*case: Any) -> None:
@@ -130,7 +135,11 @@ def main() -> None:
         (f"share {i}", compile_share, i, args.processes) for i in range(args.processes)
     ]
     jobs += [(f"FlashAttention-4, {n or 'the table'}", compile_dense, n) for n in (None, *LAYERS)]
-    jobs += [(f"step, {kind}, compiled", compile_model, kind) for kind in ("nsa", "dense")]
+    jobs += [
+        (f"steps, {kind}, compiled, {place}", compile_model, kind, place)
+        for kind in ("nsa", "dense")
+        for place in (0, 1)
+    ]
     spawn = multiprocessing.get_context("spawn")
     found = [spawn.Process(target=timed, args=job, name=job[0], daemon=True) for job in jobs]
     for process in found:

@@ -149,10 +149,13 @@ def backward_of_whole(run: Run, tokens: int) -> None:
 
 
 def groups(run: Run) -> None:
-    """Selected attention of as many query heads in smaller groups."""
+    """Selected attention in smaller groups: of as many query heads, and of fewer."""
     tokens = run.seqlens[min(1, len(run.seqlens) - 1)]
-    heads = run.shape.query_heads
-    for group in (4, 1):
+    all_heads = run.shape.query_heads
+    for heads, group in (
+        *((all_heads // 2, 4), (all_heads // 4, 1)),
+        *((all_heads, 4), (all_heads, 1)),
+    ):
         shape = replace(run.shape, gqa_ratio=group, kv_heads=heads // group)
         x = run.inputs(shape, tokens, grad=True)
         leaves = (x.q, x.k, x.v)
@@ -161,12 +164,13 @@ def groups(run: Run) -> None:
         call = functools.partial(
             ops.topk_sparse_attention, *leaves, topk_idx, shape.block_size, x.cu_seqlens
         )
+        of = {"group": group, "query_heads": heads}
         with torch.no_grad():
-            run.row("selected attention forward", tokens, call, group=group)
+            run.row("selected attention forward", tokens, call, **of)
         o = call()
         do = torch.randn_like(o)
         gradients = functools.partial(torch.autograd.grad, o, leaves, do, retain_graph=True)
-        run.row("selected attention backward", tokens, gradients, group=group)
+        run.row("selected attention backward", tokens, gradients, **of)
         del x, o, call, gradients, leaves, do
         tidy()
 

@@ -98,7 +98,8 @@ def large(op: str, group: int, tokens: int, forward: Launch) -> tuple[Any, dict[
     o, lse = torch.empty_like(x.q), torch.empty(x.q.shape[:2], device="cuda")
     scale = float(x.q.shape[2] ** -0.5)
     forward(x.q, *keys, *seqlens, o, lse, scale)
-    gradients = dict(zip(("dq", "dk", "dv"), map(torch.empty_like, (x.q, *keys)), strict=True))
+    names, leaves = ("dq", "dk", "dv"), (x.q, *keys)
+    gradients: dict[str, Tensor] = dict(zip(names, map(torch.empty_like, leaves), strict=True))
     do = torch.randn_like(x.q)
     return (do, x.q, *keys, *seqlens, o, lse, *gradients.values(), scale), gradients
 
@@ -144,11 +145,16 @@ def measure(
 
 
 def run(
-    folder: Path, seqlens: Sequence[int], rounds: int, hides: Sequence[str], out: Path
+    folder: Path,
+    passes: Sequence[tuple[str, int]],
+    seqlens: Sequence[int],
+    rounds: int,
+    hides: Sequence[str],
+    out: Path,
 ) -> dict[str, Any]:
     """What the JSON file holds, which is written after each row: versions, rows, wrong results and
     resources."""
-    every = {of: variants(*of, hides) for of in PASSES}
+    every = {of: variants(*of, hides) for of in passes}
     paths = {of: {n: write(folder, n, v) for n, v in found.items()} for of, found in every.items()}
     content: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
@@ -188,12 +194,14 @@ def run(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seqlens", type=int, nargs="+", default=SEQLENS)
+    parser.add_argument("--groups", type=int, nargs="+", choices=(8, 4), default=(8, 4))
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--hides", nargs="+", choices=HIDES, default=HIDES, help="masks")
     parser.add_argument("--out", type=Path, default=Path("small_groups.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:  # Triton reads a kernel's file when it compiles
-        content = run(Path(folder), args.seqlens, args.rounds, args.hides, args.out)
+        passes = [of for of in PASSES if of[1] in args.groups]
+        content = run(Path(folder), passes, args.seqlens, args.rounds, args.hides, args.out)
     print(f"over their threshold: {content['wrong'] or 'none'}")
     return bool(content["wrong"])
 
