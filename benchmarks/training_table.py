@@ -18,6 +18,7 @@ import functools
 import gc
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -39,6 +40,7 @@ from training.parallel import World
 from nsagen.bench.dense import flash_attention_4
 from nsagen.bench.measure import milliseconds
 from nsagen.bench.results import provenance
+from nsagen.core import compiler_cache
 from nsagen.model import ToyLlamaConfig, ToyNSALlamaConfig
 from nsagen.model.packing import Packed
 from nsagen.model.rope import RotaryEmbedding
@@ -115,7 +117,8 @@ def cases() -> Iterator[Case]:
 def trainer_of(config: TrainConfig, kind: ModelKind, how: str, device: torch.device) -> Trainer:
     trainer = Trainer(kind, config, RandomBytes(config), None, World(0, 1, device))
     if how == "compiled":
-        trainer.model = torch.compile(trainer.plain)
+        compiled: Any = torch.compile(trainer.plain)
+        trainer.model = compiled
     return trainer
 
 
@@ -176,6 +179,8 @@ def measure(
     steps: int = 8,
     timed: Callable[[Callable[[], object]], float] = milliseconds,
 ) -> dict[str, Any]:
+    # torch.compile would move the cache in the middle of a process, and kernels compile again.
+    os.environ.setdefault(compiler_cache.VARIABLE, str(compiler_cache.compiler_cache()))
     if case.what == "layer":
         return case.row() | measured_layer(case, device, timed)
     trainer = trainer_of(STEPS[case.name], case.kind, case.how, device)

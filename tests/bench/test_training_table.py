@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,8 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, config in STEPS.items():
         tiny = replace(config, seq_len=64, batch_tokens=128, head_dim=16, amp=False, **small)
         monkeypatch.setitem(STEPS, name, tiny)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # as it was, after the test
+    monkeypatch.delenv("TRITON_CACHE_DIR")
     for name in LAYERS:
         monkeypatch.setitem(LAYERS, name, (ToyNSALlamaConfig(**SIZES), ToyLlamaConfig(**SIZES)))
 
@@ -34,3 +37,4 @@ def test_each_kind_of_row(case: Case) -> None:
     assert row.items() >= case.row().items()
     key = "tokens_per_second" if case.what == "step" else "backward_ms"
     assert row[key] >= 0
+    assert os.environ["TRITON_CACHE_DIR"]  # which torch.compile does not move, then
