@@ -87,7 +87,8 @@ test-lowest: .venv-lowest/.stamp
 test-shapes: $(STAMP)
 	SHAPES_SECONDS=$(BUDGET) $(INTERPRETED) $(PYTEST) tests/kernels/test_any_shape.py -k many
 	SHAPES_SECONDS=$(BUDGET) $(PYTEST) tests/aot/test_any_target.py -k many -rP
-	$(PYTEST) -m slow tests/aot/test_front_end.py tests/codegen/test_selected_attention_backward.py
+	$(PYTEST) -m slow tests/aot/test_any_target.py tests/aot/test_front_end.py \
+	  tests/codegen/test_selected_attention_backward.py
 
 # At once: many plain tests wait for processes, and leave their core to the interpreter meanwhile.
 check: $(STAMP)

@@ -1,7 +1,8 @@
 """Every shape that a spec may ask for has a default that fits each target.
 
-Defaults are also compiled, one shape and target for each op, always the same. `make test-shapes`
-draws new ones for as long as SHAPES_SECONDS says; a failure prints the pair.
+Defaults are also compiled: one shape and target for each op and the smallest corner of each pass,
+always the same. `make test-shapes` compiles all corners and draws new shapes for as long as
+SHAPES_SECONDS says; a failure prints the pair.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import itertools
 import os
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -188,7 +191,21 @@ CORNERS = (
 """Shapes whose defaults did not fit, or used the stack in a loop."""
 
 
-@pytest.mark.parametrize(("case", "target"), CORNERS, ids=str)
+def size(corner: tuple[tuple, str]) -> int:
+    _, _, dtype, heads, group, *_ = corner[0]
+    return sum(heads) * max(16, group) * (2 if dtype == "float32" else 1)
+
+
+def corners() -> Iterator[Any]:
+    """The smallest corner of each op and pass; the others as slow tests."""
+    passes: set[tuple[str, str]] = set()
+    for case, target in sorted(CORNERS, key=size):
+        marks = [pytest.mark.slow] if case[:2] in passes else []
+        passes.add(case[:2])
+        yield pytest.param(case, target, marks=marks, id=f"{case}-{target}")
+
+
+@pytest.mark.parametrize(("case", "target"), list(corners()))
 def test_corners_that_did_not_fit(case: tuple, target: str, tmp_path: Path) -> None:
     more = case[6] if len(case) > 6 else {}
     assert check(workload(*case[:6], **more), target, tmp_path) == 0
