@@ -63,12 +63,15 @@ class FinalRound:
     def _compare(self) -> None:
         """Time the best schedules in turn with the default."""
         measured = self._search.measured()
+        if not measured:
+            self.result = f"no schedule was tried; {self._ended}; the same command goes on from here"
+            return
         able = self._search.best(len(measured))
         near = [m for m in able if (m.outcome.ms or 0.0) <= NEAR * (able[0].outcome.ms or 0.0)]
         best = _apart(near)[:FINALISTS]
         if not best:
             reasons = sorted({m.outcome.reason for m in measured if not m.outcome.ok})
-            self.result = f"no schedule ran; {reasons[0] if reasons else 'none was tried'}"
+            self.result = f"no schedule ran; {reasons[0]}"
             return
         failed = {m.schedule for m in measured if not m.outcome.ok}
         first = [] if self._default in failed else [self._default]

@@ -11,6 +11,9 @@ from nsagen.tune.final_round import FinalRound
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.search import Budget, Candidate, Search
 
+GRACE_S = 10.0
+"""How long after the end of the whole run a search may still wait for its first result."""
+
 
 class OpenSearch:
     """A running search.
@@ -22,9 +25,20 @@ class OpenSearch:
         spent: seconds of device time that this run gave it.
         measuring: candidates that are on the device.
         final: its final round, once the search is over.
+
+    Args:
+        deadline: when its share of the time is over; None: no limit.
+        end: when the whole run's time is over; None: no limit.
     """
 
-    def __init__(self, search: Search, budget: Budget, number: int, deadline: float | None) -> None:
+    def __init__(
+        self,
+        search: Search,
+        budget: Budget,
+        number: int,
+        deadline: float | None,
+        end: float | None,
+    ) -> None:
         self.search = search
         self.task = search.task
         self.number = number
@@ -33,7 +47,7 @@ class OpenSearch:
         self.spent = 0.0
         self.measuring = 0
         self.final: FinalRound | None = None
-        self._budget, self._deadline = budget, deadline
+        self._budget, self._deadline, self._end = budget, deadline, end
         self._pending: deque[Candidate] = deque()
         self._ended = search.finished(budget)
         self._exhausted = False
@@ -45,8 +59,10 @@ class OpenSearch:
 
     def _why(self) -> str:
         """Why no more should be measured; empty otherwise."""
-        late = self._deadline is not None and time.monotonic() > self._deadline
-        if not self._ended and late and self.count > self._first:
+        now = time.monotonic()
+        late = self._deadline is not None and now > self._deadline
+        hopeless = self._end is not None and now > self._end + GRACE_S
+        if not self._ended and late and (self.count > self._first or hopeless):
             self._ended = "its time is up"
         if self._exhausted and not self._pending:
             return self._ended or "every schedule is measured"

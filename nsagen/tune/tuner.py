@@ -159,7 +159,8 @@ class Tuner:
                 seed=self._settings.seed,
             )
             self.studies.append(search.study)
-            open_search = OpenSearch(search, self._settings.budget, number, self._deadline())
+            times = (self._deadline(), self._end)
+            open_search = OpenSearch(search, self._settings.budget, number, *times)
             self._open.append(open_search)
             self._conclude(open_search)
             return

@@ -14,7 +14,7 @@ from nsagen.core.errors import TuneError
 from nsagen.core.workload import Schedule
 from nsagen.records.files import load_records
 from nsagen.spec import load_spec
-from nsagen.tune import final_round, session
+from nsagen.tune import final_round, open_search, session
 from nsagen.tune.evaluate import Final
 from nsagen.tune.final_round import decide
 from nsagen.tune.search import Budget
@@ -222,6 +222,22 @@ def test_no_search_begins_when_the_time_is_up(world: World) -> None:
     assert [line.rpartition(": ")[2] for line in result.failures] == (
         ["not begun; the time is up; the same command goes on from here"] * 2
     )
+
+
+def test_a_search_is_not_waited_for_long_after_the_time_is_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first schedule is still being compiled; the next run tries it again."""
+    monkeypatch.setattr(open_search, "GRACE_S", 0.0)
+    world.behave({"compile@": "slow 1"})
+    result = world.tune(seconds=0.02)
+    (line,) = result.failures
+    told = "no schedule was tried; its time is up; the same command goes on from here"
+    assert line.rpartition(": ")[2] == told
+    assert not result.records
+    assert not trials_of(world, TrialState.RUNNING)
+    world.behave({})
+    assert len(world.tune().records) == 1
 
 
 def final(ms: float, *, block: int = 0, noise: float = 0.0) -> Final:
