@@ -17,6 +17,9 @@ Cell = str | Text
 BROKEN = 40
 """Characters that a cell keeps in a line at least if it is broken into several."""
 
+INDENT = 2
+"""Of the lines below a row's names."""
+
 
 def print_table(
     title: str,
@@ -45,7 +48,7 @@ def print_table(
         for heading, width in zip(headings, widths, strict=True)
     ]
     if sum(least) + 3 * len(least) + 1 > out.width:
-        out.print(_lines(title, headings, texts, names, broken))
+        out.print(_lines(title, headings, texts, names, broken, out.width - INDENT))
         return
     table = Table(title=Text(title), title_justify="left")
     for heading in headings:
@@ -73,18 +76,43 @@ def _lines(
     rows: Sequence[Sequence[Text]],
     names: int,
     broken: Collection[str],
+    width: int,
 ) -> RenderableType:
-    """For each row its names and, below them, the other cells; those that may be broken alone."""
+    """For each row its names and, below them, the other cells; those that may be broken alone.
+
+    A cell is as wide as its column's widest, so that rows have their numbers below each other.
+    """
     parts: list[RenderableType] = [Text(title, style="italic")] if title else []
-    for row in rows:
+    said = [
+        [Text.assemble((f"{heading} ", "dim"), text) if text else Text() for text in column]
+        for heading, *column in zip(headings, *rows, strict=True)
+    ]
+    short: list[list[int]] = [[]]  # the columns of each line
+    used = 0
+    for place in range(names, len(headings)):
+        size = max((text.cell_len for text in said[place]), default=0) + len("; ")
+        if headings[place] in broken or size == len("; "):
+            continue
+        if short[-1] and used + size > width + len("; "):
+            short.append([])
+            used = 0
+        short[-1].append(place)
+        used += size
+    for number, row in enumerate(rows):
         parts.append(Text(" ", style="bold").join(text for text in row[:names] if text))
-        short = []
-        for heading, text in zip(headings[names:], row[names:], strict=True):
-            said = Text.assemble((f"{heading} ", "dim"), text)
-            if heading in broken and text:
-                parts.append(Padding(said, (0, 0, 0, 2)))
-            elif text:
-                short.append(said)
-        if short:
-            parts.append(Padding(Text("; ").join(short), (0, 0, 0, 2)))
+        found = [said[p][number] for p, h in enumerate(headings) if p >= names and h in broken]
+        found += [_side_by_side([said[place] for place in line], number) for line in short]
+        parts += [Padding(text, (0, 0, 0, INDENT)) for text in found if text]
     return Group(*parts)
+
+
+def _side_by_side(columns: Sequence[Sequence[Text]], row: int) -> Text:
+    """Cells of a row in one line, each as wide as its column."""
+    line = Text()
+    for column in columns:
+        cell = column[row].copy()
+        if column is not columns[-1]:
+            cell.append("; " if cell else "  ")
+            cell.pad_right(max(text.cell_len for text in column) + len("; ") - cell.cell_len)
+        line.append(cell)
+    return line

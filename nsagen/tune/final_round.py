@@ -64,7 +64,9 @@ class FinalRound:
         """Time the best schedules in turn with the default."""
         measured = self._search.measured()
         if not measured:
-            self.result = f"no schedule was tried; {self._ended}; the same command goes on from here"
+            self.result = (
+                f"no schedule was tried; {self._ended}; the same command goes on from here"
+            )
             return
         able = self._search.best(len(measured))
         near = [m for m in able if (m.outcome.ms or 0.0) <= NEAR * (able[0].outcome.ms or 0.0)]

@@ -57,6 +57,23 @@ def test_on_a_narrow_terminal_each_row_becomes_lines(
         assert f"schedule {schedule} ms {ms}" in text
 
 
+def test_on_a_narrow_terminal_numbers_stay_whole_and_below_each_other(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [("nsa", "8.25 s", "", "7 of 32"), ("dense", "1,132.25 s", "full", "12 of 32")]
+    print_table("plan", ("model", "prefill", "note", "largest batch"), rows)
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "plan",
+        "nsa",
+        "  prefill 8.25 s;",
+        "  largest batch 7 of 32",
+        "dense",
+        "  prefill 1,132.25 s; note full",
+        "  largest batch 12 of 32",
+    ]
+
+
 @pytest.mark.parametrize("width", [60, 80])
 @pytest.mark.parametrize(
     "command", ["inspect tiny", "doctor", "plan llama8b --gpu h200 --context 131072 --batch 32"]
