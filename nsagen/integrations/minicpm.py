@@ -110,17 +110,20 @@ class MiniCPMConfig(GraniteConfig):
         require(not unknown, where, rule, unknown, "correct the name, or leave it out")
         settings = {**SPARSE, **given}
         rule = "use_nope must be false: scores before rope are not computed"
-        require(settings["use_nope"] is False, where, rule, repr(settings["use_nope"]), "as is")
+        nope = settings.pop("use_nope")
+        require(nope is False, where, rule, repr(nope), "leave it out")
+        topk = settings["topk"]
+        rule = "topk, the blocks besides the window's, must be an integer of at least 1"
+        require(type(topk) is int and topk > 0, where, rule, repr(topk), "64 is as released")
         window, block = settings.pop("window_size"), settings["block_size"]
-        fits = isinstance(window, int) and isinstance(block, int) and block > 0
+        fits = type(window) is int and type(block) is int and block > 0
         fits = fits and window >= 0 and window % block == 0
         rule = "window_size must be a multiple of block_size"
         require(fits, where, rule, f"{window} and {block}", "2048 and 64 are as released")
-        del settings["use_nope"]
         blocks = window // block
         settings.setdefault("local_blocks", blocks + 1)
         # Blocks of the window come on top of those that `topk` says.
-        return {"form": "infllm_v2", **settings, "topk": settings["topk"] + blocks}
+        return {"form": "infllm_v2", **settings, "topk": topk + blocks}
 
     def to_dict(self) -> dict[str, Any]:
         """As released: rope in two keys, nothing that follows from others, no code to run."""

@@ -7,7 +7,7 @@ before under any other implementation:
 - the indexer's forward gives `IndexHeads`, from which the attention function selects blocks,
   counted from each sequence's first token, wherever padding is;
 - the attention's forward keeps a cache in one byte an element, if the config says so;
-- the causal language model's forward has `index_loss` in its output and adds it to the loss.
+- the forward of both models with a head has `index_loss` in its output and adds it to the loss.
 """
 
 from __future__ import annotations
@@ -88,6 +88,13 @@ class MiniMaxM3Output(MoeCausalLMOutputWithPast):
         index_loss: mean over layers, key/value heads and tokens of KL(attention || index), in
             training; else None. `loss` has it in, times its coefficient.
     """
+
+    index_loss: Tensor | None = None
+
+
+@dataclass
+class MiniMaxM3VLOutput(m3.MiniMaxM3VLCausalLMOutputWithPast):
+    """The same of the model that sees images too, which the released folder names."""
 
     index_loss: Tensor | None = None
 
@@ -202,9 +209,7 @@ class IndexHeads:
     def _check_learns(self, settings: IndexSettings) -> None:
         """Where no loss is collected, none may be expected."""
         if self.training and self.q.requires_grad and settings.index_loss_coef:
-            rule = (
-                "needs MiniMaxM3VLForCausalLM, whose loss it is added to: the index would not learn"
-            )
+            rule = "needs a model with a head, whose loss it is added to: the index would not learn"
             advice = "set index_loss_coef to 0, or freeze the indexers"
             refuse("the index loss", rule, "another model in training", advice)
 
@@ -282,19 +287,26 @@ def _with_narrow_cache(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _with_index_loss(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_index_loss(
+    original: Callable[..., Any], output: type[MiniMaxM3Output | MiniMaxM3VLOutput]
+) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.config._attn_implementation != IMPLEMENTATION:
+        config = self.config.get_text_config()
+        if config._attn_implementation != IMPLEMENTATION:
             return original(self, *args, **kwargs)
-        coef = settings_of(self.config).index_loss_coef
+        misplaced = None if config is self.config else getattr(self.config, "nsagen", None)
+        if misplaced is not None:
+            rule, advice = "is read in the text config", "set config.text_config.nsagen instead"
+            refuse("config.nsagen", rule, f"{misplaced!r} beside it", advice)
+        coef = settings_of(config).index_loss_coef
         as_dict = kwargs.pop("return_dict", None)
         as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
         losses = IndexLosses() if self.training and torch.is_grad_enabled() and coef else None
         more = {} if losses is None else {LOSSES: losses}
-        out = MiniMaxM3Output(**original(self, *args, return_dict=True, **kwargs, **more))
+        out = output(**original(self, *args, return_dict=True, **kwargs, **more))
         out.index_loss = None if losses is None else losses.mean()
         if out.index_loss is not None and out.loss is not None:
             given = signature.bind(self, *args, **kwargs).arguments
@@ -314,10 +326,13 @@ def _share(labels: Any, items: Any) -> Any:
 
 def register() -> None:
     """Replace the methods of Transformers' classes, once."""
+    of_text = functools.partial(_with_index_loss, output=MiniMaxM3Output)
+    of_images = functools.partial(_with_index_loss, output=MiniMaxM3VLOutput)
     for kind, wrap in (
         (m3.MiniMaxM3VLIndexer, _with_index_heads),
         (m3.MiniMaxM3VLAttention, _with_narrow_cache),
-        (m3.MiniMaxM3VLForCausalLM, _with_index_loss),
+        (m3.MiniMaxM3VLForCausalLM, of_text),
+        (m3.MiniMaxM3SparseForConditionalGeneration, of_images),
     ):
         if not hasattr(kind.forward, "nsagen"):
             kind.forward = wrap(kind.forward)

@@ -322,6 +322,84 @@ def test_a_saved_folder_opens_with_it(tmp_path: Path) -> None:
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 56,
+}
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as released: of the model that sees images, under its names, with `eager`'s text."""
+    config = m3.MiniMaxM3VLConfig(
+        text_config=SIZES,
+        vision_config=VISION,
+        image_token_index=95,
+        video_token_index=96,
+        projector_hidden_size=64,
+    )
+    made = m3.MiniMaxM3SparseForConditionalGeneration._from_config(config)
+    made.model.language_model.load_state_dict(eager().model.state_dict())
+    made.lm_head.load_state_dict(eager().lm_head.state_dict())
+    folder = tmp_path_factory.mktemp("released")
+    made.save_pretrained(folder)
+    return folder
+
+
+def opened(folder: Path, attention: str = "nsagen") -> Any:
+    kind = transformers.AutoModelForImageTextToText
+    return kind.from_pretrained(folder, attn_implementation=attention).eval()
+
+
+class TestReleasedFolder:
+    """AutoModelForImageTextToText opens it; the text model's class has other names."""
+
+    @torch.no_grad()
+    def test_text_is_the_text_models(self, released: Path) -> None:
+        ids, model = tokens(1, 150) % 95, opened(released)
+        assert distance(model(ids).logits, eager()(ids).logits) < 1e-5
+        how = {"max_new_tokens": 8, "do_sample": False}
+        assert torch.equal(model.generate(ids, **how), eager().generate(ids, **how))
+
+    @torch.no_grad()
+    def test_images_are_transformers_own(self, released: Path) -> None:
+        ids = tokens(1, 150) % 95
+        ids[0, 50:54] = 95  # 4 x 4 patches, merged by twos
+        patches = torch.randn(16, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(1))
+        image = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+        found, expected = (
+            opened(released, name)(ids, **image).logits for name in ("nsagen", "eager")
+        )
+        assert distance(found, expected) < 1e-5
+
+    def test_it_trains_as_the_text_model(self, released: Path) -> None:
+        ids, settings = tokens(1, 100) % 95, {"index_loss_coef": 0.5}
+        model, text = opened(released).train(), ours(nsagen=settings).train()
+        model.config.text_config.nsagen = settings
+        out, expected = model(ids, labels=ids), text(ids, labels=ids)
+        assert out.index_loss.item() == pytest.approx(expected.index_loss.item(), rel=1e-5)
+        assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+        out.loss.backward()
+        learns = [p for n, p in model.named_parameters() if ".indexer." in n]
+        assert learns
+        assert all(p.grad is not None for p in learns)
+
+    def test_settings_beside_the_text_config_are_refused(self, released: Path) -> None:
+        model = opened(released)
+        model.config.nsagen = {"index_loss_coef": 0.5}
+        refused("text_config.nsagen", model, tokens(1, 20) % 95)
+
+    @torch.no_grad()
+    def test_its_cache_may_be_narrow(self, released: Path) -> None:
+        ids, model = tokens(1, 100) % 95, opened(released)
+        model.config.text_config.nsagen = {"cache_dtype": "int8"}
+        cache = model(ids, use_cache=True).past_key_values
+        assert {layer.keys.dtype for layer in cache.layers} == {torch.int8}
+
+
 @torch.no_grad()
 def test_other_implementations_are_as_they_were() -> None:
     ids, model = tokens(1, 80), ours()
