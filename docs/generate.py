@@ -322,6 +322,7 @@ PARTS = {
     ("docs/evidence.md", "text"): evidence("text", ("nsa", "dense"), (4096, 16384), *TEXT),
     ("docs/evidence.md", "continued"): continued,
     ("docs/integrate.md", "the difference of the toy models"): toy_difference,
+    ("docs/training.md", "measured"): measured("training_table"),
     ("README.md", "whole"): measured("side_by_side"),
     ("README.md", "forward"): measured("prefill"),
     ("README.md", "backward"): measured("train"),

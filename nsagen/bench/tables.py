@@ -19,6 +19,7 @@ HEADS = {
         *("N", "dense: cuDNN", "FlashAttention-4", "NSA, random", "NSA, learned", "NSA backward"),
     ),
     "decode": ("batch", "context", "dense attention", "NSA", "speedup"),
+    "training_table": ("", "tokens", "dense attention", "NSA", "speedup"),
     "serve": (
         "",
         "requests a second",
@@ -40,14 +41,14 @@ def markdown(path: Path) -> str:
 
     Args:
         path: JSON that `nsagen bench prefill`, `train`, `decode` or `serve` wrote, or
-            benchmarks/side_by_side.py.
+            benchmarks/side_by_side.py or training_table.py.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     rows, about = content["rows"], content["provenance"]
     head = HEADS[path.stem]
     make = {
         **{"prefill": _prefill, "train": _train, "side_by_side": _side_by_side},
-        **{"decode": _decode, "serve": _serve},
+        **{"decode": _decode, "serve": _serve, "training_table": _training},
     }[path.stem]
     lines = [_line(head), _line(["---:"] * len(head)), *map(_line, make(rows))]
     versions = f"torch {about['torch']}, triton {about['triton']}, driver {about['driver']}"
@@ -88,6 +89,29 @@ def _decode(rows: Rows) -> Iterator[list[str]]:
         if row["what"] == "attention":
             times = _compared(row["torch_ms"], row["ms"], digits=3)
             yield [str(row["batch"]), str(row["tokens"]), *times]
+
+
+def _training(rows: Rows) -> Iterator[list[str]]:
+    """A step's tokens/s, and a layer's forward and backward pass, each beside dense attention's."""
+    kinds: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        names = tuple(row[name] for name in ("what", "model", "how", "tokens"))
+        kinds.setdefault(names, {})[row["attention"]] = row
+    for (what, model, how, tokens), of in kinds.items():
+        if any("error" in row for row in of.values()) or len(of) < 2:
+            continue
+        dense, ours = of["dense"], of["nsa"]
+        if what == "step":
+            # "8192, 4 layers of 32 heads of 128": a model that is not the example's own
+            name = f"a step, {how}{''.join(model.partition(',')[1:])}"
+            rates = [row["tokens_per_second"] for row in (dense, ours)]
+            cells = [f"{rate / 1e3:.0f}k tokens/s" for rate in rates]
+            yield [name, str(tokens), *cells, f"{rates[1] / rates[0]:.2f} x"]
+        else:
+            times = [(row["forward_ms"], row["backward_ms"]) for row in (dense, ours)]
+            cells = [f"{forward:.1f} + {backward:.1f} ms" for forward, backward in times]
+            speedup = sum(times[0]) / sum(times[1])
+            yield [f"a layer of {model}", str(tokens), *cells, f"{speedup:.2f} x"]
 
 
 def _serve(rows: Rows) -> Iterator[list[str]]:

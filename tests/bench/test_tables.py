@@ -34,6 +34,29 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"what": "attention", "batch": 2, "tokens": 64, "ms": 0.5, "torch_ms": 0.25},
         {"what": "step, replayed", "batch": 2, "tokens": 64, "ms": 3.0},
     ],
+    "training_table": [
+        {
+            **{"what": "step", "model": name, "attention": kind, "how": "compiled", "tokens": 8},
+            **{"tokens_per_second": rate},
+        }
+        for name, kind, rate in (
+            *(("8", "nsa", 3e3), ("8", "dense", 4e3)),
+            *(("8, 4 layers", "dense", 4e3), ("8, 4 layers", "nsa", 5e3)),
+            ("16", "nsa", 1e3),
+        )
+    ]
+    + [
+        {
+            **{"what": "layer", "model": "X", "attention": kind, "how": "eager", "tokens": tokens},
+            **times,
+        }
+        for tokens, kind, times in (
+            (8, "nsa", {"forward_ms": 1.0, "backward_ms": 2.0}),
+            (8, "dense", {"forward_ms": 2.0, "backward_ms": 4.0}),
+            (16, "nsa", {"error": "out of memory"}),
+            (16, "dense", {"forward_ms": 2.0, "backward_ms": 4.0}),
+        )
+    ],
     "serve": [
         {
             **{"over": "nsagen serve", "rate": 2.0, "requests": 14, "unfinished": 1},
@@ -47,6 +70,11 @@ EXPECTED = {
     "prefill": ["| 8 | 4.0 ms | not measured | 2.0 ms | 2.0 x |"],
     "train": ["| 8 | 12.0 ms | 9.0 ms | 3.0 ms | 3.0 x | 1.2 GiB |"],
     "side_by_side": ["| 8 | 1.75 ms |  | 2.00 ms | 1.50 ms | 4.12 ms |"],
+    "training_table": [
+        "| a step, compiled | 8 | 4k tokens/s | 3k tokens/s | 0.75 x |",
+        "| a step, compiled, 4 layers | 8 | 4k tokens/s | 5k tokens/s | 1.25 x |",
+        "| a layer of X | 8 | 2.0 + 4.0 ms | 1.0 + 2.0 ms | 2.00 x |",
+    ],
     "decode": ["| 2 | 64 | 0.250 ms | 0.500 ms | 0.5 x |"],
     "serve": ["| nsagen serve | 2 | 14 | 1 | 100 | 200 ms | 1000 ms | 12.3 ms |  |"],
 }
