@@ -195,12 +195,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seqlens", type=int, nargs="+", default=SEQLENS)
     parser.add_argument("--groups", type=int, nargs="+", choices=(8, 4), default=(8, 4))
+    ops = sorted({op for op, _ in PASSES})
+    parser.add_argument("--ops", nargs="+", choices=ops, default=ops)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--hides", nargs="+", choices=HIDES, default=HIDES, help="masks")
     parser.add_argument("--out", type=Path, default=Path("small_groups.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:  # Triton reads a kernel's file when it compiles
-        passes = [of for of in PASSES if of[1] in args.groups]
+        passes = [of for of in PASSES if of[0] in args.ops and of[1] in args.groups]
         content = run(Path(folder), passes, args.seqlens, args.rounds, args.hides, args.out)
     print(f"over their threshold: {content['wrong'] or 'none'}")
     return bool(content["wrong"])

@@ -584,7 +584,7 @@ TABLE = {
     ): {
         "cuda:80": ((Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__e8886e21"),),
         "cuda:90": (
-            (Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__cda19434"),
+            (Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__6e09738f"),
             (Bucket(), "compressed_attention_backward__bf16_d128_g4_l32_s16__e2381101"),
         ),
     },
@@ -1023,7 +1023,7 @@ TRITON = {
         (3, 6), (3, 9)
     ),
     "compressed_attention_backward__bf16_d128_g16_l32_s16__fd1c386d": Releases((3, 6), (3, 9)),
-    "compressed_attention_backward__bf16_d128_g4_l32_s16__cda19434": Releases((3, 6), (3, 9)),
+    "compressed_attention_backward__bf16_d128_g4_l32_s16__6e09738f": Releases((3, 6), (3, 9)),
     "compressed_attention_forward__bf16_d128_g16_l32_s16__2c8c554e": Releases((3, 6), (3, 9)),
     "compressed_attention_forward__bf16_d128_g4_l32_s16__37d500ea": Releases((3, 6), (3, 9)),
     "selected_attention_backward__bf16_d128_g16_b64__0072437e": Releases((3, 6), (3, 9)),

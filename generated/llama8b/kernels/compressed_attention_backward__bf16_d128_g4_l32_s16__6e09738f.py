@@ -2,7 +2,7 @@
 # Regenerate: nsagen build llama8b
 # Spec:       llama8b
 # Template:   templates/compressed_attention/backward_warp_specialized.py.j2
-# Source:     fingerprint be25f3e2a5dbf2b2
+# Source:     fingerprint 1f92450bd82f5bb1
 # Workload:   compressed_attention backward
 #             dtype=bfloat16, head_dim=128, v_head_dim=128, gqa_ratio=4, kernel_size=32,
 #             kernel_stride=16
@@ -691,7 +691,7 @@ def consume_rows_second(gate_rows, tiles, barriers, walk, outputs, softmax_scale
 @gluon.jit
 def produce_rows(q, do, k, v, lse_rows, delta_rows, gate_rows, tiles, barriers, places, walk):
     """Copy the keys, and each step's rows as soon as the consumers have freed a place for them."""
-    k_tiles, v_tiles, q_tiles, do_tiles, lse_tiles, delta_tiles, gate_tiles, token_tile = tiles
+    k_tiles, v_tiles, q_tiles, do_tiles, lse_tiles, delta_tiles, gate_tiles, _token_tile = tiles
     keys_full, q_full, do_full, rows_free = barriers
     key_row, k_column, v_column, token, first_head, first_row = places
     _, _, _, steps = walk
@@ -774,7 +774,7 @@ def run_dk_dv(q, do, k, v, lse_rows, delta_rows, gate_rows, places, walk, output
 
 
 @gluon.jit
-def compressed_attention_backward__bf16_d128_g4_l32_s16__cda19434_dq(
+def compressed_attention_backward__bf16_d128_g4_l32_s16__6e09738f_dq(
     q,
     do,
     k,
@@ -843,7 +843,7 @@ def find_keys(cu_seqlens, batch, number, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def compressed_attention_backward__bf16_d128_g4_l32_s16__cda19434_dk_dv(
+def compressed_attention_backward__bf16_d128_g4_l32_s16__6e09738f_dk_dv(
     q,
     do,
     k,
@@ -967,7 +967,7 @@ def add_parts(parts, out, at, stride, first, end, DIM: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def compressed_attention_backward__bf16_d128_g4_l32_s16__cda19434_add(
+def compressed_attention_backward__bf16_d128_g4_l32_s16__6e09738f_add(
     dk_parts,
     dv_parts,
     cu_seqlens_q,
@@ -1047,7 +1047,7 @@ def launch(
     row_tiles = (
         triton.cdiv(tokens, TILE_TOKENS.value) + batch
     )  # a sequence's last one may be part empty
-    compressed_attention_backward__bf16_d128_g4_l32_s16__cda19434_dq[
+    compressed_attention_backward__bf16_d128_g4_l32_s16__6e09738f_dq[
         (min(processors(q), row_tiles * kv_heads),)
     ](
         describe_rows(q, TILE_TOKENS.value // 2),
@@ -1076,7 +1076,7 @@ def launch(
     dk_parts, dv_parts = (
         torch.empty((chunks, *x.shape), dtype=torch.float32, device=x.device) for x in (dk, dv)
     )
-    compressed_attention_backward__bf16_d128_g4_l32_s16__cda19434_dk_dv[
+    compressed_attention_backward__bf16_d128_g4_l32_s16__6e09738f_dk_dv[
         (tiles * kv_heads * chunks,)
     ](
         describe_rows(q, STEP_TOKENS.value),
@@ -1102,7 +1102,7 @@ def launch(
         chunks,
         num_warps=4,
     )
-    compressed_attention_backward__bf16_d128_g4_l32_s16__cda19434_add[(rows, kv_heads)](
+    compressed_attention_backward__bf16_d128_g4_l32_s16__6e09738f_add[(rows, kv_heads)](
         dk_parts,
         dv_parts,
         cu_seqlens_q,
