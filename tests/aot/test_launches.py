@@ -34,10 +34,8 @@ def rows(dtype: torch.dtype = torch.float16, count: int = 8) -> Launches:
 
 @pytest.mark.interpreter
 def test_a_plan_has_the_launches_of_requests_and_runs_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = InferenceConfig(2, 64, prefill_chunk_size=32, cache_dtype=None)
-    model = nsa_model(limits, torch.float16)
-    batch = ContinuousBatch(model)
-    before = [x.clone() for x in batch.cache.tensors()]
+    limits = InferenceConfig(2, 64, prefill_chunk_size=32, cache_dtype="int8")
+    batch = ContinuousBatch(nsa_model(limits, torch.float32, num_hidden_layers=1))
     planned = planned_launches(lambda: make_short_calls(batch))
     ops = {path.stem.partition("__")[0] for path, _ in planned}
     assert {"block_selection_forward", "compressed_attention_decode", "_fixed_kernels"} <= ops
@@ -47,19 +45,14 @@ def test_a_plan_has_the_launches_of_requests_and_runs_none(monkeypatch: pytest.M
         for args in several
         for x in args
     )
-    steps = [name for name in ops if name.endswith("_decode")]
-    assert steps
-    del before
-
     seen = set[str]()
-    run = module._Plan.run
 
     def noted(self: Any, launch: Any, args: Any) -> None:
         seen.add(launch.__code__.co_filename)
         launch(*args)
 
     monkeypatch.setattr(module._Plan, "run", noted)
-    other = ContinuousBatch(nsa_model(limits, torch.float16))
+    other = ContinuousBatch(nsa_model(limits, torch.float32, num_hidden_layers=1))
 
     def requests() -> None:
         other.add([1] * 45, max_new_tokens=3)
@@ -68,7 +61,6 @@ def test_a_plan_has_the_launches_of_requests_and_runs_none(monkeypatch: pytest.M
             pass
 
     planned_launches(requests)
-    monkeypatch.setattr(module._Plan, "run", run)
     assert seen <= {str(path) for path, _ in planned}, "no request launches what was not planned"
 
 
