@@ -20,7 +20,6 @@ from nsagen.cli.options import (
     Json,
     Kernels,
     check_cache_dtype,
-    in_words_of,
 )
 from nsagen.core.errors import InvalidInputError
 
@@ -69,11 +68,10 @@ def generate(
         raise InvalidInputError("generate: the prompt must have a token; got none; write some text")
     where = device_of("generate", device)
     limits = InferenceConfig(1, len(ids) + max_new_tokens, cache_dtype=cache_dtype)
-    with in_words_of("generate", max_length="the prompt with --max-new-tokens"):
-        if model is None:
-            made = random_model("generate", limits, seed, where, attention, kernels)
-        else:
-            made = checkpoint_model("generate", model, limits, where, attention, kernels)
+    if model is None:
+        made = random_model("generate", limits, seed, where, attention, kernels)
+    else:
+        made = checkpoint_model("generate", model, limits, where, attention, kernels)
     start = time.perf_counter()
     new: list[int] = []
     stream = tokenizer.stream()

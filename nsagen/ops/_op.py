@@ -28,8 +28,7 @@ import functools
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ParamSpec, TypeVar, get_args, get_type_hints
@@ -635,16 +634,6 @@ class _Recording(threading.local):
 
 
 _recording = _Recording()
-
-
-@contextmanager
-def recording_launches(recorder: Any) -> Iterator[None]:
-    """Give what this thread's calls allocate and launch to a recorder, which may launch it."""
-    before, _recording.recorder = _recording.recorder, recorder
-    try:
-        yield
-    finally:
-        _recording.recorder = before
 
 
 def apply(function: Callable[..., Tensor], *args: Any) -> Tensor:
