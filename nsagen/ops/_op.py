@@ -549,7 +549,7 @@ class _Known:
             if elsewhere(self._program.device):
                 with torch.cuda.device(self._program.device):
                     return self.run(args)
-            release = args.clear if type(args) is list else None
+            release = getattr(args, "clear", None)  # of a list, which is this call's own
             outputs = self._program.run(self._calls.tensors(args), release)
             if outputs is not None:
                 return self._shape(outputs)
@@ -706,8 +706,9 @@ class _Backward:
             found = self._second(values)
         return self._placed(needed)((*found, None))
 
-    def _by_kernels(self, values: list[Any]) -> tuple[Tensor, ...]:
-        """The gradients; what only the first part takes is freed before the second one."""
+    def _by_kernels(self, values: Any) -> tuple[Tensor, ...]:
+        """The gradients of values in a list; what only the first part takes is freed before the
+        second one."""
         if self._first is not None:
             values += self._first.direct(values)
             for place in self._only_first:
