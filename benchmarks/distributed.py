@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks.distributed_cases import SPLITS, TINY, USUAL, WHAT, Case, Sizes
 from benchmarks.distributed_meter import LONG_MS, Meter, Row, watched
 from benchmarks.distributed_plan import predicted, share_of_roofline
+from benchmarks.precompile import compiling
 from examples.training.data import Split
 from examples.training.loop import Trainer
 from examples.training.parallel import World, clip_gradients
@@ -266,16 +268,20 @@ def sums_of(x: Tensor, count: int) -> Callable[[], None]:
 
 
 def compile_first(what: Sequence[str]) -> None:
-    """Fill Triton's cache on disk: a process for each case runs it once, by itself."""
+    """Fill Triton's cache on disk: some processes for each kind of case call it once, by
+    themselves; each compiles its share of the kernels and launches none."""
     kinds = dict.fromkeys((case.what, case.split) for case in USUAL.cases(what))
-    count, gpus = int(os.environ["WORLD_SIZE"]), torch.cuda.device_count()
+    gpus = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    shares = max(1, 6 * gpus // len(kinds))  # each has up to 40 GB
     command = [sys.executable, "-m", "benchmarks.distributed", "--out", os.devnull, "--compile"]
+    jobs = itertools.product(kinds, range(shares))
     running = [
         subprocess.Popen(
-            [*command, str(count), what, split],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": str(index % gpus)},
+            [*command, os.environ["WORLD_SIZE"], *kind, str(share), str(shares)],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": visible.split(",")[index % gpus]},
         )
-        for index, (what, split) in enumerate(kinds)
+        for index, (kind, share) in enumerate(jobs)
     ]
     for one in running:  # what fails is said there, and compiled when it is first called
         one.wait()
@@ -320,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
     several = f'{", ".join(WHAT)}, or single rows like "step/16384/context"; default: all'
     parser.add_argument("--what", type=kind_or_row, nargs="+", default=WHAT, help=several)
     parser.add_argument("--compiled", action="store_true", help="kernels are in Triton's cache")
-    parser.add_argument("--compile", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--compile", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     gpus = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpus else torch.device("cpu")
@@ -332,7 +338,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.compile:
         meeting = f"file://{tempfile.mkdtemp()}/meeting"
         dist.init_process_group(backend, meeting, rank=0, world_size=1)
-        run_alone(USUAL, device, int(options.compile[0]), *options.compile[1:])
+        count, what, split, *share = options.compile
+        with compiling(*map(int, share)):
+            run_alone(USUAL, device, int(count), what, split)
         dist.destroy_process_group()
         return 0
     if gpus and not (options.tiny or options.compiled) and device.index == 0:

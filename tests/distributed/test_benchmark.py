@@ -18,6 +18,7 @@ from benchmarks.distributed import RUNS, kind_or_row, measure, run_alone
 from benchmarks.distributed_cases import SPLITS, TINY, USUAL, Case
 from benchmarks.distributed_meter import Meter, covered, watched
 from benchmarks.distributed_plan import predicted, share_of_roofline
+from benchmarks.precompile import compiling
 from nsagen.estimate import training
 from nsagen.estimate.model import GPUS
 from tests.distributed.ranks import on_ranks
@@ -111,8 +112,9 @@ def test_kernels_are_compiled_by_processes_of_their_own() -> None:
     """Each runs one case to its end."""
 
     def run(rank: int) -> None:
-        for what, split in itertools.product(RUNS, SPLITS):
-            run_alone(TINY, CPU, 2, what, split)
+        with compiling(0, 2):
+            for what, split in itertools.product(RUNS, SPLITS):
+                run_alone(TINY, CPU, 2, what, split)
 
     on_ranks(1, run)
 
