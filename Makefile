@@ -6,6 +6,7 @@
 #   make check      all tests that need no GPU, and make static, at once
 #   make static     lint, formatting, types, and that generated/ is up to date
 #   make test-lowest  fast tests on the lowest releases that pyproject.toml allows, in .venv-lowest
+#   make soak       long runs of random requests, forks and ends, and of mixed calls: 20 minutes
 #   make test-shapes  kernels of shapes drawn anew, in BUDGET=600 seconds of computing
 #   make gpu-test   the tests for a GPU; PY=python3 uses an environment of yours
 #   make sanitize   some of them under compute-sanitizer: stray accesses and races; SANITIZE_JOBS=8;
@@ -38,7 +39,7 @@ LOWEST := PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 .venv-lowest/bin/python
 # The first process that imports a module stores its bytecode for the many others.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-plain test-interpreter test-shapes test-lowest check static gpu-test sanitize docs generate clean
+.PHONY: setup demo test test-plain test-interpreter soak test-shapes test-lowest check static gpu-test sanitize docs generate clean
 
 setup: $(STAMP)
 
@@ -82,6 +83,11 @@ test-lowest: .venv-lowest/.stamp
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet -r lowest.txt pytest pytest-xdist hypothesis
 	touch $@
+
+# 2000 events each; make test has a few.
+soak: $(STAMP)
+	$(PYTEST) -m slow tests/model/test_soak.py tests/model/test_sharing.py
+	$(INTERPRETED) $(PYTEST) -m slow tests/kernels/test_soak.py
 
 # A failure prints the command that runs its shape again.
 test-shapes: $(STAMP)

@@ -95,7 +95,10 @@ def _client(url: str) -> AsyncOpenAI:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("no http:// or https:// with a host")
         return AsyncOpenAI(
-            base_url=f"{url.rstrip('/')}/v1", api_key="none", max_retries=0, timeout=None
+            base_url=f"{url.rstrip('/').removesuffix('/v1')}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=None,
         )
     except Exception as error:  # the client's own libraries have types for what is no URL
         raise InvalidInputError(
@@ -112,8 +115,8 @@ async def _model_of(client: AsyncOpenAI, url: str) -> str:
         listed = [model.id for model in (await client.models.list()).data or ()]
     except (OpenAIError, AttributeError, ValueError) as error:  # or an answer in another form
         raise NsagenError(
-            f"bench serve: a server must answer at {url}/v1/models; it said: "
-            f"{_first_line(error)}; start it, or give its address without /v1"
+            f"bench serve: a server must answer at {client.base_url}models; it said: "
+            f"{_first_line(error)}; start it, or correct its address"
         ) from error
     if not listed:
         raise NsagenError(

@@ -20,6 +20,7 @@ from nsagen.cli.options import (
     Json,
     Kernels,
     check_cache_dtype,
+    in_words_of,
 )
 from nsagen.core.errors import InvalidInputError
 
@@ -68,10 +69,11 @@ def generate(
         raise InvalidInputError("generate: the prompt must have a token; got none; write some text")
     where = device_of("generate", device)
     limits = InferenceConfig(1, len(ids) + max_new_tokens, cache_dtype=cache_dtype)
-    if model is None:
-        made = random_model("generate", limits, seed, where, attention, kernels)
-    else:
-        made = checkpoint_model("generate", model, limits, where, attention, kernels)
+    with in_words_of("generate", max_length="the prompt with --max-new-tokens"):
+        if model is None:
+            made = random_model("generate", limits, seed, where, attention, kernels)
+        else:
+            made = checkpoint_model("generate", model, limits, where, attention, kernels)
     start = time.perf_counter()
     new: list[int] = []
     stream = tokenizer.stream()

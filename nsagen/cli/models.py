@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -211,7 +212,16 @@ def checkpoint_model(
     if not sparse:
         if kernels is not None:
             refuse_kernels(command, kernels)
+        for option, given in (("--pages", limits.paged), ("--cache-dtype", limits.cache_dtype)):
+            if given:
+                raise InvalidInputError(
+                    f"{command}: {option} is for Native Sparse Attention; got it with {folder}, "
+                    "which is dense; leave it out, or add --attention nsa"
+                )
         return ToyLlama.from_pretrained(folder, limits, **common).requires_grad_(False)
+    block = (raw.get("nsa") or {}).get("block_size", limits.page_size)
+    if limits.paged and isinstance(block, int) and block > 0 and limits.page_size % block:
+        limits = replace(limits, page_size=block)
     dispatcher = _dispatcher(kernels)
     made = ToyNSALlama.from_pretrained(folder, limits, dispatcher=dispatcher, **common)
     return made.requires_grad_(False)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nsagen.core.errors import InvalidInputError
+from nsagen.core.errors import CapacityError, InvalidInputError
 from nsagen.core.paths import specs_dir, visible
-from nsagen.core.text import nearest
 from nsagen.core.workload import CACHE_DTYPES
 
 
@@ -73,16 +74,32 @@ def check_cache_dtype(command: str, cache_dtype: str | None, attention: str | No
     if cache_dtype is None:
         return
     if cache_dtype not in CACHE_DTYPES:
-        remedy = nearest(cache_dtype, CACHE_DTYPES, "choose one, or leave it out")
         raise InvalidInputError(
             f"{command}: --cache-dtype must be one of {', '.join(CACHE_DTYPES)}; "
-            f"got {cache_dtype!r}; {remedy}"
+            f"got {cache_dtype!r}; choose one, or leave it out"
         )
     if attention == "dense":
         raise InvalidInputError(
             f"{command}: --cache-dtype is for Native Sparse Attention; got it with --attention "
             "dense; leave one out"
         )
+
+
+@contextmanager
+def in_words_of(command: str, **options: str) -> Iterator[None]:
+    """Errors about an InferenceConfig name the options that it was made of.
+
+    Args:
+        options: by field of InferenceConfig, what was typed.
+    """
+    try:
+        yield
+    except (CapacityError, InvalidInputError) as error:
+        text = re.sub(r"^InferenceConfig: ", f"{command}: ", str(error))
+        text = re.sub(r"\bInferenceConfig\.| of InferenceConfig\b", "", text)
+        for name, typed in options.items():
+            text = re.sub(rf"\b{name}\b", typed, text)
+        raise type(error)(text) from error
 
 
 def sizes_of(text: str) -> tuple[int, ...]:

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,9 +20,15 @@ from nsagen.cli.options import (
     Json,
     Kernels,
     check_cache_dtype,
+    in_words_of,
 )
-from nsagen.core.errors import InvalidInputError
+from nsagen.core.errors import InvalidInputError, NsagenError
 from nsagen.core.installed import require_extra
+
+if TYPE_CHECKING:
+    import torch
+
+    from nsagen.model import ContinuousBatch
 
 EXAMPLE = "Example: nsagen serve --model ./Llama-3.2-1B --max-batch-size 16 --max-length 32768"
 
@@ -109,22 +116,28 @@ def serve(
         share_prefixes=share_prefixes,
         cache_dtype=cache_dtype,
     )
-    if model is not None:
-        tokenizer = checkpoint_tokenizer(model, "serve")
-        made = checkpoint_model("serve", model, limits, where, attention, kernels)
-    elif sizes == "guide":
-        tokenizer, made = numbers(), guide_model(limits, seed, where, attention, kernels)
-    else:
-        tokenizer = characters()
-        made = random_model("serve", limits, seed, where, attention, kernels)
+    typed = {"max_length": "--max-length", "max_batch_size": "--max-batch-size"}
+    with in_words_of("serve", **typed, num_pages="--pages", cache_dtype="--cache-dtype"):
+        if model is not None:
+            tokenizer = checkpoint_tokenizer(model, "serve")
+            made = checkpoint_model("serve", model, limits, where, attention, kernels)
+        elif sizes == "guide":
+            tokenizer, made = numbers(), guide_model(limits, seed, where, attention, kernels)
+        else:
+            tokenizer = characters()
+            made = random_model("serve", limits, seed, where, attention, kernels)
+        engine = Engine(made, queue, PromptLookup if drafts else None)
     called = name or (sizes if model is None else model.resolve().name)
-    size = limits.cache_bytes(made.config, next(made.parameters()).dtype)
+    size = engine.batch.limits.cache_bytes(made.config, next(made.parameters()).dtype)
     _log.info("the cache takes %.2f GB", size / 1e9)
-    engine = Engine(made, queue, PromptLookup if drafts else None)
+    if where.type == "cuda":
+        _compile_kernels(engine.batch, drafts, where)
 
     def ready(url: str) -> None:
         if as_json:
-            print(json.dumps({"url": url, "model": called, "cache_bytes": size}), flush=True)
+            print(
+                json.dumps({"url": f"{url}/v1", "model": called, "cache_bytes": size}), flush=True
+            )
         else:
             print(f"{called} is served at {url}/v1; end it with Ctrl-C", flush=True)
 
@@ -133,3 +146,23 @@ def serve(
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(0)  # nothing is left to do, and taking PyTorch apart takes seconds
+
+
+def _compile_kernels(batch: ContinuousBatch, drafts: bool, device: torch.device) -> None:
+    """Have the kernels of requests to come compiled side by side: one by one takes minutes."""
+    from nsagen.aot.launches import compile_launches, planned_launches
+    from nsagen.cli.console import progress_bar
+    from nsagen.runtime.device import target_of
+    from nsagen.serve.short_calls import make_short_calls
+
+    start = time.perf_counter()
+    launches = planned_launches(lambda: make_short_calls(batch, drafts))
+    _log.info("compiling the kernels of %d files, unless they are in Triton's cache", len(launches))
+    try:
+        with progress_bar("kernels") as progress:
+            problems = compile_launches(launches, target_of(device), progress=progress)
+    except (NsagenError, OSError) as error:
+        problems = [str(error)]
+    for problem in problems:
+        _log.warning("serve: compiled when a request needs it: %s", problem)
+    _log.info("the kernels took %.0f s", time.perf_counter() - start)

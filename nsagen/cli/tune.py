@@ -15,7 +15,6 @@ import typer
 from nsagen.cli.options import sizes_of
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.installed import require_extra
-from nsagen.core.text import nearest
 
 EXAMPLE = "Example: nsagen tune llama8b --op selected_attention --time 10m"
 
@@ -194,8 +193,7 @@ def _check_choices(objective: str, sampler: str, target: str | None) -> None:
     for option, got, allowed in known:
         if got not in allowed:
             names = ", ".join(allowed)
-            remedy = nearest(got, allowed)
-            raise InvalidInputError(f"tune: {option} must be one of {names}; got {got!r}; {remedy}")
+            raise InvalidInputError(f"tune: {option} must be one of {names}; got {got!r}")
     if target is not None and objective != "static":
         raise InvalidInputError(
             f"tune: --target needs --objective static; got {target!r} with {objective}; "

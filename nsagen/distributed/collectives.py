@@ -1,14 +1,16 @@
-"""Exchanges between the ranks of a group: functional collectives, started early, awaited late.
+"""Exchanges between the ranks of a group, started early and awaited late.
 
-Each is started by one call and awaited by another, so that a GPU computes while data move.
+Each is started by one call and awaited by another, so that a GPU computes while data move. They are
+methods of the group: PyTorch's functional collectives, which compiled code takes, cost the host
+four times as much.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,41 +26,55 @@ REPORT_SECONDS = 5.0
 """How long the ranks of a failed job wait for each other's sign of life."""
 
 
-def start_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Begin to gather x of all ranks, one after the other along dimension 0; see `finish`."""
-    gather = _OPS.all_gather_into_tensor.default
-    return _named(group, gather, x.contiguous(), group.size(), group.group_name)
+@dataclass(frozen=True)
+class Exchange:
+    """One that has begun: what it gives is complete when `wait` returns; on a GPU, its stream waits
+    and not the host."""
+
+    given: list[Tensor]
+    work: dist.Work
+    group: ProcessGroup
+
+    def wait(self) -> list[Tensor]:
+        _named(self.group, self.work.wait)
+        return self.given
 
 
-def start_sum(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Begin to sum x over the ranks, for each of them. See `finish`."""
-    return _named(group, _OPS.all_reduce.default, x.contiguous(), "sum", group.group_name)
+def start_gather(tensors: Sequence[Tensor], group: ProcessGroup) -> Exchange:
+    """Begin to gather each tensor of all ranks, one after the other along dimension 0."""
+    rows = [x.contiguous() for x in tensors]
+    given = [x.new_empty(group.size() * x.shape[0], *x.shape[1:]) for x in rows]
+    work = _named(group, group.allgather_into_tensor_coalesced, given, rows)
+    return Exchange(given, work, group)
 
 
-def start_sum_in_place(x: Tensor, group: ProcessGroup) -> Callable[[], None]:
-    """As `start_sum`, without another tensor; what is returned waits for it."""
-    start = functools.partial(dist.all_reduce, group=group, async_op=True)
-    work = _named(group, start, x)
-    return lambda: _named(group, work.wait)
-
-
-def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Begin to sum x over the ranks; each gets its part of dimension 0. See `finish`."""
-    scatter = _OPS.reduce_scatter_tensor.default
-    return _named(group, scatter, x.contiguous(), "sum", group.size(), group.group_name)
+def start_reduce_scatter(tensors: Sequence[Tensor], group: ProcessGroup) -> Exchange:
+    """Begin to sum each tensor over the ranks; each gets its part of dimension 0."""
+    rows = [x.contiguous() for x in tensors]
+    given = [x.new_empty(x.shape[0] // group.size(), *x.shape[1:]) for x in rows]
+    work = _named(group, group.reduce_scatter_tensor_coalesced, given, rows)
+    return Exchange(given, work, group)
 
 
 def start_exchange(
     x: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup
-) -> Tensor:
-    """Begin to send rows of x to each rank and to receive theirs, by rank. See `finish`."""
-    exchange = _OPS.all_to_all_single.default
-    return _named(group, exchange, x.contiguous(), receive, send, group.group_name)
+) -> Exchange:
+    """Begin to send rows of x to each rank and to receive theirs, by rank."""
+    given, x = x.new_empty(sum(receive), *x.shape[1:]), x.contiguous()
+    work = _named(group, group.alltoall_base, given, x, receive, send)
+    return Exchange([given], work, group)
 
 
-def finish(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Wait for what a `start_` function began: on a GPU, its stream waits and not the host."""
-    return _named(group, _OPS.wait_tensor.default, x)
+def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:
+    """x summed over the ranks, for each of them, also in compiled code."""
+    reduce = _OPS.all_reduce.default
+    started = _named(group, reduce, x.contiguous(), "sum", group.group_name)
+    return _named(group, _OPS.wait_tensor.default, started)
+
+
+def start_sum_in_place(x: Tensor, group: ProcessGroup) -> Exchange:
+    """As `sum_over`, without another tensor and without waiting."""
+    return Exchange([x], _named(group, group.allreduce, [x]), group)
 
 
 def _named(group: ProcessGroup, exchange: Callable[..., Any], *args: Any) -> Any:

@@ -18,12 +18,16 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nsagen.distributed.collectives import (
-    finish,
+    Exchange,
     start_exchange,
     start_gather,
     start_reduce_scatter,
 )
 from nsagen.distributed.cuts import Cut, Halo, offsets
+
+SMALL_BYTES = 1 << 23
+"""Of what a rank sends. An exchange of less takes about as long as one of nothing, on the host
+longer than on the links, so what is gathered for a layer goes together."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Gathering:
 
     places: Places
     _widths: list[int] = field(default_factory=list)
-    _started: Tensor | None = None
+    _started: tuple[Exchange, int] | None = None
 
     def enter(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Rows [most, heads, any] of tensors [rows, heads, any], some of which may be spare; their
@@ -105,7 +109,7 @@ class Gathering:
 
     def start(self, joined: Tensor) -> None:
         """Begin to gather what `join` gave."""
-        self._started = start_gather(joined, self.places.group)
+        start_together([self], [joined])
 
     def wait(self) -> tuple[Tensor, ...]:
         """The rows that this rank sees, of each tensor given to `join`: parts of one tensor."""
@@ -120,25 +124,56 @@ class Gathering:
         Returns:
             the sums, which are complete when `enter`'s node has waited for them.
         """
-        wanted = [g for g, need in zip(gradients, needed, strict=True) if need]
-        if not wanted:
-            return [None for _ in needed]
-        by_rank = self.places.by_rank(_side_by_side(wanted))
-        self._started = summed = start_reduce_scatter(by_rank, self.places.group)
-        if torch.is_anomaly_enabled():  # it reads them at once
-            self._finish()
-        parts = iter(summed.split(_widths(wanted), -1))
-        return [next(parts) if need else None for need in needed]
+        return sum_together([self], [gradients], [needed])[0]
 
     def _finish(self) -> Tensor:
-        started, self._started = self._started, None
-        assert started is not None
-        return finish(started, self.places.group)
+        assert self._started is not None
+        (exchange, place), self._started = self._started, None
+        return exchange.wait()[place]
 
     def wait_for_sums(self) -> None:
         """Wait for what `sum_gradients` began, if anything."""
         if self._started is not None:
             self._finish()
+
+
+def are_small(joined: Sequence[Tensor]) -> bool:
+    """Whether what several gathers have joined goes together; the same on all ranks."""
+    return sum(x.nbytes for x in joined) < SMALL_BYTES
+
+
+def start_together(gatherings: Sequence[Gathering], joined: Sequence[Tensor]) -> None:
+    """`Gathering.start` of each, in one exchange."""
+    exchange = start_gather(joined, gatherings[0].places.group)
+    for place, gathering in enumerate(gatherings):
+        gathering._started = exchange, place
+
+
+def sum_together(
+    gatherings: Sequence[Gathering],
+    gradients: Sequence[Sequence[Tensor]],
+    needed: Sequence[Sequence[bool]],
+) -> list[list[Tensor | None]]:
+    """`Gathering.sum_gradients` of each, in one exchange."""
+    wanted = [
+        [g for g, need in zip(*pair, strict=True) if need]
+        for pair in zip(gradients, needed, strict=True)
+    ]
+    pairs = [pair for pair in zip(gatherings, wanted, strict=True) if pair[1]]
+    summed = iter(())
+    if pairs:
+        by_rank = [gathering.places.by_rank(_side_by_side(some)) for gathering, some in pairs]
+        exchange = start_reduce_scatter(by_rank, gatherings[0].places.group)
+        for place, (gathering, _) in enumerate(pairs):
+            gathering._started = exchange, place
+        if torch.is_anomaly_enabled():  # it reads them at once
+            exchange.wait()
+        summed = (
+            part
+            for one, (_, some) in zip(exchange.given, pairs, strict=True)
+            for part in one.split(_widths(some), -1)
+        )
+    return [[next(summed) if need else None for need in of_one] for of_one in needed]
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
@@ -183,7 +218,7 @@ class RemoteTokens(torch.autograd.Function):
         if halo.moves:
             counts = (halo.send_counts, halo.receive_counts)
             sent = start_exchange(x.index_select(0, halo.send), *counts, group)
-            x = torch.cat([x, finish(sent, group)])
+            x = torch.cat([x, *sent.wait()])
         return x.index_select(0, halo.index).split(ctx.widths, -1)
 
     @staticmethod
@@ -198,7 +233,7 @@ class RemoteTokens(torch.autograd.Function):
         own, returned, _ = of_all.split([ctx.count, received, 1])
         if halo.moves:
             counts = (halo.receive_counts, halo.send_counts)
-            returned = finish(start_exchange(returned, *counts, group), group)
+            (returned,) = start_exchange(returned, *counts, group).wait()
             _add(own, halo.send, returned, halo.send_repeats)
         return None, None, *own.split(ctx.widths, -1)
 

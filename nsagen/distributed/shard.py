@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from nsagen.distributed.collectives import finish, start_gather
+from nsagen.distributed.collectives import start_gather
 from nsagen.distributed.cuts import Cut, Halo, offsets, spans, windows_of
 from nsagen.distributed.gathering import Places
 from nsagen.model.checks import require
@@ -132,7 +132,7 @@ class Shard(Packed):
 
         Without gradients; every rank must call it. A loss needs it never: sum each rank's.
         """
-        gathered = finish(start_gather(self.tokens.padded(x), self.tokens.group), self.tokens.group)
+        (gathered,) = start_gather([self.tokens.padded(x)], self.tokens.group).wait()
         return gathered.index_select(0, self.cut.places.to(x.device))
 
     def only(self, kept: tuple[bool, ...]) -> tuple[Shard, Tensor]:

@@ -6,6 +6,9 @@ branches, which meet forced blocks once where those of whole sequences do. The b
 both again. With gates, deltas are computed meanwhile, and windows come last: their gradients while
 those of keys and values are summed over the ranks, and added to the queries', of which there is one
 tensor at a time. Without, windows come first.
+
+What is small goes in one exchange, as do its gradients: there is nothing to hide, and each exchange
+costs the host. With gates all branches are then one op in each pass, as those of whole sequences.
 """
 
 from __future__ import annotations
@@ -18,7 +21,13 @@ import torch
 from torch import Tensor
 
 from nsagen.core.branches import BRANCHES
-from nsagen.distributed.gathering import Gathering, RemoteTokens
+from nsagen.distributed.gathering import (
+    Gathering,
+    RemoteTokens,
+    are_small,
+    start_together,
+    sum_together,
+)
 from nsagen.distributed.shard import Shard, Windows
 from nsagen.model.heads import KV, Heads
 from nsagen.model.nsa_ops import NSAOps
@@ -33,6 +42,8 @@ from nsagen.ops.gated_attention import (
     add_windows_gradient,
     branch_columns,
     branch_deltas,
+    branches_backward,
+    branches_forward,
     tokens_backward,
     windows_forward,
 )
@@ -136,11 +147,36 @@ class _Call:
         count = len(values) - (0 if self.of_windows is None else 2)
         return values[:count], values[count:]
 
-    def start(self, joined: Sequence[Tensor]) -> None:
-        """Gather windows, if there are any, first, because they are needed first; then tokens."""
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of all branches, as their op takes them."""
+        s = self.module.sparsity
+        blocks = (s.block_size, s.topk, s.init_blocks, s.local_blocks)
+        return s.kernel_size, s.kernel_stride, *blocks, s.window_size
+
+    def start(self, joined: Sequence[Tensor]) -> bool:
+        """Gather windows, if there are any, first, because they are needed first; then tokens.
+
+        Returns:
+            whether both go together.
+        """
+        together = self.of_windows is not None and are_small(joined)
+        if together:
+            start_together(self.gatherings, joined)
+            return True
         if self.of_windows is not None:
             self.of_windows.start(joined[1])
         self.of_tokens.start(joined[0])
+        return False
+
+    @property
+    def gatherings(self) -> list[Gathering]:
+        """In the order of `_TOKENS_FIRST`."""
+        return [self.of_tokens] if self.of_windows is None else [self.of_tokens, self.of_windows]
+
+    def seen(self) -> tuple[Tensor, ...]:
+        """Keys and values of tokens, and of windows."""
+        return tuple(x for gathering in self.gatherings for x in gathering.wait())
 
 
 class _Branches(torch.autograd.Function):
@@ -154,46 +190,24 @@ class _Branches(torch.autograd.Function):
     def forward(
         ctx: Any, call: _Call, q: Tensor, gate: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        s, last, q_start = call.module.sparsity, call.last, call.keys[1]
-        forced = (s.init_blocks, s.local_blocks)
         tokens, windows = call.parted(tensors)
         joined = [call.of_tokens.join(*tokens)]
         if call.of_windows is not None:
             joined.append(call.of_windows.join(*windows))
-        call.start(joined)
-        made: dict[str, Sequence[Tensor]] = {}
-        topk_idx = None
-        if call.of_windows is not None:
-            ck, cv = call.of_windows.wait()
-            sizes = (*call.windows, s.kernel_size, s.kernel_stride)
-            if "selected" in call.on:
-                selection = (s.block_size, s.topk, *forced)
-                *found, topk_idx = windows_forward(q, ck, cv, *sizes, *selection, *last, q_start)
-            else:
-                found = compressed_attention_forward(q, ck, cv, *sizes, *last, q_start)
-            made["compressed"] = found
-            del ck, cv
-        selected, sliding = pairs_of(call.of_tokens.wait())
-        more = (*last, *call.keys)
-        if topk_idx is not None and "sliding" in call.on and len(tokens) == 2:
-            sizes = (s.window_size, s.block_size, *forced)
-            found = selected_and_window(q, *selected, topk_idx, call.ends, *sizes, *more)
-            made["selected"], made["sliding"] = found[:2], found[2:]
-        else:
-            if topk_idx is not None:
-                made["selected"] = selected_attention_forward(
-                    q, *selected, topk_idx, call.ends, s.block_size, *more
-                )
-            if "sliding" in call.on:
-                made["sliding"] = sliding_window_attention_forward(
-                    q, *sliding, call.ends, s.window_size, *more
-                )
-        outputs, lses = zip(*(made[name] for name in call.on), strict=True)
-        ctx.call = call
+        ctx.call, ctx.together = call, call.start(joined)
         ctx.set_materialize_grads(False)
+        if call.gated and ctx.together:
+            k, v, ck, cv = call.seen()
+            o, *made, topk_idx = branches_forward(
+                *(q, k, v, ck, cv, gate, *call.windows, *call.sizes, *call.last, *call.keys)
+            )
+            ctx.save_for_backward(q, gate, topk_idx, *made[1::2], *made[::2], *joined)
+            return (o,)
+        topk_idx, found = _in_turn(call, q, len(tokens))
+        outputs, lses = zip(*(found[name] for name in call.on), strict=True)
         ctx.save_for_backward(q, gate, topk_idx, *lses, *outputs, *joined)
         if call.gated:
-            return (gated_sum_forward(*outputs, gate, last[1]),)
+            return (gated_sum_forward(*outputs, gate, call.last[1]),)
         ctx.mark_non_differentiable(*lses)
         return tuple(x for pair in zip(outputs, lses, strict=True) for x in pair)
 
@@ -204,26 +218,71 @@ class _Branches(torch.autograd.Function):
         many = len(call.on)
         lses, outputs, joined = kept[:many], kept[many : 2 * many], kept[2 * many :]
         call.start(joined)
+        needed = dict(zip(_TOKENS_FIRST, call.parted(ctx.needs_input_grad[3:]), strict=True))
         found: _Gradients
         if call.gated:
-            o_compressed, o_selected, o_sliding = outputs
-            of_sum = branch_deltas(
-                gradients[0], o_compressed, o_selected, o_sliding, gate, call.last[1]
-            )
+            do, (o_compressed, o_selected, o_sliding) = gradients[0], outputs
+            of_sum = branch_deltas(do, o_compressed, o_selected, o_sliding, gate, call.last[1])
             del o_compressed, o_selected, o_sliding, outputs, kept
             ctx.maybe_clear_saved_tensors()  # outputs are free, unless the graph is kept
+            if ctx.together:
+                dq, *made, dgate = branches_backward(
+                    *(do, of_sum, q, *call.seen(), gate, *call.windows, *lses, topk_idx),
+                    *(*call.sizes, *call.last, *call.keys),
+                )
+                sums = sum_together(call.gatherings, call.parted(made), [*needed.values()])
+                return None, dq, dgate, *sums[0], *sums[1]
             columns, dgate = branch_columns(gate, of_sum)
-            found, order = _OfSum(call, q, topk_idx, gradients[0], lses, columns), _TOKENS_FIRST
+            found, order = _OfSum(call, q, topk_idx, do, lses, columns), _TOKENS_FIRST
         else:
             branches = zip(gradients[::2], outputs, lses, strict=True)
             found = _OfBranches(call, q, topk_idx, dict(zip(call.on, branches, strict=True)))
             dgate, order = None, reversed(_TOKENS_FIRST)
-        needed = dict(zip(_TOKENS_FIRST, call.parted(ctx.needs_input_grad[3:]), strict=True))
         summed = {what: found.sums(what, needed[what]) for what in order}
         return None, found.dq, dgate, *summed["tokens"], *summed["windows"]
 
 
 _TOKENS_FIRST = ("tokens", "windows")
+
+
+def _in_turn(
+    call: _Call, q: Tensor, count: int
+) -> tuple[Tensor | None, dict[str, Sequence[Tensor]]]:
+    """The chosen blocks, and (o, lse) of each branch: those of windows while tokens are gathered.
+
+    Args:
+        count: of tensors of tokens.
+    """
+    s, last, q_start = call.module.sparsity, call.last, call.keys[1]
+    forced = (s.init_blocks, s.local_blocks)
+    made: dict[str, Sequence[Tensor]] = {}
+    topk_idx = None
+    if call.of_windows is not None:
+        ck, cv = call.of_windows.wait()
+        sizes = (*call.windows, s.kernel_size, s.kernel_stride)
+        if "selected" in call.on:
+            selection = (s.block_size, s.topk, *forced)
+            *found, topk_idx = windows_forward(q, ck, cv, *sizes, *selection, *last, q_start)
+        else:
+            found = compressed_attention_forward(q, ck, cv, *sizes, *last, q_start)
+        made["compressed"] = found
+        del ck, cv
+    selected, sliding = pairs_of(call.of_tokens.wait())
+    more = (*last, *call.keys)
+    if topk_idx is not None and "sliding" in call.on and count == 2:
+        sizes = (s.window_size, s.block_size, *forced)
+        found = selected_and_window(q, *selected, topk_idx, call.ends, *sizes, *more)
+        made["selected"], made["sliding"] = found[:2], found[2:]
+    else:
+        if topk_idx is not None:
+            made["selected"] = selected_attention_forward(
+                q, *selected, topk_idx, call.ends, s.block_size, *more
+            )
+        if "sliding" in call.on:
+            made["sliding"] = sliding_window_attention_forward(
+                q, *sliding, call.ends, s.window_size, *more
+            )
+    return topk_idx, made
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.integrations.narrow_rows import NarrowRows, Rows, places_of
 
 UNFILLED = -1
 """What a mask has for the part of a static cache that no token fills; 0 is padding."""
@@ -171,9 +172,27 @@ class Layout:
         """[B, H, S, D] to [N, H, D], or [S, B * H, D] where merged."""
         return self._pack(x, self.query_index)
 
-    def pack_keys(self, x: Tensor) -> Tensor:
-        """[B, H, >= T, D] to [N, H, D], or [T, B * H, D] where merged."""
-        return self._pack(x[:, :, : self.keys], self.key_index)
+    def pack_keys(self, x: Rows, dtype: torch.dtype | None = None) -> Tensor:
+        """[B, H, >= T, D] to [N, H, D], or [T, B * H, D] where merged.
+
+        Args:
+            dtype: what rows of one byte an element become.
+        """
+        if not isinstance(x, NarrowRows):
+            return self._pack(x[:, :, : self.keys], self.key_index)
+        assert dtype is not None
+        if self.merged:
+            return self._pack(x.first(self.keys).wide(dtype), None)
+        return x.loaded(self._key_places, dtype)
+
+    @functools.cached_property
+    def _key_places(self) -> tuple[Tensor, Tensor]:
+        """int32 [N], the packed keys' places in their rows, and the rows."""
+        if self.key_index is None:
+            inference = torch.is_inference_mode_enabled()
+            return places_of(self.batch, 0, self.keys, self.device, inference)
+        places, rows = self.key_index % self.keys, self.key_index // self.keys
+        return places.to(torch.int32), rows.to(torch.int32)
 
     def _pack(self, x: Tensor, index: Tensor | None) -> Tensor:
         if self.merged:

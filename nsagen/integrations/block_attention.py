@@ -67,15 +67,16 @@ def in_one_dtype(q: Tensor, k: Rows, v: Rows) -> tuple[Tensor, Rows, Rows]:
 
 def dense(query: Tensor, key: Rows, value: Rows, layout: Layout, scale: float) -> Tensor:
     """Causal attention of each sequence to all of its tokens: [B, S, HQ, D]."""
-    key, value = widened(key, query.dtype), widened(value, query.dtype)
-    if layout.key_index is None:
-        keys = slice(0, layout.keys)
-        o = _causal(query, key[:, :, keys], value[:, :, keys], scale)
-        return o.transpose(1, 2)
-    if layout.step:
-        return _dense_steps(query, key, value, layout, scale)
+    if layout.key_index is None or layout.step:
+        k, v = (widened(x, query.dtype)[:, :, : layout.keys] for x in (key, value))
+        if layout.step and layout.key_index is not None:
+            return _dense_steps(query, k, v, layout, scale)
+        return _causal(query, k, v, scale).transpose(1, 2)
     q = layout.pack_queries(query).transpose(0, 1).split(layout.query_lengths, 1)
-    k, v = (layout.pack_keys(t).transpose(0, 1).split(layout.key_lengths, 1) for t in (key, value))
+    k, v = (
+        layout.pack_keys(t, query.dtype).transpose(0, 1).split(layout.key_lengths, 1)
+        for t in (key, value)
+    )
     parts = [_causal(a[None], b[None], c[None], scale)[0] for a, b, c in zip(q, k, v, strict=True)]
     # A sequence at a time: no mask of all queries and keys of a batch.
     packed = (
@@ -95,10 +96,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     )
 
 
-def _dense_steps(q: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+def _dense_steps(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
     """`dense` of one token a row, by a mask of the real keys."""
     assert layout.key_index is not None
-    k, v = key[:, :, : layout.keys], value[:, :, : layout.keys]
     real = torch.zeros(layout.batch * layout.keys, dtype=torch.bool, device=q.device)
     real = real.index_fill(0, layout.key_index, True).view(layout.batch, 1, 1, layout.keys)
     seen = real | ~real.any(-1, keepdim=True)  # a row without tokens: no NaN before it is dropped
@@ -184,7 +184,7 @@ def chosen(
             return _gathered_step(query, key, value, blocks, block_size, layout, scale)
         return _chosen_step(query, key, value, blocks, block_size, layout, scale, dispatcher)
     q = layout.pack_queries(query)
-    k, v = (layout.pack_keys(widened(x, query.dtype)) for x in (key, value))
+    k, v = (layout.pack_keys(x, query.dtype) for x in (key, value))
     repeats = blocks.shape[0] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)

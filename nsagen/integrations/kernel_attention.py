@@ -2,13 +2,15 @@
 
     register("my_attention", AttentionInterface, AttentionMaskInterface)
 
-Unlike `attn_implementation="nsagen"` it has one form, that of the package's spec, reads nothing of
-the model's config and keeps no windows: a decoding step pools the keys of the whole cache again.
+Unlike `attn_implementation="nsagen"` it has one form, that of the package's spec, and keeps no
+windows: a decoding step pools the keys of the whole cache again. A `config.nsagen` that says
+something else is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from nsagen.integrations.attention_layout import (
     refuse,
 )
 from nsagen.integrations.block_attention import attend, in_one_dtype
-from nsagen.model.forms import Form
+from nsagen.model.forms import Form, form_of
 
 _KNOWN = "nsagen_exported_layout"
 
@@ -56,6 +58,7 @@ def attention_of(form: Form) -> Attention:
             InvalidInputError: an input that changes attention in a way that is not computed here.
         """
         check_inputs(dropout, kwargs)
+        _check_settings(form, getattr(module, "config", None))
         window = kwargs.get("sliding_window") or getattr(module, "sliding_window", None)
         if window or not getattr(module, "is_causal", True):
             came = f"a window of {window}" if window else "is_causal False"
@@ -67,6 +70,19 @@ def attention_of(form: Form) -> Attention:
         return attend(form, *in_one_dtype(query, key, value), layout, scale), None
 
     return attention
+
+
+def _check_settings(form: Form, config: Any) -> None:
+    """Refuse settings of the model's config that are not the package's."""
+    settings = getattr(config, "nsagen", None)
+    if settings is None:
+        return
+    given, own = asdict(form_of("config.nsagen", settings)), asdict(form)
+    differ = [name for name in own if given[name] != own[name]]
+    if differ:
+        rule = "must be this package's: " + ", ".join(f"{n} {own[n]}" for n in differ)
+        came = ", ".join(f"{n} {given[n]}" for n in differ)
+        refuse("config.nsagen", rule, came, "leave it out, or export a spec of these sizes")
 
 
 def register(name: str, attention: Attention, interface: Any, mask_interface: Any) -> None:

@@ -27,7 +27,7 @@ from nsagen.integrations.attention_cache import give_cache, narrow_dtype
 from nsagen.integrations.attention_interface import IMPLEMENTATION, LOSSES
 from nsagen.integrations.attention_layout import Layout, refuse
 from nsagen.integrations.block_attention import chosen, dense
-from nsagen.integrations.narrow_rows import Rows, cache_and_scale, widened
+from nsagen.integrations.narrow_rows import Rows, cache_and_scale
 from nsagen.model.checks import require
 from nsagen.model.forms import Index, check_narrow, check_package, dispatcher_of
 from nsagen.ops import block_selection, block_selection_decode, index_loss
@@ -241,7 +241,7 @@ class IndexHeads:
         if layout.step and layout.key_index is None:
             (k, k_scale), places = cache_and_scale(self.k), (layout.positions, layout.slots)
             return block_selection_decode(self.q[:, :, 0], k, *places, **rule, k_scale=k_scale)
-        q, k = layout.pack_queries(self.q), layout.pack_keys(widened(self.k, self.q.dtype))
+        q, k = layout.pack_queries(self.q), layout.pack_keys(self.k, self.q.dtype)
         ends = (layout.cu_seqlens_q, layout.cu_seqlens_k)
         blocks = block_selection(q, k, None, *ends, **rule, q_start=layout.q_start)
         return layout.by_row(blocks) if layout.step else blocks

@@ -8,7 +8,6 @@ prompt at once, in chunks or token by token leaves the same cache, and attends t
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from nsagen.integrations.attention_layout import Layout, refuse
-from nsagen.integrations.narrow_rows import NarrowRows
+from nsagen.integrations.narrow_rows import NarrowRows, places_of
 from nsagen.model.cache import check_narrow_cache
 from nsagen.model.forms import Form, form_of
 from nsagen.model.sparsity import Sparsity
@@ -71,7 +70,7 @@ class GrowingRows:
         count = x.shape[2]
         self.reserve(self.length + count)
         cache, scale = self.whole.as_cache
-        places = _places(
+        places = places_of(
             x.shape[0], self.length, count, x.device, torch.is_inference_mode_enabled()
         )
         store_rows(x.transpose(1, 2).flatten(0, 1), cache, scale, *places)
@@ -85,16 +84,6 @@ class GrowingRows:
         """Keep these sequences, in this order."""
         index = index.to(self._numbers.device)
         self._numbers, self._scale = self._numbers[index], self._scale[index]
-
-
-@functools.lru_cache(maxsize=8)
-def _places(
-    batch: int, first: int, count: int, device: torch.device, inference: bool
-) -> tuple[Tensor, Tensor]:
-    """int32 [batch * count], positions and slots of new tokens: the same for all layers."""
-    positions = torch.arange(first, first + count, dtype=torch.int32, device=device)
-    slots = torch.arange(batch, dtype=torch.int32, device=device)
-    return positions.repeat(batch), slots.repeat_interleave(count)
 
 
 class NarrowLayer(DynamicLayer):
@@ -314,7 +303,7 @@ def _pool(form: Form, keys: NarrowRows, windows: NarrowRows, tokens: int, first:
     pool_append(
         cache,
         means,
-        *_places(batch, tokens - 1, 1, cache.device, inference),
+        *places_of(batch, tokens - 1, 1, cache.device, inference),
         **form.window_sizes,
         new_tokens=tokens - done,
         k_scale=scale,

@@ -3,10 +3,13 @@ have it."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from nsagen.ops.load_rows import load_rows
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,30 @@ class NarrowRows:
 
     def wide(self, dtype: torch.dtype) -> Tensor:
         """Their values, exact in bfloat16 and wider, as scales are powers of two."""
-        return self.numbers.to(dtype) * self.scale.to(dtype)[..., None]
+        batch, _, tokens, _ = self.shape
+        together = NarrowRows(self.numbers.flatten(0, 1)[None], self.scale.flatten(0, 1)[None])
+        inference = torch.is_inference_mode_enabled()
+        rows = together.loaded(places_of(1, 0, tokens, self.numbers.device, inference), dtype)
+        return rows.transpose(0, 1).unflatten(0, (batch, -1))
+
+    def loaded(self, places: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        """[N, H, D]: the values at int32 positions and rows of the batch, in one pass."""
+        return load_rows(*self.as_cache, *places, dtype)
 
     def taken(self, index: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """The values of some rows, by an index of the first three dimensions."""
         rows = self.numbers.view(torch.int8)[index].view(self.numbers.dtype)
         return rows.to(dtype) * self.scale[index].to(dtype)[..., None]
+
+
+@functools.lru_cache(maxsize=8)
+def places_of(
+    batch: int, first: int, count: int, device: torch.device, inference: bool
+) -> tuple[Tensor, Tensor]:
+    """int32 [batch * count], positions and slots of tokens: the same for all layers."""
+    positions = torch.arange(first, first + count, dtype=torch.int32, device=device)
+    slots = torch.arange(batch, dtype=torch.int32, device=device)
+    return positions.repeat(batch), slots.repeat_interleave(count)
 
 
 Rows = Tensor | NarrowRows

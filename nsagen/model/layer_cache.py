@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsagen.model.prefill import Context, Index, PrefillRows, WindowRows
 from nsagen.model.sparsity import Sparsity
-from nsagen.ops import CacheScales
+from nsagen.ops import CacheScales, load_rows
 from nsagen.ops.reference import quantize
 
 Pair = tuple[Tensor, Tensor]
@@ -166,27 +166,24 @@ class NSALayerCache:
             rows, scale = quantize(x, cache.dtype)
             _bits(cache)[index] = _bits(rows)
             getattr(self, f"{name}_scale")[index] = scale
-            given.append(_widen(rows, scale, x.dtype))
+            given.append(rows.to(x.dtype) * scale.to(x.dtype)[..., None])
         return given[0], given[1]
 
     def seen(self, context: Context, names: tuple[str, str]) -> Pair:
-        """The keys and values of a context, [T, HK, dim], in the model's dtype."""
+        """The keys and values of a context, [T, HK, dim], in the model's dtype.
+
+        Of a narrow dtype, they are gathered and widened in one pass.
+        """
         found: list[Tensor] = []
         for name in names:
             cache, scale = getattr(self, name), getattr(self, f"{name}_scale", None)
             if scale is None:
                 found.append(context.of(cache))
             else:
-                rows = context.of(_bits(cache)).view(cache.dtype)
-                found.append(_widen(rows, context.of(scale), self.k_raw.dtype))
+                found.append(load_rows(cache, scale, *context.places, self.k_raw.dtype))
         return found[0], found[1]
 
 
 def _bits(x: Tensor) -> Tensor:
     """Numbers of one byte as integers: PyTorch indexes these everywhere."""
     return x.view(torch.int8)
-
-
-def _widen(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values of quantized rows: exact in bfloat16 and wider, as scales are powers of two."""
-    return rows.to(dtype) * scale.to(dtype)[..., None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -84,6 +85,12 @@ class Context:
     cu_seqlens: Tensor
     index: Index
     view: tuple[int, int] | None
+
+    @functools.cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """`index` in int32, positions first: as `ops.load_rows` takes it."""
+        slots, positions = (x.to(torch.int32) for x in self.index)
+        return positions, slots
 
     def of(self, cache: Tensor) -> Tensor:
         """The entries [T, HK, dim]."""

@@ -23,6 +23,7 @@ from nsagen.ops.gated_sum import gated_sum
 from nsagen.ops.index_loss import index_loss
 from nsagen.ops.lengths import Lengths
 from nsagen.ops.linear_decode import LINEAR_DECODE_ROWS, linear_decode
+from nsagen.ops.load_rows import load_rows
 from nsagen.ops.native_sparse_attention import native_sparse_attention
 from nsagen.ops.native_sparse_attention_decode import native_sparse_attention_decode
 from nsagen.ops.pool_append import pool_append
@@ -51,6 +52,7 @@ __all__ = [
     "index_loss",
     "linear_compress",
     "linear_decode",
+    "load_rows",
     "mlp_compress",
     "native_sparse_attention",
     "native_sparse_attention_decode",

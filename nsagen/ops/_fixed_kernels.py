@@ -15,6 +15,7 @@ from nsagen.core.workload import CACHE_DTYPES
 TILE = 512  # tokens a program
 CHUNK = 1024  # sequences that a program looks at in one go
 STORED_ROWS = 8  # heads of tokens a program
+LOADED_ROWS = 32  # the same
 TURNED = 16  # heads of tokens a program
 
 
@@ -336,6 +337,31 @@ def launch_finish(
     )
 
 
+@triton.jit
+def places_of_rows(
+    positions,
+    slots,
+    block_table,
+    rows,
+    heads,
+    max_pages,
+    PAGE_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A program's heads of tokens: row and head, which are there, and their places in a cache."""
+    number = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row, head = number // heads, number % heads
+    position = tl.load(positions + row, mask=row < rows, other=-1)
+    live = position >= 0
+    place = tl.load(slots + row, mask=live, other=0).to(tl.int64)
+    index = tl.maximum(position, 0)
+    if block_table is not None:
+        page = place * max_pages + index // PAGE_SIZE
+        place = tl.load(block_table + page, mask=live, other=0).to(tl.int64)
+        index = index % PAGE_SIZE
+    return row, head, live, place, index.to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["rows", "max_pages"])
 def store_rows_kernel(
     x,
@@ -363,18 +389,9 @@ def store_rows_kernel(
     TILE: tl.constexpr,
 ):
     # As templates/shared/quantize.py.j2 has it for caches that other kernels write.
-    number = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    row, head = number // heads, number % heads
-    position = tl.load(positions + row, mask=row < rows, other=-1)
-    live = position >= 0
-    place = tl.load(slots + row, mask=live, other=0).to(tl.int64)
-    index = tl.maximum(position, 0)
-    if block_table is not None:
-        page = place * max_pages + index // PAGE_SIZE
-        place = tl.load(block_table + page, mask=live, other=0).to(tl.int64)
-        index = index % PAGE_SIZE
-    index = index.to(tl.int64)
-
+    row, head, live, place, index = places_of_rows(
+        positions, slots, block_table, rows, heads, max_pages, PAGE_SIZE, TILE
+    )
     dim = tl.arange(0, BLOCK_D)
     there = live[:, None] & (dim < HEAD_DIM)[None, :]
     x_ptrs = x + (row * stride_x_row + head * stride_x_head)[:, None] + dim[None, :]
@@ -394,6 +411,30 @@ def store_rows_kernel(
     tl.store(scale + s_at, factor, mask=live)
 
 
+def _rows_in_cache(
+    x: Tensor,
+    cache: Tensor,
+    scale: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    block_table: Tensor | None,
+) -> tuple[Any, ...]:
+    """The arguments of both kernels of rows of narrow caches."""
+    max_pages = 1 if block_table is None else block_table.shape[1]
+    return (
+        *(x, cache, scale, positions, slots, block_table, *x.shape[:2], max_pages),
+        *(*x.stride()[:2], *cache.stride()[:3], *scale.stride()),
+    )
+
+
+def _sizes_of_rows(cache: Tensor, block_table: Tensor | None, tile: int) -> dict[str, Any]:
+    """What both are specialized for: not the length of a slot, which may grow."""
+    head_dim = cache.shape[3]
+    sizes: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
+    sizes["PAGE_SIZE"] = 1 if block_table is None else cache.shape[1]
+    return sizes | {"TILE": tile, "num_warps": 4}
+
+
 def launch_store_rows(
     x: Tensor,
     cache: Tensor,
@@ -403,17 +444,64 @@ def launch_store_rows(
     block_table: Tensor | None = None,
 ) -> None:
     """Write the rows of `store_rows`: any strides, but a last one of 1 in x and cache."""
-    rows, heads, head_dim = x.shape
-    limit = CACHE_DTYPES[str(cache.dtype).removeprefix("torch.")]
-    store_rows_kernel[(triton.cdiv(rows * heads, STORED_ROWS),)](
-        *(x, cache, scale, positions, slots, block_table, rows, heads),
-        1 if block_table is None else block_table.shape[1],
-        *(*x.stride()[:2], *cache.stride()[:3], *scale.stride()),
-        HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        LIMIT=limit,
-        INTEGERS=not cache.dtype.is_floating_point,
-        PAGE_SIZE=cache.shape[1],
-        TILE=STORED_ROWS,
-        num_warps=4,  # pyright: ignore
+    narrow: dict[str, Any] = {"INTEGERS": not cache.dtype.is_floating_point}
+    narrow["LIMIT"] = CACHE_DTYPES[str(cache.dtype).removeprefix("torch.")]
+    store_rows_kernel[(triton.cdiv(x.shape[0] * x.shape[1], STORED_ROWS),)](
+        *_rows_in_cache(x, cache, scale, positions, slots, block_table),
+        **_sizes_of_rows(cache, block_table, STORED_ROWS),
+        **narrow,
+    )
+
+
+@triton.jit(do_not_specialize=["rows", "max_pages"])
+def load_rows_kernel(
+    x,
+    cache,
+    scale,
+    positions,
+    slots,
+    block_table,
+    rows,
+    heads,
+    max_pages,
+    stride_x_row,
+    stride_x_head,
+    stride_c_slot,
+    stride_c_token,
+    stride_c_head,
+    stride_s_slot,
+    stride_s_token,
+    stride_s_head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row, head, live, place, index = places_of_rows(
+        positions, slots, block_table, rows, heads, max_pages, PAGE_SIZE, TILE
+    )
+    dim = tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None] & (dim < HEAD_DIM)[None, :]
+    there = live[:, None] & inside
+    c_at = place * stride_c_slot + index * stride_c_token + head * stride_c_head
+    numbers = tl.load(cache + c_at[:, None] + dim[None, :], mask=there, other=0.0)
+    s_at = place * stride_s_slot + index * stride_s_token + head * stride_s_head
+    factor = tl.load(scale + s_at, mask=live, other=0.0)
+    values = (numbers.to(tl.float32) * factor[:, None]).to(x.dtype.element_ty)
+    x_at = row * stride_x_row + head * stride_x_head
+    tl.store(x + x_at[:, None] + dim[None, :], values, mask=inside)
+
+
+def launch_load_rows(
+    x: Tensor,
+    cache: Tensor,
+    scale: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    block_table: Tensor | None = None,
+) -> None:
+    """Write x, as `load_rows` returns it: any strides of the cache, but a last one of 1."""
+    load_rows_kernel[(triton.cdiv(x.shape[0] * x.shape[1], LOADED_ROWS),)](
+        *_rows_in_cache(x, cache, scale, positions, slots, block_table),
+        **_sizes_of_rows(cache, block_table, LOADED_ROWS),
     )

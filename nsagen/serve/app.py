@@ -315,7 +315,7 @@ def _error(error: Exception) -> dict[str, Any]:
     elif isinstance(error, NoModel):
         code = "model_not_found"
     elif isinstance(error, TooLongError):
-        code = "context_length_exceeded"
+        text, code = text.replace("InferenceConfig.", "the server's "), "context_length_exceeded"
     elif isinstance(error, Busy):
         text, kind = "too many requests wait; try again later", "overloaded"
     elif isinstance(error, Stopped):

@@ -19,6 +19,9 @@ CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
+_FEW, _MANY = 8, 32
+"""Tokens that surely hold a whole character, of four bytes at most; and more than are decoded again
+and again where no character is whole."""
 
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 """A token that stands for a byte where a vocabulary has no other. A run of these becomes text as
@@ -40,30 +43,36 @@ class Stream:
     is_byte: Callable[[int], bool] = lambda token: False
     _tokens: list[int] = field(default_factory=list)
     _read: int = 0
-    _known: str = ""
+    _given: int = 0
 
     def add(self, token: int) -> str:
         """The text that a token adds; "" while what it belongs to is incomplete."""
         self._tokens.append(token)
-        if not self.decode([token]) and not self.is_byte(token):
-            return ""  # a special token, which the text leaves out
+        if self.is_byte(token) or not self.decode([token]):
+            return ""  # or a special token, which the text leaves out
         whole = self.decode(self._tokens)
-        if self.is_byte(token) or whole.endswith(_INCOMPLETE):
-            return ""
-        new = whole[len(self._known) :]
+        sure = len(whole) - whole.endswith(_INCOMPLETE)  # the last may become another
+        new, self._given = whole[self._given : sure], sure
+        if sure < len(whole):
+            if len(self._tokens) > _MANY:
+                self._forget(len(self._tokens) - _FEW, unsure=1)
+            return new
         # A token's text can depend on the one before it (a leading space), so these tokens stay,
         # unless nothing is seen of them.
-        known = self.decode(self._tokens[self._read :])
-        if known:
-            self._tokens, self._known = self._tokens[self._read :], known
-        else:
-            self._known = whole
+        self._forget(self._read, unsure=0)
         self._read = len(self._tokens)
         return new
 
+    def _forget(self, count: int, unsure: int) -> None:
+        """Drop the first tokens, unless those after them have no text."""
+        left = len(self.decode(self._tokens[count:]))
+        if left:
+            self._tokens, self._given = self._tokens[count:], left - unsure
+            self._read = max(0, self._read - count)
+
     def end(self) -> str:
         """What is left once no token follows."""
-        return self.decode(self._tokens)[len(self._known) :]
+        return self.decode(self._tokens)[self._given :]
 
 
 Chat = Sequence[Mapping[str, str]]

@@ -351,6 +351,9 @@ def test_a_server_that_does_not_answer_is_named(capsys: pytest.CaptureFixture[st
     assert ended.value.code == 1
     said = f"bench serve: a server must answer at {url}/v1/models; it said: Connection error."
     assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "serve", "--url", f"{url}/v1"])
+    assert said in capsys.readouterr().err, "as nsagen serve --json says it"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +285,32 @@ def test_a_stream_is_the_text_of_all_its_tokens(make: Callable[[], Any], tmp_pat
         assert "".join(parts) + stream.end() == tokenizer.decode(tokens), tokens
         late += "" == "".join(parts) != tokenizer.decode(tokens)
     assert late < 200, "text comes as it is known, not at the end"
+
+
+@pytest.mark.parametrize(
+    "make", [byte_level, sentence_piece, lambda: sentence_piece(metaspace=True)]
+)
+def test_a_long_text_that_is_broken_everywhere_takes_time_in_proportion(
+    make: Callable[[], Any], tmp_path: Path
+) -> None:
+    make().save(str(tmp_path / "tokenizer.json"))
+    tokenizer, draw, decoded = checkpoint_tokenizer(tmp_path), random.Random(1), 0
+
+    def decode(tokens: Sequence[int]) -> str:
+        nonlocal decoded
+        decoded += len(tokens)
+        return tokenizer.decode(tokens)
+
+    size = make().get_vocab_size()
+    for alphabet in (range(size), range(1), [1, 0], draw.choices(range(size), k=3)):
+        tokens = draw.choices(alphabet, k=1000)
+        stream = Stream(decode, tokenizer.is_byte)
+        said = "".join(stream.add(token) for token in tokens)
+        assert said + stream.end() == tokenizer.decode(tokens)
+    assert decoded < 4 * 1000 * 60
+    broken = Stream(lambda tokens: bytes(tokens).decode("utf-8", "replace"))
+    assert "".join(broken.add(0xFF) for _ in range(500)) == "\N{REPLACEMENT CHARACTER}" * 499
+    assert broken.end() == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_a_tokenizers_own_padding_and_truncation_do_not_touch_the_prompt(folder: Path) -> None:

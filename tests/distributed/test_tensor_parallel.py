@@ -92,6 +92,14 @@ def test_outputs_and_gradients_are_one_process_s() -> None:
             assert_equal(found[name], one, name)
 
 
+def test_a_product_is_as_large_as_its_numbers() -> None:
+    x, weight = torch.zeros(3, 5, 8), torch.zeros(7, 8)
+    assert MODULE._product_bytes(x, weight) == 3 * 5 * 7 * 4
+    assert MODULE._product_bytes(x.double(), weight.double()) == 3 * 5 * 7 * 8
+    with torch.autocast("cpu", torch.bfloat16):
+        assert MODULE._product_bytes(x, weight) == 3 * 5 * 7 * 2
+
+
 @pytest.mark.parametrize("amp", [False, True])
 def test_large_products_are_summed_in_halves(amp: bool) -> None:
     """The first half while the other one is computed; results are those of one sum, and repeat to

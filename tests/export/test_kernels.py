@@ -166,6 +166,29 @@ def test_what_it_does_not_compute_is_refused_by_name(
     assert not issubclass(kernel.InvalidInputError, InvalidInputError)  # nsagen is not there
 
 
+@torch.no_grad()
+def test_settings_of_the_model_are_those_of_the_package(
+    kernel: Any, models: tuple[Any, Any]
+) -> None:
+    mine, ids = models[0], tokens(1, 40)
+    plain = mine(ids).logits
+    try:
+        mine.config.nsagen = FORM
+        assert torch.equal(mine(ids).logits, plain)
+        for settings, said in (
+            ({**FORM, "topk": 8}, "must be this package's: topk 4; got topk 8"),
+            ({**FORM, "cache_dtype": "int8"}, "cache_dtype None; got cache_dtype int8"),
+            ({**FORM, "package": "tiny"}, "package None; got package tiny"),
+            ({"form": "moba"}, "form infllm_v2"),
+            ({"index_warmup": True}, "config.nsagen"),
+        ):
+            mine.config.nsagen = settings
+            with pytest.raises(kernel.InvalidInputError, match=said):
+                mine(ids)
+    finally:
+        del mine.config.nsagen
+
+
 @pytest.mark.interpreter
 @torch.no_grad()
 def test_its_kernels_run(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,17 @@ def table() -> dict[str, Call]:
             ops.store_rows,
             {"x": c.k, **narrow("cache", "scale", k), **rows, "block_table": block_table},
         ),
+        "load_rows": (
+            ops.load_rows,
+            {**narrow("cache", "scale", c.k_cache), **rows, "dtype": torch.float32},
+        ),
+        "load_rows in pages": (
+            ops.load_rows,
+            {
+                **narrow("cache", "scale", k),
+                **{**rows, "dtype": torch.float32, "block_table": block_table},
+            },
+        ),
         "index_loss": (
             ops.index_loss,
             {"q": x.q, "k": x.k, "index_q": x.randn(60, 2, 24), "index_k": x.randn(60, 1, 24)}
@@ -291,6 +302,7 @@ ONE_CU_SEQLENS = (*(f"{kind}_compress" for kind in COMPRESS_TYPES), "compress")
 PAGED = (
     "block_selection_decode in pages",
     "compressed_attention_decode in pages",
+    "load_rows in pages",
     "native_sparse_attention_decode in pages",
     "pool_append in pages",
     "selected_attention_decode in pages",

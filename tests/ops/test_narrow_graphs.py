@@ -1,4 +1,4 @@
-"""A decoding step of MiniCPM4's and MiniMax-M3's attention on narrow caches, in a CUDA graph."""
+"""Steps and chunks of MiniCPM4's and MiniMax-M3's attention on narrow caches, in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -135,3 +135,61 @@ def test_a_step_is_the_references(cache_dtype: str) -> None:
         y.q.double(), k, v, blocks.cpu(), *places, block_size=64, **scales
     )
     assert (o.cpu() - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize(("name", "block_size", "topk"), [("minicpm", 64, 24), ("minimax", 128, 8)])
+@torch.no_grad()
+def test_a_chunk_in_a_graph_is_the_steps(
+    name: str, block_size: int, topk: int, cache_dtype: str
+) -> None:
+    """Of the last tokens of a slot, each with blocks that it selected in a step: replayed with
+    other queries than the capture's."""
+    new, heads, slot = 8, 16 * HEADS, 2
+    caches = Caches(getattr(torch, cache_dtype))
+    random = torch.Generator("cuda").manual_seed(7)
+    like = {"generator": random, "device": "cuda", "dtype": torch.bfloat16}
+    q, index_q = torch.randn(new, heads, DIM, **like), torch.randn(new, HEADS, DIM, **like)
+    positions = torch.arange(LENGTH - new, LENGTH, device="cuda").int()
+    slots = torch.full((new,), slot, device="cuda").int()
+    (k, k_scale), (v, v_scale) = (caches.of[n] for n in ("k", "v"))
+    if name == "minicpm":
+        ck, scale = caches.of["ck"]
+        blocks = ops.block_selection_decode(
+            q, ck, positions, slots, **WINDOWS, **MINICPM, k_scale=scale
+        )
+    else:
+        index, scale = caches.of["index"]
+        blocks = ops.block_selection_decode(
+            index_q, index, positions, slots, **MINIMAX, k_scale=scale
+        )
+    assert blocks.shape == (HEADS, new, topk)
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    expected = ops.selected_attention_decode(
+        q, k, v, blocks, positions, slots, block_size=block_size, **scales
+    )
+
+    every = torch.arange(LENGTH, device="cuda").int()
+    places = (every, torch.full_like(every, slot))
+    ends = [torch.tensor([0, n], dtype=torch.int32, device="cuda") for n in (new, LENGTH)]
+    given, start = torch.zeros_like(q), positions[:1].clone()
+
+    def chunk() -> Tensor:
+        keys, values = (ops.load_rows(*caches.of[n], *places, torch.bfloat16) for n in ("k", "v"))
+        return ops.topk_sparse_attention(
+            *(given, keys, values, blocks, block_size, ends[0]),
+            q_start=start,
+            cu_seqlens_k=ends[1],
+        )
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        chunk()  # builds and compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chunk()
+    given.copy_(q)
+    graph.replay()
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert error < 1e-2

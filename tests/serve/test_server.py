@@ -366,7 +366,7 @@ class delayed:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"prompt": "x" * LENGTH}, f"max_length={LENGTH}, got {LENGTH} "),
+        ({"prompt": "x" * LENGTH}, f"the server's max_length={LENGTH}, got {LENGTH} "),
         ({"prompt": ""}, "at least one token"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ["a", ""]}, "at least one token"),
@@ -531,7 +531,7 @@ def seconds_to_end(number: signal.Signals) -> float:
     try:
         assert process.stdout is not None
         said = json.loads(process.stdout.readline())
-        client = openai.OpenAI(base_url=f"{said['url']}/v1", api_key="none", max_retries=0)
+        client = openai.OpenAI(base_url=said["url"], api_key="none", max_retries=0)
         given = {"model": said["model"], "prompt": "go on", "max_tokens": 8000}
         stream = iter(client.completions.create(stream=True, **given))
         next(stream)

@@ -28,6 +28,7 @@ from nsagen.ops.reference.compressed_attention import (
 from nsagen.ops.reference.gated_sum import gated_sum
 from nsagen.ops.reference.index_loss import index_loss
 from nsagen.ops.reference.linear_decode import linear_decode
+from nsagen.ops.reference.load_rows import load_rows
 from nsagen.ops.reference.native_sparse_attention import (
     native_sparse_attention,
     native_sparse_attention_decode,
@@ -69,6 +70,7 @@ __all__ = [
     "index_loss",
     "linear_compress",
     "linear_decode",
+    "load_rows",
     "mlp_compress",
     "mlp_first_layer",
     "native_sparse_attention",

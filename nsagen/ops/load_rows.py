@@ -1,0 +1,90 @@
+"""Rows of a cache of a narrow dtype, as kernels of whole passes read them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.ops import reference
+from nsagen.ops._cache_checks import check_places, check_rows_of_slots, check_scales
+from nsagen.ops._checks import fail
+from nsagen.ops._derive import op_of
+from nsagen.ops._launch import Launch, fixed_kernel, key_of
+from nsagen.runtime import Dispatcher
+from nsagen.runtime.device import target_of
+
+
+def load_rows(
+    cache: Tensor,
+    scale: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    dtype: torch.dtype,
+    *,
+    block_table: Tensor | None = None,
+    dispatcher: Dispatcher | None = None,
+) -> Tensor:
+    """Read and widen rows of a cache of torch.float8_e4m3fn or torch.int8, from slots or pages.
+
+    Kernels of a step read narrow caches themselves, once. Those of a chunk read each key for many
+    queries, packed, so this gathers and widens what they see in one pass, without another copy.
+
+    Args:
+        cache: [slots, max_length, H, D].
+        scale: float32 [slots, max_length, H].
+        positions: int32 [R], of the tokens to read; -1: an idle row, which is 0.
+        slots: int32 [R], each token's place in the cache.
+        dtype: of what is returned: bfloat16 or float32, which hold the values exactly, as scales
+            are powers of two.
+        block_table: int32 [slots, max_pages], or None. With it the cache is in pages, [pages,
+            page_size, H, D]: token t of a slot lies in page block_table[slot, t // page_size].
+        dispatcher: as in the other ops; the kernel is the same in all packages.
+
+    Returns:
+        [R, H, D], contiguous.
+
+    Raises:
+        InvalidInputError: a tensor breaks the contract above.
+    """
+    return _load_rows(cache, scale, positions, slots, dtype, block_table, key_of(dispatcher))
+
+
+def _check(
+    op: str,
+    cache: Tensor,
+    scale: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    dtype: torch.dtype,
+    block_table: Tensor | None,
+) -> None:
+    check_scales(op, None, cache=(cache, scale))
+    if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        fail(
+            op, "dtype must be bfloat16 or float32, which hold a cache's values", dtype, "pass one"
+        )
+    check_rows_of_slots(op, cache, positions, slots, block_table, positions.numel())
+    check_places(op, positions, slots, block_table, cache)
+
+
+def _launch(cache: Tensor, dtype: torch.dtype) -> Launch | None:
+    """The kernel's `launch`; None for a GPU whose kernels cannot convert the cache's dtype."""
+    known = KNOWN_TARGETS.get(target_of(cache.device)) if cache.is_cuda else None
+    unknown = known is not None and not known.holds(str(cache.dtype).removeprefix("torch."))
+    if unknown or dtype == torch.float64:
+        return None
+    return fixed_kernel("launch_load_rows", cache)
+
+
+_load_rows = op_of(
+    "load_rows",
+    reference.load_rows,
+    returns="x",
+    allocate=lambda cache, positions, dtype: cache.new_empty(
+        (positions.shape[0], *cache.shape[2:]), dtype=dtype
+    ),
+    check=_check,
+    kernel=_launch,
+    launch="x cache scale positions slots block_table",
+)
