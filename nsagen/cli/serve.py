@@ -22,7 +22,7 @@ from nsagen.cli.options import (
     check_cache_dtype,
     in_words_of,
 )
-from nsagen.core.errors import InvalidInputError, NsagenError
+from nsagen.core.errors import InvalidInputError
 from nsagen.core.installed import require_extra
 
 if TYPE_CHECKING:
@@ -156,13 +156,14 @@ def _compile_kernels(batch: ContinuousBatch, drafts: bool, device: torch.device)
     from nsagen.serve.short_calls import make_short_calls
 
     start = time.perf_counter()
-    launches = planned_launches(lambda: make_short_calls(batch, drafts))
-    _log.info("compiling the kernels of %d files, unless they are in Triton's cache", len(launches))
     try:
+        launches = planned_launches(lambda: make_short_calls(batch, drafts))
+        told = "compiling the kernels of %d files, unless they are in Triton's cache"
+        _log.info(told, len(launches))
         with progress_bar("kernels") as progress:
             problems = compile_launches(launches, target_of(device), progress=progress)
-    except (NsagenError, OSError) as error:
-        problems = [str(error)]
+    except Exception as error:  # requests can do without
+        problems = [repr(error)]
     for problem in problems:
         _log.warning("serve: compiled when a request needs it: %s", problem)
     _log.info("the kernels took %.0f s", time.perf_counter() - start)

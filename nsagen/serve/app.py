@@ -5,6 +5,7 @@ from __future__ import annotations  # FastAPI reads the endpoints' annotations f
 import asyncio
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -315,7 +316,7 @@ def _error(error: Exception) -> dict[str, Any]:
     elif isinstance(error, NoModel):
         code = "model_not_found"
     elif isinstance(error, TooLongError):
-        text, code = text.replace("InferenceConfig.", "the server's "), "context_length_exceeded"
+        text, code = _TO_CLIENTS.sub(_in_clients_words, text), "context_length_exceeded"
     elif isinstance(error, Busy):
         text, kind = "too many requests wait; try again later", "overloaded"
     elif isinstance(error, Stopped):
@@ -325,10 +326,20 @@ def _error(error: Exception) -> dict[str, Any]:
     return {"error": {"message": text, "type": kind, "param": None, "code": code}}
 
 
+_TO_CLIENTS = re.compile(r"InferenceConfig\.|lower max_new_tokens or raise \w+")
+"""What a batch says to the program around it."""
+
+
+def _in_clients_words(found: re.Match[str]) -> str:
+    return "the server's " if found[0].startswith("Inference") else "or ask for fewer tokens"
+
+
 def _problem(one: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in one["loc"] if part != "body")
     if one["type"] == "json_invalid":
         return f"the body must be JSON, and is not at character {place}"
+    if one["type"] == "string_unicode" and not place:  # half a character in a parameter's name
+        return f"{json.dumps(one['input'])}: is no parameter of this endpoint; leave it out"
     if not place:
         return "the body must be a JSON object, sent with Content-Type: application/json"
     if one["type"] == "extra_forbidden":

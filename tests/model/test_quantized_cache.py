@@ -19,6 +19,7 @@ from nsagen.model import (
     ToyNSALlamaConfig,
 )
 from nsagen.model.cache import check_narrow_cache
+from nsagen.model.prefill import Piece, PrefillRows
 from nsagen.ops.reference import dequantize
 from tests.model.test_prefill import in_pieces
 from tests.model.test_serving import collect
@@ -86,6 +87,31 @@ def test_decoding_leaves_the_cache_of_prefill(limits: InferenceConfig) -> None:
         for name in ("k", "v", "ck", "cv"):
             pairs = [(getattr(x, name), getattr(x, f"{name}_scale")) for x in (one, other)]
             assert torch.equal(*(dequantize(*pair) for pair in pairs)), name
+
+
+@pytest.mark.parametrize("limits", [LIMITS, PAGED, INT8], ids=["float8", "in pages", "int8"])
+@torch.no_grad()
+def test_a_chunk_is_the_steps(limits: InferenceConfig) -> None:
+    """Each token's logits, beside another sequence that has less before its chunk."""
+    model, first, new = nsa_model(limits), (37, 9), 23
+    texts = packed_batch([first[0] + new, first[1] + new])[0].split([n + new for n in first])
+    by_steps, by_chunk = model.new_cache(), model.new_cache()
+    for cache in (by_steps, by_chunk):
+        for slot, (text, n) in enumerate(zip(texts, first, strict=True)):
+            cache.reserve(slot, n + new)
+            rows = PrefillRows.of([Piece(slot, 0, n)], cache)
+            model.hidden(text[:n], rows, cache)
+    pieces = [Piece(slot, n, new) for slot, n in enumerate(first)]
+    tokens = torch.cat([text[n:] for text, n in zip(texts, first, strict=True)])
+    found = model.pass_logits(tokens, PrefillRows.of(pieces, by_chunk), by_chunk)
+    slots, starts = torch.arange(2).int(), torch.tensor(first).int()
+    steps = [
+        model.decode(torch.stack([text[n + i] for text, n in pairs]), starts + i, slots, by_steps)
+        for pairs in [list(zip(texts, first, strict=True))]
+        for i in range(new)
+    ]
+    expected = torch.stack(steps, 1).flatten(0, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, check_dtype=False)
 
 
 def near(model: ToyNSALlama, plain: ToyNSALlama, prompt: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ from nsagen.aot import launches
 from nsagen.cli import serve as command
 from nsagen.cli.app import main
 from nsagen.cli.models import checkpoint_model
-from nsagen.core.errors import InvalidInputError, WorkerError
+from nsagen.core.errors import WorkerError
 from nsagen.model import ContinuousBatch, InferenceConfig, ToyLlama, ToyNSALlama
 from nsagen.runtime import device
 from tests.model.tiny import dense_config, nsa_config, nsa_model
@@ -122,7 +122,7 @@ class TestKernelsBeforehand:
         assert "compiled when a request needs it: rope must compile" in caplog.text
         assert batch.idle
 
-    @pytest.mark.parametrize("error", [WorkerError("no worker"), InvalidInputError("no target")])
+    @pytest.mark.parametrize("error", [WorkerError("no worker"), RuntimeError("no memory")])
     def test_what_fails_there_stops_no_server(
         self,
         error: Exception,

@@ -372,8 +372,9 @@ class delayed:
         ({"prompt": ["a", ""]}, "at least one token"),
         ({"prompt": [1, 4711]}, "vocab_size-1=95, got values from 1 to 4711"),
         ({"prompt": [True]}, "prompt"),
+        ({"prompt": [1 << 70]}, "integers with shape"),
         ({"max_tokens": 0}, "max_tokens: .* got 0"),
-        ({"max_tokens": LENGTH}, "shorten the prompt"),
+        ({"max_tokens": LENGTH}, "got 1 .* shorten the prompt, or ask for fewer tokens"),
         ({"max_tokens": "9"}, "max_tokens"),
         ({"temperature": -1}, "temperature: .* got -1"),
         ({"temperature": "hot"}, 'temperature: .* got "hot"'),
@@ -385,6 +386,7 @@ class delayed:
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": ""}, "stop: must be texts; got an empty one"),
         ({"seed": -1}, "seed"),
+        ({"extra_body": {"top_k": 1 << 70}}, "top_k must be below 2"),
         ({"stream_options": {"include_usage": True}}, "stream_options: needs stream=true"),
         ({"extra_body": {"min_p": 0.1}}, "min_p: is no parameter of this endpoint"),
     ],
@@ -430,6 +432,9 @@ def test_other_refusals_have_their_own_status(running: Running) -> None:
         answer = running.client._client.post(url, content=content, headers=headers)
         assert answer.status_code == 400, content
         assert answer.json()["error"]["message"]
+    half = b'{"model": "tiny", "prompt": "a", "\\ud83d": 1}'
+    answer = running.client._client.post(url, content=half, headers=headers)
+    assert r'"\ud83d": is no parameter' in answer.json()["error"]["message"]
     answer = running.client._client.post(url, content=b'{"model": "tiny",}', headers=headers)
     assert "the body must be JSON, and is not at character 1" in answer.json()["error"]["message"]
     url = f"{running.client.base_url}completions"
