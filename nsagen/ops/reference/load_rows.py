@@ -13,6 +13,7 @@ def load_rows(
     positions: Tensor,
     slots: Tensor,
     dtype: torch.dtype,
+    *,
     block_table: Tensor | None = None,
 ) -> Tensor:
     """x[r] = cache[slots[r], positions[r]] * scale[slots[r], positions[r]].
