@@ -2,8 +2,8 @@
 
 The tests that tests/kernels/sanitize.txt names share the GPU, a few to a process: --together, or
 the number that follows a name. A line says how each process ended, after what it printed if it
-failed, and one sums up each tool. All tools share the processes, in the order of the list, so what
-a limit of time cuts off is the end of the list.
+failed, and one sums up each tool. All tools share the processes. What took longest in the output of
+an earlier run, which is committed, starts first; what a limit of time cuts off is `not reached`.
 
 Kernels compile much faster without a sanitizer, and are not compiled again under one:
 
@@ -14,6 +14,7 @@ Kernels compile much faster without a sanitizer, and are not compiled again unde
 from __future__ import annotations
 
 import argparse
+import heapq
 import os
 import re
 import signal
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 LIST = Path(__file__).parent / "kernels" / "sanitize.txt"
+EARLIER = LIST.parents[2] / "benchmarks" / "results" / "nvidia-h200" / "sanitize.txt"
+"""The output of an earlier run, for its times."""
 KERNELS = Path(tempfile.gettempdir()) / "nsagen-test-kernels"  # as tests.support renders them
 TOOLS = ("racecheck", "memcheck")
 NO_TOOL = "none"
@@ -65,6 +68,7 @@ class Run(NamedTuple):
         outcomes: how many tests had each of OUTCOMES.
         reported: errors, or hazards, that the tool counted, but for harmless ones.
         ended_well: whether it said so itself, or harmless races alone kept it from that.
+        reached: whether it ended before the time was over.
         seconds: how long it took.
     """
 
@@ -72,6 +76,7 @@ class Run(NamedTuple):
     outcomes: dict[str, int]
     reported: int
     ended_well: bool
+    reached: bool
     seconds: float
     output: str
 
@@ -105,6 +110,32 @@ def collected(lines: list[str], together: int) -> list[list[str]]:
     return found
 
 
+def name_of(tests: list[str]) -> str:
+    """The test of a process, or the function of several."""
+    return tests[0].partition("[")[0] if len(tests) > 1 else tests[0]
+
+
+def longest_first(
+    lists: list[list[str]], output: str, jobs: int, tools: int
+) -> tuple[list[list[str]], float | None]:
+    """The lists in order of their times in an output, and the seconds that `jobs` at once take.
+
+    Tests without a time come first, and then the seconds are None.
+    """
+    took: dict[str, int] = {}
+    ended = rf"^\w+: (.+?): \d+ (?:{'|'.join(OUTCOMES)}).*; (\d+) s$"
+    for name, seconds in re.findall(ended, output, re.MULTILINE):
+        took[name] = max(took.get(name, 0), int(seconds))
+    ordered = sorted(lists, key=lambda tests: -took.get(name_of(tests), float("inf")))
+    if any(name_of(tests) not in took for tests in lists):
+        return ordered, None
+    ends = [0.0] * jobs
+    for tests in ordered:
+        for _ in range(tools):
+            heapq.heapreplace(ends, ends[0] + took[name_of(tests)])
+    return ordered, max(ends)
+
+
 def part_of(lists: list[list[str]], text: str) -> list[list[str]]:
     """The lists of one part, `I/N`; tests of one function are spread over the parts."""
     given = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -121,6 +152,8 @@ def run(sanitizer: str, tool: str, tests: list[str], end: float) -> Run:
         options = ("--error-exitcode", "1", "--target-processes", "all", *OTHERS)
         command = [sanitizer, "--tool", tool, *options, *command]
     start = time.monotonic()
+    if start >= end:
+        return Run(name_of(tests), dict.fromkeys(OUTCOMES, 0), 0, False, False, 0.0, "")
     process = subprocess.Popen(
         command,
         env=os.environ | ENVIRONMENT,
@@ -144,8 +177,8 @@ def run(sanitizer: str, tool: str, tests: list[str], end: float) -> Run:
     ignored = sum(map(harmless, races(output)))
     reported = sum(map(int, summaries)) - ignored
     ended_well = (process.returncode == 0 or ignored > 0) and not late
-    name = tests[0].partition("[")[0] if len(tests) > 1 else tests[0]
-    return Run(name, outcomes, reported, ended_well, time.monotonic() - start, output)
+    seconds = time.monotonic() - start
+    return Run(name_of(tests), outcomes, reported, ended_well, not late, seconds, output)
 
 
 def races(output: str) -> Iterator[list[tuple[str, int]]]:
@@ -166,7 +199,8 @@ def harmless(places: list[tuple[str, int]]) -> bool:
 def counted(runs: list[Run]) -> str:
     """How many tests had which outcome, and what the tool reported."""
     total = {word: sum(one.outcomes[word] for one in runs) for word in OUTCOMES}
-    tests = ", ".join(f"{n} {word}" for word, n in total.items() if n) or "no tests ran"
+    nothing = "no tests ran" if any(one.reached for one in runs) else "not reached"
+    tests = ", ".join(f"{n} {word}" for word, n in total.items() if n) or nothing
     return f"{tests}; {sum(one.reported for one in runs)} errors reported"
 
 
@@ -181,16 +215,15 @@ def check(sanitizer: str, tools: list[str], lists: list[list[str]], jobs: int, e
         for done in as_completed(started):
             one, tool = done.result(), started[done]
             runs[tool].append(one)
-            if not one.ok:
+            if not one.ok and one.output:
                 print(f"--- {tool}: {one.tests}\n{one.output}")
             print(f"{tool}: {one.tests}: {counted([one])}; {one.seconds:.0f} s", flush=True)
     seconds = time.monotonic() - start
     for tool, all_ in runs.items():
-        failed = sum(not one.ok for one in all_)
-        print(
-            f"{tool}: {counted(all_)}; {failed} of {len(all_)} runs failed; {seconds:.0f} s",
-            flush=True,
-        )
+        failed = sum(one.reached and not one.ok for one in all_)
+        missing = sum(not one.reached for one in all_)
+        ends = f"{failed} of {len(all_)} runs failed" + f", {missing} not reached" * (missing > 0)
+        print(f"{tool}: {counted(all_)}; {ends}; {seconds:.0f} s", flush=True)
     return all(one.ok for all_ in runs.values() for one in all_)
 
 
@@ -215,6 +248,10 @@ def main() -> int:
     lists = collected(given.list.read_text("utf-8").splitlines(), given.together)
     lists = part_of(lists, given.part)
     tools = given.tool or list(TOOLS)
+    earlier = EARLIER.read_text("utf-8") if EARLIER.exists() else ""
+    lists, seconds = longest_first(lists, earlier, given.jobs, len(tools))
+    if seconds:
+        print(f"sanitize: about {seconds:.0f} s with {given.jobs} jobs, as in {EARLIER.name}")
     return 0 if check(given.sanitizer, tools, lists, given.jobs, end) else 1
 
 

@@ -111,7 +111,32 @@ def test_what_has_no_time_left_is_stopped_and_fails(tmp_path: Path) -> None:
     done = sanitize(tmp_path, "test_slow.py", tool="racecheck", more=("--minutes", "0.05"))
     assert done.returncode == 1
     assert "sanitize: stopped: no time is left; take more parts" in done.stdout
-    assert "racecheck: no tests ran; 0 errors reported; 1 of 1 runs failed" in done.stdout
+    assert (
+        "racecheck: not reached; 0 errors reported; 0 of 1 runs failed, 1 not reached"
+        in done.stdout
+    )
+
+
+def test_what_is_not_reached_is_not_started(tmp_path: Path, passing: str) -> None:
+    one = sanitizers.run("no such program", "memcheck", [passing], time.monotonic())
+    assert (one.reached, one.ok) == (False, False)
+    assert sanitizers.counted([one]) == "not reached; 0 errors reported"
+
+
+def test_what_took_longest_starts_first() -> None:
+    output = """\
+racecheck: test_a.py::test_n: 2 passed; 0 errors reported; 20 s
+memcheck: test_a.py::test_n: 2 passed; 0 errors reported; 25 s
+racecheck: test_a.py::test_n[x: 1 y]: 1 passed; 0 errors reported; 30 s
+memcheck: test_b.py::test_m: not reached; 0 errors reported; 99 s
+memcheck: 5 passed; 0 errors reported; 0 of 4 runs failed, 1 not reached; 60 s
+"""
+    several, one = ["test_a.py::test_n[a]", "test_a.py::test_n[b]"], ["test_a.py::test_n[x: 1 y]"]
+    assert sanitizers.longest_first([several, one], output, jobs=2, tools=2) == ([one, several], 55)
+    new = ["test_b.py::test_m[a]", "test_b.py::test_m[b]"]
+    ordered, seconds = sanitizers.longest_first([several, one, new], output, jobs=2, tools=2)
+    assert ordered == [new, one, several]
+    assert seconds is None
 
 
 def test_what_the_sanitizer_reports_fails(tmp_path: Path, passing: str) -> None:

@@ -815,8 +815,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__f2636ccc"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__0b020dbb"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__5cc33a0f"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g1_l8_s4__c02eb62b"),),
     },
     Workload(
         op="compressed_attention",
@@ -830,8 +830,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__a717da02"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__782bbc97"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__a68832cd"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g2_l8_s4__5bf6e566"),),
     },
     Workload(
         op="compressed_attention",
@@ -845,8 +845,8 @@ TABLE = {
             ("kernel_stride", 4),
         ),
     ): {
-        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__8a5c7aa2"),),
-        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__10f6b63b"),),
+        "cuda:80": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__160dad98"),),
+        "cuda:90": ((Bucket(), "compressed_attention_backward__f16_d32_g4_l8_s4__db6b4dde"),),
     },
     Workload(
         op="compressed_attention",
@@ -1300,8 +1300,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__431e9d72"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__431e9d72"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__f4b02916"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g1_b16__f4b02916"),),
     },
     Workload(
         op="selected_attention",
@@ -1314,8 +1314,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__9e981a45"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__9e981a45"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__ff9ac62b"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g2_b16__ff9ac62b"),),
     },
     Workload(
         op="selected_attention",
@@ -1328,8 +1328,8 @@ TABLE = {
             ("block_size", 16),
         ),
     ): {
-        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__4e94a25c"),),
-        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__4e94a25c"),),
+        "cuda:80": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__e8a5cfac"),),
+        "cuda:90": ((Bucket(), "selected_attention_backward__f16_d32_g4_b16__e8a5cfac"),),
     },
     Workload(
         op="selected_attention",
@@ -1468,8 +1468,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__577891a1"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__15edaed4"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__2fe64b70"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g1_w32__4fd96a91"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1482,8 +1482,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__99716599"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__7a0ca01e"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__50804a02"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g2_w32__f94f84b8"),),
     },
     Workload(
         op="sliding_window_attention",
@@ -1496,8 +1496,8 @@ TABLE = {
             ("window_size", 32),
         ),
     ): {
-        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__c9c5187a"),),
-        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__77c29398"),),
+        "cuda:80": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__3cbd4818"),),
+        "cuda:90": ((Bucket(), "sliding_window_attention_backward__f16_d32_g4_w32__d39db7a8"),),
     },
     Workload(
         op="sliding_window_attention",

@@ -16,6 +16,7 @@ from torch import Tensor
 from nsagen.bench.member import Member
 from nsagen.bench.shape import Shape
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.text import nearest
 from nsagen.ops import reference
 
 SELECTIONS = ("random", "learned")
@@ -34,7 +35,8 @@ def check_selection(selection: str, shape: Shape | Member) -> None:
     """
     if selection not in SELECTIONS:
         raise InvalidInputError(
-            f"bench: --selection must be one of {', '.join(SELECTIONS)}; got {selection!r}"
+            f"bench: --selection must be one of {', '.join(SELECTIONS)}; got {selection!r}; "
+            f"{nearest(selection, SELECTIONS)}"
         )
     if selection == "learned" and isinstance(shape, Member):
         raise InvalidInputError(

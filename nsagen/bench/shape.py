@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -14,6 +13,7 @@ from nsagen import ops
 from nsagen.bench.member import Member
 from nsagen.core.branches import BRANCHES
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.text import nearest
 from nsagen.core.workload import STATIC_PARAMS, Workload
 from nsagen.ops import forced_blocks
 from nsagen.ops._launch import key_of
@@ -225,10 +225,10 @@ def _parse(changes: Sequence[str]) -> dict[str, Any]:
         kind = types.get(name)
         good = {int: value.isdecimal(), bool: value in ("true", "false"), str: bool(value)}
         if not sign or kind is None or not good[kind]:
-            near = difflib.get_close_matches(name, types, 1)
             raise InvalidInputError(
                 f"bench: --set must be PARAM=VALUE with one of {', '.join(types)}; "
-                f"got {change!r}" + (f"; did you mean {near[0]}?" if near and not kind else "")
+                f"got {change!r}; "
+                + (nearest(name, types) if kind is None else "give a value of its kind")
             )
         found[name] = value == "true" if kind is bool else kind(value)
     return found

@@ -21,6 +21,7 @@ from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
 from nsagen.core.files import scratch_folder
 from nsagen.core.importing import import_file
 from nsagen.core.releases import installed_release
+from nsagen.core.text import nearest
 from nsagen.core.workload import Schedule, Workload
 from nsagen.runtime.device import interpreting, target_of
 from nsagen.spec import Spec
@@ -75,7 +76,7 @@ def verify(
     for op in ops or ():
         if op not in known:
             raise InvalidInputError(
-                f"verify: op must be one of {', '.join(known)}; got {op!r}; choose one of them"
+                f"verify: op must be one of {', '.join(known)}; got {op!r}; {nearest(op, known)}"
             )
     device, target = _device(spec)
     rows: list[Row] = []

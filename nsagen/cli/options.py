@@ -12,6 +12,7 @@ import typer
 
 from nsagen.core.errors import CapacityError, InvalidInputError
 from nsagen.core.paths import specs_dir, visible
+from nsagen.core.text import nearest
 from nsagen.core.workload import CACHE_DTYPES
 
 
@@ -74,9 +75,10 @@ def check_cache_dtype(command: str, cache_dtype: str | None, attention: str | No
     if cache_dtype is None:
         return
     if cache_dtype not in CACHE_DTYPES:
+        remedy = nearest(cache_dtype, CACHE_DTYPES, "choose one, or leave it out")
         raise InvalidInputError(
             f"{command}: --cache-dtype must be one of {', '.join(CACHE_DTYPES)}; "
-            f"got {cache_dtype!r}; choose one, or leave it out"
+            f"got {cache_dtype!r}; {remedy}"
         )
     if attention == "dense":
         raise InvalidInputError(

@@ -12,7 +12,7 @@ import typer
 
 from nsagen.cli.options import CacheDType, Json, SpecName, check_cache_dtype
 from nsagen.core.errors import InvalidInputError
-from nsagen.core.text import counted
+from nsagen.core.text import counted, nearest
 
 if TYPE_CHECKING:
     from nsagen.estimate.efficiency import Efficiency
@@ -84,7 +84,8 @@ def plan(
 
     if gpu not in GPUS:
         raise InvalidInputError(
-            f"plan: --gpu must be one of {', '.join(GPUS)}; got {gpu!r}; choose the nearest"
+            f"plan: --gpu must be one of {', '.join(GPUS)}; got {gpu!r}; "
+            f"{nearest(gpu, GPUS, 'choose the most similar')}"
         )
     check_cache_dtype("plan", cache_dtype, None)
     loaded = load_spec(spec)

@@ -15,6 +15,7 @@ import typer
 from nsagen.cli.options import sizes_of
 from nsagen.core.errors import InvalidInputError
 from nsagen.core.installed import require_extra
+from nsagen.core.text import nearest
 
 EXAMPLE = "Example: nsagen tune llama8b --op selected_attention --time 10m"
 
@@ -193,7 +194,8 @@ def _check_choices(objective: str, sampler: str, target: str | None) -> None:
     for option, got, allowed in known:
         if got not in allowed:
             names = ", ".join(allowed)
-            raise InvalidInputError(f"tune: {option} must be one of {names}; got {got!r}")
+            remedy = nearest(got, allowed)
+            raise InvalidInputError(f"tune: {option} must be one of {names}; got {got!r}; {remedy}")
     if target is not None and objective != "static":
         raise InvalidInputError(
             f"tune: --target needs --objective static; got {target!r} with {objective}; "

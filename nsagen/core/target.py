@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass
 
 from nsagen.core.errors import SpecError
+from nsagen.core.text import nearest
 
 
 @dataclass(frozen=True, order=True)
@@ -71,8 +71,5 @@ def parse_target(text: str) -> Target:
     """
     if text in KNOWN_TARGETS:
         return KNOWN_TARGETS[text]
-    near = difflib.get_close_matches(re.sub(r"^(sm_?|cuda[-_ ]?)", "cuda:", text), KNOWN_TARGETS, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise SpecError(
-        f"target: must be one of {', '.join(KNOWN_TARGETS)}; got {text!r}{hint or '; choose one'}"
-    )
+    remedy = nearest(re.sub(r"^(sm_?|cuda[-_ ]?)", "cuda:", text), KNOWN_TARGETS)
+    raise SpecError(f"target: must be one of {', '.join(KNOWN_TARGETS)}; got {text!r}; {remedy}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shlex
 from collections.abc import Iterable
@@ -23,6 +24,12 @@ def printable(text: str) -> str:
 def counted(count: int, noun: str) -> str:
     """A number of things, by a noun that takes an s where there is not exactly one."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str = "choose one") -> str:
+    """`did you mean 'topk'?` where a known word is near, or what to do otherwise."""
+    near = difflib.get_close_matches(word.lower().replace("-", "_"), list(known), 1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 def shown_keys(keys: Iterable[object]) -> str:

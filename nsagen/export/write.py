@@ -15,6 +15,7 @@ from nsagen.codegen.plan import Variant, plan_variants
 from nsagen.codegen.record_folders import record_folders, warn_of_dropped
 from nsagen.codegen.tuned import Tuned
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.text import nearest
 from nsagen.core.version import __version__
 from nsagen.export.files import LAYOUTS, Export, Layout, export_files
 from nsagen.spec import Spec
@@ -119,7 +120,8 @@ def _only_of_devices(variants: tuple[Variant, ...], tuned: Tuned) -> tuple[Varia
 def _check(layout: str, package: str, release: int, repo_id: str) -> None:
     if layout not in LAYOUTS:
         raise InvalidInputError(
-            f"export: --layout must be one of {', '.join(LAYOUTS)}; got {layout!r}; choose one"
+            f"export: --layout must be one of {', '.join(LAYOUTS)}; got {layout!r}; "
+            f"{nearest(layout, LAYOUTS)}"
         )
     if not re.fullmatch(r"[a-z][a-z0-9_]*[a-z0-9]", package) or keyword.iskeyword(package):
         raise InvalidInputError(

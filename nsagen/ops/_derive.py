@@ -170,14 +170,13 @@ class Gradients:
                 **{f"d{n}": _taking(_if_given, n, f"d{n}") for n in of if op.hints[n] != Tensor},
                 **self.prepare,
             }
-        looks = {n: self.like.get(n, n) for n in of}
-        how["allocate"] = _taking(_like, grads[0], *looks.values())
+        how["allocate"] = self._allocator(grads[0], of)
         backward = _define(name, run, types, of, defaults, how)
         vars(backward)["first"] = self.first
         if adds:
             kept = [n for n in of if f"d{n}" not in adds]
             how |= {"mutates": self.adds, "launch": self.launch.replace("False", "True")}
-            how["allocate"] = _taking(_like, grads[0], *(looks[n] for n in kept))
+            how["allocate"] = self._allocator(grads[0], kept)
 
             def refuse(*args: Any) -> Any:
                 raise no_backward(name, args[0])
@@ -185,6 +184,18 @@ class Gradients:
             added = _define(f"{name}_add", refuse, parameters(*adds), kept, defaults, how)
             vars(backward)["adds"] = added
         return backward
+
+    def _allocator(self, first: str, of: list[str]) -> Callable[..., Any]:
+        """Makes contiguous gradients of parameters; without elements for those that are None."""
+        looks = [self.like.get(name, name) for name in of]
+
+        def allocate(call: Any) -> Any:
+            tensors = [getattr(call, name) for name in looks]
+            empty = getattr(call, first).new_empty
+            made = [empty(0) if x is None else x.new_empty(x.shape) for x in tensors]
+            return (tuple(made) if len(made) > 1 else made[0]) if made else None
+
+        return allocate
 
 
 def _differentiated(
@@ -233,12 +244,6 @@ def _tensors(returns: str) -> Any:
 
 def _on_tuple(function: Callable[[tuple[Any, ...]], Any]) -> Callable[..., Any]:
     return lambda *args: function(args)
-
-
-def _like(first: Tensor, *tensors: Tensor | None) -> Any:
-    """Contiguous gradients to be written; without elements for tensors that are None."""
-    made = [first.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors]
-    return (tuple(made) if len(made) > 1 else made[0]) if made else None
 
 
 def _if_given(x: Tensor | None, dx: Tensor) -> Tensor | None:

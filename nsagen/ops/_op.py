@@ -12,7 +12,7 @@ in every op, so checks are shared, and static parameters such as head_dim are re
         allocate=lambda x: x.new_empty(x.shape),
         kernel="rope forward",
         launch="x cos sin positions y",
-        gradients=_gradients,
+        gradients=Gradients("x", body=_gradients, takes="dy"),
     )
     def rope_forward(x: Tensor, cos: Tensor, sin: Tensor, ...) -> Tensor:
         return reference.rope(x, cos, sin, positions)
@@ -85,7 +85,7 @@ def define_op(
     prepare: Mapping[str, Callable[..., Tensor | None]] | None = None,
     scratch: Mapping[str, Callable[..., Tensor]] | None = None,
     mutates: str = "",
-    gradients: object = None,
+    gradients: Any = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register a function as the custom op nsagen::<its name>, without leading underscores; in an
     exported package the namespace is another.
@@ -115,10 +115,8 @@ def define_op(
         prepare: by name, what replaces an argument of `launch`.
         scratch: by name, tensors for `launch` that are not returned.
         mutates: parameters that are written to.
-        gradients: `Gradients`; or a function that gives the gradients of parameters by name, from
-            saved parameters and outputs and, as `d` + name, the gradients of outputs. An output
-            whose gradient it does not take is not differentiable, and a parameter that is None has
-            no gradient.
+        gradients: `Gradients`, if there are any. An output whose gradient they do not take is not
+            differentiable, and a parameter that is None has no gradient.
     """
 
     def define(function: Callable[P, R]) -> Callable[P, R]:
@@ -128,12 +126,10 @@ def define_op(
         launched = _LaunchArguments(
             values, launch.split(), optional.split(), last.split(), prepare or {}
         )
-        taken: Any = gradients
-        if taken is not None and not callable(taken):
-            taken = taken.define(op, kernel, sizes)
-        backward = None if taken is None else _Backward(op, taken)
+        other = None if gradients is None else gradients.define(op, kernel, sizes)
+        backward = None if other is None else _Backward(op, other)
         call = _define(op, launched, tuple(mutates.split()), backward)
-        vars(call)["backward"] = taken
+        vars(call)["backward"] = other
         return call
 
     return define
@@ -153,7 +149,7 @@ def _define(
     known_node: Any = None
     if backward is not None:
         node = backward.node(
-            op.name, lambda args: dispatched(*args) if profiled() else calls.run(args)
+            op.name, lambda known, args: dispatched(*args) if profiled() else calls.run(args, known)
         )
         base: Any = super(torch.autograd.Function, node)
         # It does not look for wrappers that outlived a transform: guards know none.
@@ -187,7 +183,7 @@ def _define(
                 return function(*full)
             if node is None:
                 return dispatched(*args)
-            return (node.apply if known is None else known_node)(*full)
+            return (node.apply if known is None else known_node)(known, *full)
         if profiled():
             return function(*full) if in_parts else dispatched(*args)
         return calls.run(full, known)
@@ -498,8 +494,11 @@ class _Calls:
         self.known: KnownCalls[_Known] = KnownCalls(is_tensor)
         self._prepare, self._check = prepare, check
 
-    def run(self, args: Args, known: _Known | None = None) -> Any:
-        """Compute a call; `known` is what look-up found, if it came before."""
+    def run(self, args: Any, known: _Known | None = None) -> Any:
+        """Compute a call; `known` is what look-up found, if it came before.
+
+        Arguments in a list are this call's own: tensors are free after their last use.
+        """
         known = self.known.find(args) if known is None else known
         if known is None:
             return self._learned(args)
@@ -513,8 +512,8 @@ class _Calls:
 
     def _learned(self, args: Args) -> Any:
         self._check(args)
-        compute, tensors = self._prepare(args), self.known.tensors(args)
-        if is_plain(tensors):
+        compute = self._prepare(args)
+        if is_plain(self.known.tensors(args)):
             known = _Known(compute, self.known, self.requires_grad(args), replays(args[0]))
             self.known.learn(args, known)
         return compute(args)
@@ -541,7 +540,7 @@ class _Known:
         self._program: Program | None = None
         self._shape: Callable[[list[Tensor]], Any] = tuple
 
-    def run(self, args: Args) -> Any:
+    def run(self, args: Any) -> Any:
         # Another recording includes this call, or a profiler names ops.
         if not self._repeats or _recording.recorder is not None or profiled():
             return self.compute(args)
@@ -551,7 +550,8 @@ class _Known:
             if elsewhere(self._program.device):
                 with torch.cuda.device(self._program.device):
                     return self.run(args)
-            outputs = self._program.run(self._calls.tensors(args))
+            release = getattr(args, "clear", None)  # of a list, which is this call's own
+            outputs = self._program.run(self._calls.tensors(args), release)
             if outputs is not None:
                 return self._shape(outputs)
         return self.compute(args)
@@ -656,35 +656,37 @@ def apply(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
 
 class _Backward:
-    """An op's backward pass by names; `gradients` as in `define_op`."""
+    """An op's backward pass by names.
 
-    def __init__(self, op: Op, gradients: Callable[..., Any]) -> None:
-        other: Op | None = vars(gradients).get("op")
-        first = vars(gradients).get("first")
-        takes = tuple(inspect.signature(gradients).parameters)
-        wanted = takes if first is None else {*takes, *vars(first)["op"].names}
+    Args:
+        other: the op that computes it, as `Gradients` makes it.
+    """
+
+    def __init__(self, op: Op, other: Callable[..., Any]) -> None:
+        first = vars(other)["first"]
+        wanted = {*vars(other)["op"].names, *(() if first is None else vars(first)["op"].names)}
         is_tensor = (*op.is_tensor, *(True for _ in op.returns))
         of_value = dict(zip(op.values, is_tensor, strict=True))
         grads = [f"d{name}" for name in op.returns]
         kept = [name for name, tensor in of_value.items() if name in wanted and tensor]
         statics = [name for name, tensor in of_value.items() if name in wanted and not tensor]
-        self._op, self._names = op, frozenset(op.names)
+        self._inputs = op.names
         self._kept = picker([op.values.index(name) for name in kept])
         self._statics = picker([op.values.index(name) for name in statics])
         self._taken = picker([i for i, name in enumerate(grads) if name in wanted])
         self._without = picker([i for i, name in enumerate(grads) if name not in wanted])
-        names = (*(name for name in grads if name in wanted), *kept, *statics)
-        self._first = None if first is None else _Op(first, names)
-        if first is not None:
-            rest = [name for name in names if name in takes]
-            self._rest = picker([names.index(name) for name in rest])
-            names = (*rest, *vars(first)["op"].returns)
-        if other is None:
-            self._compute = self._on_kernels = by_name(gradients, names)
-        else:
-            backward = _Op(gradients, names)
-            self._compute = backward.gradients
-            self._on_kernels = functools.partial(backward.gradients, direct=True)
+        taken = [name for name in grads if name in wanted]
+        names = (*taken, *kept, *statics)
+        tensors = [True for _ in (*taken, *kept)] + [False for _ in statics]
+        self._calls = _Calls(tensors, lambda values: self._by_kernels, lambda values: None)
+        self._first = None if first is None else _Part(first, names)
+        if self._first is not None:
+            names = (*names, *vars(first)["op"].returns)
+        self._second = _Part(other, names)
+        also = vars(other)["op"].names
+        self._only_first = [i for i, n in enumerate((*taken, *kept)) if n not in also]
+        self._of = [name.removeprefix("d") for name in vars(other)["op"].returns]
+        self._placed = functools.lru_cache(self._placing)
 
     def setup_context(self, ctx: Any, inputs: Args, output: Any) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
@@ -697,59 +699,80 @@ class _Backward:
         ctx.statics = self._statics(values)
 
     def run(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return self._gradients(ctx, grads, ctx.needs_input_grad)
+
+    def _gradients(
+        self, ctx: Any, grads: tuple[Tensor, ...], needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
         taken = self._taken(grads)
         if all_none(taken):  # nothing depends on any of them
-            return (None,) * len(self._op.names)
-        values = (*taken, *ctx.saved_tensors, *ctx.statics)
-        direct = on_kernels(taken[0]) and unobserved() and not torch.is_grad_enabled()
+            return (None,) * len(needed)
+        values = [*taken, *ctx.saved_tensors, *ctx.statics]
+        if on_kernels(taken[0]) and unobserved() and not torch.is_grad_enabled():
+            ctx.maybe_clear_saved_tensors()  # unless the graph is kept
+            found = self._calls.run(values)
+        else:
+            if self._first is not None:
+                values += self._first(values)
+            found = self._second(values)
+        return self._placed(needed)((*found, None))
+
+    def _by_kernels(self, values: Any) -> tuple[Tensor, ...]:
+        """The gradients of values in a list; what only the first part takes is freed before the
+        second one."""
         if self._first is not None:
-            values = (*self._rest(values), *self._first.outputs(values, direct))
-            if direct:
-                ctx.maybe_clear_saved_tensors()  # unless the graph is kept
-        found = (self._on_kernels if direct else self._compute)(values)
-        assert found.keys() <= self._names, f"{self._op.name}: gradients of {[*found]}"
+            values += self._first.direct(values)
+            for place in self._only_first:
+                if _recording.recorder is not None and values[place] is not None:
+                    _recording.recorder.let_go(values[place])
+                values[place] = None
+        return self._second.direct(values)
+
+    def _placing(self, needed: tuple[bool, ...]) -> Callable[[Args], Args]:
+        """Picks the gradients of inputs: None, which comes last, where none is needed."""
         # The dispatcher drops defaults at the end: there may be fewer inputs than names.
-        names, needs = self._op.names, enumerate(ctx.needs_input_grad)
-        return tuple([found.get(names[place]) if need else None for place, need in needs])
+        inputs = zip(self._inputs, needed, strict=False)
+        return picker([self._of.index(n) if need and n in self._of else -1 for n, need in inputs])
 
-    def node(self, name: str, forward: Callable[[Args], Any]) -> Any:
-        """A node of autograd's graph without the dispatcher."""
+    def node(self, name: str, forward: Callable[[Any, Args], Any]) -> Any:
+        """A node of autograd's graph without the dispatcher.
 
-        def run_forward(ctx: Any, *args: Any) -> Any:
-            output = forward(args)
+        Its first input is passed to `forward` in front of the op's own.
+        """
+
+        def run_forward(ctx: Any, known: Any, *args: Any) -> Any:
+            output = forward(known, args)
             self.setup_context(ctx, args, output)
             return output
 
-        once = once_differentiable(self.run)
+        def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            return None, *self._gradients(ctx, grads, ctx.needs_input_grad[1:])
+
+        once = once_differentiable(run)
 
         def run_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             # Without a graph of the gradients there is no second derivative to refuse.
-            return (once if torch.is_grad_enabled() else self.run)(ctx, *grads)
+            return (once if torch.is_grad_enabled() else run)(ctx, *grads)
 
         parts = {"forward": staticmethod(run_forward), "backward": staticmethod(run_backward)}
         return type(f"BackwardOf_{NAMESPACE}_{name}", (torch.autograd.Function,), parts)
 
 
-class _Op:
+class _Part:
     """An op that a backward pass calls on values with these names; it has defaults for others."""
 
     def __init__(self, call: Callable[..., Any], names: Sequence[str]) -> None:
         op: Op = vars(call)["op"]
         places = [names.index(n) if n in names else len(names) + i for i, n in enumerate(op.names)]
         self._pick, self._defaults = picker(places), op.defaults
-        self._of = [name.removeprefix("d") for name in op.returns]
-        self._call, self._run = call, vars(call)["calls"].run
+        self._call, self._run, self._one = call, vars(call)["calls"].run, len(op.returns) == 1
 
-    def outputs(self, values: Args, direct: bool) -> tuple[Tensor, ...]:
-        """What the op returns, as a tuple.
+    def __call__(self, values: Sequence[Any]) -> tuple[Tensor, ...]:
+        """What the op returns, as a tuple."""
+        found = self._call(*self._pick((*values, *self._defaults)))
+        return (found,) if self._one else found
 
-        Args:
-            direct: on kernels, without anything that has to see the call.
-        """
-        args = self._pick((*values, *self._defaults))
-        found = self._run(args) if direct else self._call(*args)
-        return (found,) if len(self._of) == 1 else found
-
-    def gradients(self, values: Args, direct: bool = False) -> dict[str, Tensor]:
-        """The gradients that the op returns as `d` + name, by name."""
-        return dict(zip(self._of, self.outputs(values, direct), strict=True))
+    def direct(self, values: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The same on kernels, without anything that has to see the call."""
+        found = self._run(self._pick((*values, *self._defaults)))
+        return (found,) if self._one else found

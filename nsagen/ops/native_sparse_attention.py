@@ -25,7 +25,7 @@ from nsagen.ops.gated_attention import (
     branches_forward,
 )
 from nsagen.ops.gated_sum import gate_of
-from nsagen.ops.lengths import Lengths, lengths_of
+from nsagen.ops.lengths import Lengths, lengths_forward, lengths_of
 from nsagen.ops.reference.compress import Weight, tensors_of, weight_of
 from nsagen.ops.rope import check_rope, rope_forward
 from nsagen.runtime import Dispatcher
@@ -111,9 +111,9 @@ def native_sparse_attention(
         x is not None and x.requires_grad for x in (q, k, v, gate, *weights)
     )
     fused = plain and trains and cos is not None and sin is not None and on_kernels(q)
-    if lengths is None and fused:  # both passes read them
-        lengths = lengths_of(_OP, cu_seqlens, (kernel_size, kernel_stride), None, q=q)
     made: tuple[Any, Any, Any] = (None, None, None) if lengths is None else lengths.tensors
+    if lengths is None and fused and q.ndim == 3:  # both passes read them
+        made = lengths_forward(cu_seqlens, q.shape[0], kernel_size, kernel_stride)
     inputs = (q, k, v, gate, cu_seqlens, *made, *weights)
     if fused:
         return attention_with_gradients(*inputs, cos, sin, *statics, key)[0]

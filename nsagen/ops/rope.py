@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._checks import check_indices, check_range, check_rows, fail
-from nsagen.ops._derive import op_of
+from nsagen.ops._derive import Gradients, op_of
 from nsagen.ops._launch import key_of
 from nsagen.ops._op import apply
 from nsagen.runtime import Dispatcher
@@ -61,12 +61,9 @@ def check_rope(op: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) 
     check_range(op, "positions", positions, 0, cos.shape[0])
 
 
-def _gradients(
-    dy: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, dispatcher: str
-) -> dict[str, Tensor]:
+def _gradients(dy: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, dispatcher: str) -> Tensor:
     # The transpose of a rotation is the rotation back.
-    back = apply(torch.neg, sin)
-    return {"x": rope_forward(dy.contiguous(), cos, back, positions, dispatcher)}
+    return rope_forward(dy.contiguous(), cos, apply(torch.neg, sin), positions, dispatcher)
 
 
 rope_forward = op_of(
@@ -77,5 +74,5 @@ rope_forward = op_of(
     check=check_rope,
     kernel="rope forward",
     launch="x cos sin positions y",
-    gradients=_gradients,
+    gradients=Gradients("x", body=_gradients, takes="dy", omit="x", like={"x": "dy"}),
 )

@@ -58,7 +58,8 @@ class Recorder:
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
-        self._inputs = list(inputs)
+        self._inputs = len(inputs)
+        self._device = inputs[0].device if inputs else torch.device("cpu")
         self._slots: list[Tensor | None] = list(inputs)  # keeps ids and addresses from being reused
         self._of_id = {id(tensor): slot for slot, tensor in enumerate(inputs)}
         storages = Counter(tensor.untyped_storage().data_ptr() for tensor in inputs)
@@ -82,9 +83,9 @@ class Recorder:
         slots = [self._of_id.get(id(tensor), -1) for tensor in outputs]
         if self._failed or min(slots, default=0) < 0:
             return None
-        device, inputs = self._inputs[0].device, len(self._inputs)
         steps, aligned = tuple(self._steps), tuple(self._aligned)
-        return share_workspaces(Program(inputs, steps, tuple(slots), device, aligned))
+        program = Program(self._inputs, steps, tuple(slots), self._device, aligned)
+        return share_workspaces(program)
 
     def allocated(self, tensor: Tensor) -> None:
         """Record a new tensor without content."""
@@ -135,6 +136,13 @@ class Recorder:
         self._let_go(before)
         return None
 
+    def let_go(self, tensor: Tensor) -> None:
+        """Keep no reference to an input, which the call does not use from now on."""
+        slot = self._of_id.pop(id(tensor), None)
+        if slot is not None:
+            self._of_storage.pop(tensor.untyped_storage().data_ptr(), None)
+            self._slots[slot] = None
+
     def _made(self, tensor: Tensor) -> None:
         """Note the tensor of the next slot."""
         self._of_id[id(tensor)] = len(self._slots)
@@ -164,7 +172,7 @@ class Recorder:
                 continue
             if tensor.data_ptr() % ALIGNMENT:
                 return self.fail()
-            if place.slot < len(self._inputs):
+            if place.slot < self._inputs:
                 self._aligned[place.slot] = None
         self._steps.append(Run(compiled, tuple([*grid, 1, 1][:3]), places))
         return None

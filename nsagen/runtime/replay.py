@@ -99,13 +99,14 @@ class Program:
     aligned: tuple[int, ...]
 
     @functools.cached_property
-    def _run(self) -> Callable[..., list[Tensor] | None]:
-        return _function(self)
+    def run(self) -> Callable[..., list[Tensor] | None]:
+        """Launches the kernels on a list of a call's tensors; returns the outputs, or None if that
+        is impossible: addresses with another alignment, or a profiler's hooks in Triton.
 
-    def run(self, tensors: Sequence[Tensor]) -> list[Tensor] | None:
-        """Launch the kernels on a call's tensors; returns the outputs, or None if that is
-        impossible: addresses with another alignment, or a profiler's hooks in Triton."""
-        return self._run(tensors)
+        With a second argument, a function that drops other references to the tensors, it clears
+        the list and calls that: inputs are free after their last use.
+        """
+        return _function(self)
 
 
 @dataclass(slots=True)
@@ -133,7 +134,7 @@ def allocator(device: torch.device) -> Empty:
     return empty
 
 
-def _function(program: Program) -> Callable[[Sequence[Tensor]], list[Tensor] | None]:
+def _function(program: Program) -> Callable[..., list[Tensor] | None]:
     """The program in Python, with the arguments of each launch written out.
 
     Constants are names in its text, so that programs of the same steps share compiled code.
@@ -162,6 +163,7 @@ def _function(program: Program) -> Callable[[Sequence[Tensor]], list[Tensor] | N
         lines += take_address(slot)
     bits = " | ".join(["0", *(f"p{slot}" for slot in program.aligned)])
     lines += [f"if ({bits}) % {ALIGNMENT} or {name(_hooks())}():", "    return None"]
+    lines += ["if release is not None:", "    tensors.clear()", "    release()"]
     lines += [f"stream = {name(_stream_of(program.device))}()"]
     slot = program.inputs
     for step, unused in zip(program.steps, _last_uses(program), strict=True):
@@ -183,7 +185,8 @@ def _function(program: Program) -> Callable[[Sequence[Tensor]], list[Tensor] | N
     lines.append(f"return [{', '.join(f't{slot}' for slot in program.outputs)}]")
     names = ", ".join(f"c{n}" for n in range(len(constants)))
     body = "".join(f"\n        {line}" for line in lines)
-    return _made(f"def make({names}):\n    def run(tensors):{body}\n    return run\n")(*constants)
+    text = f"def make({names}):\n    def run(tensors, release=None):{body}\n    return run\n"
+    return _made(text)(*constants)
 
 
 def _launch_of(step: Run, name: Callable[[Any], str], pointer: Callable[[Place], str]) -> str:
@@ -294,7 +297,7 @@ def _last_uses(program: Program) -> list[tuple[int, ...]]:
             last[slot] = position
             slot += 1
         for place in () if isinstance(step, Allocate) else map(place_of, step.args):
-            if place is not None and place.slot in last:
+            if place is not None:
                 last[place.slot] = position
     dead: list[list[int]] = [[] for _ in program.steps]
     for slot, position in last.items():

@@ -6,7 +6,6 @@ and the message cannot disagree.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import keyword
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from nsagen.core.text import nearest
 from nsagen.spec.document import Document, Location, Problem
 from nsagen.spec.schema import json_schema
 
@@ -49,10 +49,8 @@ def schema_problems(error: ValidationError, document: Document) -> Iterator[Prob
                 yield document.problem(location, _wrong_value(location, item["input"], document))
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """`did you mean 'topk'?`, or the words to choose from if no word is near."""
-    near = difflib.get_close_matches(word.lower().replace("-", "_"), known, 1)
-    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+def _any_of(known: Sequence[str]) -> str:
+    return f"choose from {', '.join(known)}"
 
 
 def shown(location: Location, value: Any, document: Document) -> str:
@@ -80,7 +78,7 @@ def _unknown(location: Location, document: Document) -> Problem:
     return document.problem(
         location,
         f"only known keys are allowed; got {str(location[-1])[:60]!r}; "
-        f"{nearest(str(location[-1]), known)}",
+        f"{nearest(str(location[-1]), known, _any_of(known))}",
     )
 
 
@@ -121,7 +119,8 @@ def _remedy(schema: dict[str, Any], value: Any) -> str:
         alias = _ALIASES.get(value.lower())
         if alias in schema["enum"]:
             return f"did you mean {alias!r}?"
-        return nearest(value, [str(known) for known in schema["enum"]])
+        known = [str(one) for one in schema["enum"]]
+        return nearest(value, known, _any_of(known))
     if "enum" in schema:
         return "choose one of these"
     if schema.get("type") == "boolean" and str(value).lower() in _TRUTH:

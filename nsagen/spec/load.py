@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from nsagen.core.errors import SpecError
 from nsagen.core.files import is_file
 from nsagen.core.packages import GENERATED, build_command, from_here
 from nsagen.core.paths import project_roots, specs_dir, visible, working_folder
+from nsagen.core.text import nearest
 from nsagen.core.workload import Workload
 from nsagen.spec.combine import combine
 from nsagen.spec.document import parse, read_text, spec_error
@@ -149,8 +149,7 @@ def _find(path_or_name: str | Path) -> tuple[Path, str]:
         if found is shipped:
             _note_passed_over(text, shipped)
         return found, f"specs/{found.name}"
-    near = difflib.get_close_matches(text, shipped_specs(), 1)
-    remedy = f"did you mean {near[0]!r}?" if near else "give a name of these or a path to a .yaml"
+    remedy = nearest(text, shipped_specs(), "give a name of these or a path to a .yaml")
     raise SpecError(
         f"spec: must be a file, or one of {', '.join(shipped_specs())}, or in ./specs; "
         f"got {text[:60]!r}; {remedy}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import keyword
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -21,6 +20,7 @@ from pydantic_core import CoreSchema
 from nsagen.core.branches import BRANCHES
 from nsagen.core.errors import SpecError
 from nsagen.core.target import KNOWN_TARGETS, parse_target
+from nsagen.core.text import nearest
 from nsagen.core.workload import STATIC_PARAMS
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -72,9 +72,7 @@ def _known_target(name: str) -> str:
 def _known_pass(name: str) -> str:
     if name not in PASSES:
         rule = f"must be a pass that some op has: {', '.join(PASSES)}"
-        near = difflib.get_close_matches(name, PASSES, 1)
-        remedy = f"did you mean {near[0]!r}?" if near else "choose from these"
-        raise ValueError(f"{rule}; got {name!r}; {remedy}")
+        raise ValueError(f"{rule}; got {name!r}; {nearest(name, PASSES, 'choose from these')}")
     return name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -137,11 +138,16 @@ class Evaluator(Protocol):
 
 
 class TimedEvaluator:
-    """Compiles ahead in a pool and measures in a worker that holds the GPU."""
+    """Compiles ahead in a pool and measures in a worker that holds the GPU.
 
-    def __init__(self, pool: CompilePool, worker: Worker) -> None:
+    Args:
+        seconds: from now on; making inputs is cut short where it would take longer.
+    """
+
+    def __init__(self, pool: CompilePool, worker: Worker, seconds: float | None = None) -> None:
         self._pool = pool
         self._worker = worker
+        self._end = None if seconds is None else time.monotonic() + seconds
         self._opened: tuple[Task, int] | None = None
         self._unopened: dict[Task, list[str]] = {}
         self._measured: dict[tuple[Task, str], tuple[Schedule, Outcome]] = {}
@@ -203,10 +209,12 @@ class TimedEvaluator:
         """Ask the worker; a new worker, or one new to the task, gets the task first."""
         if self._opened != (task, self._worker.starts) or not self._worker.alive:
             failures = self._unopened.setdefault(task, [])
-            if len(failures) >= OPEN_ATTEMPTS:
+            left = OPEN_LIMIT_S if self._end is None else self._end - time.monotonic()
+            if len(failures) >= (OPEN_ATTEMPTS if left > 0 else 1):
                 return Reply(reason=f"inputs: {failures[-1]}")
             self._opened = None
-            opened = self._worker.ask("open", task, limit_s=OPEN_LIMIT_S)
+            limit_s = max(MEASURE_LIMIT_S, min(OPEN_LIMIT_S, left))
+            opened = self._worker.ask("open", task, limit_s=limit_s)
             check_system(opened)
             if opened.reason:
                 failures.append(opened.reason)

@@ -12,6 +12,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.text import nearest
 from nsagen.core.workload import Schedule
 from nsagen.tune.encoding import Encoding
 from nsagen.tune.outcome import Outcome
@@ -44,7 +45,8 @@ class SpaceSampler(BaseSampler):
     def __init__(self, name: str, encoding: Encoding, seed: int = 0) -> None:
         if name not in SAMPLERS:
             raise InvalidInputError(
-                f"tune: sampler must be one of {', '.join(SAMPLERS)}; got {name!r}; choose one"
+                f"tune: sampler must be one of {', '.join(SAMPLERS)}; got {name!r}; "
+                f"{nearest(name, SAMPLERS)}"
             )
         self._name = name
         self._encoding = encoding

@@ -14,6 +14,7 @@ from nsagen.core.packages import read_manifest, spec_of
 from nsagen.core.paths import visible
 from nsagen.core.releases import installed_release
 from nsagen.core.target import Target
+from nsagen.core.text import nearest
 from nsagen.core.workload import Workload
 from nsagen.spec import Spec, load_spec
 from nsagen.tune.task import Task, tasks_of
@@ -105,7 +106,7 @@ def _check_known(option: str, given: Sequence[str], known: set[str]) -> None:
         if name not in known:
             raise InvalidInputError(
                 f"tune: {option} must be one of {', '.join(sorted(known))}; got {name!r}; "
-                "choose one that the spec has"
+                f"{nearest(name, known, 'choose one that the spec has')}"
             )
 
 

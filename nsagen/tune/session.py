@@ -133,7 +133,7 @@ def tune(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if places.url is None:
         _check_user_cache()
-    with evaluator_for(settings.objective, specs, places) as (device, _, evaluator):
+    with evaluator_for(settings, specs, places) as (device, _, evaluator):
         places.started(device)
         tasks = tasks_on(tasks, specs, device.target)
         url = default_study_url(device.slug) if places.url is None else places.url
@@ -217,7 +217,7 @@ def record(
             "choose with --op, --pass, --seqlens, --batch and a spec of one shape"
         )
     recording.check_free(path, tasks[0])
-    with evaluator_for(settings.objective, specs, places) as (device, facts, evaluator):
+    with evaluator_for(settings, specs, places) as (device, facts, evaluator):
         places.started(device)
         tasks_on(tasks, specs, device.target)
         result = Result(device.slug, files=[path])
@@ -271,7 +271,7 @@ def _check_user_cache() -> None:
 
 @contextmanager
 def evaluator_for(
-    objective: str, specs: Sequence[Spec], places: Places
+    settings: Settings, specs: Sequence[Spec], places: Places
 ) -> Iterator[tuple[Device, dict[str, Any], Evaluator]]:
     """The device, facts about it, and the evaluator; its processes end with the block."""
     prepare_compiler_cache("tune")
@@ -280,7 +280,7 @@ def evaluator_for(
         for one in workers:
             started.callback(one.close)
         facts: dict[str, Any] = {}
-        if objective == "static":
+        if settings.objective == "static":
             name = places.target or max(target for spec in specs for target in spec.targets)
             target = parse_target(name)
             device = Device(f"static-{slug(name)}", target, "none", compiler_name())
@@ -291,7 +291,7 @@ def evaluator_for(
             started.callback(worker.close)
             device, facts = identify(worker)
             pool = CompilePool(folder, device.target, workers)
-            evaluator = TimedEvaluator(pool, worker)
+            evaluator = TimedEvaluator(pool, worker, settings.seconds)
         started.callback(evaluator.close)  # the first to run
         yield device, facts, evaluator
 

@@ -18,6 +18,9 @@ from nsagen.core.workload import Param, Schedule, Workload
 _SCORES_AT_ONCE = 1024
 """Heads times blocks that a program of the second kernel scores."""
 
+_PLAIN_SCORES = 64 * 32
+"""Heads times windows of a plain product whose operands eight warps keep off the stack."""
+
 
 def step(workload: Workload) -> int:
     """Windows that start in a block."""
@@ -33,6 +36,9 @@ def whole_blocks(workload: Workload) -> bool:
     """Whether the first kernel's tiles can hold blocks whose score is their largest product."""
     row = next_power_of_2(int(workload.head_dim)) * element_bytes(workload)
     if step(workload) * row > split_kv.STEP_BYTES:
+        return False
+    scores = heads_of_program(workload)[0] * step(workload)
+    if workload.dtype == "float32" and scores > _PLAIN_SCORES:
         return False
     raw = workload.score_norm == "none" and workload.kernel_size == workload.kernel_stride
     windows = step(workload)

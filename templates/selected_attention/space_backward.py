@@ -9,6 +9,7 @@ from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace, next_pow
 from nsagen.codegen.spaces.padding import (
     LEAST_TILE,
     SCRATCH,
+    ds_scale,
     element_bytes,
     few_bytes,
     group_tile,
@@ -71,6 +72,7 @@ def derive_keys(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     return {
         **padded_heads(workload),
         "raw_peak": raw_peak(workload),
+        "ds_scale": ds_scale(workload),
         "block_b": keys,
         "key_tiles": key_tiles,
         "sum_warps": 16 if gradient_elements(workload, keys) > FOUR_WARPS else 8,
@@ -381,6 +383,7 @@ def derive_pipeline(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "step_tokens": step_tokens,
         "copy_tokens": min(4, step_tokens),
         "raw_peak": raw_peak(workload),
+        "ds_scale": ds_scale(workload),
         "share_dtype": dtype,
         "share_columns": 32 if wide else 64,
         "share_places": 1 if wide else min(2, int(workload.head_dim) // 64),

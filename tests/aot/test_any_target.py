@@ -171,6 +171,7 @@ CORNERS = (
     (("selected_attention", "forward", "bfloat16", (64, 64), 1, 16), "cuda:100"),
     (("sliding_window_attention", "backward", "bfloat16", (208, 88), 51, 64), "cuda:100"),
     (("block_selection", "decode", "bfloat16", (240, 240), 64, 560, APART), "cuda:100"),
+    (("block_selection", "decode", "float32", (72, 72), 48, 64, MSA), "cuda:86"),
     (("sliding_window_attention", "forward", "bfloat16", (16, 16), 1, 64), "cuda:100"),
     (("compressed_attention", "forward", "bfloat16", (16, 16), 1, 64, MANY_BLOCKS), "cuda:100"),
     (("compressed_attention", "decode", "bfloat16", (64, 104), 4, 64), "cuda:120"),

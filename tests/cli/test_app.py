@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -353,6 +354,33 @@ def test_python_m_nsagen_is_the_command_line() -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("spec: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("biuld tiny", "build"),
+        ("inspect tinny", "tiny"),
+        ("inspect tiny --html page.html --target cuda90", "cuda:90"),
+        ("tune tiny --objectiv static", "--objective"),
+        ("tune tiny --objective statik", "static"),
+        ("tune tiny --sampler ranom", "random"),
+        ("tune tiny --objective static --op ropee", "rope"),
+        ("verify tiny --op gated-sums", "gated_sum"),
+        ("verify --implementation math:sin --size dtype=float-16", "float16"),
+        ("plan llama8b --gpu H20", "h200"),
+        ("plan llama8b --cache-dtype int-8", "int8"),
+        ("export tiny --layout kernel", "kernels"),
+        ("bench prefill --set topp=8", "topk"),
+        ("bench prefill --selection learnt", "learned"),
+    ],
+)
+def test_what_is_misspelled_is_told_with_the_nearest_right_spelling(
+    typed: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = Ran(capsys, *typed.split())
+    assert ran.code == 2
+    assert re.search(rf"([Dd]id you mean|Possible options:) '?{meant}\b", ran.err), ran.err
 
 
 def test_a_shell_completes_commands_and_the_names_of_specs(

@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from nsagen.codegen import template
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.reports import target_support
 from tests.docs.blocks import DOCS, ROOT, Reader, blocks_of, follow
 
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
@@ -171,6 +173,17 @@ def _texts() -> set[str]:
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 texts.add(node.value)
     return texts
+
+
+def test_the_readme_says_compiles_where_nothing_ran() -> None:
+    """A GPU on which kernels ran has results that are committed; for the others they compile."""
+    (ran,) = re.findall(r"compiles for every target; it has run on ([^.]*) GPUs", README)
+    results = (ROOT / "benchmarks" / "results").rglob("*.json")
+    found = re.findall(r"NVIDIA (\w+)", " ".join(path.read_text("utf-8") for path in results))
+    assert set(ran.split(" and ")) == set(found)
+    table = target_support.read(DOCS / "support.json")
+    assert {target for _, target in table} == set(KNOWN_TARGETS)
+    assert not [usage.error for usage in table.values() if usage.error]
 
 
 def test_troubleshooting_is_by_texts_that_exist() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nsagen.cases.base import Sizes
+from nsagen.cases.block_selection import rule_of
 from nsagen.cases.block_selection_decode import make_case
 from nsagen.codegen.template import default_schedule
 from nsagen.core.errors import UnsupportedWorkloadError
@@ -77,6 +78,20 @@ def test_many_splits() -> None:
     """Each split of a row walks a part; those of a short row have nothing to do."""
     check(workload_of(form=FORMS[1]), (3, 250), capacity=256)
     check(workload_of(form=FORMS[4], kernel_size=1, kernel_stride=1), (3, 250), capacity=256)
+
+
+@pytest.mark.parametrize("form", [FORMS[1], FORMS[4]], ids="-".join)
+def test_more_blocks_than_one_warp_chooses_from(form: tuple[str, str, str]) -> None:
+    """Several warps choose beyond 256 blocks; of equal scores the lowest blocks win there too."""
+    work = workload_of(form=form, kernel_size=1, kernel_stride=1, block_size=4, topk=6)
+    check(work, (3, 1300), capacity=1304)
+    case = make_case(work, Sizes((3, 1300), 1, capacity=1304), kernel_device())
+    case.args[1].nan_to_num_().fill_(0.5)
+    load_kernel(work, SMALL).launch(*case.args)
+    rule = rule_of(work)
+    local = [*range(326 - rule.local_blocks, 326)]
+    for chosen in case.outputs["topk_idx"][:, 1].tolist():
+        assert chosen == [*range(6 - rule.local_blocks), *local]
 
 
 @pytest.mark.parametrize("page_size", [None, 16])

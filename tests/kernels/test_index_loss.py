@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsagen.cases.base import Sizes, cases_of
+from nsagen.cases.base import THRESHOLDS, Sizes, cases_of, relative_error
 from nsagen.core.workload import Schedule, Workload
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
@@ -59,6 +59,22 @@ def test_shapes(pass_: str, change: dict[str, int]) -> None:
 def test_a_selection_is_a_set(pass_: str) -> None:
     """In any order, with repeats and entries that name no block."""
     check(workload_of(pass_), (5, 37), any_order=True)
+
+
+@pytest.mark.parametrize("scale", [2.0**18, 2.0**-20], ids=["scaled", "mean of many tokens"])
+def test_float16_gradients_of_any_weight_of_the_loss(scale: float) -> None:
+    """What a loss of float16 is multiplied by is neither past dx's range nor below it."""
+    workload = workload_of("backward", "float16")
+    case = cases_of(workload).make_case(workload, Sizes((37,), 1), kernel_device())
+    plain = {name: x.double() for name, x in case.expected().items()}
+    dloss = case.args[6]
+    dloss *= scale
+    found = {name: torch.empty_like(x, dtype=torch.float32) for name, x in case.outputs.items()}
+    load_kernel(workload, SCHEDULES["backward"]).launch(
+        *case.args[:9], *found.values(), *case.args[11:]
+    )
+    for name, x in found.items():
+        assert relative_error(x.double() / scale, plain[name]) < THRESHOLDS[torch.float16]
 
 
 def test_the_same_input_gives_the_same_bits() -> None:

@@ -175,6 +175,7 @@ def test_float16_gradients_of_a_scaled_loss(
     keys = (ranges.TOKENS - 8) // 4 + 1 if op == "compressed_attention" else ranges.TOKENS
     q, do = torch.randn(2, ranges.TOKENS, 8, 64)
     k, v = torch.randn(2, keys, 1, 64)
+    q, k = (8 * q).round() / 8, (8 * k).round() / 8  # so that scores are exact
     q[..., 0], k[..., 0] = query, -offset
     tensors = tuple(x.half() for x in (q, k, v, do * 2.0**15 / 64))
     exact = ranges.by_torch(op, torch.float64, *tensors)
@@ -183,6 +184,24 @@ def test_float16_gradients_of_a_scaled_loss(
         assert x.isfinite().all()
         ignored = int(wanted is exact[1] and offset == 6e4)  # as there: the rounding of ds is left
         assert ranges.error(x[..., ignored:], wanted[..., ignored:]) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("op", "forward", "algorithm"),
+    [
+        ("compressed_attention", "row_tiles", "warp_specialized"),
+        ("compressed_attention", "row_tiles", "stored_ds"),
+        ("selected_attention", "query_major", "warp_specialized"),
+        ("sliding_window_attention", "row_tiles", "warp_specialized"),
+    ],
+)
+def test_float16_ds_of_a_loss_scaled_by_2_to_the_15(
+    op: str, forward: str, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ranges.STATICS, "selected_attention", {"block_size": 64})
+    sizes = {"head_dim": 64, "v_head_dim": 64, "gqa_ratio": 8}
+    on_cpu(monkeypatch, ranges.kernel(op, "backward", algorithm, "float16", **sizes))
+    ranges.check_large_ds(op, forward, algorithm)
 
 
 @pytest.mark.parametrize("seed", [10, 15])

@@ -15,6 +15,7 @@ from nsagen.codegen.template import space_for, spaces_of
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Schedule, Workload
 from nsagen.ops import reference
+from tests.kernels import test_ranges as ranges
 from tests.support import check_case, is_hopper, load_kernel
 
 pytestmark = pytest.mark.skipif(not is_hopper(), reason="needs a Hopper GPU")
@@ -98,6 +99,22 @@ def test_selected_schedules(dtype: str, dim: int, v_dim: int, knobs: dict[str, i
     """Lists of many parts; at 64 MiB also several ranges of tokens."""
     w = workload("selected_attention", dtype, dim, v_head_dim=v_dim)
     check_case(load_kernel(w, schedule_of(w, **knobs)), case_of(w, (3000, 77)))
+
+
+@pytest.mark.parametrize(
+    ("op", "forward", "algorithm"),
+    [
+        ("compressed_attention", "row_tiles", "warp_specialized"),
+        ("compressed_attention", "row_tiles", "stored_ds"),
+        ("selected_attention", "query_major", "warp_specialized"),
+        ("sliding_window_attention", "row_tiles", "warp_specialized"),
+    ],
+)
+def test_float16_ds_of_a_loss_scaled_by_2_to_the_15(
+    op: str, forward: str, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ranges.STATICS, "selected_attention", {"block_size": 64})
+    ranges.check_large_ds(op, forward, algorithm)
 
 
 @pytest.mark.parametrize("block_size", [128, 256])

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nsagen import ops
 from nsagen.ops import _op
+from nsagen.ops._calls import KnownCalls
 from nsagen.ops.compressed_attention import compressed_attention_forward
 from tests.stand_in import Launch, StandIn, dispatcher, same_up_to_addresses
 from tests.stand_in import gpu as gpu
@@ -102,6 +103,22 @@ def test_few_launches_of_both_passes(gpu: StandIn) -> None:
     x = Inputs(2048, requires_grad=True)
     for _ in range(3):
         assert len(gpu.of(x.training)) <= 32
+
+
+def test_a_repeated_call_of_both_passes_is_looked_up_thrice(
+    gpu: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lengths, the attention, and its backward pass as a whole."""
+    looked_up = list[int]()
+    find = KnownCalls.find
+    monkeypatch.setattr(
+        KnownCalls, "find", lambda self, args: looked_up.append(len(args)) or find(self, args)
+    )
+    x = Inputs(384, requires_grad=True)
+    for _ in range(3):
+        looked_up.clear()
+        gpu.of(x.training)
+    assert len(looked_up) == 3
 
 
 def test_a_profiler_sees_the_ops_of_a_repeated_call(gpu: StandIn) -> None:

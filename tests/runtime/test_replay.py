@@ -159,7 +159,7 @@ def test_calls_of_other_sizes_share_compiled_code(fake: Driver) -> None:
     one, other = Replayed(launch, few).program, Replayed(launch, more).program
     assert one is not None
     assert other is not None
-    assert one._run.__code__ is other._run.__code__
+    assert one.run.__code__ is other.run.__code__
 
 
 def test_the_text_of_a_call_has_names_of_its_own_and_numbers(
@@ -353,6 +353,31 @@ def test_launches_pass_by_a_launcher_that_is_known(fake: Driver, descriptors: in
     run(2, 3, 1, 1000, "function", (4, 1, 0), None, None, None, *plain)
     assert by_program == again == launches[0]
     assert len(made) == 2 * descriptors  # once for the program, once by the launcher itself
+
+
+def test_inputs_are_free_after_their_last_use(fake: Driver) -> None:
+    """Where the caller gives them up; and while a call is recorded, when it lets go of them."""
+    inputs = [torch.zeros(8), torch.zeros(8)]
+    alive = list[list[bool]]()
+
+    def run(*args: Any) -> None:
+        alive.append([one() is not None for one in held])
+
+    compiled = SimpleNamespace(run=run, function=object(), packed_metadata=())
+    recorder = Recorder(inputs)
+    recorder.launched(compiled, (1,), (inputs[0], 1), [True, False])
+    held = [weakref.ref(x) for x in inputs]
+    recorder.let_go(inputs.pop(0))
+    assert held[0]() is None
+    recorder.launched(compiled, (1,), (inputs[0], 1), [True, False])
+    program = recorder.program(())
+    assert program is not None
+    for released in (False, True):
+        owned = [torch.zeros(8), torch.zeros(8)]
+        held, tensors = [weakref.ref(x) for x in owned], [*owned]
+        assert program.run(tensors, owned.clear if released else None) == []
+        assert alive == [[True, True], [not released, True]]
+        alive.clear()
 
 
 def test_small_workspaces_share_an_allocation(fake: Driver) -> None:

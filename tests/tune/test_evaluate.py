@@ -6,11 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.worker import Reply
 from nsagen.core.workload import Schedule, Workload
+from nsagen.tune import evaluate
 from nsagen.tune.compiler import FIRST, Compiled, CompilePool
-from nsagen.tune.evaluate import OPEN_ATTEMPTS, TimedEvaluator, candidates_for
+from nsagen.tune.evaluate import (
+    MEASURE_LIMIT_S,
+    OPEN_ATTEMPTS,
+    TimedEvaluator,
+    candidates_for,
+)
 from nsagen.tune.task import tasks_of
 from tests.tune.conftest import InlineWorker, World
 from tests.tune.fake import FakeCompiler, FakeMeasurer
@@ -45,6 +53,31 @@ def test_a_task_that_cannot_be_opened_is_given_up(world: World, tmp_path: Path) 
         assert reason == "inputs: hang: no answer in 180 s"
     assert worker.opened.count(4096) == OPEN_ATTEMPTS
     assert worker.opened.count(1024) == OPEN_ATTEMPTS + 1
+    evaluator.close()
+
+
+def test_inputs_that_take_too_long_do_not_outlast_the_time(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is up, each task has one more short attempt."""
+    limits, now = list[float](), [1000.0]
+
+    class Slow(InlineWorker):
+        def ask(self, method: str, *args: Any, limit_s: float) -> Reply:
+            if method == "open":
+                limits.append(limit_s)
+                now[0] += limit_s
+                return Reply(reason=f"hang: no answer in {limit_s:.0f} s")
+            return super().ask(method, *args, limit_s=limit_s)
+
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: now[0])
+    pool = CompilePool(tmp_path, KNOWN_TARGETS["cuda:90"], [InlineWorker(FakeCompiler())])  # type: ignore[list-item]
+    evaluator = TimedEvaluator(pool, Slow(FakeMeasurer()), seconds=60.0)  # type: ignore[arg-type]
+    tasks = tasks_of([WORKLOAD], seqlens=[1024, 4096])
+    for task in tasks:
+        for schedule in evaluator.candidates(task).schedules[:3]:
+            assert evaluator.finish(task, schedule, None).reason.startswith("inputs: hang")
+    assert limits == [60.0, MEASURE_LIMIT_S]
     evaluator.close()
 
 

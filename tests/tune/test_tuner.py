@@ -18,7 +18,7 @@ from nsagen.tune import final_round, open_search, session
 from nsagen.tune.evaluate import Final
 from nsagen.tune.final_round import decide
 from nsagen.tune.search import Budget
-from nsagen.tune.settings import Step
+from nsagen.tune.settings import Settings, Step
 from nsagen.tune.storage import open_storage
 from tests.tune.conftest import Silent, World
 from tests.tune.fake import FACTS, FakeCompiler, fake_ms
@@ -57,11 +57,11 @@ def test_a_static_study_is_of_the_compilers_settings(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = load_spec(world.spec)
-    places = session.Places(jobs=1)
+    places, settings = session.Places(jobs=1), Settings(objective="static")
     names = set()
     for value in ("0", "1"):
         monkeypatch.setenv("DISABLE_LLVM_OPT", value)
-        with session.evaluator_for("static", [spec], places) as (device, _, _):
+        with session.evaluator_for(settings, [spec], places) as (device, _, _):
             names.add(device.triton)
     assert len(names) == 2
 

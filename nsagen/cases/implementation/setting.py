@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.text import nearest
 from nsagen.core.workload import DTYPES
 from nsagen.ops import reference
 
@@ -90,7 +91,7 @@ def setting_of(texts: Sequence[str], seed: int) -> Setting:
     if changed.get("dtype", "float16") not in DTYPES:
         raise InvalidInputError(
             f"verify: dtype must be one of {', '.join(DTYPES)}; got {changed['dtype']!r}; "
-            "choose one"
+            f"{nearest(changed['dtype'], DTYPES)}"
         )
     return Setting(**changed)
 

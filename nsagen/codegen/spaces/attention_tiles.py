@@ -13,6 +13,7 @@ from nsagen.codegen.space import Knob, PowerOfTwo, Rule, next_power_of_2
 from nsagen.codegen.spaces.padding import (
     SCRATCH,
     buffers,
+    ds_scale,
     element_bytes,
     multiplies_from_shared_memory,
     padded_heads,
@@ -59,7 +60,11 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
 def derive_two_passes(workload: Workload, schedule: Schedule) -> dict[str, Any]:
     """The values of `derive`, and whether a step of rows begins with a token's first head."""
     aligned = int(schedule.row_step) % int(workload.gqa_ratio) == 0
-    return {**derive(workload, schedule), "whole_tokens": aligned}
+    return {
+        **derive(workload, schedule),
+        "ds_scale": ds_scale(workload),
+        "whole_tokens": aligned,
+    }
 
 
 def row_tiles_memory(workload: Workload, schedule: Schedule) -> int:

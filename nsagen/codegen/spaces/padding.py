@@ -67,6 +67,16 @@ def raw_peak(workload: Workload) -> bool:
     return workload.dtype == "float16" or int(workload.head_dim) > 128
 
 
+def ds_scale(workload: Workload) -> float:
+    """What float16 multiplies ds by before a product takes it: 2 / Dv, Dv padded to a power of two.
+
+    ds = p (do . v - do . o) is at most p (1 - p) times the largest do . (v - v'), so at most
+    Dv / 2 max|do| max|v|, which float16 cannot hold where the loss is scaled. Of 2 / Dv times that,
+    max|do| max|v| is left; a power of two rounds nothing. Other dtypes have the range: 1.
+    """
+    return 2 / padded_heads(workload)["block_dv"] if workload.dtype == "float16" else 1
+
+
 def group_tile(workload: Workload) -> tuple[int, int]:
     """(query heads of a group that one program takes, padded, and the programs of a group).
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nsagen.codegen.space import Knob, PowerOfTwo, Rule, ScheduleSpace
-from nsagen.codegen.spaces.padding import raw_peak
+from nsagen.codegen.spaces.padding import ds_scale, raw_peak
 from nsagen.codegen.spaces.warp_specialized import GLUON, TILE_ROWS, runs_on, supports
 from nsagen.core.target import Target
 from nsagen.core.workload import Param, Schedule, Workload
@@ -53,6 +53,7 @@ def derive(workload: Workload, schedule: Schedule) -> dict[str, Any]:
         "step_tokens": step // group,
         "least_chunk": max(1, LEAST_STEPS * step // group),
         "raw_peak": raw_peak(workload),
+        "ds_scale": ds_scale(workload),
     }
 
 

@@ -2,7 +2,7 @@
 # Regenerate: nsagen build tiny
 # Spec:       tiny
 # Template:   templates/compressed_attention/backward_two_passes.py.j2
-# Source:     fingerprint 3176bb9ba4f32a34
+# Source:     fingerprint e5cd51b2c52122f9
 # Workload:   compressed_attention backward
 #             dtype=float16, head_dim=32, v_head_dim=32, gqa_ratio=2, kernel_size=8, kernel_stride=4
 # Schedule:   two_passes(block_m=128, block_n=16, dkv_stages=3, dkv_warps=4, key_tile=64,
@@ -37,6 +37,7 @@ BLOCK_D = tl.constexpr(32)
 BLOCK_DV = tl.constexpr(32)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+DS_SCALE = tl.constexpr(0.0625)  # of ds in float16: at most max|do| max|v| is left of it
 
 
 @triton.jit
@@ -131,7 +132,7 @@ def add_dq(dq, s, do, lse, delta, k, v, scale):
     """
     dp = tl.dot(do, tl.trans(v))  # [M, N]
     p = tl.exp2(tl.minimum((s - lse[:, None]) * scale, 0.0))
-    ds = p * (dp - delta[:, None])
+    ds = p * (dp * DS_SCALE - delta[:, None] * DS_SCALE)
     return tl.dot(ds.to(k.dtype), k, dq)
 
 
@@ -146,7 +147,7 @@ def add_dk_dv(dk, dv, s, q, do, lse, delta, gate, v, scale):
     if gate is not None:
         p *= gate[None, :]
     dv = tl.dot(p.to(do.dtype), do, dv)
-    ds = p * (dp - delta[None, :])
+    ds = p * (dp * DS_SCALE - delta[None, :] * DS_SCALE)
     dk = tl.dot(ds.to(q.dtype), q, dk)
     return dk, dv
 
@@ -167,7 +168,7 @@ def chunk_size(length, chunks):
 
 
 @triton.jit
-def compressed_attention_backward__f16_d32_g2_l8_s4__782bbc97_dq(
+def compressed_attention_backward__f16_d32_g2_l8_s4__5bf6e566_dq(
     do,
     q,
     k,
@@ -247,7 +248,7 @@ def compressed_attention_backward__f16_d32_g2_l8_s4__782bbc97_dq(
         s = tl.dot(q_tile, tl.trans(k_tile))
         s = tl.where((start + step)[None, :] < visible[:, None], s, float("-inf"))
         acc = add_dq(acc, s, do_tile, lse_tile, delta_tile, k_tile, v_tile, scale)
-    acc *= softmax_scale
+    acc *= softmax_scale * (1 / DS_SCALE)
     if gate is not None:
         acc *= tl.load(gate + at)[:, None]
     if ADD:
@@ -256,7 +257,7 @@ def compressed_attention_backward__f16_d32_g2_l8_s4__782bbc97_dq(
 
 
 @triton.jit
-def compressed_attention_backward__f16_d32_g2_l8_s4__782bbc97_dk_dv(
+def compressed_attention_backward__f16_d32_g2_l8_s4__5bf6e566_dk_dv(
     do,
     q,
     k,
@@ -353,7 +354,9 @@ def compressed_attention_backward__f16_d32_g2_l8_s4__782bbc97_dk_dv(
 
     at = (chunk.to(tl.int64) * rows + k_begin + window) * kv_heads + kv_head
     inside = window < windows
-    store_tile(dk_parts, at * HEAD_DIM, dk * softmax_scale, inside, HEAD_DIM, BLOCK_D)
+    store_tile(
+        dk_parts, at * HEAD_DIM, dk * (softmax_scale * (1 / DS_SCALE)), inside, HEAD_DIM, BLOCK_D
+    )
     store_tile(dv_parts, at * V_HEAD_DIM, dv, inside, V_HEAD_DIM, BLOCK_DV)
 
 
@@ -370,7 +373,7 @@ def add_parts(parts, out, at, stride, first, end, DIM: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def compressed_attention_backward__f16_d32_g2_l8_s4__782bbc97_add(
+def compressed_attention_backward__f16_d32_g2_l8_s4__5bf6e566_add(
     dk_parts,
     dv_parts,
     cu_seqlens_q,
@@ -466,7 +469,7 @@ def launch(
         o = None
     # One tile more a sequence covers that its last one may be part empty.
     row_tiles = triton.cdiv(tokens * 2, 128) + batch
-    compressed_attention_backward__f16_d32_g2_l8_s4__782bbc97_dq[(row_tiles * kv_heads,)](
+    compressed_attention_backward__f16_d32_g2_l8_s4__5bf6e566_dq[(row_tiles * kv_heads,)](
         do,
         q,
         k,
@@ -494,7 +497,7 @@ def launch(
     dk_parts, dv_parts = (
         torch.empty((chunks, *x.shape), dtype=torch.float32, device=x.device) for x in (dk, dv)
     )
-    compressed_attention_backward__f16_d32_g2_l8_s4__782bbc97_dk_dv[(tiles * kv_heads * chunks,)](
+    compressed_attention_backward__f16_d32_g2_l8_s4__5bf6e566_dk_dv[(tiles * kv_heads * chunks,)](
         do,
         q,
         k,
@@ -517,7 +520,7 @@ def launch(
         num_warps=4,
         num_stages=3,
     )
-    compressed_attention_backward__f16_d32_g2_l8_s4__782bbc97_add[(rows, kv_heads)](
+    compressed_attention_backward__f16_d32_g2_l8_s4__5bf6e566_add[(rows, kv_heads)](
         dk_parts,
         dv_parts,
         cu_seqlens_q,
