@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from nsagen.cases.base import THRESHOLDS, Sizes, cases_of, relative_error
+from nsagen.cases.index_loss import make_inputs
 from nsagen.core.workload import Schedule, Workload
+from nsagen.ops.reference.index_loss import index_loss_forward
 from tests.support import check_case, kernel_device, kernel_dtypes, load_kernel
 
 PASSES = ("forward", "backward")
@@ -75,6 +77,34 @@ def test_float16_gradients_of_any_weight_of_the_loss(scale: float) -> None:
     )
     for name, x in found.items():
         assert relative_error(x.double() / scale, plain[name]) < THRESHOLDS[torch.float16]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e3, 6e4])
+@pytest.mark.parametrize("keys", ["k", "index_k"])
+def test_float32_scores_far_from_zero(keys: str, offset: float) -> None:
+    """A bias of keys moves all scores of a row: dx still sums to 0 as well as PyTorch's does."""
+    forward = workload_of("forward")
+    x = make_inputs(forward, Sizes((37,), 1), kernel_device(), seed=0)
+    getattr(x, keys)[..., 0] = -offset
+    getattr(x, keys.replace("k", "q"))[..., 0] = 4.0
+
+    def by_torch(dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x.index_q, x.index_k)]
+        loss, _, _ = index_loss_forward(
+            *(x.q.to(dtype), x.k.to(dtype), *leaves, x.topk_idx, x.cu_seqlens),
+            **{"block_size": 16, "softmax_scale": x.scales[0], "index_scale": x.scales[1]},
+        )
+        return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
+
+    loss, lse, lse_index = x.outputs()
+    load_kernel(forward, SCHEDULES["forward"]).launch(*x.tensors, loss, lse, lse_index, *x.scales)
+    found = [torch.empty_like(t) for t in (x.index_q, x.index_k)]
+    load_kernel(workload_of("backward"), SCHEDULES["backward"]).launch(
+        *x.tensors, torch.ones_like(loss), lse, lse_index, *found, *x.scales
+    )
+    exact, theirs = by_torch(torch.float64), by_torch(torch.float32)
+    for ours, y, wanted in zip((loss, *found), theirs, exact, strict=True):
+        assert relative_error(ours, wanted) < 1e-5 + 8 * relative_error(y, wanted)
 
 
 def test_the_same_input_gives_the_same_bits() -> None:
