@@ -13,7 +13,7 @@ from nsagen.cases.caches import Pages, RandomCaches, allow_steps
 from nsagen.cases.compress import compress_weight
 from nsagen.core.workload import Workload
 from nsagen.ops import CacheScales, SeparateKV, reference
-from nsagen.ops.reference.compress import Weight, tensors_of
+from nsagen.ops.reference.compress import Weight, layers_of
 
 _CACHES = ("k_cache", "v_cache", "ck_cache", "cv_cache", "k_raw")
 _SCALED = ("k_cache", "v_cache", "ck_cache", "cv_cache")
@@ -79,8 +79,7 @@ def make_case(workload: Workload, sizes: Sizes, device: torch.device | str, seed
                 allow_steps(after, caches, name, scale)
         return {"q_out": out, **after}
 
-    firsts = ((*tensors_of(w), None, None)[:2] for w in (w_k, w_v))
-    (w_k1, w_k2), (w_v1, w_v2) = firsts
+    (w_k1, w_k2), (w_v1, w_v2) = layers_of(w_k), layers_of(w_v)
     args = (*inputs, w_k1, w_v1, pe, positions, slots.to(device))
     args = (*args, *(caches[name] for name in _CACHES), q_out, table)
     own_tensors = (*(own or (None,) * 4), *(caches.get(n) for n in _OWN_CACHES))

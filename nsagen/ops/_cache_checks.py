@@ -27,8 +27,7 @@ from nsagen.ops.rope import check_tables
 from nsagen.ops.separate import SeparateKV
 
 _OP = "cache_append"
-CACHES = ("k_cache", "v_cache", "ck_cache", "cv_cache", "k_raw")
-SCALES = ("k_scale", "v_scale", "ck_scale", "cv_scale")
+CACHES = ("k_cache", "v_cache", "ck_cache", "cv_cache")
 
 
 def check_scales(op: str, x: Tensor | None, **caches: tuple[Tensor, Tensor | None]) -> None:
@@ -230,14 +229,14 @@ def check_append(call: Any) -> None:
     hidden_size(w_k, w_v)
     check_rows_of_slots(_OP, q, call.positions, call.slots, table)
     caches = {name: getattr(call, name) for name in CACHES}
-    scales = [getattr(call, name) for name in SCALES]
-    pairs = zip([caches[name] for name in CACHES[:4]], scales, strict=True)
-    check_scales(_OP, k, **dict(zip(CACHES[:4], pairs, strict=True)))
-    _check_caches(k, v, caches, size, stride, table, scales[0] is not None)
+    scales = {name: getattr(call, name.replace("cache", "scale")) for name in CACHES}
+    check_scales(_OP, k, **{name: (caches[name], scales[name]) for name in CACHES})
+    quantized = call.k_scale is not None
+    _check_caches(k, v, caches | {"k_raw": call.k_raw}, size, stride, table, quantized)
     tokens = min(capacity_of(call.k_cache, table), call.cos.shape[0])
     _check_places(_OP, call.positions, call.slots, tokens, call.k_cache, table)
     needed = (call.k_raw.shape[0], size, *v.shape[1:])
-    if scales[0] is not None:
+    if quantized:
         _check_values_ring(call.v_raw, v, needed)
         return
     names = SeparateKV.__annotations__

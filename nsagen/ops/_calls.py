@@ -1,7 +1,7 @@
 """Remembers calls by what they look like.
 
-Checks and kernel look-up only see a tensor's shape, strides, dtype and device. A call that agrees
-with an earlier one in these and in its other arguments needs neither again.
+Checks and kernel look-up only see a tensor's shape, strides, dtype and device. A call that has the
+same of these and the same other arguments as an earlier one skips both.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def forget() -> None:
 
 
 class _Look(Generic[Known]):
-    """One call's look and what is known of it."""
+    """What one call looks like, and what was learned from it."""
 
     __slots__ = ("absent", "check", "known", "tensors")
 

@@ -86,10 +86,11 @@ def op_like(
     return define_op(**how)(_declared(name, run, types, _tensors(how["returns"]), defaults))
 
 
-def called(function: Callable[..., Any], call: Any) -> Any:
-    """The function on attributes of a call that have its parameters' names."""
-    names = [name for name in inspect.signature(function).parameters if hasattr(call, name)]
-    return function(**{name: getattr(call, name) for name in names})
+def called(function: Callable[..., Any], call: Any, **others: Any) -> Any:
+    """The function on attributes of a call that have its parameters' names, or on others."""
+    values = vars(call) | others
+    names = inspect.signature(function).parameters
+    return function(**{name: values[name] for name in names if name in values})
 
 
 def dense(names: str) -> dict[str, Callable[..., Tensor]]:

@@ -295,7 +295,7 @@ def _is_direct(tensors: list[Tensor]) -> bool:
 
 def _refuse(op: str, ctx: Any, *grads: Tensor) -> Any:
     raise RuntimeError(
-        f"{op} has no autograd formula, nor have gradients of gradients; call it under "
+        f"{op} has no autograd formula, or no second derivative; call it under "
         "torch.no_grad(), or use nsagen.ops.reference, which is plain PyTorch"
     )
 
@@ -391,11 +391,11 @@ class Op:
 
 
 MOST = 1 << 30
-"""Of a size: a token's place and a size together fit 32 bits in kernels."""
+"""The largest size. Kernels add sizes to a token's position in 32 bits."""
 
 MOST_OF = {"block_size": 4096, "kernel_size": 16384, "kernel_stride": 16384}
-"""Of what kernels walk through whole, however short a sequence is: a spec's limits, of which
-`lse_windows` takes four times the window."""
+"""The largest of sizes that kernels loop over, however short a sequence is: the limits of a spec,
+where `lse_windows` multiplies the window by up to four."""
 
 
 def _whole_number(op: str, name: str, value: Any) -> int:

@@ -9,11 +9,12 @@ from torch import Tensor
 from nsagen.core.workload import BRANCH_KV
 from nsagen.ops import reference
 from nsagen.ops._cache_checks import check_append, hidden_size
+from nsagen.ops._calls import all_none
 from nsagen.ops._checks import fail
 from nsagen.ops._derive import called, op_like
 from nsagen.ops._launch import key_of
 from nsagen.ops.compress import compress_forward
-from nsagen.ops.reference.compress import Weight, tensors_of, weight_of
+from nsagen.ops.reference.compress import Weight, layers_of, weight_of
 from nsagen.ops.rope import rope_forward
 from nsagen.ops.scales import CacheScales
 from nsagen.ops.separate import SeparateKV
@@ -82,23 +83,22 @@ def cache_append(
     Raises:
         InvalidInputError: a tensor or parameter breaks the contract above.
     """
-    w_k, *w_k2 = tensors_of(w_k) or (None,)
-    w_v, *w_v2 = tensors_of(w_v) or (None,)
+    (first_k, w_k2), (first_v, w_v2) = layers_of(w_k), layers_of(w_v)
     key = key_of(dispatcher)
     usual = (
-        *(q, k, v, cos, sin, w_k, w_v, pe, positions, slots),
+        *(q, k, v, cos, sin, first_k, first_v, pe, positions, slots),
         *(k_cache, v_cache, ck_cache, cv_cache, k_raw),
         *(compress_type, kernel_size, kernel_stride, key, block_table),
     )
     own_type = v_compress_type if v_compress_type not in (None, compress_type) else ""
-    if separate is None and scales is None and pe_v is None and not (own_type or w_k2 or w_v2):
+    more = (separate, scales, pe_v, w_k2, w_v2)
+    if not own_type and all_none(more):
         return _cache_append_decode(*usual)
     if separate is not None and scales is not None:
         rule = "quantized caches are for branches that share keys and values"
         fail(_OP, rule, "separate and scales", "leave one out")
     own = {**({} if separate is None else vars(separate)), **(vars(scales) if scales else {})}
-    second = {"w_k2": (*w_k2, None)[0], "w_v2": (*w_v2, None)[0]}
-    return _cache_append_decode(*usual, own_type, **second, pe_v=pe_v, **own)
+    return _cache_append_decode(*usual, own_type, w_k2=w_k2, w_v2=w_v2, pe_v=pe_v, **own)
 
 
 def _sizes(call: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nsagen.core.branches import BRANCHES
-from nsagen.ops._derive import Gradients, backward_of, op_like
+from nsagen.ops._derive import Gradients, backward_of, called, op_like
 from nsagen.ops._launch import attention_outputs, fixed_kernel, with_contiguous_rows
 from nsagen.ops._op import define_op
 from nsagen.ops.block_selection import block_selection_forward
@@ -179,31 +179,21 @@ def add_windows_gradient(
 def _gradients(call: Any) -> tuple[Tensor, ...]:
     """(dq, dk, dv, dck, dcv, dgate) from the gradient of the gated sum and delta of each branch."""
     columns, dgate = branch_columns(call.gate, call.deltas)
-    do, q, ends, last = call.do, call.q, call.cu_seqlens, (call.softmax_scale, call.dispatcher)
-    dq, dk, dv = tokens_backward(
-        *(do, q, call.k, call.v, call.topk_idx, ends, call.lse_selected, call.lse_sliding),
-        *(columns, call.block_size, call.window_size, *last, call.cu_seqlens_k, call.q_start),
-    )
+    dq, dk, dv = called(tokens_backward, call, columns=columns)
+    windows = (call.cu_seqlens, call.window_cu_seqlens, call.lse_compressed, dq, columns)
+    sizes = (call.kernel_size, call.kernel_stride, call.softmax_scale, call.dispatcher)
     dck, dcv = add_windows_gradient(
-        *(do, q, call.ck, call.cv, ends, call.window_cu_seqlens, call.lse_compressed, dq),
-        *(columns, call.kernel_size, call.kernel_stride, *last, call.q_start),
+        call.do, call.q, call.ck, call.cv, *windows, *sizes, call.q_start
     )
     return dq, dk, dv, dck, dcv, dgate
 
 
 def _branches_forward(call: Any) -> tuple[Tensor, ...]:
-    q, ends, last = call.q, call.cu_seqlens, (call.softmax_scale, call.dispatcher)
-    o_compressed, lse_compressed, topk_idx = windows_forward(
-        *(q, call.ck, call.cv, ends, call.window_cu_seqlens, call.kernel_size, call.kernel_stride),
-        *(call.block_size, call.topk, call.init_blocks, call.local_blocks, *last, call.q_start),
-    )
-    o_selected, lse_selected, o_sliding, lse_sliding = selected_and_window(
-        *(q, call.k, call.v, topk_idx, ends, call.window_size, call.block_size),
-        *(call.init_blocks, call.local_blocks, *last, call.cu_seqlens_k, call.q_start),
-    )
+    o_compressed, lse_compressed, topk_idx = called(windows_forward, call)
+    selected = called(selected_and_window, call, topk_idx=topk_idx)
+    o_selected, _, o_sliding, _ = selected
     o = gated_sum_forward(o_compressed, o_selected, o_sliding, call.gate, call.dispatcher)
-    selected, sliding = (o_selected, lse_selected), (o_sliding, lse_sliding)
-    return o, o_compressed, lse_compressed, *selected, *sliding, topk_idx
+    return o, o_compressed, lse_compressed, *selected, topk_idx
 
 
 branches_forward = op_like(

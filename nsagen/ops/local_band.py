@@ -18,7 +18,7 @@ from torch import Tensor
 from nsagen.core.workload import wide_band
 from nsagen.ops import reference
 from nsagen.ops._checks import check_attention, check_packed, check_topk_idx, fail
-from nsagen.ops._derive import Gradients, backward_of, op_of
+from nsagen.ops._derive import Gradients, backward_of, called, op_of
 from nsagen.ops._launch import (
     attention_outputs,
     attention_sizes,
@@ -150,18 +150,11 @@ def free_entries(topk_idx: Tensor, local_blocks: int) -> Tensor:
 
 def _gradients(call: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv): of the free blocks, to which the band's are added. Both need the whole lse."""
-    tensors, local = (call.do, call.q, call.k, call.v), call.window_size // call.block_size
-    sizes, last = (call.window_size, call.block_size), (call.softmax_scale, call.dispatcher)
-    rows = in_rows("backward", *tensors[1:], *sizes, call.dispatcher)
-    blocks = apply(free_entries, call.topk_idx, local) if rows else call.topk_idx
-    dq, dk, dv = selected_attention_backward(
-        *tensors, blocks, call.cu_seqlens, call.o, call.lse, call.block_size, *last
-    )
-    if not rows:
-        return dq, dk, dv
-    add_band_gradients(
-        *tensors, call.cu_seqlens, call.o, call.lse, dq, dk, dv, *sizes, *last, None, None
-    )
+    if not called(in_rows, call, pass_="backward"):
+        return called(selected_attention_backward, call)
+    blocks = apply(free_entries, call.topk_idx, call.window_size // call.block_size)
+    dq, dk, dv = called(selected_attention_backward, call, topk_idx=blocks)
+    called(add_band_gradients, call, dq=dq, dk=dk, dv=dv)
     return dq, dk, dv
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from nsagen.core.branches import BRANCHES, branches_on
 from nsagen.ops import reference
 from nsagen.ops._checks import check_attention, fail
-from nsagen.ops._derive import Gradients, op_like
+from nsagen.ops._derive import Gradients, called, op_like
 from nsagen.ops._launch import fixed_kernel, key_of, on_kernels, scale_of
 from nsagen.ops._op import apply, define_op
 from nsagen.ops.branch_attention import attend
@@ -26,7 +26,7 @@ from nsagen.ops.gated_attention import (
 )
 from nsagen.ops.gated_sum import gate_of
 from nsagen.ops.lengths import Lengths, lengths_forward, lengths_of
-from nsagen.ops.reference.compress import Weight, tensors_of, weight_of
+from nsagen.ops.reference.compress import Weight, layers_of, weight_of
 from nsagen.ops.rope import check_rope, rope_forward
 from nsagen.runtime import Dispatcher
 
@@ -98,8 +98,7 @@ def native_sparse_attention(
         fail(_OP, "cos and sin must come together", came, "pass both")
     if lengths is not None:
         lengths_of(_OP, cu_seqlens, (kernel_size, kernel_stride), lengths, q=q)
-    first_k, second_k, *_ = (*tensors_of(w_k), None, None)
-    first_v, second_v, *_ = (*tensors_of(w_v), None, None)
+    (first_k, second_k), (first_v, second_v) = layers_of(w_k), layers_of(w_v)
     weights = (first_k, first_v, pe, pe_v)
     scale, key = scale_of(softmax_scale, q), key_of(dispatcher)
     statics = (
@@ -251,29 +250,25 @@ def finish_gradients(
     dv += of_v
 
 
-def _selection(call: Any) -> tuple[Any, ...]:
-    blocks = (call.block_size, call.topk, call.init_blocks, call.local_blocks)
-    return *blocks, call.window_size, call.softmax_scale
+def _of_keys(call: Any) -> dict[str, Any]:
+    """What compression takes of keys under other names than the call's."""
+    return {"x": call.k, "w": call.w_k, "y_cu_seqlens": call.window_cu_seqlens}
+
+
+def _of_values(call: Any) -> dict[str, Any]:
+    """The same of values."""
+    how = {"pe": call.pe_v, "compress_type": call.v_compress_type}
+    return {"x": call.v, "w": call.w_v, "y_cu_seqlens": call.window_cu_seqlens, **how}
 
 
 def _gradients(call: Any) -> tuple[Tensor, ...]:
     """Gradients from that of the gated sum; only by kernels."""
-    k, v, cu_seqlens, ends = call.k, call.v, call.cu_seqlens, call.window_cu_seqlens
-    sizes, tables = (call.kernel_size, call.kernel_stride), (call.cos, call.sin)
-    dq, dk, dv, dck, dcv, dgate = branches_backward(
-        *(call.do, call.deltas, call.q_turned, call.k_turned, v, call.ck, call.cv, call.gate),
-        *(cu_seqlens, ends, call.lse_compressed, call.lse_selected, call.lse_sliding),
-        *(call.topk_idx, *sizes, *_selection(call), call.dispatcher),
-    )
-    turn_back(dck, *tables, call.window_positions)
-    last = (*sizes, call.dispatcher)
-    of_k, dw_k, dpe = compress_backward(
-        dck, k, call.w_k, call.pe, cu_seqlens, ends, call.compress_type, *last
-    )
-    of_v, dw_v, dpe_v = compress_backward(
-        dcv, v, call.w_v, call.pe_v, cu_seqlens, ends, call.v_compress_type, *last
-    )
-    finish_gradients(dq, dk, of_k, dv, of_v, *tables, call.positions)
+    turned = {"q": call.q_turned, "k": call.k_turned}
+    dq, dk, dv, dck, dcv, dgate = called(branches_backward, call, **turned)
+    turn_back(dck, call.cos, call.sin, call.window_positions)
+    of_k, dw_k, dpe = called(compress_backward, call, dy=dck, **_of_keys(call))
+    of_v, dw_v, dpe_v = called(compress_backward, call, dy=dcv, **_of_values(call))
+    called(finish_gradients, call, dq=dq, dk=dk, of_k=of_k, dv=dv, of_v=of_v)
     return dq, dk, dv, dgate, dw_k, dw_v, dpe, dpe_v
 
 
@@ -285,15 +280,11 @@ def _allocate(q: Tensor, k: Tensor, v: Tensor, topk: int, kernel_stride: int) ->
 
 def _attend(call: Any) -> tuple[Tensor, ...]:
     """The outputs of `branches_forward`, and what its gradients need in addition."""
-    q, k, v, cos, sin = call.q, call.k, call.v, call.cos, call.sin
-    check_attention(_OP, q, k, v)
-    sizes = (call.kernel_size, call.kernel_stride)
-    offsets, last = (call.cu_seqlens, call.window_cu_seqlens), (*sizes, call.dispatcher)
-    ck = compress_windows(k, call.w_k, call.pe, *offsets, call.compress_type, *last)
-    cv = compress_windows(v, call.w_v, call.pe_v, *offsets, call.v_compress_type, *last)
-    q, k, ck = turn(q, k, ck, cos, sin, call.positions, call.window_positions)
-    args: Any = (call.gate, *offsets, *sizes, *_selection(call), call.dispatcher)
-    return *branches_forward(q, k, v, ck, cv, *args), q, k, ck, cv
+    check_attention(_OP, call.q, call.k, call.v)
+    ck = called(compress_windows, call, **_of_keys(call))
+    cv = called(compress_windows, call, **_of_values(call))
+    q, k, ck = called(turn, call, ck=ck)
+    return *called(branches_forward, call, q=q, k=k, ck=ck, cv=cv), q, k, ck, cv
 
 
 attention_with_gradients = op_like(

@@ -66,8 +66,14 @@ def flat_product(windows: Tensor, w: Tensor) -> Tensor:
 
 
 def weight_of(first: Tensor | None, second: Tensor | None) -> Weight:
-    """A weight of its tensors, of which an mlp has two."""
+    """A weight from its tensors; an mlp has two."""
     return first if first is None or second is None else (first, second)
+
+
+def layers_of(w: Weight) -> tuple[Tensor | None, Tensor | None]:
+    """A weight's two tensors, each of which may be None: the inverse of `weight_of`."""
+    first, second, *_ = (*tensors_of(w), None, None)
+    return first, second
 
 
 def tensors_of(w: Weight) -> tuple[Tensor, ...]:
