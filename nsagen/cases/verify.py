@@ -46,7 +46,7 @@ FEW_BLOCKS, MOST_KEYS = 4, 8192
 two key/value heads read one."""
 
 MOST_PROGRAMS = 32
-"""In the interpreter: of a kernel that has as many programs as fill a GPU."""
+"""In the interpreter: of kernels that launch enough programs to fill a GPU."""
 
 Calls = tuple[tuple[bool, Sizes], ...]
 """Whether the rows of inputs lie apart, and a call's sizes."""

@@ -97,7 +97,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def kind_of(tensor: Tensor) -> str:
-    """A tensor's dtype and shape, or what it is instead of a dense one."""
+    """A tensor's dtype and shape; its kind if it isn't dense."""
     if tensor.is_nested:
         return f"a nested tensor of {tensor.dtype}"
     if tensor.layout is not torch.strided:

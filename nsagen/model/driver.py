@@ -30,7 +30,7 @@ class Driver:
         self.retries, self.drafted, self.accepted = True, 0, 0
 
     def advance(self, *, cuda_graph: bool) -> None:
-        """A pass over waiting prompts, a step of running sequences, and what came of them.
+        """A pass over waiting prompts, a step of running sequences, and their results.
 
         In each, `Roster` says what runs, `BatchRunner` runs it, and `Results` counts its tokens.
         """

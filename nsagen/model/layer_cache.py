@@ -159,7 +159,7 @@ class NSALayerCache:
         return selected, sliding, windows
 
     def _quantize(self, names: tuple[str, str], index: Index, pair: Pair) -> Pair:
-        """Write keys and values in the cache's dtype; returns what it gives back of them."""
+        """Write keys and values in the cache's dtype; returns them as they are read back."""
         given: list[Tensor] = []
         for name, x in zip(names, pair, strict=True):
             cache = getattr(self, name)

@@ -148,7 +148,7 @@ def _check_wrapping(where: str, model: Any) -> None:
             f"{where}: {part}",
             "generation passes a cache as the last argument of forward",
             f"a {type(module).__name__}, which takes none",
-            "wrap the module so that all its arguments go on",
+            "wrap the module so that it passes all arguments on",
         )
 
 
@@ -369,7 +369,7 @@ def check_keep(where: str, keep: Any) -> None:
     Raises:
         InvalidInputError: not a bool.
     """
-    advice = "pass True to go on with the sequence later"
+    advice = "pass True to continue the sequence later"
     require(isinstance(keep, bool), where, "keep must be True or False", repr(keep), advice)
 
 

@@ -1,4 +1,4 @@
-"""Which sequences are in a batch, in which slots, and what of their prompts is computed next."""
+"""The sequences of a batch, their slots, and which of their prompt tokens are computed next."""
 
 from __future__ import annotations
 

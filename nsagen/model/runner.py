@@ -18,7 +18,7 @@ from nsagen.model.step import DecodeStep, Row
 
 
 class BatchRunner:
-    """Runs what it is told, and changes no sequence: what came of it is in the readout.
+    """Runs given work without changing any sequence; results go to the readout.
 
     Args:
         model: a `ToyNSALlama` or `ToyLlama` with an InferenceConfig.

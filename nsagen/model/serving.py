@@ -339,7 +339,7 @@ class ContinuousBatch:
             self._roster.drop(sequence)
 
     def forget_prefixes(self) -> None:
-        """Forget which tokens earlier sequences left in pages; those in the batch go on.
+        """Forget which tokens earlier sequences left in pages; running sequences continue.
 
         The batch does so by itself after a change of weights, modules or hooks that PyTorch can
         report. A write through `.data` and a switch in a module's own Python are no such changes.
@@ -378,7 +378,7 @@ class ContinuousBatch:
             raise
 
     def run(self, prompts_first: bool = False) -> Iterator[NewToken]:
-        """Step until nothing is left to do; sequences may be added meanwhile.
+        """Step until no work is left; sequences may be added in the meantime.
 
         Args:
             prompts_first: compute all waiting prompts before the next step.

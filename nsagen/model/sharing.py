@@ -1,4 +1,4 @@
-"""Where a batch's sequences lie in a cache, and what they share of it."""
+"""Where a batch's sequences lie in a cache, and which pages they share."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ class Tuner:
         """Give the device something to do, if anything is ready.
 
         Args:
-            busy: the search whose job is still running; it cannot be decided meanwhile.
+            busy: the search whose job is still running; it cannot be decided until then.
         """
         # Decisions first: they are short, and each makes room.
         for open_search in sorted(self._open, key=lambda c: (c.final is None, c.spent)):

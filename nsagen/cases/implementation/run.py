@@ -18,8 +18,8 @@ Row = dict[str, Any]
 OUTPUTS = ("o", "dq", "dk", "dv")
 
 ROW_FACTOR = 8
-"""A row may have this many times the relative error that an output may have as a whole, in which a
-few wrong rows among many would not show."""
+"""A single row may have this many times the relative error allowed for a whole output. The whole
+alone would hide a few wrong rows among many."""
 
 
 class Run:
