@@ -90,7 +90,7 @@ def _check_lse(op: str, q: Tensor, lse: Tensor | None, score_norm: str) -> None:
         fail(op, "lse must be on q's device", f"{lse.device} and {q.device}", "move lse")
 
 
-def allocate_blocks(q: Tensor, k: Tensor, topk: int, score_heads: str) -> Tensor:
+def allocate_blocks(q: Tensor, k: Tensor, topk: int, score_heads: str = "sum") -> Tensor:
     """topk_idx of q [N, HQ, D] and k [..., HK, D], to be written."""
     heads = q.shape[1] if score_heads == "each" else k.shape[-2]
     return q.new_empty((heads, q.shape[0], topk), dtype=torch.int32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nsagen.ops import reference
@@ -10,6 +9,7 @@ from nsagen.ops._cache_checks import check_cached, check_places_of_windows
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of, scale_of
 from nsagen.ops._sizes import tokens_of_windows
+from nsagen.ops.block_selection import allocate_blocks
 from nsagen.ops.reference.block_selection import BlockRule
 from nsagen.runtime import Dispatcher
 
@@ -65,8 +65,7 @@ def compressed_attention_decode(
 
 
 def _allocate(q: Tensor, cv_cache: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    o = q.new_empty((q.shape[0], q.shape[1], cv_cache.shape[3]))
-    return o, q.new_empty((cv_cache.shape[2], q.shape[0], topk), dtype=torch.int32)
+    return q.new_empty((*q.shape[:2], cv_cache.shape[-1])), allocate_blocks(q, cv_cache, topk)
 
 
 _compressed_attention_decode = op_of(

@@ -21,7 +21,7 @@ from nsagen.core.branches import BRANCHES
 from nsagen.ops._derive import Gradients, backward_of, called, op_like
 from nsagen.ops._launch import attention_outputs, fixed_kernel, with_contiguous_rows
 from nsagen.ops._op import define_op
-from nsagen.ops.block_selection import block_selection_forward
+from nsagen.ops.block_selection import allocate_blocks, block_selection_forward
 from nsagen.ops.compressed_attention import add_compressed_gradient, compressed_attention_forward
 from nsagen.ops.forced_blocks import selected_and_window
 from nsagen.ops.gated_sum import gated_sum_forward
@@ -39,12 +39,8 @@ TAKEN = "do deltas lse_compressed lse_selected lse_sliding topk_idx"
 
 def allocate_branches(q: Tensor, k: Tensor, v: Tensor, topk: int) -> tuple[Tensor, ...]:
     branches = (attention_outputs(q, v) for _ in BRANCHES)
-    blocks = _allocate_blocks(q, k, topk)
+    blocks = allocate_blocks(q, k, topk)
     return attention_outputs(q, v)[0], *itertools.chain(*branches), blocks
-
-
-def _allocate_blocks(q: Tensor, k: Tensor, topk: int) -> Tensor:
-    return q.new_empty((k.shape[1], q.shape[0], topk), dtype=torch.int32)
 
 
 def _allocate_columns(gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +84,7 @@ def branch_columns(gate: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
 
 @define_op(
     returns="o_compressed lse_compressed topk_idx",
-    allocate=lambda q, ck, cv, topk: (*attention_outputs(q, cv), _allocate_blocks(q, ck, topk)),
+    allocate=lambda q, ck, cv, topk: (*attention_outputs(q, cv), allocate_blocks(q, ck, topk)),
 )
 def windows_forward(
     q: Tensor,
