@@ -150,6 +150,15 @@ def _function(program: Program) -> Callable[..., list[Tensor] | None]:
     def pointer(place: Place) -> str:
         return f"p{place.slot}" + (f" + {name(place.offset)}" if place.offset else "")
 
+    described: dict[tuple[Place, str], str] = {}
+
+    def describe(base: Place, make: Callable[[int], Any], what: str) -> str:
+        """A descriptor's name; launches share those of the same tensor that are the same."""
+        if (base, what) not in described:
+            described[base, what] = f"d{len(described)}"
+            lines.append(f"{described[base, what]} = {name(make)}({pointer(base)})")
+        return described[base, what]
+
     used = [place_of(arg) for s in program.steps if isinstance(s, Run) for arg in s.args]
     pointed = {place.slot for place in used if place is not None}
 
@@ -174,7 +183,7 @@ def _function(program: Program) -> Callable[..., list[Tensor] | None]:
             args += [f"{key}={name(value)}" for key, value in step.named.items()]
             call = f"{name(step.function)}({', '.join(args)})"
         else:
-            call = _launch_of(step, name, pointer)
+            call = _launch_of(step, name, pointer, describe)
         if makes_slot(step):
             lines += [f"t{slot} = {call}", *take_address(slot)]
             slot += 1
@@ -189,7 +198,12 @@ def _function(program: Program) -> Callable[..., list[Tensor] | None]:
     return _made(text)(*constants)
 
 
-def _launch_of(step: Run, name: Callable[[Any], str], pointer: Callable[[Place], str]) -> str:
+def _launch_of(
+    step: Run,
+    name: Callable[[Any], str],
+    pointer: Callable[[Place], str],
+    describe: Callable[[Place, Callable[[int], Any], str], str],
+) -> str:
     """The call that launches a step's kernel."""
     launch, fixed, metas = _direct_launcher(step.compiled) or _launcher(step.compiled)
     args = [*map(name, step.grid), "stream", *map(name, fixed)]
@@ -201,10 +215,11 @@ def _launch_of(step: Run, name: Callable[[Any], str], pointer: Callable[[Place],
             args.append(name(arg))
         elif metas is None:
             make = functools.partial(_descriptor, arg.kind, dict(arg.fields))
-            args.append(f"{name(make)}({pointer(arg.base)})")
+            args.append(describe(arg.base, make, f"{arg.kind} {arg.fields}"))
         else:
-            make = _map_maker(arg.fields, next(of_maps))
-            args.append(f"{name(make)}({pointer(arg.base)})")
+            meta = next(of_maps)
+            make = _map_maker(arg.fields, meta)
+            args.append(describe(arg.base, make, f"{meta} {arg.fields}"))
             args += map(name, (*arg.fields["shape"], *arg.fields["strides"]))
     return f"{name(launch)}({', '.join(args)})"
 
