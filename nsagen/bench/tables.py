@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ Rows = Sequence[Mapping[str, Any]]
 
 FLASH_4 = "FlashAttention-4"
 """How rows call dense attention of the package flash-attn-4."""
+
+MISSING = "not measured"
+"""Where others of its column were measured; a column without any number is left out."""
 
 HEADS = {
     "prefill": ("N", "dense: cuDNN", "FlashAttention-4", "NSA", "speedup"),
@@ -50,9 +54,12 @@ def markdown(path: Path) -> str:
         **{"prefill": _prefill, "train": _train, "side_by_side": _side_by_side},
         **{"decode": _decode, "serve": _serve, "training_table": _training},
     }[path.stem]
-    lines = [_line(head), _line(["---:"] * len(head)), *map(_line, make(rows))]
+    cells = [head, ["---:"] * len(head), *make(rows)]
+    there = [{*column[2:]} != {MISSING} for column in zip(*cells, strict=True)]
+    lines = [_line(list(compress(row, there))) for row in cells]
     versions = f"torch {about['torch']}, triton {about['triton']}, driver {about['driver']}"
-    return "\n".join([*lines, "", f"{about['device']}, {versions}: `{about['command']}`"])
+    note = f"; {about['note']}" if "note" in about else ""
+    return "\n".join([*lines, "", f"{about['device']}, {versions}: `{about['command']}`{note}"])
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -142,7 +149,7 @@ def _compared_with(
 ) -> list[str]:
     """The times, and the speedup over the fastest dense attention."""
     found = [dense.get(f"dense attention ({name})") for name in ("cuDNN", FLASH_4)]
-    cells = [f"{row[key]:.1f} ms" if row else "not measured" for row in found]
+    cells = [f"{row[key]:.1f} ms" if row else MISSING for row in found]
     fastest = min(row[key] for row in dense.values())
     return [*cells, *_compared(fastest, ours[key])[1:]]
 

@@ -67,7 +67,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 }
 
 EXPECTED = {
-    "prefill": ["| 8 | 4.0 ms | not measured | 2.0 ms | 2.0 x |"],
+    "prefill": ["| 8 | 4.0 ms | 2.0 ms | 2.0 x |"],
     "train": ["| 8 | 12.0 ms | 9.0 ms | 3.0 ms | 3.0 x | 1.2 GiB |"],
     "side_by_side": ["| 8 | 1.75 ms |  | 2.00 ms | 1.50 ms | 4.12 ms |"],
     "training_table": [
@@ -88,3 +88,16 @@ def test_a_row_a_measurement_of_the_whole(name: str, tmp_path: Path) -> None:
     assert head.count("|") == rule.count("|")
     assert rows == EXPECTED[name]
     assert (blank, note) == ("", "a GPU, torch 2, triton 3, driver 1: `nsagen bench`")
+
+
+def test_a_column_is_there_where_any_row_has_a_number(tmp_path: Path) -> None:
+    other = [{**row, "tokens": 16} for row in ROWS["prefill"]]
+    flash = {**ROWS["prefill"][0], "what": "dense attention (FlashAttention-4)", "tokens": 16}
+    path = tmp_path / "prefill.json"
+    about = ABOUT | {"note": "16 tokens: of a later commit"}
+    path.write_text(json.dumps({"provenance": about, "rows": [*ROWS["prefill"], *other, flash]}))
+    head, _, first, second, _, note = markdown(path).splitlines()
+    assert "| FlashAttention-4 |" in head
+    assert first == "| 8 | 4.0 ms | not measured | 2.0 ms | 2.0 x |"
+    assert second == "| 16 | 4.0 ms | 4.0 ms | 2.0 ms | 2.0 x |"
+    assert note.endswith("`nsagen bench`; 16 tokens: of a later commit")
