@@ -13,44 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from triton.compiler.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
-from nsagen.aot.compile import (
-    RecordedLaunch,
-    compile_launch,
-    first_calls,
-    recorded_launches,
-    recording,
-)
+from nsagen.aot.compile import RecordedLaunch, first_calls, recorded_launches, recording
 from nsagen.cases.base import Sizes, cases_of
 from nsagen.codegen.template import kernel_name, render, spaces_for
-from nsagen.core.errors import BuildError
 from nsagen.core.importing import import_file
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import BRANCH_KV, COMPRESS_TYPES, Workload
+from tests.aot.conftest import check_accepted
 from tests.kernels.test_named_shapes import CASES
 
 TARGET = KNOWN_TARGETS["cuda:90"]
 PAGED = Sizes((4095, 1000), kv_heads=4, capacity=8192, page_size=1024)
 
-
-class _Accepted(Exception):
-    """Raised in place of all steps after the front end."""
-
-
-@pytest.fixture(autouse=True)
-def _front_end_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def accepting(make_ir: Any) -> Any:
-        def accept(*args: Any) -> None:
-            make_ir(*args)
-            raise _Accepted
-
-        return accept
-
-    for source in (ASTSource, GluonASTSource):
-        monkeypatch.setattr(source, "make_ir", accepting(source.make_ir))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+pytestmark = pytest.mark.usefixtures("front_end_alone")
 
 
 def files_of(work: Workload, folder: Path) -> Iterator[Path]:
@@ -70,9 +46,7 @@ def accepts(work: Workload, folder: Path, sizes: Sizes | None = None) -> None:
 
 def check(calls: Iterable[RecordedLaunch], path: Path) -> None:
     for call in calls:
-        with pytest.raises(BuildError) as stopped:
-            compile_launch(call, TARGET, path.stem)
-        assert isinstance(stopped.value.__cause__, _Accepted), stopped.value
+        check_accepted(call, TARGET, path.stem)
 
 
 def every_pair() -> Iterator[Any]:

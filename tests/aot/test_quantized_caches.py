@@ -64,8 +64,11 @@ def kernels_of(name: str, target: Target, folder: Path, cache_dtype: str) -> tup
 
 TARGETS = {"cuda:90": ("float8_e4m3fn", "int8"), "cuda:80": ("int8",)}
 FIRST = ("cache_append", "compressed_attention", "native_sparse_attention")
+PAIRS = [(target, narrow) for target, several in TARGETS.items() for narrow in several]
 EVERY = [
-    (name, t, narrow) for name in FIRST for t, several in TARGETS.items() for narrow in several
+    pytest.param(name, *pair, marks=[] if i == j else pytest.mark.slow)
+    for i, name in enumerate(FIRST)
+    for j, pair in enumerate(PAIRS)
 ]
 """The others only in float8 for Hopper: compiling takes a second each."""
 
