@@ -7,7 +7,8 @@
 #   make static     lint, formatting, types, and that generated/ is up to date
 #   make test-lowest  fast tests on the lowest releases that pyproject.toml allows, in .venv-lowest
 #   make soak       long runs of random requests, forks and ends, and of mixed calls: 20 minutes
-#   make test-shapes  kernels of shapes drawn anew, in BUDGET=600 seconds of computing
+#   make test-shapes  kernels of shapes drawn anew, in BUDGET=600 seconds of computing; and what
+#                   make test leaves uncompiled
 #   make gpu-test   the tests for a GPU; PY=python3 uses an environment of yours
 #   make sanitize   some of them under compute-sanitizer: stray accesses and races; SANITIZE_JOBS=8;
 #                   SANITIZE=sanitize_short has each algorithm once, sooner done with the kernels

@@ -29,6 +29,7 @@ def quicken(patch: pytest.MonkeyPatch) -> None:
     _replace_language_once_a_launch(patch)
     _call_functions_of_the_language_directly(patch)
     _remember_types(patch)
+    _check_sizes_of_elements_once_a_type(patch)
     _skip_conversions_to_what_is_there(patch)
     _rewrite_equal_functions_once(patch)
     _skip_unreported_overflow_checks(patch)
@@ -98,11 +99,13 @@ def _remember_types(patch: pytest.MonkeyPatch) -> None:
     """Types are values: those of one shape and one type of elements are all alike."""
     make_block_type, dtype_in_numpy = tl.block_type.__init__, interpreter._get_np_dtype
     computation_type = TritonSemantic.computation_type_impl
+    make_of_elements = tl.block_type.with_element_ty
     shapes: dict[tuple[int, ...], Any] = {}
     block_types: dict[Any, dict[str, Any]] = {}
     parts: dict[tuple[int, ...], tuple[Any, Any]] = {}
     in_numpy: dict[str, Any] = {}
     computation_types: dict[Any, Any] = {}
+    same_shape: dict[tuple[str, str], Any] = {}
 
     def init_block_type(self: Any, element_ty: Any, shape: Any) -> None:
         sizes = tuple([n.value if type(n) is tl.constexpr else n for n in shape])
@@ -113,6 +116,13 @@ def _remember_types(patch: pytest.MonkeyPatch) -> None:
             self.shape = shapes.setdefault(sizes, self.shape)
             known = block_types[key] = dict(vars(self))
         vars(self).update(known, element_ty=element_ty)
+
+    def with_element_ty(self: Any, scalar_ty: Any) -> Any:
+        key = (self.name, scalar_ty.name)
+        known = same_shape.get(key)
+        if known is None or known.element_ty is not scalar_ty:
+            known = same_shape[key] = make_of_elements(self, scalar_ty)
+        return known
 
     def init_tensor(self: Any, handle: Any, type: Any) -> None:
         self.handle, self.type, self.dtype = handle, type, type.scalar
@@ -141,9 +151,29 @@ def _remember_types(patch: pytest.MonkeyPatch) -> None:
         return known
 
     patch.setattr(tl.block_type, "__init__", init_block_type)
+    patch.setattr(tl.block_type, "with_element_ty", with_element_ty)
     patch.setattr(tl.tensor, "__init__", init_tensor)
     patch.setattr(interpreter, "_get_np_dtype", in_numpy_of)
     patch.setattr(TritonSemantic, "computation_type_impl", computation_type_of)
+
+
+def _check_sizes_of_elements_once_a_type(patch: pytest.MonkeyPatch) -> None:
+    """Each handle compares the bytes of its elements with those of its type."""
+    handle, fits = interpreter.TensorHandle, interpreter._validate_np_data_size
+    known: set[tuple[Any, str]] = set()
+
+    def check(self: Any) -> None:
+        key = (self.data.dtype, self.dtype.name)
+        if key not in known:
+            check_of_triton(self)
+            known.add(key)
+
+    def fits_by_type(data: Any, dtype: Any) -> bool:
+        return (data.dtype, dtype.name) in known or fits(data, dtype)
+
+    check_of_triton = handle.__post_init__
+    patch.setattr(handle, "__post_init__", check)
+    patch.setattr(interpreter, "_validate_np_data_size", fits_by_type)
 
 
 def _skip_conversions_to_what_is_there(patch: pytest.MonkeyPatch) -> None:
@@ -151,6 +181,7 @@ def _skip_conversions_to_what_is_there(patch: pytest.MonkeyPatch) -> None:
     broadcast, cast = TritonSemantic.broadcast_impl_value, TritonSemantic.cast
     check_types = TritonSemantic.binary_op_type_checking_impl
     tensor = tl.tensor
+    constants: dict[tuple[Any, ...], Any] = {}
 
     def expand(self: Any, value: Any, sizes: list[int]) -> Any:
         if value.type.shape.values == sizes:
@@ -179,7 +210,18 @@ def _skip_conversions_to_what_is_there(patch: pytest.MonkeyPatch) -> None:
     def check_different_types(self: Any, lhs: Any, rhs: Any, *rest: Any, **options: Any) -> Any:
         if type(lhs) is type(rhs) is tensor and lhs.dtype is rhs.dtype and lhs.dtype.name in plain:
             return self.broadcast_impl_value(lhs, rhs)
-        return check_types(self, lhs, rhs, *rest, **options)
+        tile_and_number = type(lhs) is tensor and type(rhs) in (int, float) and lhs.type.is_block()
+        if options or not tile_and_number:
+            return check_types(self, lhs, rhs, *rest, **options)
+        key = (lhs.type.name, type(rhs), rhs, math.copysign(1, rhs), rest)
+        known = constants.get(key)
+        if known is None:
+            left, known = check_types(self, lhs, rhs, *rest)
+            if left is not lhs:
+                return left, known
+            known.handle.data.flags.writeable = False
+            constants[key] = known
+        return lhs, known
 
     plain = {"int32", "int64", "fp32", "int1"}  # for which even a division computes in the same
     patch.setattr(TritonSemantic, "broadcast_impl_value", broadcast_values)

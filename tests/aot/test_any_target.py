@@ -1,8 +1,8 @@
 """Every shape that a spec may ask for has a default that fits each target.
 
-Defaults are also compiled: one shape and target for each op and the smallest corner of each pass,
-always the same. `make test-shapes` compiles all corners and draws new shapes for as long as
-SHAPES_SECONDS says; a failure prints the pair.
+Defaults are also compiled: the smallest corner of each pass, and one shape and target for each op
+without corners, always the same. `make test-shapes` compiles all of them and draws new shapes for
+as long as SHAPES_SECONDS says; a failure prints the pair.
 """
 
 from __future__ import annotations
@@ -218,7 +218,14 @@ def test_queries_loaded_steps_ahead_are_counted(tmp_path: Path) -> None:
     assert check(work, "cuda:80", tmp_path, num_stages=3) == 0
 
 
-@pytest.mark.parametrize("op", sorted({op for op, _ in STATIC_PARAMS}))
+def ops() -> Iterator[Any]:
+    """Those of which no corner is compiled; the others as slow tests."""
+    with_corners = {case[0] for case, _ in CORNERS}
+    for op in sorted({op for op, _ in STATIC_PARAMS}):
+        yield pytest.param(op, marks=[pytest.mark.slow] if op in with_corners else [])
+
+
+@pytest.mark.parametrize("op", list(ops()))
 def test_one_shape_and_target(op: str, tmp_path: Path) -> None:
     """The first kernel of one pass of each op; always the same, and small: a second each."""
     rng = random.Random(op)

@@ -38,14 +38,20 @@ def fused_with_shuffled(ptx: str) -> set[str]:
     return set(SHUFFLED.findall(ptx)) & set(FUSED.findall(ptx))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+CALLS = [
+    ("selected_attention", "forward"),
+    ("compressed_attention", "decode"),
+    ("native_sparse_attention", "decode"),
+    ("selected_attention", "decode"),
+]
+
+
 @pytest.mark.parametrize(
-    ("op", "pass_"),
+    ("op", "pass_", "dtype"),
     [
-        ("selected_attention", "forward"),
-        ("compressed_attention", "decode"),
-        ("native_sparse_attention", "decode"),
-        ("selected_attention", "decode"),
+        pytest.param(*call, dtype, marks=[] if i % 2 == j else pytest.mark.slow)
+        for i, call in enumerate(CALLS)
+        for j, dtype in enumerate(("float32", "bfloat16"))
     ],
 )
 def test_no_product_is_fused_with_what_another_thread_sends(

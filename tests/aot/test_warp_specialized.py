@@ -79,7 +79,13 @@ def test_a_window_that_gives_the_forced_blocks(group: int, dim: int, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("group", "dim", "forced"), [(16, 128, True), (16, 128, False), (8, 64, True), (8, 64, False)]
+    ("group", "dim", "forced"),
+    [
+        (16, 128, True),
+        pytest.param(16, 128, False, marks=pytest.mark.slow),
+        pytest.param(8, 64, True, marks=pytest.mark.slow),
+        (8, 64, False),
+    ],
 )
 def test_tiles_of_unions_and_tokens_apart(
     group: int, dim: int, forced: bool, tmp_path: Path
@@ -167,10 +173,16 @@ def resources_of(w: Workload, folder: Path, changed: Callable[[Args], Args]) -> 
     ]
 
 
-@pytest.mark.parametrize("gated", [False, True])
+SHAPES = [(8, "bfloat16", 128), (16, "bfloat16", 128), (64, "bfloat16", 64), (16, "float16", 128)]
+
+
 @pytest.mark.parametrize(
-    ("group", "dtype", "dim"),
-    [(8, "bfloat16", 128), (16, "bfloat16", 128), (64, "bfloat16", 64), (16, "float16", 128)],
+    ("group", "dtype", "dim", "gated"),
+    [
+        pytest.param(*shape, gated, marks=[] if i % 2 == gated else pytest.mark.slow)
+        for i, shape in enumerate(SHAPES)
+        for gated in (False, True)
+    ],
 )
 def test_selected_gradients_use_no_stack(group, dtype, dim, gated, tmp_path):
     """Each group of warps holds one sum: there is room for all else that a step needs."""
