@@ -82,7 +82,7 @@ def test_float16_is_refused() -> None:
     [("cuda", 80, "i8"), ("cuda", 90, "fp8e4nv"), ("hip", "gfx942", "i8")],
 )
 def test_its_kernel_compiles(backend: str, arch: Any, narrow: str, x: str) -> None:
-    constants: dict[str, Any] = {"HEAD_DIM": 128, "BLOCK_D": 128, "TILE": 32, "PAGE_SIZE": 64}
+    constants: dict[str, Any] = {"HEAD_DIM": 128, "BLOCK_D": 128, "TILE": 8, "PAGE_SIZE": 64}
     types = {"x": f"*{x}", "cache": f"*{narrow}", "scale": "*fp32"}
     types |= dict.fromkeys(("positions", "slots", "block_table"), "*i32")
     assert compile_fixed("load_rows_kernel", types, constants, backend, arch).asm
