@@ -52,7 +52,7 @@ def test_pieces_launch_what_a_whole_sequence_does(gpu: StandIn) -> None:
 
         own = shard.take(x)
         found = [gpu.of(lambda: step(x, ends))]
-        found += [gpu.of(lambda: step(own, shard)) for _ in range(3)]
+        found += [gpu.of(lambda: step(own, shard)) for _ in range(4)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_op._Known, "run", lambda self, args: self.compute(args))
             return [*found, gpu.of(lambda: step(own, shard))]
@@ -61,7 +61,7 @@ def test_pieces_launch_what_a_whole_sequence_does(gpu: StandIn) -> None:
         names = (launch.kernel.split(" ")[0] for launch in launches)
         return Counter(name for name in names if "attention" in name or "block_selection" in name)
 
-    ((whole, first, _, repeated, by_jit),) = on_ranks(1, run)
+    ((whole, first, _, _, repeated, by_jit),) = on_ranks(1, run)
     assert attention(repeated) == attention(first) == attention(whole)
     for op in ("sliding_window_attention", "selected_attention"):
         (name,) = (n for n in attention(first) if n.startswith(f"{op}_forward"))
