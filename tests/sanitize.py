@@ -244,6 +244,8 @@ def main() -> int:
         "--minutes", type=float, default=24 * 60, help="stop what runs after these; default: a day"
     )
     given = parser.parse_args()
+    if given.jobs < 1:
+        parser.error(f"--jobs must be at least 1; got {given.jobs}")
     end = time.monotonic() + 60 * given.minutes
     lists = collected(given.list.read_text("utf-8").splitlines(), given.together)
     lists = part_of(lists, given.part)

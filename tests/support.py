@@ -20,6 +20,7 @@ from nsagen.codegen.template import (
     space_for,
     spaces_for,
 )
+from nsagen.core.files import replace_file
 from nsagen.core.importing import import_once
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import Param, Schedule, Workload
@@ -74,7 +75,7 @@ def load_kernel(workload: Workload, schedule: Schedule | None = None) -> ModuleT
     folder = Path(tempfile.gettempdir()) / "nsagen-test-kernels"
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}_{hashlib.sha256(source.encode()).hexdigest()[:8]}.py"
-    path.write_text(source)
+    replace_file(path, source)  # processes that share the folder must not find half a file
     return import_once(path, "nsagen_test_")
 
 

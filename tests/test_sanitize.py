@@ -106,6 +106,15 @@ def test_a_part_that_is_none_is_refused() -> None:
             sanitizers.part_of([["a"], ["b"]], text)
 
 
+def test_no_processes_at_once_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["sanitize.py", "--jobs", "0"])
+    with pytest.raises(SystemExit):
+        sanitizers.main()
+    assert "--jobs must be at least 1; got 0" in capsys.readouterr().err
+
+
 def test_what_has_no_time_left_is_stopped_and_fails(tmp_path: Path) -> None:
     (tmp_path / "test_slow.py").write_text("import time\ndef test_slow(): time.sleep(60)\n")
     done = sanitize(tmp_path, "test_slow.py", tool="racecheck", more=("--minutes", "0.05"))
