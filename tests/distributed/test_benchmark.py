@@ -17,7 +17,7 @@ from benchmarks import distributed_plan
 from benchmarks.distributed import RUNS, kind_or_row, measure, run_alone
 from benchmarks.distributed_cases import SPLITS, TINY, USUAL, Case
 from benchmarks.distributed_meter import Meter, covered, watched
-from benchmarks.distributed_plan import predicted, share_of_roofline
+from benchmarks.distributed_plan import estimate, predicted, share_of_roofline
 from benchmarks.precompile import compiling
 from nsagen.estimate import training
 from nsagen.estimate.model import GPUS
@@ -152,6 +152,20 @@ def test_two_gpus_took_what_is_predicted(case: Case) -> None:
     ones = [rows[case._replace(tokens=n, split="alone")] for n in sorted(USUAL.tokens)]
     shares = tuple((float(row["tokens"]), share_of_roofline(USUAL, gpu, row)) for row in ones)
     assert rows[case]["ms"] == pytest.approx(predicted(USUAL, gpu, case, 2, shares), rel=0.15)
+
+
+def test_the_hosts_constants_are_what_it_took() -> None:
+    """Not fitted to the times of steps: from what the host, and what is around passes, took."""
+    rows = [row for case, row in measured().items() if case.what == "training step"]
+    assert [row["around_ms"] for row in rows] == pytest.approx(
+        [1e3 * training.AROUND_SECONDS] * len(rows), abs=1.1
+    )
+    case = Case("training step", USUAL.tokens[1], "alone")
+    for split in ("alone", "context"):
+        row = measured()[case._replace(split=split)]
+        step = estimate(USUAL, GPUS["h200"], case._replace(split=split), 2, ())
+        passes = row["host_ms"] - row["around_ms"]
+        assert 1e3 * step.host == pytest.approx(passes, rel=0.05)
 
 
 LONG = [case for case in measured() if case.split != "alone" and case.tokens == USUAL.tokens[0]]

@@ -12,7 +12,14 @@ import torch
 from nsagen.cli.app import main
 from nsagen.core.errors import InvalidInputError
 from nsagen.estimate.model import GPUS, HOST_GPUS, Split, weight_bytes
-from nsagen.estimate.training import STATE_BYTES, best_step, link_rate, splits, step_of
+from nsagen.estimate.training import (
+    HOST_EXCHANGE_SECONDS,
+    STATE_BYTES,
+    best_step,
+    link_rate,
+    splits,
+    step_of,
+)
 from nsagen.model import ToyLlamaConfig, ToyNSALlama, ToyNSALlamaConfig
 from tests.model.tiny import nsa_config
 
@@ -69,6 +76,23 @@ def test_state_is_spread_and_context_and_heads_divide_what_is_kept() -> None:
     again = step_of(config, H200, 32768, 1, Split(1, 1, 1), True)
     assert again.activations < one.activations / 2
     assert again.seconds > one.seconds
+
+
+@pytest.mark.parametrize(("recompute", "small", "large"), [(False, 5, 8), (True, 7, 11)])
+def test_a_layer_exchanges_less_often_where_little_is_sent(
+    recompute: bool, small: int, large: int
+) -> None:
+    """Tokens and windows go together below `SMALL_BYTES`, which is inside of these lengths."""
+    config = ToyNSALlamaConfig(num_key_value_heads=2, head_dim=64)
+
+    def exchanges(context: int) -> float:
+        two, one = (
+            step_of(config, H200, context, 1, Split(1, 1, n), recompute).host for n in (2, 1)
+        )
+        return (two - one) / HOST_EXCHANGE_SECONDS / config.num_hidden_layers
+
+    assert exchanges(16384) == pytest.approx(small)
+    assert exchanges(131072) == pytest.approx(large)
 
 
 def test_kept_activations_are_near_what_autograd_keeps() -> None:
