@@ -99,7 +99,7 @@ class OfExample:
     @torch.no_grad()
     def decode(self, ids: Tensor, steps: int, cache_dtype: str | None) -> Decoded:
         count, length = ids.shape
-        self.model.inference_config = InferenceConfig(*ids.shape, cache_dtype=cache_dtype)
+        self.model.inference_config = InferenceConfig(count, length, cache_dtype=cache_dtype)
         first, cache = length - steps, self.model.new_cache()
         ends = torch.arange(count + 1, dtype=torch.int32, device=ids.device) * first
         self.model.prefill(ids[:, :first].flatten(), ends, [first] * count, cache)
@@ -209,6 +209,7 @@ def members(
             if name in wanted:
                 yield name, OfTransformers(llama, forms[name])
     if "MSA" in wanted:
+        from transformers.models.minimax_m3_vl import configuration_minimax_m3_vl as m3_config
         from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as m3
 
         import nsagen.integrations.transformers  # noqa: F401
@@ -221,7 +222,7 @@ def members(
             "index_n_heads": config.kv_heads,
             "index_head_dim": config.head_dim,
         }
-        given = m3.MiniMaxM3VLTextConfig(**sizes, **kinds, **forms["MSA"])
+        given = m3_config.MiniMaxM3VLTextConfig(**sizes, **kinds, **forms["MSA"])
         given.nsagen = {"index_warmup": True}
         torch.manual_seed(0)
         model = m3.MiniMaxM3VLForCausalLM._from_config(given, attn_implementation="nsagen")

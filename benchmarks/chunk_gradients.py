@@ -58,7 +58,7 @@ def rows(shape: Shape, tokens: int, device: str = "cuda") -> dict[str, dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=65536, help="of the sequence, e.g. 131072")
     given = parser.parse_args()
     require_gpu("chunk_gradients")

@@ -16,7 +16,7 @@ from nsagen.ops import local_band
 
 
 def m3_config(layer: Layer, layers: int = 1, **changes: Any) -> Any:
-    from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as m3
+    from transformers.models.minimax_m3_vl import configuration_minimax_m3_vl as m3
 
     return m3.MiniMaxM3VLTextConfig(
         **{
@@ -57,7 +57,7 @@ def m3_model(config: Any, s: Sizes, attention: str) -> Any:
     import nsagen.integrations.transformers  # noqa: F401
 
     torch.manual_seed(0)  # weights are drawn on the CPU: the same for every device
-    model = m3.MiniMaxM3VLForCausalLM._from_config(config, attn_implementation=attention)
+    model: Any = m3.MiniMaxM3VLForCausalLM._from_config(config, attn_implementation=attention)
     return model.to(s.device, s.dtype).eval()
 
 
@@ -192,7 +192,7 @@ def minicpm_model(layer: Layer, attention: str) -> Any:
         num_hidden_layers=2,
         num_attention_heads=layer.heads,
         num_key_value_heads=layer.kv_heads,
-        head_dim=layer.dim,
+        head_dim=layer.dim,  # pyright: ignore[reportCallIssue]: any key of a config is kept
         max_position_embeddings=8192,
         initializer_range=0.05,
         tie_word_embeddings=False,

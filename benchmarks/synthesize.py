@@ -15,10 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import workload_of
-
 from nsagen.core.target import parse_target
-from nsagen.core.workload import Schedule, Workload
+from nsagen.core.workload import STATIC_PARAMS, Param, Schedule, Workload
 from nsagen.tune.evaluate import Candidates, Final, candidates_for, final_of
 from nsagen.tune.outcome import Outcome
 from nsagen.tune.recording import record
@@ -26,9 +24,22 @@ from nsagen.tune.task import Task, tasks_of
 
 TARGET = parse_target("cuda:90")
 
+SHAPE: dict[str, Param] = {
+    **{"compress_type": "linear", "head_dim": 128, "v_head_dim": 128, "gqa_ratio": 16},
+    **{"kernel_size": 32, "kernel_stride": 16, "with_pe": False, "block_size": 64, "topk": 16},
+    **{"init_blocks": 1, "local_blocks": 2, "window_size": 512},
+}
+"""That public implementations of NSA are measured on."""
+
+
+def workload_of(op: str, pass_: str) -> Workload:
+    names = STATIC_PARAMS[op, pass_]
+    return Workload.of(op, pass_, dtype="bfloat16", **{name: SHAPE[name] for name in names})
+
+
 SPACES = {
     "selected_attention": workload_of("selected_attention", "forward"),
-    "compress_linear": workload_of("compress", "forward", compress_type="linear"),
+    "compress_linear": workload_of("compress", "forward"),
     "native_sparse_attention_decode": workload_of("native_sparse_attention", "decode"),
 }
 
@@ -44,7 +55,9 @@ class Formula:
         self._weight = {name: law.choice((0.05, 0.2, 0.8)) for name in names}
         self._pairs = [(a, b, law.uniform(-0.6, 0.6)) for a in names for b in names if a < b]
         self._values = {
-            name: sorted({dict(s.knobs).get(name) for s in self._candidates.schedules} - {None})
+            name: sorted(
+                {dict(s.knobs)[name] for s in self._candidates.schedules if name in dict(s.knobs)}
+            )
             for name in names
         }
 
