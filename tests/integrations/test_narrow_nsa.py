@@ -160,6 +160,8 @@ def test_a_folder_keeps_the_setting(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert again.config.nsagen == {"cache_dtype": "int8"}
+    # Weights lie in the file's bytes where they are, and some CPUs' products round by address.
+    again.load_state_dict({k: v.clone() for k, v in again.state_dict().items()}, assign=True)
     assert torch.equal(in_pieces(again, ids, [20, 30])[0], in_pieces(model, ids, [20, 30])[0])
 
 
