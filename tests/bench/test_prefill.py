@@ -180,7 +180,7 @@ def test_a_spec_gives_its_first_shape_that_the_changes_agree_with():
 @pytest.mark.parametrize(
     ("spec", "change", "said"),
     [
-        (None, "tokp=8", "did you mean topk?"),
+        (None, "tokp=8", "did you mean 'topk'?"),
         (None, "topk", "must be PARAM=VALUE"),
         (None, "topk=many", "must be PARAM=VALUE"),
         (None, "with_pe=1", "must be PARAM=VALUE"),
