@@ -6,6 +6,7 @@ import functools
 import hashlib
 import logging
 import re
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta
@@ -33,7 +34,7 @@ from nsagen.core.text import shown_keys
 from nsagen.core.version import __version__
 from nsagen.core.workload import Schedule, Workload
 from nsagen.records.record import Objective, Timed, TuningRecord
-from nsagen.spec.document import check_form
+from nsagen.spec.document import checked_events
 
 DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -101,7 +102,7 @@ def load_records(path: Path) -> DeviceRecords:
         if len(data) > MAX_BYTES:
             raise SpecError(f"{path}: must be at most {MAX_BYTES} bytes; got more; {remedy}")
         text = data.decode()
-        check_form(text, str(path), _Loader)
+        deque(checked_events(text, str(path), _Loader), maxlen=0)
         content, others, extra = _of_other_versions(yaml.load(text, Loader=_Loader))
         rows = _FileRow.model_validate(content)
         records = tuple(row.record() for row in rows.records)

@@ -8,12 +8,14 @@ size, and a number is never read in a base that its author didn't mean.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
+from yaml.resolver import Resolver
 
 from nsagen.core.errors import SpecError
 from nsagen.core.text import printable
@@ -120,8 +122,7 @@ def parse(text: str, name: str) -> Document:
         SpecError: the text is not YAML, or not the subset that specs use.
     """
     try:
-        check_form(text, name)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = _Tree(checked_events(text, name)).get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -141,8 +142,27 @@ def parse(text: str, name: str) -> Document:
     return document
 
 
-def check_form(text: str, name: str, loader: Any = yaml.SafeLoader) -> None:
-    """Refuse features that no file of the project needs, before building any tree.
+class _Tree(Composer, Resolver):
+    """Composes nodes of events that come from elsewhere: a text is parsed once."""
+
+    def __init__(self, events: Iterator[yaml.Event]) -> None:
+        Composer.__init__(self)
+        Resolver.__init__(self)
+        self._events, self._next = events, next(events, None)
+
+    def peek_event(self) -> yaml.Event | None:
+        return self._next
+
+    def check_event(self, *kinds: type[yaml.Event]) -> bool:
+        return isinstance(self._next, kinds)
+
+    def get_event(self) -> yaml.Event | None:
+        event, self._next = self._next, next(self._events, None)
+        return event
+
+
+def checked_events(text: str, name: str, loader: Any = yaml.SafeLoader) -> Iterator[yaml.Event]:
+    """The events of a text, without features that no file of the project needs.
 
     Raises:
         SpecError: anchors, tags, a second document or deep nesting; the text names the line.
@@ -172,6 +192,7 @@ def check_form(text: str, name: str, loader: Any = yaml.SafeLoader) -> None:
                 )
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
+        yield event
 
 
 def _value(node: yaml.Node, path: Location, document: Document) -> Any:
