@@ -3,10 +3,10 @@
     python benchmarks/family.py --out family.json          # on an H200: two and a half minutes
     python benchmarks/family.py --dry --out family.json    # tiny sizes on a CPU, by the references
 
-Kernels are first compiled, and those of the family's specs verified, in processes of their own:
-verify_family.json beside --out has a row an output. Then they are timed one after another. What
-fails is in `failed`, what there was no time for in `skipped`. Exits 1 if a result is wrong or a
-part failed. With --plot, draws the JSON:
+Kernels are first compiled on all cores, each process its share, and those of the family's specs
+verified: verify_family.json beside --out has a row an output. Then they are timed one after
+another. What fails is in `failed`, what there was no time for in `skipped`. Exits 1 if a result is
+wrong or a part failed. With --plot, draws the JSON:
 
     python benchmarks/family.py --plot docs/images/family.png
 """
@@ -23,8 +23,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +86,18 @@ PUBLISHED = {
 
 
 PARTS: dict[str, Callable[[Run], None]] = {
+    "m3_decode": m3_decode,
     "m3_attention": m3_attention,
     "m3_index": m3_index,
-    "m3_decode": m3_decode,
-    "minicpm_forward": minicpm_forward,
-    "minicpm_64_blocks": minicpm_64_blocks,
-    "m3_in_transformers": m3_in_transformers,
-    "m3_shared": m3_shared,
     "m3_index_loss": m3_index_loss,
+    "minicpm_forward": minicpm_forward,
+    "m3_in_transformers": m3_in_transformers,
     "dense": dense,
+    "minicpm_64_blocks": minicpm_64_blocks,
     "moba": moba,
-    "small_models": small_models,
+    "m3_shared": m3_shared,
     "narrow_decode": narrow_decode,
+    "small_models": small_models,
 }
 """What is measured, what matters most first."""
 
@@ -106,28 +106,38 @@ SPECS = ("moba", "minimax_m3", "minicpm4", "minicpm_sala")
 """Their kernels are compared with the float64 reference; what takes longest first."""
 
 
-def child(kind: str, name: str, folder: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Compile a part's kernels by short calls, or verify a spec.
+def compile_share(index: int, processes: int, parts: list[str], folder: Path) -> None:
+    """Compile a process's share of the kernels of the parts' short calls; launch none."""
+    from precompile import compiling
 
-    Returns:
-        what is wrong, and the rows of `nsagen verify`.
-    """
-    run = Run(WARM, folder / f"{kind}-{name}", times=False)
+    run = Run(WARM, folder / f"share-{index}", times=False)
     run.folder.mkdir()  # no process reads what another is writing
-    rows: list[dict[str, Any]] = []
-    if kind == "part":
-        PARTS[name](run)
-        torch.cuda.synchronize()
-    else:
-        from nsagen.cases.verify import verify
-        from nsagen.spec import load_spec
+    with compiling(index, processes) as mine:
+        for part in parts:
+            try:
+                PARTS[part](run)
+            except Exception:  # what this leaves is compiled while it is timed
+                print(f"{part}:\n{traceback.format_exc(limit=-3)}", flush=True)
+    print(f"process {index}: {sum(mine.values())} of {len(mine)} kernels", flush=True)
 
-        rows = [{"spec": name, **row} for row in verify(load_spec(name))]
-        for row in rows:
-            if row["result"] == "failed":
-                error = row["error"] if row["error"] is not None else math.inf
-                run.wrong[f"{name}: {row['variant']} {row['output']}"] = error
-    return run.wrong, rows
+
+def verify_spec(name: str) -> list[dict[str, Any]]:
+    """The rows of `nsagen verify`."""
+    from nsagen.cases.verify import verify
+    from nsagen.spec import load_spec
+
+    return [{"spec": name, **row} for row in verify(load_spec(name))]
+
+
+def wrong_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The error of each output that failed to verify."""
+    return {
+        f"{row['spec']}: {row['variant']} {row['output']}": (
+            math.inf if row["error"] is None else row["error"]
+        )
+        for row in rows
+        if row["result"] == "failed"
+    }
 
 
 def failure(error: BaseException) -> str:
@@ -137,27 +147,30 @@ def failure(error: BaseException) -> str:
 
 
 def compile_and_verify(
-    folder: Path, seconds: float, jobs: list[tuple[str, str]]
-) -> tuple[dict[str, float], dict[str, str], list[dict[str, Any]]]:
-    """(wrong, failed, rows of verify) of all children; what takes too long counts as failed."""
-    wrong: dict[str, float] = {}
+    folder: Path, seconds: float, parts: list[str], specs: tuple[str, ...]
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """(failed, rows of verify) of all children; what takes too long counts as failed."""
     failed: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(16, os.cpu_count() or 8), mp_context=context)
-    futures = {job: pool.submit(child, *job, folder) for job in jobs}
+    cores = len(os.sched_getaffinity(0))
+    pool = ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn"))
+    futures: dict[str, Future[Any]] = {
+        f"verify {spec}": pool.submit(verify_spec, spec) for spec in specs
+    }
+    shares = max(1, cores - len(specs))
+    for index in range(shares):
+        job = pool.submit(compile_share, index, shares, parts, folder)
+        futures[f"compile {index} of {shares}"] = job
     end = time.monotonic() + seconds
-    for (kind, name), future in futures.items():
+    for name, future in futures.items():
         try:
-            of_child, of_spec = future.result(max(0.0, end - time.monotonic()))
-            wrong |= of_child
-            rows += of_spec
+            rows += future.result(max(0.0, end - time.monotonic())) or []
         except Exception as error:
-            failed[f"{kind} {name}"] = failure(error)
+            failed[name] = failure(error)
     for process in list(getattr(pool, "_processes", {}).values()):
         process.terminate()
     pool.shutdown(wait=False, cancel_futures=True)
-    return wrong, failed, rows
+    return failed, rows
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -176,9 +189,13 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run_all(
-    sizes: Sizes, seconds: float, parts: list[str], specs: tuple[str, ...] = SPECS
-) -> Iterator[dict[str, Any]]:
-    """What the JSON file holds, after each part.
+    sizes: Sizes,
+    seconds: float,
+    parts: list[str],
+    specs: tuple[str, ...],
+    save: Callable[[dict[str, Any]], None],
+) -> None:
+    """Run the parts, and save what the JSON file holds after each row and part.
 
     Args:
         seconds: after which nothing is begun.
@@ -189,12 +206,23 @@ def run_all(
     verified: list[dict[str, Any]] = []
     versions = {"torch": torch.__version__, "triton": _triton()}
     device = torch.cuda.get_device_name() if sizes.device != "cpu" else "cpu"
+
+    def write() -> None:
+        save(
+            {
+                **{"device": device, **versions, "seconds": time.monotonic() - start},
+                **{"rows": run.rows, "goals": goals(run.rows), "published": PUBLISHED},
+                **{"wrong": run.wrong, "failed": failed, "skipped": run.skipped},
+                "verified": verified,
+            }
+        )
+
     with tempfile.TemporaryDirectory() as name:  # Triton reads a kernel's file when it compiles
-        run = Run(sizes, Path(name), end=start + seconds)
+        run = Run(sizes, Path(name), end=start + seconds, each=write)
         if sizes.device != "cpu":
-            jobs = [("verify", spec) for spec in specs]
-            jobs += [("part", part) for part in parts if part != "dense"]
-            run.wrong, failed, verified = compile_and_verify(Path(name), 0.45 * seconds, jobs)
+            made = [part for part in parts if part != "dense"]
+            failed, verified = compile_and_verify(Path(name), 0.45 * seconds, made, specs)
+            run.wrong = wrong_of(verified)
             print(f"compiled and verified in {time.monotonic() - start:.0f} s", flush=True)
         for part in parts:
             try:
@@ -204,12 +232,7 @@ def run_all(
             gc.collect()
             if sizes.device != "cpu":
                 torch.cuda.empty_cache()
-            yield {
-                **{"device": device, **versions, "seconds": time.monotonic() - start},
-                **{"rows": run.rows, "goals": goals(run.rows), "published": PUBLISHED},
-                **{"wrong": run.wrong, "failed": failed, "skipped": run.skipped},
-                "verified": verified,
-            }
+            write()
 
 
 def updated(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -255,13 +278,17 @@ def main() -> int:
     specs = () if args.no_verify else SPECS
     before = json.loads(args.update.read_text()) if args.update else None
     content: dict[str, Any] = {}
-    for found in run_all(TINY if args.dry else FULL, seconds, args.parts, specs):
+
+    def save(found: dict[str, Any]) -> None:  # a run that is killed loses the row in flight
+        nonlocal content
         if verified := found.pop("verified"):
             args.out.with_name("verify_family.json").write_text(
                 json.dumps(verified, indent=1) + "\n"
             )
         content = updated(before, found) if before else found
-        args.out.write_text(json.dumps(content, indent=1) + "\n")  # a stopped run keeps its rows
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+    run_all(TINY if args.dry else FULL, seconds, args.parts, specs, save)
     for row in content["goals"]:
         print(json.dumps(row))
     for key in ("wrong", "failed", "skipped"):

@@ -170,18 +170,24 @@ def m3_index(run: Run) -> None:
 
 
 def m3_index_loss(run: Run) -> None:
+    """Over the selected blocks; then the dense warm-up, beside PyTorch's by the reference."""
     s, layer = run.sizes, run.sizes.m3
-    for tokens in s.lengths[:2]:
-        a = Attention(run, layer, tokens)
-        q, k = a.q.detach(), a.k.detach()
-        index = normal(s, tokens, layer.kv_heads, layer.dim, grad=True)
-        keys = normal(s, tokens, 1, layer.dim, grad=True)
-        args, size = (q, k, index, keys, a.topk_idx, a.cu_seqlens), {"block_size": layer.block}
-        call = partial(ops.index_loss, *args, **size)
-        with torch.no_grad():
-            run.time("M3 index loss forward", "default", tokens, call)
-        grads = gradients(call, (index, keys))
-        run.time("M3 index loss backward", "default", tokens, grads)
+    forms = {
+        "default": ops.index_loss,
+        "dense": ops.index_loss,
+        "dense, PyTorch": reference.index_loss,
+    }
+    for how, op in forms.items():
+        for tokens in s.lengths[: 1 if op is reference.index_loss else 2]:
+            a = Attention(run, layer, tokens)
+            q, k = a.q.detach(), a.k.detach()
+            index = normal(s, tokens, layer.kv_heads, layer.dim, grad=True)
+            keys = normal(s, tokens, 1, layer.dim, grad=True)
+            blocks = a.topk_idx if how == "default" else None
+            call = partial(op, q, k, index, keys, blocks, a.cu_seqlens, block_size=layer.block)
+            with torch.no_grad():
+                run.time("M3 index loss forward", how, tokens, call)
+            run.time("M3 index loss backward", how, tokens, gradients(call, (index, keys)))
 
 
 def m3_decode(run: Run) -> None:

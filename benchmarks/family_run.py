@@ -83,12 +83,14 @@ class Run:
         times: whether to time; else each call is made once, so that its kernels are compiled.
         folder: where kernels' files lie.
         end: when to begin nothing more, by time.monotonic.
+        each: called after each row.
     """
 
     sizes: Sizes
     folder: Path
     times: bool = True
     end: float = math.inf
+    each: Callable[[], None] = lambda: None
     rows: list[dict[str, Any]] = field(default_factory=list)
     wrong: dict[str, float] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
@@ -107,6 +109,7 @@ class Run:
         ms = milliseconds(call, self.sizes.device)
         self.rows.append({"what": what, "how": how, "tokens": tokens, **more, "ms": ms})
         print(f"{name}: {ms:.3f} ms", flush=True)
+        self.each()
 
     def agree(self, name: str, found: Tensor, expected: Tensor, limit: float | None = None) -> None:
         """Compare two results; NaN agrees with nothing."""

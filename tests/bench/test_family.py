@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from family import GOALS, compile_and_verify, draw, goals, run_all, updated
+from family import GOALS, compile_and_verify, draw, goals, run_all, updated, wrong_of
 from family_attention import choose
 from family_run import TINY
 from family_schedules import calls, launch_of
@@ -32,21 +33,32 @@ def test_choices_are_as_selection_writes_them(share: int) -> None:
 
 
 def test_parts_run_with_tiny_sizes(tmp_path: Path) -> None:
-    *earlier, content = run_all(TINY, math.inf, ["m3_attention", "m3_decode", "moba"])
-    assert len(earlier) == 2  # each part's rows are there when it ends, should the run be stopped
+    saved: list[dict[str, Any]] = []
+    parts = ["m3_attention", "m3_decode", "m3_index_loss", "moba"]
+    run_all(TINY, math.inf, parts, (), lambda found: saved.append(copy.deepcopy(found)))
+    content = saved[-1]
+    counts = [len(found["rows"]) for found in saved]
+    assert set(counts) == set(range(1, len(content["rows"]) + 1))  # a stopped run keeps its rows
     assert not content["wrong"]
     assert not content["failed"]
     assert {row["what"] for row in content["rows"]} >= {"M3 attention forward", "M3 decode index"}
+    loss = [row["how"] for row in content["rows"] if row["what"] == "M3 index loss backward"]
+    assert set(loss) == {"default", "dense", "dense, PyTorch"}
     pytest.importorskip("matplotlib")
     draw(content, tmp_path / "family.png")
     assert (tmp_path / "family.png").stat().st_size > 10_000
 
 
 def test_a_spec_that_cannot_be_verified_is_a_failure(tmp_path: Path) -> None:
-    wrong, failed, rows = compile_and_verify(tmp_path, 120, [("verify", "nowhere")])
-    assert not wrong
+    failed, rows = compile_and_verify(tmp_path, 120, [], ("nowhere",))
     assert not rows
     assert "nowhere" in failed["verify nowhere"]
+
+
+def test_an_output_that_fails_to_verify_is_wrong() -> None:
+    row = {"spec": "moba", "variant": "x", "output": "o", "error": None}
+    found = wrong_of([row | {"result": "failed"}, row | {"output": "lse", "result": "passed"}])
+    assert found == {"moba: x o": math.inf}
 
 
 def test_goals_take_the_best_row() -> None:
