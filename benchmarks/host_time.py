@@ -27,6 +27,7 @@ from nsagen.bench.measure import graphed, host_cost, launched
 
 SEQLENS = (256, 2048, 8192, 65536)
 HEADS, KV_HEADS, HEAD_DIM = 64, 4, 128
+DEVICE = "cuda"
 SIZES: dict[str, Any] = {
     **{"compress_type": "avgpool", "kernel_size": 32, "kernel_stride": 16},
     **{"block_size": 64, "topk": 16, "window_size": 512},
@@ -41,17 +42,17 @@ class Inputs:
     """One sequence of random tokens, and the calls on them."""
 
     def __init__(self, tokens: int, dispatcher: Any) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
+        generator = torch.Generator(DEVICE).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            x = torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+            x = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, generator=generator)
             return x.requires_grad_()
 
         self.q, self.k, self.v = (normal(tokens, h, HEAD_DIM) for h in (HEADS, KV_HEADS, KV_HEADS))
         self.gate = normal(tokens, HEADS, 3).detach().sigmoid().requires_grad_()
         self.gradient = normal(tokens, HEADS, HEAD_DIM).detach()
-        angles = torch.rand(tokens, HEAD_DIM // 2, device="cuda", generator=generator)
-        self.cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+        angles = torch.rand(tokens, HEAD_DIM // 2, device=DEVICE, generator=generator)
+        self.cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=DEVICE)
         self.keywords = {
             **SIZES,
             "cu_seqlens": self.cu_seqlens,
@@ -153,8 +154,8 @@ class Nothing(torch.autograd.Function):
 
 def empty_calls() -> Iterator[tuple[str, str, Call]]:
     """What the host needs at least: for a node of autograd's graph, and for a launch by PyTorch."""
-    x = torch.zeros(64, device="cuda", requires_grad=True)
-    gradient, y = torch.ones_like(x), torch.zeros(64, device="cuda")
+    x = torch.zeros(64, device=DEVICE, requires_grad=True)
+    gradient, y = torch.ones_like(x), torch.zeros(64, device=DEVICE)
 
     def node() -> Any:
         return torch.autograd.grad(Nothing.apply(x), x, gradient)
