@@ -1,20 +1,103 @@
-"""Checks of the ops' tensors. Values on a GPU are read only on request."""
+"""Checks of the ops' tensors. Values on a GPU are read only on request.
+
+`FORMS` says what a tensor looks like, by its name, which means the same in every op. Each size in
+it has one value in a call, so one function checks the tensors of all ops. What else an op demands
+of its arguments is in functions that take them by name.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError
+from nsagen.core.workload import CACHE_DTYPES
 from nsagen.ops.reference._checks import check_windows
 from nsagen.ops.reference.compress import Weight, check_weights, tensors_of
 
 MOST_HEADS = 65535
 """The most heads of keys and values: a GPU's limit for the second axis of a grid."""
+
+
+class Size(NamedTuple):
+    """A dimension of `name / factor + added`; a name that is a number stands for itself."""
+
+    name: str
+    added: int = 0
+    factor: int = 1
+
+
+class Form(NamedTuple):
+    """What a tensor looks like.
+
+    Attributes:
+        kind: "" for the one float dtype of a call, the last dimension contiguous; "dense" for the
+            same, all contiguous; "gate" for that dtype or float32; "cache" for that dtype, or a
+            narrow one beside a scale; "lse" for the dtype of softmax statistics, contiguous;
+            "int32" and "float32", contiguous; "scale" for float32 with any strides.
+        text: the sizes as they are written.
+    """
+
+    kind: str
+    sizes: tuple[Size, ...]
+    text: str
+
+
+def _form(text: str) -> Form:
+    """The form that is written e.g. "int32 [batch + 1]"."""
+    kind, _, inner = text.removesuffix("]").partition("[")
+    sizes = []
+    for size in inner.split(", "):
+        name, _, more = size.partition(" ")
+        operator, _, number = more.partition(" ")
+        sizes.append(Size(name, **{_OPERATORS[operator]: int(number)} if more else {}))
+    return Form(kind.strip(), tuple(sizes), f"[{inner}]")
+
+
+_OPERATORS = {"+": "added", "/": "factor"}
+
+FORMS = {
+    name: _form(form)
+    for form, names in {
+        "[N, HQ, D]": "q",
+        "[N, H, D]": "x",
+        "[T, HK, D]": "k",
+        "[T, HK, Dv]": "v",
+        "[N, HK, D]": "k_compress k_window",
+        "[N, HK, Dv]": "v_compress v_window",
+        "[windows, HK, D]": "ck",
+        "[N, HK, Di]": "index_q",
+        "[T, 1, Di]": "index_k",
+        "[N, HQ, Dv]": "o_compressed o_selected o_sliding o_forced",
+        "gate [N, HQ, 3]": "gate",
+        "lse [N, HQ]": "lse lse_forced",
+        "float32 [positions, D / 2]": "cos sin",
+        "int32 [batch + 1]": "cu_seqlens cu_seqlens_q cu_seqlens_k y_cu_seqlens",
+        "int32 [batch]": "q_start",
+        "int32 [HK, N, topk]": "topk_idx",
+        "int32 [N]": "positions slots",
+        "int32 [windows]": "window_positions",
+        "int32 [slots, max_pages]": "block_table",
+        "cache [places, length, H, D]": "cache",
+        "cache [places, length, HK, D]": "k_cache k_window_cache",
+        "cache [places, length, HK, Dv]": "v_cache v_window_cache",
+        "cache [places, windows, HK, D]": "ck_cache",
+        "cache [places, windows, HK, Dv]": "cv_cache",
+        "[slots, kernel_size, HK, D]": "k_raw",
+        "[slots, kernel_size, HK, Dv]": "v_raw",
+        "scale [places, length, H]": "scale",
+        "scale [places, length, HK]": "k_scale v_scale",
+        "scale [places, windows, HK]": "ck_scale cv_scale",
+    }.items()
+    for name in names.split()
+}
+"""N: rows of a call; T: rows of its keys; HQ, HK: heads of queries and of keys and values; places:
+slots, or pages."""
 
 
 def values_are_read(x: Tensor) -> bool:
@@ -35,92 +118,137 @@ def fail(op: str, rule: str, came: object, remedy: str) -> NoReturn:
     raise InvalidInputError(f"{op}: {rule}; got {came}; {remedy}")
 
 
-def check_rows(op: str, dims: int = 3, **tensors: Tensor | None) -> None:
-    """The tensors are [rows, heads, ..., dim] of one float dtype on one device, dim contiguous."""
-    first: Tensor | None = None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        first = tensor if first is None else first
-        if tensor.ndim != dims:
-            fail(op, f"{name} must have {dims} dimensions", shapes(tensors), "reshape it")
-        if tensor.shape[-1] == 0:
-            fail(
-                op, f"{name} must not be empty in its last dimension", shapes(tensors), "slice less"
-            )
-        if not tensor.dtype.is_floating_point or tensor.dtype != first.dtype:
-            came = ", ".join(f"{n} {t.dtype}" for n, t in tensors.items() if t is not None)
-            fail(op, f"{', '.join(tensors)} must share one float dtype", came, "convert them")
-        if tensor.device != first.device:
-            came = f"{first.device} and {tensor.device}"
-            fail(op, f"{', '.join(tensors)} must be on one device", came, f"move {name}")
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel() > 0:
-            came = f"strides {tuple(tensor.stride())}"
-            fail(op, f"{name}'s last dimension must be contiguous", came, "call .contiguous()")
+def check_tensors(call: Any) -> None:
+    """All tensors of a call have their `FORMS`."""
+    check_forms(call.op, vars(call))
 
 
-def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q [N, HQ, D], k [T, HK, D], v [T, HK, Dv], HQ a multiple of HK, beside `check_rows`."""
-    check_rows(op, q=q, k=k, v=v)
-    check_keys(op, q, k)
-    if k.shape[:2] != v.shape[:2]:
-        came = shapes({"k": k, "v": v})
-        fail(op, "k and v must agree in tokens and heads", came, "pass k [T, HK, D], v [T, HK, Dv]")
+def tensors(**forms: str) -> Callable[[Any], None]:
+    """`check_tensors` of an op in which some tensors have forms of its own."""
+    own = FORMS | {name: _form(form) for name, form in forms.items()}
+    return lambda call: check_forms(call.op, vars(call), own)
 
 
-def check_scores(op: str, q: Tensor, k: Tensor) -> None:
-    """q [N, HQ, D] and k [T, HK, D] of one call, HQ a multiple of HK."""
-    check_rows(op, q=q, k=k)
-    check_keys(op, q, k)
+def check_forms(op: str, values: Mapping[str, Any], forms: Mapping[str, Form] = FORMS) -> None:
+    """Tensors among the values have the forms of their names, and are on one device.
 
-
-def check_keys(op: str, q: Tensor, k: Tensor) -> None:
-    """The last two dimensions of q and k: HQ, D and HK, D with HQ a multiple of HK.
-
-    Key/value heads are the second axis of most grids, which has MOST_HEADS places.
+    A size that is named like a parameter, as kernel_size, has its value.
     """
-    if k.shape[-2] > MOST_HEADS:
+    given = {n: x for n, x in values.items() if n in forms and isinstance(x, Tensor)}
+    scales = {n: values.get(n.replace("cache", "scale")) for n in given if forms[n].kind == "cache"}
+    rows = [n for n in given if forms[n].kind in ("", "dense", "cache") and scales.get(n) is None]
+    dtype, device = given[rows[0]].dtype if rows else None, next(iter(given.values())).device
+    known = {name: (size, name) for name, size in values.items() if isinstance(size, int)}
+    for name, x in given.items():
+        form = forms[name]
+        if name in rows and (x.dtype != dtype or not x.dtype.is_floating_point):
+            came = ", ".join(f"{n} {given[n].dtype}" for n in rows)
+            fail(op, f"{', '.join(rows)} must share one float dtype", came, "convert them")
+        wanted = _dtypes(form.kind, dtype)
+        if wanted and x.dtype not in wanted:
+            rule = f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in wanted)}"
+            fail(op, rule, x.dtype, f"pass {name}.to({wanted[0]})")
+        if x.device != device:
+            came = f"{device} and {x.device}"
+            fail(op, f"{', '.join(given)} must be on one device", came, f"move {name}")
+        _check_sizes(op, name, x, form, known)
+        _check_strides(op, name, x, form.kind)
+    if any(scale is not None for scale in scales.values()):
+        _check_scales(op, {n: given[n] for n in scales}, scales, dtype)
+    if "HQ" in known and "HK" in known:
+        _check_heads(op, known["HQ"][0], known["HK"][0])
+
+
+def _dtypes(kind: str, dtype: torch.dtype | None) -> tuple[torch.dtype, ...]:
+    """Those that a kind of form allows beside rows of this dtype; none where it says nothing."""
+    if kind == "int32":
+        return (torch.int32,)
+    if kind in ("float32", "scale"):
+        return (torch.float32,)
+    if kind == "gate" and dtype is not None:
+        return (dtype, torch.float32)
+    if kind == "lse" and dtype is not None:
+        return (torch.promote_types(dtype, torch.float32),)
+    return ()
+
+
+def _check_sizes(
+    op: str, name: str, x: Tensor, form: Form, known: dict[str, tuple[int, str]]
+) -> None:
+    """The sizes agree with those that other tensors told; what this one tells is added to them."""
+    if x.ndim != len(form.sizes):
+        fail(op, f"{name} must have shape {form.text}", tuple(x.shape), "reshape it")
+    for found, (letter, added, factor) in zip(x.shape, form.sizes, strict=True):
+        if letter.isdigit():
+            known[letter] = (int(letter), letter)
+        size = (found - added) * factor
+        wanted, origin = known.setdefault(letter, (size, name))
+        if size != wanted or size < 0:
+            here = [str(known[n][0] // f + a) if n in known else n for n, a, f in form.sizes]
+            rule = f"{name} must have shape {form.text} = [{', '.join(here)}]"
+            why = "" if origin == letter else f": {letter} is {origin}'s"
+            fail(op, rule, tuple(x.shape), f"reshape it{why}")
+    if x.shape[-1] == 0 and form.kind in ("", "dense", "gate", "cache"):
+        came = tuple(x.shape)
+        fail(op, f"{name} must not be empty in its last dimension", came, "slice less")
+
+
+def _check_strides(op: str, name: str, x: Tensor, kind: str) -> None:
+    if kind in ("dense", "lse", "int32", "float32"):
+        if not x.is_contiguous():
+            came = f"strides {tuple(x.stride())}"
+            fail(op, f"{name} must be contiguous", came, "call .contiguous()")
+    elif kind != "scale" and x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
+        came = f"strides {tuple(x.stride())}"
+        fail(op, f"{name}'s last dimension must be contiguous", came, "call .contiguous()")
+
+
+def _check_scales(
+    op: str,
+    caches: dict[str, Tensor],
+    scales: dict[str, Tensor | None],
+    dtype: torch.dtype | None,
+) -> None:
+    """Caches of a narrow dtype, all with a scale, beside rows of this dtype, if any."""
+    given = {name: scale for name, scale in scales.items() if scale is not None}
+    if len(given) < len(caches):
+        rule = f"{', '.join(caches)} must all have scales, or none of them"
+        fail(op, rule, f"scales of {', '.join(given)}", "pass the rest, or none")
+    if dtype == torch.float16:
+        rule = "quantized caches need bfloat16 or float32 beside them, which hold their values"
+        fail(op, rule, dtype, "use bfloat16, or caches of float16")
+    first = next(iter(caches.values()))
+    for name, cache in caches.items():
+        if str(cache.dtype).removeprefix("torch.") not in CACHE_DTYPES:
+            rule = f"{name} with a scale must be {' or '.join(CACHE_DTYPES)}"
+            fail(op, rule, cache.dtype, "allocate it so, or pass no scales")
+        if cache.dtype != first.dtype:
+            fail(op, f"{', '.join(caches)} must share one dtype", cache.dtype, "convert them")
+    for one, other in (("k_cache", "v_cache"), ("ck_cache", "cv_cache")):
+        if one in given and other in given and given[one].stride() != given[other].stride():
+            came = f"strides {given[one].stride()} and {given[other].stride()}"
+            names = f"{one} and {other}".replace("cache", "scale")
+            fail(op, f"{names} must have one layout", came, "make both new")
+
+
+def _check_heads(op: str, query_heads: int, kv_heads: int) -> None:
+    """Key/value heads are the second axis of most grids, which has MOST_HEADS places."""
+    if kv_heads > MOST_HEADS:
         rule = f"there must be at most {MOST_HEADS} key/value heads"
-        fail(op, rule, k.shape[-2], "call it with some of the heads at a time")
-    if q.shape[-1] != k.shape[-1]:
-        came = shapes({"q": q, "k": k})
-        fail(op, "q and k must agree in head_dim, their last size", came, "slice or project one")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        fail(op, rule, kv_heads, "call it with some of the heads at a time")
+    if kv_heads == 0 or query_heads % kv_heads:
         rule = "query heads must be a multiple of key/value heads"
-        fail(op, rule, f"{q.shape[-2]} and {k.shape[-2]}", "repeat or drop heads")
-
-
-def check_like(op: str, like: tuple[str, Tensor], **tensors: Tensor) -> None:
-    """The tensors have the shape of `like`."""
-    for name, tensor in tensors.items():
-        if tensor.shape != like[1].shape:
-            came = shapes({like[0]: like[1], name: tensor})
-            fail(op, f"{name} must have {like[0]}'s shape", came, "pass branches of one call")
-
-
-def check_indices(op: str, x: Tensor, shape: tuple[int, ...], **tensors: Tensor) -> None:
-    """int32, contiguous, of this shape, on x's device."""
-    for name, tensor in tensors.items():
-        if tensor.dtype != torch.int32:
-            fail(op, f"{name} must be int32", tensor.dtype, f"pass {name}.to(torch.int32)")
-        if tuple(tensor.shape) != tuple(shape) or not tensor.is_contiguous():
-            came = f"{tuple(tensor.shape)}, strides {tuple(tensor.stride())}"
-            fail(op, f"{name} must be contiguous with shape {tuple(shape)}", came, "reshape it")
-        if tensor.device != x.device:
-            came = f"{tensor.device} and {x.device}"
-            fail(op, f"{name} must be on the device of the other tensors", came, f"move {name}")
+        fail(op, rule, f"{query_heads} and {kv_heads}", "repeat or drop heads")
 
 
 def check_cu_seqlens(
     op: str, name: str, cu_seqlens: Tensor, x: Tensor, *, spare: bool = False
 ) -> None:
-    """int32 [batch + 1] on x's device. If values are read: from 0, never falling, to x's rows.
+    """If values are read: from 0, never falling, to x's rows.
 
     Args:
         spare: x may have rows past the last sequence.
     """
-    check_offsets(op, name, cu_seqlens)
-    check_indices(op, x, (cu_seqlens.shape[0],), **{name: cu_seqlens})
     if not values_are_read(cu_seqlens):
         return
     ends, rows = cu_seqlens.tolist(), x.shape[0]
@@ -141,11 +269,10 @@ def check_windowed(
     kernel_size: int,
     kernel_stride: int,
 ) -> None:
-    """The offsets of queries and of the windows that they see, and where chunks start."""
+    """The values of offsets of queries and of the windows that they see."""
     check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q)
     check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k, spare=True)
-    check_like(op, ("cu_seqlens_q", cu_seqlens_q), cu_seqlens_k=cu_seqlens_k)
-    check_q_start(op, cu_seqlens_q, q_start)
+    check_q_start(op, q_start)
     check_windows(op, kernel_size, kernel_stride)
 
 
@@ -164,32 +291,12 @@ def check_packed(
     check_cu_seqlens(op, "cu_seqlens", cu_seqlens, q)
     if cu_seqlens_k is not None:
         check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k)
-        check_like(op, ("cu_seqlens", cu_seqlens), cu_seqlens_k=cu_seqlens_k)
     check_chunk(op, cu_seqlens, cu_seqlens_k, q_start)
 
 
-def check_offsets(op: str, name: str, cu_seqlens: Tensor) -> None:
-    """int32 [batch + 1]: what can be checked without the packed tensor or any value."""
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-        rule = f"{name} must have shape [batch + 1]"
-        fail(op, rule, tuple(cu_seqlens.shape), "start with 0 and append the running sum")
-    if cu_seqlens.dtype != torch.int32:
-        fail(op, f"{name} must be int32", cu_seqlens.dtype, f"pass {name}.to(torch.int32)")
-
-
-def check_topk_idx(
-    op: str,
-    q: Tensor,
-    topk_idx: Tensor,
-    block_size: int,
-    k: Tensor | None = None,
-    k_cache: Tensor | None = None,
-) -> None:
-    """int32 [key heads, rows of q, topk], contiguous; its values may be any. And block_size."""
-    keys, topk = k if k_cache is None else k_cache, topk_idx.shape[-1] if topk_idx.ndim else 0
-    assert keys is not None
-    check_indices(op, q, (keys.shape[-2], q.shape[0], topk), topk_idx=topk_idx)
-    if topk < 1:
+def check_topk_idx(op: str, topk_idx: Tensor, block_size: int) -> None:
+    """The entries of topk_idx may be any."""
+    if topk_idx.shape[-1] < 1:
         rule, remedy = "topk_idx must have an entry for each row", "pass -1 for nothing selected"
         fail(op, rule, tuple(topk_idx.shape), remedy)
     if block_size < 1:
@@ -201,20 +308,17 @@ def check_window(op: str, window_size: int) -> None:
         fail(op, "window_size must be positive", window_size, "1 is the token itself")
 
 
-def check_q_start(op: str, cu_seqlens: Tensor, q_start: Tensor | None) -> None:
-    """None, or int32 [batch] on the device of cu_seqlens. If values are read: not negative."""
-    if q_start is None:
-        return
-    check_indices(op, cu_seqlens, (cu_seqlens.shape[0] - 1,), q_start=q_start)
-    if values_are_read(q_start) and bool((q_start < 0).any()):
+def check_q_start(op: str, q_start: Tensor | None) -> None:
+    """If values are read: not negative."""
+    if q_start is not None and values_are_read(q_start) and bool((q_start < 0).any()):
         fail(op, "q_start must not be negative", q_start.tolist(), "pass positions")
 
 
 def check_chunk(
     op: str, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, q_start: Tensor | None
 ) -> None:
-    """q_start, and if values are read: each query's own token is among its sequence's keys."""
-    check_q_start(op, cu_seqlens, q_start)
+    """If values are read: each query's own token is among its sequence's keys."""
+    check_q_start(op, q_start)
     if (cu_seqlens_k is None and q_start is None) or not values_are_read(cu_seqlens):
         return
     queries, keys = cu_seqlens.diff(), (cu_seqlens if cu_seqlens_k is None else cu_seqlens_k).diff()
@@ -249,8 +353,3 @@ def check_compress_weights(
             fail(op, rule, f"{tensor.dtype} on {tensor.device}", "convert it")
         if not tensor.is_contiguous():
             fail(op, f"{name} must be contiguous", f"strides {tensor.stride()}", "make it so")
-
-
-def shapes(tensors: dict[str, Tensor | None]) -> str:
-    """`q (5, 4, 64), k (5, 2, 64)`."""
-    return ", ".join(f"{n} {tuple(t.shape)}" for n, t in tensors.items() if t is not None)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_scores, check_windowed, fail
+from nsagen.ops._checks import check_tensors, check_windowed
 from nsagen.ops._derive import op_of
-from nsagen.ops._launch import key_of, lse_dtype, scale_of
+from nsagen.ops._launch import key_of, scale_of
 from nsagen.ops.reference.block_selection import BlockRule, Scoring, check_lse
 from nsagen.runtime import Dispatcher
 
@@ -78,18 +78,6 @@ def block_selection(
     return select_blocks(q, k, lse, *windows, *blocks, *more, *scoring)
 
 
-def _check_lse(op: str, q: Tensor, lse: Tensor | None, score_norm: str) -> None:
-    check_lse(op, lse, score_norm)
-    if lse is None:
-        return
-    shape, dtype = q.shape[:2], lse_dtype(q)
-    if lse.shape != shape or lse.dtype != dtype or not lse.is_contiguous():
-        needs = f"lse must be contiguous {dtype} {tuple(shape)}"
-        fail(op, needs, f"{lse.dtype} {tuple(lse.shape)}", "pass compressed attention's own")
-    if lse.device != q.device:
-        fail(op, "lse must be on q's device", f"{lse.device} and {q.device}", "move lse")
-
-
 def allocate_blocks(q: Tensor, k: Tensor, topk: int, score_heads: str = "sum") -> Tensor:
     """topk_idx of q [N, HQ, D] and k [..., HK, D], to be written."""
     heads = q.shape[1] if score_heads == "each" else k.shape[-2]
@@ -101,7 +89,7 @@ block_selection_forward = op_of(
     reference.block_selection,
     returns="topk_idx",
     allocate=allocate_blocks,
-    check=(check_scores, check_windowed, BlockRule, _check_lse),
+    check=(check_tensors, check_windowed, BlockRule, check_lse),
     kernel="block_selection forward",
     launch="q k lse cu_seqlens_q cu_seqlens_k topk_idx softmax_scale",
     optional="q_start",

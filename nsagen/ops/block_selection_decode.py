@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import check_cached, check_places_of_windows
+from nsagen.ops._cache_checks import check_places_of_windows
+from nsagen.ops._checks import check_tensors
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of, scale_of
 from nsagen.ops._sizes import tokens_of_windows
@@ -77,7 +78,7 @@ _block_selection_decode = op_of(
     reference.block_selection_decode,
     returns="topk_idx",
     allocate=lambda q, k_cache, topk, score_heads: allocate_blocks(q, k_cache, topk, score_heads),
-    check=(check_cached, BlockRule, check_places_of_windows),
+    check=(check_tensors, BlockRule, check_places_of_windows),
     kernel="block_selection decode",
     context=tokens_of_windows,
     launch="q k_cache positions slots topk_idx softmax_scale block_table",

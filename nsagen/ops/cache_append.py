@@ -8,12 +8,14 @@ from torch import Tensor
 
 from nsagen.core.workload import BRANCH_KV
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import check_append, hidden_size
+from nsagen.ops._cache_checks import check_pages_of_windows, check_rows_in
 from nsagen.ops._calls import all_none
-from nsagen.ops._checks import fail
+from nsagen.ops._checks import check_compress_weights, fail, tensors
 from nsagen.ops._derive import called, op_like
 from nsagen.ops._launch import key_of
 from nsagen.ops.compress import compress_forward
+from nsagen.ops.reference._checks import check_windows
+from nsagen.ops.reference._pages import capacity_of
 from nsagen.ops.reference.compress import Weight, layers_of, weight_of
 from nsagen.ops.rope import rope_forward
 from nsagen.ops.scales import CacheScales
@@ -101,10 +103,50 @@ def cache_append(
     return _cache_append_decode(*usual, own_type, w_k2=w_k2, w_v2=w_v2, pe_v=pe_v, **own)
 
 
+def _hidden_size(w_k: Weight, w_v: Weight) -> int:
+    """The hidden size of the mlps among two weights; 0 where there is none."""
+    sizes = [w[0].shape[-1] for w in (w_k, w_v) if isinstance(w, tuple)]
+    if len(set(sizes)) > 1:
+        rule = "the mlps of keys and values must have one hidden size"
+        fail(_OP, rule, f"{sizes[0]} and {sizes[1]}", "make both as wide")
+    return sizes[0] if sizes else 0
+
+
+_OF_SLOTS = {"k": "[N, HK, D]", "v": "[N, HK, Dv]"}
+_check_pages = tensors(**_OF_SLOTS)
+_RINGS = {"k_raw": "[places, kernel_size, HK, D]", "v_raw": "[places, kernel_size, HK, Dv]"}
+_check_slots = tensors(**_OF_SLOTS, **_RINGS)
+
+
+def _check_tensors(call: Any) -> None:
+    (_check_slots if call.block_table is None else _check_pages)(call)
+    if call.k_scale is not None:
+        if call.v_raw is None:
+            rule, remedy = "quantized caches need v_raw", "allocate an NSACache of that cache_dtype"
+            fail(call.op, rule, None, remedy)
+        return
+    own = [name for name in SeparateKV.__annotations__ if getattr(call, name) is not None]
+    if own and len(own) < len(SeparateKV.__annotations__):
+        rule = "the branches' own rows and caches must come together"
+        fail(call.op, rule, ", ".join(own), "pass a SeparateKV")
+
+
+def _check(call: Any) -> None:
+    """Weights and places."""
+    op, size, table = call.op, call.kernel_size, call.block_table
+    w_k, w_v = weight_of(call.w_k, call.w_k2), weight_of(call.w_v, call.w_v2)
+    check_compress_weights(op, call.k, w_k, call.pe, call.compress_type, size)
+    v_type = call.v_compress_type or call.compress_type
+    check_compress_weights(op, call.v, w_v, call.pe_v, v_type, size)
+    _hidden_size(w_k, w_v)
+    tokens = min(capacity_of(call.k_cache, table), call.cos.shape[0])
+    check_rows_in(op, call.positions, call.slots, tokens, call.k_cache, table)
+
+
 def _sizes(call: Any) -> dict[str, Any]:
     return {
         "v_compress_type": call.v_compress_type or call.compress_type,
-        "mlp_hidden": hidden_size(weight_of(call.w_k, call.w_k2), weight_of(call.w_v, call.w_v2)),
+        "mlp_hidden": _hidden_size(weight_of(call.w_k, call.w_k2), weight_of(call.w_v, call.w_v2)),
         "branch_kv": BRANCH_KV[call.k_window is not None],
     }
 
@@ -130,7 +172,7 @@ _cache_append_decode = op_like(
     texts="v_compress_type",
     returns="q_turned",
     allocate=lambda q: q.new_empty(q.shape),
-    check=check_append,
+    check=(_check_tensors, check_windows, check_pages_of_windows, _check),
     kernel="cache_append decode",
     sizes=_sizes,
     launch="q k v cos sin w_k w_v pe positions slots k_cache v_cache ck_cache cv_cache k_raw"

@@ -7,8 +7,6 @@ silu(flatten(x') @ w1[h]) @ w2[h], whose custom op is the product with w1 alone.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,8 +15,8 @@ from nsagen.ops import reference
 from nsagen.ops._checks import (
     check_compress_weights,
     check_cu_seqlens,
-    check_indices,
-    check_rows,
+    check_forms,
+    check_tensors,
 )
 from nsagen.ops._derive import Gradients, backward_of
 from nsagen.ops._launch import key_of
@@ -84,7 +82,7 @@ def compress_windows(
     sizes = (cu_seqlens, y_cu_seqlens, compress_type, kernel_size, kernel_stride, dispatcher)
     if compress_type != "mlp" and not isinstance(w, tuple):
         return compress_forward(x, w, pe, *sizes)
-    check_rows(_OP, x=x)
+    check_forms(_OP, {"x": x})
     check_compress_weights(_OP, x, w, pe, compress_type, kernel_size)
     assert isinstance(w, tuple)
     return apply(_second_layer, compress_forward(x, w[0], pe, *sizes), w[1])
@@ -100,14 +98,18 @@ def _second_layer(before: Tensor, w2: Tensor) -> Tensor:
         return torch.bmm(functional.silu(before).transpose(0, 1), w2).transpose(0, 1)
 
 
-def _check(call: Any) -> None:
-    op, x, windows = call.op, call.x, call.y_cu_seqlens
-    check_rows(op, x=x)
-    check_cu_seqlens(op, "cu_seqlens", call.cu_seqlens, x)
-    check_indices(op, x, tuple(call.cu_seqlens.shape), y_cu_seqlens=windows)
-    check_windows(op, call.kernel_size, call.kernel_stride)
-    if call.compress_type != "mlp":  # its two weights were checked together
-        check_compress_weights(op, x, call.w, call.pe, call.compress_type, call.kernel_size)
+def _check(
+    op: str,
+    x: Tensor,
+    w: Tensor | None,
+    pe: Tensor | None,
+    cu_seqlens: Tensor,
+    compress_type: str,
+    kernel_size: int,
+) -> None:
+    check_cu_seqlens(op, "cu_seqlens", cu_seqlens, x)
+    if compress_type != "mlp":  # its two weights were checked together
+        check_compress_weights(op, x, w, pe, compress_type, kernel_size)
 
 
 def _columns(x: Tensor, w: Tensor | None, compress_type: str) -> int:
@@ -123,7 +125,7 @@ def _allocate(x: Tensor, w: Tensor | None, compress_type: str, kernel_stride: in
 @define_op(
     returns="y",
     allocate=_allocate,
-    check=_check,
+    check=(check_tensors, check_windows, _check),
     kernel="compress forward",
     sizes=lambda x, w, compress_type: {
         "mlp_hidden": _columns(x, w, compress_type) if compress_type == "mlp" else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_attention, check_windowed
+from nsagen.ops._checks import check_tensors, check_windowed
 from nsagen.ops._derive import Gradients, backward_of, op_of
 from nsagen.ops._launch import attention_outputs, key_of, scale_of
 from nsagen.ops.block_selection import select_blocks
@@ -72,7 +72,7 @@ compressed_attention_forward = op_of(
     reference.compressed_attention_forward,
     returns="o lse",
     allocate=attention_outputs,
-    check=(check_attention, check_windowed),
+    check=(check_tensors, check_windowed),
     kernel="compressed_attention forward",
     launch="q k v cu_seqlens_q cu_seqlens_k o lse softmax_scale",
     optional="q_start",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import check_cached, check_places_of_windows
+from nsagen.ops._cache_checks import check_places_of_windows
+from nsagen.ops._checks import check_tensors
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of, scale_of
 from nsagen.ops._sizes import tokens_of_windows
@@ -73,7 +74,7 @@ _compressed_attention_decode = op_of(
     reference.compressed_attention_decode,
     returns="o topk_idx",
     allocate=_allocate,
-    check=(check_cached, BlockRule, check_places_of_windows),
+    check=(check_tensors, BlockRule, check_places_of_windows),
     kernel="compressed_attention decode",
     context=tokens_of_windows,
     launch="q ck_cache cv_cache positions slots o topk_idx softmax_scale block_table",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_scores, check_windowed
+from nsagen.ops._checks import check_tensors, check_windowed
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of, lse_dtype, scale_of
 from nsagen.runtime import Dispatcher
@@ -57,7 +57,7 @@ compressed_lse_forward = op_of(
     reference.compressed_lse,
     returns="lse",
     allocate=lambda q: q.new_empty(q.shape[:2], dtype=lse_dtype(q)),
-    check=(check_scores, check_windowed),
+    check=(check_tensors, check_windowed),
     kernel="compressed_lse forward",
     launch="q k cu_seqlens_q cu_seqlens_k lse softmax_scale",
     optional="q_start",

@@ -15,9 +15,8 @@ from torch import Tensor
 from nsagen.core.workload import FORCED_ONCE
 from nsagen.ops import reference
 from nsagen.ops._checks import (
-    check_attention,
-    check_like,
     check_packed,
+    check_tensors,
     check_topk_idx,
     check_window,
     fail,
@@ -25,7 +24,7 @@ from nsagen.ops._checks import (
 from nsagen.ops._derive import called, dense, op_like, op_of
 from nsagen.ops._launch import attention_outputs, attention_sizes, has_kernel
 from nsagen.ops._op import define_op
-from nsagen.ops.gated_sum import check_gate, gated_sum_forward
+from nsagen.ops.gated_sum import gated_sum_forward
 from nsagen.ops.selected_attention import selected_attention_forward
 from nsagen.ops.sliding_window_attention import sliding_window_attention_forward
 
@@ -58,17 +57,7 @@ def _check_blocks(op: str, block_size: int, init_blocks: int, local_blocks: int)
         fail(op, rule, came, "without local blocks, use selected_attention")
 
 
-def _check_forced(op: str, q: Tensor, v: Tensor, o_forced: Tensor, lse_forced: Tensor) -> None:
-    o, lse = attention_outputs(q.to("meta"), v.to("meta"))
-    check_like(op, ("o", o), o_forced=o_forced)
-    check_like(op, ("lse", lse), lse_forced=lse_forced)
-
-
-def _check_branches(op: str, o_forced: Tensor, o_compressed: Tensor, o_sliding: Tensor) -> None:
-    check_like(op, ("o_forced", o_forced), o_compressed=o_compressed, o_sliding=o_sliding)
-
-
-_CHECKS = (check_attention, check_packed, check_topk_idx, _check_blocks, _check_forced)
+_CHECKS = (check_tensors, check_packed, check_topk_idx, _check_blocks)
 
 
 def _window_and_forced_blocks(call: Any) -> tuple[Tensor, ...]:
@@ -98,7 +87,7 @@ window_and_forced_blocks = op_like(
     " cu_seqlens_k q_start",
     returns="o lse o_forced lse_forced",
     allocate=lambda q, v: (*attention_outputs(q, v), *attention_outputs(q, v)),
-    check=(check_attention, check_packed, check_window, _check_blocks),
+    check=(check_tensors, check_packed, check_window, _check_blocks),
     kernel="sliding_window_attention forward",
     launch="q k v cu_seqlens o lse softmax_scale cu_seqlens_k q_start o_forced lse_forced",
 )
@@ -120,7 +109,7 @@ free_blocks_gated_sum = op_like(
     returns="o",
     allocate=lambda q, v: attention_outputs(q, v)[0],
     scratch={"lse": lambda q, v: attention_outputs(q, v)[1]},
-    check=(*_CHECKS, _check_branches, check_gate),
+    check=_CHECKS,
     kernel="selected_attention forward",
     launch="q k v topk_idx cu_seqlens o lse softmax_scale cu_seqlens_k q_start o_forced lse_forced "
     "o_compressed o_sliding gate",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nsagen.core.branches import BRANCHES
 from nsagen.ops import reference
-from nsagen.ops._checks import check_like, check_rows, fail
+from nsagen.ops._checks import check_tensors
 from nsagen.ops._derive import Gradients, backward_of, op_of
 from nsagen.ops._launch import key_of
 from nsagen.runtime import Dispatcher
@@ -48,30 +48,12 @@ def gate_of(gate: Tensor, on: Sequence[str]) -> Tensor:
     return torch.stack([c if name in on else torch.zeros_like(c) for name, c in columns], -1)
 
 
-def check_gate(op: str, gate: Tensor, o_compressed: Tensor) -> None:
-    """gate [N, HQ, 3] in the dtype of o [N, HQ, Dv] or float32, last dimension contiguous."""
-    o, wanted = o_compressed, (*o_compressed.shape[:2], 3)
-    check_rows(op, gate=gate)
-    if gate.shape != wanted:
-        remedy = "pass compressed, selected, sliding for each head"
-        fail(op, f"gate must be {wanted}", tuple(gate.shape), remedy)
-    if gate.dtype not in (o.dtype, torch.float32) or gate.device != o.device:
-        rule = f"gate must be {o.dtype} or float32 on {o.device}"
-        fail(op, rule, f"{gate.dtype} on {gate.device}", "convert it")
-
-
-def _check(op: str, o_compressed: Tensor, o_selected: Tensor, o_sliding: Tensor) -> None:
-    check_rows(op, o_compressed=o_compressed, o_selected=o_selected, o_sliding=o_sliding)
-    like = ("o_compressed", o_compressed)
-    check_like(op, like, o_selected=o_selected, o_sliding=o_sliding)
-
-
 gated_sum_forward = op_of(
     "gated_sum_forward",
     reference.gated_sum,
     returns="o",
     allocate=lambda o_compressed: o_compressed.new_empty(o_compressed.shape),
-    check=(_check, check_gate),
+    check=check_tensors,
     kernel="gated_sum forward",
     launch="o_compressed o_selected o_sliding gate o",
     gradients=Gradients(

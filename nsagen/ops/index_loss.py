@@ -5,14 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import (
-    check_cu_seqlens,
-    check_keys,
-    check_rows,
-    check_topk_idx,
-    fail,
-    shapes,
-)
+from nsagen.ops._checks import check_cu_seqlens, check_forms, check_tensors, check_topk_idx, fail
 from nsagen.ops._derive import Gradients, dense, op_of
 from nsagen.ops._launch import key_of, lse_dtype, scale_of
 from nsagen.ops.reference.index_loss import index_loss_forward as on_reference
@@ -61,7 +54,9 @@ def index_loss(
     """
     scales = scale_of(softmax_scale, q), scale_of(index_scale, index_q)
     if topk_idx is None:
-        _check(_OP, q, k, index_q, index_k, cu_seqlens, block_size)
+        given = {"q": q, "k": k, "index_q": index_q, "index_k": index_k, "cu_seqlens": cu_seqlens}
+        check_forms(_OP, given)
+        _check(_OP, q, k, cu_seqlens, block_size)
         return reference.index_loss(
             *(q, k, index_q, index_k, None, cu_seqlens),
             block_size=block_size,
@@ -73,25 +68,10 @@ def index_loss(
     return index_loss_forward(*args)[0]
 
 
-def _check(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    index_q: Tensor,
-    index_k: Tensor,
-    cu_seqlens: Tensor,
-    block_size: int,
-) -> None:
-    check_rows(op, q=q, k=k, index_q=index_q, index_k=index_k)
-    check_keys(op, q, k)
-    check_keys(op, index_q, index_k)
+def _check(op: str, q: Tensor, k: Tensor, cu_seqlens: Tensor, block_size: int) -> None:
     if q.shape[0] != k.shape[0]:
         rule = "q and k must have the same tokens: a chunk (q_start, cu_seqlens_k) has no loss"
-        fail(op, rule, shapes({"q": q, "k": k}), "pass whole sequences")
-    if index_q.shape[:2] != k.shape[:2] or index_k.shape[:2] != (k.shape[0], 1):
-        came = shapes({"k": k, "index_q": index_q, "index_k": index_k})
-        rule = "index_q must be [N, HK, Di] and index_k [N, 1, Di], of k [N, HK, D]"
-        fail(op, rule, came, "pass one index head per key/value head")
+        fail(op, rule, f"{q.shape[0]} and {k.shape[0]}", "pass whole sequences")
     check_cu_seqlens(op, "cu_seqlens", cu_seqlens, q)
     if block_size < 1:
         fail(op, "block_size must be positive", block_size, "pass block selection's")
@@ -109,7 +89,7 @@ index_loss_forward = op_of(
     on_reference,
     returns="loss lse lse_index",
     allocate=_outputs,
-    check=(_check, check_topk_idx),
+    check=(check_tensors, _check, check_topk_idx),
     kernel="index_loss forward",
     launch="q k index_q index_k topk_idx cu_seqlens loss lse lse_index softmax_scale index_scale",
     gradients=Gradients(

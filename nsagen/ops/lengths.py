@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nsagen.ops._checks import check_indices, check_offsets, check_rows, fail
+from nsagen.ops._checks import check_forms, check_tensors, fail
 from nsagen.ops._launch import Launch, fixed_kernel
 from nsagen.ops._op import define_op
 from nsagen.ops.layout import compressed_cu_seqlens, positions_in_sequence
@@ -77,19 +77,12 @@ def lengths_of(
     **packed: Tensor,
 ) -> Lengths:
     """The lengths that a call of `op` on one packed tensor was given, or new ones."""
-    check_rows(op, 3, **packed)
+    check_forms(op, {**packed, "cu_seqlens": cu_seqlens})
     (x,) = packed.values()
     if lengths is not None:
         lengths.check(op, cu_seqlens, x.shape[0], sizes)
         return lengths
-    check_offsets(op, "cu_seqlens", cu_seqlens)
-    check_indices(op, x, tuple(cu_seqlens.shape), cu_seqlens=cu_seqlens)
     return Lengths.of(cu_seqlens, x.shape[0], *sizes)
-
-
-def _check(op: str, cu_seqlens: Tensor) -> None:
-    check_offsets(op, "cu_seqlens", cu_seqlens)
-    check_indices(op, cu_seqlens, tuple(cu_seqlens.shape), cu_seqlens=cu_seqlens)
 
 
 def _allocate(cu_seqlens: Tensor, tokens: int, kernel_stride: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +98,7 @@ def _kernel(cu_seqlens: Tensor) -> Launch | None:
 @define_op(
     returns="positions window_cu_seqlens window_positions",
     allocate=_allocate,
-    check=(check_windows, _check),
+    check=(check_windows, check_tensors),
     kernel=_kernel,
     launch="cu_seqlens positions window_cu_seqlens window_positions"
     " tokens kernel_size kernel_stride",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_rows, fail
+from nsagen.ops._checks import fail, tensors
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of, on_kernels
 from nsagen.runtime import Dispatcher
@@ -53,18 +53,18 @@ def linear_decode(
     return _linear_decode(x, weight, norm_weight, float(eps), residual, *settings)
 
 
+_check_tensors = tensors(
+    x="[R, K]", weight="dense [N, K]", norm_weight="dense [K]", residual="[R, outputs]"
+)
+
+
 def _check(
     op: str,
     x: Tensor,
     weight: Tensor,
-    norm_weight: Tensor | None,
     residual: Tensor | None,
     swiglu: bool,
 ) -> None:
-    check_rows(op, 2, x=x, weight=weight, residual=residual)
-    if weight.shape[1] != x.shape[1] or not weight.is_contiguous():
-        came = f"{tuple(weight.shape)}, strides {tuple(weight.stride())}"
-        fail(op, f"weight must be contiguous [N, {x.shape[1]}]", came, "pass nn.Linear's weight")
     outputs = weight.shape[0]
     if swiglu and outputs % 2:
         remedy = "put the gates' weights first, then the others'"
@@ -75,13 +75,6 @@ def _check(
     if on_kernels(x) and x.shape[0] > LINEAR_DECODE_ROWS:
         rule = f"a kernel takes at most {LINEAR_DECODE_ROWS} rows"
         fail(op, rule, x.shape[0], "use torch.nn.functional.linear, which is made for more")
-    if norm_weight is None:
-        return
-    right = tuple(norm_weight.shape) == (x.shape[1],) and norm_weight.is_contiguous()
-    if not right or norm_weight.dtype != x.dtype or norm_weight.device != x.device:
-        came = f"{norm_weight.dtype} {tuple(norm_weight.shape)} on {norm_weight.device}"
-        rule = f"norm_weight must be {x.dtype} ({x.shape[1]},) on {x.device}"
-        fail(op, rule, came, "pass the norm's weight")
 
 
 def _normed(x: Tensor, norm_weight: Tensor | None, eps: float) -> Tensor:
@@ -97,7 +90,7 @@ _linear_decode = op_of(
     reference.linear_decode,
     returns="y",
     allocate=_allocate,
-    check=_check,
+    check=(_check_tensors, _check),
     kernel="linear decode",
     launch="x weight residual y swiglu sigmoid_from",
     prepare={"x": _normed},

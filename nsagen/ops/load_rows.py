@@ -7,8 +7,8 @@ from torch import Tensor
 
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import check_places, check_rows_of_slots, check_scales
-from nsagen.ops._checks import fail
+from nsagen.ops._cache_checks import check_places
+from nsagen.ops._checks import check_tensors, fail
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import Launch, fixed_kernel, key_of
 from nsagen.runtime import Dispatcher
@@ -50,22 +50,10 @@ def load_rows(
     return _load_rows(cache, scale, positions, slots, dtype, block_table, key_of(dispatcher))
 
 
-def _check(
-    op: str,
-    cache: Tensor,
-    scale: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    dtype: torch.dtype,
-    block_table: Tensor | None,
-) -> None:
-    check_scales(op, None, cache=(cache, scale))
+def _check_dtype(op: str, dtype: torch.dtype) -> None:
     if dtype not in (torch.bfloat16, torch.float32, torch.float64):
-        fail(
-            op, "dtype must be bfloat16 or float32, which hold a cache's values", dtype, "pass one"
-        )
-    check_rows_of_slots(op, cache, positions, slots, block_table, positions.numel())
-    check_places(op, positions, slots, block_table, cache)
+        rule = "dtype must be bfloat16 or float32, which hold a cache's values"
+        fail(op, rule, dtype, "pass one")
 
 
 def _launch(cache: Tensor, dtype: torch.dtype) -> Launch | None:
@@ -84,7 +72,7 @@ _load_rows = op_of(
     allocate=lambda cache, positions, dtype: cache.new_empty(
         (positions.shape[0], *cache.shape[2:]), dtype=dtype
     ),
-    check=_check,
+    check=(check_tensors, check_places, _check_dtype),
     kernel=_launch,
     launch="x cache scale positions slots block_table",
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nsagen.core.workload import wide_band
 from nsagen.ops import reference
-from nsagen.ops._checks import check_attention, check_packed, check_topk_idx, fail
+from nsagen.ops._checks import check_packed, check_tensors, check_topk_idx, fail
 from nsagen.ops._derive import Gradients, backward_of, called, op_of
 from nsagen.ops._launch import (
     attention_outputs,
@@ -122,7 +122,7 @@ band_attention_forward = op_of(
     _band,
     returns="o lse",
     allocate=attention_outputs,
-    check=(check_attention, check_packed, _check_band),
+    check=(check_tensors, check_packed, _check_band),
     kernel="sliding_window_attention forward",
     launch="q k v cu_seqlens o lse softmax_scale",
     gradients=Gradients(
@@ -161,7 +161,7 @@ def _gradients(call: Any) -> tuple[Tensor, Tensor, Tensor]:
 @define_op(
     returns="o lse",
     allocate=attention_outputs,
-    check=(check_attention, check_packed, _check_band, check_topk_idx),
+    check=(check_tensors, check_packed, _check_band, check_topk_idx),
     gradients=Gradients("q k v", body=_gradients, takes="do o lse"),
 )
 def banded_attention(

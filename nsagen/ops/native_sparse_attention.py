@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsagen.core.branches import BRANCHES, branches_on
 from nsagen.ops import reference
-from nsagen.ops._checks import check_attention, fail
+from nsagen.ops._checks import check_forms, check_range, check_tensors, fail
 from nsagen.ops._derive import Gradients, called, op_like
 from nsagen.ops._launch import fixed_kernel, key_of, on_kernels, scale_of
 from nsagen.ops._op import apply, define_op
@@ -27,7 +27,7 @@ from nsagen.ops.gated_attention import (
 from nsagen.ops.gated_sum import gate_of
 from nsagen.ops.lengths import Lengths, lengths_forward, lengths_of
 from nsagen.ops.reference.compress import Weight, layers_of, weight_of
-from nsagen.ops.rope import check_rope, rope_forward
+from nsagen.ops.rope import check_positions, rope_forward
 from nsagen.runtime import Dispatcher
 
 _OP = "native_sparse_attention"
@@ -158,7 +158,7 @@ def attention_without_gradients(
         w_k2, w_v2: second layers of an mlp.
         branches: names of those that are on, with blanks between.
     """
-    check_attention(_OP, q, k, v)
+    check_forms(_OP, {"q": q, "k": k, "v": v})
     on, sizes = branches.split(), (kernel_size, kernel_stride)
     needs_windows = "compressed" in on or "selected" in on  # it ranks their scores
     ends, ck, cv = cu_seqlens, None, None
@@ -187,16 +187,14 @@ def attention_without_gradients(
     return attend(q, ck, cv, k, v, None, None, gate, cu_seqlens, ends, *more)
 
 
-def _check_turn(call: Any) -> None:
-    for x in (call.q, call.k):
-        check_rope("rope", x, call.cos, call.sin, call.positions)
-    check_rope("rope", call.ck, call.cos, call.sin, call.window_positions)
+def _check_windows(op: str, cos: Tensor, window_positions: Tensor) -> None:
+    check_range(op, "window_positions", window_positions, 0, cos.shape[0])
 
 
 @define_op(
     returns="q_turned k_turned ck_turned",
     allocate=lambda q, k, ck: (q.new_empty(q.shape), k.new_empty(k.shape), ck.new_empty(ck.shape)),
-    check=_check_turn,
+    check=(check_tensors, check_positions, _check_windows),
     kernel=lambda q: fixed_kernel("launch_turn", q),
     launch="q k ck cos sin positions window_positions q_turned k_turned ck_turned",
 )
@@ -280,7 +278,7 @@ def _allocate(q: Tensor, k: Tensor, v: Tensor, topk: int, kernel_stride: int) ->
 
 def _attend(call: Any) -> tuple[Tensor, ...]:
     """The outputs of `branches_forward`, and what its gradients need in addition."""
-    check_attention(_OP, call.q, call.k, call.v)
+    check_forms(_OP, {"q": call.q, "k": call.k, "v": call.v})
     ck = called(compress_windows, call, **_of_keys(call))
     cv = called(compress_windows, call, **_of_values(call))
     q, k, ck = called(turn, call, ck=ck)

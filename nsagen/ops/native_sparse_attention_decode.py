@@ -8,11 +8,11 @@ from torch import Tensor
 
 from nsagen.core.branches import BRANCHES, branches_on
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import check_cached, check_places, check_window_caches
-from nsagen.ops._checks import check_rows, check_topk_idx, check_window, fail
+from nsagen.ops._cache_checks import check_places
+from nsagen.ops._checks import check_tensors, check_topk_idx, check_window, fail
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of, scale_of
-from nsagen.ops.gated_sum import check_gate, gate_of
+from nsagen.ops.gated_sum import gate_of
 from nsagen.runtime import Dispatcher
 
 _OP = "native_sparse_attention decode"
@@ -88,23 +88,13 @@ def native_sparse_attention_decode(
     )
 
 
-def _check_compressed(op: str, q: Tensor, v_cache: Tensor, o_compressed: Tensor) -> None:
-    check_rows(op, q=q, o_compressed=o_compressed)
-    wanted = (*q.shape[:2], v_cache.shape[3])
-    if o_compressed.shape != wanted:
-        came = tuple(o_compressed.shape)
-        fail(op, f"o_compressed must be {wanted}", came, "take it from compressed_attention_decode")
-
-
 def _check_own_window(
     op: str,
-    k_cache: Tensor,
-    v_cache: Tensor,
     k_window_cache: Tensor | None,
     v_window_cache: Tensor | None,
     k_scale: Tensor | None,
 ) -> None:
-    """The sliding branch's caches: none, or both, like those of the selected branch."""
+    """The sliding branch's caches: none, or both."""
     if k_window_cache is None and v_window_cache is None:
         return
     if k_scale is not None:
@@ -113,7 +103,6 @@ def _check_own_window(
     if k_window_cache is None or v_window_cache is None:
         came = "v_window_cache" if k_window_cache is None else "k_window_cache"
         fail(op, "k_window_cache and v_window_cache must come together", came, "pass both")
-    check_window_caches(op, k_cache, v_cache, k_window_cache, v_window_cache)
 
 
 _native_sparse_attention_decode = op_of(
@@ -122,10 +111,7 @@ _native_sparse_attention_decode = op_of(
     omit="branches",
     returns="o",
     allocate=lambda o_compressed: o_compressed.new_empty(o_compressed.shape),
-    check=(
-        *(check_cached, check_topk_idx, _check_compressed, check_gate),
-        *(check_window, check_places, _check_own_window),
-    ),
+    check=(_check_own_window, check_tensors, check_topk_idx, check_window, check_places),
     kernel="native_sparse_attention decode",
     launch="q k_cache v_cache topk_idx positions slots o_compressed gate o softmax_scale"
     " block_table",

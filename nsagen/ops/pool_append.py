@@ -7,13 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import (
-    check_page_size,
-    check_places,
-    check_rows_of_slots,
-    check_scales,
-)
-from nsagen.ops._checks import check_rows, fail, shapes
+from nsagen.ops._cache_checks import check_pages_of_windows, check_places
+from nsagen.ops._checks import check_tensors, fail
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import find_kernel, key_of
 from nsagen.ops._sizes import cache_dtype_of, tokens_of
@@ -66,27 +61,9 @@ def pool_append(
     _pool_append(k_cache, ck_cache, positions, slots, *statics, *more)
 
 
-def _check(call: Any) -> None:
-    op, k_cache, ck_cache, table = call.op, call.k_cache, call.ck_cache, call.block_table
-    scales, size, stride = (call.k_scale, call.ck_scale), call.kernel_size, call.kernel_stride
-    if scales == (None, None):
-        check_rows(op, 4, k_cache=k_cache, ck_cache=ck_cache)
-    else:
-        check_scales(op, None, k_cache=(k_cache, scales[0]), ck_cache=(ck_cache, scales[1]))
-    check_windows(op, size, stride)
-    if call.new_tokens < 1:
-        fail(op, "new_tokens must be positive", call.new_tokens, "pass 1 for one new token")
-    rows = call.positions.numel()
-    check_rows_of_slots(op, k_cache, call.positions, call.slots, table, rows)
-    if k_cache.shape[2:] != ck_cache.shape[2:] or k_cache.shape[0] != ck_cache.shape[0]:
-        came = shapes({"k_cache": k_cache, "ck_cache": ck_cache})
-        fail(op, "the caches must agree in all but their lengths", came, "allocate them alike")
-    if table is not None:
-        check_page_size(op, k_cache.shape[1], "kernel_stride", stride)
-        if ck_cache.shape[1] * stride != k_cache.shape[1]:
-            came = shapes({"k_cache": k_cache, "ck_cache": ck_cache})
-            fail(op, f"a page must hold a window every {stride} tokens", came, "allocate them so")
-    check_places(op, call.positions, call.slots, table, k_cache)
+def _check_new_tokens(op: str, new_tokens: int) -> None:
+    if new_tokens < 1:
+        fail(op, "new_tokens must be positive", new_tokens, "pass 1 for one new token")
 
 
 def _launch(call: Any) -> Any:
@@ -104,7 +81,10 @@ _pool_append = op_of(
     reference.pool_append,
     returns="",
     allocate=lambda: None,
-    check=_check,
+    check=(
+        *(check_tensors, check_windows, check_pages_of_windows),
+        *(_check_new_tokens, check_places),
+    ),
     kernel=_launch,
     launch="k_cache ck_cache positions slots new_tokens block_table",
     optional="k_scale ck_scale",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_attention, check_packed, check_topk_idx
+from nsagen.ops._checks import check_packed, check_tensors, check_topk_idx
 from nsagen.ops._derive import Gradients, backward_of, op_of
 from nsagen.ops._launch import attention_outputs, key_of, scale_of
 from nsagen.runtime import Dispatcher
@@ -66,7 +66,7 @@ selected_attention_forward = op_of(
     reference.selected_attention,
     returns="o lse",
     allocate=attention_outputs,
-    check=(check_attention, check_packed, check_topk_idx),
+    check=(check_tensors, check_packed, check_topk_idx),
     kernel="selected_attention forward",
     launch="q k v topk_idx cu_seqlens o lse softmax_scale",
     optional="cu_seqlens_k q_start",

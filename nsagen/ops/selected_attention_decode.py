@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import check_cached, check_places
-from nsagen.ops._checks import check_topk_idx
+from nsagen.ops._cache_checks import check_places
+from nsagen.ops._checks import check_tensors, check_topk_idx
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import key_of, scale_of
 from nsagen.runtime import Dispatcher
@@ -67,7 +67,7 @@ _selected_attention_decode = op_of(
     reference.selected_attention_decode,
     returns="o",
     allocate=lambda q, v_cache: q.new_empty(*q.shape[:2], v_cache.shape[-1]),
-    check=(check_cached, check_topk_idx, check_places),
+    check=(check_tensors, check_topk_idx, check_places),
     kernel="selected_attention decode",
     launch="q k_cache v_cache topk_idx positions slots o softmax_scale block_table",
     optional="k_scale v_scale",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nsagen.ops import reference
-from nsagen.ops._checks import check_attention, check_packed, check_window
+from nsagen.ops._checks import check_packed, check_tensors, check_window
 from nsagen.ops._derive import Gradients, backward_of, op_of
 from nsagen.ops._launch import attention_outputs, key_of, scale_of
 from nsagen.runtime import Dispatcher
@@ -59,7 +59,7 @@ sliding_window_attention_forward = op_of(
     reference.sliding_window_attention_forward,
     returns="o lse",
     allocate=attention_outputs,
-    check=(check_attention, check_packed, check_window),
+    check=(check_tensors, check_packed, check_window),
     kernel="sliding_window_attention forward",
     launch="q k v cu_seqlens o lse softmax_scale",
     optional="cu_seqlens_k q_start",

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.ops import reference
-from nsagen.ops._cache_checks import check_places, check_rows_of_slots, check_scales
-from nsagen.ops._checks import check_rows, fail, shapes
+from nsagen.ops._cache_checks import check_places
+from nsagen.ops._checks import check_tensors
 from nsagen.ops._derive import op_of
 from nsagen.ops._launch import Launch, fixed_kernel, key_of
 from nsagen.runtime import Dispatcher
@@ -49,24 +49,6 @@ def store_rows(
     _store_rows(x, cache, scale, positions, slots, block_table, key_of(dispatcher))
 
 
-def _check(
-    op: str,
-    x: Tensor,
-    cache: Tensor,
-    scale: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    block_table: Tensor | None,
-) -> None:
-    check_rows(op, x=x)
-    check_scales(op, x, cache=(cache, scale))
-    if cache.shape[2:] != x.shape[1:]:
-        came = shapes({"x": x, "cache": cache})
-        fail(op, "cache must have x's heads and their size", came, "allocate it so")
-    check_rows_of_slots(op, x, positions, slots, block_table)
-    check_places(op, positions, slots, block_table, cache)
-
-
 def _launch(x: Tensor, cache: Tensor) -> Launch | None:
     """The kernel's `launch`; None for a GPU whose kernels cannot convert to the cache's dtype."""
     known = KNOWN_TARGETS.get(target_of(x.device)) if x.is_cuda else None
@@ -80,7 +62,7 @@ _store_rows = op_of(
     reference.store_rows,
     returns="",
     allocate=lambda: None,
-    check=_check,
+    check=(check_tensors, check_places),
     kernel=_launch,
     launch="x cache scale positions slots block_table",
     mutates="cache scale",

@@ -82,10 +82,16 @@ FULL = torch.zeros(2, 60, 4, dtype=torch.int32)
 CASES: dict[str, tuple[Call, str]] = {
     "dtypes differ": (sliding(k=x.k.half()), "q, k, v must share one float dtype; got q torch.fl"),
     "integers": (sliding(q=x.q.int()), "share one float dtype"),
-    "not packed": (sliding(q=x.q[0]), r"q must have 3 dimensions; got q \(6, 16\), k \(60, 2, 16"),
+    "not packed": (sliding(q=x.q[0]), r"q must have shape \[N, HQ, D\]; got \(6, 16\); reshape it"),
     "heads": (sliding(q=x.q[:, :5]), "multiple of key/value heads; got 5 and 2"),
-    "head_dim": (sliding(q=x.q[..., :8]), r"head_dim, their last size; got q \(60, 6, 8\)"),
-    "values": (sliding(v=x.v[1:]), "k and v must agree in tokens"),
+    "head_dim": (
+        sliding(q=x.q[..., :8]),
+        r"k must have .* = \[60, 2, 8\]; got \(60, 2, 16\); .*D is q's",
+    ),
+    "values": (
+        sliding(v=x.v[1:]),
+        r"v must have shape \[T, HK, Dv\] = \[60, 2, Dv\]; got \(59, 2, 24\); .*T is k's",
+    ),
     "tokens": (sliding(q=x.q[1:]), "same tokens; got 59 and 60"),
     "strides": (sliding(q=x.q.mT.contiguous().mT), r"q's last dimension must be contiguous; got s"),
     "int64 offsets": (sliding(cu_seqlens=x.cu_seqlens.long()), "cu_seqlens must be int32"),
@@ -97,7 +103,10 @@ CASES: dict[str, tuple[Call, str]] = {
     "2-d offsets": (sliding(cu_seqlens=x.cu_seqlens[None]), r"shape \[batch \+ 1\]; got \(1, 5\)"),
     "window": (sliding(window_size=0), "window_size must be positive; got 0"),
     "selection dtype": (selected(FULL.long()), "topk_idx must be int32; got torch.int64"),
-    "selection shape": (selected(FULL[:1]), r"contiguous with shape \(2, 60, 4\); got \(1, 60, 4"),
+    "selection shape": (
+        selected(FULL[:1]),
+        r"shape \[HK, N, topk\] = \[2, 60, topk\]; got \(1, 60, 4",
+    ),
     "block": (selected(FULL, block_size=0), "block_size must be positive"),
     "stride": (compressed(kernel_size=4, kernel_stride=8), "kernel_size=4, kernel_stride=8"),
     "blocks": (compressed(block_size=6), "block_size=6"),
@@ -112,21 +121,30 @@ CASES: dict[str, tuple[Call, str]] = {
     ),
     "tables": (
         lambda: ops.rope(x.q, x.cos.half(), x.sin, torch.zeros(60, dtype=torch.int32)),
-        r"cos must be a contiguous float32 table \[positions, 8\]; got torch.float16",
+        "cos must be float32; got torch.float16; pass cos",
     ),
     "gate": (
         lambda: ops.gated_sum(x.q, x.q, x.q, x.gate[..., :2].contiguous()),
-        r"gate must be \(60, 6, 3\); got \(60, 6, 2\)",
+        r"gate must have shape \[N, HQ, 3\] = \[60, 6, 3\]; got \(60, 6, 2\)",
     ),
     "branches": (
         lambda: ops.gated_sum(x.q, x.k, x.q, x.gate),
-        "o_selected must have o_compressed's shape",
+        r"o_selected must have shape .* = \[60, 6, 16\]; got .* HQ is o_compressed's",
     ),
     "positions": (append(8, cached.rows[0].long()), "positions must be int32"),
-    "slots": (append(9, cached.rows[1][:2]), r"slots must be contiguous with shape \(3,\)"),
-    "cache heads": (append(10, cached.k_cache[:, :, :1]), r"k_cache must be \[4, length, 2, 16\]"),
-    "cache lengths": (append(13, cached.cv_cache[:, 1:]), "ck_cache and cv_cache must have one"),
-    "raw keys": (append(14, cached.k_raw[:, 1:]), "k_raw must hold kernel_size tokens; got 7"),
+    "slots": (append(9, cached.rows[1][:2]), r"slots must have shape \[N\] = \[3\]; got \(2,\)"),
+    "cache heads": (
+        append(10, cached.k_cache[:, :, :1]),
+        r"k_cache must have .* = \[4, 32, 2, 16\]",
+    ),
+    "cache lengths": (
+        append(13, cached.cv_cache[:, 1:]),
+        "cv_cache must have .* windows is ck_cache's",
+    ),
+    "raw keys": (
+        append(14, cached.k_raw[:, 1:]),
+        r"k_raw must have .* = \[4, 8, 2, 16\]; got \(4, 7, ",
+    ),
     "page and stride": (
         paged(2, 1),
         "page size must be a positive multiple of kernel_stride; got 2",
@@ -138,10 +156,13 @@ CASES: dict[str, tuple[Call, str]] = {
     "table dtype": (paged(16, table=torch.zeros(4, 2)), "block_table must be int32"),
     "table slots": (
         paged(16, table=torch.zeros(3, 2, dtype=torch.int32)),
-        r"k_raw must be \[3, length, 2, 16\]; got \(4, 8, 2, 16\)",
+        r"block_table must have .* = \[4, max_pages\]; got \(3, 2\); .* slots is k_raw's",
     ),
     "cache dtype": (decode(1, cached.k_cache.half()), "must share one float dtype"),
-    "branch": (decode(6, cached.o_compressed[..., :8].contiguous()), "o_compressed must be"),
+    "branch": (
+        decode(6, cached.o_compressed[..., :8].contiguous()),
+        "o_compressed must have shape",
+    ),
 }
 
 

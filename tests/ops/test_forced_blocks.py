@@ -160,9 +160,9 @@ def test_wrong_calls_are_refused() -> None:
     o, lse = reference.forced_blocks_attention(q, k, v, cu_seqlens, **BLOCKS)
     topk_idx = torch.zeros((k.shape[1], q.shape[0], 3), dtype=torch.int32)
     call = (*BLOCKS.values(), 0.2)
-    with pytest.raises(InvalidInputError, match="o_forced must have o's shape"):
+    with pytest.raises(InvalidInputError, match=r"o_forced must have shape .* N is q's"):
         forced_blocks.free_blocks_attention(q, k, v, topk_idx, cu_seqlens, o[1:], lse, *call)
-    with pytest.raises(InvalidInputError, match="o_sliding must have o_forced's shape"):
+    with pytest.raises(InvalidInputError, match=r"o_sliding must have shape .* HQ is q's"):
         forced_blocks.free_blocks_gated_sum(
             q, k, v, topk_idx, cu_seqlens, o, lse, o, o[:, 1:], gate, *call
         )

@@ -57,7 +57,9 @@ def test_more_keys_than_queries_need_their_offsets() -> None:
     args = (X.q[rows], X.k, X.v, blocks()[:, rows].contiguous(), BLOCK_SIZE, cu_seqlens)
     with pytest.raises(InvalidInputError, match="or pass cu_seqlens_k"):
         ops.topk_sparse_attention(*args)
-    with pytest.raises(InvalidInputError, match="cu_seqlens_k must have cu_seqlens's shape"):
+    with pytest.raises(
+        InvalidInputError, match=r"cu_seqlens_k must have shape .* batch is cu_seqlens's"
+    ):
         ops.topk_sparse_attention(*args, cu_seqlens_k=torch.tensor([0, 60], dtype=torch.int32))
     with pytest.raises(InvalidInputError, match="q_start"):
         ops.topk_sparse_attention(*args, **{**more, "q_start": more["q_start"][1:]})

@@ -316,12 +316,12 @@ def block_selection(
     return torch.cat(selected, 1)
 
 
-def check_lse(where: str, lse: Tensor | None, score_norm: str) -> None:
+def check_lse(op: str, lse: Tensor | None, score_norm: str) -> None:
     """A softmax needs its log-sum-exp, and nothing else takes one."""
     if (lse is None) == (score_norm == "softmax"):
         came = f"lse {'None' if lse is None else tuple(lse.shape)}, score_norm {score_norm!r}"
         raise InvalidInputError(
-            f"{where}: lse must be given with score_norm 'softmax' and with no other; got {came}; "
+            f"{op}: lse must be given with score_norm 'softmax' and with no other; got {came}; "
             "take it from compressed_lse, or leave it out"
         )
 
