@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from nsagen.codegen.space import next_power_of_2
+from nsagen.codegen.space import Knob, next_power_of_2
 from nsagen.codegen.spaces import split_kv
 from nsagen.codegen.spaces.padding import LEAST_TILE, padded_heads
 from nsagen.core.target import Target
@@ -67,4 +68,22 @@ def default(workload: Workload, target: Target) -> dict[str, Param]:
     }
 
 
-SPACES = (split_kv.space("compressed_attention", derive, default),)
+def default_whole(workload: Workload, target: Target) -> dict[str, Param]:
+    """As `default`, and one kernel up to 4096 tokens of the usual windows."""
+    return {**default(workload, target), "whole_tiles": 4}
+
+
+SPLIT_KV = split_kv.space("compressed_attention", derive, default)
+WHOLE_ROWS = dataclasses.replace(
+    SPLIT_KV,
+    algorithm="whole_rows",
+    knobs=(
+        *SPLIT_KV.knobs,
+        Knob("whole_tiles", (4, 8, 16), "steps that one program takes, against a second launch"),
+    ),
+    default=default_whole,
+    supports=lambda workload: split_kv.heads_of_program(workload)[1] == 1,
+    preferred=lambda workload, target: False,
+)
+
+SPACES = (SPLIT_KV, WHOLE_ROWS)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 
 import pytest
 import torch
 
 from nsagen.cases.base import Case, Sizes
 from nsagen.cases.compressed_attention_decode import make_case
-from nsagen.codegen.template import default_schedule, render
+from nsagen.codegen.template import default_schedule, render, space_for
+from nsagen.core.errors import UnsupportedWorkloadError
 from nsagen.core.target import KNOWN_TARGETS
 from nsagen.core.workload import CACHE_DTYPES, Param, Schedule, Workload
 from tests.support import (
@@ -44,6 +46,12 @@ def schedule(work: Workload, **knobs: Param) -> Schedule:
     """The default schedule but for some knobs."""
     usual = default_schedule(work, KNOWN_TARGETS["cuda:90"])
     return Schedule.of(usual.algorithm, dict(usual.knobs) | knobs)
+
+
+def whole_rows(work: Workload, **knobs: Param) -> Schedule:
+    """That of one kernel where the caches hold few windows."""
+    usual = space_for(work, "whole_rows").default_schedule(work, KNOWN_TARGETS["cuda:90"])
+    return Schedule.of("whole_rows", dict(usual.knobs) | knobs)
 
 
 def check(
@@ -265,3 +273,89 @@ def test_float8_rows_at_odd_bytes_are_refused(name: str) -> None:
     args[place] = at_odd_bytes(args[place])
     with pytest.raises(ValueError, match=f"{name}: rows must start at even bytes"):
         load_kernel(work).launch(*args)
+
+
+def _launches(module: ModuleType, case: Case, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a checked call starts the second kernel."""
+    started: list[object] = []
+    second = module.combine_splits
+
+    class Counted:
+        def __getitem__(self, grid: object) -> object:
+            started.append(grid)
+            return second[grid]
+
+    monkeypatch.setattr(module, "combine_splits", Counted())
+    for _ in range(2):
+        check_case(module, case)
+    return bool(started)
+
+
+@pytest.mark.parametrize("page_size", [None, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_kernel_where_caches_hold_few_windows(
+    dtype: str, page_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 16 windows in turn, at every edge; the next larger caches take two kernels."""
+    work = workload(dtype, head_dim=32, v_head_dim=24, gqa_ratio=3)
+    edges = (-1, 0, 6, 7, 11, 15, 16, 63, 64, 80, 255)
+    module = load_kernel(work, whole_rows(work, block_n=16))
+    for capacity, two in ((256, False), (288, True)):
+        sizes = Sizes(edges, kv_heads=2, capacity=capacity, page_size=page_size)
+        case = make_case(work, sizes, kernel_device())
+        assert _launches(module, case, monkeypatch) is two
+
+
+@pytest.mark.parametrize("gqa_ratio", [1, 16, 17, 64])
+@pytest.mark.parametrize("forced", [(1, 0, 0), (4, 1, 2), (8, 3, 0), (64, 1, 2)], ids=str)
+def test_one_kernel_of_any_group_and_forced_blocks(
+    gqa_ratio: int, forced: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topk, init, local = forced
+    work = workload("float16", gqa_ratio=gqa_ratio, topk=topk, init_blocks=init, local_blocks=local)
+    case = make_case(work, Sizes((319, 0, 31, 32, 100), capacity=320), kernel_device())
+    assert not _launches(load_kernel(work, whole_rows(work)), case, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "block"), [(4, 4, 4), (12, 4, 12), (8, 8, 40), (40, 8, 16), (4, 1, 37)]
+)
+def test_one_kernel_of_other_windows(
+    size: int, stride: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That reach no or several blocks, and more in a block than a step takes."""
+    work = workload(kernel_size=size, kernel_stride=stride, block_size=block)
+    knobs = {"block_n": 16} if stride == 1 else {}
+    case = make_case(work, Sizes((148, size - 1, size - 2, block), capacity=150), kernel_device())
+    module = load_kernel(work, whole_rows(work, whole_tiles=16, **knobs))
+    assert not _launches(module, case, monkeypatch)
+
+
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("dims", [(32, 16), (24, 40)], ids=str)
+def test_one_kernel_reads_narrow_caches(
+    cache_dtype: str, dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = workload("bfloat16", cache_dtype=cache_dtype, head_dim=dims[0], v_head_dim=dims[1])
+    case = make_case(work, Sizes((-1, 0, 15, 63, 200), capacity=256), kernel_device())
+    assert not _launches(load_kernel(work, whole_rows(work)), case, monkeypatch)
+    case = make_case(work, Sizes((63, 200), capacity=256), kernel_device())
+    check_case(load_kernel(work, whole_rows(work)), stretch_narrow(case))
+
+
+def test_one_kernel_takes_equal_scores_in_order_and_large_ones() -> None:
+    work = workload("float16", gqa_ratio=3)
+    case = make_case(work, Sizes((319, 200, 66), capacity=320), kernel_device())
+    case.args[1].nan_to_num_().zero_()
+    check_case(load_kernel(work, whole_rows(work)), case)
+    case = make_case(work, Sizes((319, 100), capacity=320), kernel_device())
+    case.args[0].mul_(40)
+    check_case(load_kernel(work, whole_rows(work)), case)
+    case = make_case(work, Sizes((3, 0, -1), capacity=4), kernel_device())  # no room for a window
+    check_case(load_kernel(work, whole_rows(work)), case)
+
+
+def test_programs_that_share_a_group_cannot_select_alone() -> None:
+    work = workload(head_dim=128, v_head_dim=128, gqa_ratio=40)
+    with pytest.raises(UnsupportedWorkloadError, match="needs an algorithm that covers it"):
+        space_for(work, "whole_rows")
