@@ -32,6 +32,8 @@ SANITIZE_ARGS ?=
 
 # One thread a test process: the processes already use every core.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
+# Without a GPU: one process imports and collects, and forks those that run tests.
+FORKED := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(PY) -m pytest -q -p tests.forks --forks $(JOBS)
 # The interpreter must not see a GPU: it is what stands in for one.
 INTERPRETED := TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=
 # nsagen is not installed there; some tests start processes in other folders.
@@ -68,12 +70,12 @@ test: $(STAMP)
 	$(MAKE) test-interpreter
 
 # What is in tests/kernels runs in the interpreter or on a GPU.
-test-plain: $(STAMP) $(IMPORTED)
-	$(PYTEST) -m "not slow and not interpreter and not gpu" --ignore tests/kernels
+test-plain: $(STAMP)
+	$(FORKED) -m "not slow and not interpreter and not gpu" --ignore tests/kernels
 
-# Only files that may have such tests: each worker imports what it collects.
-test-interpreter: $(STAMP) $(IMPORTED)
-	$(INTERPRETED) $(PYTEST) -m "(kernel or interpreter) and not slow" \
+# Only files that may have such tests: what is collected is imported.
+test-interpreter: $(STAMP)
+	$(INTERPRETED) $(FORKED) -m "(kernel or interpreter) and not slow" \
 	  tests/kernels $$(grep -rlE 'mark\.(interpreter|kernel)' tests --include='test_*.py')
 
 # Kernels through the interpreter; and what uses torch, pydantic, YAML, Jinja and the command line.
@@ -102,13 +104,7 @@ test-shapes: $(STAMP)
 
 # At once: many plain tests wait for processes, and leave their core to the interpreter meanwhile.
 check: $(STAMP)
-	$(MAKE) -j 3 test-plain test-interpreter static IMPORTED=.venv/.imported
-
-# Workers import the same modules in the same order: each would compile all of a new environment.
-# So one process does, while static has the other core.
-.venv/.imported: $(STAMP)
-	-OMP_NUM_THREADS=1 $(PY) -m pytest -q --collect-only > /dev/null
-	touch $@
+	$(MAKE) -j 3 test-plain test-interpreter static
 
 static: $(STAMP)
 	$(PY) -m ruff check .

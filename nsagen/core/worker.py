@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import importlib
 import json
@@ -391,8 +392,9 @@ def _search_path() -> list[str]:
 def _die_with_parent(lifeline: int) -> None:
     """End this process group when the other end of a pipe closes: the parent is gone.
 
-    A thread does this, whatever the others wait for. If one of them hangs in C and holds
-    Python's lock, Linux ends this process a second later.
+    Linux does so itself, even if this process hangs in C and holds Python's lock; elsewhere a
+    thread does, whatever the others wait for. If another process has the other end too, Linux
+    ends this process a second after its parent.
     """
 
     def wait() -> None:
@@ -401,6 +403,9 @@ def _die_with_parent(lifeline: int) -> None:
 
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
     with contextlib.suppress(OSError, AttributeError):
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
         libc = ctypes.CDLL(None)
         # A handler that needs no Python: SIGHUP is 1, so alarm(1) sends SIGALRM in a second.
         libc.signal(signal.SIGHUP, ctypes.cast(libc.alarm, ctypes.c_void_p))

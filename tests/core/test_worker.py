@@ -166,37 +166,33 @@ def end_within(seconds: float, pids: list[int]) -> bool:
 def test_no_process_outlives_the_one_that_made_the_worker(busy: str, sign: str) -> None:
     """A signal to that one alone; the worker runs a program, as Triton runs ptxas.
 
-    On a machine whose cores are all taken a process may wait for one: one of three tries counts.
+    Left alone, both would go on for 1000 s.
     """
     if busy == "hang_in_c" and sign != "SIGKILL":
         pytest.skip("what holds the lock makes no difference to how the parent ends")
     command = [sys.executable, "-c", PARENT, busy]
-
-    def in_time() -> bool:
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
-            assert parent.stdout
-            pids = [int(parent.stdout.readline()) for _ in range(2)]
-            parent.send_signal(signal.Signals[sign])
-            return end_within(2, pids)
-
-    assert any(in_time() for _ in range(3))
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        pids = [int(parent.stdout.readline()) for _ in range(2)]
+        parent.send_signal(signal.Signals[sign])
+        assert end_within(60, pids)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="watches processes that are not its children")
 def test_a_worker_that_nobody_closed_ends_what_it_started() -> None:
-    """The connection ends well before the process that made the worker."""
-    leave = "worker._connection.close(); import time; time.sleep(5)"
+    """The connection ends before the process that made the worker, which sleeps."""
+    leave = "worker._connection.close(); import time; time.sleep(1000)"
     command = [sys.executable, "-c", PARENT.replace("worker.ask(sys.argv[1], limit_s=1000)", leave)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
-        assert end_within(4, [int(parent.stdout.readline()) for _ in range(2)])
+        assert end_within(60, [int(parent.stdout.readline()) for _ in range(2)])
         parent.kill()
 
 
 def test_closing_a_worker_ends_what_it_started(worker: Worker) -> None:
     pids = [worker.ask(m, limit_s=60).value for m in ("pid", "start_a_program")]
     worker.close()
-    assert end_within(2, pids)
+    assert end_within(60, pids)
     with pytest.raises(WorkerError, match="it was closed"):
         worker.ask("pid", limit_s=60)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,11 @@ run_grpc_proxy_server(open_storage(sys.argv[1]), host="127.0.0.1", port=int(sys.
 """
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextmanager
 def proxy(folder: Path) -> Iterator[str]:
     """Run a proxy in front of a database in `folder` for as long as this lasts; yields its URL."""
@@ -35,6 +42,9 @@ def proxy(folder: Path) -> Iterator[str]:
     command = [sys.executable, "-c", SERVE, f"sqlite:///{folder / 'behind.db'}", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
+        while not answers(port):  # it imports for seconds, on a busy machine for many
+            assert server.poll() is None, "the proxy has ended"
+            time.sleep(0.05)
         yield f"grpc://127.0.0.1:{port}"
     finally:
         server.kill()
