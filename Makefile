@@ -8,7 +8,7 @@
 #   make test-lowest  fast tests on the lowest releases that pyproject.toml allows, in .venv-lowest
 #   make soak       long runs of random requests, forks and ends, and of mixed calls: 20 minutes
 #   make test-shapes  kernels of shapes drawn anew, in BUDGET=600 seconds of computing; and what
-#                   make test leaves uncompiled
+#                   make test leaves uncompiled, or out of the interpreter
 #   make gpu-test   the tests for a GPU; PY=python3 uses an environment of yours
 #   make sanitize   some of them under compute-sanitizer: stray accesses and races; SANITIZE_JOBS=8;
 #                   SANITIZE=sanitize_short has each algorithm once, sooner done with the kernels
@@ -101,6 +101,8 @@ test-shapes: $(STAMP)
 	SHAPES_SECONDS=$(BUDGET) $(INTERPRETED) $(PYTEST) tests/kernels/test_any_shape.py -k many
 	SHAPES_SECONDS=$(BUDGET) $(PYTEST) tests/aot/test_any_target.py -k many -rP
 	$(PYTEST) -m slow tests/aot tests/codegen/test_selected_attention_backward.py
+	$(INTERPRETED) $(FORKED) -m slow tests/kernels \
+	  --ignore tests/kernels/test_any_shape.py --ignore tests/kernels/test_soak.py
 
 # At once: many plain tests wait for processes, and leave their core to the interpreter meanwhile.
 check: $(STAMP)

@@ -78,7 +78,10 @@ def test_keys_and_values_of_any_two_types(
     accepts(work, tmp_path, PAGED)
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if i % 2 else []) for i, name in enumerate(CASES)],
+)
 def test_shape(name: str, tmp_path: Path) -> None:
     accepts(CASES[name][0], tmp_path)
 
