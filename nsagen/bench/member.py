@@ -180,6 +180,8 @@ class MemberInputs:
             more: dict[str, Any] = {"dispatcher": self.dispatcher}
             more["block_size"] = self.member.shape.block_size
             calls["index_loss"] = (partial(ops.index_loss, *args, **more), index)
+            args = (*args[:4], None, self.cu_seqlens)
+            calls["dense_index_loss"] = (partial(ops.index_loss, *args, **more), index)
         return calls
 
 

@@ -36,6 +36,7 @@ _SELECTION = (
     *("block_size", "topk", "init_blocks", "local_blocks"),
 )
 _INDEX = ("head_dim", "index_head_dim", "gqa_ratio", "block_size")
+_DENSE_INDEX = ("head_dim", "index_head_dim", "gqa_ratio")
 _SELECTED = ("head_dim", "v_head_dim", "gqa_ratio", "block_size")
 _SLIDING = ("head_dim", "v_head_dim", "gqa_ratio", "window_size")
 
@@ -48,6 +49,8 @@ STATIC_PARAMS: dict[tuple[str, str], tuple[str, ...]] = {
     ("block_selection", "forward"): _SELECTION,
     ("index_loss", "forward"): _INDEX,
     ("index_loss", "backward"): _INDEX,
+    ("dense_index_loss", "forward"): _DENSE_INDEX,
+    ("dense_index_loss", "backward"): _DENSE_INDEX,
     ("compressed_lse", "forward"): ("head_dim", "gqa_ratio", "kernel_size", "kernel_stride"),
     ("selected_attention", "forward"): _SELECTED,
     ("selected_attention", "backward"): _SELECTED,

@@ -28,6 +28,8 @@ _SERVES = {
     ("compressed_lse", "forward"): set(),
     ("index_loss", "forward"): set(),
     ("index_loss", "backward"): set(),
+    ("dense_index_loss", "forward"): set(),
+    ("dense_index_loss", "backward"): set(),
     ("pool_append", "decode"): set(),
     ("selected_attention", "decode"): set(),
     ("selected_attention", "forward"): {"selected"},
@@ -211,7 +213,7 @@ class AttentionShape:
             used, wanted = of_scores, (op, pass_) in _FAMILY
             if op == "pool_append" or (op, pass_) == ("compress", "forward"):
                 wanted = self.kernel_size > 1
-            elif op == "index_loss":
+            elif op in ("index_loss", "dense_index_loss"):
                 # Only training calls it, its forward pass too.
                 wanted, used = self.scorer == "index" and "backward" in passes, values
             elif op == "compressed_lse":

@@ -54,6 +54,7 @@ def test_the_family_s_scores_take_no_memory_of_n_squared(name, tmp_path):
         "block_selection": 512 * MIB,
         "compressed_lse": 0,
         "index_loss": 7600 * MILLION,  # backward: partial gradients of index keys
+        "dense_index_loss": 2600 * MILLION,
     }
     for workload in spec.workloads():
         if workload.op not in limits or workload.pass_ == "decode":

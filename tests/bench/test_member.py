@@ -107,7 +107,7 @@ def test_a_row_for_each_op_forward_the_whole_and_dense(
 @pytest.mark.usefixtures("_without_a_gpu")
 def test_a_row_for_each_gradient(member: Member) -> None:
     rows = train.run(member, (100,))
-    index = ["index_loss"] if member.indexed else []
+    index = ["index_loss", "dense_index_loss"] if member.indexed else []
     what = ["dense attention (cuDNN)", "selected_attention", *index, "attention"]
     assert [row["what"] for row in rows] == what
     assert rows[-1]["peak_gib"] == 0.5

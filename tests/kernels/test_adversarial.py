@@ -64,7 +64,10 @@ HUGE = list(KINDS)[3:]
 """Scores of up to 4e8, beside which float32 holds no logarithm of a sum: passes that take
 probabilities from lse must only be finite there."""
 
-FROM_LSE = {key for key in PASSES if key[1] == "backward"} | {("index_loss", "forward")}
+FROM_LSE = {key for key in PASSES if key[1] == "backward"} | {
+    ("index_loss", "forward"),
+    ("dense_index_loss", "forward"),
+}
 LEAST = ("denormals", "one outlier", "1e4 of both signs")
 
 CASES = [
@@ -120,7 +123,10 @@ def test_each_kind(
         load_kernel(w).launch(*args)
     # Equal values cancel in gradients: what is left is rounding, beside sums of about this size.
     scale = 16.0 if kind == "equal" and pass_ == "backward" else 0.0
-    if op == "index_loss":  # a difference of logarithms, which cancel where all scores are equal
+    if op in (
+        "index_loss",
+        "dense_index_loss",
+    ):  # a difference of logarithms, which cancel where all scores are equal
         scale = max(scale, 4.0)
     for name, exact in case.expected().items():
         huge = kind in HUGE and (op, pass_) in FROM_LSE

@@ -80,7 +80,8 @@ def marked(name: str) -> object:
 def test_shape(name: str) -> None:
     work, shape = CASES[name]
     tokens = shape.kernel_size + 2 * shape.kernel_stride + 3
-    if work.op in ("selected_attention", "sliding_window_attention", "index_loss"):
+    short = ("selected_attention", "sliding_window_attention", "index_loss", "dense_index_loss")
+    if work.op in short:
         tokens = min(tokens, 67)
     sizes = Sizes((2, tokens), kv_heads=1)
     if work.pass_ == "decode":

@@ -18,7 +18,7 @@ from nsagen.ops.compressed_attention import (
 from nsagen.ops.compressed_lse import compressed_lse_forward
 from nsagen.ops.gated_attention import branch_columns
 from nsagen.ops.gated_sum import gated_sum_backward, gated_sum_forward
-from nsagen.ops.index_loss import index_loss_forward
+from nsagen.ops.index_loss import dense_index_loss_forward, index_loss_forward
 from nsagen.ops.layout import compressed_cu_seqlens
 from nsagen.ops.lengths import Lengths
 from nsagen.ops.native_sparse_attention import (
@@ -88,6 +88,11 @@ def index_inputs(x: Packed) -> tuple[Tensor, ...]:
     return x.q.detach(), x.k.detach(), *index, selection(x), x.cu_seqlens
 
 
+def dense_index_inputs(x: Packed) -> tuple[object, ...]:
+    *tensors, _, cu_seqlens = index_inputs(x)
+    return *tensors, cu_seqlens, SCALE, SCALE
+
+
 DIFFERENTIABLE: dict[str, Callable[[Packed], Call]] = {
     "avgpool": compress_call("avgpool", pe=False),
     "avgpool with pe": compress_call("avgpool", pe=True),
@@ -107,6 +112,7 @@ DIFFERENTIABLE: dict[str, Callable[[Packed], Call]] = {
     ),
     "gated_sum": lambda x: (gated_sum_forward, (x.q, *like(x.q, x), x.gate)),
     "index_loss": lambda x: (index_loss_forward, (*index_inputs(x), 8, SCALE, SCALE)),
+    "dense_index_loss": lambda x: (dense_index_loss_forward, dense_index_inputs(x)),
 }
 
 
@@ -299,7 +305,7 @@ def test_transforms_of_torch_func_differentiate_ops(
     monkeypatch.setattr("nsagen.ops.reference._attend.MAX_SCORES", 64)
     x = Packed(dtype=torch.float64, seqlens=(3, 10), query_heads=2, requires_grad=True)
     op, args = DIFFERENTIABLE[name](x)
-    place = 2 if name == "index_loss" else 0  # the first of its arguments with a gradient
+    place = 2 if name.endswith("index_loss") else 0  # the first of its arguments with a gradient
 
     def loss(tensor: Tensor) -> Tensor:
         result = op(*args[:place], tensor, *args[place + 1 :])

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from nsagen.cases.base import THRESHOLDS, relative_error
 from nsagen.core.errors import InvalidInputError
-from nsagen.ops import _op, index_loss
+from nsagen.ops import _op, index_loss, reference
 
 
 @pytest.mark.parametrize("warm_up", [False, True])
@@ -24,8 +25,11 @@ def test_a_chunk_of_a_sequence_is_refused_by_name(warm_up: bool) -> None:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter")
-def test_both_passes_take_the_kernels_of_the_queries_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss and its gradient are float32."""
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_both_passes_take_the_kernels_of_the_queries_dtype(
+    warm_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss and its gradient are float32; the dense warm-up has kernels of its own."""
     usual, found = _op.find_kernel, []
 
     def find(dispatcher: str, op: str, pass_: str, params: Any, x: torch.Tensor, *more: Any) -> Any:
@@ -37,5 +41,11 @@ def test_both_passes_take_the_kernels_of_the_queries_dtype(monkeypatch: pytest.M
     for x in tensors[2:]:
         x.requires_grad_()
     topk_idx, ends = torch.zeros(1, 5, 1, dtype=torch.int32), torch.tensor([0, 5]).int()
-    index_loss(*tensors, topk_idx, ends, block_size=8).sum().backward()
-    assert found == [("index_loss", pass_, torch.float16) for pass_ in ("forward", "backward")]
+    blocks, op = (None, "dense_index_loss") if warm_up else (topk_idx, "index_loss")
+    index_loss(*tensors, blocks, ends, block_size=8).sum().backward()
+    assert found == [(op, pass_, torch.float16) for pass_ in ("forward", "backward")]
+    for x in tensors[2:]:
+        expected = x.detach().double().requires_grad_()
+        others = [y.detach().double() if y is not x else expected for y in tensors]
+        reference.index_loss(*others, blocks, ends, block_size=8).sum().backward()
+        assert relative_error(x.grad, expected.grad) < THRESHOLDS[torch.float16]

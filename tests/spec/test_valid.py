@@ -62,7 +62,9 @@ def test_one_shape_asks_for_each_op_once_and_for_compression_of_keys_and_values(
     spec = spec_of(tmp_path, MINIMAL + "passes: [forward, backward, decode]\n")
     others = {("compressed_lse", "forward"), ("block_selection", "decode")}  # parts of NSA's
     others |= {("pool_append", "decode"), ("selected_attention", "decode")}
-    others |= {("index_loss", "forward"), ("index_loss", "backward")}
+    others |= {
+        (op, p) for op in ("index_loss", "dense_index_loss") for p in ("forward", "backward")
+    }
     expected = set(STATIC_PARAMS) - others
     assert {(w.op, w.pass_) for w in spec.workloads()} == expected
     assert len(spec.workloads()) == len(expected) + 2  # compress, forward and backward

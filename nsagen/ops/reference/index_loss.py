@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError
-from nsagen.ops.reference._attend import chunks, recomputed, scale_of, scores_of, upcast
+from nsagen.ops.reference._attend import chunks, contract, recomputed, scale_of, scores_of, upcast
 from nsagen.ops.reference._checks import check_heads, sequence_bounds
 from nsagen.ops.reference.selected_attention import selected_tokens
 
@@ -24,6 +24,37 @@ def index_loss_forward(
     index_scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`index_loss`, and the log-sum-exps of the attention [N, HQ] and of the index [N, HK]."""
+    scales = softmax_scale, index_scale
+    return _forward(q, k, index_q, index_k, topk_idx, cu_seqlens, block_size, *scales)[:3]
+
+
+def dense_index_loss_forward(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    softmax_scale: float | None = None,
+    index_scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same over all tokens u <= t, and its slope: the gradient for index_q, [N, HK, Di]."""
+    tensors = (q, k, index_q, index_k, None, cu_seqlens)
+    loss, lse, lse_index, slope = _forward(*tensors, 1, softmax_scale, index_scale)
+    return loss, lse, lse_index, slope.to(index_q.dtype)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    topk_idx: Tensor | None,
+    cu_seqlens: Tensor,
+    block_size: int,
+    softmax_scale: float | None,
+    index_scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     where = "index_loss"
     check_heads(where, q, k, k)
     check_heads(where, index_q, index_k, index_k)
@@ -49,8 +80,8 @@ def index_loss_forward(
             chosen = None if topk_idx is None else topk_idx[:, rows]
             given = (q[rows], k[keys], index_q[rows], index_k[keys], chosen)
             parts.append(recomputed(_chunk_loss, *given, lo, block_size, *scales))
-    losses, lses, index_lses = zip(*parts, strict=True)
-    return torch.cat(losses, 1), torch.cat(lses), torch.cat(index_lses)
+    losses, lses, index_lses, slopes = zip(*parts, strict=True)
+    return torch.cat(losses, 1), torch.cat(lses), torch.cat(index_lses), torch.cat(slopes)
 
 
 def index_loss(
@@ -105,8 +136,8 @@ def _chunk_loss(
     block_size: int,
     softmax_scale: float,
     index_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [HK, C], and log-sum-exps [C, HQ] and [C, HK].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss [HK, C], log-sum-exps [C, HQ] and [C, HK], and slope [C, HK, Di].
 
     Of the queries first .. first + C - 1 of one sequence and its keys up to them.
     """
@@ -128,4 +159,6 @@ def _chunk_loss(
     lse = scores.detach().logsumexp(-1).masked_fill(nothing[:, None], float("-inf"))
     index_lse = index_scores.detach().logsumexp(-1).masked_fill(nothing, float("-inf"))
     loss = terms.sum(-1).masked_fill(nothing, 0.0)
-    return loss, lse.permute(2, 0, 1).flatten(1), index_lse.T
+    dx = (student.detach().exp() - teacher).masked_fill(hidden | empty, 0.0)
+    slope = contract("hct,td->chd", dx, index_k.detach()[:, 0]) * index_scale
+    return loss, lse.permute(2, 0, 1).flatten(1), index_lse.T, slope
