@@ -75,7 +75,7 @@ test-plain: $(STAMP)
 
 # Only files that may have such tests: what is collected is imported.
 test-interpreter: $(STAMP)
-	$(INTERPRETED) $(FORKED) -m "(kernel or interpreter) and not slow" \
+	$(INTERPRETED) $(LATER) env $(FORKED) -m "(kernel or interpreter) and not slow" \
 	  tests/kernels $$(grep -rlE 'mark\.(interpreter|kernel)' tests --include='test_*.py')
 
 # Kernels through the interpreter; and what uses torch, pydantic, YAML, Jinja and the command line.
@@ -104,15 +104,16 @@ test-shapes: $(STAMP)
 	$(INTERPRETED) $(FORKED) -m slow tests/kernels \
 	  --ignore tests/kernels/test_any_shape.py --ignore tests/kernels/test_soak.py
 
-# At once: many plain tests wait for processes, and leave their core to the interpreter meanwhile.
+# At once: many plain tests wait for processes, and leave their core to the others meanwhile. They
+# come first: at the end there is only what keeps every core busy.
 check: $(STAMP)
-	$(MAKE) -j 3 test-plain test-interpreter static
+	$(MAKE) -j 3 test-plain test-interpreter static LATER='nice -n 5'
 
 static: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m nsagen build --check $(SPECS)
-	$(PY) -m pyright --pythonpath $(PY)
+	$(LATER) $(PY) -m pyright --pythonpath $(PY)
 
 gpu-test:
 	$(PY) -m pytest -q -m gpu
