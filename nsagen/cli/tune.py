@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, get_args
 
 import typer
@@ -108,6 +109,7 @@ def tune(
     Stop it at any time: the same command resumes. On several GPUs, run it once per GPU
     (CUDA_VISIBLE_DEVICES=0, 1, ...) with the same --study.
     """
+    start = monotonic()
     require_extra("tune", "tune", "optuna", "scipy")
     _check_choices(objective, sampler, target)
     from nsagen.cli.tune_progress import Live, print_result, result_json
@@ -115,16 +117,21 @@ def tune(
     from nsagen.tune.search import Budget
     from nsagen.tune.selection import Selection
     from nsagen.tune.settings import Settings
-    from nsagen.tune.tuner import EACH_AHEAD
 
     cores = jobs or os.cpu_count() or 1
+    # Ranked schedules wait for no device. One of each workload comes first: what a search has ahead
+    # of its first result is lost where the time allows no more.
+    each, ahead = (1, cores + 1) if objective == "static" else (3, 3 * cores)
     settings = Settings(
         objective=objective,  # type: ignore[arg-type]  # checked above
         budget=Budget(trials=trials),
         seconds=seconds_of(time or ("2m" if objective == "static" else "")),
-        ahead=1 if simulate else EACH_AHEAD * cores,
+        ahead=1 if simulate else ahead,
+        each=each,
+        one_first=objective == "static",
         sampler=sampler,
         seed=seed,
+        since=start,
     )
     sizes = sizes_of(seqlens), sizes_of(batches)
     chosen = Selection(ops or (), passes or (), *sizes, kv_heads, params_of(params or ()))

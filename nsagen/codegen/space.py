@@ -128,6 +128,13 @@ class ScheduleSpace:
             wrong.append(f"needs about {needed} bytes of shared memory, {target} has {limit}")
         return wrong
 
+    def fits(self, workload: Workload, schedule: Schedule, target: Target) -> bool:
+        """Whether a schedule of known values has no `violations` on a target that it runs on."""
+        return (
+            all(rule.holds(workload, schedule, target) for rule in self.rules)
+            and self.memory_on(workload, schedule, target) <= target.shared_memory
+        )
+
     def _unknown_values(self, schedule: Schedule) -> list[str]:
         """Which knobs are missing, foreign to this algorithm, or have a value they cannot have."""
         values = dict(schedule.knobs)
@@ -190,7 +197,7 @@ class ScheduleSpace:
         names = [knob.name for knob in self.knobs]
         for values in itertools.product(*(knob.values for knob in self.knobs)):
             schedule = Schedule.of(self.algorithm, dict(zip(names, values, strict=True)))
-            if not self.violations(workload, schedule, target):
+            if self.fits(workload, schedule, target):
                 yield schedule
 
 

@@ -136,6 +136,7 @@ class CompilePool:
     Args:
         folder: where kernel files are written.
         workers: processes that compile; see `nsagen.core.worker.compile_workers`.
+        first: schedules of a task that are also compiled for its small sizes.
     """
 
     def __init__(
@@ -143,10 +144,12 @@ class CompilePool:
         folder: Path,
         target: Target,
         workers: Sequence[Worker],
+        first: int = FIRST,
     ) -> None:
         self._folder = folder
         self.target = target
         self._pool = WorkerPool(workers)
+        self._first = first
         self._futures: dict[tuple[Task, Schedule], Future[Outcome]] = {}
         self._last: dict[tuple[Task, Schedule], Future[Outcome]] = {}
         self._begun: Counter[Task] = Counter()
@@ -160,7 +163,7 @@ class CompilePool:
         key = (task, schedule)
         if key not in self._futures:
             # The first to run is compared with the reference, and all others with the first.
-            few = self._begun[task] < FIRST
+            few = self._begun[task] < self._first
             self._begun[task] += 1
             sizes = (task.timed, task.checked) if few else (task.timed,)
             self._futures[key] = self._submit(task, schedule, sizes)

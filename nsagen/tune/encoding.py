@@ -31,8 +31,9 @@ from nsagen.core.workload import Param, Schedule, Workload
 Kind = Literal["integer", "categorical"]
 """Ordered knobs as the index of their value, or every knob as one of unordered choices."""
 
-LISTED, SAMPLED = 20_000, 4096
-"""Most combinations of an algorithm's knobs that are all listed; the sample's size beyond that."""
+LISTED, SAMPLED, DRAWN = 20_000, 4096, 50_000
+"""Most combinations of an algorithm's knobs that are all listed; beyond that, most valid ones of a
+sample, and most combinations drawn to find them: in some spaces, one in a hundred is valid."""
 
 Coded = int | str
 """A parameter's value in a study."""
@@ -205,7 +206,8 @@ def _sample(
         yield default
     draw, seen = random.Random(f"{workload} {space.algorithm}"), set[int]()
     found = int(default is not None)
-    while found < SAMPLED and len(seen) < size // 2:  # later draws would mostly repeat
+    most = min(DRAWN, size // 2)  # later draws would mostly repeat
+    while found < SAMPLED and len(seen) < most:
         number = draw.randrange(size)
         if number in seen:
             continue
@@ -215,7 +217,7 @@ def _sample(
             number, index = divmod(number, len(knob.values))
             knobs[knob.name] = knob.values[index]
         schedule = Schedule.of(space.algorithm, knobs)
-        if schedule != default and not space.violations(workload, schedule, target):
+        if schedule != default and space.fits(workload, schedule, target):
             yield schedule
             found += 1
 

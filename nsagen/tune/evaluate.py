@@ -141,13 +141,13 @@ class TimedEvaluator:
     """Compiles ahead in a pool and measures in a worker that holds the GPU.
 
     Args:
-        seconds: from now on; making inputs is cut short where it would take longer.
+        end: by `time.monotonic`; making inputs is cut short where it would take longer.
     """
 
-    def __init__(self, pool: CompilePool, worker: Worker, seconds: float | None = None) -> None:
+    def __init__(self, pool: CompilePool, worker: Worker, end: float | None = None) -> None:
         self._pool = pool
         self._worker = worker
-        self._end = None if seconds is None else time.monotonic() + seconds
+        self._end = end
         self._opened: tuple[Task, int] | None = None
         self._unopened: dict[Task, list[str]] = {}
         self._measured: dict[tuple[Task, str], tuple[Schedule, Outcome]] = {}

@@ -29,6 +29,7 @@ class OpenSearch:
     Args:
         deadline: when its share of the time is over; None: no limit.
         end: when the whole run's time is over; None: no limit.
+        grace: seconds after that for which its first result is waited for; None: `GRACE_S`.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class OpenSearch:
         number: int,
         deadline: float | None,
         end: float | None,
+        grace: float | None = None,
     ) -> None:
         self.search = search
         self.task = search.task
@@ -48,6 +50,7 @@ class OpenSearch:
         self.measuring = 0
         self.final: FinalRound | None = None
         self._budget, self._deadline, self._end = budget, deadline, end
+        self._grace = GRACE_S if grace is None else grace
         self._pending: deque[Candidate] = deque()
         self._ended = search.finished(budget)
         self._exhausted = False
@@ -61,7 +64,7 @@ class OpenSearch:
         """Why no more should be measured; empty otherwise."""
         now = time.monotonic()
         late = self._deadline is not None and now > self._deadline
-        hopeless = self._end is not None and now > self._end + GRACE_S
+        hopeless = self._end is not None and now > self._end + self._grace
         if not self._ended and late and (self.count > self._first or hopeless):
             self._ended = "its time is up"
         if self._exhausted and not self._pending:

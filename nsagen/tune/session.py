@@ -33,6 +33,7 @@ from nsagen.tune.selection import Selection, specs_of, tasks_on
 from nsagen.tune.settings import Device, Settings, Step
 from nsagen.tune.simulate import ReplayEvaluator
 from nsagen.tune.storage import open_storage, sqlite_url, storage_errors
+from nsagen.tune.task import Task
 from nsagen.tune.tuner import Tuner
 
 MEASURER = "nsagen.tune.measure:GpuMeasurer"
@@ -151,15 +152,28 @@ def tune(
                     path = save_records(folders[spec], device.slug, str(device.target), [record])
                     if path not in result.files:
                         result.files.append(path)
-            result.records.append(record)
+            decided[record.key] = record
             watcher.decided(record, device.slug)
 
+        decided: dict[Any, TuningRecord] = {}
         storage = open_storage(result.url)
         tuner = Tuner(device, storage, evaluator, settings, known, watcher.step)
         with storage_errors(result.url), _page(places, result.url, watcher):
             result.failures += tuner.run(tasks, keep)
+        result.records += decided.values()
+        if settings.seconds is not None and settings.objective == "static":
+            result.notes.append(_covered(tasks, result, settings.seconds))
         result.studies += tuner.studies
     return result
+
+
+def _covered(tasks: Sequence[Task], result: Result, seconds: float) -> str:
+    """How far a ranking came in its time."""
+    done = len(result.records)
+    alone = sum(record.measured == 1 and record.of > 1 for record in result.records)
+    only = f", {alone} with one schedule only" if alone else ""
+    more = "; the same command goes on, and --time sets another limit"
+    return f"{done} of {len(tasks)} workloads and sizes ranked in {seconds:g} s{only}{more}"
 
 
 def simulate(path: Path, settings: Settings, places: Places, watcher: Watcher) -> Result:
@@ -284,14 +298,14 @@ def evaluator_for(
             name = places.target or max(target for spec in specs for target in spec.targets)
             target = parse_target(name)
             device = Device(f"static-{slug(name)}", target, "none", compiler_name())
-            pool = CompilePool(folder, device.target, workers)
+            pool = CompilePool(folder, device.target, workers, first=0)  # nothing runs
             evaluator: Evaluator = StaticEvaluator(pool)
         else:
             worker = Worker(MEASURER)
             started.callback(worker.close)
             device, facts = identify(worker)
             pool = CompilePool(folder, device.target, workers)
-            evaluator = TimedEvaluator(pool, worker, settings.seconds)
+            evaluator = TimedEvaluator(pool, worker, settings.end())
         started.callback(evaluator.close)  # the first to run
         yield device, facts, evaluator
 

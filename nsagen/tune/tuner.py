@@ -35,9 +35,6 @@ from nsagen.tune.task import Task, fingerprint_or_none
 NEIGHBOURS = 3
 """Winners of similar tasks that are tried right after the default."""
 
-EACH_AHEAD = 3
-"""Schedules that each open search has compiling or waiting for the device."""
-
 ASKS_A_TURN = 2
 """Schedules that are chosen between two looks at the device."""
 
@@ -75,7 +72,7 @@ class Tuner:
         self._settings = settings
         self._known = {r.key: r for r in known if r.objective == settings.objective}
         self._on_step = on_step
-        self._width = max(1, settings.ahead // EACH_AHEAD)
+        self._width = max(1, settings.ahead // settings.each)
         self._waiting: deque[tuple[int, Task]] = deque()
         self._open: list[OpenSearch] = []
         self._running: dict[int, Candidate] = {}
@@ -93,10 +90,11 @@ class Tuner:
         Returns:
             a line for each task without a record, with the reason.
         """
-        seconds = self._settings.seconds
-        self._end = None if seconds is None else time.monotonic() + seconds * (1 - RESERVE)
+        self._end = self._settings.end(RESERVE)
+        self._first_round = self._end is not None and self._settings.one_first
         self._count = len(tasks)
-        self._waiting.extend(enumerate(self._ordered(tasks), 1))
+        ordered = list(enumerate(self._ordered(tasks), 1))
+        self._waiting.extend(ordered)
         job: _Job | None = None
         with self._stop, heartbeats(self._storage, self._running), self._released():
             while True:
@@ -108,7 +106,11 @@ class Tuner:
                     self._finish(job, on_record)
                 elif following is None:
                     if not self._open and not self._waiting:
-                        return self._failures
+                        if not self._first_round:
+                            return self._failures
+                        self._first_round = False  # what time is left is shared
+                        self._waiting.extend(ordered)
+                        self._failures.clear()
                     time.sleep(_PAUSE_S)
                 job = following
 
@@ -144,9 +146,10 @@ class Tuner:
         while self._waiting and self._searching() < self._width:
             number, task = self._waiting.popleft()
             if self._end is not None and time.monotonic() > self._end and self.studies:
-                self._failures.append(
-                    f"{task}: not begun; the time is up; the same command goes on from here"
-                )
+                if self._record_of(task) is None:
+                    self._failures.append(
+                        f"{task}: not begun; the time is up; the same command goes on from here"
+                    )
                 continue
             candidates = self._evaluator.candidates(task)
             search = Search(
@@ -158,8 +161,10 @@ class Tuner:
                 sampler=self._settings.sampler,
                 seed=self._settings.seed,
             )
-            self.studies.append(search.study)
-            times = (self._deadline(), self._end)
+            if all(study.study_name != search.study.study_name for study in self.studies):
+                self.studies.append(search.study)
+            grace = 0.0 if self._settings.one_first else None  # `RESERVE` is for what runs
+            times = (self._deadline(), self._end, grace)
             open_search = OpenSearch(search, self._settings.budget, number, *times)
             self._open.append(open_search)
             self._conclude(open_search)
@@ -180,6 +185,8 @@ class Tuner:
         """When a search that starts now must end: all open searches share the device."""
         if self._end is None:
             return None
+        if self._first_round:
+            return time.monotonic()  # over with its first result
         now, left = time.monotonic(), len(self._waiting) + self._searching() + 1
         return now + max(0.0, self._end - now) * min(1.0, self._width / left)
 
@@ -190,12 +197,15 @@ class Tuner:
         open_search.give_up(self._running)
         search = open_search.search
         task = search.task
-        known = self._known.get((task.workload, task.bucket, self._objective, task.sizes_text))
+        known = self._record_of(task)
         open_search.final = FinalRound(
             search, self._evaluator, self._device, self._objective, ended
         )
         if known and known.triton == self._device.triton and _still_holds(known, search):
             open_search.final.result = known
+
+    def _record_of(self, task: Task) -> TuningRecord | None:
+        return self._known.get((task.workload, task.bucket, self._objective, task.sizes_text))
 
     @property
     def _objective(self) -> Any:
@@ -210,6 +220,8 @@ class Tuner:
             self._conclude(open_search)
         each = max(1, min(self._settings.ahead // max(1, self._searching()), self._width + 1))
         hungry = [c for c in self._open if c.final is None and c.has_room(each)]
+        if self._first_round:
+            hungry = [c for c in hungry if not (c.pending or c.measuring)]
         for open_search in sorted(hungry, key=lambda c: c.pending)[:ASKS_A_TURN]:
             if candidate := open_search.ask():
                 self._running[candidate.trial._trial_id] = candidate
@@ -268,6 +280,9 @@ class Tuner:
         if isinstance(decided, str):
             self._failures.append(f"{open_search.task}: {decided}")
             return
+        again = self._settings.one_first and not self._first_round
+        if again and decided is self._known.get(decided.key):
+            return  # the first round has reported it
         self._known[decided.key] = decided
         for other in self._open:
             if other.final is None and (found := self._neighbours(other.task)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def test_inputs_that_take_too_long_do_not_outlast_the_time(
 
     monkeypatch.setattr(evaluate.time, "monotonic", lambda: now[0])
     pool = CompilePool(tmp_path, KNOWN_TARGETS["cuda:90"], [InlineWorker(FakeCompiler())])  # type: ignore[list-item]
-    evaluator = TimedEvaluator(pool, Slow(FakeMeasurer()), seconds=60.0)  # type: ignore[arg-type]
+    evaluator = TimedEvaluator(pool, Slow(FakeMeasurer()), end=time.monotonic() + 60.0)  # type: ignore[arg-type]
     tasks = tasks_of([WORKLOAD], seqlens=[1024, 4096])
     for task in tasks:
         for schedule in evaluator.candidates(task).schedules[:3]:
