@@ -116,7 +116,6 @@ class Gradients:
         of: parameters that have a gradient.
         launch: as in `define_op`, of the same kernel's backward pass; without kernels the op's
             function is differentiated.
-        optional: as in `define_op`.
         prepare: as in `define_op`, beside contiguous rows of gradients.
         more: optional tensors at the end of the parameters, which only kernels take.
         adds: gradients that another op, <name>_backward_add, does not return, but adds to in
@@ -131,7 +130,6 @@ class Gradients:
 
     of: str
     launch: str = ""
-    optional: str = ""
     prepare: Mapping[str, Callable[..., Tensor | None]] = field(default_factory=dict)
     more: str = ""
     adds: str = ""
@@ -165,7 +163,7 @@ class Gradients:
         else:
             run = _differentiated(op, of, more, types)
             how = {"kernel": kernel.replace("forward", "backward"), "sizes": sizes}
-            how |= {"launch": self.launch, "optional": self.optional}
+            how["launch"] = self.launch
             how["prepare"] = {
                 **{n: _taking(with_contiguous_rows, n) for n in grads},
                 **{f"d{n}": _taking(_if_given, n, f"d{n}") for n in of if op.hints[n] != Tensor},

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from nsagen.core.errors import InvalidInputError, UnsupportedWorkloadError
-from nsagen.core.workload import DTYPES, Param, Workload
+from nsagen.core.target import KNOWN_TARGETS
+from nsagen.core.workload import CACHE_DTYPES, DTYPES, Param, Workload
 from nsagen.runtime import Dispatcher
 from nsagen.runtime import dispatcher as registry
-from nsagen.runtime.device import interpreting
+from nsagen.runtime.device import interpreting, target_of
 from nsagen.runtime.dispatcher import Launch
 
 
@@ -70,6 +71,8 @@ def find_kernel(
         UnsupportedWorkloadError: no variant covers the call, and none may or can be built.
     """
     dtype = str(x.dtype).removeprefix("torch.")
+    if dtype in CACHE_DTYPES:  # beside which nothing but scales has a dtype to compute in
+        dtype = "float32"
     if dtype not in DTYPES:
         raise InvalidInputError(
             f"{op}: kernels take {', '.join(DTYPES)}; got {dtype}; "
@@ -98,6 +101,14 @@ def fixed_kernel(name: str, x: Tensor) -> Launch | None:
     if not _fixed_kernels.runs_on(x):
         return None
     return registry.one_at_a_time(getattr(_fixed_kernels, name))
+
+
+def narrow_kernel(name: str, cache: Tensor) -> Launch | None:
+    """`fixed_kernel` for a cache of a narrow dtype; None too for a GPU that can't convert it."""
+    known = KNOWN_TARGETS.get(target_of(cache.device)) if cache.is_cuda else None
+    if known is not None and not known.holds(str(cache.dtype).removeprefix("torch.")):
+        return None
+    return fixed_kernel(name, cache)
 
 
 def attention_sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:

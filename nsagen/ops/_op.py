@@ -80,8 +80,6 @@ def define_op(
     sizes: Callable[..., Mapping[str, Param]] | None = None,
     context: Callable[..., int] | None = None,
     launch: str = "",
-    optional: str = "",
-    last: str = "",
     prepare: Mapping[str, Callable[..., Tensor | None]] | None = None,
     scratch: Mapping[str, Callable[..., Tensor]] | None = None,
     mutates: str = "",
@@ -109,9 +107,8 @@ def define_op(
         context: for decoding, the tokens that a cache slot holds at most, where that is not the
             length of `k_cache`.
         launch: arguments of the kernel's `launch`, in order. The rows of the first are the call's
-            tokens; where it has none, nothing is launched and the outputs are zeros.
-        optional: more arguments of `launch`, omitted if all are None.
-        last: the same after these, which are not omitted then.
+            tokens; where it has none, nothing is launched and the outputs are zeros. Names with a
+            ? are at the end, and omitted where they and all after them are None.
         prepare: by name, what replaces an argument of `launch`.
         scratch: by name, tensors for `launch` that are not returned.
         mutates: parameters that are written to.
@@ -123,9 +120,7 @@ def define_op(
         op = Op(function, returns.split(), check, allocate, scratch or {})
         op.kernel = _Kernel(op, kernel, sizes, context) if kernel else None
         values = (*op.values, *op.scratch)
-        launched = _LaunchArguments(
-            values, launch.split(), optional.split(), last.split(), prepare or {}
-        )
+        launched = _LaunchArguments(values, launch.split(), prepare or {})
         other = None if gradients is None else gradients.define(op, kernel, sizes)
         backward = None if other is None else _Backward(op, other)
         call = _define(op, launched, tuple(mutates.split()), backward)
@@ -455,25 +450,22 @@ class _LaunchArguments:
         self,
         values: tuple[str, ...],
         names: Sequence[str],
-        optional: Sequence[str],
-        last: Sequence[str],
         prepare: Mapping[str, Callable[..., Tensor | None]],
     ) -> None:
         values += tuple(_CONSTANTS)
-        self._pick = picker([values.index(name) for name in names])
-        self._optional = picker([values.index(name) for name in optional])
-        self._last = picker([values.index(name) for name in last])
+        self._pick = picker([values.index(name.removesuffix("?")) for name in names])
+        self._least = sum(not name.endswith("?") for name in names)
         self._prepare = [(values.index(n), by_name(f, values)) for n, f in prepare.items()]
 
     def __call__(self, args: Args, outputs: Sequence[Tensor]) -> Args:
         values = (*args, *outputs, *_CONSTANTS.values())
         for place, stand_in in self._prepare:
             values = (*values[:place], stand_in(values), *values[place + 1 :])
-        more, last = self._optional(values), self._last(values)
         args = self._pick(values)
-        if not all_none(last):
-            return (*args, *more, *last)
-        return args if all_none(more) else (*args, *more)
+        end = len(args)
+        while end > self._least and args[end - 1] is None:
+            end -= 1
+        return args[:end]
 
 
 class _Calls:

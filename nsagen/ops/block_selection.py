@@ -91,8 +91,7 @@ block_selection_forward = op_of(
     allocate=allocate_blocks,
     check=(check_tensors, check_windowed, BlockRule, check_lse),
     kernel="block_selection forward",
-    launch="q k lse cu_seqlens_q cu_seqlens_k topk_idx softmax_scale",
-    optional="q_start",
+    launch="q k lse cu_seqlens_q cu_seqlens_k topk_idx softmax_scale q_start?",
 )
 
 

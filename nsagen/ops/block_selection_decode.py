@@ -81,6 +81,5 @@ _block_selection_decode = op_of(
     check=(check_tensors, BlockRule, check_places_of_windows),
     kernel="block_selection decode",
     context=tokens_of_windows,
-    launch="q k_cache positions slots topk_idx softmax_scale block_table",
-    optional="k_scale",
+    launch="q k_cache positions slots topk_idx softmax_scale block_table k_scale?",
 )

@@ -176,10 +176,8 @@ _cache_append_decode = op_like(
     kernel="cache_append decode",
     sizes=_sizes,
     launch="q k v cos sin w_k w_v pe positions slots k_cache v_cache ck_cache cv_cache k_raw"
-    " q_turned block_table",
-    optional="w_k2 w_v2 pe_v k_compress v_compress k_window v_window v_raw k_window_cache"
-    " v_window_cache",
-    last="k_scale v_scale ck_scale cv_scale",
+    " q_turned block_table w_k2? w_v2? pe_v? k_compress? v_compress? k_window? v_window? v_raw?"
+    " k_window_cache? v_window_cache? k_scale? v_scale? ck_scale? cv_scale?",
     mutates="k_cache v_cache ck_cache cv_cache k_raw v_raw k_window_cache v_window_cache"
     " k_scale v_scale ck_scale cv_scale",
 )

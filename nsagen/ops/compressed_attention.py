@@ -74,13 +74,11 @@ compressed_attention_forward = op_of(
     allocate=attention_outputs,
     check=(check_tensors, check_windowed),
     kernel="compressed_attention forward",
-    launch="q k v cu_seqlens_q cu_seqlens_k o lse softmax_scale",
-    optional="q_start",
+    launch="q k v cu_seqlens_q cu_seqlens_k o lse softmax_scale q_start?",
     gradients=Gradients(
         "q k v",
-        "do q k v cu_seqlens_q cu_seqlens_k o lse dq dk dv softmax_scale delta gate False",
+        "do q k v cu_seqlens_q cu_seqlens_k o lse dq dk dv softmax_scale delta gate False q_start?",
         more="delta gate",
-        optional="q_start",
         adds="dq",
     ),
 )

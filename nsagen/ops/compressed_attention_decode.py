@@ -77,6 +77,6 @@ _compressed_attention_decode = op_of(
     check=(check_tensors, BlockRule, check_places_of_windows),
     kernel="compressed_attention decode",
     context=tokens_of_windows,
-    launch="q ck_cache cv_cache positions slots o topk_idx softmax_scale block_table",
-    optional="ck_scale cv_scale",
+    launch="q ck_cache cv_cache positions slots o topk_idx softmax_scale block_table"
+    " ck_scale? cv_scale?",
 )

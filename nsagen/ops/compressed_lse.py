@@ -59,6 +59,5 @@ compressed_lse_forward = op_of(
     allocate=lambda q: q.new_empty(q.shape[:2], dtype=lse_dtype(q)),
     check=(check_tensors, check_windowed),
     kernel="compressed_lse forward",
-    launch="q k cu_seqlens_q cu_seqlens_k lse softmax_scale",
-    optional="q_start",
+    launch="q k cu_seqlens_q cu_seqlens_k lse softmax_scale q_start?",
 )

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsagen.core.target import KNOWN_TARGETS
 from nsagen.ops import reference
 from nsagen.ops._cache_checks import check_places
 from nsagen.ops._checks import check_tensors, fail
 from nsagen.ops._derive import op_of
-from nsagen.ops._launch import Launch, fixed_kernel, key_of
+from nsagen.ops._launch import Launch, key_of, narrow_kernel
 from nsagen.runtime import Dispatcher
-from nsagen.runtime.device import target_of
 
 
 def load_rows(
@@ -56,13 +54,8 @@ def _check_dtype(op: str, dtype: torch.dtype) -> None:
         fail(op, rule, dtype, "pass one")
 
 
-def _launch(cache: Tensor, dtype: torch.dtype) -> Launch | None:
-    """The kernel's `launch`; None for a GPU whose kernels cannot convert the cache's dtype."""
-    known = KNOWN_TARGETS.get(target_of(cache.device)) if cache.is_cuda else None
-    unknown = known is not None and not known.holds(str(cache.dtype).removeprefix("torch."))
-    if unknown or dtype == torch.float64:
-        return None
-    return fixed_kernel("launch_load_rows", cache)
+def _kernel(cache: Tensor, dtype: torch.dtype) -> Launch | None:
+    return None if dtype == torch.float64 else narrow_kernel("launch_load_rows", cache)
 
 
 _load_rows = op_of(
@@ -73,6 +66,6 @@ _load_rows = op_of(
         (positions.shape[0], *cache.shape[2:]), dtype=dtype
     ),
     check=(check_tensors, check_places, _check_dtype),
-    kernel=_launch,
+    kernel=_kernel,
     launch="x cache scale positions slots block_table",
 )

@@ -114,7 +114,5 @@ _native_sparse_attention_decode = op_of(
     check=(_check_own_window, check_tensors, check_topk_idx, check_window, check_places),
     kernel="native_sparse_attention decode",
     launch="q k_cache v_cache topk_idx positions slots o_compressed gate o softmax_scale"
-    " block_table",
-    optional="k_window_cache v_window_cache",
-    last="k_scale v_scale",
+    " block_table k_window_cache? v_window_cache? k_scale? v_scale?",
 )

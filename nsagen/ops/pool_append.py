@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from nsagen.ops import reference
 from nsagen.ops._cache_checks import check_pages_of_windows, check_places
 from nsagen.ops._checks import check_tensors, fail
 from nsagen.ops._derive import op_of
-from nsagen.ops._launch import find_kernel, key_of
-from nsagen.ops._sizes import cache_dtype_of, tokens_of
+from nsagen.ops._launch import key_of
 from nsagen.ops.reference._checks import check_windows
 from nsagen.runtime import Dispatcher
 
@@ -66,16 +63,6 @@ def _check_new_tokens(op: str, new_tokens: int) -> None:
         fail(op, "new_tokens must be positive", new_tokens, "pass 1 for one new token")
 
 
-def _launch(call: Any) -> Any:
-    """The kernel's `launch`. Of a narrow cache nothing but its scales has a dtype to compute in."""
-    x = call.k_cache if call.k_scale is None else call.k_scale
-    sizes = {name: getattr(call, name) for name in ("kernel_size", "kernel_stride")}
-    sizes["head_dim"] = call.k_cache.shape[3]
-    sizes["cache_dtype"] = cache_dtype_of(call.k_cache, call.k_scale)
-    context = tokens_of(call.k_cache, call.block_table)
-    return find_kernel(call.dispatcher, "pool_append", "decode", sizes, x, context)
-
-
 _pool_append = op_of(
     "pool_append",
     reference.pool_append,
@@ -85,8 +72,7 @@ _pool_append = op_of(
         *(check_tensors, check_windows, check_pages_of_windows),
         *(_check_new_tokens, check_places),
     ),
-    kernel=_launch,
-    launch="k_cache ck_cache positions slots new_tokens block_table",
-    optional="k_scale ck_scale",
+    kernel="pool_append decode",
+    launch="k_cache ck_cache positions slots new_tokens block_table k_scale? ck_scale?",
     mutates="ck_cache ck_scale",
 )

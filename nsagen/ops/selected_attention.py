@@ -68,13 +68,12 @@ selected_attention_forward = op_of(
     allocate=attention_outputs,
     check=(check_tensors, check_packed, check_topk_idx),
     kernel="selected_attention forward",
-    launch="q k v topk_idx cu_seqlens o lse softmax_scale",
-    optional="cu_seqlens_k q_start",
+    launch="q k v topk_idx cu_seqlens o lse softmax_scale cu_seqlens_k? q_start?",
     gradients=Gradients(
         "q k v",
-        "do q k v topk_idx cu_seqlens o lse dq dk dv softmax_scale delta gate",
+        "do q k v topk_idx cu_seqlens o lse dq dk dv softmax_scale delta gate"
+        " cu_seqlens_k? q_start?",
         more="delta gate",
-        optional="cu_seqlens_k q_start",
     ),
 )
 """(o [N, HQ, Dv], lse [N, HQ]); lse is natural and not differentiable."""

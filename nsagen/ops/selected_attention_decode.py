@@ -69,6 +69,6 @@ _selected_attention_decode = op_of(
     allocate=lambda q, v_cache: q.new_empty(*q.shape[:2], v_cache.shape[-1]),
     check=(check_tensors, check_topk_idx, check_places),
     kernel="selected_attention decode",
-    launch="q k_cache v_cache topk_idx positions slots o softmax_scale block_table",
-    optional="k_scale v_scale",
+    launch="q k_cache v_cache topk_idx positions slots o softmax_scale block_table"
+    " k_scale? v_scale?",
 )

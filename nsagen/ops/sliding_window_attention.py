@@ -61,13 +61,11 @@ sliding_window_attention_forward = op_of(
     allocate=attention_outputs,
     check=(check_tensors, check_packed, check_window),
     kernel="sliding_window_attention forward",
-    launch="q k v cu_seqlens o lse softmax_scale",
-    optional="cu_seqlens_k q_start",
+    launch="q k v cu_seqlens o lse softmax_scale cu_seqlens_k? q_start?",
     gradients=Gradients(
         "q k v",
-        "do q k v cu_seqlens o lse dq dk dv softmax_scale delta gate False",
+        "do q k v cu_seqlens o lse dq dk dv softmax_scale delta gate False cu_seqlens_k? q_start?",
         more="delta gate",
-        optional="cu_seqlens_k q_start",
         adds="dq dk dv",
     ),
 )

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nsagen.core.target import KNOWN_TARGETS
 from nsagen.ops import reference
 from nsagen.ops._cache_checks import check_places
 from nsagen.ops._checks import check_tensors
 from nsagen.ops._derive import op_of
-from nsagen.ops._launch import Launch, fixed_kernel, key_of
+from nsagen.ops._launch import key_of, narrow_kernel
 from nsagen.runtime import Dispatcher
-from nsagen.runtime.device import target_of
 
 
 def store_rows(
@@ -49,21 +47,13 @@ def store_rows(
     _store_rows(x, cache, scale, positions, slots, block_table, key_of(dispatcher))
 
 
-def _launch(x: Tensor, cache: Tensor) -> Launch | None:
-    """The kernel's `launch`; None for a GPU whose kernels cannot convert to the cache's dtype."""
-    known = KNOWN_TARGETS.get(target_of(x.device)) if x.is_cuda else None
-    if known is not None and not known.holds(str(cache.dtype).removeprefix("torch.")):
-        return None
-    return fixed_kernel("launch_store_rows", x)
-
-
 _store_rows = op_of(
     "store_rows",
     reference.store_rows,
     returns="",
     allocate=lambda: None,
     check=(check_tensors, check_places),
-    kernel=_launch,
+    kernel=lambda cache: narrow_kernel("launch_store_rows", cache),
     launch="x cache scale positions slots block_table",
     mutates="cache scale",
 )

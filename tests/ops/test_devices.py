@@ -36,7 +36,7 @@ def test_a_launch_makes_its_device_the_current_one(
     call = _KernelCall(
         launch=lambda x, number, y: launched.append(number),
         outputs=(replay.meta_of(torch.zeros(1)),),
-        launched=_LaunchArguments(("x", "number", "y"), ("x", "number", "y"), (), (), {}),
+        launched=_LaunchArguments(("x", "number", "y"), ("x", "number", "y"), {}),
         device=THIRD,
         returns=1,
     )
