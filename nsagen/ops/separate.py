@@ -33,3 +33,13 @@ class SeparateKV:
     v_raw: Tensor
     k_window_cache: Tensor
     v_window_cache: Tensor
+
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """What is new: k_compress, v_compress, k_window, v_window."""
+        return self.k_compress, self.v_compress, self.k_window, self.v_window
+
+    @property
+    def caches(self) -> tuple[Tensor, ...]:
+        """What changes: v_raw, k_window_cache, v_window_cache."""
+        return self.v_raw, self.k_window_cache, self.v_window_cache
