@@ -88,9 +88,10 @@ class NSAOps(nn.Module):
     def split(self, projected: Sequence[Tensor]) -> Heads:
         """The heads in the outputs of `projections`."""
         q, *rest = projected
+        each = iter(rest)
         pairs = [
             KV(self.key(k), v.unflatten(-1, (-1, self.v_head_dim)))
-            for k, v in zip(rest[::2], rest[1::2], strict=True)
+            for k, v in zip(each, each, strict=True)
         ]
         q = self.query(q)
         if len(pairs) == 1:

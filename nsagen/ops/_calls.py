@@ -76,7 +76,7 @@ class KnownCalls(Generic[Known]):
             self.clear()
         present = [i for i in self._places if args[i] is not None]
         look = _Look(args, present, [i for i in self._places if args[i] is None], known)
-        # Threads may do so at once: what one has looked up is replaced, and never changed.
+        # Other threads may read or replace the entry meanwhile, so it is never changed in place.
         key = (args[0].shape, self._others(args))
         self._known[key] = (look, *self._known.get(key, ()))[:_MAX_ALIKE]
         self._count += 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from nsagen.core.workload import CACHE_DTYPES
 
 TILE = 512  # tokens a program
-CHUNK = 1024  # sequences that a program looks at in one go
+CHUNK = 1024  # sequences that a program reads at a time
 STORED_ROWS = 8  # heads of tokens a program
 LOADED_ROWS = 8  # the same; 54 registers a thread on sm_90, with 16 of them 156, with 32 250
 TURNED = 16  # heads of tokens a program

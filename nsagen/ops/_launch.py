@@ -71,7 +71,7 @@ def find_kernel(
         UnsupportedWorkloadError: no variant covers the call, and none may or can be built.
     """
     dtype = str(x.dtype).removeprefix("torch.")
-    if dtype in CACHE_DTYPES:  # beside which nothing but scales has a dtype to compute in
+    if dtype in CACHE_DTYPES:  # only the scales beside it have a dtype to compute in
         dtype = "float32"
     if dtype not in DTYPES:
         raise InvalidInputError(

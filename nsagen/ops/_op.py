@@ -339,7 +339,7 @@ class Op:
         """The arguments, with Python's own whole numbers where the op takes such.
 
         Raises:
-            InvalidInputError: one is no whole number, or past `MOST` or `MOST_OF`.
+            InvalidInputError: one isn't a whole number, or exceeds `MOST` or `MOST_OF`.
         """
         found = list(args)
         for place in self._whole:
@@ -765,6 +765,6 @@ class _Part:
         return (found,) if self._one else found
 
     def direct(self, values: Sequence[Any]) -> tuple[Tensor, ...]:
-        """The same on kernels, without anything that has to see the call."""
+        """The same on kernels, where nothing has to observe the call."""
         found = self._run(self._pick((*values, *self._defaults)))
         return (found,) if self._one else found

@@ -104,7 +104,7 @@ def cache_append(
 
 
 def _hidden_size(w_k: Weight, w_v: Weight) -> int:
-    """The hidden size of the mlps among two weights; 0 where there is none."""
+    """The hidden size of the mlps among two weights; 0 if neither is one."""
     sizes = [w[0].shape[-1] for w in (w_k, w_v) if isinstance(w, tuple)]
     if len(set(sizes)) > 1:
         rule = "the mlps of keys and values must have one hidden size"

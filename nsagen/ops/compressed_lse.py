@@ -26,8 +26,8 @@ def compressed_lse(
 ) -> Tensor:
     """log sum_i exp(softmax_scale q . k_i) over the windows i with i * s + l - 1 <= t.
 
-    It normalizes the scores of `block_selection`: exactly with the same compressed keys, nearly
-    with the means of longer windows, farther apart.
+    It normalizes the scores of `block_selection`: exactly with the same compressed keys,
+    approximately with the means of longer windows with a larger stride.
 
     Args:
         q: [N, HQ, D], after rope.

@@ -1,4 +1,4 @@
-"""Forced blocks once: selected attention starts from what the window's kernel gives of them.
+"""Compute forced blocks once: selected attention starts from the window kernel's result.
 
 A token always selects its first and its local blocks, and its window reaches most of the local
 ones. So one pass over the window's keys gives two results, and selected attention is left with the
@@ -39,8 +39,8 @@ def applies(
     local_blocks: int,
     dispatcher: str,
 ) -> bool:
-    """Whether a call whose branches all read k and v meets its forced blocks once: each token has a
-    local block, and the dispatcher has kernels for both steps."""
+    """Whether a call whose branches all read k and v computes its forced blocks once: each token
+    has a local block, and the dispatcher has kernels for both steps."""
     if local_blocks < 1:
         return False
     blocks = {"block_size": block_size, "init_blocks": init_blocks, "local_blocks": local_blocks}
@@ -138,7 +138,7 @@ def selected_and_window(
     q_start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(o, lse) of selected attention and of the sliding window, which share k and v; their forced
-    blocks are met once where that `applies`. No gradient.
+    blocks are computed once where that `applies`. No gradient.
 
     Args:
         topk_idx: as block selection writes it.

@@ -48,7 +48,7 @@ class Lengths:
             kernel_size: tokens of a window; kernel_stride: tokens between two windows' starts.
 
         Raises:
-            InvalidInputError: cu_seqlens is no int32 vector, or the sizes are no windows'.
+            InvalidInputError: cu_seqlens isn't an int32 vector, or the window sizes are invalid.
         """
         sizes = (kernel_size, kernel_stride)
         return cls(cu_seqlens, *lengths_forward(cu_seqlens, tokens, *sizes), *sizes)
@@ -91,7 +91,7 @@ def _allocate(cu_seqlens: Tensor, tokens: int, kernel_stride: int) -> tuple[Tens
 
 
 def _kernel(cu_seqlens: Tensor) -> Launch | None:
-    """None in the interpreter, where PyTorch is quicker."""
+    """None in the interpreter, where PyTorch is faster."""
     return None if interpreting() else fixed_kernel("launch_lengths", cu_seqlens)
 
 

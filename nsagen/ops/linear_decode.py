@@ -68,7 +68,7 @@ def _check(
     outputs = weight.shape[0]
     if swiglu and outputs % 2:
         remedy = "put the gates' weights first, then the others'"
-        fail(op, "swiglu needs as many gates as other outputs", f"{outputs} in all", remedy)
+        fail(op, "swiglu needs an even number of outputs", outputs, remedy)
     wanted = (x.shape[0], outputs // (2 if swiglu else 1))
     if residual is not None and tuple(residual.shape) != wanted:
         fail(op, f"residual must be {wanted}", tuple(residual.shape), "pass the layer's input")

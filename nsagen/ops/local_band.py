@@ -4,7 +4,7 @@ InfLLM-V2 always selects a token's last 33 blocks, a third of all. Neighbouring 
 common, so that a tile of rows multiplies each of their keys once, as a sliding window does whose
 first key is the first of a block; selected attention starts from that result. Gradients are split
 in the same way. This is the default for wide bands in 16 bits on Hopper, where it was measured. The
-environment variable NSAGEN_LOCAL_BAND=1 asks for it on every target, and 0 on none.
+environment variable NSAGEN_LOCAL_BAND=1 turns it on for every target, and 0 turns it off.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def pool_append(
             row.
         slots: int32 [R], each row's place in the caches.
         kernel_size: tokens of a window, l; kernel_stride: tokens between two windows' starts, s.
-        new_tokens: tokens that were appended to each row, or more than that; a whole length makes
-            all windows anew.
+        new_tokens: at least the number of tokens that were appended to each row; the whole length
+            recomputes all windows.
         block_table: int32 [slots, max_pages], or None. With it the caches are in pages, [pages,
             page_size, HK, D] and [pages, page_size // kernel_stride, HK, D].
         k_scale: float32 [slots, max_length, HK], the scales of k_cache's rows, if the caches are of

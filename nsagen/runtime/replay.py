@@ -245,8 +245,8 @@ def _launcher(compiled: Any) -> Launcher:
 def _direct_launcher(compiled: Any) -> Launcher | None:
     """What Triton 3.6's launcher of a kernel finally calls.
 
-    The launcher is Python: for each call it looks for memory that hardly any kernel needs, and
-    takes descriptors apart. None if a launcher is not as expected.
+    The launcher is Python: for each call it allocates scratch memory that few kernels need, and
+    unpacks descriptors. None if a launcher is not as expected.
     """
     run = compiled.run
     names = ("launch", "launch_cooperative_grid", "launch_pdl", "num_ctas")
@@ -256,7 +256,7 @@ def _direct_launcher(compiled: Any) -> Launcher | None:
     if run.global_scratch_size or run.profile_scratch_size:
         return None
     launch, metas = run.launch, []
-    if isinstance(launch, types.FunctionType):  # takes descriptors apart, then launches
+    if isinstance(launch, types.FunctionType):  # unpacks descriptors, then launches
         cells = (cell.cell_contents for cell in launch.__closure__ or ())
         held = dict(zip(launch.__code__.co_freevars, cells, strict=True))
         launch, metas = held.get("launcher"), held.get("tensordesc_meta")
