@@ -12,21 +12,14 @@ from torch import Tensor
 from nsagen.core.errors import InvalidInputError
 
 
-def require(
-    holds: bool,
-    where: str,
-    rule: str,
-    came: str,
-    advice: str,
-    error: type[InvalidInputError] = InvalidInputError,
-) -> None:
+def require(holds: bool, where: str, rule: str, came: str, advice: str) -> None:
     """Raise unless a rule holds.
 
     Raises:
-        InvalidInputError: "<where>: <rule>, got <came>; <advice>"; of the class `error`.
+        InvalidInputError: "<where>: <rule>, got <came>; <advice>".
     """
     if not holds:
-        raise error(f"{where}: {rule}, got {came}; {advice}")
+        raise InvalidInputError(f"{where}: {rule}, got {came}; {advice}")
 
 
 def require_kind(where: str, name: str, value: Any, kind: type, advice: str) -> None:

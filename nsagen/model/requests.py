@@ -163,7 +163,18 @@ def _takes(function: Any, arguments: int) -> bool:
 
 
 class TooLongError(InvalidInputError):
-    """Prompt and new tokens are more than the cache can hold of a sequence."""
+    """Prompt and new tokens are more than the cache can hold of a sequence.
+
+    Attributes:
+        length: tokens of the prompt; new_tokens: most that were asked for; most: of both together.
+    """
+
+    def __init__(self, text: str, length: int, new_tokens: int, most: int) -> None:
+        super().__init__(text)
+        self.length, self.new_tokens, self.most = length, new_tokens, most
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.length, self.new_tokens, self.most)
 
 
 def check_length(where: str, limits: InferenceConfig, length: int, max_new_tokens: int) -> int:
@@ -187,26 +198,23 @@ def check_length(where: str, limits: InferenceConfig, length: int, max_new_token
         "an empty one",
         "start it with a token such as the tokenizer's BOS, or leave the sequence out",
     )
-    require(
-        length + steps <= limits.max_length,
-        where,
-        "prompt and new tokens together must be at most "
-        f"InferenceConfig.max_length={limits.max_length}",
-        f"{length} + {steps} = {length + steps}",
-        "shorten the prompt, lower max_new_tokens or raise max_length",
-        TooLongError,
-    )
-    if limits.paged:
-        needed = -(-(length + steps) // limits.page_size)
-        require(
-            needed <= limits.total_pages,
-            where,
-            f"a sequence must fit into InferenceConfig.num_pages={limits.total_pages} pages "
-            f"of {limits.page_size} tokens",
-            f"{length} + {steps} tokens, which need {needed}",
-            "shorten the prompt, lower max_new_tokens or raise num_pages",
-            TooLongError,
-        )
+    total, most = length + steps, limits.longest
+    if total > most:
+        if total > limits.max_length:
+            rule = (
+                "prompt and new tokens together must be at most "
+                f"InferenceConfig.max_length={limits.max_length}"
+            )
+            came, size = f"{length} + {steps} = {total}", "max_length"
+        else:
+            rule = (
+                f"a sequence must fit into InferenceConfig.num_pages={limits.total_pages} pages "
+                f"of {limits.page_size} tokens"
+            )
+            needed = -(-total // limits.page_size)
+            came, size = f"{length} + {steps} tokens, which need {needed}", "num_pages"
+        advice = f"shorten the prompt, lower max_new_tokens or raise {size}"
+        raise TooLongError(f"{where}: {rule}, got {came}; {advice}", length, steps, most)
     return steps
 
 

@@ -33,8 +33,8 @@ def load_rows(
         scale: float32 [slots, max_length, H].
         positions: int32 [R], of the tokens to read; -1: an idle row, which is 0.
         slots: int32 [R], each token's place in the cache.
-        dtype: of what is returned: bfloat16 or float32, which hold the values exactly, as scales
-            are powers of two.
+        dtype: of what is returned: bfloat16, float32 or float64 (by the reference), which hold the
+            values exactly, as scales are powers of two.
         block_table: int32 [slots, max_pages], or None. With it the cache is in pages, [pages,
             page_size, H, D]: token t of a slot lies in page block_table[slot, t // page_size].
         dispatcher: as in the other ops; the kernel is the same in all packages.
@@ -50,8 +50,8 @@ def load_rows(
 
 def _check_dtype(op: str, dtype: torch.dtype) -> None:
     if dtype not in (torch.bfloat16, torch.float32, torch.float64):
-        rule = "dtype must be bfloat16 or float32, which hold a cache's values"
-        fail(op, rule, dtype, "pass one")
+        rule = "dtype must be bfloat16, float32 or float64, which hold a cache's values"
+        fail(op, rule, dtype, "pass one of them")
 
 
 def _kernel(cache: Tensor, dtype: torch.dtype) -> Launch | None:

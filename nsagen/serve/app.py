@@ -5,7 +5,6 @@ from __future__ import annotations  # FastAPI reads the endpoints' annotations f
 import asyncio
 import json
 import logging
-import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -316,7 +315,12 @@ def _error(error: Exception) -> dict[str, Any]:
     elif isinstance(error, NoModel):
         code = "model_not_found"
     elif isinstance(error, TooLongError):
-        text, code = _TO_CLIENTS.sub(_in_clients_words, text), "context_length_exceeded"
+        length, new = error.length, error.new_tokens
+        text = (
+            f"prompt and new tokens together must be at most {error.most} here, "
+            f"got {length} + {new} = {length + new}; shorten the prompt, or ask for fewer tokens"
+        )
+        code = "context_length_exceeded"
     elif isinstance(error, Busy):
         text, kind = "too many requests wait; try again later", "overloaded"
     elif isinstance(error, Stopped):
@@ -324,14 +328,6 @@ def _error(error: Exception) -> dict[str, Any]:
     elif isinstance(error, Failed):
         text, kind = f"the request failed: {text}", "internal_error"
     return {"error": {"message": text, "type": kind, "param": None, "code": code}}
-
-
-_TO_CLIENTS = re.compile(r"InferenceConfig\.|lower max_new_tokens or raise \w+")
-"""What a batch says to the program around it."""
-
-
-def _in_clients_words(found: re.Match[str]) -> str:
-    return "the server's " if found[0].startswith("Inference") else "or ask for fewer tokens"
 
 
 def _problem(one: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -302,8 +303,11 @@ def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_read(model: ToyNS
         def __iter__(self) -> Iterator[int]:
             raise AssertionError("it was read")
 
-    with pytest.raises(InvalidInputError, match=r"max_length=64, got 1000 \+ 4 = 1004"):
+    with pytest.raises(InvalidInputError, match=r"max_length=64, got 1000 \+ 4 = 1004") as refused:
         ContinuousBatch(model).add(Unread([1] * 1000))
+    again = pickle.loads(pickle.dumps(refused.value))
+    assert str(again) == str(refused.value)
+    assert (again.length, again.new_tokens, again.most) == (1000, 4, 64)
 
 
 def test_what_cannot_be_reserved_is_not_taken(

@@ -15,6 +15,7 @@ from nsagen.core.errors import InvalidInputError
 from nsagen.core.workload import CACHE_DTYPES
 from nsagen.ops import reference
 from nsagen.ops.reference import dequantize, quantize
+from tests.support import kernel_device
 
 from .fixed_kernels import compile_fixed
 
@@ -44,21 +45,25 @@ def test_a_row_is_what_dequantize_makes_of_it(dtype: torch.dtype, wide: torch.dt
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernel
+@pytest.mark.parametrize("wide", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("dtype", NARROW, ids=CACHE_DTYPES)
-def test_kernel_and_reference_load_the_same(dtype: torch.dtype, paged: bool) -> None:
+def test_kernel_and_reference_load_the_same(
+    dtype: torch.dtype, paged: bool, wide: torch.dtype
+) -> None:
     """Bit for bit, of a part of a longer cache too."""
+    places = POSITIONS.to(kernel_device()), SLOTS.to(kernel_device())
+    table = TABLE.to(kernel_device()) if paged else None
     for heads in (2, 3):
-        cache, scale = filled(dtype, *((9, 6, heads, 24) if paged else (3, 14, heads, 24)))
+        sizes = (9, 6, heads, 24) if paged else (3, 14, heads, 24)
+        cache, scale = (x.to(kernel_device()) for x in filled(dtype, *sizes))
         if paged:
             cache, scale = cache[:, :4].clone(), scale[:, :4]
         else:
             cache, scale = cache[:, 1:13], scale[:, 1:13]
-        given = (cache, scale, POSITIONS, SLOTS, torch.float32)
-        table = TABLE if paged else None
-        found = ops.load_rows(*given, block_table=table)
-        expected = reference.load_rows(*given, block_table=table)
+        found = ops.load_rows(cache, scale, *places, wide, block_table=table)
+        expected = reference.load_rows(cache, scale, *places, wide, block_table=table)
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
         assert bool((found[2] == 0).all())
 
@@ -71,7 +76,7 @@ def test_no_rows() -> None:
 
 def test_float16_is_refused() -> None:
     cache, scale = filled(torch.int8, 3, 12, 2, 24)
-    with pytest.raises(InvalidInputError, match=r"dtype must be bfloat16 or float32.*float16"):
+    with pytest.raises(InvalidInputError, match=r"bfloat16, float32 or float64,.*float16"):
         ops.load_rows(cache, scale, POSITIONS, SLOTS, torch.float16)
 
 

@@ -366,7 +366,7 @@ class delayed:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"prompt": "x" * LENGTH}, f"the server's max_length={LENGTH}, got {LENGTH} "),
+        ({"prompt": "x" * LENGTH}, f"must be at most {LENGTH} here, got {LENGTH} "),
         ({"prompt": ""}, "at least one token"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ["a", ""]}, "at least one token"),
@@ -459,7 +459,7 @@ def test_an_answer_is_as_long_as_the_pages_allow() -> None:
         said = [{"role": "user", "content": "hi"}]
         answer = one.client.chat.completions.create(messages=said, **GREEDY)
         assert answer.usage.prompt_tokens + answer.usage.completion_tokens <= 64
-        with pytest.raises(openai.BadRequestError, match="must fit into") as refused:
+        with pytest.raises(openai.BadRequestError, match="at most 64 here, got 7") as refused:
             one.complete("x" * 70)
         assert refused.value.code == "context_length_exceeded"
         with pytest.raises(openai.BadRequestError, match="at most 2 prompts here; got 3"):
