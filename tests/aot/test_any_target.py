@@ -74,10 +74,16 @@ def every_workload() -> tuple[Workload, ...]:
     )
 
 
-@pytest.mark.parametrize("target", KNOWN_TARGETS)
-def test_every_shape_has_a_default_that_fits(target: str) -> None:
+def halves() -> Iterator[Any]:
+    """Each target and every other workload; the others of it as a slow test."""
+    for (n, target), half in itertools.product(enumerate(KNOWN_TARGETS), (0, 1)):
+        yield pytest.param(target, half, marks=[pytest.mark.slow] if (n + half) % 2 else [])
+
+
+@pytest.mark.parametrize(("target", "half"), halves())
+def test_every_shape_has_a_default_that_fits(target: str, half: int) -> None:
     """All ops, dtypes, head sizes, groups and blocks of up to 1024 tokens and as many windows."""
-    for work in every_workload():
+    for work in every_workload()[half::2]:
         schedule = default_schedule(work, KNOWN_TARGETS[target])
         space = space_for(work, schedule.algorithm)
         assert not space.violations(work, schedule, KNOWN_TARGETS[target])
