@@ -324,9 +324,9 @@ PARTS = {
     ("docs/integrate.md", "the difference of the toy models"): toy_difference,
     ("docs/training.md", "measured"): measured("training_table"),
     ("README.md", "whole"): measured("side_by_side"),
-    ("README.md", "forward"): measured("prefill"),
-    ("README.md", "backward"): measured("train"),
-    ("README.md", "decoding"): measured("decode"),
+    ("docs/results.md", "forward"): measured("prefill"),
+    ("docs/results.md", "backward"): measured("train"),
+    ("docs/results.md", "decoding"): measured("decode"),
 }
 """(page, part) -> what makes it."""
 
