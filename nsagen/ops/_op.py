@@ -8,7 +8,7 @@ in every op, so checks are shared, and static parameters such as head_dim are re
 
     @define_op(
         returns="y",
-        check=(check_rope,),
+        check=(check_tensors, check_positions),
         allocate=lambda x: x.new_empty(x.shape),
         kernel="rope forward",
         launch="x cos sin positions y",
