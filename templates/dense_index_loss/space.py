@@ -33,9 +33,11 @@ def shared_memory(workload: Workload, schedule: Schedule) -> int:
     """Bytes of a tile of keys, of the queries in flight, of the index's tiles and of s - p."""
     dim, index_dim = padded(workload)
     tokens, keys = int(schedule.block_m), int(schedule.block_n)
-    elements = (keys + int(schedule.num_stages) * tokens) * dim
-    elements += (keys + tokens) * index_dim + keys * tokens
-    return element_bytes(workload) * elements
+    queries = int(schedule.num_stages) * tokens * dim
+    after = tokens * index_dim + keys * tokens
+    # Plain products free the queries before the index's come.
+    both = max(queries, after) if workload.dtype == "float32" else queries + after
+    return element_bytes(workload) * (keys * (dim + index_dim) + both)
 
 
 def shared_memory_forward(workload: Workload, schedule: Schedule) -> int:
