@@ -116,8 +116,8 @@ def test_no_processes_at_once_is_refused(
 
 
 def test_what_has_no_time_left_is_stopped_and_fails(tmp_path: Path) -> None:
-    (tmp_path / "test_slow.py").write_text("import time\ndef test_slow(): time.sleep(60)\n")
-    done = sanitize(tmp_path, "test_slow.py", tool="racecheck", more=("--minutes", "0.05"))
+    (tmp_path / "test_slow.py").write_text("import time\ndef test_slow(): time.sleep(1000)\n")
+    done = sanitize(tmp_path, "test_slow.py", tool="racecheck", more=("--minutes", "0.2"))
     assert done.returncode == 1
     assert "sanitize: stopped: no time is left; take more parts" in done.stdout
     assert (
