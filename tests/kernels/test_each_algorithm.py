@@ -76,10 +76,12 @@ class Call(NamedTuple):
     page_size: int | None = None
     unions: bool = True
     gated: bool = False
+    capacity: int = 96
 
     def __str__(self) -> str:
         more = f" pages of {self.page_size}" * (self.page_size is not None)
         more += " apart" * (not self.unions) + " gated" * self.gated
+        more += f" capacity {self.capacity}" * (self.capacity != 96)
         return f"{self.work} {self.algorithm}{more}"
 
 
@@ -128,6 +130,9 @@ def calls(general: bool) -> list[Call]:
                 found += [Call(work, space.algorithm)] * (not narrow)
                 page_size = int(dict(work.params).get("block_size", 16))
                 found += [Call(work, space.algorithm, page_size=page_size)] * paged
+                # where its caches hold more than one program takes, a second kernel follows
+                split = space.algorithm == "whole_rows"
+                found += [Call(work, space.algorithm, capacity=1200)] * split
                 apart = space.algorithm == "union_tiles"
                 found += [Call(work, space.algorithm, unions=False)] * apart
                 gated = GATED.get((op, pass_)) == ("local_blocks" in dict(work.params))
@@ -170,7 +175,7 @@ def module_of(call: Call) -> ModuleType:
 def sizes_of(call: Call) -> Sizes:
     work, general = call.work, space_for(call.work, call.algorithm).general
     if work.pass_ == "decode":
-        return Sizes(POSITIONS, 2, capacity=96, page_size=call.page_size, any_order=True)
+        return Sizes(POSITIONS, 2, capacity=call.capacity, page_size=call.page_size, any_order=True)
     with_windows = not general and "kernel_size" in dict(work.params)
     return Sizes(WITH_WINDOWS if with_windows else SEQLENS, 1, any_order=True)
 

@@ -59,7 +59,7 @@ CONTIGUOUS = {
     "sin",
 }
 CONTIGUOUS |= {"dq", "dk", "dv", "dx", "dw", "dpe"}
-CONTIGUOUS |= {"loss", "lse_index", "dloss", "dindex_q", "dindex_k"}
+CONTIGUOUS |= {"loss", "lse_index", "slope", "dloss", "dindex_q", "dindex_k"}
 CONTIGUOUS |= {"d_compressed", "d_selected", "d_sliding", "dgate"}
 """What `launch` wants contiguous: outputs, and weights and tables, which are small."""
 

@@ -96,7 +96,7 @@ def test_float32_scores_far_from_zero(keys: str, offset: float) -> None:
         )
         return [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
 
-    loss, lse, lse_index = x.outputs()
+    loss, lse, lse_index = x.outputs().values()
     load_kernel(forward, SCHEDULES["forward"]).launch(*x.tensors, loss, lse, lse_index, *x.scales)
     found = [torch.empty_like(t) for t in (x.index_q, x.index_k)]
     load_kernel(workload_of("backward"), SCHEDULES["backward"]).launch(
