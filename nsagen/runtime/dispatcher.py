@@ -150,7 +150,7 @@ class Dispatcher:
         and Triton can make is built.
         """
         if self._table or self.on_missing == "error":
-            return bool(self._resolve(workload, device))
+            return len(self._resolve(workload, device)) > 0
         from nsagen.runtime.user_cache import can_build
 
         return can_build(workload, self._target(workload, device))

@@ -92,6 +92,17 @@ def test_a_package_has_the_kernels_of_its_table(dispatcher: Dispatcher) -> None:
         assert not known.has(selected(head_dim=128), GPU)
 
 
+def test_whether_a_kernel_is_there_can_be_traced(dispatcher: Dispatcher) -> None:
+    """Ops ask it while they are compiled in parts."""
+    works = [selected(), selected(head_dim=128)]
+
+    def found(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tensor([float(dispatcher.has(work, GPU)) for work in works])
+
+    traced = torch.compile(found, fullgraph=True, backend="eager")
+    assert traced(torch.zeros(2)).tolist() == [1.0, 0.0]
+
+
 def test_without_a_package_what_can_be_built_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"head_dim": 128, "v_head_dim": 128, "gqa_ratio": 16, "window_size": 512}
     blocks = {"block_size": 64, "init_blocks": 1, "local_blocks": 2}
