@@ -103,13 +103,26 @@ def test_the_page_of_evidence_concludes_from_the_committed_rows() -> None:
         ]
         for form in forms
     }
-    assert max(longest["dense"]) < min(longest["nsa"] + longest["infllm_v2"])
-    assert {form: len(found) for form, found in longest.items()} == dict(
-        zip(forms, (1, 3, 1), strict=True)
-    )
+    assert max(longest["dense"]) < min(longest["nsa"])
+    assert min(longest["infllm_v2"]) < max(longest["dense"]) < max(longest["infllm_v2"])
+    assert all(len(found) == 3 for found in longest.values())
+    assert [(row["length"], row["seed"]) for row in rows if row["form"] == "msa"] == [(4096, 0)]
+    one_lookup = ("single, %", "several needles, %", "several keys, %", "several values, %")
+    assert min(reached("msa", 4096, tasks[task]) for task in one_lookup) > 98.7
     earlier = evidence("retrieval-1000-steps")["rows"]
     assert {row["form"] for row in earlier} == {*forms, "msa"}
     assert min(value for row in earlier for value in row["accuracy"].values()) > 0.99
+
+
+def test_the_page_of_evidence_compares_losses_of_three_seeds() -> None:
+    rows, loss = evidence("text")["rows"], MEASURES["text"]["loss, nats a byte"]
+    nsa, dense = (
+        {length: spread_of(rows, form, length, loss) for length in LENGTHS[:2]}
+        for form in ("nsa", "dense")
+    )
+    assert {seeds for found in (nsa, dense) for _, _, seeds in found.values()} == {3}
+    assert abs(nsa[4096][0] - dense[4096][0]) < min(nsa[4096][1], dense[4096][1])
+    assert 0.16 < dense[16384][0] - nsa[16384][0] < 0.18
 
 
 def test_swapping_a_dense_model_at_16384_tokens_costs_little() -> None:
