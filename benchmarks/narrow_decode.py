@@ -289,6 +289,15 @@ def size_of(text: str) -> tuple[int, int]:
     return batch, context
 
 
+def compile_all(work: Sequence[tuple[Kernel, Path, Sizes]]) -> None:
+    """Compile kernels for their sizes, side by side; those that fail are named."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(16, multiprocessing.cpu_count()), spawn) as pool:
+        for job in [pool.submit(compile_one, *one) for one in work]:
+            if error := job.exception():
+                print(f"not compiled: {error}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="a folder; default: benchmarks/results")
@@ -310,11 +319,7 @@ def main() -> None:
             for narrow in DTYPES
             for kernel in kernels_of(narrow, (batch, context) == LARGEST)
         ]
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(16, multiprocessing.cpu_count()), spawn) as pool:
-            for job in [pool.submit(compile_one, *one) for one in work]:
-                if error := job.exception():
-                    print(f"not compiled: {error}", flush=True)
+        compile_all(work)
         print(f"compiled with {end - time.monotonic():.0f} s left", flush=True)
         if options.compile_only:
             return

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import multiprocessing
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,7 +23,7 @@ from narrow_decode import (
     Bench,
     Kernel,
     Steps,
-    compile_one,
+    compile_all,
     size_of,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -125,11 +123,7 @@ def main() -> None:
             for kernel in kernels_of(context)
             for sizes in (Sizes((context - 1,) * batch, kv_heads=4, capacity=context), CHECKED)
         ]
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(16, multiprocessing.cpu_count()), spawn) as pool:
-            for job in [pool.submit(compile_one, *one) for one in work]:
-                if error := job.exception():
-                    print(f"not compiled: {error}", flush=True)
+        compile_all(work)
         print(f"compiled with {end - time.monotonic():.0f} s left", flush=True)
         if options.compile_only:
             return
